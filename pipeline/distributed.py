@@ -59,7 +59,7 @@ def init_world() -> World:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if size == 1:
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+            os.environ.setdefault("MASTER_PORT", str(free_port()))
         elif "MASTER_PORT" not in os.environ:
             raise UserError(
                 f"{size} processes were started but MASTER_ADDR and MASTER_PORT are not set. "
@@ -69,7 +69,8 @@ def init_world() -> World:
     return World(rank, size, local, device)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -96,11 +95,13 @@ def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Ou
 
 def launcher_command(arguments: list[str], processes: int) -> list[str]:
     """Return the deepspeed launcher's command line for ranks on this machine only."""
+    from pipeline.distributed import free_port  # here, for it imports torch
+
     return [
         *[sys.executable, "-m", "deepspeed.launcher.runner"],
         # An empty name, for a hostfile in the launcher's default place would send the ranks to other machines.
         *["--hostfile", "", "--num_accelerators", str(processes)],
-        *["--master_port", str(_free_port()), "--no_local_rank", "--log_level", "error"],
+        *["--master_port", str(free_port()), "--no_local_rank", "--log_level", "error"],
         *["--module", *arguments],
     ]
 
@@ -146,9 +147,3 @@ def _terminate(launcher: subprocess.Popen[bytes]) -> None:
         child.terminate()
     if not inner:
         launcher.terminate()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
