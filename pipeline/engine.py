@@ -36,6 +36,8 @@ class Engine:
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
         self.module = PromptedLMM(lmm, recipe.method.prompt_length, key_width).to(world.device)
+        if self.zero_stage == 3:
+            _gather_layer_by_layer(self.module)
         train = recipe.train
         groups = [
             {"params": [self.module.prompt], "lr": train.lr_prompt},
@@ -127,6 +129,18 @@ class Engine:
         safe_set_full_fp32_param(parameter, value.float())
         with _whole(parameter, write=True):
             parameter.data.copy_(value)
+
+
+def _gather_layer_by_layer(module: nn.Module) -> None:
+    """Let ZeRO-3 fetch each encoder and decoder layer in one piece, not weight by weight.
+
+    The layers are those transformers names as not to be split. With hooks on every submodule a step of a small model
+    spends more time in hooks and tiny gathers than in arithmetic: fewer pieces made it 1.5 times as fast.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    layers = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
 
 
 def _skip_compiled_collectives() -> None:
