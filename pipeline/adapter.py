@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
@@ -18,7 +19,7 @@ from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
 
 FORMAT_VERSION = 1
-TENSORS, META = "prompts.safetensors", "adapter.json"
+TENSORS, META, PROJECTOR = "prompts.safetensors", "adapter.json", "projector.safetensors"
 
 
 def read_pool(run: Path, recipe: Recipe) -> PromptPool:
@@ -44,12 +45,26 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     return pool
 
 
+def read_projector(run: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """Return the image projector as the last finished stage left it, by its names in the projector.
+
+    Empty when `train.projector` is frozen. `read_pool` has checked the stages.
+    """
+    projector: dict[str, Tensor] = {}
+    for index, stage in enumerate(make_method(recipe.method).stages([task.name for task in recipe.data.tasks])):
+        checkpoint = load_stage(run, index, stage.name)
+        if checkpoint is None:
+            break
+        projector = checkpoint.projector
+    return projector
+
+
 def export(run: Path, target: Path) -> dict[str, Any]:
     """Write a run's adapter into the folder `target` and return what it holds.
 
     `prompts.safetensors` has prompts [T, L, D] in the model's precision and prototypes [T, K]; `adapter.json`
-    says what they belong to and how sets are selected. Raises UserError as `read_pool`, and when `target` holds
-    something else.
+    says what they belong to and how sets are selected; a trained image projector is `projector.safetensors`. Raises
+    UserError as `read_pool`, and when `target` holds something else.
     """
     recipe = load_run(run)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / META).is_file())):
@@ -66,8 +81,13 @@ def export(run: Path, target: Path) -> dict[str, Any]:
             temporary,
             metadata={"names": "\n".join(pool.names), "format": "prompt-pool-1"},
         )
+    if recipe.train.projector == "trained":
+        dtype = DTYPES[recipe.model.dtype]
+        with replacing(target / PROJECTOR) as temporary:
+            save_file({k: v.to(dtype).contiguous() for k, v in read_projector(run, recipe).items()}, temporary)
     meta = {
         "format": FORMAT_VERSION,
+        "projector": recipe.train.projector,
         "sets": pool.names,
         "recipe": recipe.name,
         "method": recipe.method.model_dump(mode="json"),
@@ -77,5 +97,5 @@ def export(run: Path, target: Path) -> dict[str, Any]:
         "sha256": sha256(target / TENSORS),
     }
     write_json(target / META, meta)
-    size = sum(path.stat().st_size for path in (target / TENSORS, target / META))
+    size = sum(path.stat().st_size for path in target.iterdir())
     return {"adapter": str(target), "sets": pool.names, "bytes": size}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +38,7 @@ class StageCheckpoint:
     prototype: Tensor  # [K]
     head: dict[str, Tensor]
     meta: dict[str, Any]
+    projector: dict[str, Tensor]  # by its names in the projector; empty when it was not trained
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:
@@ -61,9 +63,13 @@ def prototype_of(values: dict[str, Tensor]) -> Tensor:
     """The prototype [K] of a stage's final trainables, in float32 (modalprompt.md 3.4)."""
     fc1, fc2 = values["head.fc1.weight"], values["head.fc2.weight"]
     head = ProjectionHead(fc1.shape[1], fc2.shape[0])
-    head.load_state_dict({name.removeprefix("head."): v for name, v in values.items() if name.startswith("head.")})
+    head.load_state_dict(_part(values, "head."))
     with torch.no_grad():
         return head(values["prompt"])
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def save_stage(run: Path, index: int, name: str, values: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -102,8 +108,8 @@ def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:
     try:
         with safe_open(str(folder / TENSORS), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        head = {key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")}
-        return StageCheckpoint(tensors["prompt"], tensors["prototype"], head, meta)
+        head, projector = _part(tensors, "head."), _part(tensors, "projector.")
+        return StageCheckpoint(tensors["prompt"], tensors["prototype"], head, meta, projector)
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{folder / TENSORS} lacks a tensor or cannot be read ({error}). {fix}") from error
 
@@ -128,7 +134,7 @@ def claim_run(recipe: Recipe) -> Path:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({error}); restore it or remove the run folder.") from error
-        differing = differing_fields(found, recipe.model_dump(mode="json"))
+        differing = differing_fields(_with_defaults(found), recipe.model_dump(mode="json"))
         if differing:
             listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in differing)
             raise UserError(
@@ -141,6 +147,14 @@ def claim_run(recipe: Recipe) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     recipe.dump_yaml(path)
     return run
+
+
+def _with_defaults(found: Any) -> Any:
+    """A resolved recipe with today's defaults for fields that did not exist when it was written."""
+    try:
+        return Recipe.model_validate(found).model_dump(mode="json")
+    except ValidationError:
+        return found  # a field is gone or has other values now: the comparison will name it
 
 
 def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -123,7 +123,18 @@ class MethodConfig(Section):
     )
     prompt_length: int = Field(10, ge=1, description="L, vectors per prompt set")
     init: Literal["vocab_rows", "normal", "previous"] = Field("vocab_rows", description="where a new prompt set starts")
-    k: int = Field(3, ge=1, description="most prompt sets inserted for one sample")
+    k: int = Field(3, ge=1, description="most prompt sets inserted for one sample, 1 to the number of tasks")
+    selection: Literal["topk", "all", "current", "oracle"] = Field(
+        "topk",
+        description="which sets a sample gets: the k most similar; all, unselected; the newest; those of its own task "
+        "(told, not routed)",
+    )
+    insertion: Literal["after_bos", "before_image"] = Field(
+        "after_bos", description="where sets stand: after the first token, or directly before the image"
+    )
+    text_only: Literal["insert", "skip"] = Field(
+        "insert", description="skip: questions without an image are answered without sets, as in the official code"
+    )
     gate: float | None = Field(
         None,
         ge=0,
@@ -142,6 +153,10 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")
     lr_prompt: float = Field(gt=0, description="learning rate of the prompt set")
     lr_head: float = Field(gt=0, description="learning rate of the projection head")
+    projector: Literal["frozen", "trained"] = Field(
+        "frozen", description="trained: the model's image projector learns too, so earlier tasks' answers may change"
+    )
+    lr_projector: float = Field(2e-5, gt=0, description="learning rate of the projector when it is trained")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW's betas"
@@ -149,6 +164,9 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="learning rate after the warm-up")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    warmup_curve: Literal["linear", "log"] = Field(
+        "linear", description="how it rises; log: as DeepSpeed's WarmupLR, which the official run gets"
+    )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pipeline.prompts.model import Normaliser
 
 
+PROJECTOR = "projector."  # how the names of a trained projector's weights begin among the trainables
+
+
 class Engine:
     """The wrapped model with its optimizer; the same object for ZeRO stages 0, 2 and 3, float32 and bfloat16."""
 
@@ -35,14 +38,20 @@ class Engine:
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
-        self.module = PromptedLMM(lmm, recipe.method.prompt_length, key_width).to(world.device)
+        method, train = recipe.method, recipe.train
+        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion).to(world.device)
         if self.zero_stage == 3:
             _gather_layer_by_layer(self.module)
-        train = recipe.train
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [self.module.prompt], "lr": train.lr_prompt},
             {"params": list(self.module.head.parameters()), "lr": train.lr_head},
         ]
+        projector: dict[str, nn.Parameter] = {}
+        if train.projector == "trained":
+            lmm.train_projector()
+            projector = {f"{PROJECTOR}{name}": value for name, value in lmm.projector().named_parameters()}
+            groups.append({"params": list(projector.values()), "lr": train.lr_projector})
+        self.rates = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=config, dist_init_required=False
@@ -50,7 +59,10 @@ class Engine:
         self.trainables: dict[str, nn.Parameter] = {
             "prompt": self.module.prompt,
             **{f"head.{name}": parameter for name, parameter in self.module.head.named_parameters()},
+            **projector,
         }
+        # Every run's first stage starts from the checkpoint's own projector.
+        self.base_projector = {name: self._value(parameter) for name, parameter in projector.items()}
 
     @property
     def replica(self) -> LMM | None:
@@ -58,8 +70,12 @@ class Engine:
         return None if self.zero_stage == 3 else self.module.lmm
 
     def start_stage(self, values: dict[str, Tensor], bank: Tensor, prototype_weight: float) -> None:
-        """Begin a stage: trainables (same on every rank) and earlier sets as given, the optimizer as new."""
+        """Begin a stage: trainables (same on every rank) and earlier sets as given, the optimizer as new.
+
+        A trained projector that `values` does not name starts as in the model's checkpoint.
+        """
         self.module.start_stage(bank, prototype_weight)
+        values = {**self.base_projector, **values}
         for name, parameter in self.trainables.items():
             self._set_value(parameter, values[name])
         # Moments and step count of the previous stage must not reach into this one. The step count lives in the
@@ -77,10 +93,10 @@ class Engine:
         """The trainables in float32 on the CPU, by name; all ranks must call it."""
         return {name: self._value(parameter) for name, parameter in self.trainables.items()}
 
-    def set_learning_rates(self, prompt: float, head: float) -> None:
-        """Learning rates of the next optimizer step."""
-        for group, rate in zip(self.optimizer.param_groups, (prompt, head), strict=True):
-            group["lr"] = rate
+    def scale_learning_rates(self, factor: float) -> None:
+        """Learning rates of the next optimizer step: each group's rate of the recipe times `factor`."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def accumulate(self, batch: Batch, normaliser: Normaliser) -> Tensor:
         """Forward and backward of one micro-batch; returns its loss terms [3]."""

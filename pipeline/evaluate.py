@@ -17,11 +17,12 @@ from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Conversation
 from pipeline.distributed import World, barrier, gather_objects
 from pipeline.files import replacing
-from pipeline.prompts.insertion import gather_sets, insert_after_first
+from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
 
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
+PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ def generate_answers(
     sets: Tensor,
     max_new_tokens: int,
     batch: int,
+    insertion: str = "after_bos",
 ) -> dict[int, str]:
     """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
-    samples.
+    samples, which stand where `insertion` says (see `insertion_place`).
 
     Samples of similar length are generated together. The answers do not depend on how the samples are batched.
     """
@@ -66,7 +68,8 @@ def generate_answers(
         embeddings, attention = lmm.embed(inputs.input_ids, inputs.pixel_values, inputs.has_image), inputs.attention
         if inputs.selected.shape[1] and len(bank):
             vectors, valid = gather_sets(bank, inputs.selected)
-            embeddings, attention, _ = insert_after_first(embeddings, attention, vectors, valid, left=True)
+            place = insertion_place(attention, inputs.input_ids == lmm.image_token, insertion)
+            embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)
             used = int(attention.sum(1).max())  # columns that are padding in every row
             embeddings, attention = embeddings[:, -used:], attention[:, -used:]
         for index, tokens in zip(part, lmm.generate(embeddings, attention, max_new_tokens), strict=True):
@@ -85,17 +88,20 @@ def evaluate_task(
     max_length: int,
     batch: int,
     earlier: Iterable[Path] = (),
+    insertion: str = "after_bos",
+    projector: str = "",
 ) -> float:
     """Score a test set after a stage, write its predictions, and return its mean score in percent.
 
     `selected` [N, m] and `scores` [N, T] (similarities) belong to the samples of `test`. Answers that an evaluation
     in the `earlier` folders got with the same sets are taken from there (design.md decision 8). `lmm` is called only
-    if something has to be generated.
+    if something has to be generated. `projector` is the fingerprint of a trained image projector, an answer's third
+    ingredient, "" where it is the base model's.
     """
     path = folder / f"{test.name}.jsonl"
     prints = {name: pool.fingerprint(index) for index, name in enumerate(pool.names)}
     chosen = [[pool.names[number] for number in row if number != NO_SET] for row in selected.tolist()]
-    wanted = [tuple(prints[name] for name in row) for row in chosen]
+    wanted = [(projector, *(prints[name] for name in row)) for row in chosen]
     known = _known_answers(test.name, [folder, *earlier])
     missing = [i for i, identity in enumerate(test.data.ids) if (identity, wanted[i]) not in known]
     answers: dict[int, str] = {}
@@ -104,8 +110,9 @@ def evaluate_task(
         examples = Examples(test.data, Conversation(model.processor, max_length))
         # Every world.size-th sample, so that each rank gets a similar mix of lengths.
         mine = generate_answers(
-            model, examples, missing[world.rank :: world.size], selected, pool.prompts, test.max_new_tokens, batch
-        )
+            model, examples, missing[world.rank :: world.size], selected, pool.prompts, test.max_new_tokens, batch,
+            insertion,
+        )  # fmt: skip
         for part in gather_objects(mine):
             answers.update(part)
     from pipeline.metrics.answers import score
@@ -122,7 +129,7 @@ def evaluate_task(
         })  # fmt: skip
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETS_FILE, prints)
+        write_json(folder / SETS_FILE, {**prints, PROJECTOR: projector} if projector else prints)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
     barrier()
@@ -130,14 +137,15 @@ def evaluate_task(
 
 
 def _known_answers(task: str, folders: Iterable[Path]) -> dict[tuple[str, tuple[str, ...]], str]:
-    """Answers of earlier evaluations by (sample id, fingerprints of the inserted sets)."""
+    """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets)."""
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
         try:
             prints = json.loads((folder / SETS_FILE).read_text("utf-8"))
             lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
             for line in lines:
-                known[line["id"], tuple(prints[name] for name in line["selected"])] = line["prediction"]
+                used = (prints.get(PROJECTOR, ""), *(prints[name] for name in line["selected"]))
+                known[line["id"], used] = line["prediction"]
         except (OSError, ValueError, KeyError):
             continue  # not there, or not whole: it is generated anew
     return known

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.adapter import read_pool
+from pipeline.adapter import read_pool, read_projector
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import load_lmm
 from pipeline.config import Recipe, load_run
@@ -38,18 +38,22 @@ def predict(run: Path, image: Path | None, question: str, task: str | None = Non
     that cannot be read, or a missing or unknown task.
     """
     recipe = load_run(run)
-    number = _task_number(recipe, task)
+    method = make_method(recipe.method)
+    number = _task_number(recipe, task, method.needs_task)
     sample = Sample(ID, _read(image), question, answer="")
     _check_picture(sample, image)
     pool = read_pool(run, recipe)
+    if method.needs_task and number >= len(pool):
+        raise UserError(f"task '{task}' has no finished stage yet; expected one of {', '.join(pool.names)}.")
     data = StageData([(_OneSample([sample]), _keys(recipe, sample), None)])
-    method = make_method(recipe.method)
     longest = max(task.max_new_tokens for task in recipe.data.tasks)
     scores = task_similarity(Test(ID, "exact", longest, data), pool, recipe.method.image_weight)
-    selected = method.evaluation_sets(pool, number, scores)
+    selected = method.answering_sets(pool, number, scores, data.keys.has_image)
     lmm = load_lmm(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.train.projector == "trained":
+        lmm.load_projector(read_projector(run, recipe))
     examples = Examples(data, Conversation(lmm.processor, recipe.model.max_length))
-    answers = generate_answers(lmm, examples, [0], selected, pool.prompts, longest, batch=1)
+    answers = generate_answers(lmm, examples, [0], selected, pool.prompts, longest, 1, recipe.method.insertion)
     return {
         "answer": answers[0],
         "selected": [pool.names[index] for index in selected[0].tolist() if index != NO_SET],
@@ -57,14 +61,15 @@ def predict(run: Path, image: Path | None, question: str, task: str | None = Non
     }
 
 
-def _task_number(recipe: Recipe, task: str | None) -> int:
+def _task_number(recipe: Recipe, task: str | None, needed: bool) -> int:
     names = [known.name for known in recipe.data.tasks]
     if task in names:
         return names.index(task)
     if task is not None:
         raise UserError(f"unknown task '{task}'; expected one of {', '.join(names)}.{nearest(task, names)}")
-    if recipe.method.name == "independent":
-        raise UserError(f"method independent has to be told the task; add --task with one of {', '.join(names)}.")
+    if needed:
+        what = recipe.method.name if recipe.method.name == "independent" else f"selection {recipe.method.selection}"
+        raise UserError(f"method {what} has to be told the task; add --task with one of {', '.join(names)}.")
     return 0
 
 

@@ -30,12 +30,12 @@ from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS, IndexedShards
 from pipeline.distributed import StopFlag, World, agree, init_world, on_main, stop_on_signals, together
-from pipeline.engine import Engine, initial_values
+from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
 from pipeline.methods import Method, Stage, make_method
 from pipeline.metrics.continual import after_stage
-from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.tracking import Tracker, make_tracker
 from pipeline.train import total_steps, train_stage
@@ -75,6 +75,7 @@ class Sequence:
         self.tests = together(self._tests)
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()
+        self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
         self.constants = on_main(world, self._constants)
         self.timing: dict[str, float] = {}
         self.tracker: Tracker
@@ -116,6 +117,11 @@ class Sequence:
         state = self._read_state()
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
+        if self._trains_projector:
+            log.warning(
+                "train.projector is 'trained': every stage changes the model for all tasks, so earlier answers may "
+                "change although earlier prompt sets do not."
+            )
         try:
             with self.tracker.sequence(state):
                 self._write_state("running", state)
@@ -139,8 +145,7 @@ class Sequence:
                 if evaluate and not result:
                     result = self._write_matrix(zero_shot, accuracy, last=False)
                 self.timing["total_s"] = round(time.perf_counter() - began, 1)
-                done = len(self.pool) == len(self.stages)
-                self._write_state("done" if done and evaluate else "running", state)
+                self._write_state(self._status(evaluate), state)
                 if evaluate:
                     self._report()
         except Interrupted:
@@ -154,18 +159,20 @@ class Sequence:
     def _restore(self, index: int, stage: Stage) -> bool:
         """Take a finished stage from its checkpoint; False when it still has to be trained."""
 
-        def load() -> tuple[torch.Tensor, torch.Tensor] | None:
+        def load() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None:
             checkpoint = load_stage(self.path, index, stage.name)
             if checkpoint is None:
                 return None
             folder = stage_folder(self.path, index, stage.name)
             check_stage(folder, checkpoint.meta, {**self.constants, "data": self._fingerprints(stage)})
-            return checkpoint.prompt, checkpoint.prototype
+            return checkpoint.prompt, checkpoint.prototype, checkpoint.projector
 
         found = on_main(self.world, load)
-        if found is not None:
-            self.pool.append(stage.name, *found)
-        return found is not None
+        if found is None:
+            return False
+        prompt, prototype, self.projector = found
+        self.pool.append(stage.name, prompt, prototype)
+        return True
 
     def _train(self, index: int, stage: Stage) -> None:
         """Train one stage, save it, and add its set to the pool."""
@@ -181,6 +188,7 @@ class Sequence:
         previous = self.pool.prompts[-1] if len(self.pool) else None
         init = "previous" if self.method.carries_prompt else recipe.method.init
         values = initial_values(engine.module, init, recipe.seed, index, previous)
+        values.update({f"{PROJECTOR}{name}": value for name, value in self.projector.items()})
         uses_bank = selected.shape[1] > 0
         bank = self.pool.prompts if uses_bank else torch.zeros(0, recipe.method.prompt_length, engine.module.lmm.width)
         weight = recipe.method.prototype_weight if self.method.learns_prototypes else 0.0
@@ -250,12 +258,12 @@ class Sequence:
         began = time.perf_counter()
         scores = task_similarity(test, pool, self.recipe.method.image_weight)
         if len(pool):
-            selected = self.method.evaluation_sets(pool, number, scores)
+            selected = self.method.answering_sets(pool, number, scores, test.data.keys.has_image)
         else:
             selected = torch.zeros(len(test.data), 0, dtype=torch.long)
         result = evaluate_task(
             self._get_replica, test, pool, selected, scores, self.world, folder, self.recipe.model.max_length,
-            settings.batch, earlier,
+            settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
         )  # fmt: skip
         took = time.perf_counter() - began
         self.timing["evaluate_s"] = round(self.timing.get("evaluate_s", 0.0) + took, 1)
@@ -300,17 +308,23 @@ class Sequence:
         return self._engine
 
     def _get_replica(self) -> LMM:
-        """A whole frozen model on this rank: the engine's own where it is whole, else a copy for evaluation."""
-        if self._engine is not None and self._engine.replica is not None:
+        """A whole model on this rank as the last stage left it: the engine's own where it is whole, else a copy."""
+        if self._engine is not None and self._engine.replica is not None and not self._trains_projector:
             self._replica = None
             return self._engine.replica
-        if self._replica is not None:
-            return self._replica
-        lmm = load_lmm(self.recipe.model).to(self.world.device)
-        size = sum(parameter.nbytes for parameter in lmm.parameters())
-        if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
-            self._replica = lmm
+        lmm = self._replica
+        if lmm is None:
+            lmm = load_lmm(self.recipe.model).to(self.world.device)
+            size = sum(parameter.nbytes for parameter in lmm.parameters())
+            if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
+                self._replica = lmm
+        if self.projector:
+            lmm.load_projector(self.projector)
         return lmm
+
+    @property
+    def _trains_projector(self) -> bool:
+        return self.recipe.train.projector == "trained"
 
     # ------------------------------------------------------------------ state
 
@@ -321,6 +335,12 @@ class Sequence:
             return {}
 
         return on_main(self.world, read)
+
+    def _status(self, evaluated: bool) -> str:
+        """What run.json says at the end of a call: done, trained (the matrix is to come) or stopped (stages are)."""
+        if len(self.pool) < len(self.stages):
+            return "stopped"
+        return "done" if evaluated else "trained"
 
     def _write_state(self, status: str, previous: dict[str, Any]) -> None:
         if not self.world.main:

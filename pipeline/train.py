@@ -49,10 +49,14 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
 
 
 def schedule(config: TrainConfig, step: int, total: int) -> float:
-    """Factor of the learning rates at a step (0-based): linear warm-up, then constant, cosine or linear to 0."""
+    """Factor of the learning rates at a step (0-based): warm-up, then constant, cosine or linear to 0.
+
+    The warm-up is linear, or logarithmic as DeepSpeed's WarmupLR, whose first step has rate 0 (modalprompt.md 4.2).
+    """
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
-        return (step + 1) / warmup
+        log_warmup = config.warmup_curve == "log"
+        return math.log(step + 1) / math.log(max(2, warmup)) if log_warmup else (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
     done = (step - warmup) / max(1, total - warmup)
@@ -82,7 +86,7 @@ def train_stage(
         counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
         normaliser = Normaliser(counts[0], counts[1], scale=float(world.size * engine.accumulation))
         factor = schedule(config, step, total)
-        engine.set_learning_rates(config.lr_prompt * factor, config.lr_head * factor)
+        engine.scale_learning_rates(factor)
         terms = torch.zeros(3, device=world.device)
         for number, batch in enumerate(micro_batches):
             terms += engine.accumulate(batch, normaliser)

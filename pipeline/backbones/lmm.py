@@ -40,6 +40,7 @@ class LMM(nn.Module):
         self.width: int = model.config.text_config.hidden_size
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
+        self.trains_projector = False
         self.freeze()
 
     @property
@@ -51,17 +52,35 @@ class LMM(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    def projector(self) -> nn.Module:
+        """The module that maps image features to the language model's width; UserError where there is none."""
+        module = getattr(self.model.model, "multi_modal_projector", None)
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"A model of type '{self.model.config.model_type}' has no image projector that could be trained. "
+                "Set train.projector to frozen, or model.path to a LLaVA checkpoint."
+            )
+        return module
+
+    def train_projector(self) -> None:
+        """Let gradients reach the projector, and it alone."""
+        self.projector().requires_grad_(True)
+        self.trains_projector = True
+
+    def load_projector(self, values: dict[str, Tensor]) -> None:
+        """Give the projector of a whole model (not under ZeRO-3) these values, by their names in it."""
+        self.projector().load_state_dict(values)
+
     def train(self, mode: bool = True) -> LMM:
         """Stays in eval mode: a frozen model is the same function in training and at inference."""
         return super().train(False)
 
-    @torch.no_grad()
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Projected image features [B, n, D] of `pixel_values` [B, 3, H, W]."""
-        output = self.model.model.get_image_features(pixel_values=pixel_values.to(self.dtype), return_dict=True)
+        """Projected image features [B, n, D] of `pixel_values` [B, 3, H, W]; with gradients if the projector trains."""
+        with torch.set_grad_enabled(self.trains_projector and torch.is_grad_enabled()):
+            output = self.model.model.get_image_features(pixel_values=pixel_values.to(self.dtype), return_dict=True)
         return torch.stack(list(output.pooler_output))
 
-    @torch.no_grad()
     def embed(self, input_ids: Tensor, pixel_values: Tensor, has_image: Tensor) -> Tensor:
         """Input embeddings [B, N, D]: words, and image features at the places of the image token.
 

@@ -35,6 +35,11 @@ class Method:
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
 
+    @property
+    def needs_task(self) -> bool:
+        """Whether a sample's task has to be told at inference, rather than found by routing."""
+        return False
+
     def stages(self, tasks: Sequence[str]) -> list[Stage]:
         """The stages of a sequence over these tasks, in order."""
         return [Stage(name, (index,)) for index, name in enumerate(tasks)]
@@ -44,5 +49,15 @@ class Method:
         return torch.full((len(keys.image), 0), NO_SET, dtype=torch.long)
 
     def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
-        """Numbers of the sets inserted at inference [N, m], given the samples' task and similarities [N, T]."""
+        """Numbers of the sets that fit the samples at inference [N, m], given their task and similarities [N, T]."""
         raise NotImplementedError
+
+    def answering_sets(self, pool: PromptPool, task: int, scores: Tensor, has_image: Tensor) -> Tensor:
+        """Numbers of the sets inserted at inference [N, m]: `evaluation_sets`, none for what the recipe skips.
+
+        `has_image` [N]. With `method.text_only` skip a question without an image gets no set (modalprompt.md 8, B6).
+        """
+        selected = self.evaluation_sets(pool, task, scores)
+        if self.config.text_only == "skip":
+            selected = selected.masked_fill(~has_image.bool().to(selected.device)[:, None], NO_SET)
+        return selected

@@ -14,5 +14,9 @@ class Independent(Method):
 
     name = "independent"
 
+    @property
+    def needs_task(self) -> bool:
+        return True
+
     def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
         return torch.full((len(scores), 1), task, dtype=torch.long)

@@ -22,14 +22,26 @@ if TYPE_CHECKING:
 
 
 class ModalPrompt(Method):
-    """Sets are chosen per sample by similarity, in training (the current one always included) and at inference."""
+    """Sets are chosen per sample by similarity, in training (the current one always included) and at inference.
+
+    Ablations of the choice (`method.selection`): "all" inserts every set in the order of the stages, "current" only
+    the newest one. "oracle" is told a sample's task and gives it what that task was trained with: its own set behind
+    the k - 1 most similar earlier ones; it is the upper bound of routing.
+    """
 
     name = "modalprompt"
     learns_prototypes = True
 
+    @property
+    def needs_task(self) -> bool:
+        return self.config.selection == "oracle"
+
     def training_sets(self, pool: PromptPool, keys: Keys) -> Tensor:
-        if not len(pool):
-            return torch.full((len(keys.image), 0), NO_SET, dtype=torch.long)
+        selection, samples = self.config.selection, len(keys.image)
+        if not len(pool) or selection == "current":
+            return torch.full((samples, 0), NO_SET, dtype=torch.long)
+        if selection == "all":
+            return torch.arange(len(pool)).repeat(samples, 1)
         weight = self.config.image_weight
         scores = similarity(keys.image, keys.text, pool.prototypes.cpu(), weight, keys.has_image)
         reference = None
@@ -39,4 +51,19 @@ class ModalPrompt(Method):
         return select_for_training(scores, self.config.k, self.config.gate, reference)
 
     def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
-        return select_for_inference(scores, self.config.k, self.config.gate)
+        k, gate, samples = self.config.k, self.config.gate, len(scores)
+        if self.config.selection == "all":
+            return torch.arange(len(pool)).repeat(samples, 1)
+        if self.config.selection == "current":
+            return torch.full((samples, 1), len(pool) - 1, dtype=torch.long)
+        if self.config.selection == "oracle":
+            earlier = select_for_training(scores[:, :task], k, gate, reference=scores[:, task])
+            return _own_set_last(earlier, task)
+        return select_for_inference(scores, k, gate)
+
+
+def _own_set_last(earlier: Tensor, own: int) -> Tensor:
+    """Each row's earlier sets [N, m] with the set `own` behind them and the unused places behind that, [N, m + 1]."""
+    joined = torch.cat([earlier, earlier.new_full((len(earlier), 1), own)], dim=1)
+    order = (joined == NO_SET).to(torch.int8).sort(dim=1, stable=True).indices
+    return torch.gather(joined, 1, order)

@@ -1,4 +1,4 @@
-"""Where prompt sets stand: directly after the first token of each sample (modalprompt.md 3.7)."""
+"""Where prompt sets stand: directly after the first token of each sample (modalprompt.md 3.7) or before its image."""
 
 from __future__ import annotations
 
@@ -23,27 +23,41 @@ def gather_sets(bank: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
     return vectors, valid
 
 
-def insert_after_first(
+def insertion_place(attention: Tensor, is_image: Tensor | None = None, insertion: str = "after_bos") -> Tensor:
+    """Column [B] of the token that the prompts are put in front of.
+
+    `attention` and `is_image` [B, N]; `insertion` after_bos: the second real token; before_image: the first image
+    token, in samples without an image the second real token.
+    """
+    second = attention.float().argmax(dim=1) + 1
+    if insertion == "after_bos" or is_image is None:
+        return second
+    image = is_image & attention.bool()
+    return torch.where(image.any(dim=1), image.float().argmax(dim=1), second)
+
+
+def insert_prompts(
     embeddings: Tensor,
     attention: Tensor,
     prompts: Tensor,
     valid: Tensor,
     labels: Tensor | None = None,
     left: bool = False,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Insert each sample's prompt vectors between its first token and the rest.
+    """Insert each sample's prompt vectors in front of the token at `place`, by default directly after the first token.
 
-    `embeddings` [B, N, D], `attention` [B, N], `prompts` [B, P, D] with `valid` [B, P]; the batch is padded on the
-    right, or on the left when `left`. Returns embeddings [B, N+P, D], attention [B, N+P] and labels (-100 on
-    prompts); invalid prompt vectors become padding.
+    `embeddings` [B, N, D], `attention` [B, N], `prompts` [B, P, D] with `valid` [B, P], `place` [B] (see
+    `insertion_place`); the batch is padded on the right, or on the left when `left`. Returns embeddings [B, N+P, D],
+    attention [B, N+P] and labels (-100 on prompts); invalid prompt vectors become padding.
     """
-    tokens = attention.shape[1]
     attention = attention.bool()
-    first = attention.float().argmax(dim=1, keepdim=True)  # [B, 1] place of the first real token
-    is_first = torch.arange(tokens, device=attention.device)[None] == first
-    # A stable sort by these ranks gives the new order: first token, prompts, other tokens, padding at its side.
+    if place is None:
+        place = insertion_place(attention)
+    columns = torch.arange(attention.shape[1], device=attention.device)
+    # A stable sort by these ranks gives the new order: tokens before, prompts, tokens after, padding at its side.
     padding = -1 if left else 3
-    rank = torch.where(attention, torch.where(is_first, 0, 2), padding)
+    rank = torch.where(attention, torch.where(columns < place[:, None], 0, 2), padding)
     prompt_rank = torch.where(valid, 1, padding)
     order = torch.cat([rank, prompt_rank], dim=1).sort(dim=1, stable=True).indices  # [B, N+P]
     mixed = torch.cat([embeddings, prompts.to(embeddings.dtype)], dim=1)

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
-from pipeline.prompts.insertion import gather_sets, insert_after_first
+from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
 from pipeline.prompts.routing import prototype_term_weights
 
 
@@ -31,13 +31,14 @@ class Normaliser:
 class PromptedLMM(nn.Module):
     """Trainables of the current stage on a frozen multimodal model (modalprompt.md 13).
 
-    `prompt` [L, D] and `head` are the only parameters with gradients. The earlier sets are `bank` [t-1, L, D], a
-    plain tensor that no optimizer can reach.
+    `prompt` [L, D] and `head` are the only parameters with gradients, besides the model's projector where the recipe
+    trains it. The earlier sets are `bank` [t-1, L, D], a plain tensor that no optimizer can reach.
     """
 
-    def __init__(self, lmm: LMM, prompt_length: int, key_width: int) -> None:
+    def __init__(self, lmm: LMM, prompt_length: int, key_width: int, insertion: str = "after_bos") -> None:
         super().__init__()
         self.lmm = lmm
+        self.insertion = insertion
         # Trainables take the model's precision; DeepSpeed keeps float32 masters of them (engineering.md B2.6).
         self.prompt = nn.Parameter(torch.zeros(prompt_length, lmm.width, dtype=lmm.dtype))
         self.head = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
@@ -60,7 +61,10 @@ class PromptedLMM(nn.Module):
         """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
         embeddings = self.lmm.embed(batch.input_ids, batch.pixel_values, batch.has_image)
         vectors, valid = self.prompt_vectors(batch)
-        embeddings, attention, labels = insert_after_first(embeddings, batch.attention, vectors, valid, batch.labels)
+        place = insertion_place(batch.attention, batch.input_ids == self.lmm.image_token, self.insertion)
+        embeddings, attention, labels = insert_prompts(
+            embeddings, batch.attention, vectors, valid, batch.labels, place=place
+        )
         assert labels is not None
         hidden = self.lmm.hidden(embeddings, attention)
         language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)

@@ -20,6 +20,14 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(str(tuple(values.shape)).encode() + values.numpy().tobytes()).hexdigest()
 
 
+def fingerprint_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of named tensors; "" of none."""
+    if not tensors:
+        return ""
+    prints = [f"{name}:{tensor_fingerprint(tensor)}" for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+
 @dataclass
 class PromptPool:
     """Finished prompt sets in the order of their stages; values never change, sets are only appended.

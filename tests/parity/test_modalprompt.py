@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch
-from pipeline.prompts.insertion import gather_sets, insert_after_first
+from pipeline.prompts.insertion import gather_sets, insert_prompts
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.routing import select_for_inference, select_for_training, similarity
 
@@ -182,9 +182,7 @@ def test_inference_selection_and_greedy_answers(folder: Path, module: PromptedLM
                 batch.input_ids[one, :end], batch.pixel_values[one], torch.ones(1, dtype=torch.bool)
             )
             vectors, valid = gather_sets(pool["prompts"][:tasks], selected[one])
-            embeddings, attention, _ = insert_after_first(
-                embeddings, batch.attention[one, :end], vectors, valid, left=True
-            )
+            embeddings, attention, _ = insert_prompts(embeddings, batch.attention[one, :end], vectors, valid, left=True)
             logits = module.lmm.logits(module.lmm.hidden(embeddings, attention)[:, -1])
             torch.testing.assert_close(logits[0], recorded["first_logits"][number], atol=1e-5, rtol=0)
             expected = recorded["generated"][number].tolist()
