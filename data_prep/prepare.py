@@ -27,14 +27,14 @@ def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}]}` where `wrote` names
     what was new. Raises UserError for a source, CLIP or folder that is not as expected.
     """
-    identity = key_identity(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature)
+    identity = key_identity(*recipe.keys.source)
     root = Path(recipe.data.root)
     if recipe.data.source == "generated":
         generated.draw(root, recipe.data.seed, _common_limit(recipe))
 
     @cache
     def encoder() -> KeyEncoder:
-        return KeyEncoder(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature)
+        return KeyEncoder(*recipe.keys.source)
 
     known_images: KnownImages = {}
     splits = []

@@ -27,7 +27,7 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
 
     Raises UserError when no stage is finished, one is damaged, or model or CLIP are not those it was trained with.
     """
-    identity = key_identity(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature)
+    identity = key_identity(*recipe.keys.source)
     expected = {
         "base_model": base_fingerprint(recipe.model),
         "clip": {name: identity[name] for name in IDENTITY_FIELDS},
@@ -93,7 +93,7 @@ def export(run: Path, target: Path) -> dict[str, Any]:
         "method": recipe.method.model_dump(mode="json"),
         "model": {"path": recipe.model.path, "revision": recipe.model.revision, "dtype": recipe.model.dtype},
         "base_model": base_fingerprint(recipe.model),
-        "keys": key_identity(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature),
+        "keys": key_identity(*recipe.keys.source),
         "sha256": sha256(target / TENSORS),
     }
     write_json(target / META, meta)

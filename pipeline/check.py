@@ -1,87 +1,116 @@
-"""Looking at everything a run needs before any of it is computed."""
+"""Looking at everything a run needs before any of it is computed, and before any GPU is touched."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.check_data import CheckedData, require_prepared
 from pipeline.config import Recipe, accumulation, deepspeed_config
-from pipeline.errors import UserError
-from pipeline.launch import local_processes
+from pipeline.errors import UserError, UserErrors
+from pipeline.launch import is_distributed, local_processes
+from pipeline.memory import BESIDE, GIB, MemoryPlan
 
-SPLITS = ("train", "test")
+__all__ = ["Findings", "check", "require_prepared"]
+
+ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
 
 
-def check(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Check a recipe against this machine, print what was checked, and return {name of the check: finding}.
+@dataclass
+class Findings:
+    """What `check` saw: a line for each check, the sentences of what is wrong, and the memory plan."""
 
-    `name` is what the user calls the recipe. Raises UserError with the sentence of every failed check.
+    found: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one JSON object."""
+        memory = {"memory": self.memory.to_json()} if self.memory else {}
+        return {**self.found, **memory, "ok": not self.problems, "problems": self.problems}
+
+    def sentence(self, name: str) -> str:
+        """What the user is told when something is wrong: a line per problem if there are several."""
+        lines = [(title, sentence) for title, sentences in self.problems.items() for sentence in sentences]
+        if len(lines) == 1:
+            return lines[0][1]
+        return "\n".join([f"check {name} found {len(lines)} problems:", *(f"- {title}: {s}" for title, s in lines)])
+
+
+def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
+    """Check a recipe against this machine and print what was found; problems are in the result, not raised.
+
+    `name` is what the user calls the recipe; `ranks` the number of processes it is meant for, by default those of this
+    launch or those `run` would start here.
     """
-    checks: dict[str, Callable[[], str]] = {
-        "recipe": lambda: f"{recipe.name}: {recipe.method.name}, tasks {', '.join(t.name for t in recipe.data.tasks)}",
-        "run folder": lambda: _run_folder(recipe),
-        "ranks": lambda: _ranks(recipe),
-        "deepspeed": lambda: _deepspeed(recipe),
-        "model": lambda: _model(recipe),
-        "keys": lambda: _keys(recipe),
-        "data": lambda: _data(recipe, name),
-    }
-    table = Table("check", "", "found", title=f"check {name}")
-    findings, failures = {}, []
-    for title, look in checks.items():
-        try:
-            findings[title] = look()
-            table.add_row(title, "[green]ok[/green]", findings[title])
-        except UserError as error:
-            failures.append(str(error))
-            table.add_row(title, "[red]no[/red]", str(error))
-    Console().print(table)
-    if failures:
-        raise UserError(" ".join(failures))
+    from transformers.utils import logging as transformers_logging
+
+    from pipeline import hub
+
+    transformers_logging.set_verbosity_error()  # what it would warn about, the checks say in sentences
+    findings = Findings()
+    with hub.no_waiting([recipe.model.path, recipe.keys.path]) as online:
+        _look(findings, recipe, name, ranks or _ranks_here(recipe), online)
+    _show(findings, name)
     return findings
 
 
-def require_prepared(recipe: Recipe, name: str) -> None:
-    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
-    for task in recipe.data.tasks:
-        for split in SPLITS:
-            folder = recipe.data.split_path(task.name, split)
-            if not (folder / "dataset.json").is_file():
-                raise UserError(
-                    f"task '{task.name}' is not prepared: there is no {folder / 'dataset.json'}; "
-                    f"run `python -m pipeline prepare {name}` first."
-                )
+def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
+    from pipeline.check_model import CheckedModel, check_keys, check_model, check_run_folder
+
+    model, data = CheckedModel(recipe, online), CheckedData(recipe, name)
+    identity: dict[str, str] | None = None
+
+    def keys() -> str:
+        nonlocal identity
+        found, identity = check_keys(recipe, online)
+        return found
+
+    def model_works() -> bool:
+        return "model" not in findings.problems
+
+    checks: dict[str, Callable[[], str]] = {
+        "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {len(recipe.data.tasks)} tasks",
+        "metrics": lambda: ", ".join(f"{task.name} {task.metric}" for task in recipe.data.tasks),
+        "ranks": lambda: _ranks(recipe, ranks),
+        "deepspeed": lambda: _deepspeed(recipe, ranks),
+        "model": lambda: check_model(model),
+        "keys": keys,
+        "data": lambda: data.check(identity, (lambda: model.conversation) if model_works() else None),
+        "run folder": lambda: check_run_folder(recipe, model if model_works() else None, identity),
+        "memory": lambda: _memory(findings, recipe, ranks, model, data),
+    }
+    for title, look in checks.items():
+        try:
+            findings.found[title] = look()
+        except UserErrors as errors:
+            findings.problems[title] = errors.sentences
+        except UserError as error:
+            findings.problems[title] = [str(error)]
 
 
-def _run_folder(recipe: Recipe) -> str:
-    path = recipe.run_path
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir: '{path}' is a file, expected a folder or nothing there.")
-    return f"{path} ({_status(path)})"
+def _ranks_here(recipe: Recipe, env: Mapping[str, str] = os.environ) -> int:
+    if is_distributed(env):
+        return int(env.get("WORLD_SIZE") or env["SLURM_NTASKS"])
+    return local_processes(recipe)
 
 
-def _status(path: Path) -> str:
-    if not (path / "run.json").is_file():
-        return "new"
+def _ranks(recipe: Recipe, ranks: int) -> str:
+    micro, steps = accumulation(recipe, ranks)
+    return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}"
+
+
+def _deepspeed(recipe: Recipe, ranks: int) -> str:
     try:
-        return str(json.loads((path / "run.json").read_text(encoding="utf-8"))["status"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path / 'run.json'}' is damaged ({error}); remove the folder to start again.") from error
-
-
-def _ranks(recipe: Recipe) -> str:
-    processes = local_processes(recipe)
-    micro, steps = accumulation(recipe, processes)
-    return f"{processes} here, each {micro} samples x {steps} per step of {recipe.train.global_batch}"
-
-
-def _deepspeed(recipe: Recipe) -> str:
-    config = deepspeed_config(recipe, local_processes(recipe))
+        config = deepspeed_config(recipe, ranks)
+    except UserError:
+        accumulation(recipe, ranks)  # said by the check of the ranks; what is left is the file's
+        raise
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 
@@ -92,33 +121,43 @@ def _deepspeed(recipe: Recipe) -> str:
     return f"{recipe.train.deepspeed}: ZeRO stage {int(zero.stage)}, {recipe.model.dtype}"
 
 
-def _model(recipe: Recipe) -> str:
-    from pipeline.backbones.lmm import load_processor
+def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: CheckedData) -> str:
+    """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    from pipeline.memory import meta_model, plan_memory
 
-    processor = load_processor(recipe.model)
-    return f"{recipe.model.path}: {type(processor).__name__}, {len(processor.tokenizer)} tokens"
+    if {"ranks", "deepspeed"} & findings.problems.keys():
+        return "not planned: ranks or DeepSpeed file are wrong"
+    try:
+        built = meta_model(recipe) if model.config is not None else None
+    except (UserError, OSError, ValueError, KeyError, ImportError):
+        return f"not planned: the configuration of '{recipe.model.path}' cannot be had here"
+    assert built is not None
+    tokens = model.tokens(data.samples)
+    width = data.key_width or ASSUMED_KEY_WIDTH
+    plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
+    peak = max(plan.training, plan.evaluation)
+    return f"{peak / GIB:.2f} GiB per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"
 
 
-def _keys(recipe: Recipe) -> str:
-    identity = _identity(recipe)
-    return f"{recipe.keys.path}: weights {identity['weights_sha256'][:12]}, {recipe.keys.text_feature} text"
+def _show(findings: Findings, name: str) -> None:
+    console = Console()
+    table = Table("check", "", "found", title=f"check {name}")
+    for title in [*findings.found, *findings.problems]:
+        wrong = findings.problems.get(title)
+        if wrong is None:
+            table.add_row(title, "[green]ok[/green]", findings.found[title])
+        else:
+            table.add_row(title, "[red]no[/red]", f"{len(wrong)} problem{'s' * (len(wrong) > 1)}, named below")
+    console.print(table)
+    if findings.memory is None:
+        return
+    plan = findings.memory
+    table = Table("memory per GPU", "training", "evaluation", "", title=f"{plan.ranks} ranks, ZeRO {plan.zero_stage}")
+    for entry in plan.entries:
+        table.add_row(entry.name, _amount(entry.training), _amount(entry.evaluation), entry.note)
+    table.add_row("all", _amount(plan.training), _amount(plan.evaluation), BESIDE, style="bold")
+    console.print(table)
 
 
-def _identity(recipe: Recipe) -> dict[str, str]:
-    from pipeline.backbones.clip import key_identity
-
-    return key_identity(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature)
-
-
-def _data(recipe: Recipe, name: str) -> str:
-    from pipeline.data.shards import IndexedShards
-
-    require_prepared(recipe, name)
-    identity = _identity(recipe)
-    counts = []
-    for task in recipe.data.tasks:
-        splits = [IndexedShards(recipe.data.split_path(task.name, split)) for split in SPLITS]
-        for shards in splits:
-            shards.keys(identity)
-        counts.append(f"{task.name} {'/'.join(str(len(shards)) for shards in splits)}")
-    return f"{recipe.data.prepared} (train/test): {', '.join(counts)}"
+def _amount(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.2f} MiB"

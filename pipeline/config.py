@@ -48,6 +48,17 @@ class TaskConfig(Section):
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(None, ge=1, description="use only the first so many training samples")
     limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
+    train_files: tuple[str, ...] = Field(
+        (), description="files of the training split in the task's folder; empty: train.json and its numbered parts"
+    )
+    test_files: tuple[str, ...] = Field(
+        (), description="files of the test split in the task's folder; empty: test.json or val.json and numbered parts"
+    )
+    annotations: str | None = Field(
+        None,
+        description="file under the root with further answers to the test questions (ten annotators, choices, "
+        "captions); null: the benchmarks' own file names are looked for",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -69,6 +80,13 @@ class DataConfig(Section):
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
     workers: int = Field(2, ge=1, description="threads that decode images while preparing")
     seed: int = Field(0, ge=0, description="seed of the generator; the run's own seed does not change the data")
+    scoring: Literal["fixed", "compat"] = Field(
+        "fixed", description="compat: score as the official scripts do, faults included (pipeline/metrics/compat.py)"
+    )
+    skip_bad: int = Field(0, ge=0, description="leave out up to so many bad records of all tasks together")
+    repeated_ids: Literal["refuse", "number"] = Field(
+        "refuse", description="number: a record whose id was used before is kept as id#2, id#3, ..."
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -107,12 +125,20 @@ class KeysConfig(Section):
     text_feature: Literal["projected", "pooled"] = Field(
         "projected", description="projected: CLIP's joint space; pooled: before the projection, as in the official code"
     )
+    text_truncation: Literal["head", "tail"] = Field(
+        "head", description="which end of a question that CLIP's 77 tokens cannot hold is kept; head: CLIP's own way"
+    )
     batch: int = Field(64, ge=1, description="samples per forward pass while preparing")
 
     @property
     def location(self) -> str:
         """What to give to from_pretrained: see `locate`."""
         return locate(self.path)
+
+    @property
+    def source(self) -> tuple[str, str | None, Literal["projected", "pooled"], Literal["head", "tail"]]:
+        """What names the CLIP and its features to `key_identity` and `KeyEncoder`."""
+        return self.location, self.revision, self.text_feature, self.text_truncation
 
 
 class MethodConfig(Section):

@@ -88,7 +88,7 @@ def _check_picture(sample: Sample, image: Path | None) -> None:
 
 
 def _keys(recipe: Recipe, sample: Sample) -> Keys:
-    encoder = KeyEncoder(recipe.keys.location, recipe.keys.revision, recipe.keys.text_feature)
+    encoder = KeyEncoder(*recipe.keys.source)
     text = encoder.text([sample.question])
     picture = sample.picture()
     image = torch.zeros_like(text) if picture is None else encoder.image([picture])

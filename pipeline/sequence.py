@@ -87,7 +87,7 @@ class Sequence:
     def _key_identity(self) -> dict[str, str]:
         from pipeline.backbones.clip import key_identity
 
-        return key_identity(self.recipe.keys.location, self.recipe.keys.revision, self.recipe.keys.text_feature)
+        return key_identity(*self.recipe.keys.source)
 
     def _parts(self, split: str) -> list[tuple[IndexedShards, Any, int | None]]:
         parts = []

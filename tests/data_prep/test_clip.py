@@ -46,6 +46,20 @@ def test_a_text_longer_than_the_context_is_cut_at_its_end(clip):
     assert not torch.equal(encoder.text([long]), encoder.text([long[: CONTEXT - 3]]))
 
 
+def test_the_tail_of_a_long_text_can_be_kept_instead(clip):
+    head, tail = KeyEncoder(clip), KeyEncoder(clip, text_truncation="tail")
+    long = "abcdefghijklmnopqrstuvwxyz" * 4
+    torch.testing.assert_close(tail.text([long]), head.text([long[-(CONTEXT - 2) :]]))
+    assert not torch.equal(tail.text([long]), head.text([long]))
+    torch.testing.assert_close(tail.text(["a dog"]), head.text(["a dog"]))
+
+
+def test_the_truncation_is_part_of_the_identity(clip):
+    head, tail = key_identity(clip), KeyEncoder(clip, text_truncation="tail").identity()
+    assert head == key_identity(clip, text_truncation="head") != tail
+    assert head["preprocessing_sha256"] != tail["preprocessing_sha256"]
+
+
 def test_the_context_of_the_model_counts_when_the_tokenizer_knows_none(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "clip")
     config = tmp_path / "clip" / "tokenizer_config.json"

@@ -168,6 +168,14 @@ def test_keys_of_another_text_feature_are_refused(prepared):
         _train(prepared).keys(key_identity(prepared.keys.path, None, "pooled"))
 
 
+def test_keys_of_the_other_truncation_are_refused_and_computed_anew(recipe, prepared):
+    built = recipe(keys={"text_truncation": "tail"})
+    with pytest.raises(UserError, match=r"keep the head of long questions, keys\.text_truncation says tail"):
+        _train(prepared).keys(key_identity(*built.keys.source))
+    assert [split["wrote"] for split in prepare(built, progress=False)["splits"]] == [["keys"], ["keys"]]
+    assert _train(built).keys(key_identity(*built.keys.source)).identity["text_truncation"] == "tail"
+
+
 def test_keys_of_another_dataset_are_refused(prepared):
     test = prepared.data.split_path("Shapes", "test")
     shutil.copy(test / "keys.safetensors", _train(prepared).folder)
