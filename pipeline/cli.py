@@ -71,12 +71,23 @@ def _before(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check recipe, files, prepared data, model folders and world size before anything is computed."""
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default those that `run` would start here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check data, model, CLIP, metrics and world size, and plan the memory, before any GPU is touched."""
     loaded = load_recipe(recipe, overrides or [])
     from pipeline.check import check as check_recipe
 
-    _show(check_recipe(loaded, recipe), as_json)
+    findings = check_recipe(loaded, recipe, ranks)
+    if as_json:
+        _show(findings.to_json(), as_json)
+    if findings.problems:
+        raise UserError(findings.sentence(recipe))
 
 
 @app.command()
@@ -161,6 +172,10 @@ def _sequence(verb: str, name: str, overrides: list[str], as_json: bool) -> None
     recipe = load_recipe(name, overrides)
     from pipeline.check import require_prepared
 
+    if recipe.data.prepare_first and not launch.is_distributed():
+        from data_prep.prepare import prepare as prepare_recipe
+
+        prepare_recipe(recipe, progress=True)
     require_prepared(recipe, name)
     if not launch.is_distributed():
         # Said here, before ranks have started and loaded anything.

@@ -77,6 +77,7 @@ class DataConfig(Section):
     root: str = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
     prepared: str = Field("data/{name}", description="folder of the shards: <prepared>/<task>/<split>/")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="the tasks in the order they are learned")
+    prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
     workers: int = Field(2, ge=1, description="threads that decode images while preparing")
     seed: int = Field(0, ge=0, description="seed of the generator; the run's own seed does not change the data")

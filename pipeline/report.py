@@ -31,6 +31,8 @@ METRIC_TEXTS = {
     "forgetting_coin": "own stage's score minus the last one; CoIN's and ModalPrompt's “BWT”, positive = forgotten",
     "backward_transfer": "last score minus own stage's; negative = forgotten",
 }
+SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
+LONG_NAME = 16
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
 
 
@@ -78,16 +80,22 @@ def terminal_table(run_paths: Sequence[Path]) -> Table:
         raise UserError("There is no run to compare; expected at least one run folder.")
     table = Table(
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        caption="percent; last = mean over the tasks seen; forgetting: positive = forgotten",
+        padding=0,
+        caption="percent; last: mean of the tasks seen; forgot: positive = forgotten",
     )
     table.add_column("run", overflow="fold")
     for title in comparison_header(runs[0].tasks):
-        table.add_column(escape(title), justify="right", overflow="fold")
+        table.add_column(escape(SHORT_TITLES.get(title, title)), justify="right", no_wrap=True)
     for row in comparison_rows(runs):
-        label = row["name"] + (f"\n({row['note']})" if row["note"] else "")
+        label = _broken(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
         table.add_row(escape(label), *map(_percent, row["values"]))
     return table
+
+
+def _broken(name: str) -> str:
+    """Put a long run name on two lines, recipe and rest, so that the numbers of six tasks fit on 80 columns."""
+    recipe, hyphen, rest = name.partition("-")
+    return f"{recipe}{hyphen}\n{rest}" if len(name) > LONG_NAME and rest else name
 
 
 def comparison_header(tasks: Sequence[str]) -> list[str]:

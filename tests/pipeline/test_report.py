@@ -184,7 +184,7 @@ def test_the_terminal_table_compares_runs(tmp_path: Path) -> None:
     lines = printed([first, second]).splitlines()
     assert any("(2 of 3 stages)" in line for line in lines)
     rows = {words[0]: words[1:] for line in lines if len(words := line.split()) == 7}
-    assert rows["run"] == [*TASKS, "last", "forgetting", "routing"]
+    assert rows["run"] == [*TASKS, "last", "forgot", "routing"]
     assert rows["zero-shot"] == ["1.0", "2.0", "3.0", "2.0", "–", "–"]
     assert rows["first"] == ["60.0", "88.0", "95.0", "81.0", "13.5", "98.0"]
     assert rows["second"] == ["80.0", "85.0", "–", "82.5", "10.0", "98.0"]
