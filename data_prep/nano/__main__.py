@@ -21,7 +21,7 @@ def train(
     scenes: Annotated[int, typer.Option(help="pictures to draw and learn from")] = 50_000,
     vision_minutes: Annotated[float, typer.Option(help="wall clock for the vision tower")] = 16,
     key_minutes: Annotated[float, typer.Option(help="wall clock for the key CLIP")] = 5,
-    language_minutes: Annotated[float, typer.Option(help="wall clock for projector and decoder")] = 95,
+    language_minutes: Annotated[float, typer.Option(help="wall clock for projector and decoder")] = 130,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Train vision tower, key CLIP and language model from scratch and save them as ordinary checkpoints (float16)."""
@@ -36,7 +36,7 @@ def train(
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.time()
-    pool, fresh = draw_pool(scenes, seed=1), draw_pool(2000, seed=2)
+    pool, fresh = draw_pool(scenes, seed=1), draw_pool(min(2000, scenes), seed=2)
     _say(f"drew {len(pool.scenes)} scenes", started)
     tower = train_vision(pool, vision_minutes, device)
     features, pooled = encode(tower, pool.pixels, device)
