@@ -44,7 +44,7 @@ class TaskConfig(Section):
     """One task of the sequence."""
 
     name: Name = Field(description="folder of the task under the data's instructions/")
-    metric: str = Field("exact", description="how an answer is scored; a name of pipeline.metrics.answers.METRICS")
+    metric: str = Field("exact", description="how answers are scored; a name that pipeline.metrics.scoring knows")
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(None, ge=1, description="use only the first so many training samples")
     limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
@@ -63,10 +63,10 @@ class TaskConfig(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:
-        from pipeline.metrics.answers import METRICS  # here: a recipe can be read before the metrics are imported
+        from pipeline.metrics.scoring import metric_names  # here: a recipe can be read before the metrics are imported
 
-        if metric not in METRICS:
-            raise ValueError(f"expected one of {', '.join(sorted(METRICS))}.{nearest(metric, METRICS)}")
+        if metric not in metric_names():
+            raise ValueError(f"expected one of {', '.join(metric_names())}.{nearest(metric, metric_names())}")
         return metric
 
 

@@ -35,6 +35,7 @@ class Test:
     metric: str
     max_new_tokens: int
     data: StageData
+    scoring: str = "fixed"
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def evaluate_task(
     insertion: str = "after_bos",
     projector: str = "",
 ) -> float:
-    """Score a test set after a stage, write its predictions, and return its mean score in percent.
+    """Score a test set after a stage, write its predictions, and return its score in percent.
 
     `selected` [N, m] and `scores` [N, T] (similarities) belong to the samples of `test`. Answers that an evaluation
     in the `earlier` folders got with the same sets are taken from there (design.md decision 8). `lmm` is called only
@@ -115,25 +116,30 @@ def evaluate_task(
         )  # fmt: skip
         for part in gather_objects(mine):
             answers.update(part)
-    from pipeline.metrics.answers import score
+    from pipeline.metrics.scoring import Answered, score_task
 
-    lines, total = [], 0.0
+    lines: list[dict[str, Any]] = []
+    answered: list[Answered] = []
     for index, identity in enumerate(test.data.ids):
         sample = test.data[index]
         prediction = answers[index] if index in answers else known[identity, wanted[index]]
-        points = score(test.metric, prediction, sample.answer, sample.meta)
-        total += points
+        answered.append(Answered(prediction, sample.answer, sample.meta, sample.image is not None))
         lines.append({
             "id": identity, "question": sample.question, "prediction": prediction, "answer": sample.answer,
-            "score": points, "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
+            "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
         })  # fmt: skip
+    scored = score_task(test.metric, answered, test.scoring)
+    for line, points in zip(lines, scored.points, strict=True):
+        line["score"] = points
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETS_FILE, {**prints, PROJECTOR: projector} if projector else prints)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+        summary = {"metric": test.metric, "scoring": test.scoring, "samples": len(lines), "score": scored.percent}
+        write_json(folder / f"{test.name}.score.json", {**summary, "parts": scored.parts})
     barrier()
-    return 100.0 * total / max(1, len(lines))
+    return scored.percent
 
 
 def _known_answers(task: str, folders: Iterable[Path]) -> dict[tuple[str, tuple[str, ...]], str]:

@@ -35,6 +35,7 @@ from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
 from pipeline.methods import Method, Stage, make_method
 from pipeline.metrics.continual import after_stage
+from pipeline.metrics.scoring import require_metrics
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.tracking import Tracker, make_tracker
@@ -98,8 +99,9 @@ class Sequence:
         return parts
 
     def _tests(self) -> list[Test]:
+        require_metrics([task.metric for task in self.recipe.data.tasks])
         return [
-            Test(task.name, task.metric, task.max_new_tokens, StageData([part]))
+            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), self.recipe.data.scoring)
             for task, part in zip(self.recipe.data.tasks, self._parts("test"), strict=True)
         ]
 

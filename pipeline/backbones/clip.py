@@ -113,7 +113,8 @@ def key_identity(
     """Return the metadata of keys this CLIP makes, read from its files without loading the model.
 
     `weights_sha256`, `preprocessing_sha256` and `text_feature` decide whether keys belong to it; the truncation is part
-    of the preprocessing. `clip`, `revision` and `text_truncation` tell a person where the keys came from. Raises UserError when the checkpoint cannot be found.
+    of the preprocessing. `clip`, `revision` and `text_truncation` tell a person where the keys came from. Raises
+    UserError when the checkpoint cannot be found.
     """
     folder = _checkpoint(os.fspath(path), revision)
     preprocessing = hashlib.sha256(f"encoding {ENCODING_VERSION}\n".encode())

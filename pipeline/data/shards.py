@@ -207,7 +207,8 @@ def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: M
             f"The CLIP keys {path} have shapes image {list(image.shape)}, text {list(text.shape)}, has_image "
             f"{list(has_image.shape)}; expected {count} rows of one width. {FIX}"
         )
-    cut, wanted = identity.get("text_truncation", "head"), (expected_identity or identity).get("text_truncation", "head")
+    cut = identity.get("text_truncation", "head")
+    wanted = (expected_identity or identity).get("text_truncation", "head")
     if cut != wanted:
         raise UserError(
             f"The CLIP keys {path} keep the {cut} of long questions, keys.text_truncation says {wanted}. "

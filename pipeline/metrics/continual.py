@@ -12,13 +12,15 @@ from pipeline.errors import UserError
 Row = Sequence[float | None]
 Matrix = Sequence[Row]
 
+HIGHEST = 1000  # shares end at 100; CIDEr, published in percent of 1 too, ends at 10
 ROUNDING = 1e-6  # a mean of scores in percent may miss the ends of the range by a last bit
 
 
 def square(accuracy: Matrix) -> list[list[float | None]]:
     """Return the matrix with rows of None for the stages to come, [T, T], after checking it.
 
-    Raises UserError for an empty or ragged matrix, more rows than tasks, a score above the diagonal or outside 0..100.
+    Raises UserError for an empty or ragged matrix, more rows than tasks, a score above the diagonal, or one
+    outside 0..1000 (only CIDEr passes 100).
     """
     if not accuracy or not accuracy[0]:
         raise UserError("The accuracy matrix is empty; expected one row per stage. Evaluate the run first.")
@@ -39,9 +41,10 @@ def square(accuracy: Matrix) -> list[list[float | None]]:
                     f"The accuracy matrix has a score for task {task + 1} after stage {stage + 1}; expected null, "
                     "because that task is learned later (zero-shot scores have a list of their own)."
                 )
-            if not -ROUNDING <= score <= 100 + ROUNDING:
+            if not -ROUNDING <= score <= HIGHEST + ROUNDING:
                 raise UserError(
-                    f"The score of task {task + 1} after stage {stage + 1} is {score}; expected percent, 0 to 100."
+                    f"The score of task {task + 1} after stage {stage + 1} is {score}; expected percent, 0 to 100 "
+                    f"(CIDEr up to {HIGHEST})."
                 )
     return [list(row) for row in accuracy] + [[None] * tasks for _ in range(tasks - len(accuracy))]
 

@@ -9,7 +9,8 @@ from pipeline.metrics.evalai import normalise
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_gives_one_for_the_answer_itself_and_zero_for_another(metric: str) -> None:
-    right, wrong = ("[0.1,0.2,0.5,0.6]", "[0.6,0.7,0.9,0.9]") if metric == "iou" else ("B", "D")
+    boxes = ("iou", "grounding")
+    right, wrong = ("[0.1,0.2,0.5,0.6]", "[0.6,0.7,0.9,0.9]") if metric in boxes else ("B", "D")
     if metric == "iou_compat":
         right, wrong = "[0.10,0.20,0.50,0.600]", "[0.60,0.70,0.90,0.900]"
     assert score(metric, right, right) == 1.0

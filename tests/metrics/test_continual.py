@@ -78,7 +78,7 @@ def test_zero_shot_scores_give_the_gain() -> None:
         ([[1, N], [1]], "Row 2 .* has 1 entries; expected 2"),
         ([[1], [2]], "2 rows for 1 tasks"),
         ([[1, 2], [1, 2]], "task 2 after stage 1; expected null"),
-        ([[1, N], [101, 2]], "task 1 after stage 2 is 101; expected percent"),
+        ([[1, N], [1001, 2]], "task 1 after stage 2 is 1001; expected percent"),
         ([[-1, N], [1, 2]], "is -1; expected percent"),
         ([[float("nan")]], "is nan; expected percent"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.metrics.answers import LETTERS, anls, option_letter, score, vqa
 from pipeline.metrics.evalai import normalise
+from pipeline.metrics.scoring import Answered, score_task
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,12 @@ def test_soft_accuracy_equals_the_m4c_evaluators(recorded: Any) -> None:
     assert scores == pytest.approx([item["score"] for item in items], abs=1e-12)
 
 
+def test_a_test_sets_accuracy_is_the_mean_of_the_recorded_scores(recorded: Any) -> None:
+    items = recorded("textvqa.json")["textvqa_soft_accuracy"]
+    scored = score_task("textvqa", [Answered(item["prediction"], "", {"answers": item["answers"]}) for item in items])
+    assert scored.percent == pytest.approx(100 * sum(item["score"] for item in items) / len(items), abs=1e-9)
+
+
 def test_anls_equals_the_m4c_evaluators(recorded: Any) -> None:
     items = recorded("textvqa.json")["anls"]
     assert items
@@ -46,4 +53,6 @@ def test_letters_are_read_from_real_outputs_as_llava_scored_them(recorded: Any) 
     assert items
     letters = [option_letter(item["output"]) for item in items]
     assert [LETTERS.index(letter) if letter else -1 for letter in letters] == [item["index"] for item in items]
-    assert all(score("scienceqa", item["output"], LETTERS[item["index"]], {}) for item in items if item["index"] >= 0)
+    for item in items:
+        right = [score("scienceqa", item["output"], letter, {}) for letter in LETTERS]
+        assert right == [float(number == item["index"]) for number in range(len(LETTERS))]

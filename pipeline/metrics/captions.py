@@ -1,0 +1,72 @@
+"""Scores of captions over a whole test set: BLEU, ROUGE-L and CIDEr as the COCO caption evaluation computes them.
+
+The numbers are those of the pycocoevalcap package. Its tokenizer, like METEOR, needs Java; the words here are split by
+the same conventions in a few lines, so that scores do not depend on what else a machine has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from pipeline.errors import UserError
+
+PACKAGE = "pycocoevalcap"
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+PARTS = (*BLEU, "rouge_l", "cider")
+# `caption` is the mean of the six: UCIT's scripts average over these and METEOR.
+METRICS = {"bleu_4": ("bleu_4",), "rouge_l": ("rouge_l",), "cider": ("cider",), "caption": PARTS}
+
+# Words as the Penn Treebank splits them, without punctuation; the first alternative that fits at a place wins.
+_WORDS = re.compile(
+    r"""
+    \d+(?:[.,:]\d+)+              # 1,000  3:30  5.50
+    | (?:[a-z]\.){2,}             # u.s.
+    | n't\b | '(?:s|m|d|re|ve|ll)\b
+    | [^\W_]+?(?=n't\b)           # is|n't
+    | can(?=not\b)                # can|not
+    | o'clock
+    | [^\W_]+(?:[-_/][^\W_]+)*    # words, t-shirt, and/or, 7up
+    | [^\w\s.?!,:;'"`()\[\]{}-]   # signs that count as words: $ % & #
+    """,
+    re.VERBOSE,
+)
+
+
+def require() -> None:
+    """Raise UserError, with the command that installs it, when the package behind these metrics is missing."""
+    if find_spec(PACKAGE) is None:
+        raise UserError(
+            f"The metrics {', '.join(METRICS)} need the package {PACKAGE}, which is not installed; "
+            f"run `pip install {PACKAGE}`."
+        )
+
+
+def caption_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the score of the test set and of every caption by name, for each of `PARTS`.
+
+    `references[i]` are the true captions of sample i, at least one. BLEU and ROUGE-L are in [0, 1], CIDEr in [0, 10]:
+    it weighs words by how few samples use them, so with a single sample it is 0. Raises UserError without the package.
+    """
+    require()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    found = {number: [tokenise(text)] for number, text in enumerate(predictions)}
+    wanted = {number: [tokenise(text) for text in texts] for number, texts in enumerate(references)}
+    bleu, bleu_each = Bleu(4).compute_score(wanted, found, verbose=0)
+    totals = dict(zip(BLEU, map(float, bleu), strict=True))
+    each = {name: [float(value) for value in values] for name, values in zip(BLEU, bleu_each, strict=True)}
+    for name, metric in (("rouge_l", Rouge()), ("cider", Cider())):
+        total, values = metric.compute_score(wanted, found)
+        totals[name], each[name] = float(total), [float(value) for value in values]
+    return totals, each
+
+
+def tokenise(text: str) -> str:
+    """Return the words of a caption in lower case, one space apart, without punctuation."""
+    return " ".join(_WORDS.findall(text.lower()))

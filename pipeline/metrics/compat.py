@@ -1,0 +1,54 @@
+"""The scores of CoIN's published scripts, faults included: what published numbers are comparable with.
+
+ModalPrompt's repository scores with the same logic (spec 7.1 and 8). Recipes choose these with `data.scoring: compat`.
+A model's answer arrives here stripped of outer white space, as the scripts' model side does it too.
+"""
+
+from typing import Any
+
+from pipeline.metrics.boxes import IOU_THRESHOLD, box_iou, true_box
+from pipeline.metrics.letters import choices, first_letter, true_letter
+
+Meta = dict[str, Any]
+
+UNANSWERABLE = "Unanswerable"
+
+
+def scienceqa(prediction: str, answer: str, meta: Meta) -> float:
+    """Letter as CoIN reads it: the text itself, "X. ...", else the first single-character word - "The answer is X" is
+    no rule of its own, so "A force acts. The answer is C." chooses A."""
+    letter = first_letter(prediction, choices(meta))
+    return float(letter is not None and letter == true_letter(answer, meta))
+
+
+def imagenet(prediction: str, answer: str, meta: Meta) -> float:
+    """Substring either way; an empty answer is part of every text and counts as right (B12)."""
+    return float(answer in prediction or prediction in answer)
+
+
+def gqa(prediction: str, answer: str, meta: Meta) -> float:
+    """The prediction in lower case without final full stops equals the answer as it is written."""
+    return float(prediction.rstrip(".").lower().removeprefix(" ") == answer)
+
+
+def single_answer(prediction: str, answer: str, meta: Meta) -> float:
+    """Equal in upper case; a final full stop makes it wrong. CoIN's VizWiz and VQAv2."""
+    return float(prediction.upper() == answer.upper())
+
+
+def ocrvqa(prediction: str, answer: str, meta: Meta) -> float:
+    """Equal in lower case; a prediction with "Unanswerable" in it is never right, even where that is true (B13)."""
+    return float(UNANSWERABLE not in prediction and prediction.lower() == answer.lower())
+
+
+def grounding(prediction: str, answer: str, meta: Meta) -> float:
+    """IoU > 0.5 after brackets and then the first and last character are cut off: "0.78]" is read as 0.7 (B11)."""
+    text = prediction.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return 0.0
+    wanted = true_box(answer, meta)
+    if len(numbers) != 4 or wanted is None:
+        return 0.0
+    return float(box_iou((numbers[0], numbers[1], numbers[2], numbers[3]), wanted) > IOU_THRESHOLD)
