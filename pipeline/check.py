@@ -25,14 +25,15 @@ ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
 class Findings:
     """What `check` saw: a line for each check, the sentences of what is wrong, and the memory plan."""
 
-    found: dict[str, str] = field(default_factory=dict)
+    found: dict[str, str | None] = field(default_factory=dict)  # None: see the problems
     problems: dict[str, list[str]] = field(default_factory=dict)
     memory: MemoryPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as one JSON object."""
         memory = {"memory": self.memory.to_json()} if self.memory else {}
-        return {**self.found, **memory, "ok": not self.problems, "problems": self.problems}
+        found = {title: text for title, text in self.found.items() if text is not None}
+        return {**found, **memory, "ok": not self.problems, "problems": self.problems}
 
     def sentence(self, name: str) -> str:
         """What the user is told when something is wrong: a line per problem if there are several."""
@@ -78,7 +79,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {len(recipe.data.tasks)} tasks",
         "metrics": lambda: ", ".join(f"{task.name} {task.metric}" for task in recipe.data.tasks),
         "ranks": lambda: _ranks(recipe, ranks),
-        "deepspeed": lambda: _deepspeed(recipe, ranks),
+        "deepspeed": lambda: _deepspeed(recipe),
         "model": lambda: check_model(model),
         "keys": keys,
         "data": lambda: data.check(identity, (lambda: model.conversation) if model_works() else None),
@@ -86,6 +87,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "memory": lambda: _memory(findings, recipe, ranks, model, data),
     }
     for title, look in checks.items():
+        findings.found[title] = None
         try:
             findings.found[title] = look()
         except UserErrors as errors:
@@ -105,12 +107,8 @@ def _ranks(recipe: Recipe, ranks: int) -> str:
     return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}"
 
 
-def _deepspeed(recipe: Recipe, ranks: int) -> str:
-    try:
-        config = deepspeed_config(recipe, ranks)
-    except UserError:
-        accumulation(recipe, ranks)  # said by the check of the ranks; what is left is the file's
-        raise
+def _deepspeed(recipe: Recipe) -> str:
+    config = deepspeed_config(recipe, 1)  # the file's own faults; whether the ranks divide is another check
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 
@@ -123,7 +121,8 @@ def _deepspeed(recipe: Recipe, ranks: int) -> str:
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: CheckedData) -> str:
     """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
-    from pipeline.memory import meta_model, plan_memory
+    from pipeline.memory import plan_memory
+    from pipeline.model_shape import meta_model
 
     if {"ranks", "deepspeed"} & findings.problems.keys():
         return "not planned: ranks or DeepSpeed file are wrong"
@@ -136,26 +135,28 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
     width = data.key_width or ASSUMED_KEY_WIDTH
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
     peak = max(plan.training, plan.evaluation)
-    return f"{peak / GIB:.2f} GiB per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"
+    return f"{_amount(peak)} per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"
 
 
 def _show(findings: Findings, name: str) -> None:
     console = Console()
     table = Table("check", "", "found", title=f"check {name}")
-    for title in [*findings.found, *findings.problems]:
-        wrong = findings.problems.get(title)
-        if wrong is None:
-            table.add_row(title, "[green]ok[/green]", findings.found[title])
-        else:
-            table.add_row(title, "[red]no[/red]", f"{len(wrong)} problem{'s' * (len(wrong) > 1)}, named below")
+    for title, text in findings.found.items():
+        wrong = findings.problems.get(title, [])
+        mark = "[red]no[/red]" if wrong else "[green]ok[/green]"
+        if title == "memory" and findings.memory is None:
+            mark = "--"
+        table.add_row(title, mark, text or f"{len(wrong)} problem{'s' * (len(wrong) > 1)}, named below")
     console.print(table)
     if findings.memory is None:
         return
     plan = findings.memory
-    table = Table("memory per GPU", "training", "evaluation", "", title=f"{plan.ranks} ranks, ZeRO {plan.zero_stage}")
+    table = Table(
+        "memory per GPU", "training", "evaluation", "", title=f"ranks: {plan.ranks}, ZeRO stage {plan.zero_stage}"
+    )
     for entry in plan.entries:
         table.add_row(entry.name, _amount(entry.training), _amount(entry.evaluation), entry.note)
-    table.add_row("all", _amount(plan.training), _amount(plan.evaluation), BESIDE, style="bold")
+    table.add_row("all", _amount(plan.training), _amount(plan.evaluation), "", style="bold")
     console.print(table)
 
 

@@ -15,6 +15,14 @@ class UserError(Exception):
     """The user's input is wrong; the message is one sentence: what was found, what was expected, what to do."""
 
 
+class UserErrors(UserError):
+    """Several things are wrong: one sentence for each in `sentences`."""
+
+    def __init__(self, sentences: Iterable[str]) -> None:
+        self.sentences = list(sentences)
+        super().__init__(" ".join(self.sentences))
+
+
 class Interrupted(Exception):
     """The run stopped early with its state saved; the same command resumes it."""
 

@@ -1,0 +1,170 @@
+"""The checks of the data: prepared splits and their keys, or, where nothing is prepared yet, the CoIN folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Recipe, TaskConfig
+from pipeline.data.conversation import Conversation
+from pipeline.data.sample import Sample
+from pipeline.data.shards import DATASET_FILE, IndexedShards
+from pipeline.data_sources import Benchmark, benchmark_of, images_of
+from pipeline.errors import UserError, UserErrors
+
+SPLITS = ("train", "test")
+LOOKED_AT = 3  # samples per split: decoding all would be preparing
+
+
+class CheckedData:
+    """What was found of the data: the samples looked at, and the width of the CLIP keys once there are any."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self.recipe = recipe
+        self.name = name
+        self.samples: list[Sample] = []  # of training: what the memory plan takes its lengths from
+        self.key_width: int | None = None
+
+    def check(self, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None) -> str:
+        """Look at every task; raises UserErrors with all that is missing or wrong.
+
+        `identity` is that of the recipe's CLIP where it is here, `conversation` the model's where it can be had:
+        with them keys and lengths are checked too.
+        """
+        data, found, wrong = self.recipe.data, [], []
+        unprepared = [task for task in data.tasks if not self._prepared(task)]
+        for task in data.tasks:
+            if task in unprepared:
+                continue
+            try:
+                found.append(self._task(task, identity, conversation))
+            except UserErrors as errors:
+                wrong += errors.sentences
+            except UserError as error:
+                wrong.append(str(error))
+        if unprepared:
+            wrong += self._sources(unprepared)
+        if unprepared and data.prepare_first:
+            found.append(f"{len(unprepared)} tasks that `run` prepares first")
+        elif unprepared:
+            names = ", ".join(f"'{task.name}'" for task in unprepared)
+            wrong.append(
+                f"task{'s' * (len(unprepared) > 1)} {names} not prepared: there is no "
+                f"{data.split_path(unprepared[0].name, SPLITS[0]) / DATASET_FILE}"
+                f"{' and so on' * (len(unprepared) > 1)}; run `python -m pipeline prepare {self.name}`"
+                f"{' once the data is there' * (len(wrong) > 0)}."
+            )
+        if wrong:
+            raise UserErrors(wrong)
+        return f"{data.prepared} (train/test): {', '.join(found)}"
+
+    def _prepared(self, task: TaskConfig) -> bool:
+        return all((self.recipe.data.split_path(task.name, split) / DATASET_FILE).is_file() for split in SPLITS)
+
+    def _task(
+        self, task: TaskConfig, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None
+    ) -> str:
+        counts, wrong = [], []
+        for split in SPLITS:
+            shards = IndexedShards(self.recipe.data.split_path(task.name, split))
+            counts.append(str(len(shards)))
+            try:
+                self.key_width = shards.keys(identity).image.shape[1]
+            except UserError as error:
+                wrong.append(str(error))
+            samples = [shards[index] for index in _telling(shards)]
+            wrong += self._samples(task, split, samples, conversation)
+            if split == "train":
+                self.samples += samples
+        if wrong:
+            raise UserErrors(wrong)
+        return f"{task.name} {'/'.join(counts)}"
+
+    def _samples(
+        self, task: TaskConfig, split: str, samples: list[Sample], conversation: Callable[[], Conversation] | None
+    ) -> list[str]:
+        """Sentences about samples whose image does not decode or which are too long for the model."""
+        wrong = []
+        for sample in samples:
+            try:
+                if conversation is not None:
+                    conversation().example(sample)
+                else:
+                    sample.picture()
+            except UserError as error:
+                wrong.append(f"{task.name}/{split}: {error}")
+            except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+                wrong.append(f"{task.name}/{split}: the image of sample '{sample.id}' cannot be decoded ({error}).")
+        return wrong
+
+    def _sources(self, tasks: list[TaskConfig]) -> list[str]:
+        """Sentences about what `prepare` would miss for these tasks, and where it is to be had."""
+        data = self.recipe.data
+        if data.source == "generated":
+            return []
+        root, benchmark = Path(data.root), benchmark_of(task.name for task in data.tasks)
+        absent = [task for task in tasks if not (root / "instructions" / task.name).is_dir()]
+        wrong = []
+        if absent:
+            wrong.append(_instructions_missing(root, [task.name for task in absent], benchmark))
+        for task in tasks:
+            images = images_of(benchmark, task.name)
+            fetch = f" Images of {task.name}: {images}." if images else ""
+            if task in absent:
+                if images:
+                    wrong.append(f"{task.name}: no images yet; they are at {images}, and belong under {root}.")
+                continue
+            for split, limit in zip(SPLITS, (task.limit_train, task.limit_test), strict=True):
+                try:
+                    self._source_samples(task, split, limit)
+                except UserError as error:
+                    wrong.append(f"{task.name}/{split}: {error}{fetch}")
+                    break
+        return wrong
+
+    def _source_samples(self, task: TaskConfig, split: str, limit: int | None) -> None:
+        # Imported here: only a recipe with data that is not prepared needs the readers.
+        from data_prep.sources import coin
+
+        data = self.recipe.data
+        # Reads all records of the file and the images of the first few.
+        samples = list(islice(coin.read_task(data.root, task.name, split, limit), LOOKED_AT))
+        if split == "train":
+            self.samples += samples
+
+
+def require_prepared(recipe: Recipe, name: str) -> None:
+    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            folder = recipe.data.split_path(task.name, split)
+            if not (folder / DATASET_FILE).is_file():
+                raise UserError(
+                    f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
+                    f"run `python -m pipeline prepare {name}` first."
+                )
+
+
+def _telling(shards: IndexedShards) -> list[int]:
+    """The first sample, the longest and the last."""
+    longest = int(np.argmax(shards.lengths)) if len(shards) else 0
+    return sorted({0, longest, len(shards) - 1})[:LOOKED_AT] if len(shards) else []
+
+
+def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:
+    files = ", ".join(f"instructions/{task}" for task in tasks)
+    found = f"'{root}' has no" if root.is_dir() else f"the folder '{root}' does not exist; it should hold"
+    sentence = f"data.root: {found} {files}, each with train.json and test.json."
+    if benchmark is None:
+        return f"{sentence} Put them there, or set data.root to the folder that has them."
+    folder = f"folder {benchmark.folder} of " if benchmark.folder else ""
+    only = f" --include '{benchmark.folder}/*'" if benchmark.folder else ""
+    rename = f" and rename {benchmark.folder} to instructions" if benchmark.folder else ""
+    return (
+        f"{sentence} {benchmark.name}'s are the {folder}https://huggingface.co/datasets/{benchmark.repository}: "
+        f"run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`{rename}; "
+        "or set data.root to the folder that has them."
+    )

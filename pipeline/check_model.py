@@ -1,0 +1,273 @@
+"""The checks of the frozen model and of the CLIP: are they here, are they whole, do their parts fit each other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline import hub
+from pipeline.backbones.lmm import SUPPORTED, base_fingerprint, load_processor
+from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run
+from pipeline.config import Recipe
+from pipeline.data.conversation import Conversation
+from pipeline.data.sample import Sample
+from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.errors import UserError, UserErrors
+from pipeline.memory import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
+from pipeline.run_folder import read_run
+
+LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions
+PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
+
+
+class CheckedModel:
+    """The recipe's model as far as it is on this machine; every property raises UserError when it cannot be had."""
+
+    def __init__(self, recipe: Recipe, online: bool) -> None:
+        self.recipe = recipe
+        self.settings = recipe.model
+        self.online = online
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; None when it is still on the Hub, which can be reached."""
+        found = hub.local_folder(self.settings.location, self.settings.revision)
+        if found is None and not (self.online and hub.is_repository(self.settings.location)):
+            raise UserError(not_here("model.path", self.settings.path, self.settings.revision))
+        return found
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        folder = self.folder
+        if folder is not None and not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} has no config.json; expected a checkpoint in Hugging Face format.")
+        try:
+            return AutoConfig.from_pretrained(
+                self.settings.location, revision=self.settings.revision, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model.path: the config.json of '{self.settings.path}' is of no model that transformers knows "
+                f"({first}). Give an image-text-to-text checkpoint."
+            ) from error
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor."""
+        assert self.config is not None
+        return load_processor(self.settings)
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """What turns a sample into the model's tokens."""
+        return Conversation(self.processor, self.settings.max_length)
+
+    def tokens(self, samples: list[Sample]) -> Tokens:
+        """Lengths of the longest of these samples, else of a photograph with a question of a usual length."""
+        examples = []
+        for sample in samples:
+            with contextlib.suppress(UserError):  # a sample that does not fit is reported with the data
+                examples.append(self.conversation.example(sample))
+        if examples:
+            longest = max(examples, key=lambda example: len(example.prompt) + len(example.answer))
+            image = longest.prompt.count(self.config.image_token_id)
+            return Tokens(image, len(longest.prompt) - image, len(longest.answer), "the longest sample looked at")
+        try:
+            image = self.conversation.example(_probe()).prompt.count(self.config.image_token_id)
+        except UserError:
+            image = getattr(self.config, "image_seq_length", None) or 0
+        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, f"{image} of an image, the others assumed")
+
+
+def check_model(model: CheckedModel) -> str:
+    """Look at checkpoint, tokenizer and vision tower; raises UserErrors with everything that does not fit."""
+    folder, settings = model.folder, model.settings
+    wrong = []
+    weights = "weights on the Hub, fetched by the first run"
+    if folder is not None:
+        missing = hub.missing_weights(folder)
+        weights = "weights here" if not missing else weights
+        if missing and not (model.online and hub.is_repository(settings.location)):
+            wrong.append(_incomplete(settings.path, folder, missing))
+    config = model.config
+    if config.model_type not in SUPPORTED:
+        wrong.append(
+            f"model.path: '{settings.path}' is of type {config.model_type}; supported are {', '.join(SUPPORTED)}. "
+            "Give a checkpoint of one of these."
+        )
+        raise UserErrors(wrong)
+    wrong += special_token_problems(model.processor, config, settings.path)
+    wrong += vision_problems(model.processor, config, settings.path)
+    if not wrong:
+        wrong += image_token_problems(model)
+    if wrong:
+        raise UserErrors(wrong)
+    stored = str(getattr(config, "dtype", None) or "unknown precision").removeprefix("torch.")
+    cast = "" if stored in (settings.dtype, "unknown precision") else f" (stored in {stored})"
+    return (
+        f"{settings.path}: {config.model_type}, {type(model.processor).__name__}, "
+        f"{len(model.processor.tokenizer)} tokens, {settings.dtype}{cast}, {weights}"
+    )
+
+
+def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
+    """Sentences about an image, end or padding token that the tokenizer or the model does not know."""
+    tokenizer, wrong = processor.tokenizer, []
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    image = getattr(processor, "image_token", None)
+    wanted = getattr(config, "image_token_id", None)
+    number = None if image is None else tokenizer.convert_tokens_to_ids(image)
+    if image is None:
+        wrong.append(f"model.path: the processor of '{path}' names no image token; set image_token beside the model.")
+    elif number is None or (number == tokenizer.unk_token_id and image != tokenizer.unk_token):
+        wrong.append(
+            f"model.path: the tokenizer of '{path}' does not know the image token {image!r}; "
+            "add it to the tokenizer as a special token."
+        )
+    elif number != wanted:
+        wrong.append(
+            f"model.path: in '{path}' the image token {image!r} is number {number} for the tokenizer and {wanted} for "
+            "the model (image_token_id in config.json); give tokenizer and config.json of the same checkpoint."
+        )
+    elif rows and number >= rows:
+        wrong.append(
+            f"model.path: in '{path}' the image token {image!r} has number {number}, and the model's vocabulary ends "
+            f"at {rows - 1}; give a checkpoint whose embedding was resized for it."
+        )
+    for kind, found in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if found is None and kind == "end":  # a missing padding token is harmless: the end token pads, and is masked
+            wrong.append(
+                f"model.path: the tokenizer of '{path}' has no {kind} token (eos_token), so answers never end."
+            )
+        elif found is not None and rows and found >= rows:
+            wrong.append(
+                f"model.path: in '{path}' the {kind} token has number {found}, and the model's vocabulary ends at "
+                f"{rows - 1}; give tokenizer and weights of the same checkpoint."
+            )
+    return wrong
+
+
+def vision_problems(processor: Any, config: Any, path: str) -> list[str]:
+    """A sentence when the processor makes images of another size than the vision tower was built for."""
+    built = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if not built:
+        return []  # a tower for any size
+    height, width = built if isinstance(built, list | tuple) else (built, built)
+    try:
+        pixels = processor.image_processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        return [f"model.path: the image processor of '{path}' fails on a plain image ({error}); mend its settings."]
+    found = tuple(pixels.shape[-2:])
+    if pixels.ndim < 4 or found == (height, width):
+        return []
+    return [
+        f"model.path: the processor of '{path}' makes images of {found[1]} x {found[0]} and the model's vision tower "
+        f"is built for {width} x {height} (vision_config.image_size in config.json); "
+        "give processor and config.json of the same checkpoint."
+    ]
+
+
+def image_token_problems(model: CheckedModel) -> list[str]:
+    """A sentence when an image gets another number of tokens than the model of LLaVA's kind has features for it."""
+    config = model.config
+    if config.model_type != "llava":  # others compute the number from the image in both places
+        return []
+    tower = config.vision_config
+    wanted = (tower.image_size // tower.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    found = model.conversation.example(_probe()).prompt.count(config.image_token_id)
+    if found == wanted:
+        return []
+    return [
+        f"model.path: the processor of '{model.settings.path}' writes {found} image tokens and the model has {wanted} "
+        "features for an image; patch_size, num_additional_image_tokens and vision_feature_select_strategy in "
+        "processor_config.json must fit config.json."
+    ]
+
+
+def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None]:
+    """Look at the CLIP; returns what was found and its identity, None while it is still on the Hub."""
+    from pipeline.backbones.clip import key_identity
+
+    keys = recipe.keys
+    folder = hub.local_folder(keys.location, keys.revision)
+    on_the_hub = online and hub.is_repository(keys.location)
+    if folder is None and not on_the_hub:
+        raise UserError(not_here("keys.path", keys.path, keys.revision, pickled=True))
+    if folder is None or (on_the_hub and hub.missing_weights(folder)):
+        return f"{keys.path}: on the Hub, fetched by `prepare`", None
+    identity = key_identity(folder, keys.revision, keys.text_feature)
+    return f"{keys.path}: weights {identity['weights_sha256'][:12]}, {keys.text_feature} text", identity
+
+
+def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[str, str] | None) -> str:
+    """Look at what is in the run folder: is it a run of this recipe, on this base model, with this CLIP."""
+    path = recipe.run_path
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return f"{path} (new, {_free(path)} free)"
+    claim_run(recipe)  # writes nothing where something is
+    status = str(read_run(path).state.get("status", "new"))
+    expected: dict[str, Any] = {}
+    if model is not None and model.folder is not None and not hub.missing_weights(model.folder):
+        expected["base_model"] = base_fingerprint(recipe.model)
+    if identity is not None:
+        expected["clip"] = {field: identity[field] for field in IDENTITY_FIELDS}
+    stages = sorted(found.parent for found in (path / "stages").glob(f"*/{COMPLETE}"))
+    for folder in stages:
+        try:
+            meta = json.loads((folder / META).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / META} cannot be read ({error}); remove {folder} to train it again.") from error
+        check_stage(folder, meta, expected)
+    same = " on this base model and CLIP" if len(expected) == 2 else ""
+    return f"{path} ({status}, {len(stages)} stages trained{same}, {_free(path)} free)"
+
+
+def _free(path: Path) -> str:
+    """Free space where `path` is or will be; a run needs megabytes per stage, so only a full disk is an error."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < LEAST_FREE:
+        raise UserError(
+            f"run_dir: {free >> 20} MiB are free on the disk of '{path}'; make room or set run_dir elsewhere."
+        )
+    return f"{free / (1 << 30):.0f} GiB"
+
+
+def not_here(field: str, path: str, revision: str | None, pickled: bool = False) -> str:
+    """The sentence about a checkpoint that is neither a folder nor in the cache, with the Hub out of reach."""
+    if not hub.is_repository(path):
+        return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
+    at = f" --revision {revision}" if revision else ""
+    files = (
+        " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
+        "pytorch_model.bin, name a revision that has it, or load and save it once with transformers' save_pretrained."
+    )
+    return (
+        f"{field}: '{path}' is not on this machine and https://huggingface.co cannot be reached from it (or "
+        f"HF_HUB_OFFLINE is set); run `hf download {path}{at}` where it can be, with the cache (HF_HOME) on a disk "
+        f"that this machine sees, or copy the checkpoint here and set {field} to its folder."
+        + (files if pickled else "")
+    )
+
+
+def _incomplete(path: str, folder: Path, missing: list[str]) -> str:
+    listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    fetch = f"run `hf download {path}` where the Hub can be reached" if hub.is_repository(path) else "copy them there"
+    return f"model.path: the checkpoint in {folder} lacks its weights ({listed}); {fetch}."
+
+
+def _probe() -> Sample:
+    buffer = io.BytesIO()
+    Image.new("RGB", PROBE_SIZE).save(buffer, format="PNG")
+    return Sample("probe", buffer.getvalue(), "What is shown?", "Nothing.")
