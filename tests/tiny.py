@@ -43,8 +43,7 @@ def byte_tokenizer():
 def save_llava(folder: Path, seed: int = 0, tied: bool = False, chat_template: bool = True) -> Path:
     """Write a random `LlavaForConditionalGeneration` (hidden 32, 2 layers, 16 image tokens) with its processor."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = byte_tokenizer()
     vision = CLIPVisionConfig(
@@ -82,20 +81,28 @@ def save_llava(folder: Path, seed: int = 0, tied: bool = False, chat_template: b
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).float()
+    model.save_pretrained(folder)
+    save_processor(folder, IMAGE_SIZE, PATCH, chat_template)
+    return Path(folder)
+
+
+def save_processor(folder: Path, image_size: int, patch: int, chat_template: bool = True) -> None:
+    """Write the `LlavaProcessor` of such a checkpoint with images of `image_size` in patches of `patch` pixels."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     processor = LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
+        tokenizer=byte_tokenizer(),
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE if chat_template else None,
     )
-    model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return Path(folder)
 
 
 def png(colour: tuple[int, int, int], size: int = IMAGE_SIZE) -> bytes:

@@ -1,118 +1,98 @@
-"""The method against numbers recorded from the reference implementation (`--fixtures DIR`, folder modalprompt/)."""
+"""The method against recorded numbers (`--fixtures DIR`, folder modalprompt/), and against a folder of other sizes.
+
+Everything goes through the pipeline's own classes, once with the default method and once with that of the compat
+recipe: where the official code is not broken the two are the same method.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.backbones.lmm import LMM
-from pipeline.data.collate import Batch
-from pipeline.prompts.insertion import gather_sets, insert_prompts
+from pipeline.backbones.lmm import LMM, load_lmm
+from pipeline.config import MethodConfig, ModelConfig, load_recipe
+from pipeline.data.collate import Batch, Examples, collate
+from pipeline.evaluate import generate_answers
+from pipeline.methods import Method, make_method
 from pipeline.prompts.model import Normaliser, PromptedLMM
-from pipeline.prompts.routing import select_for_inference, select_for_training, similarity
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routing import similarity
+from tests.parity import reference
+from tests.parity.recorded import Recorded
 
-IMAGE_MARK = -200  # one place in the recorded ids stands for all image tokens
-HEAD = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+PROJECT = Path(__file__).resolve().parents[2]
+LIMIT_S = 400
+# Of a float32 re-implementation: losses, gradients (relative to the largest entry), logits, three optimizer steps.
+LOSS, GRADIENT, LOGITS, STEPS = 2e-6, 1e-6, 1e-5, 1e-6
+RANKS = 1e-5
 
 
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="module", params=["recorded", "other sizes"])
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    if request.param == "other sizes":
+        return Recorded(reference.record(tmp_path_factory.mktemp("reference")))
     root = request.config.getoption("--fixtures")
     if not root or not (Path(root) / "modalprompt").is_dir():
         pytest.skip("no recorded results: give --fixtures DIR with a folder modalprompt/")
-    return Path(root) / "modalprompt"
+    return Recorded(Path(root).resolve() / "modalprompt")
 
 
 @pytest.fixture(scope="module")
-def module(folder: Path) -> PromptedLMM:
-    from transformers import LlavaForConditionalGeneration
+def model(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recorded.save_model(tmp_path_factory.mktemp("models") / "llava")
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "llava_tiny", dtype=torch.float32)
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=model.config.text_config.eos_token_id)
-    meta = read_meta(folder)
-    return PromptedLMM(LMM(model, SimpleNamespace(tokenizer=tokenizer)), meta["prompt_length"], meta["key_dim"])
+
+MODES = ("default", "compat")
+
+
+def method_of(mode: str, recorded: Recorded) -> MethodConfig:
+    chosen = MethodConfig() if mode == "default" else load_recipe("coin_llava15_7b_compat").method
+    return chosen.model_copy(update={"prompt_length": recorded.prompt_length, "k": recorded.k})
+
+
+@pytest.fixture(scope="module", params=MODES)
+def config(request: pytest.FixtureRequest, recorded: Recorded) -> MethodConfig:
+    return method_of(request.param, recorded)
 
 
 @pytest.fixture(scope="module")
-def inputs(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "inputs.safetensors")
+def method(config: MethodConfig) -> Method:
+    return make_method(config)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta.json").read_text())
+@pytest.fixture(scope="module")
+def module(recorded: Recorded, model: Path, config: MethodConfig) -> PromptedLMM:
+    lmm = load_lmm(ModelConfig(path=str(model)))
+    return PromptedLMM(lmm, recorded.prompt_length, recorded.key_width, config.insertion)
 
 
-def stages(folder: Path, kind: str) -> dict[int, dict[str, Tensor]]:
-    found = {int(path.stem.removeprefix(kind)): load_file(path) for path in sorted(folder.glob(f"{kind}*.safetensors"))}
-    assert found, f"{folder} holds no {kind}*.safetensors"
-    return found
+@pytest.fixture(scope="module")
+def examples(recorded: Recorded, module: PromptedLMM) -> Examples:
+    vision = module.lmm.model.config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return recorded.examples(module.lmm.processor, module.lmm.image_token, tokens)
 
 
-def expand(module: PromptedLMM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One sample with its image mark replaced by the image tokens of our models."""
-    config = module.lmm.model.config
-    count = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    place = int((ids == IMAGE_MARK).nonzero()[0, 0])
-    image, unlabelled = ids.new_full((count,), module.lmm.image_token), labels.new_full((count,), -100)
-    return (
-        torch.cat([ids[:place], image, ids[place + 1 :]]),
-        torch.cat([labels[:place], unlabelled, labels[place + 1 :]]),
-    )
-
-
-def batch_of(module: PromptedLMM, inputs: dict[str, Tensor], selected: Tensor) -> Batch:
-    rows = [
-        expand(module, ids[mask.bool()], labels[mask.bool()])
-        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True)
-    ]
-    pad = torch.nn.utils.rnn.pad_sequence
-    count = len(rows)
-    return Batch(
-        input_ids=pad([ids for ids, _ in rows], batch_first=True),
-        attention=pad([torch.ones_like(ids) for ids, _ in rows], batch_first=True),
-        labels=pad([labels for _, labels in rows], batch_first=True, padding_value=-100),
-        pixel_values=inputs["pixel_values"],
-        has_image=torch.ones(count, dtype=torch.bool),
-        weights=torch.ones(count),
-        selected=selected,
-        image_key=inputs["image_key"],
-        text_key=inputs["text_key"],
-        ids=[str(number) for number in range(count)],
-    )
-
-
-def load_head(module: PromptedLMM, recorded: dict[str, Tensor], task: int) -> None:
-    module.head.load_state_dict({name: recorded[f"head.{name}"][task].clone() for name in HEAD})
-
-
-@torch.no_grad()
-def prototypes(module: PromptedLMM, recorded: dict[str, Tensor], count: int) -> Tensor:
-    rows = []
-    for task in range(count):
-        load_head(module, recorded, task)
-        rows.append(module.head(recorded["prompts"][task]))
-    return torch.stack(rows) if rows else torch.zeros(0, module.head.fc2.out_features)
-
-
-def start(module: PromptedLMM, inputs: dict[str, Tensor], recorded: dict[str, Tensor], task: int) -> Batch:
-    """Set up training of task `task` (1-based) and return the recorded batch with our selection."""
-    scores = similarity(inputs["image_key"], inputs["text_key"], prototypes(module, recorded, task - 1))
-    if "similarity_previous" in recorded:
-        torch.testing.assert_close(scores, recorded["similarity_previous"], atol=2e-6, rtol=0)
-    selected = select_for_training(scores, k=3)
-    if "top_previous" in recorded:
-        assert torch.equal(selected, recorded["top_previous"].flip(1))
-    load_head(module, recorded, task - 1)
-    module.prompt.data.copy_(recorded["prompts"][task - 1])
-    module.start_stage(recorded["prompts"][: task - 1], 1.0)
-    return batch_of(module, inputs, selected)
+def start(
+    module: PromptedLMM, method: Method, recorded: Recorded, examples: Examples, task: int
+) -> tuple[PromptPool, Batch]:
+    """Set up training of `task` (1-based); the pool of earlier sets and the recorded batch with our selection."""
+    pool = recorded.pool(recorded.train[task], task - 1)
+    selected = method.training_sets(pool, examples.data.keys)
+    values = recorded.start(task)
+    module.prompt.data.copy_(values.pop("prompt"))
+    module.head.load_state_dict({name.removeprefix("head."): value for name, value in values.items()})
+    module.start_stage(pool.prompts, method.config.prototype_weight)
+    return pool, collate(examples, range(recorded.samples), [1.0] * recorded.samples, selected)
 
 
 def step(module: PromptedLMM, batch: Batch) -> Tensor:
@@ -124,20 +104,53 @@ def step(module: PromptedLMM, batch: Batch) -> Tensor:
 
 def assert_gradient(found: Tensor | None, expected: Tensor) -> None:
     assert found is not None
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-12
+    assert (found - expected).abs().max() <= GRADIENT * expected.abs().max() + 1e-12
 
 
-def test_training_losses_gradients_and_selection(folder: Path, module: PromptedLMM, inputs: dict[str, Tensor]) -> None:
-    for task, recorded in stages(folder, "train_task").items():
-        terms = step(module, start(module, inputs, recorded, task))
-        expected = torch.stack([recorded[f"loss_{name}"].reshape(()) for name in ("lm", "image", "text")])
-        torch.testing.assert_close(terms, expected, atol=2e-6, rtol=0)
-        assert_gradient(module.prompt.grad, recorded["grad.prompt"])
+def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: Method, examples: Examples) -> None:
+    keys = examples.data.keys
+    for task, case in recorded.train.items():
+        pool = recorded.pool(case, task - 1)
+        found = method.training_sets(pool, keys)
+        if "similarity_previous" in case:
+            scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+            torch.testing.assert_close(scores, case["similarity_previous"], atol=LOSS, rtol=0)
+        if "top_previous" in case:
+            assert torch.equal(found, case["top_previous"].flip(1))
+        else:
+            assert found.tolist() == [list(range(task - 1))] * recorded.samples
+    sets = next(iter(recorded.train.values()))
+    for tasks, case in recorded.infer.items():
+        pool = recorded.pool(sets, tasks)
+        scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+        torch.testing.assert_close(scores, case["similarity"], atol=LOSS, rtol=0)
+        assert torch.equal(method.answering_sets(pool, 0, scores, keys.has_image), case["top"].flip(1))
+
+
+def test_losses_and_gradients(recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples) -> None:
+    for task, case in recorded.train.items():
+        terms = step(module, start(module, method, recorded, examples, task)[1])
+        expected = torch.stack([case[f"loss_{name}"].reshape(()) for name in ("lm", "image", "text")])
+        torch.testing.assert_close(terms, expected, atol=LOSS, rtol=0)
+        assert_gradient(module.prompt.grad, case["grad.prompt"])
         for name, parameter in module.head.named_parameters():
-            assert_gradient(parameter.grad, recorded[f"grad.head.{name}"])
+            assert_gradient(parameter.grad, case[f"grad.head.{name}"])
 
 
-def test_answer_logits(folder: Path, module: PromptedLMM, inputs: dict[str, Tensor], monkeypatch: Any) -> None:
+def test_answer_logits(
+    recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watch_logits(monkeypatch)
+    for task, case in recorded.train.items():
+        _, batch = start(module, method, recorded, examples, task)
+        seen.clear()
+        with torch.no_grad():
+            module(batch, Normaliser(1.0, 1.0))
+        expected = torch.cat([case[f"answer_logits.{number}"] for number in range(recorded.samples)])
+        torch.testing.assert_close(torch.cat(seen), expected, atol=LOGITS, rtol=0)
+
+
+def watch_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = LMM.logits
 
@@ -146,45 +159,96 @@ def test_answer_logits(folder: Path, module: PromptedLMM, inputs: dict[str, Tens
         return seen[-1]
 
     monkeypatch.setattr(LMM, "logits", watched)
-    for task, recorded in stages(folder, "train_task").items():
-        seen.clear()
-        batch = start(module, inputs, recorded, task)
-        with torch.no_grad():
-            module(batch, Normaliser(1.0, 1.0))
-        expected = [recorded[f"answer_logits.{number}"] for number in range(len(batch.ids))]
-        torch.testing.assert_close(seen[0], torch.cat(expected), atol=1e-5, rtol=0)
+    return seen
 
 
-def test_three_optimizer_steps(folder: Path, module: PromptedLMM, inputs: dict[str, Tensor]) -> None:
-    for task, recorded in stages(folder, "train_task").items():
-        batch = start(module, inputs, recorded, task)
-        trainables = [module.prompt, *module.head.parameters()]
-        optimizer = torch.optim.AdamW(trainables, lr=read_meta(folder)["lr"], weight_decay=0.0)
-        for expected in recorded["trajectory"]:
-            torch.testing.assert_close(step(module, batch), expected, atol=2e-6, rtol=1e-6)
-            optimizer.step()
-        torch.testing.assert_close(module.prompt.detach(), recorded["prompt_after"], atol=1e-6, rtol=0)
+def test_three_optimizer_steps(recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples) -> None:
+    for task, case in recorded.train.items():
+        losses, prompt = optimizer_steps(module, method, recorded, examples, task)
+        torch.testing.assert_close(losses, case["trajectory"], atol=LOSS, rtol=1e-6)
+        torch.testing.assert_close(prompt, case["prompt_after"], atol=STEPS, rtol=0)
 
 
-@torch.no_grad()
-def test_inference_selection_and_greedy_answers(folder: Path, module: PromptedLMM, inputs: dict[str, Tensor]) -> None:
-    pool = load_file(folder / "train_task1.safetensors")
-    for tasks, recorded in stages(folder, "infer_task").items():
-        scores = similarity(inputs["image_key"], inputs["text_key"], prototypes(module, pool, tasks))
-        torch.testing.assert_close(scores, recorded["similarity"], atol=2e-6, rtol=0)
-        selected = select_for_inference(scores, k=3)
-        assert torch.equal(selected, recorded["top"].flip(1))
-        batch = batch_of(module, inputs, selected)
-        for number in range(len(batch.ids)):
-            one = slice(number, number + 1)
-            end = int((batch.labels[number] == -100).long().cumprod(0).sum())  # the prompt: all before the answer
-            embeddings = module.lmm.embed(
-                batch.input_ids[one, :end], batch.pixel_values[one], torch.ones(1, dtype=torch.bool)
+def optimizer_steps(
+    module: PromptedLMM, method: Method, recorded: Recorded, examples: Examples, task: int
+) -> tuple[Tensor, Tensor]:
+    """Losses of as many steps as were recorded, in this process, and the prompt set after them."""
+    _, batch = start(module, method, recorded, examples, task)
+    trainables = [module.prompt, *module.head.parameters()]
+    optimizer = torch.optim.AdamW(trainables, lr=recorded.meta["lr"], weight_decay=0.0)
+    losses = []
+    for _ in range(len(recorded.train[task]["trajectory"])):
+        losses.append(step(module, batch))
+        optimizer.step()
+    return torch.stack(losses), module.prompt.detach().clone()
+
+
+def test_greedy_answers_and_their_first_logits(
+    recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples
+) -> None:
+    sets = next(iter(recorded.train.values()))
+    first: list[Tensor] = []
+    handle = module.lmm.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: first.append(output.detach()[:, -1].float())
+    )
+    keys = examples.data.keys
+    for tasks, case in recorded.infer.items():
+        pool = recorded.pool(sets, tasks)
+        scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+        selected = method.answering_sets(pool, 0, scores, keys.has_image)
+        new = case["generated"].shape[1]
+        for number in range(recorded.samples):
+            first.clear()
+            alone = generate_answers(
+                module.lmm, examples, [number], selected, pool.prompts, new, 1, method.config.insertion
             )
-            vectors, valid = gather_sets(pool["prompts"][:tasks], selected[one])
-            embeddings, attention, _ = insert_prompts(embeddings, batch.attention[one, :end], vectors, valid, left=True)
-            logits = module.lmm.logits(module.lmm.hidden(embeddings, attention)[:, -1])
-            torch.testing.assert_close(logits[0], recorded["first_logits"][number], atol=1e-5, rtol=0)
-            expected = recorded["generated"][number].tolist()
-            found = module.lmm.generate(embeddings, attention, len(expected))[0]
-            assert found == expected[: len(found)]
+            torch.testing.assert_close(first[0][0], case["first_logits"][number], atol=LOGITS, rtol=0)
+            check_tokens(module, json.loads(alone[number]), case["generated"][number].tolist())
+        together = generate_answers(
+            module.lmm, examples, range(recorded.samples), selected, pool.prompts, new, recorded.samples,
+            method.config.insertion,
+        )  # fmt: skip
+        for number, answer in together.items():
+            check_tokens(module, json.loads(answer), case["generated"][number].tolist())
+    handle.remove()
+
+
+def check_tokens(module: PromptedLMM, found: list[int], expected: list[int]) -> None:
+    """Equal up to the end token; behind it each side may fill up as it likes."""
+    end = module.lmm.tokenizer.eos_token_id
+    stop = expected.index(end) + 1 if end in expected else len(expected)
+    assert found[:stop] == expected[:stop]
+
+
+@pytest.mark.gloo
+def test_two_processes_under_zero3_equal_one_process_and_the_recorded_steps(
+    recorded: Recorded, model: Path, tmp_path: Path
+) -> None:
+    lmm = load_lmm(ModelConfig(path=str(model)))
+    module = PromptedLMM(lmm, recorded.prompt_length, recorded.key_width)
+    vision = lmm.model.config.vision_config
+    examples = recorded.examples(lmm.processor, lmm.image_token, (vision.image_size // vision.patch_size) ** 2)
+    methods = {mode: method_of(mode, recorded) for mode in MODES}
+    results = on_ranks(recorded, model, methods, tmp_path, ranks=2)
+    for mode, (task, case) in itertools.product(MODES, recorded.train.items()):
+        one = optimizer_steps(module, make_method(methods[mode]), recorded, examples, task)
+        two = tuple(torch.tensor(results[mode][str(task)][kind]) for kind in ("losses", "prompt"))
+        torch.testing.assert_close(two, one, atol=RANKS, rtol=0)
+        torch.testing.assert_close(two, (case["trajectory"], case["prompt_after"]), atol=RANKS, rtol=0)
+
+
+def on_ranks(recorded: Recorded, model: Path, methods: dict[str, MethodConfig], folder: Path, ranks: int) -> Any:
+    """The recorded steps of every training case by `pipeline.train` under ZeRO-3 on so many processes."""
+    job = {
+        "folder": str(recorded.folder), "model": str(model), "out": str(folder / "result.json"), "ranks": ranks,
+        "methods": {mode: config.model_dump(mode="json") for mode, config in methods.items()},
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+    env = {**os.environ, "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*command, "-m", "tests.parity.ranks", str(folder / "job.json")],
+        cwd=PROJECT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())

@@ -1,0 +1,70 @@
+"""Three recorded optimizer steps of every training case through the engine and the training loop; run on N ranks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import MethodConfig
+from pipeline.data.collate import MicroBatches
+from pipeline.data.order import Order
+from pipeline.distributed import StopFlag, close_world, init_world
+from pipeline.engine import Engine
+from pipeline.methods import make_method
+from pipeline.train import train_stage
+from tests.parity.recorded import Recorded
+from tests.train.worlds import make_recipe
+
+
+def main(job_file: str) -> None:
+    """Do a job {"folder", "model", "out", "methods": {name: settings}, "ranks"}.
+
+    Rank 0 writes {name: {task: {"losses", "prompt"}}} to "out".
+    """
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(1)
+    world = init_world()
+    recorded = Recorded(Path(job["folder"]))
+    steps = len(next(iter(recorded.train.values()))["trajectory"])
+    rate = recorded.meta["lr"]
+    recipe = make_recipe(
+        job["model"], model__max_length=1 << 20, method={"prompt_length": recorded.prompt_length},
+        train={
+            # The last batch is filled up with samples of weight zero where the ranks do not divide the samples.
+            "steps": steps, "global_batch": recorded.samples + recorded.samples % job["ranks"], "lr_prompt": rate,
+            "lr_head": rate, "schedule": "constant", "warmup": 0.0, "clip": None, "log_every": 1,
+            "deepspeed": "ds_configs/zero3.json",
+        },
+    )  # fmt: skip
+    engine = Engine(recipe, world, recorded.key_width)
+    lmm = engine.module.lmm
+    vision = lmm.model.config.vision_config
+    examples = recorded.examples(lmm.processor, lmm.image_token, (vision.image_size // vision.patch_size) ** 2)
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in job["methods"]}
+    for (name, settings), (task, case) in itertools.product(job["methods"].items(), recorded.train.items()):
+        method = make_method(MethodConfig.model_validate(settings))
+        engine.module.insertion = method.config.insertion
+        pool = recorded.pool(case, task - 1)
+        order = Order(recorded.samples, recipe.train.global_batch, recipe.seed, task)
+        selected = method.training_sets(pool, examples.data.keys)
+        batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
+        engine.start_stage(recorded.start(task), pool.prompts, method.config.prototype_weight)
+        folder = Path(job["out"]).parent / f"{name}-task{task}"
+        folder.mkdir(exist_ok=True)
+        history = train_stage(engine, batches, recipe.train, world, folder, StopFlag())
+        results[name][task] = {
+            "losses": [[p.loss_lm, p.loss_image, p.loss_text] for p in history],
+            "prompt": engine.values()["prompt"].tolist(),
+        }
+    if world.main:
+        Path(job["out"]).write_text(json.dumps(results))
+    close_world()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
