@@ -181,13 +181,20 @@ def routing_accuracy(tests: Sequence[Test], pool: PromptPool, image_weight: floa
 
 
 def matrix(
-    tasks: Sequence[str], zero_shot: list[float] | None, accuracy: list[list[float | None]], routing: Any
+    tasks: Sequence[str],
+    zero_shot: list[float] | None,
+    accuracy: list[list[float | None]],
+    routing: Any,
+    ahead: list[float | None] | None = None,
 ) -> dict[str, Any]:
-    """The content of matrix.json."""
-    from pipeline.metrics.continual import summarise
+    """The content of matrix.json; `ahead` [T] are the scores of tasks just before their own stage, where measured."""
+    from pipeline.metrics.continual import retention_per_task, summarise
 
-    metrics = summarise(accuracy, zero_shot) if accuracy else {"zero_shot": _mean(zero_shot)}
-    content = {"tasks": list(tasks), "zero_shot": zero_shot, "accuracy": accuracy, "metrics": metrics}
+    metrics: dict[str, Any] = {"zero_shot": _mean(zero_shot)}
+    if accuracy:
+        metrics = {**summarise(accuracy, zero_shot, ahead), "retention_per_task": retention_per_task(accuracy)}
+    content: dict[str, Any] = {"tasks": list(tasks), "zero_shot": zero_shot, "accuracy": accuracy, "metrics": metrics}
+    content |= {"ahead": ahead} if ahead else {}
     return {**content, "routing": routing} if routing else content
 
 

@@ -77,6 +77,7 @@ class Sequence:
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
+        self.ahead: list[float | None] = [None] * len(self.tests)  # [T], see `_evaluate_ahead`
         self.constants = on_main(world, self._constants)
         self.timing: dict[str, float] = {}
         self.tracker: Tracker
@@ -140,6 +141,7 @@ class Sequence:
                     self._write_state("running", state)
                     if evaluate:
                         row = self._evaluate_after(index, stage)
+                        self._evaluate_ahead(max(stage.tasks) + 1)
                         # Joint training knows all tasks after its only stage: rows above the last have nothing to say.
                         accuracy += [[None] * len(row) for _ in range(max(stage.tasks) - len(accuracy))]
                         accuracy.append(row)
@@ -220,7 +222,8 @@ class Sequence:
     def _begin(self, index: int, stage: Stage) -> Path:
         """Clear away what an earlier attempt left: its folder, and evaluations with sets that will be replaced."""
         for number in range(max(stage.tasks) + 1, len(self.tests) + 1):
-            shutil.rmtree(self.path / "eval" / f"after-{number:02d}", ignore_errors=True)
+            for name in (f"after-{number:02d}", f"ahead-{number + 1:02d}"):
+                shutil.rmtree(self.path / "eval" / name, ignore_errors=True)
         return start_stage_folder(self.path, index, stage.name)
 
     def _fingerprints(self, stage: Stage) -> dict[str, str]:
@@ -253,6 +256,16 @@ class Sequence:
         self.tracker.model_metrics(stage.name, named, seen)
         return row
 
+    def _evaluate_ahead(self, task: int) -> None:
+        """Score the task that is learned next with what is there, for forward transfer; nothing for a method told it."""
+        if not self.recipe.evaluate.ahead or self.method.needs_task or task >= len(self.tests):
+            return
+        # Not among the answers after the stage: those are of tasks learned by then.
+        self.ahead[task] = self._evaluate_task(task, self.pool, self.path / "eval" / f"ahead-{task + 1:02d}", [])
+        name = self.tests[task].name
+        log.info("%s before its own stage: %.1f", name, self.ahead[task])
+        self.tracker.metrics({f"ahead.{name}": self.ahead[task]}, task)
+
     def _evaluate_task(self, number: int, pool: PromptPool, folder: Path, earlier: list[Path]) -> float:
         if agree(self.stop.requested, self.world.device):
             raise Interrupted("Stopped by a signal during evaluation. Run the same command again to go on.")
@@ -277,7 +290,8 @@ class Sequence:
         routing = None
         if last and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
             routing = routing_accuracy(self.tests, self.pool, self.recipe.method.image_weight)
-        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing)
+        ahead = self.ahead if self.recipe.evaluate.ahead else None
+        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, ahead)
         if self.world.main:
             write_json(self.path / "matrix.json", content)
         numbers: dict[str, float | None] = dict(after_stage(accuracy, len(accuracy) - 1)) if accuracy else {}

@@ -50,22 +50,28 @@ def square(accuracy: Matrix) -> list[list[float | None]]:
 
 
 def last(accuracy: Matrix) -> float | None:
-    """Mean over i of A[T][i]: the score over all tasks at the end (also called MFN or final accuracy)."""
+    """Mean over i of A[T][i]: the score over all tasks at the end (MFN, A-bar or final accuracy; spec 7.2)."""
     return _mean(square(accuracy)[-1])
 
 
 def average(accuracy: Matrix) -> float | None:
-    """Mean over t of the mean over i <= t of A[t][i]: the score over the tasks seen, averaged over the stages (MAA)."""
+    """Mean over t of the mean over i <= t of A[t][i]: the tasks seen, averaged over the stages.
+
+    CoIN's and MCITlib's mean average accuracy (MAA; spec 7.2), so it is also found under `mean_average_accuracy`.
+    """
     return _mean([_mean(row[: stage + 1]) for stage, row in enumerate(square(accuracy))])
 
 
 def immediate(accuracy: Matrix) -> float | None:
-    """Mean over i of A[i][i]: the score on each task right after learning it (also called MFT)."""
+    """Mean over i of A[i][i]: the score on each task right after learning it (MFT; spec 7.2)."""
     return _mean(_diagonal(square(accuracy)))
 
 
 def forgetting(accuracy: Matrix) -> float | None:
-    """Mean over i < T of max over t < T of A[t][i], minus A[T][i]; positive = forgetting. None for a single task."""
+    """Mean over i < T of max over t < T of A[t][i], minus A[T][i]; positive = forgetting. None for a single task.
+
+    Chaudhry et al. 2018 (Riemannian walk): forgetting is measured from the best score a task ever had.
+    """
     *earlier, final = square(accuracy)
     best = [_highest([row[task] for row in earlier[task:]]) for task in range(len(earlier))]
     return _mean([_difference(before, now) for before, now in zip(best, final, strict=False)])
@@ -78,33 +84,75 @@ def forgetting_coin(accuracy: Matrix) -> float | None:
 
 
 def backward_transfer(accuracy: Matrix) -> float | None:
-    """Mean over i < T of A[T][i] - A[i][i]; negative = forgetting. None for a single task."""
+    """Mean over i < T of A[T][i] - A[i][i]; negative = forgetting. None for a single task.
+
+    Lopez-Paz and Ranzato 2017 (GEM, eq. 3) and MCITlib's sign; `forgetting_coin` is the other one (spec 7.2).
+    """
     matrix = square(accuracy)
     return _mean([_difference(now, first) for first, now in list(zip(_diagonal(matrix), matrix[-1], strict=True))[:-1]])
+
+
+def retention_per_task(accuracy: Matrix) -> list[float | None]:
+    """Per task i, A[T][i] in percent of A[i][i]: what is left of the score right after its stage (100 = all of it).
+
+    A ratio beside the differences of `forgetting_coin`, so that tasks with small scores count like the others; None
+    for a task that scored 0 right after its stage.
+    """
+    matrix = square(accuracy)
+    pairs = zip(_diagonal(matrix), matrix[-1], strict=True)
+    return [100.0 * now / first if first and now is not None else None for first, now in pairs]
+
+
+def retention(accuracy: Matrix) -> float | None:
+    """Mean over i < T of `retention_per_task`; 100 = nothing lost. None for a single task."""
+    return _mean(retention_per_task(accuracy)[:-1])
+
+
+def immediate_gain(accuracy: Matrix, zero_shot: Row) -> float | None:
+    """Mean over i of A[i][i] - Z[i]: what a task's own stage adds to the frozen model's zero-shot score Z."""
+    return _mean([_difference(own, before) for own, before in zip(_diagonal(square(accuracy)), zero_shot, strict=True)])
+
+
+def forward_transfer(zero_shot: Row, ahead: Row | None) -> float | None:
+    """Mean over i > 1 of A[i-1][i] - Z[i]: what earlier stages do for a task that is not learned yet.
+
+    Lopez-Paz and Ranzato 2017 (GEM, eq. 4) with the frozen model's zero-shot score Z for their random one. The entries
+    just above the diagonal, `ahead[i]` = A[i-1][i], are measured with `evaluate.ahead`; None without them and for a
+    single task.
+    """
+    if ahead is None:
+        return None
+    return _mean([_difference(before, none) for before, none in list(zip(ahead, zero_shot, strict=True))[1:]])
 
 
 METRICS = {
     "last": last,
     "average": average,
+    "mean_average_accuracy": average,
     "immediate": immediate,
     "forgetting": forgetting,
     "forgetting_coin": forgetting_coin,
     "backward_transfer": backward_transfer,
+    "retention": retention,
 }
 
 
-def summarise(accuracy: Matrix, zero_shot: Row | None = None) -> dict[str, float | None]:
-    """Return every metric of this module by name, and with zero-shot scores also their mean and the gain over it.
+def summarise(accuracy: Matrix, zero_shot: Row | None = None, ahead: Row | None = None) -> dict[str, float | None]:
+    """Return every metric of this module by name; those that compare with zero-shot need its scores.
 
-    Shapes: accuracy [T, T], zero_shot [T]. Percent. Raises UserError when a shape does not fit.
+    Shapes: accuracy [T, T], zero_shot [T], ahead [T] (see `forward_transfer`; its first entry is not used). Percent.
+    Raises UserError when a shape does not fit.
     """
     tasks = len(square(accuracy))
     summary = {name: metric(accuracy) for name, metric in METRICS.items()}
+    for name, row in (("zero-shot", zero_shot), ("ahead", ahead)):
+        if row is not None and len(row) != tasks:
+            raise UserError(f"There are {len(row)} {name} scores; expected {tasks}, one per task.")
     if zero_shot is not None:
-        if len(zero_shot) != tasks:
-            raise UserError(f"There are {len(zero_shot)} zero-shot scores; expected {tasks}, one per task.")
         summary["zero_shot"] = _mean(zero_shot)
         summary["gain"] = _difference(summary["last"], summary["zero_shot"])
+        summary["immediate_gain"] = immediate_gain(accuracy, zero_shot)
+        summary["forward_transfer"] = forward_transfer(zero_shot, ahead)
     return summary
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pipeline.config import MethodConfig
+from pipeline.data.shards import Keys
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, make_method
 from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routing import NO_SET, similarity
 from tests.train.worlds import make_pool, make_samples
 
 TASKS = ["a", "b", "c"]
@@ -63,6 +65,70 @@ def test_a_gate_of_zero_trains_behind_no_set_less_similar_than_the_task_itself()
 def test_only_sequential_carries_its_prompt_and_only_modalprompt_learns_prototypes() -> None:
     assert {name for name, kind in METHODS.items() if kind.carries_prompt} == {"sequential"}
     assert {name for name, kind in METHODS.items() if kind.learns_prototypes} == {"modalprompt"}
+
+
+def test_k_is_the_most_sets_in_training_and_at_inference() -> None:
+    _, keys = make_samples(5)
+    scores = torch.randn(5, 3)
+    for k, earlier, inserted in ((1, 0, 1), (2, 1, 2), (3, 2, 3), (9, 3, 3)):
+        assert method("modalprompt", k=k).training_sets(make_pool(3), keys).shape == (5, earlier)
+        assert method("modalprompt", k=k).evaluation_sets(make_pool(3), 0, scores).shape == (5, inserted)
+
+
+def test_the_image_weight_decides_which_earlier_sets_are_most_similar() -> None:
+    pool = PromptPool()
+    for name, prototype in (("like the images", [1.0, 0.0]), ("like the texts", [0.0, 1.0])):
+        pool.append(name, torch.zeros(4, 2), torch.tensor(prototype))
+    keys = Keys(torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 1.0]]), torch.tensor([True]), {})
+    assert method("modalprompt", k=2, image_weight=1.0).training_sets(pool, keys).tolist() == [[0]]
+    assert method("modalprompt", k=2, image_weight=0.0).training_sets(pool, keys).tolist() == [[1]]
+
+
+def test_selection_all_inserts_every_set_in_the_order_of_the_stages() -> None:
+    _, keys = make_samples(2)
+    everything = method("modalprompt", selection="all", k=1)
+    assert everything.training_sets(make_pool(3), keys).tolist() == [[0, 1, 2]] * 2
+    assert everything.evaluation_sets(make_pool(3), 0, torch.randn(2, 3)).tolist() == [[0, 1, 2]] * 2
+
+
+def test_selection_current_trains_a_set_alone_and_answers_with_the_newest() -> None:
+    _, keys = make_samples(2)
+    current = method("modalprompt", selection="current")
+    assert current.training_sets(make_pool(3), keys).shape == (2, 0)
+    assert current.evaluation_sets(make_pool(3), 0, torch.randn(2, 3)).tolist() == [[2], [2]]
+
+
+def test_selection_oracle_answers_behind_the_sets_the_task_was_trained_behind() -> None:
+    _, keys = make_samples(6)
+    pool = make_pool(3)
+    scores = similarity(keys.image, keys.text, pool.prototypes, 0.5, keys.has_image)
+    earlier = PromptPool(pool.names[:2], pool.prompts[:2], pool.prototypes[:2])
+    for k in (1, 2, 3, 4):
+        oracle = method("modalprompt", selection="oracle", k=k)
+        trained = oracle.training_sets(earlier, keys)
+        own = torch.full((6, 1), 2)
+        assert torch.equal(oracle.evaluation_sets(pool, 2, scores), torch.cat([trained, own], dim=1))
+    first = method("modalprompt", selection="oracle").evaluation_sets(pool, 0, scores)
+    assert first.tolist() == [[0]] * 6
+
+
+def test_the_oracles_gate_leaves_no_hole_before_the_own_set() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.85], [0.1, 0.1, 0.9]])
+    oracle = method("modalprompt", selection="oracle", k=3, gate=0.1)
+    assert oracle.evaluation_sets(make_pool(3), 2, scores).tolist() == [[1, 2, NO_SET], [2, NO_SET, NO_SET]]
+
+
+def test_only_what_is_not_routed_has_to_be_told_the_task() -> None:
+    told = {name for name in METHODS if method(name).needs_task}
+    assert told == {"independent"}
+    assert method("modalprompt", selection="oracle").needs_task
+
+
+@pytest.mark.parametrize("name", ["modalprompt", "sequential", "joint"])
+def test_skip_leaves_questions_without_an_image_without_sets(name: str) -> None:
+    has_image, scores, pool = torch.tensor([True, False]), torch.zeros(2, 1), make_pool(1)
+    assert method(name).answering_sets(pool, 0, scores, has_image).tolist() == [[0], [0]]
+    assert method(name, text_only="skip").answering_sets(pool, 0, scores, has_image).tolist() == [[0], [NO_SET]]
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:

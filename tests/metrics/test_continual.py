@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.metrics.continual import Matrix, after_stage, square, summarise
+from pipeline.metrics.continual import Matrix, after_stage, retention_per_task, square, summarise
 
 N = None
 FORGETS: Matrix = [[90, N, N], [80, 85, N], [60, 88, 95]]
@@ -61,6 +61,40 @@ def test_the_metrics_after_a_stage_see_nothing_later() -> None:
     assert after_stage(FORGETS, 0)["last"] == 90
     assert after_stage(FORGETS, 1)["forgetting"] == pytest.approx(10)
     assert after_stage(FORGETS, 2) == summarise(FORGETS)
+
+
+def test_the_mean_average_accuracy_is_the_average_under_coins_name() -> None:
+    summary = summarise(IMPROVES)
+    assert summary["mean_average_accuracy"] == summary["average"] == pytest.approx((50 + 50 + 72) / 3)
+
+
+def test_retention_is_the_share_of_the_own_stages_score_that_is_left() -> None:
+    assert retention_per_task(FORGETS) == pytest.approx([100 * 60 / 90, 100 * 88 / 85, 100])
+    assert summarise(FORGETS)["retention"] == pytest.approx((100 * 60 / 90 + 100 * 88 / 85) / 2)
+
+
+def test_a_task_that_scored_nothing_has_no_retention() -> None:
+    matrix: Matrix = [[0, N, N], [5, 80, N], [5, 40, 90]]
+    assert retention_per_task(matrix) == [None, 50, 100]
+    assert summarise(matrix)["retention"] is None
+    assert summarise([[75.0]])["retention"] is None
+
+
+def test_the_immediate_gain_compares_a_tasks_own_stage_with_zero_shot() -> None:
+    assert summarise(IMPROVES, [10, 20, 30])["immediate_gain"] == pytest.approx((40 + 40 + 50) / 3)
+
+
+def test_forward_transfer_compares_the_stage_before_a_tasks_own_with_zero_shot() -> None:
+    summary = summarise(IMPROVES, [10, 20, 30], ahead=[N, 26, 34])
+    assert summary["forward_transfer"] == pytest.approx((6 + 4) / 2)
+    assert summarise(IMPROVES, [10, 20, 30], ahead=[N, 14, 28])["forward_transfer"] == pytest.approx((-6 - 2) / 2)
+    assert summarise(IMPROVES, [10, 20, 30])["forward_transfer"] is None
+    assert summarise([[75.0]], [10], ahead=[N])["forward_transfer"] is None
+
+
+def test_scores_ahead_of_another_length_are_refused() -> None:
+    with pytest.raises(UserError, match="2 ahead scores; expected 3"):
+        summarise(FORGETS, [1, 2, 3], ahead=[N, 2])
 
 
 def test_zero_shot_scores_give_the_gain() -> None:

@@ -1,10 +1,10 @@
-"""Prompt sets stand directly after the first token, whatever the padding and the number of sets."""
+"""Prompt sets stand after the first token or before the image, whatever the padding and the number of sets."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.prompts.insertion import gather_sets, insert_prompts
+from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
 from pipeline.prompts.routing import NO_SET
 
 BANK = torch.arange(3 * 2).reshape(3, 2, 1).float() + 100  # sets [100, 101], [102, 103], [104, 105]
@@ -54,6 +54,38 @@ def test_a_batch_padded_on_the_left_stays_so() -> None:
         [1, 100, 101, 102, 103, 2], [1, 104, 105, 2, 3],
     ]  # fmt: skip
     assert mask.tolist() == [[0] + [1] * 6, [0, 0] + [1] * 5]
+
+
+IMAGE = 9
+
+
+def inserted(rows: list[list[int]], insertion: str, left: bool = False) -> list[list[int]]:
+    """The rows (0 = padding, 9 = image token) with the sets 0 and 2 in every row, padding left out."""
+    embeddings, attention = tokens(rows), torch.tensor(rows) != 0
+    place = insertion_place(attention, torch.tensor(rows) == IMAGE, insertion)
+    vectors, valid = gather_sets(BANK, torch.tensor([[0, 2]] * len(rows)))
+    mixed, mask, _ = insert_prompts(embeddings, attention.long(), vectors, valid, left=left, place=place)
+    assert mask.sum(1).tolist() == [sum(map(bool, row)) + 4 for row in rows]
+    return [row[keep.bool(), 0].int().tolist() for row, keep in zip(mixed, mask, strict=True)]
+
+
+def test_sets_stand_directly_before_the_first_image_token() -> None:
+    rows = [[1, 2, 3, 9, 9, 4, 5], [1, 9, 9, 4, 0, 0, 0]]
+    sets = [100, 101, 104, 105]
+    assert inserted(rows, "before_image") == [[1, 2, 3, *sets, 9, 9, 4, 5], [1, *sets, 9, 9, 4]]
+    assert inserted(rows, "after_bos") == [[1, *sets, 2, 3, 9, 9, 4, 5], [1, *sets, 9, 9, 4]]
+
+
+def test_without_an_image_sets_before_the_image_follow_the_first_token() -> None:
+    assert inserted([[1, 2, 3, 0], [1, 2, 9, 3]], "before_image") == [
+        [1, 100, 101, 104, 105, 2, 3], [1, 2, 100, 101, 104, 105, 9, 3],
+    ]  # fmt: skip
+
+
+def test_sets_stand_before_the_image_when_padding_is_on_the_left() -> None:
+    assert inserted([[0, 0, 1, 2, 9, 3], [1, 2, 3, 9, 9, 4]], "before_image", left=True) == [
+        [1, 2, 100, 101, 104, 105, 9, 3], [1, 2, 3, 100, 101, 104, 105, 9, 9, 4],
+    ]  # fmt: skip
 
 
 def test_gradients_reach_the_inserted_sets_only_where_they_are_used() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,42 @@ def test_the_decoder_sees_the_selected_sets_in_order_and_the_current_one_last(
     module: PromptedLMM, examples: Examples
 ) -> None:
     check_insertion(module, parts(examples, [[0, 1, 2, 3]])[0])
+
+
+def seen_by_the_decoder(module: PromptedLMM, call: Callable[[], Any]) -> torch.Tensor:
+    """The input vectors of the first pass through the decoder during `call`."""
+    seen: list[torch.Tensor] = []
+    handle = module.lmm.model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, inputs: seen.append(inputs["inputs_embeds"].detach()), with_kwargs=True
+    )
+    call()
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("insertion", ["after_bos", "before_image"])
+def test_sets_stand_where_the_switch_says_in_training_and_generation(
+    module: PromptedLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch, insertion: str
+) -> None:
+    monkeypatch.setattr(module, "insertion", insertion)
+    batch = parts(examples, [[0, 1]])[0]  # with an image, without one
+    sets = torch.cat([module.bank[[0, 1]].flatten(0, 1), module.prompt.detach()])
+    trained = seen_by_the_decoder(module, lambda: module(batch, Normaliser(1.0, 1.0)))
+    pool, chosen = torch.cat([module.bank, module.prompt.detach()[None]]), torch.tensor([[0, 1, 3]])
+    for number in (0, 1):
+        place = 1
+        if insertion == "before_image" and number == 0:
+            place = examples[0].prompt.index(module.lmm.image_token)
+            assert place > 1
+        asked = seen_by_the_decoder(
+            module,
+            lambda number=number: generate_answers(
+                module.lmm, examples, [number], chosen.repeat(6, 1), pool, 1, 1, insertion
+            ),
+        )
+        assert torch.equal(asked[0, place : place + 12], sets)
+        if number == 0:
+            assert torch.equal(trained[0, place : place + 12], sets)
 
 
 def test_a_method_that_drops_the_current_set_is_noticed(
