@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,8 @@ def test_sets_stand_where_the_switch_says_in_training_and_generation(
         if insertion == "before_image" and number == 0:
             place = examples[0].prompt.index(module.lmm.image_token)
             assert place > 1
-        asked = seen_by_the_decoder(
-            module,
-            lambda number=number: generate_answers(
-                module.lmm, examples, [number], chosen.repeat(6, 1), pool, 1, 1, insertion
-            ),
-        )
+        ask = partial(generate_answers, module.lmm, examples, [number], chosen.repeat(6, 1), pool, 1, 1, insertion)
+        asked = seen_by_the_decoder(module, ask)
         assert torch.equal(asked[0, place : place + 12], sets)
         if number == 0:
             assert torch.equal(trained[0, place : place + 12], sets)
