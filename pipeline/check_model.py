@@ -71,7 +71,8 @@ class CheckedModel:
     @cached_property
     def conversation(self) -> Conversation:
         """What turns a sample into the model's tokens."""
-        return Conversation(self.processor, self.settings.max_length)
+        settings = self.settings
+        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding)
 
     def tokens(self, samples: list[Sample]) -> Tokens:
         """Lengths of the longest of these samples, else of a photograph with a question of a usual length."""
@@ -125,7 +126,8 @@ def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
     """Sentences about an image, end or padding token that the tokenizer or the model does not know."""
     tokenizer, wrong = processor.tokenizer, []
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    image = getattr(processor, "image_token", None)
+    # Where they differ, the processor's stands for an image in the text, the tokenizer's for one of its features.
+    image = getattr(tokenizer, "image_token", None) or getattr(processor, "image_token", None)
     wanted = getattr(config, "image_token_id", None)
     number = None if image is None else tokenizer.convert_tokens_to_ids(image)
     if image is None:

@@ -111,6 +111,14 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen weights and the step")
     attn_implementation: str = Field("sdpa", description="attention kernel, as transformers names it")
     max_length: int = Field(2048, ge=1, description="longest sequence in tokens, prompts and image included")
+    template: Literal["auto", "vicuna_v1"] = Field(
+        "auto",
+        description="the conversation: that of the checkpoint's chat template (without one, USER: and ASSISTANT:), or "
+        "LLaVA-1.5's with its system sentence",
+    )
+    image_padding: Literal["none", "square"] = Field(
+        "none", description="square: pad images to squares with the processor's mean colour first, as LLaVA's own code"
+    )
 
     @property
     def location(self) -> str:

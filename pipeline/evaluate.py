@@ -14,10 +14,9 @@ from torch import Tensor
 from pipeline.backbones.lmm import LMM
 from pipeline.checkpoint import write_json
 from pipeline.data.collate import Examples, StageData, collate_prompts
-from pipeline.data.conversation import Conversation
 from pipeline.distributed import World, barrier, gather_objects
 from pipeline.files import replacing
-from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
+from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
 
@@ -66,14 +65,18 @@ def generate_answers(
     for start in range(0, len(ordered), batch):
         part = ordered[start : start + batch]
         inputs = collate_prompts(examples, part, selected).to(device)
-        embeddings, attention = lmm.embed(inputs.input_ids, inputs.pixel_values, inputs.has_image), inputs.attention
+        embeddings, attention = lmm.embed(inputs.input_ids, inputs.images, inputs.has_image), inputs.attention
+        places = lmm.image_places(inputs.input_ids)
         if inputs.selected.shape[1] and len(bank):
             vectors, valid = gather_sets(bank, inputs.selected)
-            place = insertion_place(attention, inputs.input_ids == lmm.image_token, insertion)
+            place = insertion_place(attention, places, insertion)
+            if lmm.family.reads_places:
+                places = insert_gaps(places, attention, valid, place, left=True)
             embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)
             used = int(attention.sum(1).max())  # columns that are padding in every row
-            embeddings, attention = embeddings[:, -used:], attention[:, -used:]
-        for index, tokens in zip(part, lmm.generate(embeddings, attention, max_new_tokens), strict=True):
+            embeddings, attention, places = embeddings[:, -used:], attention[:, -used:], places[:, -used:]
+        generated = lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
+        for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
     return answers
 
@@ -86,7 +89,6 @@ def evaluate_task(
     scores: Tensor,
     world: World,
     folder: Path,
-    max_length: int,
     batch: int,
     earlier: Iterable[Path] = (),
     insertion: str = "after_bos",
@@ -108,7 +110,7 @@ def evaluate_task(
     answers: dict[int, str] = {}
     if missing:
         model = lmm()
-        examples = Examples(test.data, Conversation(model.processor, max_length))
+        examples = Examples(test.data, model.conversation)
         # Every world.size-th sample, so that each rank gets a similar mix of lengths.
         mine = generate_answers(
             model, examples, missing[world.rank :: world.size], selected, pool.prompts, test.max_new_tokens, batch,

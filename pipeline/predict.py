@@ -12,7 +12,6 @@ from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import load_lmm
 from pipeline.config import Recipe, load_run
 from pipeline.data.collate import Examples, StageData
-from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import Keys
 from pipeline.errors import UserError, nearest
@@ -52,7 +51,7 @@ def predict(run: Path, image: Path | None, question: str, task: str | None = Non
     lmm = load_lmm(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.train.projector == "trained":
         lmm.load_projector(read_projector(run, recipe))
-    examples = Examples(data, Conversation(lmm.processor, recipe.model.max_length))
+    examples = Examples(data, lmm.conversation)
     answers = generate_answers(lmm, examples, [0], selected, pool.prompts, longest, 1, recipe.method.insertion)
     return {
         "answer": answers[0],

@@ -26,7 +26,6 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import Recipe, accumulation, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
-from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS, IndexedShards
 from pipeline.distributed import StopFlag, World, agree, init_world, on_main, stop_on_signals, together
@@ -186,7 +185,7 @@ class Sequence:
         order = Order(len(data), recipe.train.global_batch, recipe.seed, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
-        examples = Examples(data, Conversation(engine.module.lmm.processor, recipe.model.max_length))
+        examples = Examples(data, engine.module.lmm.conversation)
         world = self.world
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
         previous = self.pool.prompts[-1] if len(self.pool) else None
@@ -277,7 +276,7 @@ class Sequence:
         else:
             selected = torch.zeros(len(test.data), 0, dtype=torch.long)
         result = evaluate_task(
-            self._get_replica, test, pool, selected, scores, self.world, folder, self.recipe.model.max_length,
+            self._get_replica, test, pool, selected, scores, self.world, folder,
             settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
         )  # fmt: skip
         took = time.perf_counter() - began

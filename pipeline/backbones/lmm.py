@@ -6,18 +6,23 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.lmm_families import FAMILIES, family_of
+from pipeline.backbones.lmm_processor import LOAD_ERRORS, check_image_size, load_processor, not_loadable
 from pipeline.config import ModelConfig
+from pipeline.data.conversation import Conversation
 from pipeline.errors import UserError
 
+__all__ = ["LMM", "SUPPORTED", "base_fingerprint", "load_lmm", "load_processor"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Architectures whose parts are where `LMM` looks for them; another one needs its own subclass.
-SUPPORTED = ("llava",)
+SUPPORTED = tuple(FAMILIES)
 SAMPLED_BYTES = 1 << 20  # of each weight file's start and end; reading 14 GB for a fingerprint would take minutes
 
 
@@ -25,23 +30,27 @@ class LMM(nn.Module):
     """A frozen image-text-to-text model in eval mode with its processor.
 
     Only submodules are called, never bare weights, so that ZeRO-3 can gather what is needed (engineering.md B2).
+    What differs between architectures is in `family`.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, config: ModelConfig | None = None) -> None:
         super().__init__()
-        kind = model.config.model_type
-        if kind not in SUPPORTED:
-            raise UserError(
-                f"The model is of type '{kind}'; supported so far: {', '.join(SUPPORTED)}. "
-                "Set model.path to a LLaVA checkpoint in Hugging Face format."
-            )
+        self.family = family_of(model.config.model_type)(model)
         self.model = model
         self.processor = processor
+        self.config = config
         self.width: int = model.config.text_config.hidden_size
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
         self.freeze()
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """How samples become tokens for this model, by the settings it was loaded with."""
+        assert self.config is not None
+        config = self.config
+        return Conversation(self.processor, config.max_length, config.template, config.image_padding)
 
     @property
     def tokenizer(self) -> Any:
@@ -53,14 +62,8 @@ class LMM(nn.Module):
         self.eval()
 
     def projector(self) -> nn.Module:
-        """The module that maps image features to the language model's width; UserError where there is none."""
-        module = getattr(self.model.model, "multi_modal_projector", None)
-        if not isinstance(module, nn.Module):
-            raise UserError(
-                f"A model of type '{self.model.config.model_type}' has no image projector that could be trained. "
-                "Set train.projector to frozen, or model.path to a LLaVA checkpoint."
-            )
-        return module
+        """The module that maps image features to the language model's width."""
+        return self.model.model.get_submodule(self.family.projector)
 
     def train_projector(self) -> None:
         """Let gradients reach the projector, and it alone."""
@@ -75,70 +78,106 @@ class LMM(nn.Module):
         """Stays in eval mode: a frozen model is the same function in training and at inference."""
         return super().train(False)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Projected image features [B, n, D] of `pixel_values` [B, 3, H, W]; with gradients if the projector trains."""
+    def image_features(self, images: dict[str, Tensor]) -> Tensor:
+        """Projected features [n, D] of a batch's images in turn; with gradients if the projector trains."""
+        images = {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
         with torch.set_grad_enabled(self.trains_projector and torch.is_grad_enabled()):
-            output = self.model.model.get_image_features(pixel_values=pixel_values.to(self.dtype), return_dict=True)
-        return torch.stack(list(output.pooler_output))
+            return self.family.image_features(images)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor, has_image: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
         """Input embeddings [B, N, D]: words, and image features at the places of the image token.
 
-        The vision tower runs for every sample; where there is no image `pixel_values` is a dummy and its features are
+        The vision tower runs for every batch; where no sample has an image, `images` is a dummy and its features are
         dropped.
         """
         words = self.model.get_input_embeddings()(input_ids)
-        features = self.image_features(pixel_values)[has_image].to(words.dtype)
-        places = input_ids == self.image_token
-        if int(places.sum()) != features.shape[0] * features.shape[1]:
+        features = self.image_features(images).to(words.dtype)
+        if not has_image.any():
+            features = features[:0]
+        places = self.image_places(input_ids)
+        if int(places.sum()) != len(features):
             raise UserError(
-                f"The batch has {int(places.sum())} image tokens for {len(features)} x {features.shape[1]} features. "
-                "The processor's patch_size, num_additional_image_tokens and vision_feature_select_strategy must fit "
-                "the model's; mend processor_config.json beside the model."
+                f"The batch has {int(places.sum())} image tokens for {len(features)} features of its images. The "
+                "processor's settings (patch size, tokens per image, vision_feature_select_strategy) must fit the "
+                "model's; mend processor_config.json beside the model."
             )
         return words.masked_scatter(places[..., None], features)
 
-    def hidden(self, embeddings: Tensor, attention: Tensor) -> Tensor:
-        """Last hidden states [B, N, D] of the decoder; the batch is padded on the right."""
-        return self.model.model.language_model(
-            inputs_embeds=embeddings, attention_mask=attention, use_cache=False
-        ).last_hidden_state
+    def image_places(self, input_ids: Tensor) -> Tensor:
+        """Which tokens [B, N] stand for image features."""
+        return input_ids == self.image_token
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        attention: Tensor,
+        places: Tensor | None = None,
+        images: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, N, D] of the decoder; the batch is padded on the right.
+
+        `places` [B, N] (the image's tokens) and `images` are for architectures whose decoder reads them.
+        """
+        inputs = self.family.decoder_inputs(embeddings, attention, *self._seen(places, images))
+        decoder = self.model.model.get_submodule(self.family.decoder)
+        return decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
+
+    def _seen(self, places: Tensor | None, images: dict[str, Tensor] | None) -> tuple[Any, Any]:
+        if self.family.reads_places and (places is None or images is None):
+            raise ValueError(f"the decoder of {self.family.kind} has to know which tokens are an image's")
+        return places, images
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [..., V] in float32."""
         return self.model.get_output_embeddings()(hidden).float()
 
+    @property
+    def stops(self) -> list[int]:
+        """Tokens that end an answer: what prompts were trained with, and what the checkpoint stops at."""
+        known = self.model.generation_config.eos_token_id
+        stops = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+        if self.config is not None:
+            stops.add(self.conversation.end_token)
+        return sorted(stops - {None})
+
     @torch.no_grad()
-    def generate(self, embeddings: Tensor, attention: Tensor, max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self,
+        embeddings: Tensor,
+        attention: Tensor,
+        max_new_tokens: int,
+        places: Tensor | None = None,
+        images: dict[str, Tensor] | None = None,
+    ) -> list[list[int]]:
         """Greedy answers (token ids, special ones included) to a batch padded on the left.
 
         Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other (engineering.md
-        B2.4).
+        B2.4). `places` and `images` as for `hidden`.
         """
         tokenizer = self.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         output = self.model.generate(
             inputs_embeds=embeddings,
-            attention_mask=attention,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=self.stops,
             synced_gpus=False,
+            **self.family.generation_inputs(embeddings, attention, *self._seen(places, images)),
         )
         return output.tolist()
 
     def vocabulary_rows(self, rows: Tensor) -> Tensor:
-        """The given rows [n, D] of the input embedding, in float32, also under ZeRO-3 (all ranks must call it)."""
+        """The vectors [n, D] of these words as the decoder gets them, in float32; under ZeRO-3 all ranks call it."""
         weight = self.model.get_input_embeddings().weight
         with _gathered(weight):
-            return weight.detach()[rows.to(weight.device)].float().cpu()
+            return weight.detach()[rows.to(weight.device)].float().cpu() * self.family.embedding_scale
 
 
 @contextlib.contextmanager
 def _gathered(parameter: nn.Parameter) -> Iterator[None]:
-    """The whole parameter, whether or not ZeRO-3 has partitioned it."""
+    """The whole parameter, whether or not ZeRO-3 has partitioned it; all ranks must come here."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
@@ -169,8 +208,8 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None) -> LMM:
             attn_implementation=config.attn_implementation,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(config, error) from error
+    except LOAD_ERRORS as error:
+        raise not_loadable(config, error) from error
     finally:
         if live is not None:
             integration.unset_hf_deepspeed_config()
@@ -178,34 +217,8 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None) -> LMM:
     if zero3 is not None:
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
-    return LMM(model, processor)
-
-
-def load_processor(config: ModelConfig) -> Any:
-    """The processor (tokenizer, image processor, chat template) of a checkpoint; images go through the PIL backend."""
-    from transformers import AutoProcessor
-
-    try:
-        # One backend everywhere: torchvision resizes differently, so answers would depend on what is installed.
-        processor = AutoProcessor.from_pretrained(
-            config.location, revision=config.revision, trust_remote_code=False, backend="pil"
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(config, error) from error
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise UserError(
-            f"model.path '{config.path}' has no image processor or no tokenizer. Expected an "
-            "image-text-to-text checkpoint with processor_config.json or preprocessor_config.json and tokenizer files."
-        )
-    return processor
-
-
-def _not_loadable(config: ModelConfig, error: BaseException) -> UserError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"The model '{config.path}' cannot be loaded ({first}). Expected a folder or Hugging Face id of an "
-        "image-text-to-text model with its processor; check model.path and model.revision."
-    )
+    check_image_size(config, model.config, processor)
+    return LMM(model, processor, config)
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -215,7 +228,7 @@ def base_fingerprint(config: ModelConfig) -> str:
     try:
         folder = Path(cached_file(config.location, "config.json", revision=config.revision)).parent
     except OSError as error:
-        raise _not_loadable(config, error) from error
+        raise not_loadable(config, error) from error
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     for name in ("transformers_version", "_name_or_path"):
         settings.pop(name, None)

@@ -39,7 +39,7 @@ class Batch:
     input_ids: Tensor  # [B, N]
     attention: Tensor  # [B, N]
     labels: Tensor  # [B, N], -100 where nothing is learned
-    pixel_values: Tensor  # [B, 3, H, W], zeros without an image
+    images: dict[str, Tensor]  # pixel_values [crops, 3, H, W] and the like of all images in turn; a dummy for no image
     has_image: Tensor  # [B] bool
     weights: Tensor  # [B] float32, 0 for a duplicate that fills up the last batch
     selected: Tensor  # [B, m] numbers of earlier sets, NO_SET = none
@@ -53,6 +53,7 @@ class Batch:
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+        moved["images"] = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
         return dataclasses.replace(self, **moved)
 
     def counts(self) -> tuple[float, float]:
@@ -123,15 +124,16 @@ def collate(
         input_ids[place, start : start + len(row)] = torch.tensor(row)
         attention[place, start : start + len(row)] = 1
         if with_answer:
-            labels[place, len(example.prompt) : len(row)] = torch.tensor(example.answer)
+            labels[place, len(example.prompt) : len(row)] = torch.tensor(example.labels)
     index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-    blank = conversation.blank
+    # Every batch has an image, so that all ranks run the vision tower (design.md decision 2).
+    images = [example.images for example in chosen if example.images is not None] or [conversation.blank]
     return Batch(
         input_ids=input_ids,
         attention=attention,
         labels=labels,
-        pixel_values=torch.stack([blank if e.pixel_values is None else e.pixel_values for e in chosen]),
-        has_image=torch.tensor([example.pixel_values is not None for example in chosen]),
+        images={name: torch.cat([image[name] for image in images]) for name in images[0]},
+        has_image=torch.tensor([example.images is not None for example in chosen]),
         weights=torch.as_tensor(np.asarray(weights), dtype=torch.float32),
         selected=selected[index] if len(selected) else torch.full((len(rows), 0), NO_SET),
         image_key=keys.image[index],

@@ -36,6 +36,12 @@ def insertion_place(attention: Tensor, is_image: Tensor | None = None, insertion
     return torch.where(image.any(dim=1), image.float().argmax(dim=1), second)
 
 
+def insert_gaps(flags: Tensor, attention: Tensor, valid: Tensor, place: Tensor, left: bool = False) -> Tensor:
+    """What `insert_prompts` makes of flags [B, N] that tokens have and prompts have not: flags [B, N+P]."""
+    marks, gaps = flags[..., None].float(), torch.zeros(*valid.shape, 1, device=flags.device)
+    return insert_prompts(marks, attention, gaps, valid, left=left, place=place)[0][..., 0] > 0
+
+
 def insert_prompts(
     embeddings: Tensor,
     attention: Tensor,

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
-from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
+from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.routing import prototype_term_weights
 
 
@@ -59,14 +59,17 @@ class PromptedLMM(nn.Module):
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
-        embeddings = self.lmm.embed(batch.input_ids, batch.pixel_values, batch.has_image)
+        embeddings = self.lmm.embed(batch.input_ids, batch.images, batch.has_image)
         vectors, valid = self.prompt_vectors(batch)
-        place = insertion_place(batch.attention, batch.input_ids == self.lmm.image_token, self.insertion)
+        places = self.lmm.image_places(batch.input_ids)
+        place = insertion_place(batch.attention, places, self.insertion)
         embeddings, attention, labels = insert_prompts(
             embeddings, batch.attention, vectors, valid, batch.labels, place=place
         )
         assert labels is not None
-        hidden = self.lmm.hidden(embeddings, attention)
+        if self.lmm.family.reads_places:
+            places = insert_gaps(places, batch.attention, valid, place)
+        hidden = self.lmm.hidden(embeddings, attention, places, batch.images)
         language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)
         image, text = self._prototype_losses(batch)
         image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)

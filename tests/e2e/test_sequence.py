@@ -198,9 +198,9 @@ def test_answers_are_generated_once_for_the_same_sets(make: MakeRecipe, monkeypa
     generated: list[int] = []
     generate = LMM.generate
 
-    def counted(self: LMM, embeddings: torch.Tensor, attention: torch.Tensor, new: int) -> list[list[int]]:
+    def counted(self: LMM, embeddings: torch.Tensor, *others: Any) -> list[list[int]]:
         generated.append(len(embeddings))
-        return generate(self, embeddings, attention, new)
+        return generate(self, embeddings, *others)
 
     monkeypatch.setattr(LMM, "generate", counted)
     run_sequence(make(method__name="independent", evaluate__zero_shot=False))

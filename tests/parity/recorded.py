@@ -99,7 +99,8 @@ class Recorded:
         for token in ids[:answer]:
             prompt += [image_token] * image_tokens if token == IMAGE_MARK else [token]
         pixels = self.inputs["pixel_values"][number] if IMAGE_MARK in ids else None
-        return Example(f"s{number}", prompt, ids[answer:], pixels)
+        images = None if pixels is None else {"pixel_values": pixels[None]}
+        return Example(f"s{number}", prompt, ids[answer:], images)
 
 
 class _TokensAsText(Conversation):

@@ -42,7 +42,7 @@ def test_an_example_begins_with_bos_holds_all_image_tokens_and_ends_with_eos(con
 def test_a_sample_without_an_image_has_no_image_token(conversation: Conversation) -> None:
     example = conversation.example(Sample("a", None, "what?", "red"))
     assert 3 not in example.prompt
-    assert example.pixel_values is None
+    assert example.images is None
 
 
 def test_an_image_tag_in_the_question_is_not_a_second_image(conversation: Conversation) -> None:
@@ -71,7 +71,7 @@ def test_labels_cover_the_answer_and_its_end_token_only(conversation: Conversati
         length = int(batch.attention[row].sum())
         assert batch.input_ids[row, :length].tolist() == examples[index].prompt + examples[index].answer
     assert batch.has_image.tolist() == [True, False, True]
-    assert not batch.pixel_values[1].any()
+    assert len(batch.images["pixel_values"]) == 2
     assert batch.counts() == (len(examples[0].answer) + len(examples[1].answer), 2)
 
 

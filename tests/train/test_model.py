@@ -114,7 +114,7 @@ def check_insertion(module: PromptedLMM, batch: Batch) -> None:
     )
     module(batch, Normaliser(1.0, 1.0))
     handle.remove()
-    tokens = module.lmm.embed(batch.input_ids, batch.pixel_values, batch.has_image)
+    tokens = module.lmm.embed(batch.input_ids, batch.images, batch.has_image)
     for row, chosen in enumerate(batch.selected.tolist()):
         sets = [module.bank[number] for number in chosen if number >= 0] + [module.prompt.detach()]
         length = int(batch.attention[row].sum())

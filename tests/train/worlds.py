@@ -11,7 +11,6 @@ import torch
 
 from pipeline.config import Recipe
 from pipeline.data.collate import Examples, MicroBatches, StageData
-from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import Keys
@@ -99,7 +98,7 @@ def train_once(
     folder.mkdir(parents=True, exist_ok=True)
     data = StageData([(*samples, None)])
     method = make_method(recipe.method)
-    examples = Examples(data, Conversation(engine.module.lmm.processor, recipe.model.max_length))
+    examples = Examples(data, engine.module.lmm.conversation)
     order = Order(len(data), recipe.train.global_batch, recipe.seed, len(pool))
     steps = recipe.train.steps or order.batches_per_epoch
     batches = MicroBatches(
