@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import sha256
 
 TextFeature = Literal["projected", "pooled"]
+Truncation = Literal["head", "tail"]
 
 # Raise it when this file feeds CLIP differently: keys computed before then count as those of another CLIP.
 ENCODING_VERSION = 1
@@ -40,6 +41,8 @@ class KeyEncoder:
 
     Image keys are CLIP's projected image embeddings. Text keys are the projected text embeddings (`projected`, the
     joint space) or the text tower's pooled output before the projection (`pooled`, what the official code compares).
+    Of a text longer than CLIP's context `text_truncation` keeps the head (CLIP's own way) or the tail, where benchmark
+    questions carry the instruction that tells their task (spec 8, B20); the start and end tokens stay.
     Raises UserError when the checkpoint is not a whole CLIP, or `pooled` has another width than the image key.
     """
 
@@ -48,9 +51,10 @@ class KeyEncoder:
         path: str | os.PathLike[str],
         revision: str | None = None,
         text_feature: TextFeature = "projected",
+        text_truncation: Truncation = "head",
         device: torch.device | str | None = None,
     ) -> None:
-        self._source = (os.fspath(path), revision, text_feature)
+        self._source = (os.fspath(path), revision, text_feature, text_truncation)
         folder = _checkpoint(os.fspath(path), revision)
         self.text_feature = text_feature
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,6 +75,7 @@ class KeyEncoder:
             raise UserError(f"The CLIP in {path} has no usable image processor or tokenizer: {error}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.truncation_side = "left" if text_truncation == "tail" else "right"
         self.max_text = min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -84,7 +89,7 @@ class KeyEncoder:
             return _tensor(self.model.get_image_features(pixel_values=pixels.to(self.device))).float().cpu()
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the text keys [B, K] float32 on the CPU; a text longer than CLIP's context is cut at its end."""
+        """Return the text keys [B, K] float32 on the CPU; longer texts are cut to CLIP's context."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
         ).to(self.device)
@@ -100,18 +105,24 @@ class KeyEncoder:
 
 
 def key_identity(
-    path: str | os.PathLike[str], revision: str | None = None, text_feature: TextFeature = "projected"
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    text_feature: TextFeature = "projected",
+    text_truncation: Truncation = "head",
 ) -> dict[str, str]:
     """Return the metadata of keys this CLIP makes, read from its files without loading the model.
 
-    `weights_sha256`, `preprocessing_sha256` and `text_feature` decide whether keys belong to it; `clip` and `revision`
-    say where it came from. Raises UserError when the checkpoint cannot be found.
+    `weights_sha256`, `preprocessing_sha256` and `text_feature` decide whether keys belong to it; the truncation is part
+    of the preprocessing. `clip`, `revision` and `text_truncation` tell a person where the keys came from. Raises
+    UserError when the checkpoint cannot be found.
     """
     folder = _checkpoint(os.fspath(path), revision)
     preprocessing = hashlib.sha256(f"encoding {ENCODING_VERSION}\n".encode())
     for name in _PREPROCESSING_FILES:
         if (folder / name).is_file():
             preprocessing.update(f"{name} {_sha256(folder / name)}\n".encode())
+    if text_truncation != "head":  # keys and runs from before there was a choice have the head
+        preprocessing.update(f"text_truncation {text_truncation}\n".encode())
     weights = hashlib.sha256()
     for file in _weight_files(folder):
         weights.update(f"{file.name} {_sha256(file)}\n".encode())
@@ -123,6 +134,7 @@ def key_identity(
         "weights_sha256": weights.hexdigest(),
         "preprocessing_sha256": preprocessing.hexdigest(),
         "text_feature": text_feature,
+        "text_truncation": text_truncation,
     }
 
 
