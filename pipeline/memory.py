@@ -199,8 +199,7 @@ def _trained(
     else:
         part = sum(_share(size, ranks) for group in groups for size in group)
         trainables = (part + sum(_resident(group, zero) for group in groups)) * element
-        # Float32 parameters are their own masters.
-        optimizer = part * FLOAT32 * (2 if element == FLOAT32 else 3)
+        optimizer = part * 3 * FLOAT32
         step = max(sum(_share(size, ranks) for size in group) for group in groups) * FLOAT32 * (element != FLOAT32)
         gradients = count * element + part * accumulated + step + (bucket if zero.contiguous_gradients else 0)
     return trainables, gradients, 0 if _on_host(zero.offload_optimizer) else optimizer
