@@ -62,7 +62,8 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
 
 
 def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
-    from pipeline.check_model import CheckedModel, check_keys, check_model, check_run_folder
+    from pipeline.check_model import CheckedModel, check_keys, check_model
+    from pipeline.check_run import check_run_folder
 
     model, data = CheckedModel(recipe, online), CheckedData(recipe, name)
     identity: dict[str, str] | None = None
@@ -121,6 +122,7 @@ def _deepspeed(recipe: Recipe) -> str:
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: CheckedData) -> str:
     """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    from pipeline.check_model import clip_key_width
     from pipeline.memory import plan_memory
     from pipeline.model_shape import meta_model
 
@@ -132,7 +134,7 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
         return f"not planned: the configuration of '{recipe.model.path}' cannot be had here"
     assert built is not None
     tokens = model.tokens(data.samples)
-    width = data.key_width or ASSUMED_KEY_WIDTH
+    width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
     peak = max(plan.training, plan.evaluation)
     return f"{_amount(peak)} per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"

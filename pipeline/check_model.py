@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,20 @@ from typing import Any
 from PIL import Image
 
 from pipeline import hub
-from pipeline.backbones.lmm import SUPPORTED, base_fingerprint, load_processor
-from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run
+from pipeline.backbones.lmm import SUPPORTED, load_processor
+from pipeline.backbones.lmm_processor import check_image_size
 from pipeline.config import Recipe
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
-from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.errors import UserError, UserErrors
 from pipeline.memory import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
-from pipeline.run_folder import read_run
 
-LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions
 PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
+SAFE_WEIGHTS = (
+    " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
+    "pytorch_model.bin, set keys.revision to one that has it, or load and save it once with transformers' "
+    "save_pretrained."
+)
 
 
 class CheckedModel:
@@ -109,7 +110,7 @@ def check_model(model: CheckedModel) -> str:
         )
         raise UserErrors(wrong)
     wrong += special_token_problems(model.processor, config, settings.path)
-    wrong += vision_problems(model.processor, config, settings.path)
+    wrong += vision_problems(model)
     if not wrong:
         wrong += image_token_problems(model)
     if wrong:
@@ -160,24 +161,15 @@ def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
     return wrong
 
 
-def vision_problems(processor: Any, config: Any, path: str) -> list[str]:
+def vision_problems(model: CheckedModel) -> list[str]:
     """A sentence when the processor makes images of another size than the vision tower was built for."""
-    built = getattr(getattr(config, "vision_config", None), "image_size", None)
-    if not built:
-        return []  # a tower for any size
-    height, width = built if isinstance(built, list | tuple) else (built, built)
     try:
-        pixels = processor.image_processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+        check_image_size(model.settings, model.config, model.processor)
+    except UserError as error:
+        return [str(error)]
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        return [f"model.path: the image processor of '{path}' fails on a plain image ({error}); mend its settings."]
-    found = tuple(pixels.shape[-2:])
-    if pixels.ndim < 4 or found == (height, width):
-        return []
-    return [
-        f"model.path: the processor of '{path}' makes images of {found[1]} x {found[0]} and the model's vision tower "
-        f"is built for {width} x {height} (vision_config.image_size in config.json); "
-        "give processor and config.json of the same checkpoint."
-    ]
+        return [f"model.path: the image processor of '{model.settings.path}' fails on a plain image ({error})."]
+    return []
 
 
 def image_token_problems(model: CheckedModel) -> list[str]:
@@ -207,43 +199,20 @@ def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None
     if folder is None and not on_the_hub:
         raise UserError(not_here("keys.path", keys.path, keys.revision, pickled=True))
     if folder is None or (on_the_hub and hub.missing_weights(folder)):
+        if not hub.offers_safetensors(keys.path, keys.revision):
+            raise UserError(f"keys.path: '{keys.path}' has only pickled weights on the Hub." + SAFE_WEIGHTS)
         return f"{keys.path}: on the Hub, fetched by `prepare`", None
-    identity = key_identity(folder, keys.revision, keys.text_feature)
+    identity = key_identity(*keys.source)
     return f"{keys.path}: weights {identity['weights_sha256'][:12]}, {keys.text_feature} text", identity
 
 
-def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[str, str] | None) -> str:
-    """Look at what is in the run folder: is it a run of this recipe, on this base model, with this CLIP."""
-    path = recipe.run_path
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return f"{path} (new, {_free(path)} free)"
-    claim_run(recipe)  # writes nothing where something is
-    status = str(read_run(path).state.get("status", "new"))
-    expected: dict[str, Any] = {}
-    if model is not None and model.folder is not None and not hub.missing_weights(model.folder):
-        expected["base_model"] = base_fingerprint(recipe.model)
-    if identity is not None:
-        expected["clip"] = {field: identity[field] for field in IDENTITY_FIELDS}
-    stages = sorted(found.parent for found in (path / "stages").glob(f"*/{COMPLETE}"))
-    for folder in stages:
-        try:
-            meta = json.loads((folder / META).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / META} cannot be read ({error}); remove {folder} to train it again.") from error
-        check_stage(folder, meta, expected)
-    same = " on this base model and CLIP" if len(expected) == 2 else ""
-    return f"{path} ({status}, {len(stages)} stages trained{same}, {_free(path)} free)"
-
-
-def _free(path: Path) -> str:
-    """Free space where `path` is or will be; a run needs megabytes per stage, so only a full disk is an error."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < LEAST_FREE:
-        raise UserError(
-            f"run_dir: {free >> 20} MiB are free on the disk of '{path}'; make room or set run_dir elsewhere."
-        )
-    return f"{free / (1 << 30):.0f} GiB"
+def clip_key_width(recipe: Recipe) -> int | None:
+    """Width of the keys the recipe's CLIP makes, by its configuration; None when that is not here."""
+    folder = hub.local_folder(recipe.keys.location, recipe.keys.revision)
+    try:
+        return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def not_here(field: str, path: str, revision: str | None, pickled: bool = False) -> str:
@@ -251,15 +220,11 @@ def not_here(field: str, path: str, revision: str | None, pickled: bool = False)
     if not hub.is_repository(path):
         return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
     at = f" --revision {revision}" if revision else ""
-    files = (
-        " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
-        "pytorch_model.bin, name a revision that has it, or load and save it once with transformers' save_pretrained."
-    )
     return (
         f"{field}: '{path}' is not on this machine and https://huggingface.co cannot be reached from it (or "
         f"HF_HUB_OFFLINE is set); run `hf download {path}{at}` where it can be, with the cache (HF_HOME) on a disk "
         f"that this machine sees, or copy the checkpoint here and set {field} to its folder."
-        + (files if pickled else "")
+        + (SAFE_WEIGHTS if pickled else "")
     )
 
 

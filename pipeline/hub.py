@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 PATIENCE_S = 5.0
@@ -72,6 +72,14 @@ def missing_weights(folder: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError):
         return [f"{INDEX} (damaged)"]
     return sorted(name for name in names if not (folder / name).is_file())
+
+
+def offers_safetensors(path: str, revision: str | None) -> bool:
+    """Tell whether a repository on the Hub has weights as safetensors; True when it cannot be asked."""
+    try:
+        return any(name.endswith(".safetensors") for name in HfApi().list_repo_files(path, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return True
 
 
 @cache

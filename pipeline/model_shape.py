@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.backbones.lmm import DTYPES
+from pipeline.backbones.lmm_families import family_of
 from pipeline.config import Recipe
 
 
@@ -43,8 +44,10 @@ def meta_model(recipe: Recipe) -> nn.Module:
 def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
     """Count a model's parameters, each once, and the pieces in which ZeRO-3 gathers them."""
     config: Any = model.config
-    joint = getattr(getattr(model, "model", None), "multi_modal_projector", None)
-    projector = list(joint.parameters()) if projector_learns and joint is not None else []
+    projector: list[nn.Parameter] = []
+    if projector_learns:
+        inner: Any = model.model
+        projector = list(inner.get_submodule(family_of(config.model_type).projector).parameters())
     learned = {id(parameter) for parameter in projector}
     return ModelShape(
         frozen=[p.numel() for p in model.parameters() if id(p) not in learned],
@@ -70,14 +73,17 @@ def _fetched_together(module: nn.Module, layers: frozenset[str] | None = None) -
 
 
 def head_size(text: Any) -> int:
+    """Width of one attention head."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def key_value_width(text: Any) -> int:
+    """Width of a layer's keys, and of its values, as they are cached."""
     return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size(text)
 
 
 def intermediate_size(text: Any) -> int:
+    """Width inside the MLP."""
     return getattr(text, "intermediate_size", None) or 4 * text.hidden_size
 
 
