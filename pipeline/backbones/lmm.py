@@ -62,8 +62,14 @@ class LMM(nn.Module):
         self.eval()
 
     def projector(self) -> nn.Module:
-        """The module that maps image features to the language model's width."""
-        return self.model.model.get_submodule(self.family.projector)
+        """The module that maps image features to the language model's width; UserError where there is none."""
+        try:
+            return self.model.model.get_submodule(self.family.projector)
+        except AttributeError:
+            raise UserError(
+                f"This {self.model.config.model_type} model has no image projector that could be trained. "
+                "Set train.projector to frozen."
+            ) from None
 
     def train_projector(self) -> None:
         """Let gradients reach the projector, and it alone."""
