@@ -58,7 +58,111 @@ class Llava(Family):
     vicuna = True
 
 
-FAMILIES: dict[str, type[Family]] = {family.kind: family for family in (Llava,)}
+class LlavaNext(Family):
+    """LLaVA-NeXT (1.6): crops of the image, each row of features ended by a learned vector.
+
+    That vector is a bare weight of a module whose forward is never called; DeepSpeed gathers it when it is read.
+    """
+
+    kind = "llava_next"
+    vicuna = True
+
+
+class Qwen25VL(Family):
+    """Qwen2.5-VL: images of any size; positions are (time, row, column), see M-RoPE in arXiv 2409.12191."""
+
+    kind = "qwen2_5_vl"
+    projector = "visual.merger"
+    processor = "Qwen2_5_VLProcessor"
+    reads_places = True
+
+    def decoder_inputs(
+        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        # Prompt vectors count as words. The first argument gives only shape and type.
+        positions, _ = self.model.model.get_rope_index(
+            attention,
+            mm_token_type_ids=places.long(),
+            attention_mask=attention,
+            image_grid_thw=images["image_grid_thw"],
+        )
+        return {"attention_mask": attention, "position_ids": positions}  # positions [3, B, N]
+
+    def generation_inputs(
+        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        return self.decoder_inputs(embeddings, attention, places, images)
+
+
+class InternVL(Family):
+    """InternVL in the form of transformers ("-hf"): square crops."""
+
+    kind = "internvl"
+    processor = "InternVLProcessor"
+
+
+class Idefics3(Family):
+    """Idefics3: square crops, padded to the same number per sample, which one flat list of crops makes needless."""
+
+    kind = "idefics3"
+    decoder = "text_model"
+    projector = "connector"
+
+    def image_features(self, images: dict[str, Tensor]) -> Tensor:
+        return super().image_features({name: value[None] for name, value in images.items()})
+
+
+class SmolVLM(Idefics3):
+    """SmolVLM: Idefics3 with videos; its processor class differs from Idefics3's in them alone."""
+
+    kind = "smolvlm"
+    processor = "Idefics3Processor"
+
+
+class Gemma3(Family):
+    """Gemma 3: the tokens of an image see each other in both directions; word vectors are scaled."""
+
+    kind = "gemma3"
+    reads_places = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            raise UserError(
+                f"Gemma 3 with attention '{model.config._attn_implementation}' cannot let an image's tokens see each "
+                "other; expected sdpa or eager. Set model.attn_implementation."
+            )
+        self.embedding_scale = model.config.text_config.hidden_size**0.5
+        prepare = model.prepare_inputs_for_generation
+
+        # `generate` takes embeddings only where this method names them; Gemma 3's hands them on unnamed.
+        def naming_embeddings(input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+            return prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+        model.prepare_inputs_for_generation = naming_embeddings
+
+    def decoder_inputs(
+        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        masks = self.model.create_masks_for_generate(
+            config=self.model.config,
+            inputs_embeds=embeddings,
+            attention_mask=attention,
+            past_key_values=None,
+            position_ids=None,
+            token_type_ids=places.long(),
+        )
+        return {"attention_mask": masks}  # one for full, one for sliding attention
+
+    def generation_inputs(
+        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        return {"attention_mask": attention, "token_type_ids": places.long()}
+
+
+FAMILIES: dict[str, type[Family]] = {
+    family.kind: family for family in (Llava, LlavaNext, Qwen25VL, InternVL, Idefics3, SmolVLM, Gemma3)
+}
 
 
 def family_of(kind: str) -> type[Family]:
