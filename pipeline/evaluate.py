@@ -188,14 +188,20 @@ def matrix(
     accuracy: list[list[float | None]],
     routing: Any,
     ahead: list[float | None] | None = None,
+    majority: list[float] | None = None,
 ) -> dict[str, Any]:
-    """The content of matrix.json; `ahead` [T] are the scores of tasks just before their own stage, where measured."""
+    """The content of matrix.json.
+
+    `ahead` [T] are the scores of tasks just before their own stage, where measured; `majority` [T] those of each
+    task's most frequent training answer.
+    """
     from pipeline.metrics.continual import retention_per_task, summarise
 
     metrics: dict[str, Any] = {"zero_shot": _mean(zero_shot)}
     if accuracy:
         metrics = {**summarise(accuracy, zero_shot, ahead), "retention_per_task": retention_per_task(accuracy)}
     content: dict[str, Any] = {"tasks": list(tasks), "zero_shot": zero_shot, "accuracy": accuracy, "metrics": metrics}
+    content |= {"majority": majority} if majority else {}
     content |= {"ahead": ahead} if ahead else {}
     return {**content, "routing": routing} if routing else content
 

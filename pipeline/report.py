@@ -104,13 +104,20 @@ def comparison_header(tasks: Sequence[str]) -> list[str]:
 
 
 def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Return name, note and numbers per row: the scores on the first run's tasks, mean, forgetting, routing."""
+    """Return name, note and numbers per row: the scores on the first run's tasks, mean, forgetting, routing.
+
+    The frozen model and each task's most frequent answer come first.
+    """
     tasks = runs[0].tasks
     rows = []
     frozen = next((run for run in runs if run.zero_shot is not None), None)
     if frozen is not None and frozen.zero_shot is not None:
         scores = _by_task(frozen, frozen.zero_shot, tasks)
         rows.append({"name": "zero-shot", "note": "", "values": [*scores, _mean(scores), None, None]})
+    blind = next((run for run in runs if run.majority is not None), None)
+    if blind is not None and blind.majority is not None:
+        scores = _by_task(blind, blind.majority, tasks)
+        rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
     for run in runs:
         if run.method == "zero_shot" and run.last_stage is None and frozen is not None:
             continue  # it is the row above

@@ -27,6 +27,7 @@ class RunFolder:
     accuracy: list[Scores]  # [T, T]
     zero_shot: Scores | None  # [T]
     routing: dict[str, Scores] = field(default_factory=dict)  # accuracy, image_only, text_only: [T] each
+    majority: Scores | None = None  # [T] each task's most frequent training answer
 
     @property
     def name(self) -> str:
@@ -112,15 +113,15 @@ def read_run(path: Path) -> RunFolder:
         accuracy = square(matrix.get("accuracy") or [[None] * len(tasks)])
     except UserError as error:
         raise UserError(f"{path / 'matrix.json'}: {error}") from None
-    zero_shot = matrix.get("zero_shot") or None
+    zero_shot, majority = matrix.get("zero_shot") or None, matrix.get("majority") or None
     routing = {name: scores for name, scores in (matrix.get("routing") or {}).items() if isinstance(scores, list)}
-    for name, scores in {"zero_shot": zero_shot, "accuracy": accuracy[0], **routing}.items():
+    for name, scores in {"zero_shot": zero_shot, "majority": majority, "accuracy": accuracy[0], **routing}.items():
         if scores is not None and len(scores) != len(tasks):
             raise UserError(
                 f"{path / 'matrix.json'} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
                 "Evaluate the run again."
             )
-    return RunFolder(path, config, _read_json(path / "run.json"), tasks, accuracy, zero_shot, routing)
+    return RunFolder(path, config, _read_json(path / "run.json"), tasks, accuracy, zero_shot, routing, majority)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,7 @@ from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
 from pipeline.methods import Method, Stage, make_method
+from pipeline.metrics.blind import majority_score
 from pipeline.metrics.continual import after_stage
 from pipeline.metrics.scoring import require_metrics
 from pipeline.prompts.pool import PromptPool, fingerprint_of
@@ -79,6 +80,7 @@ class Sequence:
         self.ahead: list[float | None] = [None] * len(self.tests)  # [T], see `_evaluate_ahead`
         self.constants = on_main(world, self._constants)
         self.timing: dict[str, float] = {}
+        self.majority: list[float] | None = None
         self.tracker: Tracker
         self._engine: Engine | None = None
         self._replica: LMM | None = None
@@ -128,6 +130,7 @@ class Sequence:
             with self.tracker.sequence(state):
                 self._write_state("running", state)
                 zero_shot = self._zero_shot() if evaluate else None
+                self.majority = self._majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
                 result: dict[str, Any] = {}
                 for index, stage in enumerate(self.stages):
@@ -239,6 +242,22 @@ class Sequence:
         self.tracker.metrics({f"zero_shot.{test.name}": s for test, s in zip(self.tests, row, strict=True)}, 0)
         return row
 
+    def _majority(self) -> list[float]:
+        """Scores [T] of each task's most frequent training answer, kept beside the predictions."""
+        path = self.path / "eval" / "majority.json"
+
+        def work() -> list[float]:
+            if not path.is_file():
+                row = [
+                    majority_score(StageData([part]), test.data, test.metric, test.scoring)
+                    for part, test in zip(self.train_parts, self.tests, strict=True)
+                ]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, row)
+            return json.loads(path.read_text("utf-8"))
+
+        return on_main(self.world, work)
+
     def _evaluate_after(self, index: int, stage: Stage) -> list[float | None]:
         """Row of the accuracy matrix after a stage: all tasks learned so far."""
         seen = max(stage.tasks) + 1
@@ -290,7 +309,7 @@ class Sequence:
         if last and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
             routing = routing_accuracy(self.tests, self.pool, self.recipe.method.image_weight)
         ahead = self.ahead if self.recipe.evaluate.ahead else None
-        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, ahead)
+        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, ahead, self.majority)
         if self.world.main:
             write_json(self.path / "matrix.json", content)
         numbers: dict[str, float | None] = dict(after_stage(accuracy, len(accuracy) - 1)) if accuracy else {}
