@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import pipeline.evaluate
@@ -242,6 +243,19 @@ def test_the_oracle_gives_every_sample_its_own_tasks_set_last(make: MakeRecipe) 
     with pytest.raises(UserError, match="has to be told the task"):
         predict(recipe.run_path, None, "what?")
     assert predict(recipe.run_path, None, "what?", "T1")["selected"][-1] == "T1"
+
+
+def test_a_run_from_before_a_switch_existed_goes_on_with_its_default(make: MakeRecipe) -> None:
+    recipe = make(tasks=1)
+    run_sequence(recipe, stages="train")
+    config = recipe.run_path / "config.yaml"
+    older = yaml.safe_load(config.read_text())
+    for name in ("selection", "insertion", "text_only"):
+        del older["method"][name]
+    config.write_text(yaml.safe_dump(older))
+    run_sequence(recipe, stages="train")
+    with pytest.raises(UserError, match=r"method\.insertion: after_bos there, before_image now"):
+        run_sequence(make(tasks=1, method__insertion="before_image"), stages="train")
 
 
 def test_a_run_trained_without_evaluation_is_finished_by_evaluating(make: MakeRecipe) -> None:

@@ -1,0 +1,63 @@
+"""A whole sequence on two ranks under ZeRO-3 learns what it learns on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_prep.prepare import prepare
+from tests import tiny, tiny_clip
+from tests.e2e.conftest import recipe_on
+
+PROJECT = Path(__file__).resolve().parents[2]
+TASKS, TOLERANCE, LIMIT_S = 2, 1e-5, 300
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    tiny.save_llava(root / "llava", tied=True)
+    tiny_clip.save_clip(root / "clip")
+    for number in range(TASKS):
+        tiny_clip.save_coin(root / "coin", f"T{number}", train=6, test=3)
+    prepare(recipe_on(root, root / "unused", TASKS), progress=False)
+    return root
+
+
+def on_ranks(root: Path, folder: Path, ranks: int, zero: int, **changes: Any) -> Path:
+    """Train the sequence through the command line under torchrun and return the run's folder."""
+    run = folder / f"{ranks}-ranks"
+    recipe = recipe_on(root, run, TASKS, train__deepspeed=f"ds_configs/zero{zero}.json", **changes)
+    recipe.dump_yaml(folder / f"{ranks}.yaml")
+    env = {**os.environ, "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*command, "-m", "pipeline", "train", str(folder / f"{ranks}.yaml")],
+        cwd=PROJECT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recipe.run_path
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("projector", "zero_of_one"), [("frozen", 3), ("trained", 0)])
+def test_two_ranks_under_zero3_learn_the_prompt_sets_and_projector_of_one_rank(
+    prepared: Path, projector: str, zero_of_one: int, tmp_path: Path
+) -> None:
+    changes = {"train__projector": projector, "train__lr_projector": 1e-3, "train__lr_prompt": 1e-2}
+    runs = [on_ranks(prepared, tmp_path, ranks, zero, **changes) for ranks, zero in ((1, zero_of_one), (2, 3))]
+    assert [json.loads((run / "run.json").read_text())["world_size"] for run in runs] == [1, 2]
+    for number in range(TASKS):
+        one, two = (load_file(run / "stages" / f"{number + 1:02d}-T{number}" / "prompts.safetensors") for run in runs)
+        assert one.keys() == two.keys()
+        assert any(name.startswith("projector.") for name in one) is (projector == "trained")
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
