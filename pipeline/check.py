@@ -78,7 +78,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
 
     checks: dict[str, Callable[[], str]] = {
         "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {len(recipe.data.tasks)} tasks",
-        "metrics": lambda: ", ".join(f"{task.name} {task.metric}" for task in recipe.data.tasks),
+        "metrics": lambda: _metrics(recipe),
         "ranks": lambda: _ranks(recipe, ranks),
         "deepspeed": lambda: _deepspeed(recipe),
         "model": lambda: check_model(model),
@@ -95,6 +95,14 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
             findings.problems[title] = errors.sentences
         except UserError as error:
             findings.problems[title] = [str(error)]
+
+
+def _metrics(recipe: Recipe) -> str:
+    from pipeline.metrics.scoring import require_metrics
+
+    tasks = recipe.data.tasks
+    require_metrics([task.metric for task in tasks])
+    return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring})"
 
 
 def _ranks_here(recipe: Recipe, env: Mapping[str, str] = os.environ) -> int:
@@ -133,7 +141,7 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
     except (UserError, OSError, ValueError, KeyError, ImportError):
         return f"not planned: the configuration of '{recipe.model.path}' cannot be had here"
     assert built is not None
-    tokens = model.tokens(data.samples)
+    tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
     peak = max(plan.training, plan.evaluation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ class CheckedModel:
         settings = self.settings
         return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding)
 
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens of a photograph of a usual size, however long a sample may be."""
+        settings = self.settings
+        unlimited = Conversation(self.processor, sys.maxsize, settings.template, settings.image_padding)
+        buffer = io.BytesIO()
+        Image.new("RGB", PROBE_SIZE).save(buffer, format="PNG")
+        probe = unlimited.example(Sample("probe", buffer.getvalue(), "What is shown?", "Nothing."))
+        return probe.prompt.count(self.config.image_token_id)
+
     def tokens(self, samples: list[Sample]) -> Tokens:
         """Lengths of the longest of these samples, else of a photograph with a question of a usual length."""
         examples = []
@@ -85,11 +96,13 @@ class CheckedModel:
             longest = max(examples, key=lambda example: len(example.prompt) + len(example.answer))
             image = longest.prompt.count(self.config.image_token_id)
             return Tokens(image, len(longest.prompt) - image, len(longest.answer), "the longest sample looked at")
-        try:
-            image = self.conversation.example(_probe()).prompt.count(self.config.image_token_id)
-        except UserError:
-            image = getattr(self.config, "image_seq_length", None) or 0
+        image = self.image_tokens
         return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, f"{image} of an image, the others assumed")
+
+    def assumed_tokens(self) -> Tokens:
+        """Lengths by config.json alone, for a model whose processor cannot be used."""
+        image = getattr(self.config, "image_seq_length", None) or 0
+        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
 
 
 def check_model(model: CheckedModel) -> str:
@@ -179,7 +192,7 @@ def image_token_problems(model: CheckedModel) -> list[str]:
         return []
     tower = config.vision_config
     wanted = (tower.image_size // tower.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-    found = model.conversation.example(_probe()).prompt.count(config.image_token_id)
+    found = model.image_tokens
     if found == wanted:
         return []
     return [
@@ -232,9 +245,3 @@ def _incomplete(path: str, folder: Path, missing: list[str]) -> str:
     listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     fetch = f"run `hf download {path}` where the Hub can be reached" if hub.is_repository(path) else "copy them there"
     return f"model.path: the checkpoint in {folder} lacks its weights ({listed}); {fetch}."
-
-
-def _probe() -> Sample:
-    buffer = io.BytesIO()
-    Image.new("RGB", PROBE_SIZE).save(buffer, format="PNG")
-    return Sample("probe", buffer.getvalue(), "What is shown?", "Nothing.")

@@ -25,7 +25,8 @@ COIN = Benchmark(
     folder="Instructions_Original",
     images={
         "ScienceQA": "https://drive.google.com/drive/folders/1w8imCXWYn2LxajmGeGH_g5DaL2rabHev",
-        "TextVQA": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+        "TextVQA": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip (and the ten answers to each "
+        "question at https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json, beside the instructions)",
         "ImageNet": "https://image-net.org/challenges/LSVRC/index.php (ILSVRC 2012; needs an account)",
         "GQA": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
         "VizWiz": "https://vizwiz.cs.colorado.edu/VizWiz_final/images/train.zip and val.zip beside it",
