@@ -17,12 +17,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 def prepare_command(
     recipe: Annotated[str, typer.Argument(help="recipe name or file")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value")] = None,
+    skip_bad: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="leave out up to N bad records and list them")
+    ] = None,
 ) -> None:
     """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
     from data_prep.prepare import prepare  # here: torch and transformers take seconds, --help should not
     from pipeline.config import load_recipe
 
-    for split in prepare(load_recipe(recipe, overrides or []))["splits"]:
+    changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
+    for split in prepare(load_recipe(recipe, changes))["splits"]:
         wrote = " and ".join(split["wrote"])
         typer.echo(
             f"{split['task']}/{split['split']}: {split['samples']} samples in {split['shards']} shards, "

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_prep.bad_records import Tolerance
 from data_prep.keys import KnownImages, write_keys
-from data_prep.shards import write_shards
-from data_prep.sources import coin, generated
-from data_prep.verify import verify_split
+from data_prep.shards import discard, write_shards
+from data_prep.sources import generated
+from data_prep.sources.coin import coin_split
+from data_prep.verify import VERIFIED_FILE, is_verified, mark_verified, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.errors import UserError
+from pipeline.metrics.scoring import require_metrics
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
+    from pipeline.config import Recipe, TaskConfig
 
 SPLITS = ("train", "test")
 
@@ -24,9 +28,11 @@ SPLITS = ("train", "test")
 def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Prepare the data of a recipe; what is there and up to date is kept, what was interrupted is continued.
 
-    Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}]}` where `wrote` names
-    what was new. Raises UserError for a source, CLIP or folder that is not as expected.
+    Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}], "skipped": [...]}`
+    where `wrote` names what was new and `skipped` the bad records that `data.skip_bad` let be left out, one sentence
+    each. Raises UserError for a source, CLIP or folder that is not as expected.
     """
+    require_metrics([task.metric for task in recipe.data.tasks])
     identity = key_identity(*recipe.keys.source)
     root = Path(recipe.data.root)
     if recipe.data.source == "generated":
@@ -37,52 +43,69 @@ def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         return KeyEncoder(*recipe.keys.source)
 
     known_images: KnownImages = {}
+    tolerance = Tolerance(recipe.data.skip_bad)
     splits = []
     with _bars(progress) as bars:
         for task in recipe.data.tasks:
-            for split, limit in zip(SPLITS, (task.limit_train, task.limit_test), strict=True):
-                splits.append(_prepare_split(recipe, task.name, split, limit, identity, encoder, known_images, bars))
-    return {"prepared": recipe.data.prepared, "splits": splits}
+            for split in SPLITS:
+                known = len(tolerance.skipped)
+                splits.append(_prepare_split(recipe, task, split, identity, encoder, known_images, tolerance, bars))
+                for record in tolerance.skipped[known:] if progress else ():
+                    bars.console.print(f"left out: {record.sentence()}", style="yellow", markup=False, soft_wrap=True)
+    skipped = [record.sentence() for record in tolerance.skipped]
+    return {"prepared": recipe.data.prepared, "splits": splits, "skipped": skipped}
 
 
 def _prepare_split(
     recipe: Recipe,
-    task: str,
+    task: TaskConfig,
     split: str,
-    limit: int | None,
     identity: dict[str, str],
     encoder: Callable[[], KeyEncoder],
     known_images: KnownImages,
+    tolerance: Tolerance,
     bars: Progress,
 ) -> dict[str, Any]:
-    data, folder = recipe.data, recipe.data.split_path(task, split)
-    bar = bars.add_task(f"{task}/{split}: shards", total=None)
+    data, folder, name = recipe.data, recipe.data.split_path(task.name, split), f"{task.name}/{split}"
+    source = coin_split(data, task, split)
+    bar = bars.add_task(f"{name}: shards", total=None)
     description, wrote_shards = write_shards(
-        lambda start: coin.read_task(data.root, task, split, limit, start, data.workers),
+        lambda start: source.records(start, data.workers),
         folder,
         data.shard_samples,
-        coin.source_fingerprint(data.root, task, split, limit),
-        task,
+        source.fingerprint(),
+        task.name,
         split,
         partial(bars.advance, bar),
+        tolerance,
     )
     wrote = ["shards"] if wrote_shards else []
-    bars.reset(bar, description=f"{task}/{split}: keys", total=description["count"])
+    bars.reset(bar, description=f"{name}: keys", total=description["count"])
     advance = partial(bars.advance, bar)
     if write_keys(folder, identity, encoder, recipe.keys.batch, data.workers, advance, known_images):
         wrote.append("keys")
-    if wrote:  # reading everything again on every call would make a second `prepare` as slow as the first
-        bars.update(bar, description=f"{task}/{split}: verify")
-        verify_split(folder, identity)
-    bars.update(bar, description=f"{task}/{split}: {'ready' if wrote else 'up to date'}")
+    if wrote or not is_verified(folder, description["fingerprint"], identity):
+        bars.update(bar, description=f"{name}: verify")
+        _verify(folder, description["fingerprint"], identity)
+    bars.update(bar, description=f"{name}: {'ready' if wrote else 'up to date'}")
     return {
-        "task": task,
+        "task": task.name,
         "split": split,
         "samples": description["count"],
         "shards": len(description["shards"]),
         "fingerprint": description["fingerprint"],
         "wrote": wrote,
     }
+
+
+def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:
+    (folder / VERIFIED_FILE).unlink(missing_ok=True)
+    try:
+        verify_split(folder, identity)
+    except UserError:
+        discard(folder)  # the next call writes it anew, as the error says
+        raise
+    mark_verified(folder, fingerprint, identity)
 
 
 def _common_limit(recipe: Recipe) -> tuple[int, int] | None:

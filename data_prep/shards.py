@@ -11,8 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import webdataset as wds
 from PIL import Image
 
+from data_prep.bad_records import BadRecord, Tolerance
 from pipeline.data.sample import Sample
 from pipeline.data.shards import (
     DATASET_FILE,
@@ -28,6 +28,8 @@ from pipeline.data.shards import (
     FORMAT_VERSION,
     INDEX_FILE,
     INDEX_SCHEMA,
+    KEYS_FILE,
+    KEYS_TABLE,
     SHARD_NAME,
     IndexedShards,
     read_description,
@@ -36,8 +38,8 @@ from pipeline.errors import UserError
 from pipeline.files import replacing, sha256
 
 Row = dict[str, Any]
-# Yields the samples of a source from the n-th on: a resumed write does not read what it has written.
-ReadFrom = Callable[[int], Iterable[Sample]]
+# Yields the records of a source from the n-th on: a resumed write does not read what it has written.
+ReadFrom = Callable[[int], Iterable[Sample | BadRecord]]
 
 # File name extensions where they differ from the format's name in lower case.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
@@ -51,30 +53,63 @@ def write_shards(
     task: str,
     split: str,
     progress: Callable[[int], None] = lambda samples: None,
+    tolerance: Tolerance | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Write one split's shards, index and dataset.json unless they are up to date; return dataset.json's content and
     whether anything was written.
 
-    `progress` is called with the number of samples done since its last call. Raises UserError for an empty source.
+    `progress` is called with the number of samples done since its last call. Bad records are left out and listed in
+    dataset.json as far as `tolerance` allows, also those that an earlier call left out. Raises UserError for one bad
+    record too many and for an empty source.
     """
+    tolerance = tolerance or Tolerance(0)
     made_from = {"source_fingerprint": source_fingerprint, "shard_samples": shard_samples, "format": FORMAT_VERSION}
     description = prepared(folder, made_from)
     if description is not None:
+        _skip(description.get("skipped", []), tolerance)
         progress(description["count"])
         return description, False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DATASET_FILE).unlink(missing_ok=True)
     parts = _finished_parts(folder, made_from)
     count = sum(part["shard"]["samples"] for part in parts)
+    for part in parts:
+        _skip(part["skipped"], tolerance)
     progress(count)
-    samples = iter(read_from(count))
-    while batch := list(islice(samples, shard_samples)):
-        parts.append(_write_shard(folder, len(parts), count, batch, made_from))
+    records = iter(read_from(count + sum(len(part["skipped"]) for part in parts)))
+    while True:
+        batch, skipped = _take(records, shard_samples, tolerance)
+        if not batch:
+            break
+        parts.append(_write_shard(folder, len(parts), count, batch, skipped, made_from))
         count += len(batch)
         progress(len(batch))
     if not count:
         raise UserError(f"The {split} split of task {task!r} has no samples; expected at least one. Check data.root.")
-    return _finish(folder, parts, {"task": task, "split": split, "count": count, **made_from}), True
+    skipped = [record for part in parts for record in part["skipped"]] + skipped
+    return _finish(folder, parts, {"task": task, "split": split, "count": count, **made_from, "skipped": skipped}), True
+
+
+def _take(
+    records: Iterator[Sample | BadRecord], count: int, tolerance: Tolerance
+) -> tuple[list[Sample], list[dict[str, str]]]:
+    """Return the next `count` samples (fewer at the end) and the bad records among them as dataset.json lists them."""
+    samples: list[Sample] = []
+    skipped: list[dict[str, str]] = []
+    for record in records:
+        if isinstance(record, BadRecord):
+            tolerance.skip(record)
+            skipped.append(record.as_json())
+            continue
+        samples.append(record)
+        if len(samples) == count:
+            break
+    return samples, skipped
+
+
+def _skip(records: list[dict[str, str]], tolerance: Tolerance) -> None:
+    for record in records:
+        tolerance.skip(BadRecord(**record))
 
 
 def prepared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
@@ -89,7 +124,22 @@ def prepared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     return description
 
 
-def _write_shard(folder: Path, number: int, first: int, samples: list[Sample], made_from: dict[str, Any]) -> Row:
+def discard(folder: Path) -> None:
+    """Make a split count as not prepared, so that the next `write_shards` and `write_keys` start anew."""
+    for name in (DATASET_FILE, INDEX_FILE, KEYS_FILE, KEYS_TABLE):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("shard-*"):
+        path.unlink()
+
+
+def _write_shard(
+    folder: Path,
+    number: int,
+    first: int,
+    samples: list[Sample],
+    skipped: list[dict[str, str]],
+    made_from: dict[str, Any],
+) -> Row:
     """Write one shard and, after it, its part file: the shard's entry in dataset.json and its rows of the index."""
     path = folder / SHARD_NAME.format(number)
     rows = []
@@ -114,7 +164,7 @@ def _write_shard(folder: Path, number: int, first: int, samples: list[Sample], m
             "size": temporary.stat().st_size,
             "sha256": sha256(temporary),
         }
-    part = {"made_from": made_from, "shard": shard, "rows": rows}
+    part = {"made_from": made_from, "shard": shard, "skipped": skipped, "rows": rows}
     _write_json(_part_file(folder, number), part)
     return part
 
@@ -148,7 +198,7 @@ def _finished_parts(folder: Path, made_from: dict[str, Any]) -> list[Row]:
             size = (folder / part["shard"]["name"]).stat().st_size
         except (OSError, ValueError, KeyError):
             return parts
-        if part["made_from"] != made_from or size != part["shard"]["size"]:
+        if part["made_from"] != made_from or size != part["shard"]["size"] or "skipped" not in part:
             return parts
         parts.append(part)
 

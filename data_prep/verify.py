@@ -1,8 +1,13 @@
-"""Reads a prepared split from end to end and checks that its parts are whole and belong together."""
+"""Reads a prepared split from end to end and checks that its parts are whole and belong together.
+
+A split that passed gets `verified.json`, so that `prepare` need not read everything again; without it, or when shards
+or keys have changed since, `prepare` reads the split again.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,20 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.shards import dataset_fingerprint
-from pipeline.data.shards import DATASET_FILE, FINGERPRINT, FIX, INDEX_FILE, KEYS_TABLE, IndexedShards, read_index
+from pipeline.data.shards import (
+    DATASET_FILE,
+    FINGERPRINT,
+    FIX,
+    IDENTITY_FIELDS,
+    INDEX_FILE,
+    KEYS_TABLE,
+    IndexedShards,
+    read_index,
+)
 from pipeline.errors import UserError
-from pipeline.files import sha256
+from pipeline.files import replacing, sha256
+
+VERIFIED_FILE = "verified.json"
 
 
 def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -37,6 +53,24 @@ def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = Non
     pictures = _check_rows(shards)
     _check_keys(shards, pictures, expected_identity)
     return description
+
+
+def is_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> bool:
+    """Whether this content of a split, with keys of this CLIP, has passed `verify_split` and was marked so."""
+    try:
+        return json.loads((folder / VERIFIED_FILE).read_text("utf-8")) == _mark(fingerprint, identity)
+    except (OSError, ValueError):
+        return False
+
+
+def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> None:
+    """Record that this content of a split has passed `verify_split`."""
+    with replacing(folder / VERIFIED_FILE) as temporary:
+        temporary.write_text(json.dumps(_mark(fingerprint, identity), indent=1) + "\n", "utf-8")
+
+
+def _mark(fingerprint: str, identity: Mapping[str, str]) -> dict[str, str]:
+    return {FINGERPRINT: fingerprint, **{name: identity[name] for name in IDENTITY_FIELDS}}
 
 
 def verify_all(folder: Path) -> list[Path]:

@@ -24,6 +24,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
 ]
+SkipBad = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Leave out up to N bad records of the data; sets data.skip_bad.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
@@ -91,24 +94,26 @@ def check(
 
 
 @app.command()
-def prepare(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def prepare(
+    recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False
+) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     from data_prep.prepare import prepare as prepare_recipe
 
     _show(prepare_recipe(loaded, progress=True) or {"prepared": loaded.data.prepared}, as_json)
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
     """Train all stages, evaluate after each, and write the report; a stopped run goes on where it was."""
-    _sequence("run", recipe, overrides or [], as_json)
+    _sequence("run", recipe, _with_skip_bad(overrides, skip_bad), as_json)
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def train(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
     """Train all stages without evaluating; `evaluate RUN` fills in the matrix later."""
-    _sequence("train", recipe, overrides or [], as_json)
+    _sequence("train", recipe, _with_skip_bad(overrides, skip_bad), as_json)
 
 
 @app.command()
@@ -166,6 +171,10 @@ def export(
 def main() -> None:
     """Run the command line."""
     app(prog_name="pipeline")
+
+
+def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[str]:
+    return [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
 
 
 def _sequence(verb: str, name: str, overrides: list[str], as_json: bool) -> None:

@@ -1,90 +1,148 @@
 """Reads tasks in CoIN layout: `<root>/instructions/<Task>/{train,test}.json`, image paths relative to `<root>`.
 
-Spec: modalprompt.md section 6 (data formats).
+A record that cannot be used (an answer or image missing, an id used twice, ...) comes out as a `BadRecord` in its
+place; a file that cannot be used raises UserError. Spec: modalprompt.md section 6 (data formats).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from data_prep.bad_records import BadRecord, Tolerance
 from data_prep.parallel import ordered_map
+from data_prep.sources.annotations import read_annotations
+from data_prep.sources.coin_entries import Entry, UnusableError, read_entry, record_name
+from data_prep.sources.coin_files import annotation_file, image_path, split_files
 from pipeline.data.sample import Sample
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError
 
-IMAGE_TAG = "<image>"
-# CoIN calls the test part of some tasks val.
-SPLIT_FILES = {"train": ("train.json",), "test": ("test.json", "val.json")}
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig, TaskConfig
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One JSON entry, checked, its image not yet read."""
+class CoinSplit:
+    """One split of one task: its files and how to read them; `limit` cuts after so many records."""
 
-    place: str  # file and entry, for errors
-    id: str
-    image: str | None
-    question: str
-    answer: str
-    meta: dict[str, Any]
+    root: Path
+    task: str
+    split: str
+    limit: int | None = None
+    files: Sequence[str] = ()
+    annotations: str | None = None
+    number_repeated: bool = False
+
+    def records(self, start: int = 0, workers: int = 1) -> Iterator[Sample | BadRecord]:
+        """Yield every record from the `start`-th on, as a sample or as what is wrong with it.
+
+        `workers` threads read the images and check that each can be decoded. Raises UserError for a missing or
+        damaged file.
+        """
+        return ordered_map(self._sample, self._entries[start:], workers)
+
+    def unusable(self) -> Iterator[BadRecord]:
+        """Yield the bad records that show without decoding images: a fault in the JSON, an image file missing."""
+        for entry in self._entries:
+            if isinstance(entry, BadRecord):
+                yield entry
+            elif entry.image and not image_path(self.root, entry.image).is_file():
+                record = self._sample(entry)
+                if isinstance(record, BadRecord):
+                    yield record
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when a JSON file, the limit, or size or time of change of an image changes."""
+        first, *more = self._paths
+        digest = hashlib.sha256(first.read_bytes())
+        for path in [*more, *([self._annotation_path] if self._annotation_path else [])]:
+            digest.update(f"\n{path.name} ".encode() + path.read_bytes())
+        digest.update(f"\nlimit {self.limit}\n".encode())
+        if self.number_repeated:
+            digest.update(b"repeated ids numbered\n")
+        for image in sorted({entry.image for entry in self._entries if isinstance(entry, Entry) and entry.image}):
+            file = image_path(self.root, image)
+            # A missing image is reported, with its record, when the records are read.
+            status = file.stat() if file.is_file() else None
+            digest.update(f"{image} {(status.st_size, status.st_mtime_ns) if status else None}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _paths(self) -> list[Path]:
+        return split_files(self.root, self.task, self.split, self.files)
+
+    @cached_property
+    def _annotation_path(self) -> Path | None:
+        return annotation_file(self.root, self.task, self.annotations) if self.split == "test" else None
+
+    @cached_property
+    def _entries(self) -> list[Entry | BadRecord]:
+        known = read_annotations(self._annotation_path) if self._annotation_path else None
+        first: dict[str, str] = {}  # id -> the record that used it first
+        times: dict[str, int] = {}
+        entries: list[Entry | BadRecord] = []
+        for path in self._paths:
+            file = str(path)
+            for number, raw in enumerate(_read(path)):
+                try:
+                    entry = read_entry(raw, file, number, known)
+                except UnusableError as error:
+                    entries.append(BadRecord(file, record_name(raw, number), str(error)))
+                    continue
+                times[entry.id] = count = times.get(entry.id, 0) + 1
+                earlier = first.setdefault(entry.id, f"{file}, {entry.record}")
+                if count == 1:
+                    entries.append(entry)
+                elif self.number_repeated:
+                    entries.append(dataclasses.replace(entry, id=f"{entry.id}#{count}"))
+                else:
+                    entries.append(entry.bad(_repeated(earlier)))
+        return entries[: self.limit]
+
+    def _sample(self, entry: Entry | BadRecord) -> Sample | BadRecord:
+        if isinstance(entry, BadRecord):
+            return entry
+        try:
+            image = None if entry.image is None else _image(image_path(self.root, entry.image))
+        except UnusableError as error:
+            return entry.bad(error)
+        return Sample(id=entry.id, image=image, question=entry.question, answer=entry.answer, meta=entry.meta)
+
+
+def coin_split(data: DataConfig, task: TaskConfig, split: str) -> CoinSplit:
+    """Return what a recipe says of one split of a task."""
+    train = split == "train"
+    limit, files = (task.limit_train, task.train_files) if train else (task.limit_test, task.test_files)
+    number_repeated = data.repeated_ids == "number"
+    return CoinSplit(Path(data.root), task.name, split, limit, files, task.annotations, number_repeated)
 
 
 def read_task(
     root: str | os.PathLike[str], task: str, split: str, limit: int | None = None, start: int = 0, workers: int = 1
 ) -> Iterator[Sample]:
-    """Yield the samples of one task and split, from the `start`-th on, at most the first `limit` of the file.
+    """Yield the samples of one task and split, from the `start`-th record on, at most the first `limit` records.
 
-    `workers` threads read the images and check that each can be decoded. An id that occurs again gets `#2`, `#3`, ...
-    Raises UserError naming file and entry for bad JSON, a missing key, a missing or unreadable image.
+    Raises UserError naming file and record for the first one that cannot be used.
     """
-    root = Path(root)
-    entries = _entries(_split_file(root, task, split))[:limit][start:]
-    return ordered_map(lambda entry: _sample(root, entry), entries, workers)
+    tolerance = Tolerance(0)
+    for record in CoinSplit(Path(root), task, split, limit).records(start, workers):
+        if isinstance(record, BadRecord):
+            tolerance.skip(record)
+        else:
+            yield record
 
 
-def source_fingerprint(root: str | os.PathLike[str], task: str, split: str, limit: int | None = None) -> str:
-    """Return a hash that changes when the JSON, the limit, or size or time of change of an image changes."""
-    root = Path(root)
-    path = _split_file(root, task, split)
-    digest = hashlib.sha256(path.read_bytes())
-    digest.update(f"\nlimit {limit}\n".encode())
-    for image in sorted({entry.image for entry in _entries(path)[:limit] if entry.image}):
-        file = root / image
-        # A missing image is reported, with its entry, by read_task.
-        status = file.stat() if file.is_file() else None
-        digest.update(f"{image} {(status.st_size, status.st_mtime_ns) if status else None}\n".encode())
-    return digest.hexdigest()
-
-
-def _split_file(root: Path, task: str, split: str) -> Path:
-    instructions = root / "instructions"
-    if not instructions.is_dir():
-        raise UserError(
-            f"{root} has no folder instructions: it is no CoIN root. Set data.root to the folder that holds "
-            "instructions/<Task>/train.json and test.json."
-        )
-    candidates = [instructions / task / name for name in SPLIT_FILES[split]]
-    for path in candidates:
-        if path.is_file():
-            return path
-    if not (instructions / task).is_dir():
-        tasks = sorted(path.name for path in instructions.iterdir() if path.is_dir())
-        raise UserError(
-            f"{instructions} has no task {task!r}; it has {', '.join(tasks) or 'none'}.{nearest(task, tasks)}"
-        )
-    names = " or ".join(path.name for path in candidates)
-    raise UserError(f"Task {task!r} has no {split} file: expected {names} in {instructions / task}. Put it there.")
-
-
-def _entries(path: Path) -> list[_Entry]:
+def _read(path: Path) -> list[Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -94,83 +152,27 @@ def _entries(path: Path) -> list[_Entry]:
     if not isinstance(content, list) or not content:
         found = "an empty array" if content == [] else type(content).__name__
         raise UserError(f"{path} holds {found}; expected a JSON array with at least one entry. Restore the file.")
-    seen: dict[str, int] = {}
-    entries = []
-    for number, raw in enumerate(content):
-        entry = _entry(raw, f"{path}, entry {number}")
-        seen[entry.id] = times = seen.get(entry.id, 0) + 1
-        entries.append(entry if times == 1 else _Entry(**{**entry.__dict__, "id": f"{entry.id}#{times}"}))
-    return entries
+    return content
 
 
-def _entry(raw: Any, place: str) -> _Entry:
-    if not isinstance(raw, dict):
-        raise UserError(f"{place}: found {type(raw).__name__}, expected an object with id, conversations and image.")
-    image = raw.get("image") or None
-    if image is not None and not isinstance(image, str):
-        raise UserError(f"{place}: image is {type(image).__name__}, expected one path relative to the root.")
-    if "conversations" in raw:
-        id_, turns = _text(raw, "id", place), _turns(raw["conversations"], place)
-        (question, answer), more = turns[0], turns[1:]
-        meta = {key: value for key, value in raw.items() if key not in ("id", "image", "conversations")}
-        if more:
-            meta["turns"] = [{"question": asked, "answer": answered} for asked, answered in more]
-    else:
-        id_, question, answer = (_text(raw, key, place) for key in ("question_id", "text", "answer"))
-        meta = {key: value for key, value in raw.items() if key not in ("question_id", "image", "text", "answer")}
-        question = _without_tag(question)
-    return _Entry(place, id_, image, question, answer, meta)
+def _repeated(earlier: str) -> str:
+    return (
+        f"its id is that of {earlier}; expected every id once. Correct it, or set data.repeated_ids to number if "
+        "ids are meant to repeat."
+    )
 
 
-def _turns(conversation: Any, place: str) -> list[tuple[str, str]]:
-    expected = "expected turns {from: human, value} and {from: gpt, value} in alternation"
-    if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
-        raise UserError(f"{place}: conversations is not a list of question and answer pairs; {expected}.")
-    texts = []
-    for number, turn in enumerate(conversation):
-        speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker:
-            raise UserError(f"{place}: turn {number} of conversations is not from {speaker}; {expected}.")
-        texts.append(_text(turn, "value", f"{place}, turn {number}"))
-    return [(_without_tag(asked), answered) for asked, answered in zip(texts[::2], texts[1::2], strict=True)]
-
-
-def _text(raw: dict[str, Any], key: str, place: str) -> str:
-    if key not in raw:
-        found = ", ".join(map(str, raw)) or "nothing"
-        raise UserError(f"{place}: {key} is missing (found {found}). Add it to the entry.")
-    value = raw[key]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{place}: {key} is {type(value).__name__}, expected text or a number.")
-    text = str(value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: {key} holds half a surrogate pair, which is no valid text. Correct the file."
-        ) from None
-    return text
-
-
-def _without_tag(question: str) -> str:
-    # The conversation template places the image; the tag in the text only says that there is one.
-    return question.replace(IMAGE_TAG, "").strip()
-
-
-def _sample(root: Path, entry: _Entry) -> Sample:
-    image = None if entry.image is None else _image(root / entry.image, entry.place)
-    return Sample(id=entry.id, image=image, question=entry.question, answer=entry.answer, meta=entry.meta)
-
-
-def _image(path: Path, place: str) -> bytes:
+def _image(path: Path) -> bytes:
     if not path.is_file():
-        raise UserError(f"{place}: the image {path} does not exist. Put it there or set data.root to its root folder.")
+        raise UnusableError(f"the image {path} does not exist. Put it there or set data.root to its root folder.")
     encoded = path.read_bytes()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
     except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
-        raise UserError(
-            f"{place}: the image {path} cannot be decoded ({type(error).__name__}: {error}). Fetch the file again."
-        ) from error
+        # PIL would name an unknown format by a memory address, and dataset.json should not depend on that.
+        found = (
+            "no known image format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        )
+        raise UnusableError(f"the image {path} cannot be decoded ({found}). Fetch the file again.") from error
     return encoded

@@ -1,0 +1,110 @@
+"""One JSON entry of a CoIN file: a training conversation or a test question, checked key by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.bad_records import BadRecord
+from data_prep.sources.annotations import Annotations
+
+IMAGE_TAG = "<image>"
+SPEAKERS = ("human", "gpt")
+
+
+class UnusableError(Exception):
+    """Says of one record why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One JSON entry, checked, its image not yet read."""
+
+    file: str
+    record: str
+    id: str
+    image: str | None
+    question: str
+    answer: str
+    meta: dict[str, Any]
+
+    def bad(self, reason: object) -> BadRecord:
+        """This entry as one that cannot be used."""
+        return BadRecord(self.file, self.record, str(reason))
+
+
+def read_entry(raw: Any, file: str, number: int, known: Annotations | None) -> Entry:
+    """Return the `number`-th entry of a file, a test question completed by its annotation.
+
+    Raises UnusableError saying what was expected.
+    """
+    if not isinstance(raw, dict):
+        raise UnusableError(f"found {type(raw).__name__}, expected an object with id, conversations and image.")
+    image = raw.get("image") or None
+    if image is not None and not isinstance(image, str):
+        raise UnusableError(f"image is {type(image).__name__}, expected one path relative to the root.")
+    if "conversations" in raw:
+        id_, turns = _text(raw, "id"), _turns(raw["conversations"])
+        (question, answer), more = turns[0], turns[1:]
+        meta = {key: value for key, value in raw.items() if key not in ("id", "image", "conversations")}
+        if more:
+            meta["turns"] = [{"question": asked, "answer": answered} for asked, answered in more]
+    else:
+        id_, question = _text(raw, "question_id"), _without_tag(_text(raw, "text"))
+        meta = {key: value for key, value in raw.items() if key not in ("question_id", "image", "text", "answer")}
+        annotation = known.find(id_, image) if known else None
+        if annotation is not None:
+            meta = {**annotation.meta(), **meta}
+            if raw.get("answer") in (None, ""):
+                raw = {**raw, "answer": annotation.best_answer()}
+        answer = _text(raw, "answer")
+    if not answer.strip():
+        raise UnusableError("its answer is empty. Add the answer.")
+    return Entry(file, record_name(raw, number), id_, image, question, answer, meta)
+
+
+def _turns(conversation: Any) -> list[tuple[str, str]]:
+    expected = "expected turns {from: human, value} and {from: gpt, value} in alternation"
+    if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
+        raise UnusableError(f"conversations is not a list of question and answer pairs; {expected}.")
+    texts = []
+    for number, turn in enumerate(conversation):
+        speaker = SPEAKERS[number % 2]
+        found = turn.get("from") if isinstance(turn, dict) else None
+        if found not in SPEAKERS:
+            raise UnusableError(f"turn {number} of conversations has the unknown role {found!r}; {expected}.")
+        if found != speaker:
+            raise UnusableError(f"turn {number} of conversations is not from {speaker}; {expected}.")
+        text = _text(turn, "value", f"turn {number}: ")
+        if speaker == "gpt" and not text.strip():
+            raise UnusableError(f"turn {number}: its answer is empty. Add the answer.")
+        texts.append(text)
+    return [(_without_tag(asked), answered) for asked, answered in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _text(raw: dict[str, Any], key: str, place: str = "") -> str:
+    value = raw.get(key)
+    if value is None:
+        found = ", ".join(str(name) for name in raw if raw[name] is not None) or "nothing"
+        raise UnusableError(f"{place}{key} is missing (found {found}). Add it to the entry.")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UnusableError(f"{place}{key} is {type(value).__name__}, expected text or a number.")
+    text = str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UnusableError(
+            f"{place}{key} holds half a surrogate pair, which is no valid text. Correct the file."
+        ) from None
+    return text
+
+
+def _without_tag(question: str) -> str:
+    # The conversation template places the image; the tag in the text only says that there is one.
+    return question.replace(IMAGE_TAG, "").strip()
+
+
+def record_name(raw: Any, number: int) -> str:
+    """Return what a person finds an entry by: its place in the file and its id."""
+    id_ = raw.get("id", raw.get("question_id")) if isinstance(raw, dict) else None
+    return f"entry {number}" + (f" (id {str(id_)!r})" if isinstance(id_, str | int) else "")

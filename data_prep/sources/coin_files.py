@@ -1,0 +1,103 @@
+"""Where the files of a CoIN root are: the parts of a split, further annotations, images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError, nearest
+
+INSTRUCTIONS = "instructions"
+# CoIN calls the test part of some tasks val.
+STEMS = {"train": ("train",), "test": ("test", "val")}
+# CoIN's own image paths start below this folder.
+IMAGE_ROOTS = ("", "datasets")
+# Files beside the benchmarks' test splits that hold more answers, as their scripts name them (spec 7.1).
+ANNOTATIONS = (
+    "TextVQA_0.5.1_val.json",
+    "problems.json",
+    "testdev_balanced_questions.json",
+    "v2_mscoco_val2014_annotations.json",
+    "val_coco_type_3000.json",
+)
+
+
+def split_files(root: Path, task: str, split: str, named: Sequence[str] = ()) -> list[Path]:
+    """Return the files that make up a split: the named ones, else train.json (test.json, val.json) and its numbered
+    parts, else the only file whose name starts so.
+
+    Raises UserError saying what was expected where when there is none, or more than one could be meant.
+    """
+    folder = _task_folder(root, task)
+    if named:
+        return [_named(folder, name) for name in named]
+    stems = STEMS[split]
+    for stem in stems:
+        base, parts = folder / f"{stem}.json", _numbered(folder, stem)
+        if base.is_file():
+            return [base, *parts]
+        if parts:
+            return parts
+    for stem in stems:
+        others = [path for path in sorted(folder.glob(f"{stem}[-_.]*.json")) if path.name not in ANNOTATIONS]
+        if len(others) == 1:
+            return others
+        if others:
+            raise UserError(
+                f"The {split} split of task {task!r} could be any of {', '.join(path.name for path in others)} in "
+                f"{folder}; name the right ones in the task's {split}_files."
+            )
+    names = " or ".join(f"{stem}.json" for stem in stems)
+    raise UserError(f"Task {task!r} has no {split} file: expected {names} in {folder}. Put it there.")
+
+
+def annotation_file(root: Path, task: str, named: str | None = None) -> Path | None:
+    """Return the file with further answers to a task's test questions; None when none is named and none is known.
+
+    Raises UserError when the named one is missing.
+    """
+    if named is not None:
+        if not (root / named).is_file():
+            raise UserError(
+                f"Task {task!r} names the annotations {named}, and {root / named} does not exist. Put the file there "
+                "or leave the field out."
+            )
+        return root / named
+    folders = (root / INSTRUCTIONS / task, root / "datasets" / task, root / task, root / "datasets")
+    return next((folder / name for folder in folders for name in ANNOTATIONS if (folder / name).is_file()), None)
+
+
+def image_path(root: Path, image: str) -> Path:
+    """Return the path of an image file: below the root or its datasets folder; below the root when in neither."""
+    candidates = [root / folder / image for folder in IMAGE_ROOTS]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _task_folder(root: Path, task: str) -> Path:
+    instructions = root / INSTRUCTIONS
+    if not instructions.is_dir():
+        raise UserError(
+            f"{root} has no folder instructions: it is no CoIN root. Set data.root to the folder that holds "
+            "instructions/<Task>/train.json and test.json."
+        )
+    if not (instructions / task).is_dir():
+        tasks = sorted(path.name for path in instructions.iterdir() if path.is_dir())
+        raise UserError(
+            f"{instructions} has no task {task!r}; it has {', '.join(tasks) or 'none'}.{nearest(task, tasks)}"
+        )
+    return instructions / task
+
+
+def _named(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        names = sorted(path.name for path in folder.glob("*.json"))
+        raise UserError(f"{folder} has no file {name!r}; it has {', '.join(names) or 'none'}.{nearest(name, names)}")
+    return folder / name
+
+
+def _numbered(folder: Path, stem: str) -> list[Path]:
+    """The parts `<stem>-1.json`, `<stem>_00000-of-00003.json` and so on in the order of their numbers."""
+    pattern = re.compile(rf"{stem}[-_.](\d+)(?:[-_]of[-_]\d+)?\.json")
+    found = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{stem}*.json"))
+    return [path for _, path in sorted((int(match.group(1)), path) for match, path in found if match)]
