@@ -69,7 +69,7 @@ def generate_answers(
         places = lmm.image_places(inputs.input_ids)
         if inputs.selected.shape[1] and len(bank):
             vectors, valid = gather_sets(bank, inputs.selected)
-            place = insertion_place(attention, places, insertion)
+            place = insertion_place(attention, lmm.image_beginnings(places), insertion)
             if lmm.family.reads_places:
                 places = insert_gaps(places, attention, valid, place, left=True)
             embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pipeline.backbones.lmm_families import FAMILIES, family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, check_image_size, load_processor, not_loadable
@@ -113,6 +114,10 @@ class LMM(nn.Module):
         """Which tokens [B, N] stand for image features."""
         return input_ids == self.image_token
 
+    def image_beginnings(self, places: Tensor) -> Tensor:
+        """`image_places` [B, N] moved to the left, so that the first is the token that announces the image."""
+        return pad(places[:, self.family.marks :], (0, self.family.marks))
+
     def hidden(
         self,
         embeddings: Tensor,
@@ -161,13 +166,13 @@ class LMM(nn.Module):
         B2.4). `places` and `images` as for `hidden`.
         """
         tokenizer = self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         output = self.model.generate(
             inputs_embeds=embeddings,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            pad_token_id=pad,
+            pad_token_id=padding,
             eos_token_id=self.stops,
             synced_gpus=False,
             **self.family.generation_inputs(embeddings, attention, *self._seen(places, images)),

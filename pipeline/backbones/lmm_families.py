@@ -22,6 +22,7 @@ class Family:
     projector: ClassVar[str] = "multi_modal_projector"
     processor: ClassVar[str | None] = None  # class to read the processor with, where the checkpoint's needs more
     vicuna: ClassVar[bool] = False  # whether the conversation of LLaVA-1.5 is one the model could know
+    marks: ClassVar[int] = 0  # tokens directly before the first image token that only announce the image
     # Whether the decoder must know which tokens are the image's, see `decoder_inputs`.
     reads_places: ClassVar[bool] = False
 
@@ -74,6 +75,7 @@ class Qwen25VL(Family):
     kind = "qwen2_5_vl"
     projector = "visual.merger"
     processor = "Qwen2_5_VLProcessor"
+    marks = 1  # <|vision_start|>
     reads_places = True
 
     def decoder_inputs(
@@ -99,6 +101,7 @@ class InternVL(Family):
 
     kind = "internvl"
     processor = "InternVLProcessor"
+    marks = 1  # <img>
 
 
 class Idefics3(Family):
@@ -107,6 +110,7 @@ class Idefics3(Family):
     kind = "idefics3"
     decoder = "text_model"
     projector = "connector"
+    marks = 2  # <fake_token_around_image> and a row and column, or <global-img>
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
         return super().image_features({name: value[None] for name, value in images.items()})
@@ -123,6 +127,7 @@ class Gemma3(Family):
     """Gemma 3: the tokens of an image see each other in both directions; word vectors are scaled."""
 
     kind = "gemma3"
+    marks = 1  # <start_of_image>
     reads_places = True
 
     def __init__(self, model: Any) -> None:

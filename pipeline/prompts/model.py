@@ -62,7 +62,7 @@ class PromptedLMM(nn.Module):
         embeddings = self.lmm.embed(batch.input_ids, batch.images, batch.has_image)
         vectors, valid = self.prompt_vectors(batch)
         places = self.lmm.image_places(batch.input_ids)
-        place = insertion_place(batch.attention, places, self.insertion)
+        place = insertion_place(batch.attention, self.lmm.image_beginnings(places), self.insertion)
         embeddings, attention, labels = insert_prompts(
             embeddings, batch.attention, vectors, valid, batch.labels, place=place
         )

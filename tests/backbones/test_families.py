@@ -130,6 +130,23 @@ def test_prompts_count_as_words_for_positions_and_masks(lmm: LMM, examples: Exam
         torch.testing.assert_close(logits[row, : len(expected)], expected, atol=2e-5, rtol=1e-4)
 
 
+def test_prompts_before_the_image_stand_before_what_announces_it(lmm: LMM, examples: Examples) -> None:
+    batch = collate(examples, EVERY, [1.0] * len(EVERY), NONE)
+    places = lmm.image_beginnings(lmm.image_places(batch.input_ids))
+    found = insertion_place(batch.attention, places, "before_image")
+    announced = {
+        "qwen2_5_vl": "<|vision_start|>",
+        "internvl": "<img>",
+        "idefics3": "<fake_token_around_image>",
+        "smolvlm": "<fake_token_around_image>",
+        "gemma3": "<start_of_image>",
+    }
+    wanted = lmm.tokenizer.convert_tokens_to_ids(announced.get(lmm.family.kind, "<image>"))
+    for row, sample in enumerate(SAMPLES):
+        ids = batch.input_ids[row].tolist()
+        assert int(found[row]) == (1 if sample.image is None else ids.index(wanted))
+
+
 def plain_answer(lmm: LMM, inputs: dict[str, Any]) -> list[int]:
     pad = lmm.tokenizer.pad_token_id
     output = lmm.model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=pad, eos_token_id=lmm.stops)
