@@ -14,8 +14,10 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.data_sources import Benchmark, benchmark_of, images_of
 from pipeline.errors import UserError, UserErrors
+from pipeline.metrics.scoring import Answered, score_task
 
 SPLITS = ("train", "test")
+NAMED = 5  # bad records named per split
 LOOKED_AT = 3  # samples per split: decoding all would be preparing
 
 
@@ -27,6 +29,7 @@ class CheckedData:
         self.name = name
         self.samples: list[Sample] = []  # of training: what the memory plan takes its lengths from
         self.key_width: int | None = None
+        self.bad = 0  # records that `prepare` will have to leave out
 
     def check(self, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None) -> str:
         """Look at every task; raises UserErrors with all that is missing or wrong.
@@ -48,7 +51,8 @@ class CheckedData:
         if unprepared:
             wrong += self._sources(unprepared)
         if unprepared and data.prepare_first:
-            found.append(f"{len(unprepared)} tasks that `run` prepares first")
+            left_out = f", {self.bad} bad records left out" * (self.bad > 0)
+            found.append(f"{len(unprepared)} tasks that `run` prepares first{left_out}")
         elif unprepared:
             names = ", ".join(f"'{task.name}'" for task in unprepared)
             wrong.append(
@@ -79,6 +83,8 @@ class CheckedData:
             wrong += self._samples(task, split, samples, conversation)
             if split == "train":
                 self.samples += samples
+            else:
+                wrong += self._credit(task, samples)
         if wrong:
             raise UserErrors(wrong)
         return f"{task.name} {'/'.join(counts)}"
@@ -92,13 +98,25 @@ class CheckedData:
             try:
                 if conversation is not None:
                     conversation().example(sample)
-                else:
-                    sample.picture()
+                    continue
             except UserError as error:
                 wrong.append(f"{task.name}/{split}: {error}")
+                continue
+            try:
+                sample.picture()
             except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
                 wrong.append(f"{task.name}/{split}: the image of sample '{sample.id}' cannot be decoded ({error}).")
         return wrong
+
+    def _credit(self, task: TaskConfig, samples: list[Sample]) -> list[str]:
+        """A sentence when the task's metric gives none of these samples a point for its own answer."""
+        true = [Answered(sample.answer, sample.answer, sample.meta, sample.image is not None) for sample in samples]
+        if not true or score_task(task.metric, true, self.recipe.data.scoring).percent > 0:
+            return []
+        return [
+            f"{task.name}/test: the metric {task.metric} gives no point to the samples' own answers (the first is "
+            f"{true[0].answer!r}); set the metric that fits the task's answers."
+        ]
 
     def _sources(self, tasks: list[TaskConfig]) -> list[str]:
         """Sentences about what `prepare` would miss for these tasks, and where it is to be had."""
@@ -112,28 +130,38 @@ class CheckedData:
             wrong.append(_instructions_missing(root, [task.name for task in absent], benchmark))
         for task in tasks:
             images = images_of(benchmark, task.name)
-            fetch = f" Images of {task.name}: {images}." if images else ""
+            fetch = f"its images are to be had at {images}; they belong under {root / 'datasets'}."
             if task in absent:
-                if images:
-                    wrong.append(f"{task.name}: no images yet; they are at {images}, and belong under {root}.")
+                wrong += [f"{task.name}: {fetch}"] * (images is not None)
                 continue
-            for split, limit in zip(SPLITS, (task.limit_train, task.limit_test), strict=True):
+            found = []
+            for split in SPLITS:
                 try:
-                    self._source_samples(task, split, limit)
+                    found += self._source_samples(task, split)
                 except UserError as error:
-                    wrong.append(f"{task.name}/{split}: {error}{fetch}")
-                    break
+                    found.append(f"{task.name}/{split}: {error}")
+            wrong += [*found, *[f"{task.name}: {fetch}"] * (bool(found) and images is not None)]
         return wrong
 
-    def _source_samples(self, task: TaskConfig, split: str, limit: int | None) -> None:
+    def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
+        """Sentences about bad records: all of the split's files, the images only of the first few."""
         # Imported here: only a recipe with data that is not prepared needs the readers.
-        from data_prep.sources import coin
+        from data_prep.bad_records import BadRecord
+        from data_prep.sources.coin import coin_split
 
-        data = self.recipe.data
-        # Reads all records of the file and the images of the first few.
-        samples = list(islice(coin.read_task(data.root, task.name, split, limit), LOOKED_AT))
+        source = coin_split(self.recipe.data, task, split)
+        first = list(islice(source.records(), LOOKED_AT))
+        samples = [record for record in first if not isinstance(record, BadRecord)]
         if split == "train":
             self.samples += samples
+        bad = {record.sentence(): None for record in first if isinstance(record, BadRecord)}
+        bad |= {record.sentence(): None for record in source.unusable()}
+        self.bad += len(bad)
+        wrong = self._credit(task, samples) if split == "test" else []
+        if self.bad > self.recipe.data.skip_bad:
+            wrong += [f"{task.name}/{split}: {sentence}" for sentence in list(bad)[:NAMED]]
+            wrong += [f"{task.name}/{split}: {len(bad) - NAMED} more bad records."] * (len(bad) > NAMED)
+        return wrong
 
 
 def require_prepared(recipe: Recipe, name: str) -> None:
