@@ -1,0 +1,57 @@
+"""Gaussian weight averaging: the final prompts are a weighted mean of those after each epoch (clip_prompts.md 6)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+
+def gaussian_weights(epochs: int, mean: float, deviation: float) -> list[float]:
+    """The share of each epoch 1..`epochs`, a normal density at its number, normalised to sum 1."""
+    if epochs < 1 or deviation <= 0:
+        raise UserError(
+            f"Weight averaging over {epochs} epochs with deviation {deviation} is not defined; expected at least one "
+            "epoch and a positive deviation. Correct them."
+        )
+    # The largest exponent is subtracted first: far from the mean every density alone would be 0.
+    exponents = [-0.5 * ((epoch - mean) / deviation) ** 2 for epoch in range(1, epochs + 1)]
+    densities = [math.exp(exponent - max(exponents)) for exponent in exponents]
+    return [density / sum(densities) for density in densities]
+
+
+class WeightAverage:
+    """The running weighted sum of the trainables; `state` and `load` carry it over an interruption."""
+
+    def __init__(self, epochs: int, mean: float, deviation: float) -> None:
+        self.weights = gaussian_weights(epochs, mean, deviation)
+        self.done = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take in the trainables after the next epoch."""
+        if self.done == len(self.weights):
+            raise ValueError(f"all {len(self.weights)} epochs have been taken in")
+        weight = self.weights[self.done]
+        for name, value in values.items():
+            term = weight * value.detach().float().cpu()
+            self.sums[name] = self.sums[name] + term if self.done else term
+        self.done += 1
+
+    def average(self) -> dict[str, Tensor]:
+        """The averaged trainables, once every epoch has been taken in."""
+        if self.done < len(self.weights):
+            raise ValueError(f"{self.done} of {len(self.weights)} epochs have been taken in")
+        return dict(self.sums)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sum so far, as tensors."""
+        return {"epochs": torch.tensor(self.done), **{f"sum.{name}": value for name, value in self.sums.items()}}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from an earlier `state`."""
+        self.done = int(state["epochs"])
+        self.sums = {name.removeprefix("sum."): value for name, value in state.items() if name.startswith("sum.")}

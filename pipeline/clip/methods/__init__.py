@@ -1,0 +1,54 @@
+"""The methods by name, and one way to make any of them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from pipeline.clip.backbone import Backbone, Sizes
+from pipeline.clip.methods.base import PromptLearner, Prompts
+from pipeline.clip.methods.cocoop import CoCoOp
+from pipeline.clip.methods.coop import CoOp
+from pipeline.clip.methods.ivlp import IVLP
+from pipeline.clip.methods.kgcoop import KgCoOp
+from pipeline.clip.methods.maple import MaPLe
+from pipeline.clip.methods.mpl import MPL
+from pipeline.clip.methods.vpt import VPT
+from pipeline.clip.methods.zero_shot import ZeroShot
+from pipeline.clip.text import Words
+from pipeline.errors import UserError, nearest
+
+__all__ = ["METHODS", "PromptLearner", "Prompts", "learner_of_sizes", "make_learner"]
+
+METHODS: dict[str, type[PromptLearner]] = {
+    method.name: method for method in (ZeroShot, CoOp, CoCoOp, KgCoOp, VPT, IVLP, MaPLe, MPL)
+}
+
+
+def learner_of_sizes(name: str, sizes: Sizes, seed: int = 0, **options: Any) -> PromptLearner:
+    """The trainables of a method for a backbone of these sizes, a function of `seed`; contexts start at random.
+
+    Raises UserError for an unknown method or option.
+    """
+    if name not in METHODS:
+        raise UserError(f"There is no method '{name}'; the methods are {', '.join(METHODS)}.{nearest(name, METHODS)}")
+    known = [option for option in inspect.signature(METHODS[name]).parameters if option != "sizes"]
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"The method {name} has no option '{option}'; it has {', '.join(known)}.{nearest(option, known)}"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return METHODS[name](sizes, **options)  # type: ignore[arg-type]
+
+
+def make_learner(name: str, backbone: Backbone, words: Words, seed: int = 0, **options: Any) -> PromptLearner:
+    """The trainables of a method for this backbone, contexts started from words where the method does that."""
+    learner = learner_of_sizes(name, backbone.sizes, seed, **options)
+    start = learner.start_words()
+    if start is not None and learner.length:
+        learner.start_from(backbone.embedding_rows(words.first_ids(start, learner.length)))
+    return learner

@@ -1,0 +1,50 @@
+"""CoOp: the words around the class name are learned (clip_prompts.md 5.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.clip.backbone import Sizes
+from pipeline.clip.methods.base import DEVIATION, PromptLearner, Prompts, placeholders
+from pipeline.clip.schedule import coop
+from pipeline.clip.text import Position
+from pipeline.errors import UserError
+
+
+class CoOp(PromptLearner):
+    """`length` context vectors `ctx` [n, D], one set for all classes; with `classes` = K a set for each, [K, n, D].
+
+    The class name stands behind them (`position` end), between the halves (middle) or before them (front). `words`
+    such as "a photo of a" are what they start from, else they start at random.
+    """
+
+    name = "coop"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        length: int = 16,
+        position: Position = "end",
+        classes: int | None = None,
+        words: str | None = None,
+    ) -> None:
+        super().__init__(coop(length, sizes.blocks), f"{words or placeholders(length)} {{}}.", length)
+        if classes is not None and words is not None:
+            raise UserError(
+                f"A context of its own for each class cannot start from the words '{words}'. Leave out the words, or "
+                "share the context."
+            )
+        self.position, self.words = position, words
+        shape = (length, sizes.text_width) if classes is None else (classes, length, sizes.text_width)
+        self.ctx = nn.Parameter(torch.empty(shape).normal_(std=DEVIATION))
+
+    @property
+    def classes(self) -> int | None:
+        return len(self.ctx) if self.ctx.dim() == 3 else None
+
+    def start_words(self) -> str | None:
+        return self.words
+
+    def forward(self, images: Tensor | None = None) -> Prompts:
+        return Prompts(text={0: self.ctx})

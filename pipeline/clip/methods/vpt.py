@@ -1,0 +1,28 @@
+"""VPT: prompts in the image tower alone (clip_prompts.md 6, 11.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.clip.backbone import Sizes
+from pipeline.clip.methods.base import TEMPLATE, PromptLearner, Prompts, deep_vectors, vectors
+from pipeline.clip.schedule import vpt
+
+
+class VPT(PromptLearner):
+    """`length` image prompts for each of the first `depth` blocks (1: shallow), beside the words of a template.
+
+    Each block's take the place of those before, or with `carry` stand beside them.
+    """
+
+    name = "vpt"
+
+    def __init__(
+        self, sizes: Sizes, length: int = 4, depth: int = 9, carry: bool = False, template: str = TEMPLATE
+    ) -> None:
+        super().__init__(vpt(length, depth, sizes.blocks, carry), template)
+        self.visual_ctx = vectors(length, sizes.vision_width)
+        self.compound_prompts_vision = deep_vectors(depth - 1, length, sizes.vision_width)
+
+    def forward(self, images: Tensor | None = None) -> Prompts:
+        return Prompts(vision=dict(enumerate([self.visual_ctx, *self.compound_prompts_vision])))

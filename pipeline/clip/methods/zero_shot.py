@@ -1,0 +1,21 @@
+"""Zero-shot CLIP: nothing is learned, the template alone speaks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.clip.backbone import Sizes
+from pipeline.clip.methods.base import TEMPLATE, PromptLearner, Prompts
+from pipeline.clip.schedule import schedule
+
+
+class ZeroShot(PromptLearner):
+    """The frozen model as it is, with the dataset's own `template` (clip_prompts.md 7.1)."""
+
+    name = "zero_shot"
+
+    def __init__(self, sizes: Sizes, template: str = TEMPLATE) -> None:
+        super().__init__(schedule([], [], sizes.blocks), template)
+
+    def forward(self, images: Tensor | None = None) -> Prompts:
+        return Prompts()
