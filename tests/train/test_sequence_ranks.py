@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from data_prep.prepare import prepare
@@ -60,4 +59,5 @@ def test_two_ranks_under_zero3_learn_the_prompt_sets_and_projector_of_one_rank(
         assert one.keys() == two.keys()
         assert any(name.startswith("projector.") for name in one) is (projector == "trained")
         for name, value in one.items():
-            torch.testing.assert_close(two[name], value, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            worst = (two[name] - value).abs().max()
+            assert worst <= TOLERANCE, f"stage {number + 1}: {name} differs by {worst}"
