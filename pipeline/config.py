@@ -224,7 +224,7 @@ class EvaluateConfig(Section):
     batch: int = Field(50, ge=1, description="samples per generate call and rank")
     zero_shot: bool = Field(True, description="score the frozen model alone before the first stage")
     ahead: bool = Field(
-        False, description="also score each task just before its own stage, for forward transfer; one more test set each"
+        False, description="also score each task just before its own stage, for forward transfer; costs a test set each"
     )
     reuse: bool = Field(True, description="keep an answer when a later stage selects the same sets")
 

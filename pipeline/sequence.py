@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import time
 from datetime import datetime, timezone
@@ -38,6 +37,7 @@ from pipeline.metrics.continual import after_stage
 from pipeline.metrics.scoring import require_metrics
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
+from pipeline.terminal import log_to_terminal
 from pipeline.tracking import Tracker, make_tracker
 from pipeline.train import total_steps, train_stage
 
@@ -51,7 +51,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None) -> dict[str, Any]:
     `stages` "train" leaves out the evaluation, "evaluate" the training. Raises UserError for wrong input,
     DivergedError for a loss that is not finite, Interrupted when a signal asked to stop.
     """
-    _log_to_terminal()
+    log_to_terminal()
     world = init_world()
     accumulation(recipe, world.size)
     with stop_on_signals() as stop:
@@ -275,7 +275,7 @@ class Sequence:
         return row
 
     def _evaluate_ahead(self, task: int) -> None:
-        """Score the task that is learned next with what is there, for forward transfer; nothing for a method told it."""
+        """Score the task that is learned next with what is there; nothing for a method that is told the task."""
         if not self.recipe.evaluate.ahead or self.method.needs_task or task >= len(self.tests):
             return
         # Not among the answers after the stage: those are of tasks learned by then.
@@ -392,14 +392,3 @@ class Sequence:
 
 def _named(tests: list[Test], row: Any) -> str:
     return ", ".join(f"{t.name} {s:.1f}" for t, s in zip(tests, row, strict=True) if s is not None)
-
-
-def _log_to_terminal() -> None:
-    """Show the project's own log lines on rank 0; other libraries keep their levels."""
-    logger = logging.getLogger("pipeline")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
