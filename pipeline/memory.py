@@ -96,7 +96,7 @@ def plan_memory(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, to
 
     weights, weights_note = _weights(shape, zero, stage, ranks, element)
     held, gradients, optimizer = _trained(groups, zero, stage, ranks, element, config)
-    window, window_note = _window(shape, zero, stage, ranks, element)
+    window, window_note = _window(shape, [size for group in groups for size in group], zero, stage, ranks, element)
     activations = training_activations(recipe, shape, micro, length, tokens, element)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     replica = whole if stage == 3 else 0
@@ -205,29 +205,30 @@ def _trained(
     return trainables, gradients, 0 if _on_host(zero.offload_optimizer) else optimizer
 
 
-def _window(shape: ModelShape, zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
+def _window(shape: ModelShape, trained: list[int], zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
     """Most that ZeRO-3 holds gathered at once: an upper bound, and how it comes about.
 
-    DeepSpeed gathers the current module whole, a layer in one piece; prefetches up to the prefetch bucket while fewer
-    than max_live_parameters are there; and keeps what is used again within max_reuse_distance, which at the end of
-    the forward pass are the last layers (partitioned_param_coordinator.py, `fetch_sub_module`, `release_sub_module`).
-    With several ranks a gathered piece exists twice for a moment: as it was sent and as parameters.
+    DeepSpeed gathers the current module whole, a layer in one piece. It keeps what is used again within
+    max_reuse_distance, which at the end of the forward pass are the last layers, and prefetches whole parameters until
+    the prefetch bucket is full, while fewer than max_live_parameters are there; what it prefetched for the backward
+    pass is not released in between (partitioned_param_coordinator.py, `_fetch_sub_module_impl`, `__params_to_release`).
+    The trainables stand outside the layers and are there throughout. With several ranks a gathered piece exists twice
+    for a moment: as it was sent and as parameters.
     """
     if stage < 3:
         return 0, "nothing is gathered"
-    threshold = int(zero.param_persistence_threshold)
-    everything = sum(size for size in [*shape.frozen, *shape.projector] if size > threshold)
-    if not everything:
+    gathered = [size for size in [*shape.frozen, *trained] if size > int(zero.param_persistence_threshold)]
+    if not gathered:
         return 0, "all weights stay whole"
-    largest = max(shape.fetched)
-    kept = min(int(zero.max_reuse_distance), everything)
-    prefetched = min(int(zero.prefetch_bucket_size), max(0, int(zero.max_live_parameters) - kept - largest))
-    live = min(everything, kept + largest + prefetched)
-    copied = largest if ranks > 1 else 0
-    if live == everything:
-        return (live + copied) * element, "at most: all weights, for there are few"
-    parts = f"largest layer {_count(largest)}, kept for reuse {_count(kept)}, prefetched {_count(prefetched)}"
-    return (live + copied) * element, f"at most: {parts}"
+    layer, bucket, limit = max(shape.fetched), int(zero.prefetch_bucket_size), int(zero.max_live_parameters)
+    kept = int(zero.max_reuse_distance)
+    live = kept + layer + sum(trained)
+    if bucket and live < limit:
+        live = min(live + layer + bucket, limit) + max(gathered)
+    copied = layer if ranks > 1 else 0
+    if live >= sum(gathered):
+        return (sum(gathered) + copied) * element, "at most: all weights, for there are few"
+    return (live + copied) * element, f"at most: layers of {_count(layer)}, {_count(kept)} kept for reuse, prefetched"
 
 
 def _vision(shape: ModelShape, batch: int, element: int) -> int:

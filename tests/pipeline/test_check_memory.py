@@ -137,8 +137,11 @@ def test_the_window_is_the_largest_layer_what_is_reused_soon_and_what_is_prefetc
 
     none = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
     layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32  # attention, MLP and norms of a decoder layer
-    assert window(**none) == 4 * layer
-    assert window(**{**none, "prefetch_bucket_size": 1000}) == 4 * (layer + 1000)
-    assert window(**{**none, "max_reuse_distance": 2000}) == 4 * (layer + 2000)
-    assert window(**{**none, "prefetch_bucket_size": 1000, "max_live_parameters": layer + 10}) == 4 * (layer + 10)
+    trained = 4 * 32 + (32 * 32 + 32) + (32 * KEY_WIDTH + KEY_WIDTH)
+    largest = 260 * 32  # the word embedding
+    assert window(**none) == 4 * (layer + trained)
+    assert window(**{**none, "max_reuse_distance": 2000}) == 4 * (layer + trained + 2000)
+    assert window(**{**none, "prefetch_bucket_size": 100}) == 4 * (2 * layer + trained + 100 + largest)
+    limited = {**none, "prefetch_bucket_size": 1000, "max_live_parameters": layer + trained + 10}
+    assert window(**limited) == 4 * (layer + trained + 10 + largest)
     assert window(**{**none, "param_persistence_threshold": 10**6}) == 0
