@@ -63,5 +63,5 @@ def images_of(benchmark: Benchmark | None, task: str) -> str | None:
 
 
 def _plain(task: str) -> str:
-    # OCRVQA, OCR-VQA and ocr_vqa are one task; recipes call UCIT's captioning task VizWiz or VizWiz-caption.
-    return "".join(filter(str.isalnum, task)).lower().removesuffix("caption")
+    # OCRVQA, OCR-VQA and ocr_vqa are one task, and so are VizWiz and VizWiz-caption, Flickr30k and Flickr30k-cap.
+    return "".join(filter(str.isalnum, task)).lower().removesuffix("caption").removesuffix("cap")
