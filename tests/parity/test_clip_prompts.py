@@ -86,7 +86,7 @@ def test_gradients(recorded: Recorded, modules: dict[str, PromptedCLIP]) -> None
         rounding = largest_error(found, in_double)
         assert rounding <= ROUNDING, run.name
         error = largest_error(found, run.part("grad."))
-        assert error <= max(GRADIENT, 3 * rounding), f"{run.name}: {error:.1e}, rounding {rounding:.1e}"
+        assert error <= max(GRADIENT, 4 * rounding), f"{run.name}: {error:.1e}, rounding {rounding:.1e}"
 
 
 def test_three_optimizer_steps(recorded: Recorded, modules: dict[str, PromptedCLIP]) -> None:

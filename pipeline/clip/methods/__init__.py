@@ -27,7 +27,7 @@ METHODS: dict[str, type[PromptLearner]] = {
 }
 
 
-def learner_of_sizes(name: str, sizes: Sizes, seed: int = 0, **options: Any) -> PromptLearner:
+def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) -> PromptLearner:
     """The trainables of a method for a backbone of these sizes, a function of `seed`; contexts start at random.
 
     Raises UserError for an unknown method or option.
@@ -45,7 +45,7 @@ def learner_of_sizes(name: str, sizes: Sizes, seed: int = 0, **options: Any) -> 
         return METHODS[name](sizes, **options)  # type: ignore[arg-type]
 
 
-def make_learner(name: str, backbone: Backbone, words: Words, seed: int = 0, **options: Any) -> PromptLearner:
+def make_learner(name: str, backbone: Backbone, words: Words, /, seed: int = 0, **options: Any) -> PromptLearner:
     """The trainables of a method for this backbone, contexts started from words where the method does that."""
     learner = learner_of_sizes(name, backbone.sizes, seed, **options)
     start = learner.start_words()
