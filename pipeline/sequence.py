@@ -72,6 +72,7 @@ class Sequence:
         self.method: Method = make_method(recipe.method)
         self.path = on_main(world, lambda: claim_run(recipe))
         self.identity = on_main(world, self._key_identity)
+        self.skipped: list[dict[str, str]] = []  # bad records that `prepare` left out of the data
         self.train_parts = together(lambda: self._parts("train"))
         self.tests = together(self._tests)
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
@@ -98,6 +99,7 @@ class Sequence:
             shards = IndexedShards(self.recipe.data.split_path(task.name, split))
             limit = task.limit_train if split == "train" else task.limit_test
             parts.append((shards, shards.keys(self.identity), limit))
+            self.skipped += shards.description.get("skipped", [])
         return parts
 
     def _tests(self) -> list[Test]:
@@ -385,7 +387,7 @@ class Sequence:
             "stage": len(self.pool), "stages": [stage.name for stage in self.stages],
             "started": previous.get("started", now), "updated": now, "world_size": self.world.size,
             "mlflow": self.tracker.run_ids(), "versions": package_versions(),
-            "timing": {**previous.get("timing", {}), **self.timing},
+            "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.skipped,
         })  # fmt: skip
         previous.setdefault("started", now)
 
