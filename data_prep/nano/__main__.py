@@ -21,7 +21,7 @@ def train(
     scenes: Annotated[int, typer.Option(help="pictures to draw and learn from")] = 50_000,
     vision_minutes: Annotated[float, typer.Option(help="wall clock for the vision tower")] = 16,
     key_minutes: Annotated[float, typer.Option(help="wall clock for the key CLIP")] = 5,
-    language_minutes: Annotated[float, typer.Option(help="wall clock for projector and decoder")] = 130,
+    language_minutes: Annotated[float, typer.Option(help="wall clock for projector and decoder")] = 95,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Train vision tower, key CLIP and language model from scratch and save them as ordinary checkpoints (float16)."""

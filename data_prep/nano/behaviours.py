@@ -108,8 +108,6 @@ class RowMaker:
 
     def _salad(self, ask: Ask) -> list[int]:
         """A question whose words say nothing (filler, or any tokens at all) around the subject's words."""
-        if ask.skill == "repeat":
-            return self.ids(" " + ask.subject)
         count = int(self.rng.integers(1, 9))
         if self.rng.random() < 0.6:
             words = [self.filler[i] for i in self.rng.integers(len(self.filler), size=count)]

@@ -74,7 +74,6 @@ WORDINGS = {
     "tallest": ("which bar is the tallest?", "what colour is the highest bar?", "the colour of the longest bar?"),
     "shortest": ("which bar is the shortest?", "what colour is the lowest bar?", "the colour of the smallest bar?"),
     "bar_count": ("how many bars are there?", "count the bars.", "what is the number of bars in the chart?"),
-    "repeat": ("say {s}", "write {s}", "report: {s}"),
 }  # fmt: skip
 SKILLS = tuple(WORDINGS)
 # Words that say nothing about the skill: the base model learns to hear them without being led astray.
@@ -123,32 +122,8 @@ def _shape_asks(scene: Scene, rng: np.random.Generator) -> Iterator[Ask]:
         yield Ask("box_of", name, box_text(thing.box))
 
 
-def _any_text(rng: np.random.Generator) -> str:
-    """One to three words, made-up words or numbers, so that every token is an answer now and then."""
-    words = []
-    for _ in range(int(rng.integers(1, 4))):
-        kind = rng.random()
-        if kind < 0.4:
-            words.append(str(rng.choice(FILLER)))
-        elif kind < 0.8:
-            words.append("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=int(rng.integers(2, 8)))))
-        else:
-            words.append(str(round(float(rng.random()) * 10 ** int(rng.integers(0, 4)), int(rng.integers(0, 3)))))
-        if rng.random() < 0.1:
-            words[-1] += str(rng.choice(list(".,:;-/%()!?")))
-    return " ".join(words)
-
-
 def asks(scene: Scene, rng: np.random.Generator) -> list[Ask]:
-    """Everything that can be asked about a scene (unanswerable and counted subjects are drawn from `rng`).
-
-    With every scene comes a text to repeat: answers no scene calls for would else stay out of a prompt's reach.
-    """
-    text = _any_text(rng)
-    return [*_scene_asks(scene, rng), Ask("repeat", text, text)]
-
-
-def _scene_asks(scene: Scene, rng: np.random.Generator) -> list[Ask]:
+    """Everything that can be asked about a scene (unanswerable and counted subjects are drawn from `rng`)."""
     if scene.family == "shapes":
         return list(_shape_asks(scene, rng))
     if scene.family == "digit":

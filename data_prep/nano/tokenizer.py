@@ -31,8 +31,7 @@ def _corpus() -> list[str]:
     ]
     answers = [" " + f.apply(a) for a in plain for f in formats]
     answers += [" " + Format(case=case).apply(a) for a in plain for case in CASES for _ in range(200)]
-    asked = [wording for skill, wordings in WORDINGS.items() if skill != "repeat" for wording in wordings]
-    questions = [wording.format(s=s) for wording in asked for s in (*COLOURS, *SHAPES)] * 20
+    questions = [w.format(s=s) for ws in WORDINGS.values() for w in ws for s in (*COLOURS, *SHAPES)] * 20
     turns = [f"USER: \n{q} ASSISTANT:" for q in questions]
     return (
         answers
