@@ -8,7 +8,7 @@ RECIPES = nano nano_paper nano_sequential nano_independent
 PY = $(VENV)/bin/python
 REQUIREMENTS = requirements.txt requirements-dev.txt
 
-.PHONY: venv demo demo-compare test test-all lint ui
+.PHONY: venv demo demo-compare test test-slow test-all lint ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change.
 venv:
@@ -31,12 +31,12 @@ venv:
 	fi
 
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
-demo demo-compare test test-all: export HF_HUB_OFFLINE = 1
-demo demo-compare test test-all: export TRANSFORMERS_OFFLINE = 1
-demo demo-compare test test-all: export MLFLOW_DISABLE_TELEMETRY = true
-demo demo-compare test test-all: export DO_NOT_TRACK = true
+demo demo-compare test test-slow test-all: export HF_HUB_OFFLINE = 1
+demo demo-compare test test-slow test-all: export TRANSFORMERS_OFFLINE = 1
+demo demo-compare test test-slow test-all: export MLFLOW_DISABLE_TELEMETRY = true
+demo demo-compare test test-slow test-all: export DO_NOT_TRACK = true
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
-demo demo-compare test test-all: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo demo-compare test test-slow test-all: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # Two ranks on CPUs; on GPUs one each, at most two.
 launch = set -e; ranks=$$($(PY) -c 'import torch; print(min(2, torch.cuda.device_count()))'); \
@@ -56,6 +56,10 @@ demo-compare: venv
 
 test: venv
 	$(PY) -m pytest
+
+# What is left out of `make test` because it takes minutes
+test-slow: venv
+	$(PY) -m pytest -m slow
 
 test-all: venv
 	$(PY) -m pytest -m ""
