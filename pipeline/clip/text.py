@@ -89,7 +89,7 @@ def class_texts(
 ) -> ClassTexts:
     """The texts of classes from a template with one `{}`; `length` positions after the start token are learned.
 
-    Raises UserError for no class, an empty or repeated name, a template without `{}`, and a text that is too long.
+    Raises UserError for no class, an empty name, a template without `{}`, and a text that is too long.
     """
     if MARK not in template:
         raise UserError(f"The template '{template}' does not say where the class name goes. Put {MARK} into it.")
@@ -111,11 +111,8 @@ def class_texts(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse class lists that cannot be told apart: none, an empty name, a name twice."""
+    """Refuse a class list without classes, or with an empty name."""
     if not names:
         raise UserError("There are no classes; expected at least one name. Check the split file or class folders.")
     if any(not name.strip() for name in names):
         raise UserError(f"Class {[not name.strip() for name in names].index(True)} has an empty name. Give it one.")
-    repeated = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
-    if repeated:
-        raise UserError(f"The class name '{repeated[0]}' stands for more than one class. Name every class once.")

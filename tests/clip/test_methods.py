@@ -183,7 +183,6 @@ def test_unknown_methods_and_options_are_named(method: str, options: dict[str, A
     [
         ([], "There are no classes"),
         (["cat", " "], "Class 1 has an empty name"),
-        (["cat", "cat"], "'cat' stands for more than one class"),
         (["x" * 90], "tokens, the text tower reads 77"),
     ],
 )

@@ -1,0 +1,147 @@
+"""Images of the user's own without code: one folder per class, or a CSV file; and any labelled images as samples.
+
+Folders: `<root>/{train,val,test}/<class name>/<image>`. CSV: columns `path`, `class`, `split`. Classes are numbered in
+the order of their names.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data_prep.bad_records import BadRecord
+from data_prep.parallel import ordered_map
+from pipeline.clip.classes import LabelledImage, Splits
+from pipeline.data.sample import Sample
+from pipeline.errors import UserError, nearest
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+COLUMNS = ("path", "class", "split")
+SPLITS = ("train", "val", "test")
+
+
+def read_class_folders(
+    root: Path,
+    names: Mapping[str, str] | None = None,
+    train: str = "train",
+    val: str | None = "val",
+    test: str = "test",
+) -> Splits:
+    """The splits of `<root>/<split>/<class>/<image>`; `names` maps folders to class names, in the order of labels.
+
+    Validation may be missing. Raises UserError for a missing split or a class of one split that another lacks.
+    """
+    if names is None:
+        folders = {folder for split in (train, val, test) if split for folder in _folders(root / split)}
+        names = {folder: folder for folder in sorted(folders)}
+    parts = [tuple(labelled_folders(root, split, names)) if split else () for split in (train, val, test)]
+    for split, part in ((train, parts[0]), (test, parts[2])):
+        _need_every_class(part, names, f"{root / split}")
+    return Splits(*parts)
+
+
+def labelled_folders(root: Path, split: str, names: Mapping[str, str]) -> Iterator[LabelledImage]:
+    """The images of `<root>/<split>/<class>/`, sorted, with paths relative to `root`.
+
+    Labels count the classes of `names` that have a folder. Raises UserError for a folder without a name or images.
+    """
+    present = _folders(root / split)
+    unknown = sorted(set(present) - set(names))
+    if unknown:
+        raise UserError(
+            f"{root / split / unknown[0]} is a folder of no known class ({len(unknown)} such folders). Remove it, or "
+            "name the class."
+        )
+    for label, folder in enumerate(folder for folder in names if folder in present):
+        files = sorted(f.name for f in (root / split / folder).iterdir() if f.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"{root / split / folder} holds no images. Add some, or remove the empty class.")
+        for file in files:
+            yield LabelledImage((Path(split) / folder / file).as_posix(), label, names[folder])
+
+
+def _folders(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    return sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _need_every_class(images: Sequence[LabelledImage], names: Mapping[str, str], where: str) -> None:
+    lacking = sorted(set(names.values()) - {image.name for image in images})
+    if not images:
+        raise UserError(f"{where} holds no class folders with images; expected one folder per class. Put them there.")
+    if lacking:
+        raise UserError(f"{where} has no images of class '{lacking[0]}' ({len(lacking)} such classes). Add some.")
+
+
+def read_csv(path: Path) -> Splits:
+    """The splits of a CSV file with the columns path, class, split; paths are relative to its folder.
+
+    Raises UserError naming the line for a missing value or an unknown split.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; expected a CSV file with the columns {', '.join(COLUMNS)}.")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        lacking = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if lacking:
+            raise UserError(
+                f"{path} has the columns {', '.join(reader.fieldnames or ())}; expected {', '.join(COLUMNS)}. Add "
+                f"'{lacking[0]}'."
+            )
+        rows = [(reader.line_num, [(row[column] or "").strip() for column in COLUMNS]) for row in reader]
+    labels = {name: label for label, name in enumerate(sorted({values[1] for _, values in rows}))}
+    parts: dict[str, list[LabelledImage]] = {split: [] for split in SPLITS}
+    for line, (image, name, split) in rows:
+        if not image or not name:
+            raise UserError(f"{path}, line {line} has no {'path' if not image else 'class'}. Fill it in.")
+        if split not in parts:
+            known = ", ".join(SPLITS)
+            raise UserError(f"{path}, line {line} has the split '{split}'; expected {known}.{nearest(split, SPLITS)}")
+        parts[split].append(LabelledImage(image, labels[name], name))
+    for split in ("train", "test"):
+        _need_every_class(parts[split], {name: name for name in labels}, f"{path}, split {split},")
+    return Splits(*(tuple(parts[split]) for split in SPLITS))
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Labelled images under a folder as samples for shards: the answer is the class name, `meta` has its label."""
+
+    images: tuple[LabelledImage, ...]
+    folder: Path
+
+    def records(self, start: int = 0, workers: int = 1) -> Iterator[Sample | BadRecord]:
+        """Yield every image from the `start`-th on, as a sample or as what is wrong with it."""
+        return ordered_map(self._sample, self.images[start:], workers)
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the list, or size or time of change of an image, changes."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            file = self.folder / image.path
+            status = file.stat() if file.is_file() else None
+            state = (status.st_size, status.st_mtime_ns) if status else None
+            digest.update(json.dumps([image.path, image.label, image.name, state]).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _sample(self, image: LabelledImage) -> Sample | BadRecord:
+        path = self.folder / image.path
+        record = f"class '{image.name}'"
+        if not path.is_file():
+            return BadRecord(str(path), record, "the image does not exist. Put it there, or correct the folder.")
+        encoded = path.read_bytes()
+        try:
+            with Image.open(io.BytesIO(encoded)) as picture:
+                picture.load()
+        except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+            reason = f"the image cannot be decoded ({type(error).__name__}: {error}). Fetch the file again."
+            return BadRecord(str(path), record, reason)
+        return Sample(id=image.path, image=encoded, question="", answer=image.name, meta={"label": image.label})

@@ -1,0 +1,154 @@
+"""Datasets of the base-to-new benchmark as published: split files, image folders, and what is missing or altered.
+
+A split file `split_zhou_<Name>.json` holds `train`, `val` and `test`, each a list of `[path, label, class name]`.
+Source: clip_prompts.md 7.1, 7.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.class_folders import labelled_folders, read_class_folders
+from pipeline.clip.classes import LabelledImage, Splits
+from pipeline.clip.datasets import Dataset
+from pipeline.errors import UserError
+from pipeline.files import sha256
+
+NAMED = 3  # missing images that a message names; it counts the others
+
+
+def read_split_file(path: Path) -> Splits:
+    """The splits of a split file; UserError when it is missing, not as described above, or names classes twice."""
+    if not path.is_file():
+        raise UserError(f"There is no split file {path}. Download it, or correct the folder.")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Download the split file again.") from None
+    if not isinstance(content, dict) or not {"train", "test"} <= set(content):
+        raise UserError(f"{path} holds no object with train and test. Download the split file again.")
+    splits = Splits(*(tuple(_images(content.get(split, []), path, split)) for split in ("train", "val", "test")))
+    if not splits.test:
+        raise UserError(f"{path} has no test images. Download the split file again.")
+    splits.names()
+    trained = {image.label for image in splits.train}
+    empty = [image for image in (*splits.val, *splits.test) if image.label not in trained]
+    if trained and empty:
+        raise UserError(
+            f"{path} has no training image of class '{empty[0].name}' ({len({i.label for i in empty})} such classes). "
+            "Remove the class from all splits, or add images."
+        )
+    return splits
+
+
+def _images(items: Any, path: Path, split: str) -> Iterable[LabelledImage]:
+    for number, item in enumerate(items if isinstance(items, list) else [items]):
+        match item:
+            case [str(image), int(label), str(name)] if label >= 0 and name.strip():
+                yield LabelledImage(image, label, name)
+            case _:
+                raise UserError(
+                    f"{path}, {split} entry {number} is {json.dumps(item)[:80]}; expected [path, label, class name] "
+                    "with a label of 0 or more. Download the split file again."
+                )
+
+
+def read_aircraft(folder: Path) -> Splits:
+    """FGVC Aircraft's own lists: `variants.txt` and `images_variant_{train,val,test}.txt`, lines `<id> <variant>`."""
+    variants = _lines(folder / "variants.txt")
+    labels = {name: label for label, name in enumerate(variants)}
+
+    def images(split: str) -> Iterable[LabelledImage]:
+        file = folder / f"images_variant_{split}.txt"
+        for number, line in enumerate(_lines(file), start=1):
+            image, _, name = line.partition(" ")
+            if name not in labels:
+                raise UserError(
+                    f"{file}, line {number} names '{name}', which is not in variants.txt. Restore the file."
+                )
+            yield LabelledImage(f"{image}.jpg", labels[name], name)
+
+    return Splits(tuple(images("train")), tuple(images("val")), tuple(images("test")))
+
+
+def read_class_names(path: Path) -> dict[str, str]:
+    """`classnames.txt`: a line `<folder> <class name>` for each class; the names by folder, in the order there."""
+    return {folder: name for folder, _, name in (line.partition(" ") for line in _lines(path))}
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}. It comes with the dataset; put it there.")
+    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def read_dataset(description: Dataset, root: Path) -> Splits:
+    """The splits of a known dataset under `root`, by the layout of its description.
+
+    ImageNet's validation images are the test split, and its files are taken in sorted order: the published few-shot
+    subset of ImageNet depends on the file system (7.3), this one does not. The four variants have a test split alone.
+    """
+    folder = root / description.folder
+    if description.layout == "split_zhou":
+        assert description.split is not None
+        return read_split_file(folder / description.split)
+    if description.layout == "aircraft":
+        return read_aircraft(folder)
+    names = read_class_names(folder / "classnames.txt")
+    if description.layout == "imagenet":
+        return read_class_folders(folder / description.images, names, test="val", val=None)
+    if description.name == "imagenetv2":  # its folders are named by the labels 0 to 999
+        names = {str(label): name for label, name in enumerate(names.values())}
+    return Splits((), (), tuple(labelled_folders(folder / description.images, "", names)))
+
+
+def findings(description: Dataset, root: Path) -> list[str]:
+    """What is missing or altered, one sentence each; empty when the dataset is there as published.
+
+    The first sentence about something missing ends with what to download and where it goes.
+    """
+    folder = root / description.folder
+    images = folder / description.images
+    if not folder.is_dir():
+        return [f"{description.name}: the folder {folder} is missing. {description.instructions(str(root))}"]
+    try:
+        splits = read_dataset(description, root)
+    except UserError as error:
+        return [f"{description.name}: {error} {description.instructions(str(root))}"]
+    found = []
+    split = folder / description.split if description.split else None
+    if split and description.sha256 and sha256(split) != description.sha256:
+        found.append(f"{description.name}: {split} is not the published file (its sha256 differs).")
+    counts = tuple(len(part) for part in (splits.train, splits.val, splits.test))
+    published = (description.train, description.val, description.test)
+    if counts != published:
+        found.append(
+            f"{description.name}: {_three(counts)} images for training, validation and test; published are "
+            f"{_three(published)}."
+        )
+    classes = len(splits.names())
+    if classes != description.classes:
+        found.append(f"{description.name}: {classes} classes; published are {description.classes}.")
+    missing = missing_images(splits, images) if description.layout in ("split_zhou", "aircraft") else []
+    if missing:
+        found.append(f"{missing_sentence(missing, images)} {description.instructions(str(root))}")
+    return found
+
+
+def missing_images(splits: Splits, images: Path) -> list[str]:
+    """Paths that the splits name and that are no files under `images`, sorted."""
+    named = {image.path for part in (splits.train, splits.val, splits.test) for image in part}
+    return sorted(path for path in named if not (images / path).is_file())
+
+
+def missing_sentence(missing: list[str], images: Path) -> str:
+    """One sentence naming the first missing images and counting the others."""
+    rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    return f"{', '.join(missing[:NAMED])}{rest}: the split names them, but they are not in {images}."
+
+
+def _three(counts: tuple[int, ...]) -> str:
+    return " / ".join(map(str, counts))

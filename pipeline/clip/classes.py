@@ -1,0 +1,82 @@
+"""Labelled images and their classes: splits of a dataset, and its base and new halves (clip_prompts.md 7.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import UserError
+
+Group = Literal["all", "base", "new"]
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """One image file, by its path relative to the dataset's image folder, with its class's number and name."""
+
+    path: str
+    label: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a dataset; `val` may be empty."""
+
+    train: tuple[LabelledImage, ...]
+    val: tuple[LabelledImage, ...]
+    test: tuple[LabelledImage, ...]
+
+    def of(self, split: Split) -> tuple[LabelledImage, ...]:
+        """The images of one split."""
+        return {"train": self.train, "val": self.val, "test": self.test}[split]
+
+    def names(self) -> list[str]:
+        """The class names in the order of their labels."""
+        return class_names([*self.train, *self.val, *self.test])
+
+
+def class_names(images: Iterable[LabelledImage]) -> list[str]:
+    """The names of the classes that have images, in the order of their labels.
+
+    Two labels may share a name: ImageNet has two classes "sunglasses". Raises UserError when a label has two names.
+    """
+    by_label: dict[int, LabelledImage] = {}
+    for image in images:
+        other = by_label.setdefault(image.label, image)
+        if other.name != image.name:
+            raise UserError(
+                f"{image.path} is of class {image.label} '{image.name}', but {other.path} of class {image.label} "
+                f"'{other.name}'; expected one name for each label. Restore the split file."
+            )
+    return [by_label[label].name for label in sorted(by_label)]
+
+
+def base_classes(count: int) -> int:
+    """The number of base classes among `count`: the first half, the larger one of an odd number."""
+    return (count + 1) // 2
+
+
+def group_of_classes(splits: Splits, group: Group) -> Splits:
+    """Only the images of the base or the new classes, labelled from 0 on (`all`: everything as it is).
+
+    Base are the first half of the labels that occur in training, new are the others. Raises UserError when a half has
+    no class.
+    """
+    if group == "all":
+        return splits
+    labels = sorted({image.label for image in splits.train})
+    if len(labels) < 2:
+        raise UserError(
+            f"The training images are of {len(labels)} classes; base and new classes need at least two. Evaluate all "
+            "classes, or give more."
+        )
+    middle = base_classes(len(labels))
+    numbers = {label: number for number, label in enumerate(labels[:middle] if group == "base" else labels[middle:])}
+    return Splits(*(_renumbered(images, numbers) for images in (splits.train, splits.val, splits.test)))
+
+
+def _renumbered(images: Sequence[LabelledImage], numbers: dict[int, int]) -> tuple[LabelledImage, ...]:
+    return tuple(LabelledImage(i.path, numbers[i.label], i.name) for i in images if i.label in numbers)
