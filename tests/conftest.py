@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # pytest's own --fixtures (a list of fixtures) keeps its other name, --funcargs.
     group._arggroup.conflict_handler = "resolve"
     group.addoption("--fixtures", metavar="DIR", help="folder of recorded reference results for tests/parity")
+    group.addoption("--data", metavar="DIR", help="folder of third-party data, with base2new/ in it")
 
 
 @pytest.fixture(scope="session", autouse=True)

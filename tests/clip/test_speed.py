@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.clip.model import ImageBatch, PromptedCLIP
+from pipeline.clip.predict import predictions
 from tests.clip.tiny import CONTEXT, batch, classifier, images
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -70,6 +71,19 @@ def test_text_features_kept_in_evaluation(method: str) -> None:
         for seed in (1, 2):
             pixels = images(seed=seed)
             torch.testing.assert_close(module.logits(pixels, text_features=kept), module.logits(pixels), **EXACT)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("maple", 1), ("cocoop", 3)])
+def test_predictions_read_the_texts_once_where_they_can(method: str, passes: int) -> None:
+    module = classifier(method, **METHODS[method])
+    calls: list[int] = []
+    hook = module.backbone.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    batches = [images(seed=seed) for seed in (1, 2, 3)]
+    found = predictions(module, batches)
+    hook.remove()
+    assert len(calls) == passes
+    with torch.no_grad():
+        assert torch.equal(found, torch.cat([module.logits(pixels).argmax(dim=1) for pixels in batches]))
 
 
 @pytest.mark.parametrize("method", ["coop", "kgcoop", "cocoop"])
