@@ -35,7 +35,7 @@ class PromptedCLIP(nn.Module):
     """A classifier over named classes; `learner` holds the only parameters with gradients.
 
     `text_chunk` texts go through the text tower at a time (None: all). Raises UserError when the trainables belong to
-    another number of classes than `names` has.
+    another number of classes than `names` has, or `regularisers` meet a method that has texts per image.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class PromptedCLIP(nn.Module):
         self.backbone, self.learner = backbone, learner
         self.words, self.text_chunk = words, text_chunk
         self.regularisers = tuple(regularisers)
+        if self.regularisers and learner.per_image:
+            raise UserError(
+                f"The method {learner.name} has text features of its own for each image, which the regularisers cannot "
+                "compare with the frozen ones. Leave out the regularisers, or choose another method."
+            )
         self.set_classes(names)
 
     def set_classes(self, names: Sequence[str]) -> None:

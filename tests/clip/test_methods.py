@@ -196,5 +196,10 @@ def test_fewer_words_than_vectors_are_refused() -> None:
         classifier("coop", length=3, words="ab")
 
 
+def test_regularisers_are_refused_where_texts_depend_on_the_image() -> None:
+    with pytest.raises(UserError, match="cocoop has text features of its own for each image"):
+        classifier("cocoop", regularisers=[Consistency()])
+
+
 def test_the_tokenizer_of_bytes_is_one() -> None:
     assert byte_tokenizer()("aB c.")["input_ids"] == [256, *b"ab c.", 257]
