@@ -70,9 +70,12 @@ def test_weights_trainables_and_optimizer_are_what_a_run_allocates(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
-    attention: str, dtype: torch.dtype, key_value_heads: int
+    attention: str, dtype: torch.dtype, key_value_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import LlamaConfig, LlamaModel
+
+    # DeepSpeed's ZeRO-3 leaves a linear of its own behind in the process, which keeps less.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
     layers, batch, length = 3, 2, 150
     config = LlamaConfig(
