@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,8 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import similarity
 from tests.parity import reference
 from tests.parity.recorded import Recorded
+from tests.processes import torchrun
 
-PROJECT = Path(__file__).resolve().parents[2]
 LIMIT_S = 400
 # Of a float32 re-implementation: losses, gradients (relative to the largest entry), logits, three optimizer steps.
 LOSS, GRADIENT, LOGITS, STEPS = 2e-6, 1e-6, 1e-5, 1e-6
@@ -244,11 +241,5 @@ def on_ranks(recorded: Recorded, model: Path, methods: dict[str, MethodConfig], 
         "methods": {mode: config.model_dump(mode="json") for mode, config in methods.items()},
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
-    env = {**os.environ, "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.parity.ranks", str(folder / "job.json")],
-        cwd=PROJECT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(["-m", "tests.parity.ranks", str(folder / "job.json")], ranks, LIMIT_S)
     return json.loads((folder / "result.json").read_text())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,10 @@ import torch
 from pipeline.memory import ModelShape, Tokens, plan_memory, training_activations
 from pipeline.model_shape import meta_model
 from tests import tiny
+from tests.processes import torchrun
 from tests.train.worlds import KEY_WIDTH, make_recipe
 
-PROJECT = Path(__file__).resolve().parents[2]
+LIMIT_S = 240
 TOKENS = Tokens(image=16, text=20, answer=4, source="given")
 TOLERANCE = 0.05
 STAGES = {f"zero{stage}": {"train__deepspeed": f"ds_configs/zero{stage}.json"} for stage in (0, 2, 3)}
@@ -38,13 +36,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held(folder: Path, model: Path, ranks: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Bytes that rank 0 of so many holds after a step, for every entry of `runs` (recipe changes)."""
     (folder / "job.json").write_text(json.dumps({"model": str(model), "out": str(folder), "runs": runs}))
-    env = {**os.environ, "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("held.py")), str(folder / "job.json")],
-        cwd=PROJECT, env=env, timeout=240, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun([str(Path(__file__).with_name("held.py")), str(folder / "job.json")], ranks, LIMIT_S)
     return json.loads((folder / "held.json").read_text())
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ from safetensors.torch import load_file
 from data_prep.prepare import prepare
 from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
+from tests.processes import torchrun
 
-PROJECT = Path(__file__).resolve().parents[2]
 TASKS, TOLERANCE, LIMIT_S = 2, 1e-5, 300
 
 
@@ -36,13 +33,7 @@ def on_ranks(root: Path, folder: Path, ranks: int, zero: int, **changes: Any) ->
     run = folder / f"{ranks}-ranks"
     recipe = recipe_on(root, run, TASKS, train__deepspeed=f"ds_configs/zero{zero}.json", **changes)
     recipe.dump_yaml(folder / f"{ranks}.yaml")
-    env = {**os.environ, "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, "-m", "pipeline", "train", str(folder / f"{ranks}.yaml")],
-        cwd=PROJECT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(["-m", "pipeline", "train", str(folder / f"{ranks}.yaml")], ranks, LIMIT_S)
     return recipe.run_path
 
 

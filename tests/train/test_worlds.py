@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.processes import torchrun
+
 TOLERANCE = 1e-5
 LIMIT_S = 240
 
@@ -21,13 +19,7 @@ def launch(folder: Path, model: Path, processes: int, runs: dict[str, dict[str, 
     folder.mkdir()
     job = {"model": str(model), "out": str(folder), "runs": runs, "text_only": [2]}
     (folder / "job.json").write_text(json.dumps(job))
-    env = {**os.environ, "LOCAL_SIZE": str(processes), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.worlds", str(folder / "job.json")],
-        cwd=PROJECT, env=env, timeout=LIMIT_S, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(["-m", "tests.train.worlds", str(folder / "job.json")], processes, LIMIT_S)
     return json.loads((folder / "result.json").read_text())
 
 
