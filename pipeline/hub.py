@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +19,8 @@ from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from pipeline.errors import UserError
 
 PATIENCE_S = 5.0
 REPOSITORY = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")  # as the Hub names repositories: owner/name
@@ -58,6 +60,22 @@ def local_folder(path: str, revision: str | None) -> Path | None:
         return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError, ValueError):
         return None
+
+
+def fetched_folder(path: str, revision: str | None, field: str, wanted: str, patterns: Sequence[str]) -> Path:
+    """Return a checkpoint's folder here, fetching from the Hub the files of these patterns when `path` is no folder.
+
+    Raises UserError naming the recipe's `field` and what is `wanted` when the path is neither a folder nor to be had.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{field} is {path!r}, which is neither a folder here nor a model that could be fetched from the "
+            f"Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Give {wanted} folder or Hub id."
+        ) from error
 
 
 def missing_weights(folder: Path) -> list[str]:

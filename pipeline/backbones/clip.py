@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from pipeline.errors import UserError
 from pipeline.files import sha256
+from pipeline.hub import fetched_folder
 
 TextFeature = Literal["projected", "pooled"]
 Truncation = Literal["head", "tail"]
@@ -25,6 +24,7 @@ Truncation = Literal["head", "tail"]
 # Raise it when this file feeds CLIP differently: keys computed before then count as those of another CLIP.
 ENCODING_VERSION = 1
 
+FILES = ("*.json", "*.txt", "model*.safetensors")
 _PREPROCESSING_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -86,7 +86,7 @@ class KeyEncoder:
         """Return the image keys [B, K] float32 on the CPU of RGB images or of what `pixels` made of them."""
         pixels = images if isinstance(images, torch.Tensor) else self.pixels(images)
         with torch.no_grad():
-            return _tensor(self.model.get_image_features(pixel_values=pixels.to(self.device))).float().cpu()
+            return projected(self.model.get_image_features(pixel_values=pixels.to(self.device))).float().cpu()
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the text keys [B, K] float32 on the CPU; longer texts are cut to CLIP's context."""
@@ -97,7 +97,7 @@ class KeyEncoder:
         with torch.no_grad():
             if self.text_feature == "pooled":
                 return self.model.text_model(**inputs).pooler_output.float().cpu()
-            return _tensor(self.model.get_text_features(**inputs)).float().cpu()
+            return projected(self.model.get_text_features(**inputs)).float().cpu()
 
     def identity(self) -> dict[str, str]:
         """Return what tells these keys from those of another CLIP; see `key_identity`."""
@@ -139,18 +139,7 @@ def key_identity(
 
 
 def _checkpoint(path: str, revision: str | None) -> Path:
-    """Return the local folder of a checkpoint, downloading what the Hub has of it when `path` is no folder."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(
-            snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "model*.safetensors"])
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"keys.path is {path!r}, which is neither a folder here nor a model that could be fetched from the "
-            f"Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Give a CLIP checkpoint's folder or Hub id."
-        ) from error
+    return fetched_folder(path, revision, "keys.path", "a CLIP checkpoint's", FILES)
 
 
 def _load_model(folder: Path) -> CLIPModel:
@@ -187,10 +176,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensor(output: object) -> torch.Tensor:
+def projected(output: object) -> torch.Tensor:
+    """Return the features that CLIP's or SigLIP's `get_*_features` gave, in any version of transformers."""
     # transformers 4 returns the projected features themselves, transformers 5 an output object that carries them.
     features = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
-    assert isinstance(features, torch.Tensor), f"CLIP returned {type(output).__name__}"
+    assert isinstance(features, torch.Tensor), f"the model returned {type(output).__name__}"
     return features
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from pipeline.backbones.clip import projected
 from pipeline.clip.inject import image_prompts, text_prompts
 from pipeline.clip.schedule import PromptSchedule
 from pipeline.clip.text import Words
 from pipeline.errors import UserError, nearest
+from pipeline.hub import fetched_folder
 
 SUPPORTED = ("clip", "siglip")
+FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def load_backbone(
 
     Raises UserError when there is none, it is of another kind, or weights are missing.
     """
-    folder = _folder(os.fspath(path), revision)
+    folder = fetched_folder(os.fspath(path), revision, "model.path", "a CLIP's or SigLIP's", FILES)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -142,21 +142,6 @@ def load_backbone(
     return Backbone(model), tokenizer
 
 
-def _folder(path: str, revision: str | None) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.path is {path!r}, which is neither a folder here nor a model that could be fetched from the "
-            f"Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Give a CLIP's or SigLIP's folder or Hub id."
-        ) from error
-
-
 def _features(output: object) -> Tensor:
-    # transformers 4 returns the features themselves, transformers 5 an output object that carries them.
-    features = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
-    assert isinstance(features, Tensor), f"the backbone returned {type(output).__name__}"
+    features = projected(output)
     return features if features.dtype == torch.float64 else features.float()
