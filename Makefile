@@ -8,7 +8,7 @@ RECIPES = nano nano_paper nano_sequential nano_independent
 PY = $(VENV)/bin/python
 REQUIREMENTS = requirements.txt requirements-dev.txt
 
-.PHONY: venv demo demo-compare test test-slow test-all lint ui
+.PHONY: venv demo demo-compare test test-slow test-all test-browser lint ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change.
 venv:
@@ -31,12 +31,12 @@ venv:
 	fi
 
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
-demo demo-compare test test-slow test-all: export HF_HUB_OFFLINE = 1
-demo demo-compare test test-slow test-all: export TRANSFORMERS_OFFLINE = 1
-demo demo-compare test test-slow test-all: export MLFLOW_DISABLE_TELEMETRY = true
-demo demo-compare test test-slow test-all: export DO_NOT_TRACK = true
+demo demo-compare test test-slow test-all test-browser: export HF_HUB_OFFLINE = 1
+demo demo-compare test test-slow test-all test-browser: export TRANSFORMERS_OFFLINE = 1
+demo demo-compare test test-slow test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
+demo demo-compare test test-slow test-all test-browser: export DO_NOT_TRACK = true
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
-demo demo-compare test test-slow test-all: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo demo-compare test test-slow test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # Two ranks on CPUs; on GPUs one each, at most two.
 launch = set -e; ranks=$$($(PY) -c 'import torch; print(min(2, torch.cuda.device_count()))'); \
@@ -63,6 +63,12 @@ test-slow: venv
 
 test-all: venv
 	$(PY) -m pytest -m ""
+
+# The tests in a real browser, which are skipped where there is none; installing one needs root and Debian or Ubuntu.
+test-browser: venv
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+	$(PY) -m pytest -m browser
 
 lint: venv
 	$(PY) -m ruff check .

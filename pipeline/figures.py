@@ -1,4 +1,4 @@
-"""Figures of a run, drawn without a display: the accuracy matrix, loss curves, routing, the course of several runs.
+"""Figures of runs, drawn without a display: accuracy, forgetting, routing, similarities, losses, the course of a run.
 
 Every mark can be read without colour: cells carry their number, lines differ in dash and marker.
 """
@@ -25,6 +25,7 @@ INK, FAINT, EMPTY = "#1f2933", "#9aa5b1", "#f5f7fa"
 # Cells go from nearly white to a blue on which dark ink still has the contrast that WCAG AA asks for.
 LIGHT_CELL, DARK_CELL = (239, 246, 252), (84, 158, 214)
 PNG_DPI = 160
+SMALLEST_SVG = 560  # pixels of width
 LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key", "loss_text": "text key"}
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -122,13 +123,95 @@ def course_figure(courses: Mapping[str, Scores], tasks: Sequence[str]) -> Figure
                 )
         labels = [f"{number}. {task}" for number, task in enumerate(tasks, start=1)]
         axes.set_xticks(range(len(tasks)), labels)
-        axes.tick_params(axis="x", labelrotation=_rotation(labels, 9))
+        axes.tick_params(axis="x", labelrotation=_rotation(labels, 12))
         axes.set_xlim(-0.3, len(tasks) - 0.7)
         axes.set_ylim(0, 102)
         axes.set_ylabel("mean over tasks seen (percent)")
         axes.set_xlabel("after stage")
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def forgetting_figure(
+    courses: Mapping[str, Mapping[str, Scores]], tasks: Sequence[str], baseline: Scores | None = None
+) -> Figure:
+    """Draw what becomes of each task after its own stage: one panel per task, one line per run.
+
+    `courses` run -> task -> scores after each stage [T], percent; `baseline` [T] are the frozen model's scores.
+    """
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2.7 * columns + 0.5, 1.9 * lines + 0.9), layout="constrained")
+        panels = [
+            axes for row in figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False) for axes in row
+        ]
+        for place, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
+            if baseline is not None and baseline[place] is not None:
+                axes.axhline(baseline[place], color=FAINT, linewidth=1.2, linestyle=(0, (1, 2)), label="zero-shot")
+            for number, (name, scores) in enumerate(courses.items()):
+                points = [(t + 1, score) for t, score in enumerate(scores.get(task, ())) if score is not None]
+                if points:
+                    stages, values = zip(*points, strict=True)
+                    style = number % len(COLOURS)
+                    axes.plot(
+                        stages, values, color=COLOURS[style], linestyle=DASHES[style], marker=MARKERS[style],
+                        markersize=4, label=name,
+                    )  # fmt: skip
+            axes.set_title(task, fontsize=10, loc="left")
+            axes.set_xlim(0.7, len(tasks) + 0.3)
+            axes.set_ylim(-4, 104)
+            axes.set_xticks(range(1, len(tasks) + 1))
+            axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+        for axes in panels[len(tasks) :]:
+            axes.set_visible(False)
+        for axes in panels[max(0, len(tasks) - columns) : len(tasks)]:
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("after stage", fontsize=10)
+        figure.supylabel("score on the task (percent)", fontsize=10)
+        found = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if found:
+            figure.legend(
+                list(found.values()), list(found), loc="outside upper left", ncols=3, frameon=False, fontsize=9
+            )
+    return figure
+
+
+def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Draw how similar samples are to their own set and to the best other one: true task -> label -> similarities.
+
+    Boxes hold the middle half of the samples, lines the middle 90 percent; the two kinds differ in hatching too.
+    """
+    tasks = list(distributions)
+    labels = list(dict.fromkeys(label for table in distributions.values() for label in table))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 0.75 * len(tasks) + 1.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number, label in enumerate(labels):
+            places = [place for place, task in enumerate(tasks) if distributions[task].get(label)]
+            axes.boxplot(
+                [distributions[tasks[place]][label] for place in places],
+                positions=[place + 0.36 * (number - (len(labels) - 1) / 2) for place in places],
+                widths=0.28,
+                whis=(5, 95),
+                showfliers=False,
+                orientation="horizontal",
+                patch_artist=True,
+                manage_ticks=False,
+                medianprops={"color": INK, "linewidth": 1.6},
+                boxprops={"facecolor": COLOURS[number] + "55", "edgecolor": INK, "hatch": ("", "////")[number % 2]},
+                label=label,
+            )
+        axes.set_yticks(range(len(tasks)), tasks)
+        axes.set_ylim(len(tasks) - 0.5, -0.5)
+        axes.set_ylabel("true task")
+        axes.set_xlabel("similarity")
+        axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -153,7 +236,9 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
-    size = f"max-width:{float(width.group(1)) * 4 / 3:.0f}px" if width else ""
+    natural = float(width.group(1)) * 4 / 3 if width else 0.0  # pixels
+    # A narrow screen scrolls a figure sideways rather than make its text too small to read.
+    size = f"max-width:{natural:.0f}px;min-width:{min(natural, SMALLEST_SVG):.0f}px" if width else ""
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,27 +11,30 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UserError
-from pipeline.figures import cell_colours, course_figure, inline_svg, loss_figure, matrix_figure, routing_figure, save
+from pipeline.figures import (
+    cell_colours,
+    course_figure,
+    forgetting_figure,
+    inline_svg,
+    loss_figure,
+    matrix_figure,
+    routing_figure,
+    save,
+    similarity_figure,
+)
 from pipeline.files import replacing
+from pipeline.metrics.continual import retention_per_task
+from pipeline.report_predictions import examples, routing_shares, similarity_distributions
+from pipeline.report_tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.run_folder import RunFolder, Scores, read_run
 
 __all__ = ["matrix_figure", "terminal_table", "write_report"]
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-EXAMPLES = 3  # right ones and wrong ones per task on the page
-RIGHT = 0.5  # a soft score from here on is shown among the right ones
-THUMBNAIL = 128  # pixels of the longer side
-METRIC_TEXTS = {
-    "last": "mean over the tasks after the last stage",
-    "average": "mean over the stages of the mean over the tasks seen (MAA)",
-    "immediate": "mean score of each task right after its own stage",
-    "forgetting": "best earlier score minus the last one, mean over the earlier tasks; positive = forgotten",
-    "forgetting_coin": "own stage's score minus the last one; CoIN's and ModalPrompt's “BWT”, positive = forgotten",
-    "backward_transfer": "last score minus own stage's; negative = forgotten",
-}
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
 LONG_NAME = 16
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
+FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
 
 
 def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
@@ -52,17 +53,23 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "cell": _cell_style}
+    environment.filters |= {"percent": _percent, "cell": _cell_style, "spread": _spread, "amount": _amount}
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for example in examples(run):
+        shown.setdefault(example["task"], []).append(example)
     html = environment.get_template("report.html.j2").render(
         run=run,
         facts=_facts(run),
         header=comparison_header(run.tasks),
         comparison=comparison_rows(runs),
+        seeds=seed_rows(runs),
         matrix=_matrix_rows(run),
-        metrics=[(name, text, run.metrics().get(name)) for name, text in METRIC_TEXTS.items()],
+        metric_runs=[other.name for other in runs],
+        metrics=metric_rows(runs),
         routing=[(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
         figures=_figures(run, runs),
-        examples=examples(run),
+        costs=cost_rows(run),
+        examples=shown,
     )
     page = run_path / "report.html"
     with replacing(page) as temporary:
@@ -89,6 +96,8 @@ def terminal_table(run_paths: Sequence[Path]) -> Table:
     for row in comparison_rows(runs):
         label = _broken(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
         table.add_row(escape(label), *map(_percent, row["values"]))
+    for row in seed_rows(runs):
+        table.add_row(escape(f"mean of {row['name']}\n± over seeds {row['seeds']}"), *map(_stacked, row["values"]))
     return table
 
 
@@ -98,112 +107,58 @@ def _broken(name: str) -> str:
     return f"{recipe}{hyphen}\n{rest}" if len(name) > LONG_NAME and rest else name
 
 
-def comparison_header(tasks: Sequence[str]) -> list[str]:
-    """Return the titles of the numbers in `comparison_rows`."""
-    return [*tasks, "last", "forgetting", "routing"]
-
-
-def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Return name, note and numbers per row: the scores on the first run's tasks, mean, forgetting, routing.
-
-    The frozen model and each task's most frequent answer come first.
-    """
-    tasks = runs[0].tasks
-    rows = []
-    frozen = next((run for run in runs if run.zero_shot is not None), None)
-    if frozen is not None and frozen.zero_shot is not None:
-        scores = _by_task(frozen, frozen.zero_shot, tasks)
-        rows.append({"name": "zero-shot", "note": "", "values": [*scores, _mean(scores), None, None]})
-    blind = next((run for run in runs if run.majority is not None), None)
-    if blind is not None and blind.majority is not None:
-        scores = _by_task(blind, blind.majority, tasks)
-        rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
-    for run in runs:
-        if run.method == "zero_shot" and run.last_stage is None and frozen is not None:
-            continue  # it is the row above
-        stage = run.last_stage
-        unfinished = stage is not None and stage + 1 < len(run.tasks)
-        note = (
-            "nothing scored yet" if stage is None else f"{stage + 1} of {len(run.tasks)} stages" if unfinished else ""
-        )
-        metrics = run.metrics()
-        values = [*_by_task(run, run.last_scores, tasks), metrics.get("last"), metrics.get("forgetting")]
-        rows.append({"name": run.name, "note": note, "values": [*values, _known_mean(run.routing.get("accuracy"))]})
-    return rows
-
-
-def routing_shares(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
-    """Return how often (percent, last evaluation) each set was the most similar, and was inserted, per true task."""
-    names = run.set_names
-    nearest: dict[str, dict[str, float]] = {}
-    inserted: dict[str, dict[str, float]] = {}
-    routes = _learns_prototypes(run.method)
-    for task, lines in run.last_predictions().items():
-        for line in lines:
-            similarity = line.get("similarity") or []
-            if routes and 0 < len(similarity) <= len(names):
-                best = names[max(range(len(similarity)), key=similarity.__getitem__)]
-                _count(nearest, task, best, len(lines))
-            for name in line.get("selected") or []:
-                _count(inserted, task, str(name), len(lines))
-    tables = {"most similar set (% of samples)": nearest, "inserted sets (% of samples)": inserted}
-    return {title: table for title, table in tables.items() if table}
-
-
-def examples(run: RunFolder) -> list[dict[str, Any]]:
-    """Return some right and wrong predictions per task, with question and thumbnail where those are there."""
-    shown = []
-    for task, lines in run.last_predictions().items():
-        right = [line for line in lines if (line.get("score") or 0) >= RIGHT]
-        wrong = [line for line in lines if (line.get("score") or 0) < RIGHT]
-        chosen = [(line, False) for line in wrong[:EXAMPLES]] + [(line, True) for line in right[:EXAMPLES]]
-        samples = _prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
-        for line, is_right in chosen:
-            sample = samples.get(str(line.get("id")))
-            shown.append(
-                {
-                    "task": task,
-                    "right": is_right,
-                    "id": line.get("id", ""),
-                    "question": line.get("question") or (sample.question if sample else ""),
-                    "answer": line.get("answer", ""),
-                    "prediction": line.get("prediction", ""),
-                    "selected": ", ".join(map(str, line.get("selected") or [])),
-                    "image": _thumbnail(sample.image) if sample and sample.image else None,
-                }
-            )
-    return shown
-
-
 def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Save the run's figures as PNG and return them as inline SVG by name."""
+    """Save the run's figures as PNG and return them as inline SVG by name, None where there is nothing to draw."""
     from markupsafe import Markup
 
     figures = {}
     if run.last_stage is not None or run.zero_shot is not None:
         matrix = {"tasks": run.tasks, "accuracy": run.accuracy, "zero_shot": run.zero_shot}
         save(matrix_figure(matrix), run.path / "figures" / "matrix.png")  # the page has it as a table
-    curves = run.losses()
-    if curves:
-        figures["losses"] = (loss_figure(curves), "Loss terms over the steps of each stage")
-    shares = routing_shares(run)
-    if shares:
-        figures["routing"] = (routing_figure(shares, run.tasks), "Prompt sets that the samples of each task got")
     courses = {other.name: other.seen_means() for other in runs if any(m is not None for m in other.seen_means())}
     if courses and len(run.tasks) > 1:
         figures["course"] = (course_figure(courses, run.tasks), "Mean score over the tasks seen after each stage")
+        columns = {other.name: _columns(other) for other in runs if other.name in courses}
+        figures["forgetting"] = (
+            forgetting_figure(columns, run.tasks, run.zero_shot),
+            "Score on each task after its own and every later stage",
+        )
+    shares = routing_shares(run)
+    if shares:
+        figures["routing"] = (routing_figure(shares, run.tasks), "Prompt sets that the samples of each task got")
+    similarities = similarity_distributions(run)
+    if similarities:
+        figures["similarity"] = (
+            similarity_figure(similarities),
+            "Similarity of each task's samples to their own prompt set and to the most similar other one",
+        )
+    curves = run.losses()
+    if curves:
+        figures["losses"] = (loss_figure(curves), "Loss terms over the steps of each stage")
     for name, (figure, _) in figures.items():
         save(figure, run.path / "figures" / f"{name}.png")
     drawn = {
         name: Markup(inline_svg(figure, f"figure-{name}", description))
         for name, (figure, description) in figures.items()
     }
-    return {"losses": None, "routing": None, "course": None} | drawn
+    return dict.fromkeys(FIGURES) | drawn
 
 
-def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores]]:
-    rows = [(f"after {task}", row) for task, row in zip(run.tasks, run.accuracy, strict=True)]
-    return ([("zero-shot", run.zero_shot)] if run.zero_shot else []) + rows
+def _columns(run: RunFolder) -> dict[str, Scores]:
+    """Task -> its scores after each stage, None before its own."""
+    return {task: [row[place] for row in run.accuracy] for place, task in enumerate(run.tasks)}
+
+
+def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
+    """Rows of the heatmap: label, scores, and what kind of row it is (reference, stage or retention)."""
+    rows = [("majority answer", run.majority, "reference")] if run.majority else []
+    rows += [("zero-shot", run.zero_shot, "reference")] if run.zero_shot else []
+    rows += [(f"after {task}", row, "stage") for task, row in zip(run.tasks, run.accuracy, strict=True)]
+    if run.last_stage is not None and run.last_stage > 0:
+        seen = run.last_stage + 1
+        kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
+        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], "retention"))
+    return rows
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -216,8 +171,11 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         "status": state.get("status"),
         "model": config.get("model", {}).get("path"),
         "keys": config.get("keys", {}).get("path"),
+        "ranks": state.get("world_size"),
         "started": state.get("started"),
     }
+    if state.get("skipped"):
+        facts["left out"] = f"{len(state['skipped'])} bad records, listed in run.json"
     for group in ("timing", "versions"):
         entries = state.get(group)
         if isinstance(entries, Mapping):
@@ -225,68 +183,20 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
 
-def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
-    """Return samples by id from the prepared data; nothing when it is not on this machine or is another version."""
-    prepared = run.config.get("data", {}).get("prepared")
-    if not prepared or not (Path(prepared) / task / "test").is_dir():
-        return {}
-    from pipeline.data.shards import (
-        IndexedShards,
-    )  # here: it imports torch, which a page without pictures does not need
-
-    try:
-        shards = IndexedShards(Path(prepared) / task / "test")
-        places = {name: place for place, name in enumerate(shards.ids)}
-        return {name: shards[places[name]] for name in ids if name in places}
-    except (UserError, OSError):
-        return {}
-
-
-def _thumbnail(encoded: bytes) -> str | None:
-    """Return an image file as a small data URI, None when it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-    except (OSError, ValueError):
-        return None
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _learns_prototypes(method: str) -> bool:
-    """Tell whether similarities mean something: without trained prototypes they are those of a random head."""
-    from pipeline.methods import METHODS
-
-    return method not in METHODS or METHODS[method].learns_prototypes
-
-
-def _count(table: dict[str, dict[str, float]], task: str, name: str, samples: int) -> None:
-    row = table.setdefault(task, {})
-    row[name] = row.get(name, 0.0) + 100.0 / samples
-
-
-def _by_task(run: RunFolder, scores: Scores, tasks: Sequence[str]) -> Scores:
-    """Order a run's scores by the tasks of another one, which may have learned them in another order."""
-    known = dict(zip(run.tasks, scores, strict=True))
-    return [known.get(task) for task in tasks]
-
-
-def _mean(scores: Scores) -> float | None:
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known and len(known) == len(scores) else None
-
-
-def _known_mean(scores: Scores | None) -> float | None:
-    """Mean over the tasks that have a score: the tasks still to come have no routing yet."""
-    return _mean([score for score in scores or [] if score is not None])
-
-
 def _percent(score: float | None) -> str:
     return "–" if score is None else f"{score:.1f}"
+
+
+def _spread(value: tuple[float, float] | None) -> str:
+    return "–" if value is None else f"{value[0]:.1f} ± {value[1]:.1f}"
+
+
+def _stacked(value: tuple[float, float] | None) -> str:
+    return _spread(value).replace(" ±", "\n±")
+
+
+def _amount(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def _cell_style(score: float | None) -> str:

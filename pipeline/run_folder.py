@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.metrics.continual import after_stage, square
+from pipeline.metrics.continual import after_stage, square, summarise
 
 Scores = list[float | None]
 
@@ -28,6 +28,7 @@ class RunFolder:
     zero_shot: Scores | None  # [T]
     routing: dict[str, Scores] = field(default_factory=dict)  # accuracy, image_only, text_only: [T] each
     majority: Scores | None = None  # [T] each task's most frequent training answer
+    ahead: Scores | None = None  # [T] scores just before a task's own stage, where measured
 
     @property
     def name(self) -> str:
@@ -62,7 +63,14 @@ class RunFolder:
 
     def metrics(self) -> dict[str, float | None]:
         """Return the continual metrics as they stand after the last stage so far."""
-        return {} if self.last_stage is None else after_stage(self.accuracy, self.last_stage)
+        if self.last_stage is None:
+            return {}
+        seen = self.last_stage + 1
+        known = {
+            name: row[:seen] if row and None not in row[:seen] else None
+            for name, row in (("zero_shot", self.zero_shot), ("ahead", self.ahead and [0.0, *self.ahead[1:]]))
+        }
+        return summarise([row[:seen] for row in self.accuracy[:seen]], **known)
 
     def seen_means(self) -> Scores:
         """Return, per stage [T], the mean score over the tasks seen so far."""
@@ -113,15 +121,16 @@ def read_run(path: Path) -> RunFolder:
         accuracy = square(matrix.get("accuracy") or [[None] * len(tasks)])
     except UserError as error:
         raise UserError(f"{path / 'matrix.json'}: {error}") from None
-    zero_shot, majority = matrix.get("zero_shot") or None, matrix.get("majority") or None
+    zero_shot, majority, ahead = (matrix.get(name) or None for name in ("zero_shot", "majority", "ahead"))
     routing = {name: scores for name, scores in (matrix.get("routing") or {}).items() if isinstance(scores, list)}
-    for name, scores in {"zero_shot": zero_shot, "majority": majority, "accuracy": accuracy[0], **routing}.items():
+    rows = {"zero_shot": zero_shot, "majority": majority, "ahead": ahead, "accuracy": accuracy[0], **routing}
+    for name, scores in rows.items():
         if scores is not None and len(scores) != len(tasks):
             raise UserError(
                 f"{path / 'matrix.json'} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
                 "Evaluate the run again."
             )
-    return RunFolder(path, config, _read_json(path / "run.json"), tasks, accuracy, zero_shot, routing, majority)
+    return RunFolder(path, config, _read_json(path / "run.json"), tasks, accuracy, zero_shot, routing, majority, ahead)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from data_prep.shards import write_shards
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.figures import cell_colours
-from pipeline.report import comparison_rows, examples, matrix_figure, routing_shares, terminal_table, write_report
+from pipeline.report import matrix_figure, terminal_table, write_report
+from pipeline.report_predictions import OTHER, OWN, examples, routing_shares, similarity_distributions
+from pipeline.report_tables import comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.run_folder import read_run
 
 TASKS = ["colour", "count", "boxes"]
@@ -65,6 +69,9 @@ def make_run(folder: Path, stages: int = 3, prepared: str = "nowhere", **state: 
             {"step": s, "loss": 3 / s, "loss_lm": 2 / s, "loss_image": 0.5 / s, "loss_text": 0.5 / s} for s in (1, 2, 3)
         ]
         log.write_text("\n".join(map(json.dumps, steps)) + '\n{"step": 4, "lo')  # the last line is being written
+        save_file({"prompt": torch.zeros(2, 3), "prototype": torch.zeros(4)}, log.with_name("prompts.safetensors"))
+        log.with_name("meta.json").write_text(json.dumps({"steps": 3, "seconds": 12.5, "world_size": 2, "loss": 1.0}))
+        log.with_name("COMPLETE").write_text("")
         for task in TASKS[: stage + 1]:
             predictions = folder / "eval" / f"after-{stage + 1:02d}" / f"{task}.jsonl"
             predictions.parent.mkdir(parents=True, exist_ok=True)
@@ -107,15 +114,18 @@ def test_the_page_holds_every_part_and_loads_nothing_from_elsewhere(reported: Pa
         "comparison",
         "course",
         "matrix",
+        "forgetting",
         "metrics",
         "routing-accuracy",
         "routing",
+        "similarity",
         "losses",
+        "costs",
         "examples",
     }
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5
     assert all(link.startswith(("#", "data:")) for link in page.links)
-    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not {"script", "iframe"} & set(page.tags)
     assert not re.search(r"@import|url\((?!['\"]?#)", text)
     ids = re.findall(r'\sid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
@@ -129,13 +139,76 @@ def test_the_page_says_what_was_measured(reported: Path) -> None:
         assert word in words
 
 
+def test_every_metric_that_the_run_has_stands_on_the_page(tmp_path: Path) -> None:
+    run, frozen = make_run(tmp_path / "run"), make_run(tmp_path / "no-zero-shot")
+    matrix = json.loads((frozen / "matrix.json").read_text()) | {"zero_shot": None, "ahead": None}
+    (frozen / "matrix.json").write_text(json.dumps(matrix))
+    rows = {name: values for name, _, values in metric_rows([read_run(run), read_run(frozen)])}
+    assert rows["retention"] == [pytest.approx(100 * (60 / 90 + 88 / 85) / 2)] * 2
+    assert rows["mean_average_accuracy"] == rows["average"]
+    assert rows["gain"] == [pytest.approx(81.0 - 2.0), None]
+    assert "forward_transfer" not in rows  # nothing was measured ahead
+
+
+def test_forward_transfer_needs_the_scores_measured_ahead(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    matrix = json.loads((run / "matrix.json").read_text()) | {"ahead": [None, 12.0, 13.0]}
+    (run / "matrix.json").write_text(json.dumps(matrix))
+    assert {name: values for name, _, values in metric_rows([read_run(run)])}["forward_transfer"] == [10.0]
+
+
+def test_majority_answer_and_retention_are_rows_of_the_matrix(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    matrix = json.loads((run / "matrix.json").read_text()) | {"majority": [11.5, 12.5, 14.5]}
+    (run / "matrix.json").write_text(json.dumps(matrix))
+    words = Page(write_report(run).read_text(encoding="utf-8")).words
+    assert {"majority answer", "14.5", "retention", "66.7", "103.5"} <= set(words)
+
+
+def test_runs_that_differ_in_their_seed_alone_get_a_mean_with_its_deviation(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"small-s{seed}") for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        config = yaml.safe_load((run / "config.yaml").read_text()) | {"seed": seed}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    matrix = json.loads((runs[1] / "matrix.json").read_text())
+    matrix["accuracy"][2][0] = 70.0
+    (runs[1] / "matrix.json").write_text(json.dumps(matrix))
+    other = make_run(tmp_path / "other", recipe="another")
+    (row,) = seed_rows([read_run(run) for run in (*runs, other)])
+    assert (row["name"], row["seeds"]) == ("small, modalprompt", "0, 1")
+    assert row["values"][0] == (65.0, pytest.approx(50**0.5))
+    assert "65.0 ± 7.1" in Page(write_report(runs[0], [runs[1]]).read_text(encoding="utf-8")).words
+    assert "± over seeds 0, 1" in printed(runs, width=200)
+
+
+def test_the_cost_table_counts_what_was_trained_and_what_is_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stages=2)
+    (run / "stages" / "02-count" / "COMPLETE").unlink()  # still being trained
+    save_file(
+        {"prompt": torch.zeros(2, 3), "head.fc1.weight": torch.zeros(5, 3), "prototype": torch.zeros(4)},
+        run / "stages" / "01-colour" / "prompts.safetensors",
+    )
+    (row,) = cost_rows(read_run(run))
+    assert (row["stage"], row["steps"], row["seconds"], row["ranks"]) == ("01-colour", 3, 12.5, 2)
+    assert (row["trained"], row["kept"]) == (21, 10)
+    assert row["samples_per_s"] is None
+
+
+def test_similarities_are_those_to_the_own_set_and_to_the_best_other_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [prediction("count", number, 3) | {"similarity": [0.3, 0.8, -0.2]} for number in range(2)]
+    (run / "eval" / "after-03" / "count.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert similarity_distributions(read_run(run))["count"] == {OWN: [0.8, 0.8], OTHER: [0.3, 0.3]}
+    assert similarity_distributions(read_run(make_run(tmp_path / "sequential", method="sequential"))) == {}
+
+
 def test_user_text_is_escaped(reported: Path) -> None:
     text = (reported / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert Page(text).words.count(ATTACK) == 1 + len(TASKS)  # the recipe's name and a prediction of each task
 
 
-@pytest.mark.parametrize("name", ["matrix", "losses", "routing", "course"])
+@pytest.mark.parametrize("name", ["matrix", "losses", "routing", "course", "forgetting", "similarity"])
 def test_figures_are_saved_as_png_too(reported: Path, name: str) -> None:
     with Image.open(reported / "figures" / f"{name}.png") as image:
         assert min(image.size) > 200
