@@ -27,6 +27,9 @@ Overrides = Annotated[
 SkipBad = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Leave out up to N bad records of the data; sets data.skip_bad.")
 ]
+Until = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Stop after stage N; without it the same command goes on.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
@@ -105,15 +108,27 @@ def prepare(
 
 
 @app.command()
-def run(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
     """Train all stages, evaluate after each, and write the report; a stopped run goes on where it was."""
-    _sequence("run", recipe, _with_skip_bad(overrides, skip_bad), as_json)
+    _sequence("run", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
     """Train all stages without evaluating; `evaluate RUN` fills in the matrix later."""
-    _sequence("train", recipe, _with_skip_bad(overrides, skip_bad), as_json)
+    _sequence("train", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
 
 
 @app.command()
@@ -177,7 +192,7 @@ def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[st
     return [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
 
 
-def _sequence(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
+def _sequence(verb: str, name: str, overrides: list[str], until: int | None, as_json: bool) -> None:
     recipe = load_recipe(name, overrides)
     from pipeline.check import require_prepared
 
@@ -196,9 +211,10 @@ def _sequence(verb: str, name: str, overrides: list[str], as_json: bool) -> None
     def work(recipe: Recipe) -> Result:
         from pipeline.sequence import run_sequence
 
-        return run_sequence(recipe, stages="train" if verb == "train" else None)
+        return run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
 
-    _on_ranks([verb, name, *(part for text in overrides for part in ("--set", text))], recipe, work, as_json)
+    arguments = [verb, name, *(part for text in overrides for part in ("--set", text))]
+    _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json)
 
 
 def _on_ranks(arguments: list[str], recipe: Recipe, work: Callable[[Recipe], Result], as_json: bool) -> None:

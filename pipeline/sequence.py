@@ -45,17 +45,18 @@ log = logging.getLogger("pipeline.sequence")
 KEEP_REPLICA_BYTES = 2 << 30  # a smaller evaluation replica stays in memory between stages, a larger one is loaded anew
 
 
-def run_sequence(recipe: Recipe, stages: str | None = None) -> dict[str, Any]:
+def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = None) -> dict[str, Any]:
     """Train and evaluate all stages that are not done yet and return the content of matrix.json and the run's folder.
 
-    `stages` "train" leaves out the evaluation, "evaluate" the training. Raises UserError for wrong input,
-    DivergedError for a loss that is not finite, Interrupted when a signal asked to stop.
+    `stages` "train" leaves out the evaluation, "evaluate" the training; `until` is the number of the last stage to do,
+    None all. Raises UserError for wrong input, DivergedError for a loss that is not finite, Interrupted when a signal
+    asked to stop.
     """
     log_to_terminal()
     world = init_world()
     accumulation(recipe, world.size)
     with stop_on_signals() as stop:
-        return Sequence(recipe, world, stop).run(train=stages != "evaluate", evaluate=stages != "train")
+        return Sequence(recipe, world, stop).run(stages != "evaluate", stages != "train", until)
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
@@ -118,8 +119,8 @@ class Sequence:
 
     # ------------------------------------------------------------------ the run
 
-    def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
-        """All stages in order; see `run_sequence`."""
+    def run(self, train: bool = True, evaluate: bool = True, until: int | None = None) -> dict[str, Any]:
+        """All stages in order, or those up to `until`; see `run_sequence`."""
         state = self._read_state()
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
@@ -135,7 +136,7 @@ class Sequence:
                 self.majority = self._majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
                 result: dict[str, Any] = {}
-                for index, stage in enumerate(self.stages):
+                for index, stage in enumerate(self.stages[:until]):
                     if self._restore(index, stage):
                         log.info("stage %d/%d %s: finished earlier", index + 1, len(self.stages), stage.name)
                     elif train:
