@@ -185,7 +185,7 @@ def export(
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="pipeline")
+    launch.end_as_rank(lambda: app(prog_name="pipeline"))
 
 
 def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[str]:

@@ -6,13 +6,14 @@ output. So every rank writes how it ended to a file, and the process that starte
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -43,6 +44,29 @@ def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
     if "RANK" in env and "WORLD_SIZE" in env:
         return True
     return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS") or 1) > 1
+
+
+def end_as_rank(work: Callable[[], object]) -> None:
+    """Do a process's `work`; a process that is a rank then ends right after its exit handlers.
+
+    Without it a rank may die of SIGABRT after all its work: a thread of gloo that lets go of its last tensor while the
+    interpreter is already being torn down cannot take its lock any more, and C++ ends the process.
+    """
+    code: list[int] = [EXIT_FAILURE]
+
+    def leave() -> None:
+        if is_distributed():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code[0])
+
+    atexit.register(leave)  # before the work registers handlers of its own, which thus run first
+    try:
+        work()
+        code[0] = EXIT_OK
+    except SystemExit as leaving:
+        code[0] = leaving.code if isinstance(leaving.code, int) else EXIT_FAILURE if leaving.code else EXIT_OK
+        raise
 
 
 def local_processes(recipe: Recipe) -> int:

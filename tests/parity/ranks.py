@@ -15,6 +15,7 @@ from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.distributed import StopFlag, close_world, init_world
 from pipeline.engine import Engine
+from pipeline.launch import end_as_rank
 from pipeline.methods import make_method
 from pipeline.train import train_stage
 from tests.parity.recorded import Recorded
@@ -58,7 +59,7 @@ def main(job_file: str) -> None:
         folder.mkdir(exist_ok=True)
         history = train_stage(engine, batches, recipe.train, world, folder, StopFlag())
         results[name][task] = {
-            "losses": [[p.loss_lm, p.loss_image, p.loss_text] for p in history],
+            "losses": [[*p.terms.values()] for p in history],
             "prompt": engine.values()["prompt"].tolist(),
         }
     if world.main:
@@ -67,4 +68,4 @@ def main(job_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    end_as_rank(lambda: main(sys.argv[1]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.distributed import close_world, init_world
 from pipeline.engine import Engine
+from pipeline.launch import end_as_rank
 from pipeline.prompts.pool import PromptPool
 from tests.train.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
@@ -73,4 +74,4 @@ def main(job_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    end_as_rank(lambda: main(sys.argv[1]))

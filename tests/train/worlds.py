@@ -16,6 +16,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import Keys
 from pipeline.distributed import StopFlag, World, close_world, init_world
 from pipeline.engine import Engine, initial_values
+from pipeline.launch import end_as_rank
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
 from pipeline.train import Progress, train_stage
@@ -98,7 +99,7 @@ def train_once(
     folder.mkdir(parents=True, exist_ok=True)
     data = StageData([(*samples, None)])
     method = make_method(recipe.method)
-    examples = Examples(data, engine.module.lmm.conversation)
+    examples = Examples(data, engine.module.lmm.conversation, "image" if engine.module.in_two_passes else "none")
     order = Order(len(data), recipe.train.global_batch, recipe.seed, len(pool))
     steps = recipe.train.steps or order.batches_per_epoch
     batches = MicroBatches(
@@ -127,7 +128,7 @@ def main(job_file: str) -> None:
             folder = Path(job["out"]) / f"{number}-{name}"
             history, values = train_once(engine, recipe, world, folder, make_pool(3), samples)
             results[run][name] = {
-                "losses": [[p.loss, p.loss_lm, p.loss_image, p.loss_text] for p in history],
+                "losses": [[p.loss, *p.terms.values()] for p in history],
                 "prompt": values["prompt"].tolist(),
                 "head": values["head.fc2.weight"].tolist(),
             }
@@ -137,4 +138,4 @@ def main(job_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    end_as_rank(lambda: main(sys.argv[1]))
