@@ -164,8 +164,10 @@ class MethodConfig(Section):
         description="which sets a sample gets: the k most similar; all, unselected; the newest; those of its own task "
         "(told, not routed)",
     )
-    insertion: Literal["after_bos", "before_image"] = Field(
-        "after_bos", description="where sets stand: after the first token, or directly before the image"
+    insertion: Literal["after_bos", "before_image", "after_image"] = Field(
+        "after_bos",
+        description="where sets stand: after the first token, directly before the image, or directly behind it, where "
+        "what precedes them is computed without gradients and once for all questions about an image",
     )
     text_only: Literal["insert", "skip"] = Field(
         "insert", description="skip: questions without an image are answered without sets, as in the official code"
@@ -205,6 +207,12 @@ class TrainConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")
+    questions_per_image: int = Field(
+        4,
+        ge=1,
+        description="with method.insertion after_image: most questions about one image that stand together in the "
+        "order of training, so that they share its computation; 1: the order of the other insertions",
+    )
     deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here")
     processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
 
@@ -235,6 +243,11 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
+    share_images: bool = Field(
+        False,
+        description="compute an image once for all questions about it that get the same sets; always on with "
+        "method.insertion after_image",
+    )
 
 
 class Recipe(Section):
@@ -261,6 +274,35 @@ class Recipe(Section):
                 filled = prepared.replace("{name}", fields["name"])
                 fields = {**fields, "data": {**fields["data"], "prepared": filled}}
         return fields
+    def dump_yaml(self, path: Path) -> None:
+        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was."""
+        with replacing(path) as temporary:
+            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
+
+
+class Recipe(FileRecipe):
+    """A runnable thing: data, model, method and training, with one seed."""
+
+    seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
+    run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
+    data: DataConfig
+    model: ModelConfig
+    keys: KeysConfig
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _gradients_reach_the_projector(self) -> Recipe:
+        if self.method.insertion == "after_image" and self.train.projector == "trained":
+            raise ValueError(
+                "method.insertion after_image computes the image without gradients, so train.projector trained would "
+                "never learn; expected train.projector frozen or another insertion"
+            )
+        return self
+
 
     @field_validator("run_dir")
     @classmethod

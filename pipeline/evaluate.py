@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm_beginning import generate_behind
 from pipeline.checkpoint import write_json
-from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.collate import Batch, Examples, StageData, collate_prompts
+from pipeline.data.grouped_order import image_groups
 from pipeline.distributed import World, barrier, gather_objects
 from pipeline.files import replacing
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
+from pipeline.prompts.two_passes import cut_behind_images
 
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
 PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
@@ -62,23 +65,52 @@ def generate_answers(
     }
     ordered = sorted(indices, key=lambda index: (-lengths[index], index))
     answers: dict[int, str] = {}
-    for start in range(0, len(ordered), batch):
-        part = ordered[start : start + batch]
+    for part in _batches(examples, ordered, batch):
         inputs = collate_prompts(examples, part, selected).to(device)
-        embeddings, attention = lmm.embed(inputs.input_ids, inputs.images, inputs.has_image), inputs.attention
-        places = lmm.image_places(inputs.input_ids)
-        if inputs.selected.shape[1] and len(bank):
-            vectors, valid = gather_sets(bank, inputs.selected)
-            place = insertion_place(attention, lmm.image_beginnings(places), insertion)
-            if lmm.family.reads_places:
-                places = insert_gaps(places, attention, valid, place, left=True)
-            embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)
-            used = int(attention.sum(1).max())  # columns that are padding in every row
-            embeddings, attention, places = embeddings[:, -used:], attention[:, -used:], places[:, -used:]
-        generated = lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
+        answer = _generate_once if examples.sharing == "none" else _generate_behind
+        generated = answer(lmm, inputs, bank, max_new_tokens, insertion)
         for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
     return answers
+
+
+def _generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+    """Answers [B] to a batch, each sample computed from its first token on."""
+    embeddings, attention = lmm.embed(inputs.input_ids, inputs.images, inputs.has_image), inputs.attention
+    places = lmm.image_places(inputs.input_ids)
+    if inputs.selected.shape[1] and len(bank):
+        vectors, valid = gather_sets(bank, inputs.selected)
+        place = insertion_place(attention, lmm.image_spans(places), insertion)
+        if lmm.family.reads_places:
+            places = insert_gaps(places, attention, valid, place, left=True)
+        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)
+        used = int(attention.sum(1).max())  # columns that are padding in every row
+        embeddings, attention, places = embeddings[:, -used:], attention[:, -used:], places[:, -used:]
+    return lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
+
+
+def _generate_behind(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+    """Answers [B] to a batch, in which what samples begin with in common is computed once."""
+    cut = cut_behind_images(lmm, inputs, bank, insertion)
+    embeddings, attention = cut.embeddings, cut.attention
+    if insertion == "after_image" and inputs.selected.shape[1] and len(bank):
+        vectors, valid = gather_sets(bank, inputs.selected)
+        foremost = torch.zeros_like(cut.groups)
+        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
+        used = int(attention.sum(1).max())
+        embeddings, attention = embeddings[:, :used], attention[:, :used]
+    return generate_behind(lmm, cut.beginning, cut.groups, embeddings, attention, max_new_tokens)
+
+
+def _batches(examples: Examples, ordered: list[int], batch: int) -> Iterator[list[int]]:
+    """Batches of so many samples in this order, except that those which share an image follow its first."""
+    if examples.sharing != "none":
+        first: dict[bytes, int] = {}
+        for place, index in enumerate(ordered):
+            first.setdefault(examples[index].picture, place)
+        ordered = sorted(ordered, key=lambda index: first[examples[index].picture])
+    for start in range(0, len(ordered), batch):
+        yield ordered[start : start + batch]
 
 
 def evaluate_task(
@@ -93,13 +125,15 @@ def evaluate_task(
     earlier: Iterable[Path] = (),
     insertion: str = "after_bos",
     projector: str = "",
+    share_images: bool = False,
 ) -> float:
     """Score a test set after a stage, write its predictions, and return its score in percent.
 
     `selected` [N, m] and `scores` [N, T] (similarities) belong to the samples of `test`. Answers that an evaluation
     in the `earlier` folders got with the same sets are taken from there (design.md decision 8). `lmm` is called only
     if something has to be generated. `projector` is the fingerprint of a trained image projector, an answer's third
-    ingredient, "" where it is the base model's.
+    ingredient, "" where it is the base model's. `share_images` computes an image once for all questions about it that
+    get the same sets; the insertion after_image does so anyway.
     """
     path = folder / f"{test.name}.jsonl"
     prints = {name: pool.fingerprint(index) for index, name in enumerate(pool.names)}
@@ -110,10 +144,9 @@ def evaluate_task(
     answers: dict[int, str] = {}
     if missing:
         model = lmm()
-        examples = Examples(test.data, model.conversation)
-        # Every world.size-th sample, so that each rank gets a similar mix of lengths.
+        examples = Examples(test.data, model.conversation, _sharing(model, insertion, share_images))
         mine = generate_answers(
-            model, examples, missing[world.rank :: world.size], selected, pool.prompts, test.max_new_tokens, batch,
+            model, examples, _share_of(missing, examples, world), selected, pool.prompts, test.max_new_tokens, batch,
             insertion,
         )  # fmt: skip
         for part in gather_objects(mine):
@@ -142,6 +175,25 @@ def evaluate_task(
         write_json(folder / f"{test.name}.score.json", {**summary, "parts": scored.parts})
     barrier()
     return scored.percent
+
+
+def _sharing(lmm: LMM, insertion: str, share_images: bool) -> Literal["none", "image", "sets"]:
+    """Which samples of a batch share what they begin with, see `Examples`."""
+    if insertion != "after_image" and not share_images:
+        return "none"
+    lmm.require_two_passes("evaluate.share_images: true" if insertion != "after_image" else "")
+    return "image" if insertion == "after_image" else "sets"
+
+
+def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]:
+    """The samples that this rank answers: every world.size-th, so that each rank gets a similar mix of lengths.
+
+    Where samples share images, those of one image (neighbours, by their keys) go to one rank.
+    """
+    if examples.sharing == "none" or world.size == 1:
+        return missing[world.rank :: world.size]
+    groups = image_groups(examples.data.keys)[missing]
+    return [index for index, group in zip(missing, groups, strict=True) if group % world.size == world.rank]
 
 
 def _known_answers(task: str, folders: Iterable[Path]) -> dict[tuple[str, tuple[str, ...]], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -97,7 +98,14 @@ class LMM(nn.Module):
         The vision tower runs for every batch; where no sample has an image, `images` is a dummy and its features are
         dropped.
         """
-        words = self.model.get_input_embeddings()(input_ids)
+        return self.place_features(self.words(input_ids), input_ids, images, has_image)
+
+    def words(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings [..., D] of tokens, the image's among them without its features."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def place_features(self, words: Tensor, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
+        """`embed` where the words [B, N, D] are there already."""
         features = self.image_features(images).to(words.dtype)
         if not has_image.any():
             features = features[:0]
@@ -114,9 +122,21 @@ class LMM(nn.Module):
         """Which tokens [B, N] stand for image features."""
         return input_ids == self.image_token
 
-    def image_beginnings(self, places: Tensor) -> Tensor:
-        """`image_places` [B, N] moved to the left, so that the first is the token that announces the image."""
-        return pad(places[:, self.family.marks :], (0, self.family.marks))
+    def image_spans(self, places: Tensor) -> Tensor:
+        """`image_places` [B, N] and the tokens directly before and behind that only announce or end the image."""
+        spans = places
+        for before in range(1, self.family.marks + 1):
+            spans = spans | pad(places[:, before:], (0, before))
+        for behind in range(1, self.family.end_marks + 1):
+            spans = spans | pad(places[:, :-behind], (behind, 0))
+        return spans
+
+    def require_two_passes(self, setting: str = "") -> None:
+        """UserError where the beginning of a sequence cannot be computed by itself, which `setting` asks for."""
+        reason = self.family.needs_one_pass()
+        if reason:
+            setting = setting or "method.insertion: after_image"
+            raise UserError(f"{setting} is not possible with this model: {reason}. Choose another value.")
 
     def hidden(
         self,
@@ -130,8 +150,12 @@ class LMM(nn.Module):
         `places` [B, N] (the image's tokens) and `images` are for architectures whose decoder reads them.
         """
         inputs = self.family.decoder_inputs(embeddings, attention, *self._seen(places, images))
-        decoder = self.model.model.get_submodule(self.family.decoder)
-        return decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
+        return self.decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.model.model.get_submodule(self.family.decoder)
 
     def _seen(self, places: Tensor | None, images: dict[str, Tensor] | None) -> tuple[Any, Any]:
         if self.family.reads_places and (places is None or images is None):
@@ -178,6 +202,12 @@ class LMM(nn.Module):
             **self.family.generation_inputs(embeddings, attention, *self._seen(places, images)),
         )
         return output.tolist()
+
+    def generation_rules(self, max_new_tokens: int) -> Any:
+        """The checkpoint's changes to the scores [B, V] of the next token, given those generated [B, n]."""
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.stops)
+        return self.model._get_logits_processor(settings, input_ids_seq_length=0, device=str(self.model.device))
 
     def vocabulary_rows(self, rows: Tensor) -> Tensor:
         """The vectors [n, D] of these words as the decoder gets them, in float32; under ZeRO-3 all ranks call it."""

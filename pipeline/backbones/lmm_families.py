@@ -23,6 +23,7 @@ class Family:
     processor: ClassVar[str | None] = None  # class to read the processor with, where the checkpoint's needs more
     vicuna: ClassVar[bool] = False  # whether the conversation of LLaVA-1.5 is one the model could know
     marks: ClassVar[int] = 0  # tokens directly before the first image token that only announce the image
+    end_marks: ClassVar[int] = 0  # tokens directly behind the last image token that only end the image
     # Whether the decoder must know which tokens are the image's, see `decoder_inputs`.
     reads_places: ClassVar[bool] = False
 
@@ -51,6 +52,28 @@ class Family:
         """The same for `generate`, which builds masks and continues positions itself."""
         return {"attention_mask": attention}
 
+    def needs_one_pass(self) -> str:
+        """Why a sequence cannot be computed in two passes, its beginning first; "" where it can."""
+        kinds = {*(getattr(self.model.config.text_config, "layer_types", None) or ())} - {"full_attention"}
+        if kinds or (getattr(self.model.config.text_config, "sliding_window", None) and not self._window_is_off()):
+            found = ", ".join(sorted(kinds)) or "sliding_attention"
+            return (
+                f"this {self.kind} has layers of kind {found}, for which the keys and values of a beginning alone "
+                "are not enough; full attention in all layers is needed"
+            )
+        return ""
+
+    def _window_is_off(self) -> bool:
+        return getattr(self.model.config.text_config, "use_sliding_window", True) is False
+
+    def following(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Position [U] of the token behind each of U beginnings, which the decoder got with these `inputs`."""
+        return attention.sum(1)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """The decoder's position argument for words at these positions [B, S]."""
+        return positions
+
 
 class Llava(Family):
     """LLaVA-1.5."""
@@ -76,6 +99,7 @@ class Qwen25VL(Family):
     projector = "visual.merger"
     processor = "Qwen2_5_VLProcessor"
     marks = 1  # <|vision_start|>
+    end_marks = 1  # <|vision_end|>
     reads_places = True
 
     def decoder_inputs(
@@ -95,6 +119,13 @@ class Qwen25VL(Family):
     ) -> dict[str, Any]:
         return self.decoder_inputs(embeddings, attention, places, images)
 
+    def following(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
+        # An image takes fewer positions than it has tokens: the longer of its sides.
+        return inputs["position_ids"].masked_fill(~attention.bool(), 0).amax((0, 2)) + 1
+
+    def positions(self, positions: Tensor) -> Tensor:
+        return positions.expand(3, -1, -1)
+
 
 class InternVL(Family):
     """InternVL in the form of transformers ("-hf"): square crops."""
@@ -102,6 +133,7 @@ class InternVL(Family):
     kind = "internvl"
     processor = "InternVLProcessor"
     marks = 1  # <img>
+    end_marks = 1  # </img>
 
 
 class Idefics3(Family):
@@ -111,6 +143,7 @@ class Idefics3(Family):
     decoder = "text_model"
     projector = "connector"
     marks = 2  # <fake_token_around_image> and a row and column, or <global-img>
+    end_marks = 1  # <fake_token_around_image>
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
         return super().image_features({name: value[None] for name, value in images.items()})
@@ -128,6 +161,7 @@ class Gemma3(Family):
 
     kind = "gemma3"
     marks = 1  # <start_of_image>
+    end_marks = 1  # <end_of_image>
     reads_places = True
 
     def __init__(self, model: Any) -> None:
@@ -163,6 +197,12 @@ class Gemma3(Family):
         self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
     ) -> dict[str, Any]:
         return {"attention_mask": attention, "token_type_ids": places.long()}
+
+    def needs_one_pass(self) -> str:
+        return (
+            "Gemma 3 has layers that see a window of the tokens, which cannot go on from the keys and values of a "
+            "beginning"
+        )
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class Batch:
     image_key: Tensor  # [B, K] float32
     text_key: Tensor  # [B, K] float32
     ids: list[str]
+    # Where samples that begin alike share their beginning, `images` are those of the G beginnings in turn:
+    groups: Tensor | None = None  # [B] number of each sample's beginning
+    leaders: Tensor | None = None  # [G] the first sample with each beginning
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -89,11 +92,18 @@ class StageData:
 
 
 class Examples:
-    """Tokenised samples of a `StageData`, the small ones kept in memory."""
+    """Tokenised samples of a `StageData`, the small ones kept in memory.
 
-    def __init__(self, data: StageData, conversation: Conversation) -> None:
+    `sharing` says which samples of a batch share what they begin with (see `Batch.groups`): "none"; "image", those
+    with the same image; "sets", of these those that get the same prompt sets.
+    """
+
+    def __init__(
+        self, data: StageData, conversation: Conversation, sharing: Literal["none", "image", "sets"] = "none"
+    ) -> None:
         self.data = data
         self.conversation = conversation
+        self.sharing = sharing
         self._cache = ExampleCache()
 
     def __getitem__(self, index: int) -> Example:
@@ -126,8 +136,11 @@ def collate(
         if with_answer:
             labels[place, len(example.prompt) : len(row)] = torch.tensor(example.labels)
     index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
+    groups = None if examples.sharing == "none" else _groups(examples, chosen, selected[index].tolist())
+    leaders = range(len(chosen)) if groups is None else [groups.index(group) for group in range(max(groups) + 1)]
+    pictured = [chosen[place].images for place in leaders]
     # Every batch has an image, so that all ranks run the vision tower (design.md decision 2).
-    images = [example.images for example in chosen if example.images is not None] or [conversation.blank]
+    images = [picture for picture in pictured if picture is not None] or [conversation.blank]
     return Batch(
         input_ids=input_ids,
         attention=attention,
@@ -139,7 +152,21 @@ def collate(
         image_key=keys.image[index],
         text_key=keys.text[index],
         ids=[example.id for example in chosen],
+        groups=None if groups is None else torch.tensor(groups),
+        leaders=None if groups is None else torch.tensor(leaders),
     )
+
+
+def _groups(examples: Examples, chosen: list[Example], selected: list[list[int]]) -> list[int]:
+    """The number of each sample's beginning: samples with the same tokens up to their image's end, and that image."""
+    image, numbers = examples.conversation.image_number, dict[Any, int]()
+    groups = []
+    for example, sets in zip(chosen, selected, strict=True):
+        prompt = example.prompt
+        end = len(prompt) - prompt[::-1].index(image) if example.picture and image in prompt else 1
+        beginning = (example.picture, tuple(prompt[:end]), tuple(sets) if examples.sharing == "sets" else ())
+        groups.append(numbers.setdefault(beginning, len(numbers)))
+    return groups
 
 
 def collate_prompts(examples: Examples, indices: Sequence[int], selected: Tensor) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Example:
     answer: list[int]
     images: dict[str, Tensor] | None  # of IMAGE_INPUTS those the model has; crops or patches in the first dimension
     learned: list[bool] | None = None
+    picture: bytes = b""  # digest of the image file: equal for equal images, empty without one
 
     @property
     def labels(self) -> list[int]:
@@ -64,6 +66,11 @@ class Conversation:
         self.templated = template == "auto" and bool(getattr(processor, "chat_template", None))
         self.end_text, self.end_token = self._end_of_answer()
         self.blank = self._blank()
+
+    @property
+    def image_number(self) -> int:
+        """The token that stands for image features."""
+        return self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "image_token", None) or self.image_token)
 
     def text(self, question: str, has_image: bool) -> str:
         """The prompt as text, ready for the answer."""
@@ -129,7 +136,8 @@ class Conversation:
                 f"Sample '{sample.id}' has {len(prompt) + len(answer)} tokens, more than the {self.max_length} of "
                 "model.max_length. Raise model.max_length or leave the sample out."
             )
-        return Example(sample.id, prompt, answer, images, learned)
+        digest = b"" if sample.image is None else hashlib.blake2b(sample.image, digest_size=16).digest()
+        return Example(sample.id, prompt, answer, images, learned, digest)
 
     def _answer(self, prompt: str, answer: str) -> list[int]:
         """Answer tokens as they follow the prompt, with the end token."""

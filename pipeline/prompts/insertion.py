@@ -1,4 +1,4 @@
-"""Where prompt sets stand: directly after the first token of each sample (modalprompt.md 3.7) or before its image."""
+"""Where prompt sets stand: after the first token of each sample (modalprompt.md 3.7), before its image or behind it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ def insertion_place(attention: Tensor, is_image: Tensor | None = None, insertion
     """Column [B] of the token that the prompts are put in front of.
 
     `attention` and `is_image` [B, N]; `insertion` after_bos: the second real token; before_image: the first image
-    token, in samples without an image the second real token.
+    token; after_image: the one behind the last image token. In samples without an image always the second real token.
     """
     second = attention.float().argmax(dim=1) + 1
     if insertion == "after_bos" or is_image is None:
         return second
     image = is_image & attention.bool()
-    return torch.where(image.any(dim=1), image.float().argmax(dim=1), second)
+    if insertion == "after_image":
+        place = image.shape[1] - image.flip(1).float().argmax(dim=1)
+    else:
+        place = image.float().argmax(dim=1)
+    return torch.where(image.any(dim=1), place, second)
 
 
 def insert_gaps(flags: Tensor, attention: Tensor, valid: Tensor, place: Tensor, left: bool = False) -> Tensor:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm_beginning import hidden_behind
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.routing import prototype_term_weights
+from pipeline.prompts.routing import NO_SET, prototype_term_weights
+from pipeline.prompts.two_passes import cut_behind_images
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,18 @@ class PromptedLMM(nn.Module):
         super().__init__()
         self.lmm = lmm
         self.insertion = insertion
+        if self.in_two_passes:
+            lmm.require_two_passes()
         # Trainables take the model's precision; DeepSpeed keeps float32 masters of them (engineering.md B2.6).
         self.prompt = nn.Parameter(torch.zeros(prompt_length, lmm.width, dtype=lmm.dtype))
         self.head = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
         self.bank = torch.zeros(0, prompt_length, lmm.width)
         self.prototype_weight = 0.0
+
+    @property
+    def in_two_passes(self) -> bool:
+        """Whether what stands before the sets is computed by itself, without gradients."""
+        return self.insertion == "after_image"
 
     def start_stage(self, bank: Tensor, prototype_weight: float) -> None:
         """Set what is constant during a stage."""
@@ -52,29 +61,47 @@ class PromptedLMM(nn.Module):
 
     def prompt_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sets of each sample [B, m*L, D] and their validity: the selected earlier ones, then the current one."""
-        current = len(self.bank)
-        sets = torch.cat([self.bank.to(self.prompt.device), self.prompt[None]])
-        selected = torch.cat([batch.selected, batch.selected.new_full((len(batch.selected), 1), current)], dim=1)
-        return gather_sets(sets, selected)
+        chosen = batch.selected
+        # Only the sets of this batch are joined with the current one: the cost does not grow with the pool.
+        used = self.bank[chosen.clamp(min=0).flatten()] if chosen.numel() else self.bank[:0]
+        sets = torch.cat([used, self.prompt[None]])
+        numbers = torch.arange(chosen.numel(), device=chosen.device).reshape(chosen.shape)
+        own = chosen.new_full((len(chosen), 1), chosen.numel())
+        return gather_sets(sets, torch.cat([numbers.masked_fill(chosen == NO_SET, NO_SET), own], dim=1))
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
+        hidden, labels = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
+        language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)
+        image, text = self._prototype_losses(batch)
+        image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)
+        loss = (language + self.prototype_weight * (image + text)) * normaliser.scale
+        return loss, torch.stack([language, image, text]).detach()
+
+    def _in_one_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Last hidden states [B, N, D] of the samples with their sets, and labels [B, N]."""
         embeddings = self.lmm.embed(batch.input_ids, batch.images, batch.has_image)
         vectors, valid = self.prompt_vectors(batch)
         places = self.lmm.image_places(batch.input_ids)
-        place = insertion_place(batch.attention, self.lmm.image_beginnings(places), self.insertion)
+        place = insertion_place(batch.attention, self.lmm.image_spans(places), self.insertion)
         embeddings, attention, labels = insert_prompts(
             embeddings, batch.attention, vectors, valid, batch.labels, place=place
         )
         assert labels is not None
         if self.lmm.family.reads_places:
             places = insert_gaps(places, batch.attention, valid, place)
-        hidden = self.lmm.hidden(embeddings, attention, places, batch.images)
-        language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)
-        image, text = self._prototype_losses(batch)
-        image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)
-        loss = (language + self.prototype_weight * (image + text)) * normaliser.scale
-        return loss, torch.stack([language, image, text]).detach()
+        return self.lmm.hidden(embeddings, attention, places, batch.images), labels
+
+    def _in_two_passes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same of what stands behind the image: the sets, the question and the answer."""
+        cut = cut_behind_images(self.lmm, batch)
+        vectors, valid = self.prompt_vectors(batch)
+        foremost = torch.zeros_like(cut.groups)
+        embeddings, attention, labels = insert_prompts(
+            cut.embeddings, cut.attention, vectors, valid, cut.labels, place=foremost
+        )
+        assert labels is not None
+        return hidden_behind(self.lmm, cut.beginning, cut.groups, embeddings, attention), labels
 
     def _language_loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Summed cross-entropy of the answer tokens; only their positions go through the LM head."""

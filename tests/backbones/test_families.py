@@ -132,7 +132,7 @@ def test_prompts_count_as_words_for_positions_and_masks(lmm: LMM, examples: Exam
 
 def test_prompts_before_the_image_stand_before_what_announces_it(lmm: LMM, examples: Examples) -> None:
     batch = collate(examples, EVERY, [1.0] * len(EVERY), NONE)
-    places = lmm.image_beginnings(lmm.image_places(batch.input_ids))
+    places = lmm.image_spans(lmm.image_places(batch.input_ids))
     found = insertion_place(batch.attention, places, "before_image")
     announced = {
         "qwen2_5_vl": "<|vision_start|>",
