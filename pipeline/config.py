@@ -235,6 +235,11 @@ class EvaluateConfig(Section):
         False, description="also score each task just before its own stage, for forward transfer; costs a test set each"
     )
     reuse: bool = Field(True, description="keep an answer when a later stage selects the same sets")
+    share_images: bool = Field(
+        False,
+        description="compute an image once for all questions about it that get the same sets; always on with "
+        "method.insertion after_image",
+    )
 
 
 class TrackingConfig(Section):
@@ -243,11 +248,6 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
-    share_images: bool = Field(
-        False,
-        description="compute an image once for all questions about it that get the same sets; always on with "
-        "method.insertion after_image",
-    )
 
 
 class Recipe(Section):
@@ -274,25 +274,6 @@ class Recipe(Section):
                 filled = prepared.replace("{name}", fields["name"])
                 fields = {**fields, "data": {**fields["data"], "prepared": filled}}
         return fields
-    def dump_yaml(self, path: Path) -> None:
-        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was."""
-        with replacing(path) as temporary:
-            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            temporary.write_text(text, encoding="utf-8")
-
-
-class Recipe(FileRecipe):
-    """A runnable thing: data, model, method and training, with one seed."""
-
-    seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
-    run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
-    data: DataConfig
-    model: ModelConfig
-    keys: KeysConfig
-    method: MethodConfig = MethodConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _gradients_reach_the_projector(self) -> Recipe:
@@ -302,7 +283,6 @@ class Recipe(FileRecipe):
                 "never learn; expected train.projector frozen or another insertion"
             )
         return self
-
 
     @field_validator("run_dir")
     @classmethod
