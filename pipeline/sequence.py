@@ -25,8 +25,8 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import Recipe, accumulation, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
-from pipeline.data.order import Order
 from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS, IndexedShards
 from pipeline.distributed import StopFlag, World, agree, init_world, on_main, stop_on_signals, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
@@ -188,7 +188,7 @@ class Sequence:
         """Train one stage, save it, and add its set to the pool."""
         recipe, engine = self.recipe, self._get_engine()
         began = time.perf_counter()
-        data = StageData([self.data.train[task] for task in stage.tasks])
+        data = StageData([self.train_parts[task] for task in stage.tasks])
         order = self._order(data, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
@@ -234,17 +234,8 @@ class Sequence:
             return Order(len(data), recipe.train.global_batch, recipe.seed, index)
         return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
 
-    def _begin(self, index: int, stage: Stage, facts: dict[str, Any]) -> StepState | None:
-        """The newest checkpoint of a stage that an earlier attempt did not finish; without one, clear away what that
-        left: its folder, and evaluations with sets that will be replaced."""
-        folder = unfinished_folder(self.path, index, stage.name)
-        found = newest(folder)
-        if found is not None:
-            check_stage(folder, found.meta, {**self.constants, "data": self._fingerprints(stage)})
-            if all(found.meta.get(name) == facts[name] for name in ("earlier_sets", "steps")):
-                cut_log(folder / "metrics.jsonl", found.step)
-                return found
-            log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
+    def _begin(self, index: int, stage: Stage) -> Path:
+        """Clear away what an earlier attempt left: its folder, and evaluations with sets that will be replaced."""
         for number in range(max(stage.tasks) + 1, len(self.tests) + 1):
             for name in (f"after-{number:02d}", f"ahead-{number + 1:02d}"):
                 shutil.rmtree(self.path / "eval" / name, ignore_errors=True)
@@ -319,9 +310,9 @@ class Sequence:
         result = evaluate_task(
             self._get_replica, test, pool, selected, scores, self.world, folder,
             settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
+            settings.share_images,
         )  # fmt: skip
         took = time.perf_counter() - began
-            settings.share_images,
         self.timing["evaluate_s"] = round(self.timing.get("evaluate_s", 0.0) + took, 1)
         return result
 
