@@ -16,17 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.config import Recipe
+from pipeline.config import FileRecipe
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256
+from pipeline.files import replacing, sha256, sync_folder
 from pipeline.prompts.heads import ProjectionHead
 
 FORMAT_VERSION = 1
 TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"
+RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `pipeline.resume`)
 # Fields that a run may be continued with when they differ: where and how fast it runs, not what it computes.
 FREE_FIELDS = (
     "run_dir", "data.workers", "data.shard_samples", "keys.batch", "train.log_every", "train.workers",
-    "train.micro_batch", "train.deepspeed", "train.processes", "evaluate", "tracking",
+    "train.micro_batch", "train.deepspeed", "train.processes", "train.save_minutes", "train.save_steps", "train.keep",
+    "train.watchdog_s", "evaluate", "evaluate_batch", "tracking",
 )  # fmt: skip
 
 
@@ -47,7 +49,7 @@ def stage_folder(run: Path, index: int, name: str) -> Path:
 
 
 def unfinished_folder(run: Path, index: int, name: str) -> Path:
-    """Folder of a stage while it is trained; what an earlier attempt left there is of no use."""
+    """Folder of a stage while it is trained; of an earlier attempt only its checkpoints are of use (see resume)."""
     return run / "stages" / f"{index + 1:02d}-{name}.unfinished"
 
 
@@ -80,13 +82,16 @@ def save_stage(run: Path, index: int, name: str, values: dict[str, Tensor], meta
     save_file({key: value.float().contiguous() for key, value in tensors.items()}, work / TENSORS)
     meta = {"format": FORMAT_VERSION, "task": name, "stage": index + 1, **meta, "sha256": sha256(work / TENSORS)}
     (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    (work / COMPLETE).write_text("")
+    (work / COMPLETE).write_text(sha256(work / META) + "\n")
     for path in work.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
     if final.exists():  # a damaged or incomplete one that was refused
         shutil.rmtree(final)
     work.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the stage has its name they are what there is
     return final
 
 
@@ -101,6 +106,9 @@ def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:
         expected = meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / META} cannot be read ({type(error).__name__}: {error}). {fix}") from error
+    said = (folder / COMPLETE).read_text("utf-8", errors="replace").strip()  # empty in folders of earlier versions
+    if said and said != sha256(folder / META):
+        raise UserError(f"{folder / META} is not the file that {COMPLETE} describes (its sha256). {fix}")
     if meta.get("format") != FORMAT_VERSION:
         raise UserError(f"{folder} has checkpoint format {meta.get('format')}, expected {FORMAT_VERSION}. {fix}")
     if not (folder / TENSORS).is_file() or sha256(folder / TENSORS) != expected:
@@ -125,7 +133,7 @@ def check_stage(folder: Path, meta: dict[str, Any], expected: dict[str, Any]) ->
             )
 
 
-def claim_run(recipe: Recipe) -> Path:
+def claim_run(recipe: FileRecipe) -> Path:
     """Make the run folder, or check that it belongs to this recipe; the UserError lists the fields that differ."""
     run = recipe.run_path
     path = run / "config.yaml"
@@ -134,7 +142,7 @@ def claim_run(recipe: Recipe) -> Path:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({error}); restore it or remove the run folder.") from error
-        differing = differing_fields(_with_defaults(found), recipe.model_dump(mode="json"))
+        differing = differing_fields(_with_defaults(found, type(recipe)), recipe.model_dump(mode="json"))
         if differing:
             listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in differing)
             raise UserError(
@@ -149,10 +157,10 @@ def claim_run(recipe: Recipe) -> Path:
     return run
 
 
-def _with_defaults(found: Any) -> Any:
+def _with_defaults(found: Any, kind: type[FileRecipe]) -> Any:
     """A resolved recipe with today's defaults for fields that did not exist when it was written."""
     try:
-        return Recipe.model_validate(found).model_dump(mode="json")
+        return kind.model_validate(found).model_dump(mode="json")
     except ValidationError:
         return found  # a field is gone or has other values now: the comparison will name it
 

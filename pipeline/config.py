@@ -215,6 +215,14 @@ class TrainConfig(Section):
     )
     deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here")
     processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
+    save_minutes: float | None = Field(
+        10, gt=0, description="minutes between two checkpoints inside a stage; null: only as save_steps says"
+    )
+    save_steps: int | None = Field(None, ge=1, description="also save inside a stage after every so many steps")
+    keep: int = Field(2, ge=1, description="checkpoints kept of a stage in progress; finished stages always stay")
+    watchdog_s: float | None = Field(
+        900, gt=0, description="seconds without progress on any rank after which a job ends; null: it may hang for ever"
+    )
 
     @model_validator(mode="after")
     def _micro_divides_global(self) -> TrainConfig:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import UserError
+from pipeline.stopping import StopFlag as StopFlag
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # loading a large model on rank 0 alone can take many minutes
@@ -152,30 +151,3 @@ def together(work: Callable[[], T]) -> T:
     if messages:
         raise error or UserError(messages[0])
     return result  # type: ignore[return-value]
-
-
-@dataclass
-class StopFlag:
-    """Set by SIGTERM or SIGUSR1; the loop agrees on it with the other ranks at a step boundary."""
-
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Catch SIGTERM and SIGUSR1 while the block runs, and restore the previous handlers after it."""
-    flag = StopFlag()
-
-    def handler(number: int, frame: object) -> None:
-        flag.requested = True
-
-    previous = {}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        # Handlers can only be set in the main thread; elsewhere (some test runners) the flag is simply never set.
-        with contextlib.suppress(ValueError):
-            previous[number] = signal.signal(number, handler)
-    try:
-        yield flag
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -247,7 +247,7 @@ def _sets_inserted(recipe: Recipe) -> int:
 
 
 def _replica_stays(size: int) -> bool:
-    from pipeline.sequence import KEEP_REPLICA_BYTES
+    from pipeline.models import KEEP_REPLICA_BYTES
 
     return size < KEEP_REPLICA_BYTES
 

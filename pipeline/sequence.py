@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.backbones.lmm import LMM, base_fingerprint, load_lmm
+from pipeline.backbones.lmm import base_fingerprint
 from pipeline.checkpoint import (
     check_stage,
     claim_run,
@@ -21,29 +21,33 @@ from pipeline.checkpoint import (
     save_stage,
     stage_folder,
     start_stage_folder,
+    unfinished_folder,
     write_json,
 )
 from pipeline.config import Recipe, accumulation, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.order import Order
-from pipeline.data.shards import IDENTITY_FIELDS, IndexedShards
-from pipeline.distributed import StopFlag, World, agree, init_world, on_main, stop_on_signals, together
+from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.distributed import World, agree, init_world, on_main, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
 from pipeline.methods import Method, Stage, make_method
 from pipeline.metrics.blind import majority_score
 from pipeline.metrics.continual import after_stage
-from pipeline.metrics.scoring import require_metrics
+from pipeline.models import Models
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
+from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
+from pipeline.run_data import open_data
+from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
 from pipeline.tracking import Tracker, make_tracker
 from pipeline.train import total_steps, train_stage
+from pipeline.watchdog import Watchdog
 
 log = logging.getLogger("pipeline.sequence")
-KEEP_REPLICA_BYTES = 2 << 30  # a smaller evaluation replica stays in memory between stages, a larger one is loaded anew
 
 
 def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = None) -> dict[str, Any]:
@@ -54,10 +58,11 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
     asked to stop.
     """
     log_to_terminal()
-    world = init_world()
-    accumulation(recipe, world.size)
     with stop_on_signals() as stop:
-        return Sequence(recipe, world, stop).run(stages != "evaluate", stages != "train", until)
+        world = init_world()
+        accumulation(recipe, world.size)
+        with Watchdog(world, recipe.train.watchdog_s).watching() as watchdog:
+            return Sequence(recipe, world, stop, watchdog).run(stages != "evaluate", stages != "train", until)
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
@@ -69,14 +74,12 @@ def evaluate_run(run: Path) -> dict[str, Any]:
 class Sequence:
     """One run in progress."""
 
-    def __init__(self, recipe: Recipe, world: World, stop: StopFlag) -> None:
-        self.recipe, self.world, self.stop = recipe, world, stop
+    def __init__(self, recipe: Recipe, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
+        self.recipe, self.world, self.stop, self.watchdog = recipe, world, stop, watchdog
         self.method: Method = make_method(recipe.method)
         self.path = on_main(world, lambda: claim_run(recipe))
-        self.identity = on_main(world, self._key_identity)
-        self.skipped: list[dict[str, str]] = []  # bad records that `prepare` left out of the data
-        self.train_parts = together(lambda: self._parts("train"))
-        self.tests = together(self._tests)
+        self.data = open_data(recipe, world)
+        self.tests = self.data.tests
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
@@ -85,44 +88,21 @@ class Sequence:
         self.timing: dict[str, float] = {}
         self.majority: list[float] | None = None
         self.tracker: Tracker
-        self._engine: Engine | None = None
-        self._replica: LMM | None = None
-
-    # ------------------------------------------------------------------ data
-
-    def _key_identity(self) -> dict[str, str]:
-        from pipeline.backbones.clip import key_identity
-
-        return key_identity(*self.recipe.keys.source)
-
-    def _parts(self, split: str) -> list[tuple[IndexedShards, Any, int | None]]:
-        parts = []
-        for task in self.recipe.data.tasks:
-            shards = IndexedShards(self.recipe.data.split_path(task.name, split))
-            limit = task.limit_train if split == "train" else task.limit_test
-            parts.append((shards, shards.keys(self.identity), limit))
-            self.skipped += shards.description.get("skipped", [])
-        return parts
-
-    def _tests(self) -> list[Test]:
-        require_metrics([task.metric for task in self.recipe.data.tasks])
-        return [
-            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), self.recipe.data.scoring)
-            for task, part in zip(self.recipe.data.tasks, self._parts("test"), strict=True)
-        ]
+        self.state: dict[str, Any] = {}  # of run.json, as an earlier attempt left it
+        self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog)
 
     def _constants(self) -> dict[str, Any]:
         """What a stage's checkpoint must agree with for its sets to mean the same."""
         return {
             "base_model": base_fingerprint(self.recipe.model),
-            "clip": {name: self.identity[name] for name in IDENTITY_FIELDS},
+            "clip": {name: self.data.identity[name] for name in IDENTITY_FIELDS},
         }
 
     # ------------------------------------------------------------------ the run
 
     def run(self, train: bool = True, evaluate: bool = True, until: int | None = None) -> dict[str, Any]:
         """All stages in order, or those up to `until`; see `run_sequence`."""
-        state = self._read_state()
+        self.state = self._read_state()
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
         if self._trains_projector:
@@ -131,20 +111,21 @@ class Sequence:
                 "change although earlier prompt sets do not."
             )
         try:
-            with self.tracker.sequence(state):
-                self._write_state("running", state)
+            with self.tracker.sequence(self.state):
+                self._write_state("running")
                 zero_shot = self._zero_shot() if evaluate else None
                 self.majority = self._majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
                 result: dict[str, Any] = {}
                 for index, stage in enumerate(self.stages[:until]):
+                    self._stop_if_told("between two stages")
                     if self._restore(index, stage):
                         log.info("stage %d/%d %s: finished earlier", index + 1, len(self.stages), stage.name)
                     elif train:
                         self._train(index, stage)
                     else:
                         break
-                    self._write_state("running", state)
+                    self._write_state("running")
                     if evaluate:
                         row = self._evaluate_after(index, stage)
                         self._evaluate_ahead(max(stage.tasks) + 1)
@@ -155,14 +136,14 @@ class Sequence:
                 if evaluate and not result:
                     result = self._write_matrix(zero_shot, accuracy, last=False)
                 self.timing["total_s"] = round(time.perf_counter() - began, 1)
-                self._write_state(self._status(evaluate), state)
+                self._write_state(self._status(evaluate))
                 if evaluate:
                     self._report()
         except Interrupted:
-            self._write_state("stopped", state)
+            self._write_state("stopped")
             raise
         except BaseException:
-            self._write_state("failed", state)
+            self._write_state("failed")
             raise
         return {"run": str(self.path), "method": self.method.name, "stages": len(self.pool), **result}
 
@@ -187,8 +168,9 @@ class Sequence:
     def _train(self, index: int, stage: Stage) -> None:
         """Train one stage, save it, and add its set to the pool."""
         recipe, engine = self.recipe, self._get_engine()
+        self.watchdog.beat(f"beginning stage {stage.name}", slow=True)
         began = time.perf_counter()
-        data = StageData([self.train_parts[task] for task in stage.tasks])
+        data = StageData([self.data.train[task] for task in stage.tasks])
         order = self._order(data, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
@@ -204,15 +186,27 @@ class Sequence:
         bank = self.pool.prompts if uses_bank else torch.zeros(0, recipe.method.prompt_length, engine.module.lmm.width)
         weight = recipe.method.prototype_weight if self.method.learns_prototypes else 0.0
         engine.start_stage(values, bank, weight)
-        folder = on_main(world, lambda: self._begin(index, stage))
-        log.info("stage %d/%d %s: %d samples, %d steps", index + 1, len(self.stages), stage.name, len(data), steps)
+        earlier = fingerprint_of({"prompts": self.pool.prompts, "prototypes": self.pool.prototypes})
+        facts = {**self.constants, "data": self._fingerprints(stage), "task": stage.name, "steps": steps,
+                 "earlier_sets": earlier, "world_size": world.size}  # fmt: skip
+        found = on_main(world, lambda: self._begin(index, stage, facts))
+        folder, start = unfinished_folder(self.path, index, stage.name), 0
+        if found is not None:
+            start, facts["seconds"] = found.step, found.meta.get("seconds", 0.0)
+            engine.resume_stage(found.values, start, found.moments)
+            restore_random_state(found.random, world.rank, world.device)
+        saver = StepSaver(engine, world, folder, recipe.train, facts)
+        log.info("stage %d/%d %s: %d samples, %d steps%s", index + 1, len(self.stages), stage.name, len(data), steps,
+                 f", going on after step {start}" if start else "")  # fmt: skip
         with self.tracker.stage(index, stage.name):
+            self._write_state("running")  # with the stage's MLflow run, so that a restart continues it
             history = train_stage(
                 engine, batches, recipe.train, world, folder, self.stop,
-                lambda p: self.tracker.metrics({k: v for k, v in p.__dict__.items() if k != "step"}, p.step),
+                lambda p: self.tracker.metrics(p.numbers(), p.step), None, saver, self.watchdog, start,
             )  # fmt: skip
+            self.watchdog.beat(f"saving stage {stage.name}", slow=True)
             values = engine.values()
-            seconds = round(time.perf_counter() - began, 1)
+            seconds = round(time.perf_counter() - began + facts.get("seconds", 0.0), 1)
             meta = {
                 **self.constants, "data": self._fingerprints(stage), "method": self.method.name, "seed": recipe.seed,
                 "steps": steps, "world_size": world.size, "seconds": seconds, "loss": history[-1].loss,
@@ -220,7 +214,7 @@ class Sequence:
             }  # fmt: skip
             saved = on_main(world, lambda: save_stage(self.path, index, stage.name, values, meta))
             final = history[-1]
-            self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.loss_lm})
+            self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
             self.tracker.artifact(saved / "meta.json")
         self.timing[f"train.{stage.name}_s"] = seconds
         if not self._restore(index, stage):
@@ -234,15 +228,33 @@ class Sequence:
             return Order(len(data), recipe.train.global_batch, recipe.seed, index)
         return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
 
-    def _begin(self, index: int, stage: Stage) -> Path:
-        """Clear away what an earlier attempt left: its folder, and evaluations with sets that will be replaced."""
+    def _begin(self, index: int, stage: Stage, facts: dict[str, Any]) -> StepState | None:
+        """The newest checkpoint of a stage that an earlier attempt did not finish; without one, clear away what that
+        left: its folder, and evaluations with sets that will be replaced."""
+        folder = unfinished_folder(self.path, index, stage.name)
+        found = newest(folder)
+        if found is not None:
+            check_stage(folder, found.meta, {**self.constants, "data": self._fingerprints(stage)})
+            if all(found.meta.get(name) == facts[name] for name in ("earlier_sets", "steps")):
+                cut_log(folder / "metrics.jsonl", found.step)
+                return found
+            log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
         for number in range(max(stage.tasks) + 1, len(self.tests) + 1):
             for name in (f"after-{number:02d}", f"ahead-{number + 1:02d}"):
                 shutil.rmtree(self.path / "eval" / name, ignore_errors=True)
-        return start_stage_folder(self.path, index, stage.name)
+        start_stage_folder(self.path, index, stage.name)
+        return None
+
+    def _stop_if_told(self, place: str) -> None:
+        self.watchdog.beat(place, slow=True)
+        if agree(self.stop.requested, self.world.device):
+            raise Interrupted(f"Stopped by a signal {place}. Run the same command again to go on.")
+
+    def _get_engine(self) -> Engine:
+        return self.models.engine()
 
     def _fingerprints(self, stage: Stage) -> dict[str, str]:
-        return {self.recipe.data.tasks[task].name: self.train_parts[task][0].fingerprint for task in stage.tasks}
+        return {self.recipe.data.tasks[task].name: self.data.train[task][0].fingerprint for task in stage.tasks}
 
     # ------------------------------------------------------------------ evaluation
 
@@ -263,7 +275,7 @@ class Sequence:
             if not path.is_file():
                 row = [
                     majority_score(StageData([part]), test.data, test.metric, test.scoring)
-                    for part, test in zip(self.train_parts, self.tests, strict=True)
+                    for part, test in zip(self.data.train, self.tests, strict=True)
                 ]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, row)
@@ -298,8 +310,7 @@ class Sequence:
         self.tracker.metrics({f"ahead.{name}": self.ahead[task]}, task)
 
     def _evaluate_task(self, number: int, pool: PromptPool, folder: Path, earlier: list[Path]) -> float:
-        if agree(self.stop.requested, self.world.device):
-            raise Interrupted("Stopped by a signal during evaluation. Run the same command again to go on.")
+        self._stop_if_told("during evaluation")
         test, settings = self.tests[number], self.recipe.evaluate
         began = time.perf_counter()
         scores = task_similarity(test, pool, self.recipe.method.image_weight)
@@ -308,7 +319,7 @@ class Sequence:
         else:
             selected = torch.zeros(len(test.data), 0, dtype=torch.long)
         result = evaluate_task(
-            self._get_replica, test, pool, selected, scores, self.world, folder,
+            lambda: self.models.replica(self.projector), test, pool, selected, scores, self.world, folder,
             settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
             settings.share_images,
         )  # fmt: skip
@@ -347,29 +358,6 @@ class Sequence:
             self.tracker.artifact(path)
         self.tracker.artifact(self.path / "figures", "figures")
 
-    # ------------------------------------------------------------------ models
-
-    def _get_engine(self) -> Engine:
-        if self._engine is None:
-            key_width = self.train_parts[0][1].image.shape[1]
-            self._engine = Engine(self.recipe, self.world, key_width)
-        return self._engine
-
-    def _get_replica(self) -> LMM:
-        """A whole model on this rank as the last stage left it: the engine's own where it is whole, else a copy."""
-        if self._engine is not None and self._engine.replica is not None and not self._trains_projector:
-            self._replica = None
-            return self._engine.replica
-        lmm = self._replica
-        if lmm is None:
-            lmm = load_lmm(self.recipe.model).to(self.world.device)
-            size = sum(parameter.nbytes for parameter in lmm.parameters())
-            if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
-                self._replica = lmm
-        if self.projector:
-            lmm.load_projector(self.projector)
-        return lmm
-
     @property
     def _trains_projector(self) -> bool:
         return self.recipe.train.projector == "trained"
@@ -390,16 +378,17 @@ class Sequence:
             return "stopped"
         return "done" if evaluated else "trained"
 
-    def _write_state(self, status: str, previous: dict[str, Any]) -> None:
+    def _write_state(self, status: str) -> None:
         if not self.world.main:
             return
+        previous = self.state
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(self.path / "run.json", {
             "recipe": self.recipe.name, "method": self.method.name, "status": status, "seed": self.recipe.seed,
             "stage": len(self.pool), "stages": [stage.name for stage in self.stages],
             "started": previous.get("started", now), "updated": now, "world_size": self.world.size,
             "mlflow": self.tracker.run_ids(), "versions": package_versions(),
-            "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.skipped,
+            "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.data.skipped,
         })  # fmt: skip
         previous.setdefault("started", now)
 

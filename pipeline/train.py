@@ -6,24 +6,56 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import TrainConfig
-from pipeline.data.collate import Batch, MicroBatches, counts_of_step
-from pipeline.distributed import StopFlag, World, gather_objects, sum_over_ranks
-from pipeline.engine import Engine
+from pipeline.data.collate import counts_of_step
+from pipeline.distributed import World, gather_objects, sum_over_ranks
 from pipeline.errors import Interrupted
 from pipeline.prompts.model import Normaliser
+from pipeline.resume import StepSaver
+from pipeline.stopping import StopFlag
+from pipeline.watchdog import Watchdog
 
 log = logging.getLogger("pipeline.train")
 LAST_GOOD = "last_good.safetensors"
+
+
+class Trained(Protocol):
+    """What the loop needs of an engine: one module with trainables, and an optimizer."""
+
+    accumulation: int
+    term_names: tuple[str, ...]
+
+    def scale_learning_rates(self, factor: float) -> None: ...
+
+    def accumulate(self, batch: Any, normaliser: Normaliser) -> torch.Tensor: ...
+
+    def step(self) -> None: ...
+
+    def gradient_norm(self) -> float | None: ...
+
+    def total(self, terms: Sequence[float]) -> float: ...
+
+    def values(self) -> dict[str, torch.Tensor]: ...
+
+
+class Loader(Protocol):
+    """The micro-batches of one rank: `accumulation` for each of so many `steps`."""
+
+    steps: int
+    accumulation: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int, /) -> Any: ...
 
 
 class DivergedError(Exception):
@@ -36,11 +68,13 @@ class Progress:
 
     step: int
     loss: float
-    loss_lm: float
-    loss_image: float
-    loss_text: float
+    terms: dict[str, float]  # the engine's, by name
     lr: float
     samples_per_s: float
+
+    def numbers(self) -> dict[str, float]:
+        """All but the step, by name."""
+        return {"loss": self.loss, **self.terms, "lr": self.lr, "samples_per_s": self.samples_per_s}
 
 
 def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
@@ -64,37 +98,47 @@ def schedule(config: TrainConfig, step: int, total: int) -> float:
 
 
 def train_stage(
-    engine: Engine,
-    batches: MicroBatches,
+    engine: Trained,
+    batches: Loader,
     config: TrainConfig,
     world: World,
     folder: Path,
     stop: StopFlag,
     report: Callable[[Progress], None] | None = None,
+    factors: Callable[[int], float] | None = None,
+    saver: StepSaver | None = None,
+    watchdog: Watchdog | None = None,
+    start: int = 0,
 ) -> list[Progress]:
-    """Train the current stage from its start to its end and return what was logged.
+    """Train the current stage from step `start` to its end and return what was logged.
 
-    `folder` takes metrics.jsonl and, if training diverges, the last good values. Raises DivergedError or Interrupted,
-    on all ranks.
+    `folder` takes metrics.jsonl and, if training diverges, the last good values; `factors` gives the factor of the
+    learning rates at a step (0-based), by default the config's `schedule`; `saver` keeps the state in between and when
+    a signal stops it. Raises DivergedError or Interrupted, on all ranks.
     """
     total, history = batches.steps, []
-    loader = _steps(batches, config.workers)
+    loader = _steps(batches, config.workers, start)
     samples, since = 0.0, time.perf_counter()
     rate = _Rate(total)
-    for step in range(total):
+    for step in range(start, total):
+        if watchdog is not None:
+            watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
         micro_batches = [batch.to(world.device) for batch in next(loader)]
         counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
         normaliser = Normaliser(counts[0], counts[1], scale=float(world.size * engine.accumulation))
-        factor = schedule(config, step, total)
+        factor = schedule(config, step, total) if factors is None else factors(step)
         engine.scale_learning_rates(factor)
-        terms = torch.zeros(3, device=world.device)
+        terms = torch.zeros(len(engine.term_names), device=world.device)
         for number, batch in enumerate(micro_batches):
             terms += engine.accumulate(batch, normaliser)
             if number < len(micro_batches) - 1:
                 engine.step()
-        # One sum tells every rank the same: the losses, whether any is not finite, and whether anyone was told to stop.
-        agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested)])])).tolist()
-        if not all(map(math.isfinite, agreed[:3])):
+        # One sum tells every rank the same: the losses, whether any is not finite, whether anyone was told to stop, and
+        # whether the state is to be saved.
+        due = saver is not None and saver.is_due(step + 1)
+        agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested), float(due)])])).tolist()
+        losses, (stopping, saving) = agreed[:-2], agreed[-2:]
+        if not all(map(math.isfinite, losses)):
             _save_last_good(engine, world, folder)
             raise _diverged(step, micro_batches, not bool(terms.isfinite().all()), folder)
         engine.step()
@@ -104,33 +148,40 @@ def train_stage(
         samples += counts[1]
         if (step + 1) % config.log_every == 0 or step in (0, total - 1):
             now = time.perf_counter()
-            loss = agreed[0] + engine.module.prototype_weight * (agreed[1] + agreed[2])
             speed = samples / max(now - since, 1e-9)
-            lm, image, text = agreed[:3]
-            progress = Progress(step + 1, loss, lm, image, text, config.lr_prompt * factor, speed)
+            named = dict(zip(engine.term_names, losses, strict=True))
+            progress = Progress(step + 1, engine.total(losses), named, config.lr_prompt * factor, speed)
             samples, since = 0.0, now
             history.append(progress)
             if world.main:
                 _write(progress, folder, rate.line(progress))
             if report is not None:
                 report(progress)
-        if agreed[3] > 0:
+        if step + 1 == total:
+            break  # the stage is finished and its own checkpoint follows; who was told to stop does so after it
+        trouble = saver.save(step + 1) if saver is not None and (stopping or saving) else None
+        if stopping:
+            place = saver.newest_name() if saver is not None else "the stage's start"
             raise Interrupted(
-                f"Stopped by a signal after step {step + 1} of {total}. Finished stages are kept; "
-                "run the same command again to go on with this stage from its start."
+                f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} Finished "
+                f"stages are kept; run the same command again to go on from {place}."
             )
     return history
 
 
-def _steps(batches: MicroBatches, workers: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step in turn."""
+def _steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
+    """The micro-batches of each optimizer step from `start` on."""
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
-    loader = iter(DataLoader(batches, batch_size=None, shuffle=False, num_workers=workers, **options))
-    for _ in range(batches.steps):
+    data = cast(Dataset[Any], batches)
+    items = range(start * batches.accumulation, len(batches))
+    # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
+    own = torch.Generator()
+    loader = iter(DataLoader(data, batch_size=None, sampler=items, num_workers=workers, generator=own, **options))
+    for _ in range(start, batches.steps):
         yield [next(loader) for _ in range(batches.accumulation)]
 
 
-def _save_last_good(engine: Engine, world: World, folder: Path) -> None:
+def _save_last_good(engine: Trained, world: World, folder: Path) -> None:
     """Keep the trainables as they were before the step that went wrong (nothing has been updated yet)."""
     values = engine.values()
     if world.main:
@@ -138,14 +189,14 @@ def _save_last_good(engine: Engine, world: World, folder: Path) -> None:
         save_file({name: value.contiguous() for name, value in values.items()}, folder / LAST_GOOD)
 
 
-def _diverged(step: int, batches: list[Batch], mine: bool, folder: Path | None) -> DivergedError:
+def _diverged(step: int, batches: list[Any], mine: bool, folder: Path | None) -> DivergedError:
     ids = [identity for batch in batches for identity in batch.ids] if mine else []
     concerned = sorted({identity for rank in gather_objects(ids) for identity in rank})
     what = "loss" if folder is not None else "gradient"
     kept = f" The values before this step are kept in {folder / LAST_GOOD}." if folder is not None else ""
     return DivergedError(
         f"The {what} of step {step + 1} is not a finite number; its samples are {', '.join(concerned)}.{kept} "
-        "Look at these samples, or lower train.lr_prompt and train.lr_head; finished stages are kept."
+        "Look at these samples, or lower the learning rates in train; finished stages are kept."
     )
 
 
@@ -163,9 +214,9 @@ class _Rate:
         done = progress.step - self.first[0]
         left = (now - self.first[1]) / done * (self.total - progress.step) if done else float("nan")
         eta = f"{int(left) // 60}:{int(left) % 60:02d}" if math.isfinite(left) else "-:--"
+        terms = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.terms.items())
         return (
-            f"step {progress.step}/{self.total}  loss {progress.loss:.4f} (lm {progress.loss_lm:.4f}, "
-            f"image {progress.loss_image:.4f}, text {progress.loss_text:.4f})  lr {progress.lr:.2e}  "
+            f"step {progress.step}/{self.total}  loss {progress.loss:.4f} ({terms})  lr {progress.lr:.2e}  "
             f"{progress.samples_per_s:.1f} samples/s  ETA {eta}"
         )
 
@@ -173,4 +224,4 @@ class _Rate:
 def _write(progress: Progress, folder: Path, line: str) -> None:
     log.info(line)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(progress.__dict__) + "\n")
+        file.write(json.dumps({"step": progress.step, **progress.numbers()}) + "\n")

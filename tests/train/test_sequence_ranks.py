@@ -9,23 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from data_prep.prepare import prepare
-from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
 from tests.processes import torchrun
 
 TASKS, TOLERANCE, LIMIT_S = 2, 1e-5, 300
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ranks")
-    tiny.save_llava(root / "llava", tied=True)
-    tiny_clip.save_clip(root / "clip")
-    for number in range(TASKS):
-        tiny_clip.save_coin(root / "coin", f"T{number}", train=6, test=3)
-    prepare(recipe_on(root, root / "unused", TASKS), progress=False)
-    return root
 
 
 def on_ranks(root: Path, folder: Path, ranks: int, zero: int, **changes: Any) -> Path:

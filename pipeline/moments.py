@@ -1,0 +1,105 @@
+"""Adam's moments of the trainables, whole and in float32, whatever DeepSpeed has made of the optimizer.
+
+Every ZeRO stage keeps them elsewhere (engineering.md B1): per parameter, per float32 master, or in flat pieces that
+are split over the ranks. Here they have the parameters' names and shapes, so that what was saved on N ranks can be
+given to M.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+FIRST, SECOND = "exp_avg", "exp_avg_sq"  # as torch's AdamW names them
+Moments = dict[str, dict[str, Tensor]]
+
+
+def read_moments(engine: Engine) -> Moments:
+    """Both moments of every trainable, `{exp_avg: {name: tensor}, exp_avg_sq: ...}` in float32 on the CPU.
+
+    All ranks must call it, after at least one optimizer step.
+    """
+    _link(engine)
+    return {
+        kind: {name: _read(engine, parameter, kind) for name, parameter in engine.trainables.items()}
+        for kind in (FIRST, SECOND)
+    }
+
+
+def write_moments(engine: Engine, step: int, moments: Moments) -> None:
+    """Give the optimizer these moments and the number of steps done; all ranks must call it with the same ones."""
+    inner = _inner(engine)
+    for owner in _owners(engine):
+        state = inner.state[owner]
+        for kind in (FIRST, SECOND):
+            if kind not in state:  # torch makes them at the first step, which a new process has not taken
+                state[kind] = torch.zeros_like(owner)
+        # The step count is in no parameter's state that DeepSpeed hands out; without it the bias correction is wrong.
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(float(step))
+        else:
+            state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    _link(engine)
+    for kind in (FIRST, SECOND):
+        for name, parameter in engine.trainables.items():
+            _write(engine, parameter, kind, moments[kind][name])
+
+
+def _link(engine: Engine) -> None:
+    """Let the parameters' views into ZeRO 1's and 2's flat moments be made, by which they are read and written.
+
+    DeepSpeed makes them once, after the first parameter group's first step, when the other groups have no moments yet.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def _inner(engine: Engine) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _owners(engine: Engine) -> list[Tensor]:
+    """The tensors that the wrapped optimizer updates, which its state is kept under."""
+    for flat in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO 3; 1 and 2
+        if hasattr(engine.optimizer, flat):
+            return list(getattr(engine.optimizer, flat))
+    return [owner for parameter in engine.trainables.values() if (owner := _owner(engine, parameter)) is not None]
+
+
+def _owner(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
+    """Without ZeRO: the parameter's float32 master, or itself; with ZeRO None."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        return None
+    master = engine.master(parameter)
+    return parameter if master is None else master
+
+
+def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> Tensor:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    owner = _owner(engine, parameter)
+    if owner is None:
+        value = safe_get_full_optimizer_state(parameter, kind)
+    else:
+        value = _inner(engine).state[owner].get(kind)
+        if value is None:
+            value = torch.zeros_like(owner)  # torch keeps no state for what never had a gradient
+    return value.detach().float().cpu().clone()
+
+
+@torch.no_grad()
+def _write(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    owner = _owner(engine, parameter)
+    if owner is None:
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+    else:
+        _inner(engine).state[owner][kind].copy_(value)

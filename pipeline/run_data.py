@@ -1,0 +1,59 @@
+"""The prepared data of a run: the training parts and test sets of its tasks, checked against the recipe's CLIP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.data.collate import Keys, StageData
+from pipeline.data.shards import IndexedShards
+from pipeline.distributed import World, on_main, together
+from pipeline.evaluate import Test
+from pipeline.metrics.scoring import require_metrics
+
+Part = tuple[IndexedShards, Keys, int | None]  # the samples of a task, their keys, how many of them are used
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is tested with, one entry per task."""
+
+    identity: dict[str, str]  # of the CLIP that made the keys
+    train: list[Part]
+    tests: list[Test]
+    skipped: list[dict[str, str]]  # bad records that `prepare` left out
+
+    def fingerprints(self, tasks: list[int]) -> list[str]:
+        """What tells the training data of these tasks from any other."""
+        return [self.train[task][0].fingerprint for task in tasks]
+
+
+def open_data(recipe: Recipe, world: World) -> RunData:
+    """Open the data of a recipe on every rank; raises UserError, on all, for what is missing or damaged on any."""
+
+    def key_identity() -> dict[str, str]:
+        from pipeline.backbones import clip
+
+        return clip.key_identity(*recipe.keys.source)
+
+    identity = on_main(world, key_identity)
+    skipped: list[dict[str, Any]] = []
+
+    def parts(split: str) -> list[Part]:
+        found: list[Part] = []
+        for task in recipe.data.tasks:
+            shards = IndexedShards(recipe.data.split_path(task.name, split))
+            limit = task.limit_train if split == "train" else task.limit_test
+            found.append((shards, shards.keys(identity), limit))
+            skipped.extend(shards.description.get("skipped", []))
+        return found
+
+    def tests() -> list[Test]:
+        require_metrics([task.metric for task in recipe.data.tasks])
+        return [
+            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring)
+            for task, part in zip(recipe.data.tasks, parts("test"), strict=True)
+        ]
+
+    return RunData(identity, together(lambda: parts("train")), together(tests), skipped)

@@ -1,0 +1,242 @@
+"""A stage that was stopped goes on exactly: same numbers, any number of ranks, damaged checkpoints passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Recipe
+from pipeline.errors import Interrupted
+from pipeline.files import sha256
+from pipeline.prompts.model import PromptedLMM
+from pipeline.resume import DamagedError, newest, read_step
+from pipeline.sequence import run_sequence
+from tests.e2e.conftest import recipe_on
+from tests.processes import torchrun
+
+STEPS, LIMIT_S = 6, 300
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(prepared: Path, tmp_path: Path) -> MakeRecipe:
+    def recipe(folder: str = "run", **changes: Any) -> Recipe:
+        fields = {"train__steps": STEPS, "train__save_minutes": None, "train__lr_prompt": 1e-2, **changes}
+        return recipe_on(prepared, tmp_path / folder, 2, **fields)
+
+    return recipe
+
+
+def stage(recipe: Recipe, number: int = 2, unfinished: bool = False) -> Path:
+    return recipe.run_path / "stages" / f"{number:02d}-T{number - 1}{'.unfinished' if unfinished else ''}"
+
+
+def learned(recipe: Recipe) -> list[str]:
+    return [sha256(stage(recipe, number) / "prompts.safetensors") for number in (1, 2)]
+
+
+def losses(recipe: Recipe, number: int = 2) -> list[dict[str, float]]:
+    """The log of a stage without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (stage(recipe, number) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int = signal.SIGUSR1, signals: int = 1) -> None:
+    """Send this process a signal during the given forward pass, counted over all stages."""
+    forward, calls = PromptedLMM.forward, []
+
+    def signalled(self: PromptedLMM, *arguments: Any) -> Any:
+        calls.append(1)
+        for _ in range(signals if len(calls) == call else 0):
+            os.kill(os.getpid(), number)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(PromptedLMM, "forward", signalled)
+
+
+def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int = 3, **how: Any) -> Recipe:
+    """Stop a run by a signal after that step of its second stage."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS + step, **how)
+        with pytest.raises(Interrupted, match=f"after step {step} of {STEPS}.*go on from step-0000000{step}"):
+            run_sequence(recipe, stages="train")
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype", "accumulate"),
+    [
+        (0, "float32", None),
+        (0, "bfloat16", None),
+        (2, "float32", 2),
+        (2, "bfloat16", None),
+        (3, "float32", None),
+        (3, "bfloat16", 2),
+    ],
+)
+def test_a_stopped_stage_goes_on_bit_for_bit(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, zero: int, dtype: str, accumulate: int | None
+) -> None:
+    changes = {"train__deepspeed": f"ds_configs/zero{zero}.json", "train__micro_batch": accumulate}
+    changes |= {"model__dtype": dtype, "train__schedule": "cosine", "train__weight_decay": 0.1}
+    whole = make("whole", **changes)
+    run_sequence(whole, stages="train")
+    calls = 1 if accumulate is None else 2
+    recipe = make("stopped", **changes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, (STEPS + 3) * calls)
+        with pytest.raises(Interrupted, match="after step 3 of 6"):
+            run_sequence(recipe, stages="train")
+    run_sequence(recipe, stages="train")
+    assert learned(recipe) == learned(whole)
+    assert losses(recipe) == losses(whole)
+
+
+def test_a_trained_projector_goes_on_too(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"train__projector": "trained", "train__lr_projector": 1e-3}
+    whole = make("whole", **changes)
+    run_sequence(whole, stages="train")
+    recipe = stopped(make("stopped", **changes), monkeypatch)
+    run_sequence(recipe, stages="train")
+    assert learned(recipe) == learned(whole)
+
+
+def test_random_numbers_go_on_where_they_were(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = PromptedLMM.forward
+
+    def noisy(self: PromptedLMM, *arguments: Any) -> Any:
+        loss, terms = forward(self, *arguments)
+        return loss * (1 + torch.rand(())), terms
+
+    monkeypatch.setattr(PromptedLMM, "forward", noisy)
+    torch.manual_seed(0)
+    whole = make("whole")
+    run_sequence(whole, stages="train")
+    torch.manual_seed(0)
+    recipe = stopped(make("stopped"), monkeypatch)
+    torch.manual_seed(123)
+    run_sequence(recipe, stages="train")
+    assert learned(recipe) == learned(whole)
+
+
+def test_a_second_signal_does_not_harm_the_saving(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = stopped(make(), monkeypatch, number=signal.SIGTERM, signals=5)
+    assert newest(stage(recipe, unfinished=True)).step == 3  # type: ignore[union-attr]
+
+
+def test_a_signal_in_the_last_step_keeps_the_finished_stage(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make()
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS)
+        with pytest.raises(Interrupted, match="between two stages"):
+            run_sequence(recipe, stages="train")
+    assert (stage(recipe, 1) / "COMPLETE").is_file()
+    assert not stage(recipe, 2, unfinished=True).exists()
+
+
+def test_checkpoints_are_written_when_due_and_only_the_newest_kept(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped(make(train__save_steps=1, train__keep=2), monkeypatch, step=4)
+    kept = stage(recipe, unfinished=True) / "resume"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-00000003", "step-00000004"]
+    run_sequence(recipe, stages="train")
+    assert not (stage(recipe) / "resume").exists()
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 4
+    elif how == "truncated":
+        del content[len(content) // 2 :]
+    path.write_bytes(content)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_a_damaged_checkpoint_is_told_from_a_whole_one(
+    make: MakeRecipe, tmp_path: Path, saved: Path, file: str, how: str
+) -> None:
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    assert read_step(copy / "step-00000003").step == 3
+    damage(copy / "step-00000003" / file, how)
+    with pytest.raises(DamagedError):
+        read_step(copy / "step-00000003")
+
+
+@pytest.fixture(scope="module")
+def saved(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the checkpoints after steps 2 and 3 of a second stage."""
+    recipe = recipe_on(prepared, tmp_path_factory.mktemp("saved"), 2, train__steps=STEPS, train__save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(recipe, patch)
+    return stage(recipe, unfinished=True) / "resume"
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_message_and_the_one_before_used(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make("whole")
+    run_sequence(whole, stages="train")
+    recipe = stopped(make("stopped", train__save_steps=1), monkeypatch)
+    damage(stage(recipe, unfinished=True) / "resume" / "step-00000003" / "state.safetensors", "flipped")
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        run_sequence(recipe, stages="train")
+    assert "step-00000003 is skipped" in caplog.text
+    assert "going on after step 2" in caplog.text
+    assert learned(recipe) == learned(whole)
+    assert losses(recipe) == losses(whole)
+
+
+def test_a_stage_whose_predecessors_changed_begins_anew(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make("whole", seed=1)
+    run_sequence(whole, stages="train")
+    recipe = stopped(make("stopped"), monkeypatch)
+    shutil.rmtree(stage(recipe, 1))
+    shutil.copytree(stage(whole, 1), stage(recipe, 1))
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        run_sequence(recipe, stages="train")
+    assert "it begins anew" in caplog.text
+    assert [line["step"] for line in losses(recipe)] == list(range(1, STEPS + 1))
+
+
+def test_a_disk_that_is_full_costs_a_warning_and_not_the_training(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pipeline.resume.write_synced", full)
+    recipe = make(train__save_steps=1)
+    run_sequence(recipe, stages="train")
+    assert "could not be saved" in caplog.text
+    assert (stage(recipe) / "COMPLETE").is_file()
+
+
+@pytest.mark.gloo
+def test_what_two_ranks_saved_goes_on_on_two_and_on_one(prepared: Path, tmp_path: Path) -> None:
+    """Float32, to 1e-6 of the run that was never stopped; bit for bit on as many ranks as before."""
+    for ranks in (2, 1):
+        torchrun(["-m", "tests.train.elastic", str(prepared), str(tmp_path)], ranks, LIMIT_S)
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(results) == {"2-whole", "2-to-2", "1-whole", "2-to-1", "1-to-1"}
+    assert results["2-to-2"] == results["2-whole"]
+    assert results["1-to-1"] == results["1-whole"]
+    for name in ("2-to-1", "1-whole"):
+        for key, wanted in results["2-whole"].items():
+            worst = max(abs(a - b) for a, b in zip(results[name][key], wanted, strict=True))
+            assert worst <= 1e-6, f"{name}: {key} differs by {worst}"
