@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sequence
+#SBATCH --nodes=1
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --kill-on-invalid-dep=yes
+#
+# A whole sequence as one Slurm job that goes on by itself after a preemption or its time limit:
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE [--set A.B=C ...]
+#
+#   --chain     (not with sbatch) submit one job per stage, each waiting for the one before, with SBATCH_OPTIONS
+#   --submit    (not with sbatch) submit the one job with SBATCH_OPTIONS
+#   --prepare   prepare the data first, in one task of the job
+#   --dry-run   print what would run
+#
+# Everything else goes to `python -m pipeline run`. Without a recipe: --prepare nano, the embedded default. Outside a
+# job the same call starts the ranks on this machine with the deepspeed launcher. Differences between sites are in
+# slurm/site.env (or $SITE_ENV), explained in slurm/site.env.example. Submit from the root of the repository.
+#
+# Exit codes: those of `pipeline run` (0 done, 2 wrong input, 75 stopped and resumable), else the highest of srun's.
+set -euo pipefail
+shopt -s inherit_errexit
+
+STOPPED=75         # pipeline's: saved, the same command goes on
+KILLED_BY_USR1=138 # a rank that was still starting and had nothing to save
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+usage() {
+    sed -n '/^# A whole/,/^# Exit/ s/^# \{0,1\}//p' "$script"
+}
+
+print_or_run() {
+    if [ "$dry_run" = 1 ]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+load_site() {
+    local file=${SITE_ENV:-slurm/site.env}
+    if [ -e "$file" ]; then
+        # shellcheck source=slurm/site.env.example
+        . "$file"
+    elif [ -n "${SITE_ENV:-}" ]; then
+        fail "SITE_ENV names $SITE_ENV, which does not exist; copy slurm/site.env.example there."
+    fi
+    if [ -z "${PYTHON:-}" ]; then
+        PYTHON=python3
+        [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
+    fi
+    if [ -n "${NETWORK_INTERFACE:-}" ]; then
+        export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
+    fi
+}
+
+# Sets `python`, the command line of Python inside the container if there is one, and `srun_options` to go with it.
+choose_python() {
+    srun_options=()
+    case ${CONTAINER:-none} in
+        none) python=("$PYTHON") ;;
+        apptainer)
+            python=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "${IMAGE:?site.env must set IMAGE}"
+                "$PYTHON")
+            ;;
+        pyxis)
+            srun_options=("--container-image=${IMAGE:?site.env must set IMAGE}" "--container-workdir=$PWD"
+                "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+            python=("$PYTHON")
+            ;;
+        *) fail "CONTAINER is '$CONTAINER' in site.env; expected none, apptainer or pyxis." ;;
+    esac
+}
+
+# ---------------------------------------------------------------------------------------------------- inside a job
+
+# Sets `per_node`: one task per GPU, or what --ntasks-per-node said, or one task per node.
+count_tasks() {
+    local gpus=${SLURM_GPUS_ON_NODE:-}
+    [[ $gpus =~ ^[0-9]+$ ]] || gpus=1
+    per_node=${SLURM_NTASKS_PER_NODE:-$gpus}
+    cpus=$((SLURM_CPUS_ON_NODE / per_node))
+    [ "$cpus" -ge 1 ] || fail "this job has $SLURM_CPUS_ON_NODE CPUs per node for $per_node tasks; submit it with" \
+        "--cpus-per-gpu=N, or with --ntasks-per-node=$per_node --cpus-per-task=N."
+}
+
+# Where rank 0 is and listens. The names of nodes need not be known to the resolver; their addresses are Slurm's own.
+meeting_point() {
+    local head
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    head=${head%%$'\n'*}
+    if ! getent hosts "$head" >/dev/null; then
+        head=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    fi
+    export MASTER_ADDR=$head
+    # Below the range of ports that systems hand out, another one for every job and every start of it.
+    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+}
+
+# Run a step and wait for it, passing signals on; a bare `srun` in the foreground would hold them back until it ends.
+run_step() {
+    local code=0
+    if [ "$dry_run" = 1 ]; then
+        print_or_run "$@"
+        return
+    fi
+    "$@" &
+    step=$!
+    while true; do
+        code=0
+        wait "$step" || code=$?
+        kill -0 "$step" 2>/dev/null || break
+    done
+    step=
+    return "$code"
+}
+
+pass_on() {
+    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true
+}
+
+requeue() {
+    local state
+    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    # A job that is being cancelled is COMPLETING already, and would be queued again all the same.
+    if [ "$state" != RUNNING ]; then
+        echo "stopped: the job was cancelled (its state is $state) and what it had done is saved; submit it again to" \
+            "go on." >&2
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
+        echo "stopped: the job was started ${MAX_RESTARTS:-100} times again (MAX_RESTARTS in site.env); submit it" \
+            "again to go on." >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "stopped: the job is queued again and goes on from here." >&2
+    else
+        echo "stopped: Slurm does not queue this job again (see the line above); submit it again to go on." >&2
+    fi
+    exit "$STOPPED"
+}
+
+in_job() {
+    local code=0 common
+    [ -d "${SLURM_SUBMIT_DIR:?}" ] || fail "the folder the job was submitted from, $SLURM_SUBMIT_DIR, is not on this" \
+        "node; submit from a folder that all nodes see."
+    count_tasks
+    meeting_point
+    export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+    # --export: also for a job that was submitted with --export=NONE. --input: no task may wait for a keyboard.
+    common=(--export=ALL --input=none --unbuffered --cpus-per-task="$cpus" "${srun_options[@]}")
+    step=
+    trap pass_on USR1 TERM
+    if [ "$prepare" = 1 ]; then
+        run_step srun --nodes=1 --ntasks=1 "${common[@]}" "${python[@]}" -m pipeline prepare "${arguments[@]}" || code=$?
+    fi
+    if [ "$code" = 0 ]; then
+        # A rank that fails ends the others at once. --wait=0: rank 0 may write its report after the others have left.
+        run_step srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$per_node" \
+            --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --kill-on-bad-exit=1 --wait=0 "${common[@]}" \
+            "${python[@]}" -m pipeline run "${arguments[@]}" "${until[@]}" || code=$?
+    fi
+    case $code in
+        "$STOPPED" | "$KILLED_BY_USR1") requeue ;;
+        *) exit "$code" ;;
+    esac
+}
+
+# --------------------------------------------------------------------------------------------------- outside a job
+
+submit() {
+    local options job
+    read -ra options <<<"${SBATCH_OPTIONS:-}"
+    if [ "$dry_run" = 1 ]; then
+        print_or_run sbatch "${options[@]}" "$@" "$script" "${own[@]}" "${arguments[@]}" "${until[@]}" >&2
+        job="JOB${until[1]:-}"
+    else
+        job=$(sbatch --parsable "${options[@]}" "$@" "$script" "${own[@]}" "${arguments[@]}" "${until[@]}")
+    fi
+    echo "${job%%;*}"
+}
+
+chain() {
+    local names number=0 job='' name dependency
+    names=$("${python[@]}" slurm/stages.py "${arguments[@]}")
+    if [ -z "$names" ]; then # a method without stages, which only evaluates
+        submit
+        return
+    fi
+    while read -r name; do
+        number=$((number + 1))
+        until=(--until "$number")
+        dependency=()
+        [ -z "$job" ] || dependency=("--dependency=afterok:$job")
+        job=$(submit --job-name="$(printf '%02d' "$number")-$name" "${dependency[@]}")
+        [ "$dry_run" = 1 ] || echo "stage $number ($name): job $job"
+        own=() # only the first job prepares
+    done <<<"$names"
+}
+
+without_slurm() {
+    [ "$prepare" = 0 ] || print_or_run "${python[@]}" -m pipeline prepare "${arguments[@]}"
+    # `run` starts the deepspeed launcher with one rank per GPU, or with as many as train.processes says.
+    print_or_run "${python[@]}" -m pipeline run "${arguments[@]}" "${until[@]}"
+}
+
+# --------------------------------------------------------------------------------------------------------- options
+
+script=slurm/run_sequence.sh
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
+[ -f "$script" ] || fail "there is no $script in $PWD; call or submit it from the root of the repository."
+
+mode=run dry_run=0 prepare=0
+arguments=() own=() until=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage && exit ;;
+        --chain | --submit) mode=${1#--} ;;
+        --dry-run) dry_run=1 ;;
+        --prepare) prepare=1 own=(--prepare) ;;
+        --until)
+            [ $# -ge 2 ] || fail "--until needs the number of a stage."
+            until=(--until "$2")
+            shift
+            ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+if [ "${#arguments[@]}" = 0 ]; then
+    arguments=(nano) prepare=1 own=(--prepare)
+fi
+
+load_site
+choose_python
+if [ "$mode" != run ]; then
+    [ -z "${SLURM_JOB_ID:-}" ] || fail "--$mode submits jobs; call it outside a job."
+    [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "--$mode needs Slurm, and there is no sbatch here."
+    if [ "$mode" = chain ]; then chain; else submit; fi
+elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
+    in_job
+else
+    without_slurm
+fi

@@ -1,0 +1,247 @@
+"""What slurm/run_sequence.sh asks of Slurm, and what it makes of the answers, with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import PROJECT
+
+SCRIPT = PROJECT / "slurm" / "run_sequence.sh"
+JOB = {
+    "SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16",
+    "SLURM_GPUS_ON_NODE": "4",
+}  # fmt: skip
+STAND_INS = {
+    "scontrol": """
+case "$*" in
+    "show hostnames "*) printf 'localhost\\nother\\n' ;;
+    "show job "*) echo "JobId=41 JobState=${JOB_STATE:-RUNNING} Reason=None" ;;
+    "requeue "*) [ -z "${NO_REQUEUE:-}" ] ;;
+esac""",
+    "srun": 'eval "${SRUN:-exit 0}"',
+    "sbatch": 'number=$(cat "$CALLS/../count" 2>/dev/null || echo 100); echo $((number + 1)) | tee "$CALLS/../count"',
+    "apptainer": "exit 0",
+    "python-stand-in": "exit 0",
+}
+
+
+class Shell:
+    """Calls the script with stand-ins that note how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.calls_file = folder / "calls"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for name, body in STAND_INS.items():
+            path = self.bin / name
+            path.write_text(
+                f'#!/usr/bin/env bash\necho "{name} $*" >>"$CALLS"\n{body}\n'.replace("$CALLS/..", str(folder))
+            )
+            path.chmod(0o755)
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.environment = {
+            **outside, "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file),
+            "PYTHON": "python-stand-in",
+        }  # fmt: skip
+        self.environment.pop("SITE_ENV", None)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(SCRIPT), *arguments], cwd=PROJECT, env={**self.environment, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def job(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Call the script as Slurm would on the first node of a job."""
+        return self(*arguments, **{**JOB, "SLURM_SUBMIT_DIR": str(PROJECT), **environment})
+
+    def calls(self, program: str) -> list[str]:
+        """The arguments of every call of a program so far."""
+        text = self.calls_file.read_text("utf-8") if self.calls_file.exists() else ""
+        return [line.removeprefix(f"{program} ") for line in text.splitlines() if line.startswith(f"{program} ")]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_a_job_starts_one_task_per_gpu_and_ends_all_when_one_fails(shell: Shell) -> None:
+    assert shell.job("nano", "--set", "seed=3").returncode == 0
+    (call,) = shell.calls("srun")
+    assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"} <= set(call.split())
+    assert {"--kill-on-bad-exit=1", "--wait=0", "--export=ALL"} <= set(call.split())
+    assert call.endswith("python-stand-in -m pipeline run nano --set seed=3")
+
+
+def test_tasks_per_node_that_were_asked_for_go_before_the_number_of_gpus(shell: Shell) -> None:
+    shell.job("nano", SLURM_NTASKS_PER_NODE="2")
+    assert "--ntasks=4" in shell.calls("srun")[0]
+
+
+def test_more_tasks_than_processors_is_an_error_that_names_the_option(shell: Shell) -> None:
+    done = shell.job("nano", SLURM_CPUS_ON_NODE="1")
+    assert (done.returncode, shell.calls("srun")) == (2, [])
+    assert "1 CPUs per node for 4 tasks; submit it with --cpus-per-gpu" in done.stderr
+
+
+def test_the_tasks_learn_where_rank_0_is_and_every_start_uses_another_port(shell: Shell) -> None:
+    show = 'echo "$MASTER_ADDR $MASTER_PORT $LOCAL_WORLD_SIZE" >&2'
+    starts = [shell.job("nano", SRUN=show, SLURM_RESTART_COUNT=count).stderr.split() for count in ("0", "1")]
+    assert starts == [["localhost", "10656", "4"], ["localhost", "10657", "4"]]
+
+
+def test_prepare_is_a_step_of_one_task_before_the_others(shell: Shell) -> None:
+    shell.job("--prepare", "nano")
+    first, second = shell.calls("srun")
+    assert "--nodes=1 --ntasks=1 " in first
+    assert first.endswith("-m pipeline prepare nano")
+    assert second.endswith("-m pipeline run nano")
+
+
+def test_a_failed_preparation_ends_the_job(shell: Shell) -> None:
+    assert shell.job("--prepare", "nano", SRUN="exit 2").returncode == 2
+    assert len(shell.calls("srun")) == 1
+
+
+def test_without_a_recipe_the_embedded_default_is_prepared_and_run(shell: Shell) -> None:
+    shell.job()
+    assert [call.split(" -m pipeline ")[1] for call in shell.calls("srun")] == ["prepare nano", "run nano"]
+
+
+@pytest.mark.parametrize("code", [75, 138])
+def test_a_stopped_sequence_is_queued_again(shell: Shell, code: int) -> None:
+    done = shell.job("nano", SRUN=f"exit {code}")
+    assert (done.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+
+
+@pytest.mark.parametrize("code", [1, 2, 137, 143])
+def test_a_failed_sequence_is_not_queued_again(shell: Shell, code: int) -> None:
+    done = shell.job("nano", SRUN=f"exit {code}")
+    assert done.returncode == code
+    assert "requeue 41" not in shell.calls("scontrol")
+
+
+def test_a_cancelled_job_is_not_queued_again(shell: Shell) -> None:
+    done = shell.job("nano", SRUN="exit 75", JOB_STATE="COMPLETING")
+    assert done.returncode == 75
+    assert "was cancelled" in done.stderr
+    assert "requeue 41" not in shell.calls("scontrol")
+
+
+def test_a_job_is_not_queued_again_for_ever(shell: Shell) -> None:
+    done = shell.job("nano", SRUN="exit 75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3")
+    assert "started 3 times again" in done.stderr
+    assert "requeue 41" not in shell.calls("scontrol")
+
+
+def test_a_job_that_slurm_will_not_queue_again_says_how_to_go_on(shell: Shell) -> None:
+    done = shell.job("nano", SRUN="exit 75", NO_REQUEUE="1")
+    assert done.returncode == 75
+    assert "submit it again to go on" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_job_script_reaches_the_ranks_and_the_script_waits_for_them(
+    shell: Shell, number: signal.Signals
+) -> None:
+    ranks = 'trap "sleep 0.5; exit 75" USR1; echo started >>"$CALLS"; while true; do sleep 0.05; done'
+    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
+    while "started" not in (shell.calls_file.read_text("utf-8") if shell.calls_file.exists() else ""):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=300)
+    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+
+
+def test_dry_run_in_a_job_prints_the_step_and_starts_nothing(shell: Shell) -> None:
+    done = shell.job("--dry-run", "nano")
+    assert done.stdout.startswith("srun --nodes=2")
+    assert shell.calls("srun") == []
+
+
+def test_a_chain_is_one_job_per_stage_each_after_the_one_before(shell: Shell) -> None:
+    options = {"SBATCH_OPTIONS": "--nodes=2 --time=1", "PYTHON": sys.executable}
+    done = shell("--chain", "--prepare", "nano", **options)
+    assert done.returncode == 0, done.stderr
+    calls = shell.calls("sbatch")
+    first, script = "--parsable --nodes=2 --time=1", "slurm/run_sequence.sh"
+    assert calls[0] == f"{first} --job-name=01-Colours {script} --prepare nano --until 1"
+    assert calls[1] == f"{first} --job-name=02-Digits --dependency=afterok:101 {script} nano --until 2"
+    assert "--dependency=afterok:105" in calls[5]
+    assert "stage 6 (Boxes): job 106" in done.stdout
+
+
+def test_a_chain_with_a_wrong_recipe_submits_nothing(shell: Shell) -> None:
+    done = shell("--chain", "nanoo", PYTHON=sys.executable)
+    assert (done.returncode, shell.calls("sbatch")) == (2, [])
+    assert "Did you mean 'nano'?" in done.stderr
+
+
+def test_outside_a_job_the_pipeline_starts_the_ranks_itself(shell: Shell) -> None:
+    assert shell("nano").returncode == 0
+    assert shell.calls("python-stand-in") == ["-m pipeline run nano"]
+    assert shell.calls("srun") == []
+
+
+def test_outside_a_job_dry_run_prints_the_command(shell: Shell) -> None:
+    assert shell("--dry-run", "nano").stdout.split() == "python-stand-in -m pipeline run nano".split()
+    assert shell.calls("python-stand-in") == []
+
+
+def test_site_env_says_container_network_and_mounts(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text("CONTAINER=pyxis IMAGE=/i.sqsh MOUNTS=/data:/data NETWORK_INTERFACE=ib0 PYTHON=python3\n")
+    done = shell.job("nano", SITE_ENV=str(site), SRUN='echo "$NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME"')
+    (call,) = shell.calls("srun")
+    assert (
+        f"--container-image=/i.sqsh --container-workdir={PROJECT} --container-mounts={PROJECT}:{PROJECT},/data:/data"
+        in call
+    )
+    assert call.endswith(" python3 -m pipeline run nano")
+    assert done.stdout.split() == ["ib0", "ib0"]
+
+
+def test_apptainer_runs_the_python_of_its_image(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text("CONTAINER=apptainer IMAGE=/i.sif PYTHON=python3\n")
+    shell.job("nano", SITE_ENV=str(site))
+    wanted = f" apptainer exec --nv --bind {PROJECT} --pwd {PROJECT} /i.sif python3 -m pipeline run nano"
+    assert shell.calls("srun")[0].endswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("CONTAINER=docker", "expected none, apptainer or pyxis"), (None, "SITE_ENV names")]
+)
+def test_a_wrong_site_env_is_named(shell: Shell, tmp_path: Path, line: str | None, said: str) -> None:
+    site = tmp_path / "site.env"
+    if line is not None:
+        site.write_text(f"{line}\n")
+    done = shell("nano", SITE_ENV=str(site))
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", [*PROJECT.glob("slurm/*.sh"), *PROJECT.glob("tests/slurm/*.sh")], ids=lambda path: path.name
+)
+def test_shell_scripts_are_clean(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed; `make test-slurm` installs it")
+    done = subprocess.run(["shellcheck", "-x", str(path)], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
