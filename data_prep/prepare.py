@@ -45,7 +45,7 @@ def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     known_images: KnownImages = {}
     tolerance = Tolerance(recipe.data.skip_bad)
     splits = []
-    with _bars(progress) as bars:
+    with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
             for split in SPLITS:
                 known = len(tolerance.skipped)
@@ -115,6 +115,7 @@ def _common_limit(recipe: Recipe) -> tuple[int, int] | None:
     return (max(train), max(test)) if len(train) == len(test) == len(limits) else None
 
 
-def _bars(enabled: bool) -> Progress:
+def progress_bars(enabled: bool) -> Progress:
+    """The bars of a preparation on the terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(TextColumn("{task.description}"), *columns, disable=not enabled)

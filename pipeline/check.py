@@ -56,8 +56,8 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
     transformers_logging.set_verbosity_error()  # what it would warn about, the checks say in sentences
     findings = Findings()
     with hub.no_waiting([recipe.model.path, recipe.keys.path]) as online:
-        _look(findings, recipe, name, ranks or _ranks_here(recipe), online)
-    _show(findings, name)
+        _look(findings, recipe, name, ranks or ranks_here(recipe), online)
+    show(findings, name)
     return findings
 
 
@@ -87,6 +87,11 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "run folder": lambda: check_run_folder(recipe, model if model_works() else None, identity),
         "memory": lambda: _memory(findings, recipe, ranks, model, data),
     }
+    look_at_all(findings, checks)
+
+
+def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> None:
+    """Do each check and keep what it found; what it raises goes among the problems under its title."""
     for title, look in checks.items():
         findings.found[title] = None
         try:
@@ -105,7 +110,8 @@ def _metrics(recipe: Recipe) -> str:
     return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring})"
 
 
-def _ranks_here(recipe: Recipe, env: Mapping[str, str] = os.environ) -> int:
+def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
+    """The ranks of this launch, or those that `run` would start here."""
     if is_distributed(env):
         return int(env.get("WORLD_SIZE") or env["SLURM_NTASKS"])
     return local_processes(recipe)
@@ -148,7 +154,8 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
     return f"{_amount(peak)} per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"
 
 
-def _show(findings: Findings, name: str) -> None:
+def show(findings: Findings, name: str) -> None:
+    """Print what was found as tables."""
     console = Console()
     table = Table("check", "", "found", title=f"check {name}")
     for title, text in findings.found.items():

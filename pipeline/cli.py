@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import launch
-from pipeline.config import Recipe, accumulation, load_recipe, load_run
+from pipeline.config import Recipe, accumulation, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
 
 Result = dict[str, Any]
@@ -86,10 +86,15 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check data, model, CLIP, metrics and world size, and plan the memory, before any GPU is touched."""
-    loaded = load_recipe(recipe, overrides or [])
-    from pipeline.check import check as check_recipe
+    if recipe_kind(recipe) == "clip":
+        from pipeline.clip.check import check_benchmark
 
-    findings = check_recipe(loaded, recipe, ranks)
+        findings = check_benchmark(recipe, overrides or [], ranks)
+    else:
+        loaded = load_recipe(recipe, overrides or [])
+        from pipeline.check import check as check_recipe
+
+        findings = check_recipe(loaded, recipe, ranks)
     if as_json:
         _show(findings.to_json(), as_json)
     if findings.problems:
@@ -101,6 +106,11 @@ def prepare(
     recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False
 ) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
+    if recipe_kind(recipe) == "clip":
+        from pipeline.clip import verbs
+
+        _show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad)), as_json)
+        return
     loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     from data_prep.prepare import prepare as prepare_recipe
 
@@ -134,6 +144,10 @@ def train(
 @app.command()
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
+    if run_kind(run) == "clip":
+        _benchmark("evaluate", str(run), [], as_json)
+        return
+
     def work(recipe: Recipe) -> Result:
         from pipeline.sequence import evaluate_run
 
@@ -151,6 +165,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question with a run's prompt sets and tell which sets were selected."""
+    _need_sequence(run, "predict")
     load_run(run)
     from pipeline.predict import predict as predict_one
 
@@ -163,6 +178,14 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write RUN/report.html (with the other runs beside it) and print the table."""
+    if run_kind(runs[0]) == "clip":
+        from pipeline.clip.report import terminal_results, write_benchmark_report
+
+        page = write_benchmark_report(runs[0])
+        for run in runs:
+            Console().print(terminal_results(run))
+        _show({"report": str(page)}, as_json)
+        return
     from pipeline.report import terminal_table, write_report
 
     page = write_report(runs[0], runs[1:])
@@ -177,6 +200,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the learned pool of all stages as one portable adapter."""
+    _need_sequence(run, "export")
     load_run(run)
     from pipeline.adapter import export as export_run
 
@@ -192,7 +216,35 @@ def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[st
     return [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
 
 
+def _need_sequence(run: Path, verb: str) -> None:
+    if run_kind(run) == "clip":
+        raise UserError(
+            f"{run} is a benchmark of prompt methods on CLIP, and {verb} is for a task sequence. Its prompts are in "
+            f"{run / 'units'}; pipeline.clip.checkpoint.classifier_from loads them for any class list."
+        )
+
+
+def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
+    """`run`, `train` (of a recipe) and `evaluate` (of a run) of a benchmark."""
+    from pipeline.clip import verbs
+
+    recipe = verbs.load(verb, name, overrides)
+    if not launch.is_distributed():
+        verbs.before_ranks(recipe, name)
+    arguments = [verb, name, *(part for text in overrides for part in ("--set", text))]
+    _on_ranks(arguments, recipe, lambda found: verbs.work(verb, found), as_json)
+    if not as_json and verb != "train" and launch.OUTCOMES not in os.environ and launch.rank() == 0:
+        from pipeline.clip.report import terminal_results
+
+        Console().print(terminal_results(recipe.run_path))
+
+
 def _sequence(verb: str, name: str, overrides: list[str], until: int | None, as_json: bool) -> None:
+    if recipe_kind(name) == "clip":
+        if until is not None:
+            raise UserError(f"--until counts the stages of a sequence, and {name} has units; choose them with --set.")
+        _benchmark(verb, name, overrides, as_json)
+        return
     recipe = load_recipe(name, overrides)
     from pipeline.check import require_prepared
 
@@ -217,7 +269,7 @@ def _sequence(verb: str, name: str, overrides: list[str], until: int | None, as_
     _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json)
 
 
-def _on_ranks(arguments: list[str], recipe: Recipe, work: Callable[[Recipe], Result], as_json: bool) -> None:
+def _on_ranks(arguments: list[str], recipe: Any, work: Callable[[Any], Result], as_json: bool) -> None:
     """Do `work` here when this process is a rank or the only one, else on ranks started for it."""
     if launch.is_distributed():
         result = work(recipe)

@@ -308,11 +308,19 @@ class Recipe(Section):
         """Folder of this run."""
         return Path(self.run_dir.format(name=self.name, method=self.method.name, seed=self.seed))
 
-    def dump_yaml(self, path: Path) -> None:
-        """Write the resolved recipe, whole or not at all; `load_recipe` reads it back as it was."""
-        with replacing(path) as temporary:
-            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            temporary.write_text(text, encoding="utf-8")
+
+def recipe_kind(name_or_path: str | Path) -> str | None:
+    """Return what a recipe file says in `kind`: clip for a benchmark of prompt methods, None for a task sequence."""
+    kind = read_recipe(find_recipe(str(name_or_path))).get("kind")
+    if kind not in (None, "clip"):
+        raise UserError(f"recipe '{name_or_path}': kind is {kind!r}, expected clip, or none for a task sequence.")
+    return kind
+
+
+def run_kind(run_path: Path) -> str | None:
+    """Return the kind of recipe a run was made with; None also where there is no run, which its reader says."""
+    path = run_path / "config.yaml"
+    return recipe_kind(path) if path.is_file() else None
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -366,7 +374,27 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
-    path = Path(locate(recipe.train.deepspeed))
+    config = with_node_size(deepspeed_file(recipe.train.deepspeed), world_size)
+    micro, steps = accumulation(recipe, world_size)
+    return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
+
+
+def deepspeed_batches(micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
+    """Return what a recipe decides in a DeepSpeed configuration: samples per forward, accumulation, precision."""
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": clip or 0.0,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # We hand DeepSpeed a plain torch optimizer; with so few trainables its own CPU Adam would gain nothing.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def deepspeed_file(name: str) -> dict[str, Any]:
+    """Return what a DeepSpeed file says; UserError when it is missing, no JSON, or sets what belongs to the recipe."""
+    path = Path(locate(name))
     if not path.is_file():
         shipped = sorted(f"ds_configs/{found.name}" for found in (PROJECT / "ds_configs").glob("*.json"))
         raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.class_folders import labelled_folders, read_class_folders
+from data_prep.sources.class_folders import labelled_folders, read_class_folders, read_csv
 from pipeline.clip.classes import LabelledImage, Splits
 from pipeline.clip.datasets import Dataset
 from pipeline.errors import UserError
@@ -92,6 +92,11 @@ def read_dataset(description: Dataset, root: Path) -> Splits:
     subset of ImageNet depends on the file system (7.3), this one does not. The four variants have a test split alone.
     """
     folder = root / description.folder
+    if description.layout == "csv":
+        assert description.split is not None
+        return read_csv(folder / description.split)
+    if description.layout == "class_folders" and not description.classes:  # one of the user's own
+        return read_class_folders(folder / description.images)
     if description.layout == "split_zhou":
         assert description.split is not None
         return read_split_file(folder / description.split)
@@ -110,16 +115,34 @@ def findings(description: Dataset, root: Path) -> list[str]:
 
     The first sentence about something missing ends with what to download and where it goes.
     """
+    return [*altered(description, root), *missing(description, root)]
+
+
+def missing(description: Dataset, root: Path) -> list[str]:
+    """What keeps a dataset from being used, one sentence each with what to download and where it goes."""
     folder = root / description.folder
-    images = folder / description.images
+    where = f" {description.instructions(str(root))}" if description.download else ""
     if not folder.is_dir():
-        return [f"{description.name}: the folder {folder} is missing. {description.instructions(str(root))}"]
+        return [f"{description.name}: the folder {folder} is missing.{where}"]
     try:
         splits = read_dataset(description, root)
     except UserError as error:
-        return [f"{description.name}: {error} {description.instructions(str(root))}"]
+        return [f"{description.name}: {error}{where}"]
+    images = folder / description.images
+    lacking = missing_images(splits, images) if description.layout in ("split_zhou", "aircraft", "csv") else []
+    return [f"{missing_sentence(lacking, images)}{where}"] if lacking else []
+
+
+def altered(description: Dataset, root: Path) -> list[str]:
+    """What differs from the published dataset, one sentence each; numbers from such data are numbers of other data."""
+    if not description.classes:
+        return []  # one of the user's own: nothing is published
+    try:
+        splits = read_dataset(description, root)
+    except UserError:
+        return []
     found = []
-    split = folder / description.split if description.split else None
+    split = root / description.folder / description.split if description.split else None
     if split and description.sha256 and sha256(split) != description.sha256:
         found.append(f"{description.name}: {split} is not the published file (its sha256 differs).")
     counts = tuple(len(part) for part in (splits.train, splits.val, splits.test))
@@ -132,9 +155,6 @@ def findings(description: Dataset, root: Path) -> list[str]:
     classes = len(splits.names())
     if classes != description.classes:
         found.append(f"{description.name}: {classes} classes; published are {description.classes}.")
-    missing = missing_images(splits, images) if description.layout in ("split_zhou", "aircraft") else []
-    if missing:
-        found.append(f"{missing_sentence(missing, images)} {description.instructions(str(root))}")
     return found
 
 

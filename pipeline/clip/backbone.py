@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ def normalised(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
 
+def backbone_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a backbone's checkpoint, fetched from the Hub where it is none here; UserError without one."""
+    return fetched_folder(os.fspath(path), revision, "model.path", "a CLIP's or SigLIP's", FILES)
+
+
 def load_backbone(
     path: str | os.PathLike[str], revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Backbone, Any]:
@@ -121,7 +127,7 @@ def load_backbone(
 
     Raises UserError when there is none, it is of another kind, or weights are missing.
     """
-    folder = fetched_folder(os.fspath(path), revision, "model.path", "a CLIP's or SigLIP's", FILES)
+    folder = backbone_folder(path, revision)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

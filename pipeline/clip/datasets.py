@@ -13,7 +13,7 @@ from pipeline.clip.classes import base_classes
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.errors import UserError, nearest
 
-Layout = Literal["split_zhou", "aircraft", "imagenet", "class_folders"]
+Layout = Literal["split_zhou", "aircraft", "imagenet", "class_folders", "csv"]
 MIRROR = "https://huggingface.co/datasets/zhengli97/prompt_learning_dataset"  # all but ImageNet, with split files
 SPLITS = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 

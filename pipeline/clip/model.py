@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,18 @@ class ImageBatch:
     labels: Tensor
     weights: Tensor | None = None
     image_features: Tensor | None = None
+    ids: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """The same batch on another device."""
+        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+    def counts(self) -> tuple[float, float]:
+        """The weight of its samples, twice: what the loop sums are answers and samples, here the same."""
+        weight = float(len(self.labels) if self.weights is None else self.weights.sum())
+        return weight, weight
 
 
 class PromptedCLIP(nn.Module):
@@ -58,8 +71,16 @@ class PromptedCLIP(nn.Module):
             )
         self.set_classes(names)
 
-    def set_classes(self, names: Sequence[str]) -> None:
-        """Classify among these classes from now on; what was learned stays."""
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The names of the loss terms, in the order in which `forward` gives them."""
+        return ("cross_entropy", *(name for regulariser in self.regularisers for name in regulariser.names))
+
+    def set_classes(self, names: Sequence[str], frozen: Backbone | None = None) -> None:
+        """Classify among these classes from now on; what was learned stays.
+
+        `frozen` is another copy of the backbone, for what regularisers compute now: this one may be sharded.
+        """
         expected = self.learner.classes
         if expected is not None and expected != len(names):
             raise UserError(
@@ -68,7 +89,7 @@ class PromptedCLIP(nn.Module):
             )
         self.texts = self.learner.texts(self.words, names)
         for regulariser in self.regularisers:
-            regulariser.start(self.backbone, self.words, names)
+            regulariser.start(frozen or self.backbone, self.words, names)
 
     def image_features(self, pixel_values: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Image features [B, J], not normalised."""

@@ -11,8 +11,12 @@ from pipeline.clip.model import PromptedCLIP
 
 
 @torch.no_grad()
-def predictions(module: PromptedCLIP, batches: Iterable[Tensor]) -> Tensor:
-    """The most likely class [N] of each image of `batches` ([B, 3, H, W] each), on the CPU."""
+def predictions(module: PromptedCLIP, batches: Iterable[Tensor], features: Iterable[Tensor] = ()) -> Tensor:
+    """The most likely class [N] of each image of `batches` ([B, 3, H, W] each), on the CPU.
+
+    Then those of images given by their `features` ([B, J] each), for methods that leave images as they are.
+    """
     kept = None if module.learner.per_image else module.text_features()
     found = [module.logits(pixels, text_features=kept).argmax(dim=1).cpu() for pixels in batches]
+    found += [module.logits(None, images, kept).argmax(dim=1).cpu() for images in features]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ class Features:
 
 
 class Regulariser:
-    """Terms added to the cross-entropy; `start` is called whenever the classes change."""
+    """Terms added to the cross-entropy, named in `names`; `start` is called whenever the classes change."""
+
+    names: ClassVar[tuple[str, ...]]
 
     def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
         raise NotImplementedError
@@ -73,6 +76,8 @@ class Consistency(Regulariser):
     Mean over all entries of |text - frozen text| times `text_weight`, the same for images, and KL(frozen || learned)
     of the predictions, summed and divided by the number of logits, times `logit_weight`.
     """
+
+    names = ("text_consistency", "image_consistency", "logit_consistency")
 
     def __init__(
         self,
@@ -114,6 +119,8 @@ class Consistency(Regulariser):
 
 class KnowledgeGuided(Regulariser):
     """KgCoOp: `weight` times the mean of 1 - cos(text feature, that of the hand-written `template`)."""
+
+    names = ("knowledge",)
 
     def __init__(self, weight: float = 8.0, template: str = TEMPLATE) -> None:
         self.weight, self.template = weight, template

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,15 @@ WORDS = TEMPLATE.partition(f" {MARK}")[0]
 PLACEHOLDER = "X"  # stands where context starts at random; any word of one token would do
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """Fresh prompts of one forward pass by block: [n, D] each.
 
-    The context of the text tower's block 0 may also be per class [K, n, D] or per image [B, 1, n, D].
+    The context of the text tower's block 0 may also be per class [K, n, D] or per image [B, 1, n, D]. A tuple of
+    dictionaries, in which ZeRO-3 finds the tensors that it has to follow backwards.
     """
 
-    text: dict[int, Tensor] = field(default_factory=dict)
-    vision: dict[int, Tensor] = field(default_factory=dict)
+    text: dict[int, Tensor]
+    vision: dict[int, Tensor]
 
 
 class PromptLearner(nn.Module):

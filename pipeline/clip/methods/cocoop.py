@@ -40,4 +40,4 @@ class CoCoOp(PromptLearner):
     def forward(self, images: Tensor | None = None) -> Prompts:
         assert images is not None, "CoCoOp makes its prompts from image features"
         shift = self.meta_net(normalised(images))  # [B, D]
-        return Prompts(text={0: (self.ctx + shift[:, None])[:, None]})  # [B, 1, n, D]
+        return Prompts({0: (self.ctx + shift[:, None])[:, None]}, {})  # [B, 1, n, D]

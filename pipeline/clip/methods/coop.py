@@ -47,4 +47,4 @@ class CoOp(PromptLearner):
         return self.words
 
     def forward(self, images: Tensor | None = None) -> Prompts:
-        return Prompts(text={0: self.ctx})
+        return Prompts({0: self.ctx}, {})

@@ -25,4 +25,4 @@ class VPT(PromptLearner):
         self.compound_prompts_vision = deep_vectors(depth - 1, length, sizes.vision_width)
 
     def forward(self, images: Tensor | None = None) -> Prompts:
-        return Prompts(vision=dict(enumerate([self.visual_ctx, *self.compound_prompts_vision])))
+        return Prompts({}, dict(enumerate([self.visual_ctx, *self.compound_prompts_vision])))

@@ -18,4 +18,4 @@ class ZeroShot(PromptLearner):
         super().__init__(schedule([], [], sizes.blocks), template)
 
     def forward(self, images: Tensor | None = None) -> Prompts:
-        return Prompts()
+        return Prompts({}, {})

@@ -1,0 +1,127 @@
+"""Everything a benchmark recipe needs on disk: for each dataset the test images and the few shots of all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.bad_records import Tolerance
+from data_prep.prepare import progress_bars
+from data_prep.shards import write_shards
+from data_prep.sources import colour_shapes
+from data_prep.sources.class_folders import ImageSplit
+from data_prep.sources.split_zhou import missing_images, missing_sentence, read_dataset
+from pipeline.clip.classes import LabelledImage, Splits
+from pipeline.clip.datasets import Dataset
+from pipeline.clip.few_shot import few_shot
+from pipeline.clip.prepared import ClassList
+from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.data.shards import IndexedShards
+from pipeline.errors import UserError
+
+
+def prepare_benchmark(recipe: ClipRecipe, progress: bool = True) -> dict[str, Any]:
+    """Prepare all datasets of a recipe; what is there and up to date is kept.
+
+    Only the images that some seed draws are written of a training split. Returns `{"prepared": folder, "splits":
+    [{dataset, split, samples, fingerprint, wrote}], "skipped": [...]}`. Raises UserError for data that is missing, not
+    as expected, or has too few images for the shots.
+    """
+    root = Path(recipe.data.root)
+    if recipe.data.source == "generated":
+        colour_shapes.draw(root, recipe.data.seed)
+    tolerance = Tolerance(recipe.data.skip_bad)
+    splits: list[dict[str, Any]] = []
+    with progress_bars(progress) as bars:
+        for entry, trained in datasets_of(recipe):
+            description = entry.description
+            found = read_dataset(description, root)
+            seeds = (
+                few_shot_rows(recipe, found, description.name, _prepared_seeds(recipe, entry.name)) if trained else {}
+            )
+            drawn = sorted({row for rows in seeds.values() for row in rows})
+            parts = {"test": found.test} | ({"train": tuple(found.train[row] for row in drawn)} if trained else {})
+            images = root / description.folder / description.images
+            _refuse_missing(description, images, parts, recipe)
+            fingerprints: dict[str, str] = {}
+            for split, part in parts.items():
+                bar = bars.add_task(f"{entry.name}/{split}", total=len(part))
+                source = ImageSplit(part, images)
+                written, wrote = write_shards(
+                    lambda start, source=source: source.records(start, recipe.data.workers),  # type: ignore[misc]
+                    recipe.data.split_path(entry.name, split), recipe.data.shard_samples, source.fingerprint(),
+                    entry.name, split, partial(bars.advance, bar), tolerance if split == "test" else Tolerance(0),
+                )  # fmt: skip
+                fingerprints[split] = written["fingerprint"]
+                splits.append({
+                    "dataset": entry.name, "split": split, "samples": written["count"],
+                    "fingerprint": written["fingerprint"], "wrote": wrote,
+                })  # fmt: skip
+            _write_classes(recipe, entry.name, found, parts, seeds, drawn, fingerprints)
+    return {"prepared": recipe.data.prepared, "splits": splits, "skipped": [r.sentence() for r in tolerance.skipped]}
+
+
+def _prepared_seeds(recipe: ClipRecipe, name: str) -> list[int]:
+    """Seeds that are prepared already and stay, so that two recipes do not take the data from each other."""
+    try:
+        found = ClassList.read(Path(recipe.data.prepared) / name)
+    except UserError:
+        return []
+    return [int(seed) for seed in found.few_shot] if found.sampling == _sampling(recipe) else []
+
+
+def _sampling(recipe: ClipRecipe) -> dict[str, Any]:
+    return {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
+
+
+def few_shot_rows(recipe: ClipRecipe, splits: Splits, name: str, also: Iterable[int] = ()) -> dict[int, list[int]]:
+    """The places in the training split of each seed's few shots, in the order in which they were drawn."""
+    if not splits.train:
+        raise UserError(f"{name} has no training images; it can be a target, but not be trained on.")
+    seeds = sorted({*recipe.seeds, *also})
+    if recipe.data.shots is None:
+        return {seed: list(range(len(splits.train))) for seed in seeds}
+    places = {image: place for place, image in enumerate(splits.train)}
+    return {
+        seed: [places[image] for image in few_shot(splits, recipe.data.shots, seed, recipe.data.fewer).train]
+        for seed in seeds
+    }
+
+
+def _refuse_missing(
+    description: Dataset, images: Path, parts: dict[str, tuple[LabelledImage, ...]], recipe: ClipRecipe
+) -> None:
+    missing = missing_images(Splits(parts.get("train", ()), (), parts["test"]), images)
+    if len(missing) > recipe.data.skip_bad:
+        where = f" {description.instructions(recipe.data.root)}" if description.download else ""
+        raise UserError(f"{description.name}: {missing_sentence(missing, images)}{where}")
+
+
+def _write_classes(
+    recipe: ClipRecipe,
+    name: str,
+    splits: Splits,
+    parts: dict[str, tuple[LabelledImage, ...]],
+    seeds: dict[int, list[int]],
+    drawn: list[int],
+    fingerprints: dict[str, str],
+) -> None:
+    """Write which label each row of the shards has; rows that `skip_bad` left out are not counted."""
+    order = {label: number for number, label in enumerate(sorted({i.label for part in _all(splits) for i in part}))}
+    labels = {split: {image.path: order[image.label] for image in part} for split, part in parts.items()}
+    rows = {
+        split: [labels[split][identity] for identity in IndexedShards(recipe.data.split_path(name, split)).ids]
+        for split in parts
+    }
+    place = {row: number for number, row in enumerate(drawn)}
+    few = {str(seed): [place[row] for row in chosen] for seed, chosen in seeds.items()}
+    sampling = _sampling(recipe) if seeds else {}
+    ClassList(splits.names(), rows.get("train", []), rows["test"], few, sampling, fingerprints).write(
+        Path(recipe.data.prepared) / name
+    )
+
+
+def _all(splits: Splits) -> tuple[tuple[LabelledImage, ...], ...]:
+    return splits.train, splits.val, splits.test

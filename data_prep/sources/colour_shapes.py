@@ -1,0 +1,105 @@
+"""A base-to-new dataset that is drawn: one coloured shape per picture, classes are combinations of colour and shape.
+
+Both halves of the classes have every colour and every shape; the new classes are combinations that training lacks. The
+pictures are unlike those that the embedded CLIP learned from: turned, faded shapes on a spotted ground. Layout as
+CoOp's datasets: `<root>/colour_shapes/{images/, split_zhou_ColourShapes.json}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data_prep.nano.scenes import COLOURS, SHAPES, SIZE
+from pipeline.files import replacing
+
+NAME, SPLIT_FILE = "colour_shapes", "split_zhou_ColourShapes.json"
+FINGERPRINT_FILE = "made_from.json"
+VERSION = 1  # raise it when the pictures change
+PER_CLASS = {"train": 20, "val": 4, "test": 20}
+SCALE = 4  # drawn so many times larger, then shrunk
+FADED = (0.0, 0.2)  # how much of the background shines through
+SPOTS = 6
+NOISE = 6.0  # deviation of each pixel, of 255
+
+
+def class_names() -> list[str]:
+    """The classes in the order of their labels: base first, in which colour and shape number add up to even."""
+    pairs = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
+    ordered = sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % 2, pair))
+    return [f"{list(COLOURS)[colour]}_{SHAPES[shape]}" for colour, shape in ordered]
+
+
+def draw(root: Path, seed: int) -> Path:
+    """Draw the dataset under `root` unless it is there, made from the same seed; returns its folder."""
+    folder = root / NAME
+    made_from = {"seed": seed, "version": VERSION, "per_class": PER_CLASS}
+    if (folder / FINGERPRINT_FILE).is_file() and json.loads((folder / FINGERPRINT_FILE).read_text()) == made_from:
+        return folder
+    (folder / FINGERPRINT_FILE).unlink(missing_ok=True)
+    parts: dict[str, list[tuple[str, int, str]]] = {split: [] for split in PER_CLASS}
+    for label, name in enumerate(class_names()):
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+        for split, count in PER_CLASS.items():
+            for number in range(count):
+                path = f"{name}/{split}-{number:03d}.png"
+                colour, shape = name.split("_")
+                key = hashlib.sha256(f"{seed} {path}".encode()).digest()
+                picture = coloured_shape(np.random.default_rng(list(key)), colour, shape)
+                picture.save(folder / "images" / path)
+                parts[split].append((path, label, name))
+    with replacing(folder / SPLIT_FILE) as temporary:
+        temporary.write_text(json.dumps(parts) + "\n")
+    with replacing(folder / FINGERPRINT_FILE) as temporary:
+        temporary.write_text(json.dumps(made_from) + "\n")
+    return folder
+
+
+def coloured_shape(rng: np.random.Generator, colour: str, shape: str) -> Image.Image:
+    """One picture, SIZE x SIZE."""
+    side = SIZE * SCALE
+    level = int(rng.integers(70, 190))
+    canvas = Image.new("RGB", (side, side), (level, level, level))
+    ground = ImageDraw.Draw(canvas)
+    for _ in range(SPOTS):
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.02, 0.08) * side
+        tone = int(np.clip(level + rng.normal(0, 45), 0, 255))
+        ground.ellipse((x - r, y - r, x + r, y + r), fill=(tone, tone, tone))
+    size = rng.uniform(0.3, 0.45) * side
+    x, y = rng.uniform(0.55 * size, side - 0.55 * size, size=2)
+    mask = Image.new("L", (side, side), 0)
+    _draw_shape(ImageDraw.Draw(mask), shape, float(x), float(y), float(size), float(rng.uniform(-0.5, 0.5)))
+    share = 1 - rng.uniform(*FADED)
+    ink = np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 26, size=3), 0, 255)
+    faded = tuple(int(share * v + (1 - share) * level) for v in ink)
+    canvas.paste(Image.new("RGB", (side, side), faded), (0, 0), mask)
+    pixels = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
+    return Image.fromarray(np.clip(pixels + rng.normal(0, NOISE, pixels.shape), 0, 255).astype(np.uint8))
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, size: float, turn: float) -> None:
+    half = size / 2
+    if shape in ("circle", "ring"):
+        box = (x - half, y - half, x + half, y + half)
+        if shape == "circle":
+            pen.ellipse(box, fill=255)
+        else:
+            pen.ellipse(box, outline=255, width=round(0.2 * size))
+        return
+    arm = 0.2 * size
+    corners = {
+        "square": [[(-half, -half), (half, -half), (half, half), (-half, half)]],
+        "triangle": [[(0, -half), (half, half), (-half, half)]],
+        "cross": [
+            [(-arm / 2, -half), (arm / 2, -half), (arm / 2, half), (-arm / 2, half)],
+            [(-half, -arm / 2), (half, -arm / 2), (half, arm / 2), (-half, arm / 2)],
+        ],
+    }[shape]
+    cos, sin = math.cos(turn), math.sin(turn)
+    for polygon in corners:
+        pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in polygon], fill=255)

@@ -1,0 +1,174 @@
+"""What `check` looks at for a benchmark: datasets, backbone, what each method learns, steps, and the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pipeline import hub
+from pipeline.check import Findings, look_at_all, ranks_here, show
+from pipeline.checkpoint import COMPLETE, claim_run
+from pipeline.clip.backbone import Sizes
+from pipeline.clip.few_shot_batches import micro_batches
+from pipeline.clip.methods import learner_of_sizes
+from pipeline.clip.prepared import CLASSES_FILE, PreparedDataset
+from pipeline.clip.protocol import small_set_warning, steps_per_epoch
+from pipeline.clip.recipe import ClipRecipe, DatasetConfig, datasets_of
+from pipeline.clip.unit import units_of
+from pipeline.clip.verbs import load_benchmark, require_prepared
+from pipeline.config import deepspeed_file
+from pipeline.errors import UserError, UserErrors
+
+
+def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
+    """Check a benchmark recipe against this machine and print what was found; problems are in the result."""
+    recipe = load_benchmark(name, overrides)
+    findings = Findings()
+    with hub.no_waiting([recipe.model.location]) as online:
+        checks = {
+            "recipe": lambda: _recipe(recipe),
+            "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
+            "deepspeed": lambda: _deepspeed(recipe),
+            "model": lambda: _model(recipe, online),
+            "data": lambda: _data(recipe, name),
+            "steps": lambda: _steps(recipe),
+            "run folder": lambda: _run_folder(recipe),
+        }
+        look_at_all(findings, checks)
+    show(findings, name)
+    return findings
+
+
+def _recipe(recipe: ClipRecipe) -> str:
+    counts = f"{len(recipe.methods)} methods, {len(recipe.data.datasets)} datasets, {len(recipe.seeds)} seeds"
+    targets = f", {len(recipe.data.targets)} targets" if recipe.data.targets else ""
+    return f"{recipe.name}: {recipe.data.protocol}, {counts}{targets}: {len(units_of(recipe))} units"
+
+
+def _ranks(recipe: ClipRecipe, ranks: int) -> str:
+    parts = []
+    for method in recipe.methods:
+        train = recipe.train_of(method)
+        micro, steps = micro_batches(train.global_batch, train.micro_batch, ranks)
+        parts.append(f"{method.name} {micro} x {steps} of {train.global_batch}")
+    return f"{ranks}, images of each per forward and step: {', '.join(parts)}"
+
+
+def _deepspeed(recipe: ClipRecipe) -> str:
+    stage = deepspeed_file(recipe.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    return f"{recipe.train.deepspeed}: ZeRO stage {stage}, {recipe.model.dtype}"
+
+
+def _model(recipe: ClipRecipe, online: bool) -> str:
+    """The backbone, and the number of parameters that each method learns on it."""
+    from transformers import AutoConfig
+
+    model = recipe.model
+    folder = hub.local_folder(model.location, model.revision)
+    if folder is None and not (online and hub.is_repository(model.location)):
+        revision = f" --revision {model.revision}" if model.revision else ""
+        fetch = (
+            f"run `hf download {model.path}{revision}` where the Hugging Face Hub can be reached, or set model.path to "
+            "the folder of a CLIP or SigLIP"
+        )
+        raise UserError(f"model.path: '{model.path}' is not on this machine; {fetch}.")
+    try:
+        config = AutoConfig.from_pretrained(folder or model.location, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{model.path}' has no readable config.json of a model: {error}") from error
+    sizes = Sizes.of(config)
+    if folder is not None and not online and hub.missing_weights(folder):
+        raise UserError(
+            f"model.path: {folder} lacks its weights ({', '.join(hub.missing_weights(folder))}); fetch them with "
+            f"`hf download {model.path}`, or set model.path to a complete folder."
+        )
+    learned, wrong = [], []
+    for method in recipe.methods:
+        options = method.options | ({"classes": 1} if method.per_class else {})
+        try:
+            with torch.device("meta"):
+                learner = learner_of_sizes(method.kind, sizes, 0, **options)
+        except UserError as error:
+            wrong.append(f"methods.{method.name}: {error}")
+            continue
+        count = sum(parameter.numel() for parameter in learner.parameters())
+        learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
+    if wrong:
+        raise UserErrors(wrong)
+    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}"
+
+
+def _data(recipe: ClipRecipe, name: str) -> str:
+    found, wrong, unprepared = [], [], []
+    for entry, _ in datasets_of(recipe):
+        folder = Path(recipe.data.prepared) / entry.name
+        if (folder / CLASSES_FILE).is_file():
+            try:
+                data = PreparedDataset(folder)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            train = f"{len(data.train)}/" if data.train is not None else ""
+            found.append(f"{entry.name} {len(data.classes.names)} classes, {train}{len(data.test)} images")
+        else:
+            unprepared.append(entry)
+            problems, notes = _source(recipe, entry)
+            wrong += problems
+            found += [f"note: {note}" for note in notes]
+    if not unprepared and not wrong and not recipe.data.prepare_first:
+        require_prepared(recipe, name)
+    if unprepared and recipe.data.prepare_first:
+        found.append(f"{len(unprepared)} datasets that `run` prepares first")
+    elif unprepared:
+        names = ", ".join(f"'{entry.name}'" for entry in unprepared)
+        wrong.append(f"datasets {names} are not prepared; run `python -m pipeline prepare {name}`"
+                     f"{' once the data is there' * bool(wrong)}.")  # fmt: skip
+    if wrong:
+        raise UserErrors(wrong)
+    return f"{recipe.data.prepared}: {'; '.join(found)}"
+
+
+def _source(recipe: ClipRecipe, entry: DatasetConfig) -> tuple[list[str], list[str]]:
+    """(what is missing of a dataset that is not prepared, what differs from the published one)."""
+    from data_prep.sources.split_zhou import altered, missing
+
+    if recipe.data.source == "generated":
+        return [], []
+    root = Path(recipe.data.root)
+    return missing(entry.description, root), altered(entry.description, root)
+
+
+def _steps(recipe: ClipRecipe) -> str:
+    """Optimizer steps by method and dataset, as far as the number of classes is known, and batches that are too big."""
+    found = []
+    for unit in units_of(recipe):
+        if not unit.learns or unit.seed != recipe.seeds[0]:
+            continue
+        images = _images(recipe, unit.dataset, unit.group == "base")
+        if images is None:
+            continue
+        train = recipe.train_of(unit.method)
+        steps = train.epochs * steps_per_epoch(images, train.global_batch)
+        warning = small_set_warning(images, train.global_batch, train.epochs)
+        found.append(f"{unit.method.name}-{unit.dataset.name} {steps}" + (f" ({warning})" if warning else ""))
+    return ", ".join(found) or "not known before the data is prepared"
+
+
+def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
+    folder = Path(recipe.data.prepared) / entry.name
+    if (folder / CLASSES_FILE).is_file():
+        return len(PreparedDataset(folder).few_shots(recipe.seeds[0], "base" if base else "all").rows)
+    known = entry.description
+    classes = known.base if base else known.classes
+    return classes * recipe.data.shots if recipe.data.shots and classes else None
+
+
+def _run_folder(recipe: ClipRecipe) -> str:
+    path = recipe.run_path
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return f"{path} (new)"
+    claim_run(recipe)  # writes nothing where something is
+    done = sum(1 for unit in units_of(recipe) if (unit.folder(path) / COMPLETE).is_file())
+    return f"{path} ({done} units trained)"

@@ -1,0 +1,75 @@
+"""From encoded images to pixels: as in evaluation, or augmented by (seed, epoch, image) alone, whatever rank asks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from pipeline.errors import UserError
+
+SCALE = (0.08, 1.0)  # share of the picture's area that a crop covers (clip_prompts.md 2.7)
+RATIO = (3 / 4, 4 / 3)  # of its width to its height
+TRIES = 10
+
+
+class Pixels:
+    """A checkpoint's own image preprocessing, and the published augmentation in front of its normalisation.
+
+    Raises UserError when the checkpoint has none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            # The PIL backend everywhere: with torchvision installed the default one gives other numbers.
+            self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} has no usable image processor: {error}") from error
+        size = getattr(self.processor, "crop_size", None) or self.processor.size
+        self.height, self.width = int(size["height"]), int(size["width"])
+
+    def plain(self, picture: Image.Image) -> Tensor:
+        """Pixels [3, H, W] as in evaluation: resized, the centre cropped, normalised."""
+        return torch.as_tensor(self.processor(images=[picture], return_tensors="pt")["pixel_values"][0])
+
+    def augmented(self, picture: Image.Image, seed: int, epoch: int, image: int) -> Tensor:
+        """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time."""
+        draws = uniform(seed, epoch, image, 4 * TRIES + 1)
+        box = crop_box(picture.width, picture.height, draws[:-1])
+        part = picture.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
+        if draws[-1] < 0.5:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        return torch.as_tensor(self.processor(images=[part], **options)["pixel_values"][0])
+
+
+def crop_box(width: int, height: int, draws: list[float]) -> tuple[int, int, int, int]:
+    """A random part (left, top, right, bottom): area by SCALE, ratio by RATIO, else the largest centre that fits.
+
+    `draws` are numbers in [0, 1), four for each try: area, ratio, and the place.
+    """
+    for area, ratio, left, top in zip(*(draws[k::4] for k in range(4)), strict=True):
+        target = width * height * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
+        shape = math.exp(math.log(RATIO[0]) + ratio * (math.log(RATIO[1]) - math.log(RATIO[0])))
+        w, h = round(math.sqrt(target * shape)), round(math.sqrt(target / shape))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, max(1, round(height * RATIO[1])))
+    h = min(height, max(1, round(width / RATIO[0])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def uniform(seed: int, epoch: int, image: int, count: int) -> list[float]:
+    """`count` numbers in [0, 1), a function of (seed, epoch, image) alone in every version of numpy."""
+    key = np.array([seed % 2**64, 1], dtype=np.uint64)
+    counter = np.array([0, image % 2**64, epoch % 2**64, 0], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return ((words >> np.uint64(11)) * 2.0**-53).tolist()

@@ -1,0 +1,283 @@
+"""The recipe of a benchmark of prompt methods on CLIP: which methods, on which datasets, with which seeds."""
+
+from __future__ import annotations
+
+import inspect
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.clip.datasets import DATASETS, Dataset
+from pipeline.clip.few_shot import Fewer
+from pipeline.clip.methods import METHODS
+from pipeline.clip.methods.base import TEMPLATE
+from pipeline.clip.regularisers import TEMPLATES
+from pipeline.clip.text import MARK
+from pipeline.config import FileRecipe, Name, Section, TrackingConfig, locate
+from pipeline.errors import UserError, nearest
+from pipeline.recipe_errors import sentence
+
+KIND = "clip"  # what a recipe file says in its field `kind`
+Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
+
+
+class DatasetConfig(Section):
+    """One dataset: a published one by its name alone, or any other with its folder and layout."""
+
+    name: Name = Field(description="name of a published dataset, or of one of your own")
+    layout: Literal["split_zhou", "aircraft", "imagenet", "class_folders", "csv"] | None = Field(
+        None, description="how the folder is organised; null: as published"
+    )
+    folder: str | None = Field(None, description="the dataset's folder under the root")
+    images: str = Field(".", description="the folder of the images in it")
+    split: str | None = Field(None, description="name of the split file (split_zhou) or of the CSV file")
+    template: str | None = Field(None, description="what a text says, with {} for the class name")
+
+    @model_validator(mode="after")
+    def _known_or_complete(self) -> DatasetConfig:
+        if self.template is not None and MARK not in self.template:
+            raise ValueError(f"the template '{self.template}' needs {MARK} where the class name goes")
+        if self.layout is None and self.name not in DATASETS:
+            raise ValueError(
+                f"'{self.name}' is none of the published datasets ({', '.join(DATASETS)}); give its layout and folder."
+                + nearest(self.name, DATASETS)
+            )
+        if self.layout in ("split_zhou", "csv") and self.split is None:
+            raise ValueError(f"dataset '{self.name}' of layout {self.layout} needs the name of its file in split")
+        return self
+
+    @property
+    def description(self) -> Dataset:
+        """The dataset as it is described, the published one with what the recipe changes."""
+        if self.layout is None:
+            known = DATASETS[self.name]
+            return known if self.template is None else Dataset(**{**known.__dict__, "template": self.template})
+        folder = self.folder or self.name
+        return Dataset(
+            self.name, 0, folder, self.images, 0, 0, 0, "", self.template or TEMPLATE, self.split, self.layout
+        )
+
+
+class ClipDataConfig(Section):
+    """Where images come from, which of them are learned from, and what is asked."""
+
+    source: Literal["folders", "generated"] = Field(
+        "folders", description="folders: read root as it is; generated: draw coloured shapes there first"
+    )
+    root: str = Field(description="folder that holds one folder per dataset")
+    prepared: str = Field("data/{name}", description="folder of the shards: <prepared>/<dataset>/<split>/")
+    datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="what is trained on, each by itself")
+    protocol: Protocol = Field(
+        "base_to_new",
+        description="base_to_new: train on the first half of the classes, evaluate both halves; all_classes: both on "
+        "all; cross_dataset: train on all classes, evaluate also on the targets",
+    )
+    targets: tuple[DatasetConfig, ...] = Field((), description="datasets of cross_dataset that are only evaluated")
+    shots: int | None = Field(16, ge=1, description="training images per class; null: all")
+    fewer: Fewer = Field("refuse", description="all: a class with fewer images than shots gives what it has")
+    shard_samples: int = Field(1000, ge=1, description="samples per shard")
+    workers: int = Field(2, ge=1, description="threads that decode images while preparing")
+    skip_bad: int = Field(0, ge=0, description="leave out up to so many missing or damaged test images")
+    prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
+    seed: int = Field(0, ge=0, description="seed of the generator; the seeds of the runs do not change the data")
+
+    @field_validator("datasets", "targets", mode="before")
+    @classmethod
+    def _names_alone(cls, entries: Any) -> Any:
+        if not isinstance(entries, list | tuple):
+            return entries
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @model_validator(mode="after")
+    def _each_once_and_targets_where_they_belong(self) -> ClipDataConfig:
+        names = [entry.name for entry in (*self.datasets, *self.targets)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected every dataset once, and {', '.join(twice)} stands there more often")
+        if bool(self.targets) != (self.protocol == "cross_dataset"):
+            raise ValueError("targets belong to the protocol cross_dataset, which needs at least one")
+        return self
+
+    def split_path(self, dataset: str, split: str) -> Path:
+        """The folder that holds one prepared split of a dataset."""
+        return Path(self.prepared) / dataset / split
+
+
+class ClipModelConfig(Section):
+    """The frozen CLIP or SigLIP."""
+
+    path: str = Field(description="Hugging Face id, or folder of a checkpoint")
+    revision: str | None = Field(None, description="commit of the Hugging Face repository")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen weights and the step")
+    text_chunk: int | None = Field(
+        None, ge=1, description="texts that go through the text tower at a time, computed again backwards; null: all"
+    )
+
+    @property
+    def location(self) -> str:
+        """What to load: see `locate`."""
+        return locate(self.path)
+
+
+class ConsistencyConfig(Section):
+    """PromptSRC's three terms (clip_prompts.md 6)."""
+
+    text: float = Field(25.0, ge=0, description="weight of the text features' distance to the frozen ones")
+    image: float = Field(10.0, ge=0, description="weight of the image features' distance")
+    logits: float = Field(1.0, ge=0, description="weight of the predictions' divergence")
+    templates: tuple[str, ...] = Field(TEMPLATES, min_length=1, description="templates of the frozen text features")
+
+
+class AverageConfig(Section):
+    """Gaussian weight averaging over epochs (clip_prompts.md 6)."""
+
+    mean: float = Field(15.0, description="epoch with the largest weight")
+    deviation: float = Field(1.0, gt=0, description="width of the bell, in epochs")
+
+
+class ClipTrainConfig(Section):
+    """Optimisation, as the published runs count it: SGD, rates per epoch, whole batches only."""
+
+    epochs: int = Field(5, ge=1, description="passes over the few-shot images, warm-up included")
+    global_batch: int = Field(4, ge=1, description="images per optimizer step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="images per rank and forward; null: no accumulation")
+    lr: float = Field(0.0035, gt=0, description="learning rate after the warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="SGD's weight decay, on all that is learned")
+    warmup_epochs: int = Field(1, ge=0, description="epochs with the rate 1e-5")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    augment: Literal["crop_flip", "none"] = Field(
+        "crop_flip", description="crop_flip: random resized crop and flip; none: as in evaluation"
+    )
+    cache_images: bool = Field(
+        True, description="keep image features of methods that leave images alone, where augment is none"
+    )
+    log_every: int = Field(10, ge=1, description="steps between two log lines")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+    deepspeed: str = Field("ds_configs/zero2.json", description="DeepSpeed file; batch, precision, clipping stay here")
+    processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
+
+
+# Fields that belong to the whole benchmark: the ranks are there before any method is.
+_OF_ALL_METHODS = ("deepspeed", "processes")
+
+
+class ClipMethodConfig(Section):
+    """One row of the benchmark: a method, its options, and where its training differs from the others'."""
+
+    name: Name = Field(description="the row's name in tables and folders")
+    method: str | None = Field(None, description="the method, where the row is named otherwise")
+    options: dict[str, Any] = Field({}, description="options of the method, such as length or depth")
+    per_class: bool = Field(False, description="true: coop learns a context for each class")
+    consistency: ConsistencyConfig | None = Field(None, description="keep near the frozen model (PromptSRC)")
+    knowledge: float = Field(8.0, ge=0, description="kgcoop: weight of the distance to the hand-written texts")
+    average: AverageConfig | None = Field(None, description="average the prompts over the epochs")
+    train: dict[str, Any] = Field({}, description="fields of train that are other for this method")
+
+    @property
+    def kind(self) -> str:
+        """The method's own name."""
+        return self.method or self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, entry: Any) -> Any:
+        return {"name": entry} if isinstance(entry, str) else entry
+
+    @model_validator(mode="after")
+    def _options_of_the_method(self) -> ClipMethodConfig:
+        if self.kind not in METHODS:
+            raise ValueError(f"there is no method '{self.kind}'; expected one of {', '.join(METHODS)}."
+                             + nearest(self.kind, METHODS))  # fmt: skip
+        known = [option for option in inspect.signature(METHODS[self.kind]).parameters if option != "sizes"]
+        for option in self.options:
+            if option not in known or option == "classes":
+                raise ValueError(
+                    f"the method {self.kind} has no option '{option}'; it has "
+                    f"{', '.join(name for name in known if name != 'classes') or 'none'}.{nearest(option, known)}"
+                )
+        if self.per_class and self.kind != "coop":
+            raise ValueError(f"per_class belongs to coop; {self.kind} learns one context for all classes")
+        if self.kind == "zero_shot" and (self.consistency or self.average):
+            raise ValueError("zero_shot learns nothing that could be regularised or averaged")
+        return self
+
+
+class ClipRecipe(FileRecipe):
+    """A benchmark: every method on every dataset with every seed."""
+
+    kind: Literal["clip"] = Field(description="what tells this recipe from one of a task sequence")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (1, 2, 3), min_length=1, description="each draws its own few shots, initial prompts and sample order"
+    )
+    run_dir: str = Field("runs/{name}", description="folder; {name} is filled in")
+    data: ClipDataConfig
+    model: ClipModelConfig
+    methods: tuple[ClipMethodConfig, ...] = Field(min_length=1, description="the rows of the benchmark, in this order")
+    train: ClipTrainConfig = ClipTrainConfig()
+    evaluate_batch: int = Field(100, ge=1, description="images per forward pass in evaluation, per rank")
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_protocol(self) -> ClipRecipe:
+        names = [method.name for method in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"expected every method once, and {', '.join(twice)} stands there more often; give the second one "
+                "another name and its method in `method`"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"expected every seed once, and found {', '.join(map(str, self.seeds))}")
+        for method in self.methods:
+            if method.per_class and self.data.protocol != "all_classes":
+                raise ValueError(
+                    f"{method.name} learns a context for each class, which the other classes of {self.data.protocol} "
+                    "have none of; set data.protocol to all_classes, or per_class to false"
+                )
+            self.train_of(method)
+        return self
+
+    @field_validator("run_dir")
+    @classmethod
+    def _known_placeholders(cls, run_dir: str) -> str:
+        used = {field for _, field, _, _ in string.Formatter().parse(run_dir) if field is not None}
+        if used - {"name"}:
+            raise ValueError("expected a path in which only {name} is filled in")
+        return run_dir
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of this run."""
+        return Path(self.run_dir.format(name=self.name))
+
+    def train_of(self, method: ClipMethodConfig) -> ClipTrainConfig:
+        """How one method is trained; ValueError for a field that train does not have."""
+        for field in method.train:
+            if field not in ClipTrainConfig.model_fields or field in _OF_ALL_METHODS:
+                fields = [name for name in ClipTrainConfig.model_fields if name not in _OF_ALL_METHODS]
+                raise ValueError(
+                    f"methods.{method.name}.train has no field '{field}'; it may set {', '.join(fields)}."
+                    + nearest(field, fields)
+                )
+        try:
+            return ClipTrainConfig.model_validate({**self.train.model_dump(), **method.train})
+        except ValidationError as error:
+            raise ValueError(f"methods.{method.name}.train: {sentence(error, ClipTrainConfig)}") from None
+
+
+def clip_recipe(fields: dict[str, Any], called: str) -> ClipRecipe:
+    """The recipe of these fields; UserError, one sentence naming each field in question."""
+    try:
+        return ClipRecipe.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"recipe '{called}': {sentence(error, ClipRecipe)}") from error
+
+
+def datasets_of(recipe: ClipRecipe) -> Iterable[tuple[DatasetConfig, bool]]:
+    """Every dataset of a recipe with whether it is trained on."""
+    yield from ((entry, True) for entry in recipe.data.datasets)
+    yield from ((entry, False) for entry in recipe.data.targets)

@@ -1,0 +1,123 @@
+"""A benchmark's page: accuracies by method and dataset, every seed's row, accuracy by class, losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.clip.results import results_table
+from pipeline.errors import UserError
+from pipeline.files import replacing
+from pipeline.run_folder import read_lines
+
+RESULTS = "results.json"
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The content of a run's results.json; UserError when it is missing or damaged."""
+    path = run / RESULTS
+    if not path.is_file():
+        raise UserError(f"{run} has no {RESULTS} yet; evaluate it first with `python -m pipeline evaluate {run}`.")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        content["lines"], content["units"], content["averages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); evaluate the run again.") from None
+    return content
+
+
+def write_benchmark_report(run: Path) -> Path:
+    """Write report.html into the run folder and return its path; works on a run in progress."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    content = read_results(run)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"spread": _spread, "number": _number}
+    html = environment.get_template("clip_report.html.j2").render(
+        name=run.resolve().name,
+        state=_state(run),
+        content=content,
+        groups=list(dict.fromkeys(group for line in content["lines"] for group in line["groups"])),
+        classes=_by_class(run, content),
+        losses=_losses(run, content),
+    )
+    page = run / "report.html"
+    with replacing(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return page
+
+
+def terminal_results(run: Path) -> Any:
+    """The table of a run for the terminal."""
+    return results_table(run.resolve().name, read_results(run))
+
+
+def _state(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def _by_class(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each dataset and group: the classes and each method's accuracy, over all seeds."""
+    names = _class_names(run)
+    tables: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
+    for unit in content["units"]:
+        for group, counts in unit["groups"].items():
+            methods = tables.setdefault((unit["dataset"], group), {})
+            sums = methods.get(unit["method"], [(0, 0)] * len(counts["total"]))
+            pairs = zip(counts["right"], counts["total"], strict=True)
+            methods[unit["method"]] = [(a + r, b + t) for (a, b), (r, t) in zip(sums, pairs, strict=True)]
+    found = []
+    for (dataset, group), methods in tables.items():
+        count = len(next(iter(methods.values())))
+        rows = [
+            {"name": name, "values": [100 * m[k][0] / m[k][1] if m[k][1] else None for m in methods.values()]}
+            for k, name in enumerate(_named(names, dataset, group, count))
+        ]
+        found.append({"dataset": dataset, "group": group, "methods": list(methods), "rows": rows})
+    return found
+
+
+def _class_names(run: Path) -> dict[str, list[str]]:
+    """The class names of each prepared dataset, as far as the data is here."""
+    import yaml
+
+    names = {}
+    path = run / "config.yaml"
+    data = (yaml.safe_load(path.read_text("utf-8")) or {}).get("data", {}) if path.is_file() else {}
+    for file in Path(str(data.get("prepared", ""))).glob("*/classes.json"):
+        names[file.parent.name] = list(json.loads(file.read_text("utf-8"))["names"])
+    return names
+
+
+def _named(names: dict[str, list[str]], dataset: str, group: str, count: int) -> list[str]:
+    known = names.get(group) or names.get(dataset) or []
+    chosen = {"base": known[:count], "new": known[-count:]}.get(group, known)
+    return chosen if len(chosen) == count else [str(number) for number in range(count)]
+
+
+def _losses(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """First and last logged loss of each trained unit."""
+    found = []
+    for unit in content["units"]:
+        label = f"{unit['method']}-{unit['dataset']}-s{unit['seed']}"
+        logged = list(read_lines(run / "units" / label / "metrics.jsonl"))
+        if logged:
+            first, last = logged[0], logged[-1]
+            found.append({"label": label, "steps": last["step"], "first": first["loss"], "last": last["loss"]})
+    return found
+
+
+def _spread(spread: dict[str, Any] | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['mean']:.2f}" + (f" ± {spread['deviation']:.2f}" if spread["deviation"] is not None else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

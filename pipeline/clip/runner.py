@@ -1,0 +1,299 @@
+"""A benchmark: every method on every dataset with every seed; a restart goes on at the first unit that is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.checkpoint import check_stage, claim_run, write_json
+from pipeline.clip.averaging import WeightAverage
+from pipeline.clip.backbone import backbone_folder, load_backbone
+from pipeline.clip.checkpoint import load_prompts, save_prompts, unfinished
+from pipeline.clip.engine import ClipEngine
+from pipeline.clip.evaluate import TestImages, evaluate_group
+from pipeline.clip.few_shot_batches import FewShotBatches, FewShotImages
+from pipeline.clip.images import Pixels
+from pipeline.clip.methods import PromptLearner
+from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.prepared import PreparedDataset
+from pipeline.clip.protocol import epoch_rates, small_set_warning
+from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.results import UnitResult, results_json
+from pipeline.clip.tracking import make_benchmark_tracker
+from pipeline.clip.unit import Unit, learner_of, regularisers_of, units_of
+from pipeline.config import TrainConfig
+from pipeline.distributed import World, agree, init_world, on_main, together
+from pipeline.errors import Interrupted
+from pipeline.provenance import package_versions
+from pipeline.stopping import StopFlag, stop_on_signals
+from pipeline.terminal import log_to_terminal
+from pipeline.tracking import Tracker
+from pipeline.train import train_stage
+
+log = logging.getLogger("pipeline.clip")
+RESULT, RESULTS = "result.json", "results.json"
+
+
+def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
+    """Train and evaluate what is not done yet; returns the content of results.json and the run's folder.
+
+    Raises UserError for wrong input, DivergedError for a loss that is not finite, Interrupted when a signal asked to
+    stop.
+    """
+    log_to_terminal()
+    with stop_on_signals() as stop:
+        return Benchmark(recipe, init_world(), stop).run(train, evaluate)
+
+
+class Benchmark:
+    """One run in progress."""
+
+    def __init__(self, recipe: ClipRecipe, world: World, stop: StopFlag) -> None:
+        self.recipe, self.world, self.stop = recipe, world, stop
+        self.path = on_main(world, lambda: claim_run(recipe))
+        self.units = units_of(recipe)
+        names = [entry.name for entry, _ in datasets_of(recipe)]
+        self.data = together(lambda: {n: PreparedDataset(Path(recipe.data.prepared) / n) for n in names})
+        model = recipe.model
+        dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+        # Every rank holds a whole backbone: for evaluation, and for what is computed once of the frozen model.
+        backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
+        self.backbone = backbone.to(world.device)
+        self.words = self.backbone.words(tokenizer)
+        self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
+        self.fingerprint = on_main(world, lambda: base_fingerprint(cast(Any, model)))
+        self.tests = {n: TestImages(d.test, self.pixels, world, recipe.evaluate_batch) for n, d in self.data.items()}
+        self.tracker: Tracker
+        self.results: list[UnitResult] = []
+        self.seconds = 0.0
+        self._engine: tuple[tuple[Any, ...], ClipEngine] | None = None
+
+    def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
+        """All units in order; see `run_benchmark`."""
+        state = self._read_state()
+        self.tracker = together(lambda: make_benchmark_tracker(self.recipe, self.path, self.world.rank))
+        began = time.perf_counter()
+        content: dict[str, Any] = {}
+        missing = 0
+        try:
+            with self.tracker.sequence(state):
+                for index, unit in enumerate(self.units):
+                    self._write_state("running", index, state)
+                    missing += not self._unit(index, unit, train, evaluate)
+                    if evaluate:
+                        content = self._write_results()
+                if evaluate:
+                    self._finish(content)
+                self.seconds = round(time.perf_counter() - began, 1)
+                done = "stopped" if missing else "done" if evaluate else "trained"
+                self._write_state(done, len(self.units) - missing, state)
+        except Interrupted:
+            self._write_state("stopped", None, state)
+            raise
+        except BaseException:
+            self._write_state("failed", None, state)
+            raise
+        return {"run": str(self.path), "units": len(self.units) - missing, **content}
+
+    # ------------------------------------------------------------------ one unit
+
+    def _unit(self, index: int, unit: Unit, train: bool, evaluate: bool) -> bool:
+        """Train and evaluate a unit as far as it is not done; False when it still has to be trained."""
+        if agree(self.stop.requested, self.world.device):
+            raise Interrupted("Stopped by a signal. Finished units are kept; run the same command again to go on.")
+        values = self._restore(unit) if unit.learns else {}
+        result = self._read_result(unit) if values is not None else None
+        if result is not None:
+            log.info("%s: finished earlier", unit.label)
+            self.results.append(result)
+            return True
+        if values is None and not train:
+            return False
+        if values is not None and not evaluate:
+            return True
+        with self.tracker.stage(index, unit.label):
+            self.tracker.params({"method": unit.method.kind, "dataset": unit.dataset.name, "seed": unit.seed})
+            if values is None:
+                values = self._train(unit)
+            if evaluate:
+                self._evaluate(unit, values)
+        return True
+
+    def _restore(self, unit: Unit) -> dict[str, Tensor] | None:
+        folder = unit.folder(self.path)
+        learned = together(lambda: load_prompts(folder))
+        if learned is None:
+            return None
+        data = self.data[unit.dataset.name]
+        expected = {"base_model": self.fingerprint, "data": together(lambda: data.identity(unit.seed, unit.group))}
+        together(lambda: check_stage(folder, learned.meta, expected))
+        return learned.values
+
+    def _train(self, unit: Unit) -> dict[str, Tensor]:
+        """Train one unit, save its prompts and return them."""
+        recipe, world, train = self.recipe, self.world, self.recipe.train_of(unit.method)
+        data, began = self.data[unit.dataset.name], time.perf_counter()
+        assert data.train is not None
+        group = together(lambda: data.few_shots(unit.seed, unit.group))
+        warning = small_set_warning(len(group.rows), train.global_batch, train.epochs)
+        if warning:
+            log.warning("%s: %s", unit.label, warning)
+        learner = self._learner(unit, len(group.names))
+        engine = self._get_engine(unit, learner, group.names)
+        images = FewShotImages(data.train, group, self.pixels, unit.seed, train.augment == "crop_flip")
+        if train.cache_images and not images.augment and not learner.changes_images and not engine.module.regularisers:
+            images.features = self._features(images, learner)
+        batches = FewShotBatches(images, train, engine.micro_batch, engine.accumulation, world.rank, world.size)
+        engine.module.learner.template = learner.template
+        engine.module.regularisers = tuple(regularisers_of(unit.method, self._template(unit.dataset.name)))
+        engine.module.set_classes(group.names, self.backbone)
+        average = unit.method.average
+        averaging = WeightAverage(train.epochs, average.mean, average.deviation) if average else None
+        values = {name: value.detach().clone() for name, value in learner.named_parameters()}
+        engine.start_unit(values, batches.steps_per_epoch, averaging)
+        rates = epoch_rates(train.lr, train.epochs, train.warmup_epochs)
+        folder = unit.folder(self.path)
+        work = on_main(world, lambda: unfinished(folder))
+        log.info("%s: %d images of %d classes, %d steps", unit.label, len(images), len(group.names), batches.steps)
+        loop = TrainConfig(lr_prompt=train.lr, lr_head=train.lr, log_every=train.log_every, workers=train.workers)
+        history = train_stage(
+            engine, batches, loop, world, work, self.stop,
+            lambda p: self.tracker.metrics(p.numbers(), p.step),
+            lambda step: rates[step // batches.steps_per_epoch] / train.lr,
+        )  # fmt: skip
+        values = engine.learned()
+        meta = {
+            "method": unit.method.kind, "options": unit.options(len(group.names)), "template": learner.template,
+            "row": unit.method.name, "dataset": unit.dataset.name, "seed": unit.seed, "group": unit.group,
+            "classes": list(group.names), "model": recipe.model.path, "base_model": self.fingerprint,
+            "data": data.identity(unit.seed, unit.group), "images": len(images), "steps": batches.steps,
+            "trained": sum(value.numel() for value in values.values()), "loss": history[-1].loss,
+            "world_size": world.size, "seconds": round(time.perf_counter() - began, 1), "versions": package_versions(),
+        }  # fmt: skip
+        on_main(world, lambda: save_prompts(folder, values, meta))
+        self.tracker.stage_model(folder, unit.label, {"loss": history[-1].loss})
+        return values
+
+    def _evaluate(self, unit: Unit, values: dict[str, Tensor]) -> None:
+        """Score a unit on every group of its protocol and keep the counts."""
+        data = self.data[unit.dataset.name]
+        wanted = [(name, self.data[dataset], dataset, part) for name, dataset, part in unit.groups]
+        groups = together(lambda: [(name, d.test_images(part), dataset) for name, d, dataset, part in wanted])
+        learner = self._learner(unit, len(data.classes.names))
+        learner.load_state_dict(values)
+        module = PromptedCLIP(
+            self.backbone, learner.to(self.world.device), self.words, groups[0][1].names,
+            text_chunk=self.recipe.model.text_chunk,
+        )  # fmt: skip
+        counts = {}
+        for name, group, dataset in groups:
+            if unit.method.kind == "zero_shot":  # its words are the dataset's own
+                learner.template = self._template(dataset)
+            counts[name] = evaluate_group(module, self.tests[dataset], group)
+        result = UnitResult(unit.method.name, unit.dataset.name, unit.seed, counts)
+        self.results.append(result)
+        named = {f"accuracy.{name}": 100 * found.accuracy for name, found in counts.items()}
+        log.info("%s: %s", unit.label, ", ".join(f"{n.partition('.')[2]} {a:.1f}" for n, a in named.items()))
+        self.tracker.metrics(named, 0)
+        self.tracker.model_metrics(unit.label, named, 0)
+        if self.world.main:
+            write_json(unit.folder(self.path) / RESULT, result.to_json())
+
+    def _template(self, dataset: str) -> str:
+        """What a text about a dataset says."""
+        return next(entry.description.template for entry, _ in datasets_of(self.recipe) if entry.name == dataset)
+
+    def _learner(self, unit: Unit, classes: int) -> PromptLearner:
+        """A fresh learner, the same on every rank."""
+        return together(lambda: learner_of(unit, self.backbone, self.words, classes))
+
+    def _features(self, images: FewShotImages, learner: PromptLearner) -> Tensor:
+        """Features [N, J] of images that no prompt changes."""
+        batch, found = self.recipe.evaluate_batch, []
+        with torch.no_grad():
+            for start in range(0, len(images), batch):
+                numbers = range(start, min(start + batch, len(images)))
+                pixels = torch.stack([images.image(index, 0) for index in numbers]).to(self.world.device)
+                found.append(self.backbone.image(pixels, learner.schedule, {}).cpu())
+        return torch.cat(found)
+
+    def _get_engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
+        """The engine of the unit's method; a new one where trainables have other shapes."""
+        train = self.recipe.train_of(unit.method)
+        shapes = unit.method.name, tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())
+        if self._engine is None or self._engine[0] != shapes:
+            self._engine = None
+            sharded = ClipEngine.shards_parameters(train)
+            module = PromptedCLIP(
+                copy.deepcopy(self.backbone) if sharded else self.backbone, copy.deepcopy(learner), self.words, names,
+                regularisers_of(unit.method, self._template(unit.dataset.name)), self.recipe.model.text_chunk,
+            )  # fmt: skip
+            self._engine = shapes, ClipEngine(module, train, self.recipe.model.dtype, self.world)
+        return self._engine[1]
+
+    # ------------------------------------------------------------------ results and state
+
+    def _read_result(self, unit: Unit) -> UnitResult | None:
+        def read() -> UnitResult | None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return UnitResult.from_json(json.loads((unit.folder(self.path) / RESULT).read_text("utf-8")))
+            return None
+
+        return on_main(self.world, read)
+
+    def _write_results(self) -> dict[str, Any]:
+        content = results_json(self.recipe.data.protocol, self.results)
+        if self.world.main:
+            write_json(self.path / RESULTS, content)
+        return content
+
+    def _finish(self, content: dict[str, Any]) -> None:
+        """Tell the tracker the means and draw the report; a run is worth keeping even if its page cannot be drawn."""
+        for line in content.get("lines", []):
+            numbers = {f"{line['method']}.{line['dataset']}.{g}": s["mean"] for g, s in line["groups"].items()}
+            if line["harmonic"] is not None:
+                numbers[f"{line['method']}.{line['dataset']}.harmonic"] = line["harmonic"]
+            self.tracker.metrics(numbers, 0)
+        if not self.world.main:
+            return
+        from pipeline.clip.report import write_benchmark_report
+
+        try:
+            page = write_benchmark_report(self.path)
+        except Exception as error:
+            log.warning("The report of %s could not be drawn (%s); the run itself is whole.", self.path, error)
+            return
+        for path in (page, self.path / RESULTS):
+            self.tracker.artifact(path)
+
+    def _read_state(self) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads((self.path / "run.json").read_text("utf-8"))
+            return {}
+
+        return on_main(self.world, read)
+
+    def _write_state(self, status: str, done: int | None, previous: dict[str, Any]) -> None:
+        if not self.world.main:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        previous.setdefault("started", now)
+        previous["done"] = previous.get("done", 0) if done is None else done
+        write_json(self.path / "run.json", {
+            "kind": "clip", "recipe": self.recipe.name, "status": status, "seeds": list(self.recipe.seeds),
+            "units": [unit.label for unit in self.units], "units_done": previous["done"],
+            "started": previous["started"], "updated": now, "world_size": self.world.size,
+            "mlflow": self.tracker.run_ids(), "versions": package_versions(), "timing": {"total_s": self.seconds},
+        })  # fmt: skip
