@@ -258,19 +258,10 @@ class TrackingConfig(Section):
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
 
 
-class Recipe(Section):
-    """A runnable thing: data, model, method and training, with one seed."""
+class FileRecipe(Section):
+    """What every kind of recipe has: a name that fills in the folder of its data, and a file it is written to."""
 
     name: Name = Field(description="name of the recipe")
-    seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
-    run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
-    data: DataConfig
-    model: ModelConfig
-    keys: KeysConfig
-    method: MethodConfig = MethodConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -282,6 +273,31 @@ class Recipe(Section):
                 filled = prepared.replace("{name}", fields["name"])
                 fields = {**fields, "data": {**fields["data"], "prepared": filled}}
         return fields
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of the run."""
+        raise NotImplementedError
+
+    def dump_yaml(self, path: Path) -> None:
+        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was."""
+        with replacing(path) as temporary:
+            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
+
+
+class Recipe(FileRecipe):
+    """A runnable thing: data, model, method and training, with one seed."""
+
+    seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
+    run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
+    data: DataConfig
+    model: ModelConfig
+    keys: KeysConfig
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _gradients_reach_the_projector(self) -> Recipe:
@@ -374,7 +390,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
-    config = with_node_size(deepspeed_file(recipe.train.deepspeed), world_size)
+    config = deepspeed_file(recipe.train.deepspeed)
     micro, steps = accumulation(recipe, world_size)
     return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
 
@@ -398,8 +414,8 @@ def deepspeed_file(name: str) -> dict[str, Any]:
     if not path.is_file():
         shipped = sorted(f"ds_configs/{found.name}" for found in (PROJECT / "ds_configs").glob("*.json"))
         raise UserError(
-            f"train.deepspeed: no file '{recipe.train.deepspeed}'; expected one of {', '.join(shipped)} or your own."
-            + nearest(recipe.train.deepspeed, shipped)
+            f"train.deepspeed: no file '{name}'; expected one of {', '.join(shipped)} or your own."
+            + nearest(name, shipped)
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -410,17 +426,7 @@ def deepspeed_file(name: str) -> dict[str, Any]:
     for key, field in RECIPE_OWNS.items():
         if key in config:
             raise UserError(f"'{path}' sets {key}, which belongs to the recipe; remove it there and set {field}.")
-    micro, steps = accumulation(recipe, world_size)
-    return {
-        **config,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": steps,
-        "gradient_clipping": recipe.train.clip or 0.0,
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
-        # We hand DeepSpeed a plain torch AdamW; with so few trainables its own CPU Adam would gain nothing.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    return config
 
 
 def _divisors(number: int) -> list[int]:
