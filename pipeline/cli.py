@@ -15,8 +15,18 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import launch
+from pipeline.cli_use import add_verbs
 from pipeline.config import Recipe, accumulation, load_recipe, load_run, recipe_kind, run_kind
-from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+from pipeline.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    UNWRITABLE,
+    Interrupted,
+    UserError,
+    unwritable,
+)
 
 Result = dict[str, Any]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
@@ -47,6 +57,8 @@ class Verbs(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                _finish(launch.Outcome(EXIT_FAILURE, unwritable(error)))
             if "typer" in type(error).__module__ or "click" in type(error).__module__:
                 raise  # its own usage errors, which it shows itself
             traceback.print_exc()
@@ -205,6 +217,9 @@ def export(
     from pipeline.adapter import export as export_run
 
     _show(export_run(run, target), as_json)
+
+
+add_verbs(app, lambda result, as_json: _show(result, as_json))
 
 
 def main() -> None:

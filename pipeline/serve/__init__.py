@@ -1,0 +1,1 @@
+"""A pool behind an endpoint that speaks the OpenAI chat protocol."""

@@ -1,0 +1,42 @@
+"""Counters of the service in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+PREFIX = "pipeline_serve_"
+
+
+class Metrics:
+    """Requests by status, how long they took, which sets answered; used by the event loop alone."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[int] = Counter()
+        self.sets: Counter[str] = Counter()
+        self._buckets: Counter[float] = Counter()
+        self._seconds = 0.0
+
+    def finished(self, status: int, seconds: float) -> None:
+        """Count a chat request that was replied to with this status."""
+        self.requests[status] += 1
+        self._seconds += seconds
+        for bound in BOUNDS_S:
+            self._buckets[bound] += seconds <= bound
+
+    def text(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> str:
+        """All of it, with the numbers of the worker."""
+        lines = []
+        for kind, values in (("gauge", gauges), ("counter", counters)):
+            for name, value in values.items():
+                lines += [f"# TYPE {PREFIX}{name} {kind}", f"{PREFIX}{name} {value:g}"]
+        lines.append(f"# TYPE {PREFIX}requests_total counter")
+        lines += [f'{PREFIX}requests_total{{status="{status}"}} {n}' for status, n in sorted(self.requests.items())]
+        lines.append(f"# TYPE {PREFIX}answers_by_set_total counter")
+        lines += [f'{PREFIX}answers_by_set_total{{set="{name}"}} {n}' for name, n in sorted(self.sets.items())]
+        name, total = f"{PREFIX}request_seconds", self.requests.total()
+        lines.append(f"# TYPE {name} histogram")
+        lines += [f'{name}_bucket{{le="{bound:g}"}} {self._buckets[bound]}' for bound in BOUNDS_S]
+        lines += [f'{name}_bucket{{le="+Inf"}} {total}', f"{name}_sum {self._seconds:.6f}", f"{name}_count {total}"]
+        return "\n".join(lines) + "\n"

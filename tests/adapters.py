@@ -1,0 +1,71 @@
+"""Adapters on tiny random models, made without training: every set is found by the picture and question of its task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.adapter import FORMAT_VERSION, Adapter, Meta, write_adapter
+from pipeline.answering import Question
+from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.config import KeysConfig, MethodConfig, ModelConfig
+from pipeline.data.sample import decode_image
+from pipeline.prompts.pool import PromptPool
+from tests import tiny, tiny_clip
+
+LENGTH = 3  # vectors per set
+COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 10))
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders of the frozen models."""
+
+    llava: Path
+    clip: Path
+
+
+def save_models(folder: Path) -> Models:
+    """Write a tiny LLaVA and a tiny CLIP."""
+    return Models(tiny.save_llava(folder / "llava", tied=True), tiny_clip.save_clip(folder / "clip"))
+
+
+def question(number: int, variant: int = 0, with_image: bool = True) -> Question:
+    """A question of task `number`; variants differ in length."""
+    image = tiny.png(COLOURS[number]) if with_image else None
+    return Question(f"task {'abcd'[number] * 6} asks{'?' * (1 + variant)}", image)
+
+
+def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1, 2), **method: Any) -> Path:
+    """Write an adapter with the sets of these tasks, named T0, T1, ...; a set is the same in every adapter."""
+    model, clip = ModelConfig(path=str(models.llava), max_length=256), KeysConfig(path=str(models.clip))
+    encoder = KeyEncoder(*clip.source)
+    pool = PromptPool()
+    for number in numbers:
+        asked = question(number)
+        assert asked.image is not None
+        keys = (encoder.image([decode_image(asked.image)]), encoder.text([asked.text]))
+        prototype = sum(torch.nn.functional.normalize(key, dim=-1) for key in keys)
+        assert isinstance(prototype, torch.Tensor)
+        generator = torch.Generator().manual_seed(number)
+        pool.append(f"T{number}", torch.randn(LENGTH, tiny.HIDDEN, generator=generator), prototype[0])
+    meta = Meta(
+        format=FORMAT_VERSION,
+        sets=pool.names,
+        tasks=pool.names,
+        recipe="tiny",
+        method=MethodConfig(**{"prompt_length": LENGTH, "k": 2, "gate": 0.001, **method}),
+        model=model,
+        clip=clip,
+        base_model=base_fingerprint(model),
+        keys=key_identity(*clip.source),
+        max_new_tokens=6,
+        scores={name: 50.0 for name in pool.names},
+        metrics={"last": 50.0},
+    )
+    write_adapter(Adapter(meta, pool), folder)
+    return folder

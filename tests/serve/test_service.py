@@ -1,0 +1,133 @@
+"""The service's parts in this process: batches that change at every token, the queue, slow bodies, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.answering import Answerer
+from pipeline.cli import app
+from pipeline.errors import EXIT_USER
+from pipeline.serve.app import Service, Settings
+from pipeline.serve.decoder import Running, RunningBatch
+from pipeline.serve.worker import FullError, Request, Update, Worker
+from tests.adapters import question
+
+
+def test_answers_do_not_depend_on_who_joins_or_leaves_the_batch(answerer: Answerer) -> None:
+    asked = [question(n % 3, variant=n % 4, with_image=n % 5 != 4) for n in range(12)]
+    expected = [answer.text for answer in answerer.answer(asked)]
+    batch, began = RunningBatch(answerer), list[Running]()
+    while len(began) < len(asked) or batch.rows:
+        batch.step()
+        group = asked[len(began) : len(began) + 2]
+        if group:
+            new = [Running(len(began) + place, 6) for place in range(len(group))]
+            batch.join(answerer.route(group), new)
+            began += new
+        batch.drop({7})
+    assert [row.text for row in began if row.key != 7] == [text for n, text in enumerate(expected) if n != 7]
+    assert all(row.finish in ("stop", "length") for row in began if row.key != 7)
+
+
+def test_models_that_cannot_go_on_from_kept_values_are_generated_whole(answerer: Answerer) -> None:
+    batch = RunningBatch(answerer)
+    batch.whole = True
+    rows = [Running(number, longest) for number, longest in enumerate((6, 2))]
+    assert batch.join(answerer.route([question(0), question(0)]), rows) == rows
+    assert rows[0].text == answerer.answer([question(0)])[0].text
+    assert len(rows[1].tokens) <= 2 and not batch.rows
+
+
+def test_a_full_queue_is_said_and_not_waited_for(answerer: Answerer) -> None:
+    worker = Worker(answerer, batch=2, queue=1)  # not started: what is submitted waits
+    worker.submit(Request(question(0), 1, lambda update: None))
+    with pytest.raises(FullError):
+        worker.submit(Request(question(0), 1, lambda update: None))
+    status, body = asyncio.run(post(Service(worker, Settings("m")), [chat_body()]))
+    assert status == 429
+    assert "ask again" in json.loads(body)["error"]["message"]
+
+
+def test_a_body_that_does_not_arrive_in_time_is_given_up(answerer: Answerer) -> None:
+    service = Service(Worker(answerer, 2, 2), Settings("m", body_seconds=0.2))
+    status, body = asyncio.run(post(service, [b'{"model"', None]))
+    assert status == 408
+    assert "did not arrive within 0.2 seconds" in json.loads(body)["error"]["message"]
+
+
+def test_a_failing_batch_is_told_and_the_next_one_is_answered(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, updates = Worker(answerer, 2, 4), list[Update]()
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningBatch, "join", broken)
+        worker._turn([Request(question(0), 6, updates.append)])
+    assert [(update.finish, update.error) for update in updates] == [("failed", "the model failed (RuntimeError).")]
+    worker._turn([Request(question(0), 1, updates.append)])
+    assert updates[-1].finish in ("stop", "length")
+
+
+def test_stopping_tells_those_who_wait(answerer: Answerer) -> None:
+    worker, updates = Worker(answerer, 2, 4), list[Update]()
+    worker._closing = True
+    worker.submit(Request(question(0), 6, updates.append))
+    worker._run()
+    assert updates[0].error == "the server is stopping; ask again later."
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--host", "0.0.0.0"], "set PIPELINE_API_KEY"),
+        (["--host", "256.1.1.1"], "set PIPELINE_API_KEY"),
+    ],
+)
+def test_other_machines_are_not_let_in_without_a_key(adapter: Path, options: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(app, ["serve", str(adapter), *options])
+    assert done.exit_code == EXIT_USER
+    assert sentence in done.stderr
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(adapter: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = CliRunner().invoke(app, ["serve", str(adapter), "--port", str(taken.getsockname()[1])])
+    assert done.exit_code == EXIT_USER
+    assert "choose another --port" in done.stderr
+
+
+def chat_body() -> bytes:
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "what?"}]}).encode()
+
+
+async def post(service: Service, parts: list[bytes | None]) -> tuple[int, bytes]:
+    """Status and body of a chat request whose body comes in these parts; None: nothing comes any more."""
+    scope: dict[str, Any] = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "http_version": "1.1",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80), "scheme": "http", "root_path": "",
+    }  # fmt: skip
+    left, sent = list(parts), list[dict[str, Any]]()
+
+    async def receive() -> dict[str, Any]:
+        part = left.pop(0) if left else None
+        if part is None:
+            await asyncio.sleep(30)
+        return {"type": "http.request", "body": part, "more_body": bool(left)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await service.app()(scope, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
