@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import UserError, nearest
 from pipeline.files import replacing
+from pipeline.hpz import with_node_size
 from pipeline.recipe_errors import sentence
 from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
 
@@ -390,7 +391,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
-    config = deepspeed_file(recipe.train.deepspeed)
+    config = with_node_size(deepspeed_file(recipe.train.deepspeed), world_size)
     micro, steps = accumulation(recipe, world_size)
     return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
 
