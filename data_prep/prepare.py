@@ -14,7 +14,7 @@ from data_prep.keys import KnownImages, write_keys
 from data_prep.shards import discard, write_shards
 from data_prep.sources import generated
 from data_prep.sources.coin import coin_split
-from data_prep.verify import VERIFIED_FILE, is_verified, mark_verified, verify_split
+from data_prep.verify import is_verified, mark_verified, unmark, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.errors import UserError
 from pipeline.metrics.scoring import require_metrics
@@ -99,7 +99,7 @@ def _prepare_split(
 
 
 def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:
-    (folder / VERIFIED_FILE).unlink(missing_ok=True)
+    unmark(folder)
     try:
         verify_split(folder, identity)
     except UserError:

@@ -21,6 +21,7 @@ import webdataset as wds
 from PIL import Image
 
 from data_prep.bad_records import BadRecord, Tolerance
+from pipeline.data.checksums import CHECKSUMS_FILE
 from pipeline.data.sample import Sample
 from pipeline.data.shards import (
     DATASET_FILE,
@@ -70,7 +71,8 @@ def write_shards(
         progress(description["count"])
         return description, False
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DATASET_FILE).unlink(missing_ok=True)
+    for name in (DATASET_FILE, CHECKSUMS_FILE):
+        (folder / name).unlink(missing_ok=True)
     parts = _finished_parts(folder, made_from)
     count = sum(part["shard"]["samples"] for part in parts)
     for part in parts:

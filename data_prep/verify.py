@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.shards import dataset_fingerprint
+from pipeline.data.checksums import CHECKSUMS_FILE, write_checksums
 from pipeline.data.shards import (
     DATASET_FILE,
     FINGERPRINT,
     FIX,
     IDENTITY_FIELDS,
     INDEX_FILE,
+    KEYS_FILE,
     KEYS_TABLE,
     IndexedShards,
     read_index,
@@ -58,15 +60,25 @@ def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = Non
 def is_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> bool:
     """Whether this content of a split, with keys of this CLIP, has passed `verify_split` and was marked so."""
     try:
-        return json.loads((folder / VERIFIED_FILE).read_text("utf-8")) == _mark(fingerprint, identity)
+        mark = json.loads((folder / VERIFIED_FILE).read_text("utf-8"))
+        return mark == _mark(fingerprint, identity) and (folder / CHECKSUMS_FILE).is_file()
     except (OSError, ValueError):
         return False
 
 
 def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> None:
-    """Record that this content of a split has passed `verify_split`."""
+    """Record that this content of a split has passed `verify_split`, with checksums of it."""
+    shards = IndexedShards(folder)
+    records = (shards.checksum(row) for row in range(len(shards)))
+    write_checksums(folder, fingerprint, records, (INDEX_FILE, KEYS_FILE), shards.keys().identity)
     with replacing(folder / VERIFIED_FILE) as temporary:
         temporary.write_text(json.dumps(_mark(fingerprint, identity), indent=1) + "\n", "utf-8")
+
+
+def unmark(folder: Path) -> None:
+    """Forget that a split was verified, for it is about to change or to be looked at again."""
+    for name in (VERIFIED_FILE, CHECKSUMS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _mark(fingerprint: str, identity: Mapping[str, str]) -> dict[str, str]:

@@ -13,12 +13,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import FileRecipe
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256, sync_folder
+from pipeline.files import replacing, sha256, sync_folder, write_synced
 from pipeline.prompts.heads import ProjectionHead
 
 FORMAT_VERSION = 1
@@ -79,7 +79,7 @@ def save_stage(run: Path, index: int, name: str, values: dict[str, Tensor], meta
     work, final = unfinished_folder(run, index, name), stage_folder(run, index, name)
     work.mkdir(parents=True, exist_ok=True)
     tensors = {**values, "prototype": prototype_of(values)}
-    save_file({key: value.float().contiguous() for key, value in tensors.items()}, work / TENSORS)
+    write_synced(work / TENSORS, save({key: value.float().contiguous() for key, value in tensors.items()}))
     meta = {"format": FORMAT_VERSION, "task": name, "stage": index + 1, **meta, "sha256": sha256(work / TENSORS)}
     (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     (work / COMPLETE).write_text(sha256(work / META) + "\n")

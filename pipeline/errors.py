@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0
 EXIT_FAILURE = 1  # anything that is not the user's input: a bug, a full disk, a lost rank
 EXIT_USER = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
+
+
+# A disk that is full or read-only: no bug, so the user gets a sentence and no traceback.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(Exception):
@@ -25,6 +30,15 @@ class UserErrors(UserError):
 
 class Interrupted(Exception):
     """The run stopped early with its state saved; the same command resumes it."""
+
+
+def unwritable(error: OSError) -> str:
+    """The sentence for a disk that is full or read-only."""
+    place = f" '{error.filename}'" if error.filename else ""
+    return (
+        f"A file{place} could not be written ({error.strerror}). What was finished is kept; once this is mended the "
+        "same command goes on from there."
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

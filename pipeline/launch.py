@@ -94,7 +94,7 @@ def leave_outcome(outcome: Outcome) -> bool:
 def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Outcome:
     """Run `python -m <module> <arguments>` on `processes` ranks of this machine and return how it ended.
 
-    SIGINT and SIGTERM are passed on to the ranks, which have the launcher's 30 seconds to save and leave.
+    SIGINT, SIGTERM and SIGUSR1 reach the ranks as SIGTERM, which have the launcher's 30 seconds to save and leave.
     """
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         command = launcher_command([module, *arguments], processes)
@@ -107,7 +107,7 @@ def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Ou
             stopped = True
             _terminate(launcher)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             code = launcher.wait()
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
@@ -20,6 +22,7 @@ class Models:
         self.recipe, self.world, self.key_width, self.watchdog = recipe, world, key_width, watchdog
         self._engine: Engine | None = None
         self._replica: LMM | None = None
+        self._watched: WeakSet[LMM] = WeakSet()
 
     def engine(self) -> Engine:
         """The training engine, one for all stages."""
@@ -47,9 +50,8 @@ class Models:
 
     def _show_progress(self, lmm: LMM) -> LMM:
         """Let the watchdog see that answers are generated: nothing can be without looking up tokens."""
-        if not hasattr(lmm, "_watched"):
-            lmm._watched = True  # type: ignore[assignment]
-            lmm.model.get_input_embeddings().register_forward_hook(
-                lambda *_: self.watchdog.beat("generating answers", slow=True)
-            )
+        self.watchdog.beat("evaluating", slow=True)
+        if lmm not in self._watched:
+            self._watched.add(lmm)
+            lmm.model.get_input_embeddings().register_forward_hook(lambda *_: self.watchdog.progress())
         return lmm

@@ -139,11 +139,9 @@ class Sequence:
                 self._write_state(self._status(evaluate))
                 if evaluate:
                     self._report()
-        except Interrupted:
-            self._write_state("stopped")
-            raise
-        except BaseException:
-            self._write_state("failed")
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self._write_state("stopped" if isinstance(error, Interrupted) else "failed")
             raise
         return {"run": str(self.path), "method": self.method.name, "stages": len(self.pool), **result}
 

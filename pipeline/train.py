@@ -117,7 +117,7 @@ def train_stage(
     a signal stops it. Raises DivergedError or Interrupted, on all ranks.
     """
     total, history = batches.steps, []
-    loader = _steps(batches, config.workers, start)
+    loader = loaded_steps(batches, config.workers, start)
     samples, since = 0.0, time.perf_counter()
     rate = _Rate(total)
     for step in range(start, total):
@@ -169,7 +169,7 @@ def train_stage(
     return history
 
 
-def _steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
+def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
     """The micro-batches of each optimizer step from `start` on."""
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     data = cast(Dataset[Any], batches)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,7 +39,8 @@ class Watchdog:
 
     def __init__(self, world: World, limit_s: float | None) -> None:
         self.world, self.limit_s = world, limit_s
-        self._store = dist.distributed_c10d._get_default_store().clone() if limit_s and world.size > 1 else None
+        store: Any = dist.distributed_c10d._get_default_store() if limit_s and world.size > 1 else None
+        self._store = store.clone() if store else None  # a connection for each thread
         self._pause = min(5.0, (limit_s or 0.0) / POLLS)
         self._beats, self._doing, self._slow = 0, "starting", True
         self._total = 0  # progress of all ranks
@@ -66,6 +68,10 @@ class Watchdog:
     def beat(self, doing: str, slow: bool = False) -> None:
         """Tell that there was progress and what comes next; `slow` for what may take longer than a step."""
         self._doing, self._slow = doing, slow
+        self.progress()
+
+    def progress(self) -> None:
+        """Tell that there was progress in what goes on."""
         self._beats += 1
 
     # ------------------------------------------------------------------ the threads
@@ -91,8 +97,8 @@ class Watchdog:
             limit = max(self.limit_s, SLOW_S) if self._slow else self.limit_s
             # Should this thread itself be kept from running (a library that never gives the interpreter back), this
             # timer, which needs no interpreter, writes the stacks and ends the process.
-            with contextlib.suppress(ValueError, RuntimeError, AttributeError):  # no stderr to write to
-                faulthandler.dump_traceback_later(limit + 2 * GRACE_S, exit=True, file=sys.__stderr__)
+            with contextlib.suppress(ValueError, OSError):  # no stderr to write to
+                faulthandler.dump_traceback_later(limit + 2 * GRACE_S, exit=True, file=2)
             if self._total != total:
                 total, since = self._total, time.monotonic()
             elif self._hung is None and time.monotonic() - since >= limit:

@@ -23,6 +23,7 @@ import webdataset as wds
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from pipeline.data.checksums import checksum, read_checksums
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
@@ -79,6 +80,8 @@ class IndexedShards(Dataset[Sample]):
         self.fingerprint: str = self.description["fingerprint"]
         self._shards = [self.folder / shard["name"] for shard in self.description["shards"]]
         self._check_sizes()
+        self._checksums = read_checksums(self.folder, self.fingerprint)
+        self._checksums.check_table(self.folder / INDEX_FILE, FIX)
         index = read_index(self.folder, self.description)
         self.ids: list[str] = index["id"].to_pylist()
         self._shard = index["shard"].to_numpy()
@@ -94,11 +97,15 @@ class IndexedShards(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        shard = int(self._shard[index])
-        offset, size = self._image[index]
-        image = self._read(shard, offset, size) if size >= 0 else None
+        record, image = self._record(index)
+        expected = self._checksums.records
+        if expected is not None and checksum(record, image) != expected[index]:
+            raise UserError(
+                f"Sample {self.ids[index]!r} in {self._shards[self._shard[index]]} was changed since it was verified "
+                f"(its CRC-32). Remove the folder {self.folder} and run `python -m pipeline prepare RECIPE`."
+            )
         try:
-            sample = Sample.from_json(self._read(shard, *self._json[index]), image)
+            sample = Sample.from_json(record, image)
         except (ValueError, KeyError, TypeError) as error:
             raise self._wrong_content(index) from error
         if sample.id != self.ids[index]:
@@ -112,6 +119,17 @@ class IndexedShards(Dataset[Sample]):
         """Return the CLIP keys of all samples; raises UserError when they are missing, or belong to another dataset
         or (given `expected_identity`, see `pipeline.backbones.clip.key_identity`) to another CLIP."""
         return read_keys(self.folder, self.description, expected_identity)
+
+    def checksum(self, index: int) -> int:
+        """The CRC-32 of one sample's bytes as they are now."""
+        return checksum(*self._record(index))
+
+    def _record(self, index: int) -> tuple[bytes, bytes | None]:
+        """The bytes of one sample: its JSON and its image."""
+        shard = int(self._shard[index])
+        offset, size = self._image[index]
+        image = self._read(shard, offset, size) if size >= 0 else None
+        return self._read(shard, *self._json[index]), image
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -198,6 +216,9 @@ def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: M
             tensors = {name: file.get_tensor(name) for name in ("image", "text", "has_image")}
     except (SafetensorError, OSError) as error:
         raise UserError(f"The CLIP keys {path} cannot be read ({_first_line(error)}). {FIX}") from None
+    known = read_checksums(folder, description["fingerprint"])
+    if known.identity == identity:
+        known.check_table(path, FIX)
     if identity.get(FINGERPRINT) != description["fingerprint"]:
         raise UserError(f"The CLIP keys {path} were computed for another dataset. {FIX}")
     image, text, has_image = tensors["image"], tensors["text"], tensors["has_image"]

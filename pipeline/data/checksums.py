@@ -1,0 +1,73 @@
+"""Checksums of a prepared split, one per record and one per table, so that a bit that turns over on the disk is told.
+
+`checksums.safetensors` is written when a split has been verified and is only believed for the data and the CLIP it was
+made for; a split without it (prepared by an earlier version) is read unchecked.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.errors import UserError
+from pipeline.files import replacing, sha256, write_synced
+
+CHECKSUMS_FILE = "checksums.safetensors"
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What the content of a split was when it was verified; empty where nobody knows."""
+
+    records: npt.NDArray[np.uint32] | None = None  # [N] CRC-32 of each record, see `checksum`
+    tables: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the index and the keys by file name
+    identity: Mapping[str, str] = field(default_factory=dict)  # the metadata of the keys that are meant
+
+    def check_table(self, path: Path, fix: str) -> None:
+        """Raise UserError when a table is not the one that was verified."""
+        expected = self.tables.get(path.name)
+        if expected is not None and sha256(path) != expected:
+            raise UserError(f"{path} was changed since it was verified (its sha256 in {CHECKSUMS_FILE}). {fix}")
+
+
+def checksum(record: bytes, image: bytes | None) -> int:
+    """CRC-32 of a record's JSON and, behind it, its image."""
+    return zlib.crc32(image or b"", zlib.crc32(record))
+
+
+def read_checksums(folder: Path, fingerprint: str) -> Checksums:
+    """The checksums of a split with this content; empty when there are none or they are of another content."""
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        return Checksums()
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            if facts.get("fingerprint") != fingerprint:
+                return Checksums()
+            return Checksums(file.get_tensor("records"), json.loads(facts["tables"]), json.loads(facts["identity"]))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Remove it and run `python -m pipeline prepare RECIPE` to write it anew."
+        ) from None
+
+
+def write_checksums(
+    folder: Path, fingerprint: str, records: Iterable[int], tables: Iterable[str], identity: Mapping[str, str]
+) -> None:
+    """Keep the checksums of a split that was just verified; `tables` are file names in it."""
+    facts = {
+        "fingerprint": fingerprint,
+        "tables": json.dumps({name: sha256(folder / name) for name in tables}),
+        "identity": json.dumps(dict(identity)),
+    }
+    with replacing(folder / CHECKSUMS_FILE) as temporary:
+        write_synced(temporary, save({"records": np.fromiter(records, dtype=np.uint32)}, metadata=facts))

@@ -1,0 +1,102 @@
+"""Break runs in every way of the table and print what happened; `--fast` takes what is over in a minute or two."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Before torch or deepspeed is imported anywhere.
+os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
+
+from tests.faults import damage, hanging, kills, surroundings
+from tests.faults.bench import Bench, Row, bench
+
+FAST = ("kills", "asleep", "full-disk")
+
+
+def rows(kill: int, kill_ranks: int) -> dict[str, Callable[[Bench], Any]]:
+    """The faults by name; each gives a row or several."""
+    return {
+        "kills": partial(kills.killed_runs, kills=kill),
+        "kill-a-rank": partial(kills.killed_ranks, kills=kill_ranks),
+        "signals": kills.stopped_rank,
+        "asleep": hanging.sleeping_rank,
+        "diverges": hanging.diverging_rank,
+        "stopped": hanging.stopped_process,
+        "nan": surroundings.not_a_number,
+        "checkpoints": damage.damaged_checkpoints,
+        "stages": damage.damaged_stages,
+        "results": damage.damaged_results,
+        "data": damage.damaged_data,
+        "bomb": damage.image_bomb,
+        "full-disk": surroundings.full_disk,
+        "full-disk-shards": surroundings.full_disk_for_shards,
+        "full-disk-mlflow": surroundings.full_disk_for_mlflow,
+        "read-only": surroundings.read_only,
+        "clock": surroundings.jumping_clock,
+        "mlflow": surroundings.vanishing_mlflow,
+    }
+
+
+def tried(name: str, work: Callable[[Bench], Any], bench: Bench) -> Iterator[Row]:
+    """The rows of one fault; what cannot be tried here is said so, and what breaks the trial fails."""
+    try:
+        found = work(bench)
+        yield from [found] if isinstance(found, Row) else found
+    except PermissionError as error:
+        yield Row(name, f"not tried: {error}", "-", "-", True)
+    except Exception as error:
+        yield Row(name, f"the trial broke: {type(error).__name__}: {error}", "?", "?", False)
+
+
+def markdown(found: list[Row]) -> str:
+    """The table of docs/reliability.md."""
+    lines = ["| fault | what happens | lost | exit code | message |", "|---|---|---|---|---|"]
+    for row in found:
+        said = row.message.replace("|", "/")
+        cells = [row.fault, row.happens + ("" if row.passed else " **FAILED**"), row.lost, row.code, said]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Try the faults; 0 when every one behaved as documented."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=rows(0, 0), help="only these faults")
+    parser.add_argument("--fast", action="store_true", help="few kills, and only what is quick")
+    parser.add_argument("--kills", type=int, help="kills of a single rank (30; 4 with --fast)")
+    parser.add_argument("--kill-ranks", type=int, default=3, help="kills of one of two ranks")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    options = parser.parse_args()
+    chosen = options.only or (FAST if options.fast else list(rows(0, 0)))
+    found: list[Row] = []
+    with bench() as ground:
+        for name, work in rows(options.kills or (4 if options.fast else 30), options.kill_ranks).items():
+            if name not in chosen:
+                continue
+            began = time.monotonic()
+            for row in tried(name, work, ground):
+                found.append(row)
+                verdict = "ok    " if row.passed else "FAILED"
+                print(
+                    f"{verdict} {row.fault}: {row.happens}; lost: {row.lost}; code {row.code}; {row.message}",
+                    flush=True,
+                )
+            print(f"       ({name}: {time.monotonic() - began:.0f} s)", flush=True)
+    if options.markdown:
+        options.markdown.write_text(markdown(found), "utf-8")
+    failed = [row.fault for row in found if not row.passed]
+    print(f"{len(found) - len(failed)} of {len(found)} faults behave as documented", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
