@@ -1,0 +1,135 @@
+"""The command line of the benchmarks: `python -m pipeline.bench step --size small`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.bench.sizes import SIZES
+from pipeline.cli import Verbs
+from pipeline.errors import UserError, nearest
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+SizeName = Annotated[str, typer.Option("--size", help=f"Shape of the model: {', '.join(SIZES)}.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved repeats; ratios are medians over them.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+app = typer.Typer(cls=Verbs, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.callback()
+def _before() -> None:
+    """Measurements: variants of one thing in one process, on the same weights and samples, told as ratios."""
+
+
+@app.command()
+def step(
+    size: SizeName = "small",
+    samples: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4,
+    rounds: Rounds = 3,
+    variants: Annotated[str, typer.Option(help="Some of the variants, with commas between them.")] = "",
+    device: Device = "cpu",
+    dtype: Precision = "float32",
+    layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers of the language model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A training step: ours against the official implementation's and PEFT's prompt tuning."""
+    from pipeline.bench.step import VARIANTS, bench_step
+
+    chosen = tuple(filter(None, variants.split(","))) or VARIANTS
+    show(bench_step(_size(size), samples, rounds, chosen, device, dtype, layers), as_json)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    limit: Annotated[int, typer.Option(min=1, help="Test samples per task.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The whole accuracy matrix of a run, against one sample after the other."""
+    from pipeline.bench.evaluate import bench_evaluate
+
+    show(bench_evaluate(run, limit), as_json)
+
+
+@app.command()
+def tasks(
+    size: SizeName = "small",
+    few: Annotated[int, typer.Option(min=4, help="Tasks to compare with.")] = 8,
+    many: Annotated[int, typer.Option(min=4, help="Tasks that must cost no more.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per step and answer.")] = 2,
+    rounds: Rounds = 5,
+    insertion: Annotated[str, typer.Option(help="Where the sets stand in the training step.")] = "after_bos",
+    device: Device = "cpu",
+    dtype: Precision = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Training steps and answers with many tasks against few."""
+    from pipeline.bench.tasks import bench_tasks
+
+    show(bench_tasks(_size(size), few, many, samples, rounds, insertion, 12, device, dtype), as_json)
+
+
+@app.command()
+def loader(
+    folder: Annotated[Path | None, typer.Option(help="A prepared split; none: photographs of noise.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to write where no split is given.")] = 2000,
+    rounds: Rounds = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Reading by index against sequential WebDataset reading of the same shards."""
+    from pipeline.bench.loader import bench_loader
+
+    show(bench_loader(folder, samples, rounds), as_json)
+
+
+@app.command()
+def keys(
+    size: SizeName = "base",
+    samples: Annotated[int, typer.Option(min=1, help="Photographs.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """CLIP keys: the share of the time that is spent in the towers."""
+    from pipeline.bench.keys import bench_keys
+
+    show(bench_keys(_size(size), samples, batch, workers, device), as_json)
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print the variants and ratios of a result as tables, or all of it as JSON."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    for name, rows in (("", result.get("variants", {})), *((f" against {k}", v) for k, v in _against(result))):
+        if rows:
+            table = Table("ratio" + name if name else "variant", *next(iter(rows.values())))
+            for row, numbers in rows.items():
+                table.add_row(row, *map(str, numbers.values()))
+            console.print(table)
+    for name, value in result.items():
+        if name not in ("variants", "ratios"):
+            console.print(f"{name}: {value}", highlight=False)
+
+
+def _against(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    return list(result.get("ratios", {}).items())
+
+
+def _size(name: str) -> str:
+    if name not in SIZES:
+        raise UserError(f"No size '{name}'; expected one of {', '.join(SIZES)}.{nearest(name, list(SIZES))}")
+    return name
+
+
+if __name__ == "__main__":
+    app(prog_name="pipeline.bench")

@@ -1,0 +1,218 @@
+"""Time, floating-point operations and memory of a call, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+Call = Callable[[], Any]
+MIB = 1 << 20
+# Dense bfloat16 operations per second as the makers state them, for the share of them that is used.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant: medians over the rounds, exact counts of one call."""
+
+    name: str
+    seconds: float
+    samples: int
+    operations: int  # floating-point, of matrix products, convolutions and attention
+    peak_bytes: int  # most that its tensors held at once, what was there before the call included
+    rounds: tuple[float, ...]
+
+    @property
+    def operations_per_sample(self) -> float:
+        """Floating-point operations per sample."""
+        return self.operations / self.samples
+
+    def to_json(self, peak: float | None) -> dict[str, Any]:
+        """The numbers, and the share of the device's peak operations per second where that is known."""
+        numbers = {
+            "seconds": round(self.seconds, 4),
+            "samples_per_s": round(self.samples / self.seconds, 3),
+            "gflop_per_sample": round(self.operations_per_sample / 1e9, 3),
+            "peak_mib": round(self.peak_bytes / MIB, 1),
+        }
+        return numbers | ({"utilisation": round(self.operations / self.seconds / peak, 3)} if peak else {})
+
+
+def operations(call: Call) -> int:
+    """Floating-point operations of a call; the attention kernel of CPUs is counted like those of GPUs."""
+    aten = torch.ops.aten
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _of_tensors(sdpa_flop),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_tensors(sdpa_backward_flop),
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula of torch's own, which takes the kernel's tensors, in the form that its counter takes from outside."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+def peak_bytes(call: Call, before: Mapping[str, Any] | None = None, device: str = "cpu") -> int:
+    """Most bytes that tensors held at once during a call, those of `before` included.
+
+    On a CPU the storages of all results are followed; what a kernel holds inside itself is not seen. On a GPU it is
+    what the allocator says.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    with _Storages() as storages:
+        storages.add(before or {})
+        call()
+    return storages.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Follows which storages live: each is counted from the operation that made it until nothing refers to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def add(self, value: Any) -> None:
+        """Count the storages of all tensors in a structure."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        self.peak = max(self.peak, self.held)
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.held += size
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(result)
+        return result
+
+
+def compare(
+    variants: Mapping[str, tuple[Call, int, Mapping[str, Any]]], rounds: int, device: str = "cpu"
+) -> dict[str, Measured]:
+    """Measure variants {name: (call, samples, tensors it holds)}, one after the other in every round.
+
+    The rounds are interleaved so that whatever else a machine does hits all variants alike; ratios of a round are
+    told by their median (`ratio`).
+    """
+    counted: dict[str, int] = {}
+    memory: dict[str, int] = {}
+    for name, (call, _, held) in variants.items():  # the two in one call, which also warms up
+
+        def counting(name: str = name, call: Call = call) -> None:
+            counted[name] = operations(call)
+
+        memory[name] = peak_bytes(counting, held, device)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, (call, _, _) in variants.items():
+            times[name].append(seconds(call, device))
+    return {
+        name: Measured(name, statistics.median(times[name]), samples, counted[name], memory[name], tuple(times[name]))
+        for name, (_, samples, _) in variants.items()
+    }
+
+
+def seconds(call: Call, device: str = "cpu") -> float:
+    """Wall-clock time of a call."""
+    with _settled(device):
+        began = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+@contextmanager
+def _settled(device: str) -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def ratio(slow: Measured, fast: Measured) -> dict[str, float]:
+    """How many times `fast` is better, per sample: operations, wall clock (median over the rounds), peak memory."""
+    scale = fast.samples / slow.samples
+    clock = statistics.median(a / b * scale for a, b in zip(slow.rounds, fast.rounds, strict=True))
+    return {
+        "operations": round(slow.operations_per_sample / fast.operations_per_sample, 2),
+        "wall_clock": round(clock, 2),
+        "peak_memory": round(slow.peak_bytes / fast.peak_bytes, 2),
+    }
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a result depends on beside the code."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if device != "cpu" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def peak_rate(device: str, dtype: str) -> float | None:
+    """The device's stated bfloat16 operations per second; None where they are not known or do not apply."""
+    if device == "cpu" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in PEAKS.items() if part in name), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()

@@ -1,0 +1,163 @@
+"""One training step: ours in its layouts, the official implementation's, and Hugging Face PEFT's prompt tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones.lmm import DTYPES, LMM
+from pipeline.bench import measure
+from pipeline.bench.measure import Measured
+from pipeline.bench.reference import ReferenceStep, Towers
+from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
+from pipeline.data.collate import Batch
+from pipeline.errors import UserError
+from pipeline.prompts.model import Normaliser, PromptedLMM
+
+TASKS = 8
+RATE = 2e-4
+SHARED = 4  # questions about one image in the variants that share it
+VARIANTS = ("reference", "peft", "after_bos", "after_image", "after_image_shared")
+
+
+class OurStep:
+    """One optimizer step after another of `PromptedLMM`, without DeepSpeed: what is compared is arithmetic."""
+
+    def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, insertion: str) -> None:
+        self.module = PromptedLMM(lmm, size.prompt_length, size.key_width, insertion)
+        self.module.to(lmm.model.device)
+        self.module.prompt.data.copy_(prompt)
+        self.module.start_stage(bank, 1.0)
+        self.parameters = [self.module.prompt, *self.module.head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Do one step and return the loss terms [3]."""
+        self.optimizer.zero_grad()
+        loss, terms = self.module(batch, Normaliser(*batch.counts()))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return terms
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """Tensors that live from step to step."""
+        moments = [list(state.values()) for state in self.optimizer.state.values()]
+        return {"trained": self.parameters, "bank": self.module.bank, "moments": moments}
+
+
+class PeftStep:
+    """The same number of soft tokens in front of the input by Hugging Face PEFT's prompt tuning, as it comes."""
+
+    def __init__(self, lmm: LMM, size: Size) -> None:
+        try:
+            from peft import PromptTuningConfig, TaskType, get_peft_model
+        except ImportError:
+            raise UserError("The variant peft needs the package peft; install requirements-dev.txt.") from None
+        settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=size.k * size.prompt_length)
+        self.model = get_peft_model(lmm.model, settings)
+        self.parameters = [value for value in self.model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Do one step and return the loss."""
+        self.optimizer.zero_grad()
+        loss = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention,
+            labels=batch.labels,
+            pixel_values=batch.images["pixel_values"],
+        ).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """Tensors that live from step to step."""
+        moments = [list(state.values()) for state in self.optimizer.state.values()]
+        return {"trained": self.parameters, "moments": moments}
+
+
+def bench_step(
+    size_name: str, samples: int = 4, rounds: int = 3, variants: tuple[str, ...] = VARIANTS, device: str = "cpu",
+    dtype: str = "float32", layers: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the variants on the same weights and samples; ratios are told against `reference` and `peft`.
+
+    Each sample has an image of its own, but in after_image_shared, where `SHARED` samples ask about each image. Raises
+    UserError for a variant that is not known.
+    """
+    unknown = sorted(set(variants) - set(VARIANTS))
+    if unknown:
+        raise UserError(f"No variant {', '.join(unknown)}; expected some of {', '.join(VARIANTS)}.")
+    size = SIZES[size_name]
+    lmm = make_lmm(size, device, dtype, layers)
+    generator = torch.Generator().manual_seed(1)
+    sets = torch.randn(TASKS, size.prompt_length, size.width, generator=generator) * 0.02
+    bank, prompt = sets[:-1], sets[-1]
+    own, shared = (
+        make_batch(size, samples, per_image, TASKS - 1).to(torch.device(device)) for per_image in (1, SHARED)
+    )
+    single = every_image(own)
+    towers = Towers(size, device, DTYPES[dtype]) if "reference" in variants else None
+    steps: dict[str, tuple[Callable[[Batch], Tensor], Batch]] = {}
+    for name in variants:
+        if name == "reference":
+            assert towers is not None
+            steps[name] = ReferenceStep(lmm, size, bank, prompt, towers, RATE), single
+        elif name == "peft":
+            steps[name] = PeftStep(lmm, size), single
+        elif name == "after_bos":
+            steps[name] = OurStep(lmm, size, bank, prompt, "after_bos"), single
+        else:
+            steps[name] = OurStep(lmm, size, bank, prompt, "after_image"), shared if name.endswith("shared") else own
+    words = lmm.model.get_input_embeddings().weight
+    without_words = [value for value in [*lmm.parameters(), *lmm.buffers()] if value is not words]
+    # The reference trains a table of its own in place of the model's words, and has a text tower.
+    towered = [*without_words, *(towers.words.parameters() if towers is not None else ())]
+    frozen = {name: towered if name == "reference" else [*without_words, words] for name in steps}
+    result: dict[str, Any] = {"agreement": _agreement(steps)}
+    measured = measure.compare(
+        {
+            name: (lambda step=step, batch=batch: step(batch), samples, {"frozen": frozen[name], **step.held})  # type: ignore[attr-defined, misc]
+            for name, (step, batch) in steps.items()
+        },
+        rounds,
+        device,
+    )
+    rate = measure.peak_rate(device, dtype)
+    return result | {
+        "size": size_name,
+        "dtype": dtype,
+        "parameters": sum(value.numel() for value in lmm.parameters()),
+        "samples": samples,
+        "tokens": int(own.input_ids.shape[1]) + size.k * size.prompt_length,
+        "rounds": rounds,
+        "machine": measure.machine(device),
+        "variants": {name: value.to_json(rate) for name, value in measured.items()},
+        "ratios": {against: _ratios(measured, against) for against in ("reference", "peft") if against in measured},
+    }
+
+
+def _ratios(measured: dict[str, Measured], against: str) -> dict[str, dict[str, float]]:
+    ours = [name for name in measured if name.startswith("after_")]
+    return {name: measure.ratio(measured[against], measured[name]) for name in ours}
+
+
+def _agreement(steps: dict[str, Any]) -> dict[str, float]:
+    """The first loss of `reference` and of ours in its layout: they must be the same number."""
+    if not {"reference", "after_bos"} <= steps.keys():
+        return {}
+    (reference, batch), (ours, _) = steps["reference"], steps["after_bos"]
+    ours.module.head.load_state_dict(reference.heads[-1].state_dict())
+    with torch.no_grad():
+        expected = reference.terms(batch)
+        found = ours.module(batch, Normaliser(*batch.counts()))[1]
+    return {"reference": round(float(expected[0]), 6), "after_bos": round(float(found[0]), 6),
+            "difference": float((expected - found).abs().max())}  # fmt: skip

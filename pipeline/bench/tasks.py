@@ -1,0 +1,97 @@
+"""Does anything cost more with many tasks: a training step, an answer, memory, choosing the sets of a stage."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import LMM
+from pipeline.bench import measure
+from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
+from pipeline.bench.step import OurStep
+from pipeline.config import MethodConfig
+from pipeline.data.collate import Batch
+from pipeline.data.shards import Keys
+from pipeline.evaluate import generate_once
+from pipeline.methods import make_method
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routing import select_for_inference, similarity
+
+STAGE_SAMPLES = 2_000  # for the time that a stage's selection takes
+
+
+def bench_tasks(
+    size_name: str = "small", few: int = 8, many: int = 1024, samples: int = 2, rounds: int = 5,
+    insertion: str = "after_bos", new_tokens: int = 12, device: str = "cpu", dtype: str = "float32",
+) -> dict[str, Any]:  # fmt: skip
+    """Measure training steps and answers with `few` and with `many` tasks in the pool; ratios are many / few."""
+    size = SIZES[size_name]
+    lmm = make_lmm(size, device, dtype)
+    pools = {tasks: _pool(size, tasks) for tasks in (few, many)}
+    frozen = [*lmm.parameters(), *lmm.buffers()]
+    calls: dict[str, tuple[Any, int, dict[str, Any]]] = {}
+    for tasks, pool in pools.items():
+        held = {"frozen": frozen, "pool": [pool.prompts, pool.prototypes]}
+        batch = every_image(make_batch(size, samples, 1, tasks - 1)).to(torch.device(device))
+        step = OurStep(lmm, size, pool.prompts[:-1], pool.prompts[-1], insertion)
+        calls[f"step, {tasks} tasks"] = partial(step, batch), samples, {**held, **step.held}
+        asked = every_image(make_batch(size, samples, 1, answers=False)).to(torch.device(device))
+        answer = partial(_answer, lmm, pool, asked, size, insertion, new_tokens)
+        calls[f"answer, {tasks} tasks"] = answer, samples, held
+    measured = measure.compare(calls, rounds, device)
+    ratios = {
+        kind: measure.ratio(measured[f"{kind}, {many} tasks"], measured[f"{kind}, {few} tasks"])
+        for kind in ("step", "answer")
+    }
+    return {
+        "size": size_name,
+        "insertion": insertion,
+        "samples": samples,
+        "machine": measure.machine(device),
+        "variants": {name: value.to_json(None) for name, value in measured.items()},
+        "ratios": {f"{few} tasks": ratios},
+        "stage_selection_s_per_1000_samples": {
+            str(tasks): round(_selection_seconds(size, pool) * 1000 / STAGE_SAMPLES, 4) for tasks, pool in pools.items()
+        },
+        "adapter_bytes": {str(tasks): _file_size(pool) for tasks, pool in pools.items()},
+    }
+
+
+def _pool(size: Size, tasks: int) -> PromptPool:
+    generator = torch.Generator().manual_seed(2)
+    return PromptPool(
+        [str(task) for task in range(tasks)],
+        torch.randn(tasks, size.prompt_length, size.width, generator=generator) * 0.02,
+        torch.randn(tasks, size.key_width, generator=generator),
+    )
+
+
+@torch.no_grad()
+def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str, new_tokens: int) -> list[list[int]]:
+    """Route questions whose keys are there and answer them, as `predict` does behind CLIP."""
+    scores = similarity(batch.image_key.cpu(), batch.text_key.cpu(), pool.prototypes, has_image=batch.has_image.cpu())
+    selected = select_for_inference(scores, size.k)
+    used, numbers = selected.unique(return_inverse=True)
+    batch.selected = numbers.reshape(selected.shape).to(batch.input_ids.device)
+    bank = pool.prompts[used].to(batch.input_ids.device, lmm.dtype)
+    return generate_once(lmm, batch, bank, new_tokens, insertion)
+
+
+def _selection_seconds(size: Size, pool: PromptPool) -> float:
+    generator = torch.Generator().manual_seed(3)
+    keys: list[Tensor] = [torch.randn(STAGE_SAMPLES, size.key_width, generator=generator) for _ in range(2)]
+    method = make_method(MethodConfig(k=size.k))
+    data = Keys(keys[0], keys[1], torch.ones(STAGE_SAMPLES, dtype=torch.bool), {})
+    return min(measure.seconds(lambda: method.training_sets(pool, data)) for _ in range(3))
+
+
+def _file_size(pool: PromptPool) -> int:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "pool.safetensors"
+        pool.save(path)
+        return path.stat().st_size

@@ -1,0 +1,76 @@
+"""The benchmarks compare like with like: the same loss in the same layout, every operation and byte counted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from pipeline.bench import measure
+from pipeline.bench.__main__ import app
+from pipeline.bench.sizes import SIZES, every_image, make_batch
+from pipeline.bench.step import bench_step
+from pipeline.bench.tasks import bench_tasks
+
+
+@pytest.fixture(scope="module")
+def step() -> dict[str, Any]:
+    return bench_step("tiny", samples=4, rounds=1, variants=("reference", "after_bos", "after_image_shared"))
+
+
+def test_the_reference_computes_our_loss_in_our_layout(step: dict[str, Any]) -> None:
+    assert step["agreement"]["difference"] < 1e-5
+    assert step["agreement"]["reference"] > 1
+
+
+def test_ours_takes_fewer_operations_and_least_where_questions_share_an_image(step: dict[str, Any]) -> None:
+    needed = {name: row["gflop_per_sample"] for name, row in step["variants"].items()}
+    assert needed["reference"] > needed["after_bos"] > needed["after_image_shared"] > 0
+    assert step["ratios"]["reference"]["after_bos"]["operations"] > 1.5
+
+
+def test_operations_of_products_and_attention_are_counted() -> None:
+    weights = torch.ones(3, 5)
+    assert measure.operations(lambda: torch.ones(2, 3) @ weights) == 2 * 2 * 3 * 5
+    query = torch.ones(1, 2, 7, 4)
+    attend = nn.functional.scaled_dot_product_attention
+    assert measure.operations(lambda: attend(query, query, query)) == 2 * (2 * 2 * 7 * 7 * 4)
+
+
+def test_peak_memory_counts_what_lives_at_once_and_what_was_held_before() -> None:
+    mib = torch.zeros(measure.MIB // 4)
+
+    def two_then_one() -> None:
+        first = mib + 1
+        second = first + 1
+        del first
+        _ = second + 1  # with `second`, the second pair
+
+    assert measure.peak_bytes(two_then_one) == 2 * measure.MIB
+    assert measure.peak_bytes(two_then_one, {"held": mib}) == 3 * measure.MIB
+
+
+def test_a_shared_batch_has_each_image_once() -> None:
+    batch = make_batch(SIZES["tiny"], 5, per_image=2)
+    assert len(batch.images["pixel_values"]) == 3
+    assert every_image(batch).images["pixel_values"][1].equal(batch.images["pixel_values"][0])
+
+
+def test_many_tasks_take_no_more_operations() -> None:
+    found = bench_tasks("tiny", few=8, many=64, samples=1, rounds=1)
+    for kind in ("step", "answer"):
+        assert found["ratios"]["8 tasks"][kind]["operations"] < 1.05
+    assert 7 < found["adapter_bytes"]["64"] / found["adapter_bytes"]["8"] < 9
+
+
+def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> None:
+    asked = CliRunner().invoke(app, ["step", "--size", "tiny", "--rounds", "1", "--variants", "after_bos", "--json"])
+    assert asked.exit_code == 0
+    assert json.loads(asked.stdout)["variants"]["after_bos"]["samples_per_s"] > 0
+    wrong = CliRunner().invoke(app, ["step", "--size", "smal"])
+    assert wrong.exit_code == 2
+    assert "Did you mean 'small'?" in wrong.output
