@@ -57,7 +57,8 @@ def generate_answers(
     Samples of similar length are generated together. The answers do not depend on how the samples are batched.
     """
     device = lmm.model.device
-    bank = sets.to(device, lmm.dtype)
+    bank, selected = _used_sets(sets, selected, indices)
+    bank = bank.to(device, lmm.dtype)
     lengths = {
         index: len(examples[index].prompt)
         + int((selected[index] != NO_SET).sum()) * (bank.shape[1] if len(bank) else 0)
@@ -67,14 +68,26 @@ def generate_answers(
     answers: dict[int, str] = {}
     for part in _batches(examples, ordered, batch):
         inputs = collate_prompts(examples, part, selected).to(device)
-        answer = _generate_once if examples.sharing == "none" else _generate_behind
+        answer = generate_once if examples.sharing == "none" else _generate_behind
         generated = answer(lmm, inputs, bank, max_new_tokens, insertion)
         for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
     return answers
 
 
-def _generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of the sets [T, L, D] those that the samples `indices` get, and their numbers among these for all samples.
+
+    So a pool of a thousand sets takes no more of the device's memory than one of eight.
+    """
+    used = selected[list(indices)].unique()
+    used = used[used != NO_SET]
+    numbers = torch.full((len(sets) + 1,), NO_SET, dtype=torch.long)  # the last is that of NO_SET itself
+    numbers[used] = torch.arange(len(used))
+    return sets[used.to(sets.device)], numbers[selected]
+
+
+def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
     embeddings, attention = lmm.embed(inputs.input_ids, inputs.images, inputs.has_image), inputs.attention
     places = lmm.image_places(inputs.input_ids)
@@ -139,7 +152,8 @@ def evaluate_task(
     prints = {name: pool.fingerprint(index) for index, name in enumerate(pool.names)}
     chosen = [[pool.names[number] for number in row if number != NO_SET] for row in selected.tolist()]
     wanted = [(projector, *(prints[name] for name in row)) for row in chosen]
-    known = _known_answers(test.name, [folder, *earlier])
+    made_with = {"data": test.data.fingerprint, "max_new_tokens": test.max_new_tokens, "insertion": insertion}
+    known = _known_answers(test.name, [folder, *earlier], made_with)
     missing = [i for i, identity in enumerate(test.data.ids) if (identity, wanted[i]) not in known]
     answers: dict[int, str] = {}
     if missing:
@@ -172,7 +186,7 @@ def evaluate_task(
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         summary = {"metric": test.metric, "scoring": test.scoring, "samples": len(lines), "score": scored.percent}
-        write_json(folder / f"{test.name}.score.json", {**summary, "parts": scored.parts})
+        write_json(folder / f"{test.name}.score.json", {**summary, "parts": scored.parts, "made_with": made_with})
     barrier()
     return scored.percent
 
@@ -196,10 +210,22 @@ def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]
     return [index for index, group in zip(missing, groups, strict=True) if group % world.size == world.rank]
 
 
-def _known_answers(task: str, folders: Iterable[Path]) -> dict[tuple[str, tuple[str, ...]], str]:
-    """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets)."""
+def _known_answers(
+    task: str, folders: Iterable[Path], made_with: dict[str, Any]
+) -> dict[tuple[str, tuple[str, ...]], str]:
+    """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
+
+    Those that were made with other data or settings than `made_with` are left alone; a folder that does not say what
+    its answers were made with is trusted.
+    """
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
+        try:
+            told = json.loads((folder / f"{task}.score.json").read_text("utf-8")).get("made_with", made_with)
+        except (OSError, ValueError, AttributeError):
+            told = made_with
+        if told != made_with:
+            continue
         try:
             prints = json.loads((folder / SETS_FILE).read_text("utf-8"))
             lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]

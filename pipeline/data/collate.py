@@ -73,6 +73,8 @@ class StageData:
         self._starts = [0]
         images, texts, flags = [], [], []
         self.ids: list[str] = []
+        # Says which data this is, where the parts say it: SHA-256 of their shards.
+        self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples, _, _ in parts)
         for samples, keys, limit in parts:
             count = min(len(samples), limit or len(samples))
             self._samples.append(samples)

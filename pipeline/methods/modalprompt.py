@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pipeline.data.collate import Keys
 
 
+SAMPLES_AT_ONCE = 1 << 14
+
+
 class ModalPrompt(Method):
     """Sets are chosen per sample by similarity, in training (the current one always included) and at inference.
 
@@ -42,13 +45,19 @@ class ModalPrompt(Method):
             return torch.full((samples, 0), NO_SET, dtype=torch.long)
         if selection == "all":
             return torch.arange(len(pool)).repeat(samples, 1)
-        weight = self.config.image_weight
-        scores = similarity(keys.image, keys.text, pool.prototypes.cpu(), weight, keys.has_image)
-        reference = None
-        if self.config.gate is not None:
-            own = provisional_prototype(keys.image, keys.text, keys.has_image)
-            reference = similarity(keys.image, keys.text, own[None], weight, keys.has_image)[:, 0]
-        return select_for_training(scores, self.config.k, self.config.gate, reference)
+        weight, gate = self.config.image_weight, self.config.gate
+        prototypes, own = pool.prototypes.cpu(), None
+        if gate is not None:
+            own = provisional_prototype(keys.image, keys.text, keys.has_image)[None]
+        parts = []
+        # In parts: the similarities of a million samples to a thousand tasks would take gigabytes at once.
+        for image, text, has_image in zip(
+            *(part.split(SAMPLES_AT_ONCE) for part in (keys.image, keys.text, keys.has_image)), strict=True
+        ):
+            scores = similarity(image, text, prototypes, weight, has_image)
+            reference = None if own is None else similarity(image, text, own, weight, has_image)[:, 0]
+            parts.append(select_for_training(scores, self.config.k, gate, reference))
+        return torch.cat(parts)
 
     def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
         k, gate, samples = self.config.k, self.config.gate, len(scores)

@@ -38,6 +38,8 @@ class PromptPool:
     names: list[str] = field(default_factory=list)
     prompts: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
     prototypes: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    _prints: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
+    _printed: tuple[Tensor, int] | None = field(default=None, repr=False, compare=False)  # whose, at which version
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,8 +62,13 @@ class PromptPool:
         self.names = [*self.names, name]
 
     def fingerprint(self, index: int) -> str:
-        """SHA-256 (hex) of one prompt set's values."""
-        return tensor_fingerprint(self.prompts[index])
+        """SHA-256 (hex) of one prompt set's values, computed once as long as they are not written to."""
+        version = self.prompts._version
+        if self._printed is None or self._printed[0] is not self.prompts or self._printed[1] != version:
+            self._prints, self._printed = {}, (self.prompts, version)
+        if index not in self._prints:
+            self._prints[index] = tensor_fingerprint(self.prompts[index])
+        return self._prints[index]
 
     def save(self, path: Path) -> None:
         """Write the pool as one safetensors file (names in the metadata)."""
