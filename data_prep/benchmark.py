@@ -72,6 +72,13 @@ def _prepared_seeds(recipe: ClipRecipe, name: str) -> list[int]:
     return [int(seed) for seed in found.few_shot] if found.sampling == _sampling(recipe) else []
 
 
+def _known_test(recipe: ClipRecipe, name: str) -> str | None:
+    try:
+        return ClassList.read(Path(recipe.data.prepared) / name).fingerprints.get("test")
+    except UserError:
+        return None
+
+
 def _sampling(recipe: ClipRecipe) -> dict[str, Any]:
     return {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
 
@@ -117,6 +124,8 @@ def _write_classes(
     }
     place = {row: number for number, row in enumerate(drawn)}
     few = {str(seed): [place[row] for row in chosen] for seed, chosen in seeds.items()}
+    if not seeds and _known_test(recipe, name) == fingerprints["test"]:
+        return  # another recipe trains on what is a target here: its few shots stay
     sampling = _sampling(recipe) if seeds else {}
     ClassList(splits.names(), rows.get("train", []), rows["test"], few, sampling, fingerprints).write(
         Path(recipe.data.prepared) / name

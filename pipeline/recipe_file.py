@@ -12,6 +12,7 @@ import yaml
 from pipeline.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+CHOSEN_BY_NAME = {"data.tasks": "task", "methods": "method"}  # lists from which --set may take some by name
 
 
 def recipe_names() -> list[str]:
@@ -62,7 +63,7 @@ def read_recipe(path: Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
 def apply_overrides(fields: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `fields` with each `a.b=value` set; the value is YAML, a list is entered by index or by an item's name.
 
-    `data.tasks=[A, B]` chooses from the recipe's own tasks, in that order.
+    `data.tasks=[A, B]` chooses from the recipe's own tasks, in that order, and `methods=[A]` from its methods.
     """
     fields = copy.deepcopy(fields)
     for override in overrides:
@@ -114,8 +115,8 @@ def _set(fields: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f"--set {dotted}: {inside} is a single value ({where!r}), it has no field inside.")
     if isinstance(where, list):
         where[_position(where, last, dotted)] = value
-    elif dotted == "data.tasks":
-        where[last] = _chosen(where.get(last), value)
+    elif dotted in CHOSEN_BY_NAME:
+        where[last] = _chosen(dotted, where.get(last), value)
     else:
         where[last] = value
 
@@ -132,20 +133,20 @@ def _position(items: list[Any], part: str, dotted: str) -> int:
     )
 
 
-def _chosen(known: Any, wanted: Any) -> Any:
-    """Return the known tasks that a list of names picks; anything else is left to the recipe's own validation."""
+def _chosen(dotted: str, known: Any, wanted: Any) -> Any:
+    """Return the known items that a list of names picks; anything else is left to the recipe's own validation."""
     if isinstance(wanted, str):
         wanted = [wanted]
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted) or not isinstance(known, list):
         return wanted
-    tasks = {str(task.get("name")): task for task in known if isinstance(task, dict)}
+    items = {str(item.get("name") if isinstance(item, dict) else item): item for item in known}
     for name in wanted:
-        if name not in tasks:
+        if name not in items:
             raise UserError(
-                f"--set data.tasks: unknown task '{name}'; expected some of {_listed(list(tasks))}."
-                + nearest(name, tasks)
+                f"--set {dotted}: unknown {CHOSEN_BY_NAME[dotted]} '{name}'; expected some of {_listed(list(items))}."
+                + nearest(name, items)
             )
-    return [tasks[name] for name in wanted]
+    return [items[name] for name in wanted]
 
 
 def _listed(names: list[str]) -> str:

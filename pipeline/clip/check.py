@@ -149,7 +149,7 @@ def _steps(recipe: ClipRecipe) -> str:
         images = _images(recipe, unit.dataset, unit.group == "base")
         if images is None:
             continue
-        train = recipe.train_of(unit.method)
+        train = recipe.train_of(unit.method, unit.dataset.name)
         steps = train.epochs * steps_per_epoch(images, train.global_batch)
         warning = small_set_warning(images, train.global_batch, train.epochs)
         found.append(f"{unit.method.name}-{unit.dataset.name} {steps}" + (f" ({warning})" if warning else ""))

@@ -176,6 +176,7 @@ class ClipMethodConfig(Section):
     knowledge: float = Field(8.0, ge=0, description="kgcoop: weight of the distance to the hand-written texts")
     average: AverageConfig | None = Field(None, description="average the prompts over the epochs")
     train: dict[str, Any] = Field({}, description="fields of train that are other for this method")
+    train_on: dict[str, dict[str, Any]] = Field({}, description="and for this method on one dataset, by its name")
 
     @property
     def kind(self) -> str:
@@ -238,7 +239,8 @@ class ClipRecipe(FileRecipe):
                     f"{method.name} learns a context for each class, which the other classes of {self.data.protocol} "
                     "have none of; set data.protocol to all_classes, or per_class to false"
                 )
-            self.train_of(method)
+            for dataset in (None, *method.train_on):
+                self.train_of(method, dataset)
         return self
 
     @field_validator("run_dir")
@@ -254,9 +256,10 @@ class ClipRecipe(FileRecipe):
         """Folder of this run."""
         return Path(self.run_dir.format(name=self.name))
 
-    def train_of(self, method: ClipMethodConfig) -> ClipTrainConfig:
-        """How one method is trained; ValueError for a field that train does not have."""
-        for field in method.train:
+    def train_of(self, method: ClipMethodConfig, dataset: str | None = None) -> ClipTrainConfig:
+        """How one method is trained (on one dataset); ValueError for a field that train does not have."""
+        own = method.train | method.train_on.get(dataset or "", {})
+        for field in own:
             if field not in ClipTrainConfig.model_fields or field in _OF_ALL_METHODS:
                 fields = [name for name in ClipTrainConfig.model_fields if name not in _OF_ALL_METHODS]
                 raise ValueError(
@@ -264,7 +267,7 @@ class ClipRecipe(FileRecipe):
                     + nearest(field, fields)
                 )
         try:
-            return ClipTrainConfig.model_validate({**self.train.model_dump(), **method.train})
+            return ClipTrainConfig.model_validate({**self.train.model_dump(), **own})
         except ValidationError as error:
             raise ValueError(f"methods.{method.name}.train: {sentence(error, ClipTrainConfig)}") from None
 

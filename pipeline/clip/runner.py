@@ -142,7 +142,7 @@ class Benchmark:
 
     def _train(self, unit: Unit) -> dict[str, Tensor]:
         """Train one unit, save its prompts and return them."""
-        recipe, world, train = self.recipe, self.world, self.recipe.train_of(unit.method)
+        recipe, world, train = self.recipe, self.world, self.recipe.train_of(unit.method, unit.dataset.name)
         data, began = self.data[unit.dataset.name], time.perf_counter()
         assert data.train is not None
         group = together(lambda: data.few_shots(unit.seed, unit.group))
@@ -229,9 +229,10 @@ class Benchmark:
         return torch.cat(found)
 
     def _get_engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
-        """The engine of the unit's method; a new one where trainables have other shapes."""
-        train = self.recipe.train_of(unit.method)
-        shapes = unit.method.name, tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())
+        """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""
+        train = self.recipe.train_of(unit.method, unit.dataset.name)
+        sizes = tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())
+        shapes = unit.method.name, sizes, train.model_dump_json(exclude={"epochs"})
         if self._engine is None or self._engine[0] != shapes:
             self._engine = None
             sharded = ClipEngine.shards_parameters(train)
