@@ -104,6 +104,26 @@ def keys(
     show(bench_keys(_size(size), samples, batch, workers, device), as_json)
 
 
+@app.command()
+def clip(
+    size: Annotated[str, typer.Option("--size", help="Shape of the CLIP: nano, small, vitb16.")] = "small",
+    classes: Annotated[int, typer.Option(min=2, help="Class names.")] = 100,
+    images: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+    chunk: Annotated[int, typer.Option(min=1, help="Texts at a time, where they go in chunks.")] = 25,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
+    rounds: Rounds = 3,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """The exact speed-ups of prompt learning for CLIP, each against the plain path."""
+    from pipeline.clip.benchmark import SIZES as SHAPES
+    from pipeline.clip.benchmark import bench_clip
+
+    if size not in SHAPES:
+        raise UserError(f"No size '{size}'; expected one of {', '.join(SHAPES)}.{nearest(size, list(SHAPES))}")
+    show(bench_clip(size, classes, images, rounds, chunk, batches, device), as_json)
+
+
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print the variants and ratios of a result as tables, or all of it as JSON."""
     if as_json:
