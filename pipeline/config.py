@@ -208,6 +208,11 @@ class TrainConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations of the decoder's layers that are computed again instead of kept: of no layer, of every "
+        "second, of all; saves memory and costs time, never changes the loss",
+    )
     questions_per_image: int = Field(
         4,
         ge=1,

@@ -37,7 +37,8 @@ class Engine:
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
         method, train = recipe.method, recipe.train
-        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion).to(world.device)
+        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, train.checkpointing)
+        self.module.to(world.device)
         if self.zero_stage == 3:
             gather_layer_by_layer(self.module)
         groups: list[dict[str, Any]] = [

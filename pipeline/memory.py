@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.backbones.lmm import DTYPES
+from pipeline.backbones.recompute import recomputed_layers
 from pipeline.config import Recipe, accumulation, deepspeed_config
 from pipeline.model_shape import ModelShape, head_size, intermediate_size, key_value_width, model_shape, number_in
 from pipeline.prompts.heads import ProjectionHead
@@ -146,7 +147,9 @@ def training_activations(
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
     else:
         per_token += (attention + length) * element + heads * FLOAT32
-    kept = batch * length * (per_token * (text.num_hidden_layers + 1) + FLOAT32 * width)
+    again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
+    layers = (text.num_hidden_layers - again + 1) * per_token + again * width * element
+    kept = batch * length * (layers + FLOAT32 * width)
     logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
     projected = batch * tokens.image * 3 * width * element if shape.projector else 0
     return kept + logits + projected + _vision(shape, batch, element)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -144,14 +145,21 @@ def compare(
             counted[name] = operations(call)
 
         memory[name] = peak_bytes(counting, held, device)
+        _tell(f"{name}: {counted[name] / 1e9:.2f} GFLOP, {memory[name] / MIB:.0f} MiB at most")
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (call, _, _) in variants.items():
             times[name].append(seconds(call, device))
+            _tell(f"{name}: {times[name][-1]:.3f} s")
     return {
         name: Measured(name, statistics.median(times[name]), samples, counted[name], memory[name], tuple(times[name]))
         for name, (_, samples, _) in variants.items()
     }
+
+
+def _tell(line: str) -> None:
+    # On the error stream: long measurements show where they are, and --json stays one object.
+    print(line, file=sys.stderr, flush=True)
 
 
 def seconds(call: Call, device: str = "cpu") -> float:

@@ -7,17 +7,15 @@ all positions go through the LM head; activations are checkpointed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.recompute import recomputing
 from pipeline.bench.sizes import Size
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
@@ -76,7 +74,7 @@ class ReferenceStep:
         prompts = self.table(rows[chosen].flatten(1))
         embeddings, attention, labels = insert_prompts(words, batch.attention, prompts, valid, batch.labels)
         assert labels is not None
-        with checkpointed(self.lmm) if torch.is_grad_enabled() else contextlib.nullcontext():
+        with recomputing(self.lmm, "full", whole=True):
             hidden = self.lmm.decoder(inputs_embeds=embeddings, attention_mask=attention, use_cache=False)
         logits = self.lmm.logits(hidden.last_hidden_state)  # of all positions, in float32
         language = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -126,20 +124,3 @@ class Towers:
         """Keys [B, K] of questions."""
         ids = torch.cat([tokens % 1022, tokens.new_full((len(tokens), 1), 1023)], dim=1)[:, -TEXT_TOKENS:]
         return self.text_to_keys(self.words(input_ids=ids).pooler_output).float()
-
-
-@contextlib.contextmanager
-def checkpointed(lmm: LMM) -> Iterator[None]:
-    """Recompute each decoder layer as a whole in the backward pass of what runs inside, as the official code does."""
-    layers = list(lmm.decoder.layers)
-
-    def recomputing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda hidden, **inputs: checkpoint(partial(plain, **inputs), hidden, use_reentrant=True)
-
-    for layer in layers:
-        layer.forward = recomputing(layer.forward)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

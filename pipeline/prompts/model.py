@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.lmm_beginning import hidden_behind
+from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
@@ -37,9 +38,17 @@ class PromptedLMM(nn.Module):
     trains it. The earlier sets are `bank` [t-1, L, D], a plain tensor that no optimizer can reach.
     """
 
-    def __init__(self, lmm: LMM, prompt_length: int, key_width: int, insertion: str = "after_bos") -> None:
+    def __init__(
+        self,
+        lmm: LMM,
+        prompt_length: int,
+        key_width: int,
+        insertion: str = "after_bos",
+        checkpointing: str = "none",
+    ) -> None:
         super().__init__()
         self.lmm = lmm
+        self.checkpointing = checkpointing
         self.insertion = insertion
         if self.in_two_passes:
             lmm.require_two_passes()
@@ -71,7 +80,8 @@ class PromptedLMM(nn.Module):
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
-        hidden, labels = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
+        with recomputing(self.lmm, self.checkpointing):
+            hidden, labels = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
         language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)
         image, text = self._prototype_losses(batch)
         image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)

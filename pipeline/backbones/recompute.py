@@ -1,0 +1,46 @@
+"""Activation checkpointing: decoder layers that keep only their input and are computed again in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from pipeline.backbones.lmm import LMM
+
+SHARES = {"none": 0, "selective": 2, "full": 1}  # every so many-th layer is recomputed, none at 0
+
+
+def recomputed_layers(policy: str, layers: int) -> int:
+    """How many of the decoder's layers a policy recomputes."""
+    return len(range(0, layers, SHARES[policy])) if SHARES[policy] else 0
+
+
+@contextlib.contextmanager
+def recomputing(lmm: LMM, policy: str, whole: bool = False) -> Iterator[None]:
+    """Let the decoder's layers that run inside be recomputed in the backward pass.
+
+    `policy`: none; selective, every second layer; full, all. A recomputation stops at the last activation that is
+    needed; with `whole` it does not, as older implementations.
+    """
+    if policy == "none" or not torch.is_grad_enabled():
+        yield
+        return
+
+    def again(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda hidden, **inputs: checkpoint(partial(plain, **inputs), hidden, use_reentrant=whole)
+
+    layers = list(lmm.decoder.layers)[:: SHARES[policy]]  # type: ignore[arg-type]
+    for layer in layers:
+        layer.forward = again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
