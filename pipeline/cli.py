@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import launch
-from pipeline.cli_use import add_verbs
+from pipeline.cli_use import Learned, add_verbs
 from pipeline.config import Recipe, accumulation, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.errors import (
     EXIT_FAILURE,
@@ -72,7 +72,6 @@ app = typer.Typer(
     help="Continual prompt learning on frozen vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -170,7 +169,7 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def predict(
-    run: RunFolder,
+    run: Learned,
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
     task: Annotated[str | None, typer.Option(help="For methods that have to be told the task.")] = None,
@@ -178,7 +177,6 @@ def predict(
 ) -> None:
     """Answer one question with a run's prompt sets and tell which sets were selected."""
     _need_sequence(run, "predict")
-    load_run(run)
     from pipeline.predict import predict as predict_one
 
     _show(predict_one(run, image, question, task), as_json)
@@ -209,17 +207,28 @@ def report(
 def export(
     run: RunFolder,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter.")],
+    licence: Annotated[str | None, typer.Option(help="Licence of the prompt sets, for the model card.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub too.")] = None,
+    public: Annotated[bool, typer.Option(help="Let everybody see the repository that --push makes.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the learned pool of all stages as one portable adapter."""
     _need_sequence(run, "export")
-    load_run(run)
     from pipeline.adapter import export as export_run
 
-    _show(export_run(run, target), as_json)
+    result = export_run(run, target, licence)
+    if push is not None:
+        from pipeline.adapter_edit import push as push_adapter
+
+        result["pushed"] = push_adapter(target, push, public)
+    _show(result, as_json)
 
 
-add_verbs(app, lambda result, as_json: _show(result, as_json))
+add_verbs(
+    app,
+    lambda result, as_json: _show(result, as_json),
+    lambda recipe, overrides, as_json: _sequence("run", recipe, overrides, None, as_json),
+)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 Show = Callable[[dict[str, Any], bool], None]
+Train = Callable[[str, list[str], bool], None]
 Learned = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.")]
 Model = Annotated[
     str | None, typer.Option(help="Where the frozen multimodal model is on this machine, if not where it was.")
@@ -17,8 +18,8 @@ Clip = Annotated[str | None, typer.Option(help="Where the frozen CLIP is on this
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
-def add_verbs(app: typer.Typer, show: Show) -> None:
-    """Add the verbs to the command line; `show` prints a result."""
+def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
+    """Add the verbs to the command line; `show` prints a result, `train` runs a recipe with overrides."""
 
     @app.command()
     def serve(
@@ -40,3 +41,94 @@ def add_verbs(app: typer.Typer, show: Show) -> None:
         from pipeline.serve.server import serve as serve_folder
 
         serve_folder(run, host, port, batch, queue, max_tokens, max_pixels, max_body, name, model, clip)
+
+    @app.command()
+    def chat(
+        run: Learned,
+        image: Annotated[Path | None, typer.Option(help="Picture to begin with.")] = None,
+        model: Model = None,
+        clip: Clip = None,
+    ) -> None:
+        """Ask a run or an adapter question after question about a picture."""
+        from rich.console import Console
+        from rich.text import Text
+
+        from pipeline.adapter import load_adapter
+        from pipeline.chat import chat as converse
+
+        console = Console()
+        answerer = load_adapter(run, model, clip)
+        # As Text: what stands in square brackets is not markup.
+        converse(answerer, image, lambda asked: console.input(Text(asked)), lambda line: console.print(Text(line)))
+
+    @app.command("ls")
+    def list_all(
+        folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds the runs.")] = Path("runs"),
+        as_json: AsJson = False,
+    ) -> None:
+        """List the runs with their key figures."""
+        from rich.console import Console
+
+        from pipeline.listing import list_runs, runs_table
+
+        rows = list_runs(folder)
+        Console().print(runs_table(rows))
+        for row in rows:
+            if row["note"]:
+                typer.echo(f"{row['run']}: {row['note']}")
+        if as_json:
+            show({"runs": rows}, as_json)
+
+    @app.command()
+    def merge(
+        adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters of the same models.")],
+        into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
+        as_json: AsJson = False,
+    ) -> None:
+        """Make one adapter of several that were trained apart; no prompt set changes."""
+        from pipeline.adapter_edit import merge as merge_adapters
+
+        show(merge_adapters(adapters, into), as_json)
+
+    @app.command()
+    def prune(
+        adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
+        tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks to drop.")],
+        into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
+        as_json: AsJson = False,
+    ) -> None:
+        """Drop tasks from an adapter; the other prompt sets stay as they are."""
+        from pipeline.adapter_edit import prune as prune_adapter
+
+        show(prune_adapter(adapter, tasks, into), as_json)
+
+    @app.command("new-task")
+    def new_task(
+        name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the task.")],
+        images: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the image paths start at.")],
+        samples: Annotated[Path, typer.Option(metavar="FILE", help="CSV or JSONL with image, question, answer.")],
+        root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the task is written.")] = Path("data/own"),
+        test_share: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the samples to test with.")] = 0.2,
+        metric: Annotated[str, typer.Option(help="How answers are scored.")] = "exact_ci",
+        max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
+        seed: Annotated[int, typer.Option(min=0, help="Decides which samples are for testing.")] = 0,
+        as_json: AsJson = False,
+    ) -> None:
+        """Make a task of a folder of images and a table of questions and answers, and draw ten samples of it."""
+        from data_prep.own_task import make_task
+
+        made = make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
+        show({**made, "next": f"python -m pipeline add RUN {name} --root {root}"}, as_json)
+
+    @app.command()
+    def add(
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+        task: Annotated[str, typer.Argument(metavar="TASK", help="A task in the folder that --root names.")],
+        root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
+        as_json: AsJson = False,
+    ) -> None:
+        """Learn one more task as the next stage of a run; what it has learned stays as it is."""
+        from pipeline.add_task import add_task
+
+        add_task(run, task, root)
+        train(str(run / "config.yaml"), [f"run_dir={run}"], as_json)

@@ -75,7 +75,8 @@ class Service:
         ]
         # A page in a browser must not reach a service on loopback through a name of its own.
         local = self.settings.host in LOOPBACK
-        hosts = [*LOOPBACK, "[::1]"] if local else ["*"]
+        # Of "[::1]:8000" the middleware sees only what stands before the first colon.
+        hosts = [*LOOPBACK, "[::1]", "["] if local else ["*"]
         return Starlette(
             routes=routes,
             lifespan=lifespan,

@@ -112,6 +112,10 @@ def _last_question(messages: Any, limits: Limits) -> tuple[str, bytes | None]:
             break
     if not text.strip():
         raise BadRequestError("the last user message has no text; expected a question.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequestError("the question holds half a surrogate pair; expected valid Unicode text.") from None
     if len(text) > limits.question_characters:
         raise BadRequestError(
             f"the question has {len(text)} characters; expected at most {limits.question_characters}.", 413

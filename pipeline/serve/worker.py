@@ -130,12 +130,15 @@ class Worker:
             routed = self.answerer.route([request.question for request in requests])
             for number in range(len(requests)):  # tokenises, and finds questions that are too long
                 routed.examples[number]
-        except UserError as error:
-            if len(requests) == 1:
+        except Exception as error:
+            if len(requests) > 1:
+                for request in requests:
+                    self._join([request])
+            elif isinstance(error, UserError):
                 requests[0].tell(Update(finish="refused", error=str(error)))
-                return
-            for request in requests:
-                self._join([request])
+            else:
+                logger.exception("a request failed")
+                requests[0].tell(Update(finish="failed", error=f"the request failed ({type(error).__name__})."))
             return
         for number, request in enumerate(requests):
             request.selected = self.answerer.set_names(routed, number)

@@ -19,7 +19,8 @@ from pipeline.cli import app
 from pipeline.config import PROJECT, load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted
 
-VERBS = ["check", "prepare", "run", "train", "evaluate", "predict", "report", "export", "serve"]
+VERBS = ["check", "prepare", "run", "train", "evaluate", "predict", "report", "export"]
+VERBS += ["serve", "chat", "ls", "merge", "prune", "new-task", "add"]
 
 
 def run(*arguments: str):

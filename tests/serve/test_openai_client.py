@@ -223,6 +223,7 @@ def test_what_is_not_json_or_not_chat_is_refused(served: Served) -> None:
         b"{": "not JSON", b"[]": "expected an object", b'{"model": "tiny-adapter"}': "messages is missing",
         b'{"model": "tiny-adapter", "messages": [{"role": "system", "content": "x"}]}': "not from the user",
         b"[" * 100000: "not JSON",
+        b'{"model": "tiny-adapter", "messages": [{"role": "user", "content": "\\ud800"}]}': "surrogate",
     }  # fmt: skip
     for body, sentence in cases.items():
         request = urllib.request.Request(

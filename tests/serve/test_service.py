@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def test_a_failing_batch_is_told_and_the_next_one_is_answered(
     assert [(update.finish, update.error) for update in updates] == [("failed", "the model failed (RuntimeError).")]
     worker._turn([Request(question(0), 1, updates.append)])
     assert updates[-1].finish in ("stop", "length")
+
+
+def test_a_request_that_breaks_something_breaks_it_for_itself_alone(answerer: Answerer) -> None:
+    worker, told, others = Worker(answerer, 4, 4), list[Update](), list[Update]()
+    half_a_character = dataclasses.replace(question(0), text="\ud800")  # no tokenizer takes it
+    worker._turn([Request(half_a_character, 6, told.append), Request(question(1), 6, others.append)])
+    assert (told[0].finish, len(worker.running.rows)) == ("failed", 1)
+    assert others[0].error is None
 
 
 def test_stopping_tells_those_who_wait(answerer: Answerer) -> None:

@@ -1,0 +1,191 @@
+"""A task of one's own: a folder of images and a table of questions and answers become a task in CoIN layout."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.add_task import TASK_FILE
+from pipeline.checkpoint import write_json
+from pipeline.data.sample import decode_image
+from pipeline.errors import UserError, UserErrors, nearest
+
+COLUMNS = ("image", "question", "answer")
+SHOWN_FAULTS = 20
+FEWEST = 4  # samples that can be split
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, checked; `image` is a path relative to the folder of images, None for none."""
+
+    line: int
+    image: str | None
+    question: str
+    answer: str
+    content: str = ""  # hash of the image's bytes
+
+
+def make_task(
+    name: str,
+    images: Path,
+    table: Path,
+    root: Path,
+    test_share: float = 0.2,
+    metric: str = "exact_ci",
+    max_new_tokens: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write `root`/instructions/`name`/{train,test,task}.json, copies of the images, and a sheet of ten samples.
+
+    `table` is CSV with a header or JSONL, with image, question and answer per line. Samples on one image stay in one
+    split. Raises UserError (UserErrors with one sentence per line) for what cannot be used; nothing is written then.
+    """
+    from pipeline.metrics.scoring import metric_names
+
+    if metric not in metric_names():
+        known = ", ".join(metric_names())
+        raise UserError(f"unknown metric '{metric}'; expected one of {known}.{nearest(metric, metric_names())}")
+    if not name or not all(letter.isalnum() or letter in "_.-" for letter in name) or not name[0].isalnum():
+        raise UserError(f"'{name}' cannot name a task; expected letters, digits, _ . - and a letter or digit first.")
+    target = root / "instructions" / name
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another name or --root, or remove that folder.")
+    if not images.is_dir():
+        raise UserError(
+            f"--images: '{images}' is no folder; expected the folder that the table's image paths start at."
+        )
+    rows = _checked(images, table)
+    test = _test_rows(rows, test_share, seed)
+    splits = {"train": [row for row in rows if row not in test], "test": [row for row in rows if row in test]}
+    for row in rows:
+        if row.image is not None:
+            copy = root / "images" / name / row.image
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((images / row.image).read_bytes())
+    target.mkdir(parents=True)
+    for split, members in splits.items():
+        write_json(target / f"{split}.json", [_entry(name, row, split) for row in members])
+    write_json(target / TASK_FILE, {"name": name, "metric": metric, "max_new_tokens": max_new_tokens})
+    from data_prep.sheet import draw_sheet
+
+    sheet = draw_sheet(
+        [(images / row.image if row.image else None, row.question, row.answer) for row in _spread(rows, 10)],
+        root / "sheets" / f"{name}.png",
+    )
+    return {
+        "task": name, "root": str(root), "train": len(splits["train"]), "test": len(splits["test"]),
+        "answers": len({row.answer for row in rows}), "metric": metric, "sheet": str(sheet),
+    }  # fmt: skip
+
+
+def _checked(images: Path, table: Path) -> list[Row]:
+    """The rows of the table with their images decoded once; UserErrors naming every line that cannot be used."""
+    rows, faults = list[Row](), list[str]()
+    hashes: dict[str, str] = {}
+    inside = images.resolve()
+    for line, record in _records(table):
+        where = f"{table}, line {line}"
+        texts = {name: "" if record.get(name) is None else str(record[name]).strip() for name in COLUMNS}
+        missing = [name for name in ("question", "answer") if not texts[name]]
+        if missing:
+            faults.append(f"{where} has no {' and no '.join(missing)}; add it or remove the line.")
+            continue
+        image = texts["image"] or None
+        if image is not None and image not in hashes:
+            path = images / image
+            if not path.resolve().is_relative_to(inside):
+                faults.append(f"{where}: the image '{image}' is outside {images}; expected a path inside it.")
+                continue
+            try:
+                encoded = path.read_bytes()
+            except OSError as error:
+                reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+                faults.append(f"{where}: the image '{image}' {reason}; expected an image file in {images}.")
+                continue
+            try:
+                decode_image(encoded)
+            except Exception as error:  # Pillow raises many kinds for damaged files
+                faults.append(
+                    f"{where}: the image '{image}' cannot be decoded ({type(error).__name__}); replace it or remove "
+                    "the line."
+                )
+                continue
+            hashes[image] = hashlib.sha256(encoded).hexdigest()
+        rows.append(Row(line, image, texts["question"], texts["answer"], hashes.get(image or "", "")))
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        raise UserErrors([*faults[:SHOWN_FAULTS], *([f"And {more} more lines."] if more > 0 else [])])
+    if len(rows) < FEWEST:
+        raise UserError(f"{table} has {len(rows)} samples; expected at least {FEWEST}, to train and to test with.")
+    return rows
+
+
+def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and fields of every record of a CSV or JSONL file."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--samples: '{table}' cannot be read ({error}); expected CSV or JSONL in UTF-8.") from None
+    if table.suffix.lower() in (".jsonl", ".ndjson"):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{table}, line {number} is not JSON ({error}); expected one object a line.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{table}, line {number} holds no object; expected {{image, question, answer}}.")
+            yield number, record
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    found = [str(column) for column in reader.fieldnames or []]
+    for column in ("question", "answer"):
+        if column not in found:
+            raise UserError(
+                f"{table} has the columns {', '.join(found) or '(none)'}; expected a first line that names image, "
+                f"question and answer.{nearest(column, found)}"
+            )
+    for record in reader:
+        yield reader.line_num, record
+
+
+def _test_rows(rows: list[Row], share: float, seed: int) -> set[Row]:
+    """About `share` of the rows, all that show one image together: a test must not show what was trained on."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.content or f"text {row.question}", []).append(row)
+    if len(groups) < 2:
+        raise UserError("all samples show the same image; expected at least two images, one to train and one to test.")
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    chosen: set[Row] = set()
+    for key in order[:-1]:  # something is left to train on
+        if chosen and len(chosen) >= share * len(rows):
+            break
+        chosen.update(groups[key])
+    return chosen
+
+
+def _entry(name: str, row: Row, split: str) -> dict[str, Any]:
+    image = {} if row.image is None else {"image": f"images/{name}/{row.image}"}
+    identity = f"{name}-{row.line}"
+    if split == "test":
+        return {"question_id": identity, **image, "text": row.question, "answer": row.answer}
+    asked = f"<image>\n{row.question}" if image else row.question
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": row.answer}]
+    return {"id": identity, **image, "conversations": turns}
+
+
+def _spread(rows: list[Row], count: int) -> Iterable[Row]:
+    """So many rows from all over the table."""
+    step = max(1, len(rows) // count)
+    return rows[::step][:count]

@@ -1,0 +1,59 @@
+"""The runs in a folder with their key figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.errors import UserError
+from pipeline.run_folder import read_run
+
+FIGURES = ("last", "average", "forgetting")
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return name, method, status, stages and key figures of every run below `folder`, the latest last.
+
+    A run whose files are damaged is listed with what is wrong. Raises UserError when the folder is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder; expected the one that holds the runs, by default runs.")
+    rows = []
+    for path in sorted(found.parent for found in folder.glob("*/config.yaml")):
+        row: dict[str, Any] = {"run": path.name, "method": "?", "status": "?", "stages": "", "updated": "", "note": ""}
+        try:
+            run = read_run(path)
+        except UserError as error:
+            rows.append({**row, "status": "damaged", "note": str(error)})
+            continue
+        metrics, state = run.metrics(), run.state
+        routing = [share for share in run.routing.get("accuracy", []) if share is not None]
+        rows.append(
+            {
+                **row,
+                "method": run.method,
+                "status": state.get("status", "new"),
+                "stages": f"{state.get('stage', 0)}/{len(run.set_names)}",
+                "updated": str(state.get("updated", ""))[:16].replace("T", " "),
+                **{name: metrics.get(name) for name in FIGURES},
+                "routing": sum(routing) / len(routing) if routing else None,
+            }
+        )
+    return sorted(rows, key=lambda row: row["updated"])
+
+
+def runs_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the list as a table for the terminal."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="percent; forgetting: positive = forgotten")
+    for title in ("run", "method", "status", "stages", *FIGURES, "routing", "updated"):
+        numeric = title in (*FIGURES, "routing", "stages")
+        table.add_column(title, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        numbers = ["–" if row.get(name) is None else f"{row[name]:.1f}" for name in (*FIGURES, "routing")]
+        cells = [row["run"], row["method"], row["status"], row["stages"], *numbers, row["updated"]]
+        table.add_row(*map(escape, cells))
+    return table

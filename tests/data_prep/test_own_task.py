@@ -1,0 +1,98 @@
+"""A folder of images and a table become a task; what is wrong with the table is said line by line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_prep.own_task import make_task
+from data_prep.sources.coin import read_task
+from pipeline.errors import UserError
+from tests.tiny_clip import picture
+
+TABLE = ["image,question,answer", *(f"deep/{n % 5}.png,which number is {n}?,number {n}" for n in range(10))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for number in range(5):
+        (tmp_path / "photos" / "deep" / f"{number}.png").write_bytes(picture(number))
+    return tmp_path
+
+
+def make(folder: Path, lines: list[str], name: str = "samples.csv", **options: Any) -> dict[str, Any]:
+    (folder / name).write_text("\n".join(lines))
+    return make_task("Mine", folder / "photos", folder / name, folder / "own", **options)
+
+
+def test_a_csv_table_becomes_a_task_that_the_pipeline_reads(folder: Path) -> None:
+    made = make(folder, TABLE, test_share=0.3)
+    samples = {split: list(read_task(folder / "own", "Mine", split)) for split in ("train", "test")}
+    assert {split: len(found) for split, found in samples.items()} == {"train": made["train"], "test": made["test"]}
+    assert made["train"] + made["test"] == 10
+    assert {s.question for found in samples.values() for s in found} == {f"which number is {n}?" for n in range(10)}
+    assert json.loads((folder / "own" / "instructions" / "Mine" / "task.json").read_text())["metric"] == "exact_ci"
+
+
+def test_samples_on_one_image_stay_in_one_split(folder: Path) -> None:
+    (folder / "photos" / "copy.png").write_bytes(picture(1))  # the same picture under another name
+    make(folder, [*TABLE, "copy.png,and this?,number"], test_share=0.5)
+    shown = {s: {x.image for x in read_task(folder / "own", "Mine", s)} for s in ("train", "test")}
+    assert not shown["train"] & shown["test"]
+
+
+def test_a_jsonl_table_may_have_questions_without_image(folder: Path) -> None:
+    lines = [json.dumps({"question": f"what is {n} + 1?", "answer": n + 1}) for n in range(6)]
+    make(folder, lines, "samples.jsonl")
+    assert all(sample.image is None for sample in read_task(folder / "own", "Mine", "train"))
+
+
+def test_the_sheet_shows_ten_samples(folder: Path) -> None:
+    with Image.open(make(folder, [*TABLE, "deep/1.png,price in $ or $?,$3"])["sheet"]) as sheet:
+        assert sheet.width > 1000 and sheet.height > 500
+
+
+def test_every_line_that_cannot_be_used_is_named_and_nothing_is_written(folder: Path) -> None:
+    (folder / "photos" / "broken.png").write_bytes(b"no image")
+    (folder / "secret.png").write_bytes(picture(1))
+    bad = ["missing.png,what?,x", "broken.png,what?,x", "../secret.png,what?,x", "deep/1.png,,x", "deep/1.png,what?,"]
+    with pytest.raises(UserError) as error:
+        make(folder, [*TABLE, *bad])
+    for sentence in (
+        "line 12: the image 'missing.png' does not exist",
+        "line 13: the image 'broken.png' cannot be decoded",
+        "line 14: the image '../secret.png' is outside",
+        "line 15 has no question",
+        "line 16 has no answer",
+    ):
+        assert sentence in str(error.value)
+    assert not (folder / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "name", "options", "sentence"),
+    [
+        (["picture,query,reply", "a,b,c"], "t.csv", {}, "expected a first line that names image, question and answer"),
+        (TABLE[:3], "t.csv", {}, "has 2 samples; expected at least 4"),
+        (["{"], "t.jsonl", {}, "line 1 is not JSON"),
+        (["[]"], "t.jsonl", {}, "line 1 holds no object"),
+        (TABLE, "t.csv", {"metric": "exat"}, "Did you mean 'exact'"),
+        ([TABLE[0], *(f"deep/1.png,q{n},a" for n in range(5))], "t.csv", {}, "the same image"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(
+    folder: Path, lines: list[str], name: str, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make(folder, lines, name, **options)
+
+
+def test_a_task_that_is_there_is_not_overwritten(folder: Path) -> None:
+    make(folder, TABLE)
+    with pytest.raises(UserError, match="is there already"):
+        make(folder, TABLE)

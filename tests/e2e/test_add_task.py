@@ -1,0 +1,42 @@
+"""A task of one's own becomes the next stage of a finished run, and nothing that was learned changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from data_prep.own_task import make_task
+from pipeline.cli import app
+from pipeline.config import Recipe
+from pipeline.errors import EXIT_OK, EXIT_USER
+from pipeline.sequence import run_sequence
+from tests.tiny_clip import picture
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make(tasks=2, method__gate=0.0)
+    run_sequence(recipe)
+    run = recipe.run_path
+    before = {path.relative_to(run): path.read_bytes() for path in run.glob("stages/*/*") if "lock" not in path.name}
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
+    table = tmp_path / "mine.csv"
+    table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
+    make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
+    refused = CliRunner().invoke(app, ["add", str(run), "Mien", "--root", str(tmp_path / "own")])
+    assert refused.exit_code == EXIT_USER and "Did you mean 'Mine'" in refused.stderr
+    done = CliRunner().invoke(app, ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--json"])
+    assert done.exit_code == EXIT_OK, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["tasks"] == ["T0", "T1", "Mine"]
+    assert [score is None for score in result["accuracy"][2]] == [False] * 3
+    assert {path: (run / path).read_bytes() for path in before} == before
+    again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])
+    assert again.exit_code == EXIT_USER

@@ -1,0 +1,148 @@
+"""Adapters: loaded in three lines, merged and pruned without changing an answer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.adapter import load_adapter, read_adapter
+from pipeline.adapter_edit import merge, prune, push
+from pipeline.answering import Answerer
+from pipeline.errors import UserError
+from tests import tiny, tiny_clip
+from tests.adapters import Models, question, save_adapter, save_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def whole(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tmp_path_factory.mktemp("whole") / "adapter", models)
+
+
+def answers(answerer: Answerer, numbers: tuple[int, ...]) -> list[Any]:
+    asked = [question(number, variant) for number in numbers for variant in range(4)]
+    return [(answer.text, answer.selected) for answer in answerer.answer(asked)]
+
+
+def test_an_adapter_answers_in_three_lines(whole: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(question(1).image or b"")
+    adapter = load_adapter(str(whole))
+    answer = adapter.ask(question(1).text, picture)
+    assert answer.selected == ["T1"]
+    assert answer.similarity.keys() == {"T0", "T1", "T2"}
+
+
+def test_dropping_a_task_changes_no_token_of_the_others(whole: Path, tmp_path: Path) -> None:
+    before = answers(load_adapter(whole), (0, 2))
+    assert {name for _, selected in before for name in selected} == {"T0", "T2"}
+    prune(whole, ["T1"], tmp_path / "pruned")
+    pruned = load_adapter(tmp_path / "pruned")
+    assert pruned.pool.names == ["T0", "T2"]
+    assert answers(pruned, (0, 2)) == before
+
+
+def test_pools_trained_apart_become_one_that_answers_as_each_did(models: Models, tmp_path: Path) -> None:
+    first = save_adapter(tmp_path / "first", models, (0, 1))
+    second = save_adapter(tmp_path / "second", models, (2, 3))
+    before = answers(load_adapter(first), (0, 1)) + answers(load_adapter(second), (2, 3))
+    merge([first, second], tmp_path / "both")
+    both = load_adapter(tmp_path / "both")
+    assert both.pool.names == ["T0", "T1", "T2", "T3"]
+    assert answers(both, (0, 1, 2, 3)) == before
+
+
+def test_merging_and_pruning_keep_every_number(models: Models, whole: Path, tmp_path: Path) -> None:
+    merge([whole, save_adapter(tmp_path / "other", models, (3,))], tmp_path / "both")
+    prune(tmp_path / "both", ["T3"], tmp_path / "again")
+    one, two = read_adapter(whole), read_adapter(tmp_path / "again")
+    assert torch.equal(one.pool.prompts, two.pool.prompts) and torch.equal(one.pool.prototypes, two.pool.prototypes)
+    assert one.meta.sha256 == two.meta.sha256
+
+
+def test_what_cannot_share_a_pool_is_not_merged(models: Models, whole: Path, tmp_path: Path) -> None:
+    strangers = Models(tiny.save_llava(tmp_path / "llava", seed=5), tiny_clip.save_clip(tmp_path / "clip", seed=5))
+    other = save_adapter(tmp_path / "other", strangers, (3,), gate=0.5)
+    with pytest.raises(UserError, match=r"another base model; another CLIP .* method.gate 0.5 instead of 0.001"):
+        merge([whole, other], tmp_path / "both")
+    with pytest.raises(UserError, match="T0, T1, T2 is in more than one"):
+        merge([whole, whole], tmp_path / "both")
+    with pytest.raises(UserError, match="at least two"):
+        merge([whole], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_pruning_names_what_it_has(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no set 't1'; .* Did you mean 'T1'"):
+        prune(whole, ["t1"], tmp_path / "pruned")
+    with pytest.raises(UserError, match=r"nothing of .* would be left"):
+        prune(whole, ["T0", "T1", "T2"], tmp_path / "pruned")
+
+
+def test_the_vectors_handed_to_another_server_give_the_same_answer(whole: Path) -> None:
+    """What vLLM takes as prompt_embeds: generating from the tensor alone is generating from the question."""
+    adapter, asked = load_adapter(whole), question(2)
+    vectors = adapter.prompt_embeds(asked.text, asked.image)
+    assert vectors.shape[1] == tiny.HIDDEN and vectors.dtype == torch.float32
+    tokens = adapter.lmm.generate(vectors[None], torch.ones(1, len(vectors), dtype=torch.long), 6)[0]
+    assert adapter.lmm.conversation.decode(tokens) == adapter.ask(asked.text, asked.image).text
+    prompts = adapter.pool.prompts[2]
+    assert any(torch.equal(vectors[start : start + len(prompts)], prompts) for start in range(len(vectors)))
+
+
+def test_models_elsewhere_are_named_and_others_refused(models: Models, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(models.llava, tmp_path / "moved")
+    assert load_adapter(whole, model=str(tmp_path / "moved")).ask("what?").text is not None
+    with pytest.raises(UserError, match="belongs to another base model"):
+        load_adapter(whole, model=str(tiny.save_llava(tmp_path / "other", seed=9)))
+    with pytest.raises(UserError, match="belongs to another CLIP"):
+        load_adapter(whole, clip=str(tiny_clip.save_clip(tmp_path / "clip", seed=9)))
+
+
+def edited(folder: Path, target: Path, **changes: Any) -> Path:
+    shutil.copytree(folder, target)
+    meta = json.loads((target / "adapter.json").read_text()) | changes
+    (target / "adapter.json").write_text(json.dumps(meta))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": 1}, "has adapter format 1, expected 2"),
+        ({"sha256": "0" * 64}, "not the file that adapter.json describes"),
+        ({"sets": ["T0"]}, "does not hold the sets"),
+        ({"method": {"name": "magic"}}, "method.name"),
+    ],
+)
+def test_a_damaged_adapter_is_named(whole: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_adapter(edited(whole, tmp_path / "damaged", **changes))
+
+
+def test_the_card_tells_tasks_scores_licences_and_how_to_load(whole: Path) -> None:
+    card = (whole / "README.md").read_text()
+    for part in ("| T1 | 50.0 |", "load_adapter", "not stated; export with --licence", "within 0.001 of the best"):
+        assert part in card
+
+
+def test_pushing_makes_a_private_repository_unless_told_otherwise(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    calls: list[Any] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: calls.append((name, options["private"])))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: calls.append(options["repo_id"]))
+    assert push(whole, "me/sets") == "https://huggingface.co/me/sets"
+    assert calls == [("me/sets", True), "me/sets"]
+    with pytest.raises(UserError, match=r"could not be uploaded to .* expected user/name"):
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+        push(whole, "me/sets")

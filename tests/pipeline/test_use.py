@@ -1,0 +1,61 @@
+"""Listing runs and chatting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.adapter import load_adapter
+from pipeline.chat import chat
+from pipeline.cli import app
+from pipeline.errors import EXIT_OK, EXIT_USER
+from tests.adapters import question, save_adapter, save_models
+from tests.pipeline.test_report import make_run
+
+
+def test_runs_are_listed_with_their_key_figures_and_damaged_ones_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "first", status="done", updated="2026-01-01T10:00:00+00:00", stage=3)
+    make_run(tmp_path / "second", stages=0, updated="2026-01-02T10:00:00+00:00")
+    (make_run(tmp_path / "third") / "matrix.json").write_text("{")
+    (tmp_path / "no-run").mkdir()
+    done = CliRunner().invoke(app, ["ls", str(tmp_path), "--json"], env={"COLUMNS": "160"})
+    assert done.exit_code == EXIT_OK, done.stderr
+    rows = {row["run"]: row for row in json.loads(done.stdout.splitlines()[-1])["runs"]}
+    assert list(rows) == ["third", "first", "second"]
+    assert (rows["first"]["last"], rows["first"]["stages"], rows["first"]["routing"]) == (81.0, "3/3", 98.0)
+    assert rows["second"]["last"] is None
+    assert "is not JSON" in rows["third"]["note"] and "is not JSON" in done.stdout
+
+
+def test_a_folder_that_is_missing_is_said(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["ls", str(tmp_path / "runs")])
+    assert done.exit_code == EXIT_USER and "is no folder" in done.stderr
+
+
+def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = load_adapter(save_adapter(tmp_path / "adapter", save_models(tmp_path)))
+    picture = tmp_path / "red.png"
+    picture.write_bytes(question(0).image or b"")
+    (tmp_path / "text.png").write_text("no image")
+    lines = iter(
+        [question(0).text, f"/image {picture}", question(0).text, f"/image {tmp_path / 'text.png'}", "/task T7",
+         "/help", "", question(0).text]
+    )  # fmt: skip
+    prompts, shown = list[str](), list[str]()
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    assert chat(adapter, None, read, shown.append) == 3
+    assert prompts[0] == "[no image] > " and prompts[-1] == "[red.png] > "
+    answers = [line for line in shown if "(T0" in line]
+    assert answers[-1] == answers[-2]  # still about the picture
+    errors = [line for line in shown if line.startswith("error:")]
+    assert "is not a readable image" in errors[0] and "unknown task 'T7'" in errors[1]
