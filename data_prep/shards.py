@@ -12,6 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,35 @@ def write_shards(
         raise UserError(f"The {split} split of task {task!r} has no samples; expected at least one. Check data.root.")
     skipped = [record for part in parts for record in part["skipped"]] + skipped
     return _finish(folder, parts, {"task": task, "split": split, "count": count, **made_from, "skipped": skipped}), True
+
+
+def write_some_shards(
+    read_from: ReadFrom, folder: Path, shard_samples: int, source_fingerprint: str, numbers: Iterable[int]
+) -> int:
+    """Write the shards of these numbers that are not there yet and return how many were written.
+
+    For several processes that share the work; `write_shards` then only has to put index and dataset.json beside them.
+    Raises UserError for a bad record: leaving one out would move all samples behind it, which others are writing.
+    """
+    made_from = {"source_fingerprint": source_fingerprint, "shard_samples": shard_samples, "format": FORMAT_VERSION}
+    if prepared(folder, made_from) is not None:
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    wrote = 0
+    for number in numbers:
+        if _finished_part(folder, number, made_from) is not None:
+            continue
+        first, batch = number * shard_samples, []
+        for record in islice(read_from(first), shard_samples):
+            if isinstance(record, BadRecord):
+                raise UserError(
+                    f"{record.sentence()} Several processes together cannot leave records out: correct it, or prepare "
+                    "this recipe in one process with --skip-bad."
+                )
+            batch.append(record)
+        _write_shard(folder, number, first, batch, [], made_from)
+        wrote += 1
+    return wrote
 
 
 def _take(
@@ -194,15 +224,19 @@ def _add_extents(shard: Path, rows: list[Row]) -> None:
 
 def _finished_parts(folder: Path, made_from: dict[str, Any]) -> list[Row]:
     parts: list[Row] = []
-    while True:
-        try:
-            part = json.loads(_part_file(folder, len(parts)).read_text("utf-8"))
-            size = (folder / part["shard"]["name"]).stat().st_size
-        except (OSError, ValueError, KeyError):
-            return parts
-        if part["made_from"] != made_from or size != part["shard"]["size"] or "skipped" not in part:
-            return parts
+    while (part := _finished_part(folder, len(parts), made_from)) is not None:
         parts.append(part)
+    return parts
+
+
+def _finished_part(folder: Path, number: int, made_from: dict[str, Any]) -> Row | None:
+    try:
+        part = json.loads(_part_file(folder, number).read_text("utf-8"))
+        size = (folder / part["shard"]["name"]).stat().st_size
+    except (OSError, ValueError, KeyError):
+        return None
+    whole = part["made_from"] == made_from and size == part["shard"]["size"] and "skipped" in part
+    return part if whole else None
 
 
 def _finish(folder: Path, parts: list[Row], description: dict[str, Any]) -> dict[str, Any]:
