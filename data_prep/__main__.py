@@ -1,4 +1,7 @@
-"""`python -m data_prep prepare RECIPE` writes shards and keys; `python -m data_prep verify FOLDER` checks them."""
+"""`python -m data_prep prepare RECIPE` writes shards and keys; `python -m data_prep verify FOLDER` checks them.
+
+`shards --share 3/100`, `join`, `keys --share 3/100` and then `prepare` are the same for many processes together.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,15 @@ from pipeline.errors import EXIT_USER, UserError
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
+RecipeName = Annotated[str, typer.Argument(help="recipe name or file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value")]
+ShareOption = Annotated[str, typer.Option("--share", metavar="NUMBER/COUNT", help="which of how many processes")]
+
+
 @app.command("prepare")
 def prepare_command(
-    recipe: Annotated[str, typer.Argument(help="recipe name or file")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     skip_bad: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="leave out up to N bad records and list them")
     ] = None,
@@ -32,6 +40,34 @@ def prepare_command(
             f"{split['task']}/{split['split']}: {split['samples']} samples in {split['shards']} shards, "
             + (f"wrote {wrote}" if wrote else "up to date")
         )
+
+
+@app.command("shards")
+def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
+    """Write this process's share of the shards; `join` follows when all have ended."""
+    from data_prep.share import Share, share_shards
+    from pipeline.config import load_recipe
+
+    typer.echo(f"share {share}: wrote {share_shards(load_recipe(recipe, overrides or []), Share.parse(share))} shards")
+
+
+@app.command("join")
+def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Put the index beside the shards that `shards` wrote, and write those that are missing."""
+    from data_prep.share import join_shards
+    from pipeline.config import load_recipe
+
+    typer.echo(f"{join_shards(load_recipe(recipe, overrides or []))} samples")
+
+
+@app.command("keys")
+def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
+    """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
+    from data_prep.share import Share, share_keys
+    from pipeline.config import load_recipe
+
+    wrote = share_keys(load_recipe(recipe, overrides or []), Share.parse(share))
+    typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
 
 @app.command("verify")

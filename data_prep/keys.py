@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,27 +53,63 @@ def write_keys(
     """
     known_images = {} if known_images is None else known_images
     shards = IndexedShards(folder)
-    metadata = {**identity, "dtype": "float16", "normalised": "no", FINGERPRINT: shards.fingerprint}
     if _up_to_date(shards, identity):
         progress(len(shards))
         return False
     (folder / KEYS_FILE).unlink(missing_ok=True)
-    parts, first = [], 0
-    for number, shard in enumerate(shards.description["shards"]):
-        path = folder / _PARTS / f"keys-{number:06d}.safetensors"
-        rows = range(first, first + shard["samples"])
+    metadata, parts = _metadata(shards, identity), []
+    for number, rows in enumerate(_rows_of_shards(shards)):
+        path = _part_file(folder, number)
         part = _read_part(path, metadata, len(rows))
         if part is None:
             part = _encode(shards, rows, encoder(), batch, workers, known_images)
             _save(path, part, metadata)
         parts.append(part)
         progress(len(rows))
-        first = rows.stop
     keys = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     _write_table(folder / KEYS_TABLE, shards.ids, keys, metadata)
     _save(folder / KEYS_FILE, keys, metadata)
     shutil.rmtree(folder / _PARTS)
     return True
+
+
+def write_some_keys(
+    folder: Path,
+    identity: dict[str, str],
+    encoder: Callable[[], KeyEncoder],
+    batch: int,
+    workers: int,
+    numbers: Iterable[int],
+) -> int:
+    """Compute the keys of the shards of these numbers that are not there yet and return how many shards that was.
+
+    For several processes that share the work; `write_keys` then only has to put them together.
+    """
+    shards = IndexedShards(folder)
+    if _up_to_date(shards, identity):
+        return 0
+    metadata, rows_of_shards = _metadata(shards, identity), _rows_of_shards(shards)
+    known_images: KnownImages = {}
+    wrote = 0
+    for number in numbers:
+        path, rows = _part_file(folder, number), rows_of_shards[number]
+        if _read_part(path, metadata, len(rows)) is None:
+            _save(path, _encode(shards, rows, encoder(), batch, workers, known_images), metadata)
+            wrote += 1
+    return wrote
+
+
+def _metadata(shards: IndexedShards, identity: dict[str, str]) -> dict[str, str]:
+    return {**identity, "dtype": "float16", "normalised": "no", FINGERPRINT: shards.fingerprint}
+
+
+def _rows_of_shards(shards: IndexedShards) -> list[range]:
+    ends = list(accumulate(shard["samples"] for shard in shards.description["shards"]))
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _part_file(folder: Path, number: int) -> Path:
+    return folder / _PARTS / f"keys-{number:06d}.safetensors"
 
 
 def _up_to_date(shards: IndexedShards, identity: dict[str, str]) -> bool:

@@ -14,9 +14,11 @@
 #   --chain     (not with sbatch) submit one job per stage, each waiting for the one before, with SBATCH_OPTIONS
 #   --submit    (not with sbatch) submit the one job with SBATCH_OPTIONS
 #   --prepare   prepare the data first, in one task of the job
+#   --train     train without evaluating
+#   --evaluate  (with a run's folder instead of a recipe) fill in what is missing of its accuracy matrix
 #   --dry-run   print what would run
 #
-# Everything else goes to `python -m pipeline run`. Without a recipe: --prepare nano, the embedded default. Outside a
+# Everything else goes to `python -m pipeline run` (train, evaluate). Without a recipe: --prepare nano, the embedded default. Outside a
 # job the same call starts the ranks on this machine with the deepspeed launcher. Differences between sites are in
 # slurm/site.env (or $SITE_ENV), explained in slurm/site.env.example. Submit from the root of the repository.
 #
@@ -27,59 +29,8 @@ shopt -s inherit_errexit
 STOPPED=75         # pipeline's: saved, the same command goes on
 KILLED_BY_USR1=138 # a rank that was still starting and had nothing to save
 
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 usage() {
     sed -n '/^# A whole/,/^# Exit/ s/^# \{0,1\}//p' "$script"
-}
-
-print_or_run() {
-    if [ "$dry_run" = 1 ]; then
-        printf '%q ' "$@"
-        echo
-    else
-        "$@"
-    fi
-}
-
-# ---------------------------------------------------------------------------------------------------- the command
-
-load_site() {
-    local file=${SITE_ENV:-slurm/site.env}
-    if [ -e "$file" ]; then
-        # shellcheck source=slurm/site.env.example
-        . "$file"
-    elif [ -n "${SITE_ENV:-}" ]; then
-        fail "SITE_ENV names $SITE_ENV, which does not exist; copy slurm/site.env.example there."
-    fi
-    if [ -z "${PYTHON:-}" ]; then
-        PYTHON=python3
-        [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
-    fi
-    if [ -n "${NETWORK_INTERFACE:-}" ]; then
-        export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
-    fi
-}
-
-# Sets `python`, the command line of Python inside the container if there is one, and `srun_options` to go with it.
-choose_python() {
-    srun_options=()
-    case ${CONTAINER:-none} in
-        none) python=("$PYTHON") ;;
-        apptainer)
-            python=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "${IMAGE:?site.env must set IMAGE}"
-                "$PYTHON")
-            ;;
-        pyxis)
-            srun_options=("--container-image=${IMAGE:?site.env must set IMAGE}" "--container-workdir=$PWD"
-                "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
-            python=("$PYTHON")
-            ;;
-        *) fail "CONTAINER is '$CONTAINER' in site.env; expected none, apptainer or pyxis." ;;
-    esac
 }
 
 # ---------------------------------------------------------------------------------------------------- inside a job
@@ -165,7 +116,7 @@ in_job() {
         # A rank that fails ends the others at once. --wait=0: rank 0 may write its report after the others have left.
         run_step srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$per_node" \
             --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --kill-on-bad-exit=1 --wait=0 "${common[@]}" \
-            "${python[@]}" -m pipeline run "${arguments[@]}" "${until[@]}" || code=$?
+            "${python[@]}" -m pipeline "$verb" "${arguments[@]}" "${until[@]}" || code=$?
     fi
     case $code in
         "$STOPPED" | "$KILLED_BY_USR1") requeue ;;
@@ -201,30 +152,36 @@ chain() {
         [ -z "$job" ] || dependency=("--dependency=afterok:$job")
         job=$(submit --job-name="$(printf '%02d' "$number")-$name" "${dependency[@]}")
         [ "$dry_run" = 1 ] || echo "stage $number ($name): job $job"
-        own=() # only the first job prepares
+        [ "$verb" = run ] && own=() || own=("--$verb") # only the first job prepares
     done <<<"$names"
 }
 
 without_slurm() {
     [ "$prepare" = 0 ] || print_or_run "${python[@]}" -m pipeline prepare "${arguments[@]}"
     # `run` starts the deepspeed launcher with one rank per GPU, or with as many as train.processes says.
-    print_or_run "${python[@]}" -m pipeline run "${arguments[@]}" "${until[@]}"
+    print_or_run "${python[@]}" -m pipeline "$verb" "${arguments[@]}" "${until[@]}"
 }
 
 # --------------------------------------------------------------------------------------------------------- options
 
 script=slurm/run_sequence.sh
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-[ -f "$script" ] || fail "there is no $script in $PWD; call or submit it from the root of the repository."
+if [ ! -f "$script" ]; then
+    echo "error: there is no $script in $PWD; call or submit it from the root of the repository." >&2
+    exit 2
+fi
+# shellcheck source=slurm/site.sh
+. slurm/site.sh
 
-mode=run dry_run=0 prepare=0
+mode=run verb=run prepare=0
 arguments=() own=() until=()
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage && exit ;;
         --chain | --submit) mode=${1#--} ;;
         --dry-run) dry_run=1 ;;
-        --prepare) prepare=1 own=(--prepare) ;;
+        --prepare) prepare=1 own+=(--prepare) ;;
+        --train | --evaluate) verb=${1#--} own+=("$1") ;;
         --until)
             [ $# -ge 2 ] || fail "--until needs the number of a stage."
             until=(--until "$2")
@@ -235,8 +192,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ "${#arguments[@]}" = 0 ]; then
-    arguments=(nano) prepare=1 own=(--prepare)
+    [ "$verb" != evaluate ] || fail "--evaluate needs the folder of a run."
+    arguments=(nano) prepare=1 own+=(--prepare)
 fi
+[ "$verb:$mode" != evaluate:chain ] || fail "--evaluate is one job; use --submit."
 
 load_site
 choose_python

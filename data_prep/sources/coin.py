@@ -51,6 +51,10 @@ class CoinSplit:
         """
         return ordered_map(self._sample, self._entries[start:], workers)
 
+    def __len__(self) -> int:
+        """How many records there are, usable or not."""
+        return len(self._entries)
+
     def unusable(self) -> Iterator[BadRecord]:
         """Yield the bad records that show without decoding images: a fault in the JSON, an image file missing."""
         for entry in self._entries:

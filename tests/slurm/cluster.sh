@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Slurm cluster of virtual nodes, all of them this machine, for trying out and testing what is in slurm/.
 #
-#   tests/slurm/cluster.sh install         Debian's munge, Slurm and shellcheck, where they are missing (as root)
+#   tests/slurm/cluster.sh install         Debian's munge, Slurm, shellcheck and iproute2 where missing (as root)
 #   tests/slurm/cluster.sh start FOLDER    start it, with everything it writes in FOLDER; prints what to export
 #   tests/slurm/cluster.sh stop FOLDER     end what was started there
 #
@@ -18,7 +18,7 @@ fail() {
 
 packages() {
     local program missing=()
-    for program in munged:munge slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client shellcheck:shellcheck; do
+    for program in munged:munge slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client shellcheck:shellcheck ip:iproute2; do
         command -v "${program%%:*}" >/dev/null || missing+=("${program##*:}")
     done
     echo "${missing[*]-}"

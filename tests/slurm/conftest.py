@@ -102,9 +102,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def measured() -> Callable[[str, float], None]:
+def note() -> Callable[[str], None]:
+    """Keep a line about a measurement for the end of the test run."""
+    return MEASURED.append
+
+
+@pytest.fixture(scope="session")
+def measured(note: Callable[[str], None]) -> Callable[[str, float], None]:
     """Keep a duration in seconds for the end of the test run."""
-    return lambda what, seconds: MEASURED.append(f"{what}: {seconds:.1f} s")
+    return lambda what, seconds: note(f"{what}: {seconds:.1f} s")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

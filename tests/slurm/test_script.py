@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes import PROJECT
 
-SCRIPT = PROJECT / "slurm" / "run_sequence.sh"
+SCRIPTS = PROJECT / "slurm"
 JOB = {
     "SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16",
     "SLURM_GPUS_ON_NODE": "4",
@@ -53,20 +53,26 @@ class Shell:
         }  # fmt: skip
         self.environment.pop("SITE_ENV", None)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, script: str = "run_sequence.sh", **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(SCRIPT), *arguments], cwd=PROJECT, env={**self.environment, **environment}, text=True,
+            [str(SCRIPTS / script), *arguments], cwd=PROJECT, env={**self.environment, **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def __call__(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, **environment)
+    def __call__(
+        self, *arguments: str, script: str = "run_sequence.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, script=script, **environment)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def job(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Call the script as Slurm would on the first node of a job."""
         return self(*arguments, **{**JOB, "SLURM_SUBMIT_DIR": str(PROJECT), **environment})
+
+    def prepare(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Call the script that prepares data."""
+        return self(*arguments, script="prepare_array.sh", **environment)
 
     def calls(self, program: str) -> list[str]:
         """The arguments of every call of a program so far."""
@@ -110,6 +116,14 @@ def test_prepare_is_a_step_of_one_task_before_the_others(shell: Shell) -> None:
     assert "--nodes=1 --ntasks=1 " in first
     assert first.endswith("-m pipeline prepare nano")
     assert second.endswith("-m pipeline run nano")
+
+
+@pytest.mark.parametrize(("option", "call"), [("--train", "train nano"), ("--evaluate", "evaluate nano")])
+def test_training_and_evaluation_may_be_jobs_of_their_own(shell: Shell, option: str, call: str) -> None:
+    shell.job(option, "nano")
+    shell("--submit", option, "nano")
+    assert shell.calls("srun")[0].endswith(f"-m pipeline {call}")
+    assert shell.calls("sbatch")[0].endswith(f"{option} nano")
 
 
 def test_a_failed_preparation_ends_the_job(shell: Shell) -> None:
@@ -245,3 +259,30 @@ def test_shell_scripts_are_clean(path: Path) -> None:
         pytest.skip("shellcheck is not installed; `make test-slurm` installs it")
     done = subprocess.run(["shellcheck", "-x", str(path)], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_data_is_prepared_by_two_arrays_with_a_job_after_each(shell: Shell) -> None:
+    done = shell.prepare("--tasks", "3", "r.yaml", PREPARE_OPTIONS="--mem=1G", KEYS_OPTIONS="--gpus=1")
+    assert done.returncode == 0, done.stderr
+    script = "slurm/prepare_array.sh --step"
+    assert [call.removeprefix("--parsable --job-name=prepare-") for call in shell.calls("sbatch")] == [
+        f"shards --mem=1G --array=1-3 {script} shards --tasks 3 r.yaml",
+        f"join --mem=1G --dependency=afterok:101 {script} join --tasks 3 r.yaml",
+        f"keys --gpus=1 --array=1-3 --dependency=afterok:102 {script} keys --tasks 3 r.yaml",
+        f"together --mem=1G --dependency=afterok:103 {script} together --tasks 3 r.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        ("shards", "data_prep shards r.yaml --share 2/3"),
+        ("join", "data_prep join r.yaml"),
+        ("keys", "data_prep keys r.yaml --share 2/3"),
+        ("together", "pipeline prepare r.yaml"),
+    ],
+)
+def test_every_job_of_the_preparation_does_its_share(shell: Shell, step: str, call: str) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
+    assert shell.prepare("--step", step, "--tasks", "3", "r.yaml", **task).returncode == 0
+    assert shell.calls("srun")[0].endswith(f"python-stand-in -m {call}")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slurm
 
 TASKS, STEPS = 2, 20
 ACROSS_WORLD_SIZES = 1e-6
-KILL_WAIT_S = 10  # of the test's cluster: how long the other ranks have to leave after one has failed
+FAST_S = 120  # Slurm gives the other ranks 10 s here; the rest is for a machine that does other things as well
 
 Measured = Callable[[str, float], None]
 
@@ -160,7 +160,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_job_ends_with_the_same_result(
     job = cluster.submit(root / "killed.out", "--nodes=2", "--", str(run.recipe))
     job.until(run.in_second_stage, "in the second stage")
     os.kill(rank_process(job, 1), signal.SIGKILL)
-    took = job.ended("FAILED", limit_s=KILL_WAIT_S + 20)
+    took = job.ended("FAILED", limit_s=FAST_S)
     measured("end of a job after one of its ranks was killed", took)
     assert job.field("Restarts") == "0"
     again = cluster.submit(root / "killed-again.out", "--nodes=2", "--", str(run.recipe))

@@ -1,0 +1,93 @@
+"""One of many processes that prepare a recipe's data together, as the tasks of a Slurm array.
+
+Four steps, of which the first and the third are shared: shards, their index, CLIP keys, everything put together and
+verified. Every shard is a file of its own, written whole or not at all, so any step may be stopped, repeated, or done
+by another number of processes; what is there is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.keys import write_some_keys
+from data_prep.shards import write_shards, write_some_shards
+from data_prep.sources.coin import CoinSplit, coin_split
+from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.data.shards import read_description
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The `number`-th of `count` processes, counted from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Read `3/100`; raises UserError for anything else."""
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise UserError(f"--share is '{text}'; expected NUMBER/COUNT with NUMBER from 1 to COUNT, as 3/100.")
+        return cls(int(number), int(count))
+
+    def of(self, shards: int) -> range:
+        """Numbers of this process's shards: neighbours, for they read neighbouring records."""
+        return range(shards * (self.number - 1) // self.count, shards * self.number // self.count)
+
+
+def share_shards(recipe: Recipe, share: Share) -> int:
+    """Write this share of the shards of every split and return how many were not there yet."""
+    wrote = 0
+    for source, folder in _splits(recipe):
+        samples = recipe.data.shard_samples
+        numbers = share.of(-(-len(source) // samples))
+        if numbers:
+            read = partial(source.records, workers=recipe.data.workers)
+            wrote += write_some_shards(read, folder, samples, source.fingerprint(), numbers)
+    return wrote
+
+
+def join_shards(recipe: Recipe) -> int:
+    """Write index and dataset.json of every split, and what is missing of its shards; returns the number of samples."""
+    count = 0
+    for source, folder in _splits(recipe):
+        read, fingerprint = partial(source.records, workers=recipe.data.workers), source.fingerprint()
+        samples = recipe.data.shard_samples
+        description, _ = write_shards(read, folder, samples, fingerprint, source.task, source.split)
+        count += description["count"]
+    return count
+
+
+def share_keys(recipe: Recipe, share: Share) -> int:
+    """Compute the CLIP keys of this share of all shards that are not there yet; returns for how many."""
+    identity = key_identity(*recipe.keys.source)
+
+    @cache
+    def encoder() -> KeyEncoder:
+        return KeyEncoder(*recipe.keys.source)
+
+    wrote = 0
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            folder = recipe.data.split_path(task.name, split)
+            numbers = share.of(len(read_description(folder)["shards"]))
+            if numbers:
+                wrote += write_some_keys(folder, identity, encoder, recipe.keys.batch, recipe.data.workers, numbers)
+    return wrote
+
+
+def _splits(recipe: Recipe) -> Iterator[tuple[CoinSplit, Path]]:
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            yield coin_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
