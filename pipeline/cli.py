@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,7 +28,10 @@ from pipeline.errors import (
     Interrupted,
     UserError,
     unwritable,
+from pipeline.recipe_file import recipe_names
+from pipeline.stopping import STOP_SIGNALS
 )
+from pipeline.stopping import STOP_SIGNALS
 
 Result = dict[str, Any]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
@@ -53,7 +58,15 @@ class Verbs(TyperGroup):
         except UserError as error:
             outcome = launch.Outcome(EXIT_USER, str(error))
         except Interrupted as error:
+            if launch.is_distributed():
+                # A launcher that ends the ranks when the first has left must not change this one's exit code.
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
             outcome = launch.Outcome(EXIT_RESUMABLE, str(error) or "stopped early; the same command goes on from here.")
+            if launch.is_distributed():
+                # A launcher that ends the ranks when the first has left must not change this one's exit code.
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:

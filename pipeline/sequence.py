@@ -29,7 +29,7 @@ from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS
-from pipeline.distributed import World, agree, init_world, on_main, together
+from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
@@ -142,6 +142,8 @@ class Sequence:
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._write_state("stopped" if isinstance(error, Interrupted) else "failed")
+            if isinstance(error, Interrupted):
+                barrier()  # all ranks have heard of it; the first to leave may make a launcher end the others
             raise
         return {"run": str(self.path), "method": self.method.name, "stages": len(self.pool), **result}
 

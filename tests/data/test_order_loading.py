@@ -16,7 +16,7 @@ from pipeline.data.order import Order
 from pipeline.train import loaded_steps
 
 # Starting worker processes takes a while, and more so while other tests run.
-slowly = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+slowly = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 Drawn = list[tuple[int, float]]
 
 

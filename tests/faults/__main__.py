@@ -19,7 +19,7 @@ os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
 from tests.faults import damage, hanging, kills, surroundings
 from tests.faults.bench import Bench, Row, bench
 
-FAST = ("kills", "asleep", "full-disk")
+FAST = ("kills", "asleep")
 
 
 def rows(kill: int, kill_ranks: int) -> dict[str, Callable[[Bench], Any]]:
@@ -72,14 +72,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=rows(0, 0), help="only these faults")
     parser.add_argument("--fast", action="store_true", help="few kills, and only what is quick")
-    parser.add_argument("--kills", type=int, help="kills of a single rank (30; 4 with --fast)")
+    parser.add_argument("--kills", type=int, help="kills of a single rank (30; 3 with --fast)")
     parser.add_argument("--kill-ranks", type=int, default=3, help="kills of one of two ranks")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     options = parser.parse_args()
     chosen = options.only or (FAST if options.fast else list(rows(0, 0)))
     found: list[Row] = []
     with bench() as ground:
-        for name, work in rows(options.kills or (4 if options.fast else 30), options.kill_ranks).items():
+        for name, work in rows(options.kills or (3 if options.fast else 30), options.kill_ranks).items():
             if name not in chosen:
                 continue
             began = time.monotonic()

@@ -11,15 +11,8 @@ from typing import Any
 from tests.faults.bench import Bench, Row
 from tests.faults.kills import wait_for
 
-LIMIT_S = 15.0  # the watchdog's, in these runs
-ENDS_WITHIN_S = 120.0  # with loading, on a machine that has other things to do
-
-
-def slow_only_once() -> None:
-    """Sabotage: give what is done once no longer than a step."""
-    import pipeline.watchdog
-
-    pipeline.watchdog.SLOW_S = LIMIT_S
+LIMIT_S = 20.0  # the watchdog's, in these runs: longer than a step on a machine that has other things to do
+ENDS_WITHIN_S = 300.0
 
 
 def at_step(number: int, do: Callable[[], None]) -> None:
@@ -56,7 +49,6 @@ def _hang(bench: Bench, name: str, fault: str, do: Callable[[], None], expected:
     recipe = bench.recipe(name, train__steps=50, train__watchdog_s=LIMIT_S)
 
     def sabotage(rank: int) -> None:
-        slow_only_once()
         if rank == 1:
             at_step(5, do)
 
@@ -87,7 +79,7 @@ def diverging_rank(bench: Bench) -> Row:
 def stopped_process(bench: Bench) -> Row:
     """One of two processes is stopped as a whole, and cannot write a stack."""
     recipe = bench.recipe("stopped", train__steps=200, train__watchdog_s=LIMIT_S)
-    processes = bench.ranks(recipe, lambda rank: slow_only_once())
+    processes = bench.ranks(recipe)
     wait_for(bench.stage(recipe, 1, unfinished=True) / "metrics.jsonl")
     os.kill(processes[1].pid, signal.SIGSTOP)
     code = processes[0].wait(ENDS_WITHIN_S)

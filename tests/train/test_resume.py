@@ -76,11 +76,11 @@ def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int = 3, **ho
     ("zero", "dtype", "accumulate"),
     [
         (0, "float32", None),
-        (0, "bfloat16", None),
-        (2, "float32", 2),
-        (2, "bfloat16", None),
-        (3, "float32", None),
         (3, "bfloat16", 2),
+        pytest.param(0, "bfloat16", None, marks=pytest.mark.slow),
+        pytest.param(2, "float32", 2, marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", None, marks=pytest.mark.slow),
+        pytest.param(3, "float32", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_stage_goes_on_bit_for_bit(
