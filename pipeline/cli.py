@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,8 +27,6 @@ from pipeline.errors import (
     Interrupted,
     UserError,
     unwritable,
-from pipeline.recipe_file import recipe_names
-from pipeline.stopping import STOP_SIGNALS
 )
 from pipeline.stopping import STOP_SIGNALS
 
@@ -63,10 +60,6 @@ class Verbs(TyperGroup):
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
             outcome = launch.Outcome(EXIT_RESUMABLE, str(error) or "stopped early; the same command goes on from here.")
-            if launch.is_distributed():
-                # A launcher that ends the ranks when the first has left must not change this one's exit code.
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
