@@ -124,6 +124,25 @@ def clip(
     show(bench_clip(size, classes, images, rounds, chunk, batches, device), as_json)
 
 
+@app.command()
+def gpu(
+    size: SizeName = "7b",
+    samples: Annotated[int, typer.Option(min=4, help="Samples per training step.")] = 8,
+    answers: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    rounds: Rounds = 5,
+    device: Device = "cuda",
+    as_json: AsJson = False,
+) -> None:
+    """All that only a GPU can tell: steps, checkpointing, answers with sets and without, ZeRO-2 and ZeRO-3."""
+    import torch
+
+    from pipeline.bench.gpu import bench_gpu
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError("There is no GPU here; start this where there is one, or give --device cpu and --size tiny.")
+    show(bench_gpu(_size(size), samples, answers, rounds, device), as_json)
+
+
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print the variants and ratios of a result as tables, or all of it as JSON."""
     if as_json:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.bench import measure
 from pipeline.bench.__main__ import app
+from pipeline.bench.gpu import bench_gpu
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
 from pipeline.bench.tasks import bench_tasks
@@ -74,3 +75,10 @@ def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> N
     wrong = CliRunner().invoke(app, ["step", "--size", "smal"])
     assert wrong.exit_code == 2
     assert "Did you mean 'small'?" in wrong.output
+
+
+def test_the_script_for_gpus_runs_through_on_a_cpu() -> None:
+    found = bench_gpu("tiny", samples=4, answers=2, rounds=1, device="cpu")
+    assert len(found["steps"]) == 9
+    assert all(row["samples_per_s"] > 0 for row in [*found["steps"].values(), *found["deepspeed"].values()])
+    assert found["answering"]["tokens_per_s"]["plain"] > 0
