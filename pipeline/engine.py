@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,16 +170,16 @@ def start_deepspeed() -> Any:
     return deepspeed
 
 
-def gather_layer_by_layer(module: nn.Module, also: Iterable[str] = ()) -> None:
+def gather_layer_by_layer(module: nn.Module) -> None:
     """Let ZeRO-3 fetch each encoder and decoder layer in one piece, not weight by weight.
 
-    The layers are those transformers names as not to be split, and the classes named in `also`. With hooks on every submodule
-    a step of a small model spends more time in hooks and tiny gathers than in arithmetic: fewer pieces made it 1.5 times as fast.
+    The layers are those transformers names as not to be split. With hooks on every submodule a step of a small model
+    spends more time in hooks and tiny gathers than in arithmetic: fewer pieces made it 1.5 times as fast.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
     layers = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    set_z3_leaf_modules(module, sorted({*layers, *also}), raise_if_not_found=False)
+    set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
 
 
 def _skip_compiled_collectives() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.few_shot_batches import micro_batches
@@ -33,8 +33,7 @@ class ClipEngine(Engine):
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.module: Any = module.to(world.device)
         if self.zero_stage == 3:
-            # A learner reads vectors out of lists, whose own forward never runs: on their own they are not fetched.
-            gather_layer_by_layer(module, also=[type(module.learner).__name__])
+            gather_layer_by_layer(module)
         for parameter in module.parameters():
             if parameter.dim() == 0:  # CLIP's scale, which is kept as a buffer; DeepSpeed cannot send single numbers
                 parameter.data = parameter.data.reshape(1)
@@ -48,6 +47,11 @@ class ClipEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
+        if self.zero_stage == 3:
+            # A learner reads vectors out of lists, whose own forward never runs: on their own they are not fetched.
+            for part in module.learner.modules():
+                for parameter in part.parameters(recurse=False) if isinstance(part, nn.ParameterList) else ():
+                    deepspeed.zero.register_external_parameter(module.learner, parameter)
         # DeepSpeed rounds buffers to the model's precision too; these scale float32 logits.
         module.backbone.scale, module.backbone.bias = (
             torch.tensor(value, dtype=torch.float32, device=world.device) for value in scale

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
 import pytest
 
 from data_prep.benchmark import prepare_benchmark

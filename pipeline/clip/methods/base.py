@@ -66,9 +66,15 @@ class PromptLearner(nn.Module):
         with torch.no_grad():
             self.get_parameter("ctx").copy_(rows)
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         """The prompts; `images` [B, J] are the image features, where a method is `per_image`."""
         raise NotImplementedError
+
+    def forward(self, images: Tensor | None = None) -> Prompts:
+        """See `prompts`."""
+        text, vision = self.prompts(images)
+        # Views, never the parameters themselves: under ZeRO-3 those are empty again once this forward has ended.
+        return Prompts(*({block: v.view_as(v) for block, v in part.items()} for part in (text, vision)))
 
 
 def placeholders(count: int) -> str:

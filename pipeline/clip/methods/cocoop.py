@@ -37,7 +37,7 @@ class CoCoOp(PromptLearner):
     def start_words(self) -> str | None:
         return self.words
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         assert images is not None, "CoCoOp makes its prompts from image features"
         shift = self.meta_net(normalised(images))  # [B, D]
         return Prompts({0: (self.ctx + shift[:, None])[:, None]}, {})  # [B, 1, n, D]

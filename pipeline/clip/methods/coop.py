@@ -46,5 +46,5 @@ class CoOp(PromptLearner):
     def start_words(self) -> str | None:
         return self.words
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         return Prompts({0: self.ctx}, {})

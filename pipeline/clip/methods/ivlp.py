@@ -31,6 +31,6 @@ class IVLP(PromptLearner):
     def start_words(self) -> str | None:
         return self.words
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         text = dict(enumerate([self.ctx, *self.compound_prompts_text]))
         return Prompts(text, dict(enumerate([self.visual_ctx, *self.compound_prompts_vision])))

@@ -28,7 +28,7 @@ class MaPLe(PromptLearner):
     def start_words(self) -> str | None:
         return self.words
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         text = [self.ctx, *self.compound_prompts_text]
         couplings = [self.proj, *self.compound_prompt_projections]
         vision = [coupling(prompt) for coupling, prompt in zip(couplings, text, strict=True)]

@@ -59,7 +59,7 @@ class MPL(PromptLearner):
     def start_words(self) -> str | None:
         return self.words
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         first = self.proj if isinstance(self.proj, nn.ModuleList) else [self.proj]
         vision = {0: torch.cat([coupling(self.ctx) for coupling in first])}
         for block, prompt in enumerate(self.compound_prompts_text, start=1):

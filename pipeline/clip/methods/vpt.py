@@ -24,5 +24,5 @@ class VPT(PromptLearner):
         self.visual_ctx = vectors(length, sizes.vision_width)
         self.compound_prompts_vision = deep_vectors(depth - 1, length, sizes.vision_width)
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         return Prompts({}, dict(enumerate([self.visual_ctx, *self.compound_prompts_vision])))

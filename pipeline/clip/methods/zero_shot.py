@@ -17,5 +17,5 @@ class ZeroShot(PromptLearner):
     def __init__(self, sizes: Sizes, template: str = TEMPLATE) -> None:
         super().__init__(schedule([], [], sizes.blocks), template)
 
-    def forward(self, images: Tensor | None = None) -> Prompts:
+    def prompts(self, images: Tensor | None = None) -> Prompts:
         return Prompts({}, {})
