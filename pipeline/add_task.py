@@ -35,6 +35,8 @@ def add_task(run: Path, name: str, root: Path) -> dict[str, Any]:
     if name not in names:
         tasks = (*recipe.data.tasks, task)
         data = recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})
+        # What was counted over the tasks so far is counted anew.
+        (run / "eval" / "majority.json").unlink(missing_ok=True)
         recipe.model_copy(update={"data": data}).dump_yaml(run / "config.yaml")
     return {"run": str(run), "task": name, "stage": len({*names, name}), "splits": prepared["splits"]}
 

@@ -28,10 +28,18 @@ from pipeline.errors import (
     UserError,
     unwritable,
 )
+from pipeline.recipe_file import recipe_names
 from pipeline.stopping import STOP_SIGNALS
 
 Result = dict[str, Any]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a shipped recipe, or path of a YAML file.",
+        autocompletion=lambda incomplete: [name for name in recipe_names() if name.startswith(incomplete)],
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")

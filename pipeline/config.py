@@ -262,6 +262,7 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
+    registry: bool = Field(True, description="true: a finished run's adapter becomes a version in the model registry")
 
 
 class FileRecipe(Section):

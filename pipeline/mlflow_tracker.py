@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import provenance
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
+from pipeline.run_folder import read_run
 from pipeline.tracking import artifact_location, tracking_uri
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
 BATCH = 100  # MLflow takes at most 100 parameters in one call
 METRIC_BATCH = 1000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens it as training, not as GenAI
+PREDICTIONS = 20  # per task, as a sample
 PARAM_CHARS = 6000
 
 QUIET_ENVIRONMENT = {
@@ -163,6 +168,38 @@ class MlflowTracker:
         with self._tolerant(f"logging the scores of {name}"):
             self._log_model_metrics(run_id, model_id, metrics, step)
 
+    def results(self, run_path: Path, complete: bool) -> None:
+        run_id = self._current()
+        if run_id is None:
+            return
+        for name in ("report.html", "matrix.json"):
+            self.artifact(run_path / name)
+        self.artifact(run_path / "figures", "figures")
+        with self._tolerant("uploading predictions"):
+            for task, lines in read_run(run_path).last_predictions().items():
+                sample = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:PREDICTIONS])
+                self.client.log_text(run_id, sample, f"predictions/{task}.jsonl")
+        if complete and self.recipe.tracking.registry and self.recipe.method.name != "zero_shot":
+            with self._tolerant("registering the adapter"):
+                self._register(run_id, run_path)
+
+    def _register(self, run_id: str, run_path: Path) -> None:
+        """Register the run's adapter, unless that very adapter is a version of the model already."""
+        from pipeline.adapter import export, read_adapter
+        from pipeline.mlflow_registry import register_adapter
+        from pipeline.prompts.pool import fingerprint_of
+
+        name = f"{self.recipe.name}-{self.recipe.method.name}"
+        with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
+            adapter = Path(folder) / "adapter"
+            export(run_path, adapter)
+            pool = read_adapter(adapter).pool
+            # Of the values: a safetensors file may hold the same ones in another order of its header.
+            content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
+            known = self.client.search_model_versions(f"name = '{name}'")
+            if not any(version.tags.get("prompt_sets") == content for version in known):
+                register_adapter(self.client, self.experiment_id, run_id, adapter, name, self.recipe.seed, content)
+
     def run_ids(self) -> dict[str, Any]:
         return {
             "experiment": self.experiment_id,
@@ -174,7 +211,8 @@ class MlflowTracker:
     def _experiment(self, name: str) -> str:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            return str(self.client.create_experiment(name, artifact_location=artifact_location(self.uri)))
+            location = artifact_location(self.uri)
+            return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
         if experiment.lifecycle_stage != "active":
             raise UserError(
                 f"The MLflow experiment '{name}' in {self.uri} is deleted; expected an active one. Restore it with "

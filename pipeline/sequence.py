@@ -43,7 +43,7 @@ from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_rando
 from pipeline.run_data import open_data
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
-from pipeline.tracking import Tracker, make_tracker
+from pipeline.tracking import Tracker, make_tracker, set_shares
 from pipeline.train import total_steps, train_stage
 from pipeline.watchdog import Watchdog
 
@@ -200,6 +200,7 @@ class Sequence:
                  f", going on after step {start}" if start else "")  # fmt: skip
         with self.tracker.stage(index, stage.name):
             self._write_state("running")  # with the stage's MLflow run, so that a restart continues it
+            self.tracker.metrics(set_shares(selected, self.pool.names), 0)
             history = train_stage(
                 engine, batches, recipe.train, world, folder, self.stop,
                 lambda p: self.tracker.metrics(p.numbers(), p.step), None, saver, self.watchdog, start,
@@ -350,13 +351,11 @@ class Sequence:
         from pipeline.report import write_report
 
         try:
-            page = write_report(self.path, [])
+            write_report(self.path, [])
         except Exception as error:
             log.warning("The report of %s could not be drawn (%s); the run itself is whole.", self.path, error)
             return
-        for path in (page, self.path / "matrix.json"):
-            self.tracker.artifact(path)
-        self.tracker.artifact(self.path / "figures", "figures")
+        self.tracker.results(self.path, complete=len(self.pool) == len(self.stages))
 
     @property
     def _trains_projector(self) -> bool:

@@ -8,7 +8,7 @@ and nothing else: metrics wait in memory and are sent when the store answers aga
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.config import Recipe
 
 
@@ -47,6 +49,9 @@ class Tracker(Protocol):
     def model_metrics(self, name: str, metrics: Mapping[str, float | None], step: int) -> None:
         """Add numbers, such as the scores after its stage, to the LoggedModel that `stage_model` registered."""
 
+    def results(self, run_path: Path, complete: bool) -> None:
+        """Upload report, matrix, figures and a sample of the predictions; register the adapter of a complete run."""
+
     def run_ids(self) -> dict[str, Any]:
         """Return what must stand in run.json under "mlflow" so that a restart continues the same runs."""
 
@@ -77,8 +82,17 @@ class NullTracker:
     def model_metrics(self, name: str, metrics: Mapping[str, float | None], step: int) -> None:
         pass
 
+    def results(self, run_path: Path, complete: bool) -> None:
+        pass
+
     def run_ids(self) -> dict[str, Any]:
         return {}
+
+
+def set_shares(selected: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Percent of a stage's training samples that get each earlier set; `selected` [N, m] numbers of `names`."""
+    shares = [100.0 * float((selected == number).any(1).float().mean()) for number in range(len(names))]
+    return {f"routing_share.{name}": share for name, share in zip(names, shares, strict=True)}
 
 
 def make_tracker(recipe: Recipe, run_path: Path, rank: int) -> Tracker:

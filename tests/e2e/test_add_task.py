@@ -38,5 +38,7 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert result["tasks"] == ["T0", "T1", "Mine"]
     assert [score is None for score in result["accuracy"][2]] == [False] * 3
     assert {path: (run / path).read_bytes() for path in before} == before
+    assert len(result["majority"]) == 3
+    assert "Mine" in (run / "report.html").read_text(encoding="utf-8")
     again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])
     assert again.exit_code == EXIT_USER

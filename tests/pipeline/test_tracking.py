@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import Recipe
 from pipeline.errors import Interrupted, UserError
-from pipeline.tracking import NullTracker, artifact_location, make_tracker, tracking_uri
+from pipeline.tracking import NullTracker, artifact_location, make_tracker, set_shares, tracking_uri
 
 CREATE_STORE = """
 import sys
@@ -243,3 +243,26 @@ def test_creating_a_store_is_silent_and_importing_tracking_does_not_import_mlflo
     database, result = creation
     assert result.stdout + result.stderr == ""
     assert database.is_file()
+
+
+def test_shares_count_the_samples_that_get_each_earlier_set() -> None:
+    import torch
+
+    selected = torch.tensor([[0, 1], [0, -1], [-1, -1], [0, -1]])
+    assert set_shares(selected, ["colour", "count"]) == {"routing_share.colour": 75.0, "routing_share.count": 25.0}
+    assert set_shares(torch.zeros(3, 0, dtype=torch.long), []) == {}
+
+
+def test_what_a_run_leaves_is_uploaded_and_an_incomplete_one_is_not_registered(store: Path, tmp_path: Path) -> None:
+    from tests.pipeline.test_report import TASKS, make_run
+
+    run = make_run(tmp_path / "small-s0")
+    (run / "report.html").write_text("page")
+    tracker = make_tracker(recipe(store), run, rank=0)
+    with tracker.sequence({}):
+        tracker.results(run, complete=False)
+    client, parent = client_of(store), tracker.run_ids()["parent"]
+    files = [file.path for file in client.list_artifacts(parent, "predictions")]
+    assert files == sorted(f"predictions/{task}.jsonl" for task in TASKS)
+    assert {"report.html", "matrix.json"} <= {file.path for file in client.list_artifacts(parent)}
+    assert client.search_registered_models() == []

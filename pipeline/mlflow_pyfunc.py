@@ -1,0 +1,76 @@
+"""An adapter as an MLflow model: this file is the model's code, so nothing is pickled.
+
+`mlflow.pyfunc.load_model("models:/nano-modalprompt@newest").predict(frame)` answers a frame with the columns `question`
+and, where there are pictures, `image` (a file's path, its bytes, or its base64 text) and `task`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.answering import Question
+
+
+class AdapterModel(PythonModel):
+    """Answers questions about images with an adapter and its frozen models.
+
+    Where these lie elsewhere than where the adapter was made, `load_model` takes model_config={"model": "...", "clip":
+    "..."}.
+    """
+
+    def load_context(self, context: Any) -> None:
+        from pipeline.adapter import load_adapter
+
+        config = context.model_config or {}
+        self.answerer = load_adapter(context.artifacts["adapter"], config.get("model"), config.get("clip"))
+
+    # Without annotations: MLflow would take them for a schema, and the registered signature is that.
+    def predict(self, context, model_input, params=None):
+        """A frame with `answer`, `selected` (names, comma-separated) and `similarity` (JSON) in the input's order."""
+        import pandas
+
+        if "question" not in getattr(model_input, "columns", ()):
+            raise UserError(
+                "the input has no column question; expected question and, if there are any, image and task."
+            )
+        answers = self.answerer.answer([question(row) for row in model_input.to_dict("records")])
+        rows = [
+            {"answer": a.text, "selected": ", ".join(a.selected), "similarity": json.dumps(a.similarity)}
+            for a in answers
+        ]
+        return pandas.DataFrame(rows, columns=["answer", "selected", "similarity"], index=model_input.index)
+
+
+def question(row: dict[str, Any]) -> Question:
+    """The question in a row of the frame; raises UserError for an image that is none of the three."""
+    from pipeline.answering import Question, read_image
+
+    image, task = row.get("image"), row.get("task")
+    encoded: bytes | None
+    if isinstance(image, bytes | bytearray):
+        encoded = bytes(image)
+    elif not isinstance(image, str) or not image:  # None, or pandas' NaN
+        encoded = None
+    elif len(image) < 4096 and Path(image).is_file():
+        encoded = read_image(image)
+    else:
+        try:
+            encoded = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError(
+                f"image '{image[:60]}' is neither a file here nor base64; expected a path, bytes or base64 text."
+            ) from None
+    return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
+
+
+set_model(AdapterModel())
