@@ -88,6 +88,12 @@ def share_keys(recipe: Recipe, share: Share) -> int:
 
 
 def _splits(recipe: Recipe) -> Iterator[tuple[CoinSplit, Path]]:
+    root = Path(recipe.data.root)
+    if recipe.data.source == "generated" and not (root / "instructions").is_dir():
+        raise UserError(
+            f"The data of this recipe are generated and not in {root} yet; one process draws them: "
+            "`python -m pipeline prepare RECIPE`."
+        )
     for task in recipe.data.tasks:
         for split in SPLITS:
             yield coin_split(recipe.data, task, split), recipe.data.split_path(task.name, split)

@@ -104,9 +104,10 @@ in_job() {
         "node; submit from a folder that all nodes see."
     count_tasks
     meeting_point
-    export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+    # Lines appear as they are printed. Not by srun's --unbuffered, which gives the tasks a terminal to draw bars on.
+    export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
     # --export: also for a job that was submitted with --export=NONE. --input: no task may wait for a keyboard.
-    common=(--export=ALL --input=none --unbuffered --cpus-per-task="$cpus" "${srun_options[@]}")
+    common=(--export=ALL --input=none --cpus-per-task="$cpus" "${srun_options[@]}")
     step=
     trap pass_on USR1 TERM
     if [ "$prepare" = 1 ]; then
