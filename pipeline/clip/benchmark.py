@@ -107,7 +107,10 @@ def bench_clip(
     ratios: dict[str, dict[str, float]] = {}
 
     def pair(title: str, plain: Any, fast: Any, samples: int, difference: float) -> None:
-        calls = {f"{title}, plain": (plain, samples, {}), f"{title}, fast": (fast, samples, {})}
+        calls: dict[str, tuple[Any, int, dict[str, Any]]] = {
+            f"{title}, plain": (plain, samples, {}),
+            f"{title}, fast": (fast, samples, {}),
+        }
         slow, quick = measure.compare(calls, rounds, device).values()
         variants.update({found.name: found.to_json(None) for found in (slow, quick)})
         ratios[title] = measure.ratio(slow, quick) | {"difference": difference}
