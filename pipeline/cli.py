@@ -190,7 +190,6 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question with a run's prompt sets and tell which sets were selected."""
-    _need_sequence(run, "predict")
     from pipeline.predict import predict as predict_one
 
     _show(predict_one(run, image, question, task), as_json)
@@ -227,7 +226,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the learned pool of all stages as one portable adapter."""
-    _need_sequence(run, "export")
     from pipeline.adapter import export as export_run
 
     result = export_run(run, target, licence)
@@ -252,14 +250,6 @@ def main() -> None:
 
 def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[str]:
     return [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
-
-
-def _need_sequence(run: Path, verb: str) -> None:
-    if run_kind(run) == "clip":
-        raise UserError(
-            f"{run} is a benchmark of prompt methods on CLIP, and {verb} is for a task sequence. Its prompts are in "
-            f"{run / 'units'}; pipeline.clip.checkpoint.classifier_from loads them for any class list."
-        )
 
 
 def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> None:

@@ -367,6 +367,11 @@ def load_run(run_path: Path) -> Recipe:
             f"'{run_path}' {found}; expected the folder of a run, which `python -m pipeline run RECIPE` makes."
             + nearest(run_path.name, runs)
         )
+    if run_kind(run_path) == "clip":
+        raise UserError(
+            f"'{run_path}' is a benchmark of prompt methods on CLIP; expected the run of a task sequence. What it "
+            f"learned is in {run_path / 'units'}; pipeline.clip.checkpoint.classifier_from loads it for any classes."
+        )
     return load_recipe(run_path / "config.yaml")
 
 

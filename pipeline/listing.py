@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.config import run_kind
 from pipeline.errors import UserError
 from pipeline.run_folder import read_run
 
@@ -26,6 +28,9 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(found.parent for found in folder.glob("*/config.yaml")):
         row: dict[str, Any] = {"run": path.name, "method": "?", "status": "?", "stages": "", "updated": "", "note": ""}
         try:
+            if run_kind(path) == "clip":
+                rows.append({**row, **benchmark_figures(path)})
+                continue
             run = read_run(path)
         except UserError as error:
             rows.append({**row, "status": "damaged", "note": str(error)})
@@ -44,6 +49,14 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: row["updated"])
+
+
+def benchmark_figures(path: Path) -> dict[str, Any]:
+    """Return method, status and finished units of a benchmark's run; its accuracies are in its own report."""
+    state = json.loads((path / "run.json").read_text("utf-8")) if (path / "run.json").is_file() else {}
+    units = f"{state.get('units_done', 0)}/{len(state.get('units', []))}"
+    updated = str(state.get("updated", ""))[:16].replace("T", " ")
+    return {"method": "benchmark", "status": state.get("status", "new"), "stages": units, "updated": updated}
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
