@@ -70,7 +70,7 @@ def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -
     """Record that this content of a split has passed `verify_split`, with checksums of it."""
     shards = IndexedShards(folder)
     records = (shards.checksum(row) for row in range(len(shards)))
-    write_checksums(folder, fingerprint, records, (INDEX_FILE, KEYS_FILE), shards.keys().identity)
+    write_checksums(folder, fingerprint, records, (INDEX_FILE, KEYS_FILE))
     with replacing(folder / VERIFIED_FILE) as temporary:
         temporary.write_text(json.dumps(_mark(fingerprint, identity), indent=1) + "\n", "utf-8")
 

@@ -1,7 +1,7 @@
 """Checksums of a prepared split, one per record and one per table, so that a bit that turns over on the disk is told.
 
-`checksums.safetensors` is written when a split has been verified and is only believed for the data and the CLIP it was
-made for; a split without it (prepared by an earlier version) is read unchecked.
+`checksums.safetensors` is written when a split has been verified and is only believed for the data it was made for;
+a split without it (prepared by an earlier version) is read unchecked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Checksums:
 
     records: npt.NDArray[np.uint32] | None = None  # [N] CRC-32 of each record, see `checksum`
     tables: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the index and the keys by file name
-    identity: Mapping[str, str] = field(default_factory=dict)  # the metadata of the keys that are meant
 
     def check_table(self, path: Path, fix: str) -> None:
         """Raise UserError when a table is not the one that was verified."""
@@ -53,21 +52,15 @@ def read_checksums(folder: Path, fingerprint: str) -> Checksums:
             facts = file.metadata() or {}
             if facts.get("fingerprint") != fingerprint:
                 return Checksums()
-            return Checksums(file.get_tensor("records"), json.loads(facts["tables"]), json.loads(facts["identity"]))
+            return Checksums(file.get_tensor("records"), json.loads(facts["tables"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Remove it and run `python -m pipeline prepare RECIPE` to write it anew."
         ) from None
 
 
-def write_checksums(
-    folder: Path, fingerprint: str, records: Iterable[int], tables: Iterable[str], identity: Mapping[str, str]
-) -> None:
+def write_checksums(folder: Path, fingerprint: str, records: Iterable[int], tables: Iterable[str]) -> None:
     """Keep the checksums of a split that was just verified; `tables` are file names in it."""
-    facts = {
-        "fingerprint": fingerprint,
-        "tables": json.dumps({name: sha256(folder / name) for name in tables}),
-        "identity": json.dumps(dict(identity)),
-    }
+    facts = {"fingerprint": fingerprint, "tables": json.dumps({name: sha256(folder / name) for name in tables})}
     with replacing(folder / CHECKSUMS_FILE) as temporary:
         write_synced(temporary, save({"records": np.fromiter(records, dtype=np.uint32)}, metadata=facts))

@@ -216,11 +216,9 @@ def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: M
             tensors = {name: file.get_tensor(name) for name in ("image", "text", "has_image")}
     except (SafetensorError, OSError) as error:
         raise UserError(f"The CLIP keys {path} cannot be read ({_first_line(error)}). {FIX}") from None
-    known = read_checksums(folder, description["fingerprint"])
-    if known.identity == identity:
-        known.check_table(path, FIX)
     if identity.get(FINGERPRINT) != description["fingerprint"]:
         raise UserError(f"The CLIP keys {path} were computed for another dataset. {FIX}")
+    read_checksums(folder, description["fingerprint"]).check_table(path, FIX)
     image, text, has_image = tensors["image"], tensors["text"], tensors["has_image"]
     count = description["count"]
     if image.shape != text.shape or len(image) != count or has_image.shape != (count,):

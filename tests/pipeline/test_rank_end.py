@@ -38,7 +38,9 @@ def ended(last: str, **env: str) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.split("\n")[:-1], done.stderr
 
 
-@pytest.mark.parametrize(("last", "code"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1)])
+@pytest.mark.parametrize(
+    ("last", "code"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1)]
+)
 def test_a_rank_runs_its_exit_handlers_and_keeps_its_exit_code_but_is_not_torn_down(last: str, code: int) -> None:
     assert ended(last, RANK="1", WORLD_SIZE="2")[:2] == (code, ["handled"])
 
