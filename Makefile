@@ -1,8 +1,10 @@
 # make demo   the embedded default from nothing to a report        make test   the tests
 # VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.10 or newer)
+# WORKERS=2   processes that share the tests
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+WORKERS ?= 2
 RECIPES = nano nano_paper nano_sequential nano_independent
 
 PY = $(VENV)/bin/python
@@ -54,8 +56,9 @@ demo-compare: venv
 	$(PY) -m pipeline report runs/nano-modalprompt-s$(SEED) runs/nano_paper-modalprompt-s$(SEED) \
 	  runs/nano_sequential-sequential-s$(SEED) runs/nano_independent-independent-s$(SEED)
 
+# Several workers; those tests that start ranks of their own share one of them.
 test: venv
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 # What is left out of `make test` because it takes minutes
 test-slow: venv

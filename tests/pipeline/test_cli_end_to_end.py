@@ -20,7 +20,7 @@ from tests.tiny import save_llava
 from tests.tiny_clip import save_clip, save_coin
 
 Call = Callable[..., Any]
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.gloo]
 
 RECIPE = """
 name: tiny
