@@ -69,6 +69,7 @@ def serve(
     )
     address = f"[{host}]" if ":" in host else host
     port = listener.getsockname()[1]
+    listener.listen(CONNECTIONS)  # before it is announced: who connects at once waits and is not refused
     sets = len(worker.answerer.pool)
     print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
