@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +22,7 @@ from tests.faults import damage, hanging, kills, surroundings
 from tests.faults.bench import Bench, Row, bench
 
 FAST = ("kills", "asleep")
+MESSAGE_CHARS = 240  # of a message in the table
 
 
 def rows(kill: int, kill_ranks: int) -> dict[str, Callable[[Bench], Any]]:
@@ -61,7 +64,8 @@ def markdown(found: list[Row]) -> str:
     """The table of docs/reliability.md."""
     lines = ["| fault | what happens | lost | exit code | message |", "|---|---|---|---|---|"]
     for row in found:
-        said = row.message.replace("|", "/")
+        said = re.sub(r"\S*/faults-[^/]*/bench/", "", row.message).replace("|", "/")
+        said = textwrap.shorten(said, MESSAGE_CHARS, placeholder=" ...")
         cells = [row.fault, row.happens + ("" if row.passed else " **FAILED**"), row.lost, row.code, said]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
