@@ -99,6 +99,8 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
         for cell in matrix.cells:
             for name, call in variants.items():
                 _fill_in(costs.setdefault(name, _Cost()), call, cell)
+            so_far = ", ".join(f"{name} {cost.seconds:.1f} s" for name, cost in costs.items())
+            measure.tell(f"cell {len(costs['reference'].answers)} of {len(matrix.cells)}: {so_far}")
     answered = sum(map(len, costs["reference"].answers.values()))
     reference = costs["reference"]
     return {
@@ -127,7 +129,7 @@ def _fill_in(cost: _Cost, call: Callable[[int, int], list[str]], cell: tuple[int
         found.append(call(*cell))
 
     def counted() -> None:
-        cost.operations += measure.operations(work)
+        cost.operations += measure.operations(work)[0]
 
     cost.seconds += measure.seconds(counted)
     cost.answers[cell] = found[0]

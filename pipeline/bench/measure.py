@@ -35,8 +35,10 @@ class Measured:
     seconds: float
     samples: int
     operations: int  # floating-point, of matrix products, convolutions and attention
+    attention: int  # of these operations
     peak_bytes: int  # most that its tensors held at once, what was there before the call included
     rounds: tuple[float, ...]
+    processor_rounds: tuple[float, ...]  # seconds of processor time, which other work on the machine does not change
 
     @property
     def operations_per_sample(self) -> float:
@@ -47,15 +49,20 @@ class Measured:
         """The numbers, and the share of the device's peak operations per second where that is known."""
         numbers = {
             "seconds": round(self.seconds, 4),
+            "processor_s": round(statistics.median(self.processor_rounds), 4),
             "samples_per_s": round(self.samples / self.seconds, 3),
             "gflop_per_sample": round(self.operations_per_sample / 1e9, 3),
+            "of_it_attention": round(self.attention / self.samples / 1e9, 3),
             "peak_mib": round(self.peak_bytes / MIB, 1),
         }
         return numbers | ({"utilisation": round(self.operations / self.seconds / peak, 3)} if peak else {})
 
 
-def operations(call: Call) -> int:
-    """Floating-point operations of a call; the attention kernel of CPUs is counted like those of GPUs."""
+def operations(call: Call) -> tuple[int, int]:
+    """Floating-point operations of a call, and how many of them are attention's.
+
+    The attention kernel of CPUs, which torch's counter does not know, is counted like those of GPUs.
+    """
     aten = torch.ops.aten
     known = {
         aten._scaled_dot_product_flash_attention_for_cpu: _of_tensors(sdpa_flop),
@@ -63,7 +70,9 @@ def operations(call: Call) -> int:
     }
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         call()
-    return counter.get_total_flops()
+    by_operation = counter.get_flop_counts()["Global"]
+    attention = sum(count for kernel, count in by_operation.items() if "attention" in str(kernel))
+    return counter.get_total_flops(), attention
 
 
 def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
@@ -137,7 +146,7 @@ def compare(
     The rounds are interleaved so that whatever else a machine does hits all variants alike; ratios of a round are
     told by their median (`ratio`).
     """
-    counted: dict[str, int] = {}
+    counted: dict[str, tuple[int, int]] = {}
     memory: dict[str, int] = {}
     for name, (call, _, held) in variants.items():  # the two in one call, which also warms up
 
@@ -145,20 +154,31 @@ def compare(
             counted[name] = operations(call)
 
         memory[name] = peak_bytes(counting, held, device)
-        _tell(f"{name}: {counted[name] / 1e9:.2f} GFLOP, {memory[name] / MIB:.0f} MiB at most")
+        tell(f"{name}: {counted[name][0] / 1e9:.2f} GFLOP, {memory[name] / MIB:.0f} MiB at most")
     times: dict[str, list[float]] = {name: [] for name in variants}
+    worked: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (call, _, _) in variants.items():
+            before = time.process_time()
             times[name].append(seconds(call, device))
-            _tell(f"{name}: {times[name][-1]:.3f} s")
+            worked[name].append(time.process_time() - before)
+            tell(f"{name}: {times[name][-1]:.3f} s")
     return {
-        name: Measured(name, statistics.median(times[name]), samples, counted[name], memory[name], tuple(times[name]))
+        name: Measured(
+            name,
+            statistics.median(times[name]),
+            samples,
+            *counted[name],
+            memory[name],
+            tuple(times[name]),
+            tuple(worked[name]),
+        )
         for name, (_, samples, _) in variants.items()
     }
 
 
-def _tell(line: str) -> None:
-    # On the error stream: long measurements show where they are, and --json stays one object.
+def tell(line: str) -> None:
+    """Say how far a long measurement is, on the error stream: with --json the other has one object."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -187,10 +207,15 @@ def _settled(device: str) -> Iterator[None]:
 def ratio(slow: Measured, fast: Measured) -> dict[str, float]:
     """How many times `fast` is better, per sample: operations, wall clock (median over the rounds), peak memory."""
     scale = fast.samples / slow.samples
-    clock = statistics.median(a / b * scale for a, b in zip(slow.rounds, fast.rounds, strict=True))
+
+    def by_round(slow: tuple[float, ...], fast: tuple[float, ...]) -> float:
+        return round(statistics.median(a / max(b, 1e-9) for a, b in zip(slow, fast, strict=True)) * scale, 2)
+
     return {
         "operations": round(slow.operations_per_sample / fast.operations_per_sample, 2),
-        "wall_clock": round(clock, 2),
+        "without_attention": round((slow.operations - slow.attention) / (fast.operations - fast.attention) * scale, 2),
+        "wall_clock": by_round(slow.rounds, fast.rounds),
+        "processor_time": by_round(slow.processor_rounds, fast.processor_rounds),
         "peak_memory": round(slow.peak_bytes / fast.peak_bytes, 2),
     }
 
