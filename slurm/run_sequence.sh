@@ -108,6 +108,7 @@ in_job() {
     export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
     # --export: also for a job that was submitted with --export=NONE. --input: no task may wait for a keyboard.
     common=(--export=ALL --input=none --cpus-per-task="$cpus" "${srun_options[@]}")
+    unset SLURM_CPUS_PER_GPU # srun takes it for a second answer to --cpus-per-task
     step=
     trap pass_on USR1 TERM
     if [ "$prepare" = 1 ]; then

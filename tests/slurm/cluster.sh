@@ -5,11 +5,11 @@
 #   tests/slurm/cluster.sh start FOLDER    start it, with everything it writes in FOLDER; prints what to export
 #   tests/slurm/cluster.sh stop FOLDER     end what was started there
 #
-# NODES (2) is the number of nodes, CPUS (2) that of the processors each of them claims to have, REQUEUE_DELAY (5) the
-# seconds that a requeued job waits (120 on an ordinary cluster).
+# NODES (2) is the number of nodes, CPUS (2) and GPUS (0) what each of them claims to have, REQUEUE_DELAY (5) the seconds
+# that a requeued job waits (120 on an ordinary cluster). GPUs that are not there can be asked for and counted, not used.
 set -euo pipefail
 
-NODES=${NODES:-2} CPUS=${CPUS:-2} REQUEUE_DELAY=${REQUEUE_DELAY:-5}
+NODES=${NODES:-2} CPUS=${CPUS:-2} GPUS=${GPUS:-0} REQUEUE_DELAY=${REQUEUE_DELAY:-5}
 
 fail() {
     echo "error: $*" >&2
@@ -51,7 +51,8 @@ free_ports() {
 }
 
 write_configuration() {
-    local host port number
+    local host port number gpus=''
+    [ "$GPUS" = 0 ] || gpus=" Gres=gpu:$GPUS"
     host=$(hostname -s)
     port=$(free_ports)
     {
@@ -81,12 +82,14 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 KillWait=10
+GresTypes=gpu
 CONF
         for number in $(seq "$NODES"); do
-            echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=$CPUS State=UNKNOWN"
+            echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=$CPUS$gpus State=UNKNOWN"
         done
         echo "PartitionName=all Nodes=n[1-$NODES] Default=YES State=UP"
     } >"$folder/slurm.conf"
+    [ "$GPUS" = 0 ] || echo "Name=gpu File=/dev/tty[0-$((GPUS - 1))]" >"$folder/gres.conf"
 }
 
 start() {
@@ -106,13 +109,13 @@ start() {
     for number in $(seq "$NODES"); do
         slurmd -N "n$number"
     done
-    for _ in $(seq 150); do
+    for _ in $(seq 600); do
         [ "$(sinfo --noheader --format=%D --states=idle 2>/dev/null)" != "$NODES" ] || break
         sleep 0.2
     done
     if [ "$(sinfo --noheader --format=%D --states=idle)" != "$NODES" ]; then
         stop
-        fail "the nodes did not come up within 30 seconds; $folder/*.log tell why."
+        fail "the nodes did not come up within two minutes; $folder/*.log tell why."
     fi
     echo "export SLURM_CONF=$SLURM_CONF"
 }
