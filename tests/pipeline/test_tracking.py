@@ -34,7 +34,7 @@ def creation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subproces
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     environment.pop("MLFLOW_LOGGING_LEVEL", None)
     result = subprocess.run(
-        [sys.executable, "-c", CREATE_STORE], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CREATE_STORE], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 0, result.stderr
     return folder / "fresh.db", result
