@@ -126,6 +126,7 @@ def bench_clip(
     gradients("image features kept (coop)", subject.classifier("coop"), subject.classifier("coop"), features)
     gradients("classes in chunks", subject.classifier("coop"), subject.classifier("coop", chunk))
     module = subject.classifier("maple", length=2, depth=2)
+    module.requires_grad_(False)  # the counter of operations follows gradients, of which there are none here
 
     @torch.no_grad()
     def evaluate(kept: bool) -> Tensor:
