@@ -78,6 +78,7 @@ def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> N
     assert "Did you mean 'small'?" in wrong.output
 
 
+@pytest.mark.slow
 def test_the_script_for_gpus_runs_through_on_a_cpu() -> None:
     found = bench_gpu("tiny", samples=4, answers=2, rounds=1, device="cpu")
     assert len(found["steps"]) == 9
