@@ -162,8 +162,9 @@ def vanishing_mlflow(bench: Bench) -> Row:
 
         client = MlflowClient(f"http://127.0.0.1:{port}")
         runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-        # Distinct ones: what the server took, but could not say so before it went, is sent again.
-        points = max(len({m.step for m in client.get_metric_history(run.info.run_id, "loss")}) for run in runs)
+        # Step 0 is not a step of training: there the stage's model has its final loss.
+        history = [client.get_metric_history(run.info.run_id, "loss") for run in runs]
+        points = max(len({metric.step for metric in part} - {0}) for part in history)
     passed = code == 0 and points == 60 and not bench.differences(recipe, whole)
     happens = f"a warning, training goes on; {points} of 60 losses have arrived at the end"
     said = process.said("MLflow at")
