@@ -56,9 +56,8 @@ demo-compare: venv
 	$(PY) -m pipeline report runs/nano-modalprompt-s$(SEED) runs/nano_paper-modalprompt-s$(SEED) \
 	  runs/nano_sequential-sequential-s$(SEED) runs/nano_independent-independent-s$(SEED)
 
-# Several workers; those tests that start ranks of their own share one of them.
 test: venv
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # What is left out of `make test` because it takes minutes
 test-slow: venv

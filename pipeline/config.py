@@ -210,8 +210,8 @@ class TrainConfig(Section):
     workers: int = Field(0, ge=0, description="loader processes per rank")
     checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations of the decoder's layers that are computed again instead of kept: of no layer, of every "
-        "second, of all; saves memory and costs time, never changes the loss",
+        description="activations of the decoder's layers that are computed again instead of kept: of no layer, of "
+        "every second, of all; saves memory and costs time, never changes the loss",
     )
     questions_per_image: int = Field(
         4,

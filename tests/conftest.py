@@ -23,14 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--data", metavar="DIR", help="folder of third-party data, with base2new/ in it")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`--dist loadgroup`) a file stays on one; all tests that start ranks share one worker."""
-    for item in items:
-        group = "ranks" if item.get_closest_marker("gloo") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _outside_any_launch() -> None:
     """The tests are not a rank, whatever job the test run itself is part of."""
