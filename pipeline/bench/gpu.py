@@ -86,7 +86,7 @@ def _answering(lmm: LMM, size: Size, answers: int, rounds: int, device: str) -> 
     batch = every_image(make_batch(size, answers, 1, TASKS, answers=False)).to(torch.device(device))
     bank = _sets(size).to(device, lmm.dtype)
     lmm.model.generation_config.eos_token_id = None
-    calls = {
+    calls: dict[str, Any] = {
         "plain": (lambda: generate_once(lmm, batch, bank[:0], NEW_TOKENS, "after_bos"), answers, {}),
         "with sets": (lambda: generate_once(lmm, batch, bank, NEW_TOKENS, "after_bos"), answers, {}),
     }

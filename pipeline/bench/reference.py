@@ -32,7 +32,7 @@ class ReferenceStep:
         tasks, (length, width) = len(bank) + 1, prompt.shape
         words = lmm.model.get_input_embeddings().weight.detach()
         rows = torch.cat([words, bank.to(words).flatten(0, 1), prompt.detach().to(words)])
-        self.table = nn.Embedding(*rows.shape, device=words.device, dtype=words.dtype)
+        self.table = nn.Embedding(rows.shape[0], rows.shape[1], device=words.device, dtype=words.dtype)
         self.table.weight.data.copy_(rows)
         self.origin = self.table.weight.detach().clone()
         self.first = len(words)  # number of the first prompt row

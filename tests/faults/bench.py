@@ -7,6 +7,7 @@ once and never uses them itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -118,7 +119,7 @@ class Bench:
             port = server.getsockname()[1]
         return [
             self.start(
-                ["train", str(recipe)], (lambda rank=rank: sabotage(rank)) if sabotage else None, RANK=str(rank),
+                ["train", str(recipe)], functools.partial(sabotage, rank) if sabotage else None, RANK=str(rank),
                 WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )

@@ -15,7 +15,7 @@ LIMIT_S = 20.0  # the watchdog's, in these runs: longer than a step on a machine
 ENDS_WITHIN_S = 300.0
 
 
-def at_step(number: int, do: Callable[[], None]) -> None:
+def at_step(number: int, do: Callable[[], object]) -> None:
     """Sabotage: do something in the `number`-th forward pass of this process."""
     from pipeline.prompts.model import PromptedLMM
 
@@ -27,7 +27,7 @@ def at_step(number: int, do: Callable[[], None]) -> None:
             do()
         return forward(self, *arguments)
 
-    PromptedLMM.forward = sabotaged  # type: ignore[method-assign]
+    PromptedLMM.forward = sabotaged  # type: ignore[method-assign, assignment]
 
 
 def other_path() -> None:

@@ -104,7 +104,7 @@ def killed_runs(bench: Bench, kills: int = 30, seed: int = 0) -> Row:
 def killed_ranks(bench: Bench, kills: int = 3, seed: int = 1) -> Row:
     """Two ranks under ZeRO-3: kill one, see the other leave, start both again, compare with two not killed."""
     chance = random.Random(seed)
-    changes = {"train__deepspeed": "ds_configs/zero3.json", "train__watchdog_s": 60}
+    changes: dict[str, Any] = {"train__deepspeed": "ds_configs/zero3.json", "train__watchdog_s": 60}
     whole = bench.recipe("two-whole", **changes)
     began = time.monotonic()
     assert [process.wait() for process in bench.ranks(whole)] == [0, 0]

@@ -31,7 +31,8 @@ def fill_before(disk: Path, module: str, name: str, call: int) -> Callable[[], N
         import importlib
 
         owner = importlib.import_module(module)
-        original, calls = getattr(owner, name), []
+        original = getattr(owner, name)
+        calls: list[int] = []
 
         def full(*arguments: Any, **named: Any) -> Any:
             if len(calls) == call:
@@ -80,7 +81,7 @@ def full_disk_for_mlflow(bench: Bench) -> Row:
     disk = bench.folder / "disks" / "mlflow"
     with small_disk(disk, 16):
         recipe = bench.recipe("full-mlflow", tracking__enabled=True, tracking__uri=f"sqlite:///{disk}/mlflow.db")
-        code, process = bench.run(recipe, lambda: at_step(3, lambda: fill(disk) and None))
+        code, process = bench.run(recipe, lambda: at_step(3, lambda: fill(disk)))
         passed = code == 0 and not bench.differences(recipe)
     said = process.said("MLflow at")
     return Row("disk full: MLflow's database", "a warning, the run goes on", "numbers in MLflow, not in the run folder",
@@ -114,7 +115,7 @@ def not_a_number(bench: Bench) -> Row:
             loss, terms = forward(self, *arguments)
             return (loss * float("nan"), terms * float("nan")) if len(calls) == 4 else (loss, terms)
 
-        PromptedLMM.forward = poisoned  # type: ignore[method-assign]
+        PromptedLMM.forward = poisoned  # type: ignore[method-assign, assignment]
 
     recipe = bench.recipe("nan")
     code, process = bench.run(recipe, poison)

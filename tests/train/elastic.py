@@ -48,7 +48,7 @@ def stop_half_way(recipe: Recipe) -> None:
         begin(self, requested)
         flags.append(self)
 
-    pipeline.train.schedule, StopFlag.__init__ = counted, remember  # type: ignore[assignment, method-assign]
+    pipeline.train.schedule, StopFlag.__init__ = counted, remember  # type: ignore[method-assign]
     try:
         run_sequence(recipe, stages="train")
     except Interrupted:

@@ -86,7 +86,7 @@ def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int = 3, **ho
 def test_a_stopped_stage_goes_on_bit_for_bit(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, zero: int, dtype: str, accumulate: int | None
 ) -> None:
-    changes = {"train__deepspeed": f"ds_configs/zero{zero}.json", "train__micro_batch": accumulate}
+    changes: dict[str, Any] = {"train__deepspeed": f"ds_configs/zero{zero}.json", "train__micro_batch": accumulate}
     changes |= {"model__dtype": dtype, "train__schedule": "cosine", "train__weight_decay": 0.1}
     whole = make("whole", **changes)
     run_sequence(whole, stages="train")
