@@ -15,6 +15,7 @@ from pipeline.clip.recipe import ClipTrainConfig
 from pipeline.config import deepspeed_batches, deepspeed_file
 from pipeline.distributed import World
 from pipeline.engine import Engine, gather_layer_by_layer, start_deepspeed
+from pipeline.hpz import with_node_size
 from pipeline.prompts.model import Normaliser
 
 
@@ -28,7 +29,7 @@ class ClipEngine(Engine):
         # Not the parent's: the model, the optimizer and the groups are others, what is done with them is the same.
         deepspeed = start_deepspeed()
         self.micro_batch, self.accumulation = micro_batches(train.global_batch, train.micro_batch, world.size)
-        config = deepspeed_file(train.deepspeed)
+        config = with_node_size(deepspeed_file(train.deepspeed), world.size)
         config |= deepspeed_batches(self.micro_batch, self.accumulation, train.clip, dtype)
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.module: Any = module.to(world.device)
