@@ -10,7 +10,7 @@ RECIPES = nano nano_paper nano_sequential nano_independent
 PY = $(VENV)/bin/python
 REQUIREMENTS = requirements.txt requirements-dev.txt
 
-.PHONY: venv demo demo-compare test test-slow test-slurm test-all test-browser lint ui
+.PHONY: venv demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change.
 venv:
@@ -33,12 +33,12 @@ venv:
 	fi
 
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
-demo demo-compare test test-slow test-slurm test-all test-browser: export HF_HUB_OFFLINE = 1
-demo demo-compare test test-slow test-slurm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
-demo demo-compare test test-slow test-slurm test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
-demo demo-compare test test-slow test-slurm test-all test-browser: export DO_NOT_TRACK = true
+demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export HF_HUB_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
+demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export DO_NOT_TRACK = true
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
-demo demo-compare test test-slow test-slurm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # Two ranks on CPUs; on GPUs one each, at most two.
 launch = set -e; ranks=$$($(PY) -c 'import torch; print(min(2, torch.cuda.device_count()))'); \
@@ -62,6 +62,10 @@ test: venv
 # What is left out of `make test` because it takes minutes
 test-slow: venv
 	$(PY) -m pytest -m slow
+
+# The whole fault table, with 30 kills: what breaks, what is left of the work, what is said
+test-faults: venv
+	$(PY) -m tests.faults
 
 # Slurm from the system's packages, two virtual nodes of this machine, and sequences as jobs on them; as root
 test-slurm: venv
