@@ -1,4 +1,7 @@
-"""The fault table's quick part (all of it: `make test-faults`), in a process of its own: it forks, which a test run with threads must not."""
+"""The quick part of the fault table, in a process of its own: it forks, which a test run with threads must not.
+
+`make test-faults` runs the whole table.
+"""
 
 from __future__ import annotations
 
