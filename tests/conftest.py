@@ -30,9 +30,19 @@ def _outside_any_launch() -> None:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _environment_before_the_file() -> Iterator[None]:
+    """What a file's own fixtures set (joining a process group does) must not reach the next file."""
+    yield from _restored()
+
+
 @pytest.fixture(autouse=True)
 def _environment_as_it_was() -> Iterator[None]:
     """A test that joins a process group in this process sets variables that later tests must not see."""
+    yield from _restored()
+
+
+def _restored() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()
