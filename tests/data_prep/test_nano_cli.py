@@ -21,6 +21,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
+@pytest.mark.slow
 def test_train_writes_the_two_checkpoints_with_their_processors(tmp_path: Path) -> None:
     moments = [f"--{part}-minutes=0.02" for part in ("vision", "key", "language")]
     done = CliRunner().invoke(app, ["train", f"--out={tmp_path}", "--scenes=160", "--threads=1", *moments])

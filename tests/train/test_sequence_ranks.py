@@ -25,7 +25,9 @@ def on_ranks(root: Path, folder: Path, ranks: int, zero: int, **changes: Any) ->
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("projector", "zero_of_one"), [("frozen", 3), ("trained", 0)])
+@pytest.mark.parametrize(
+    ("projector", "zero_of_one"), [("frozen", 3), pytest.param("trained", 0, marks=pytest.mark.slow)]
+)
 def test_two_ranks_under_zero3_learn_the_prompt_sets_and_projector_of_one_rank(
     prepared: Path, projector: str, zero_of_one: int, tmp_path: Path
 ) -> None:
