@@ -13,7 +13,7 @@ from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import KeysConfig, MethodConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, decode_image
 from pipeline.data.shards import Keys
 from pipeline.errors import UserError, nearest
 from pipeline.evaluate import generate_answers
@@ -201,3 +201,14 @@ def read_image(path: str | Path | None) -> bytes | None:
         return None if path is None else Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"the image '{path}' cannot be read ({error.strerror}); expected an image file.") from error
+
+
+def read_picture(path: str | Path | None, option: str = "") -> bytes | None:
+    """The bytes of an image file that decodes, None without a path; UserError, after the `option`'s name, otherwise."""
+    encoded = read_image(path)
+    if encoded is not None:
+        try:
+            decode_image(encoded)
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise UserError(f"{option}'{path}' is not a readable image ({error}); expected PNG or JPEG.") from error
+    return encoded

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.answering import Answerer, read_image
-from pipeline.data.sample import decode_image
+from pipeline.answering import Answerer, read_picture
 from pipeline.errors import UserError
 
 HELP = "/image FILE (or /image alone for none), /task NAME, /quit; anything else is a question"
@@ -17,7 +16,7 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
 
     A wrong picture or task is said and leaves things as they were. Raises UserError for a wrong first picture.
     """
-    encoded, task, answered = _picture(image), None, 0
+    encoded, task, answered = read_picture(image), None, 0
     show(HELP)
     while True:
         try:
@@ -30,7 +29,7 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
                 return answered
             if command == "/image":
                 chosen = Path(rest.strip()) if rest.strip() else None
-                encoded, image = _picture(chosen), chosen
+                encoded, image = read_picture(chosen), chosen
             elif command == "/task":
                 answerer.source.task_number(rest.strip())
                 task = rest.strip()
@@ -43,13 +42,3 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
                 answered += 1
         except UserError as error:
             show(f"error: {error}")
-
-
-def _picture(path: Path | None) -> bytes | None:
-    encoded = read_image(path)
-    if encoded is not None:
-        try:
-            decode_image(encoded)
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise UserError(f"'{path}' is not a readable image ({error}); expected PNG or JPEG.") from error
-    return encoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -176,6 +177,13 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, An
             for difference in differing_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if old == new else [(prefix, old, new)]
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """What an earlier attempt left in a run's run.json; empty when there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run / "run.json").read_text("utf-8"))
+    return {}
 
 
 def write_json(path: Path, content: Any) -> None:

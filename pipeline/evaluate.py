@@ -18,7 +18,8 @@ from pipeline.data.collate import Batch, Examples, StageData, collate_prompts
 from pipeline.data.grouped_order import image_groups
 from pipeline.distributed import World, barrier, gather_objects
 from pipeline.files import replacing
-from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
+from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.insertion import gather_sets, insert_prompts
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
 from pipeline.prompts.two_passes import cut_behind_images
@@ -89,16 +90,7 @@ def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[
 
 def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
-    embeddings, attention = lmm.embed(inputs.input_ids, inputs.images, inputs.has_image), inputs.attention
-    places = lmm.image_places(inputs.input_ids)
-    if inputs.selected.shape[1] and len(bank):
-        vectors, valid = gather_sets(bank, inputs.selected)
-        place = insertion_place(attention, lmm.image_spans(places), insertion)
-        if lmm.family.reads_places:
-            places = insert_gaps(places, attention, valid, place, left=True)
-        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)
-        used = int(attention.sum(1).max())  # columns that are padding in every row
-        embeddings, attention, places = embeddings[:, -used:], attention[:, -used:], places[:, -used:]
+    embeddings, attention, places = embed_with_sets(lmm, inputs, bank, insertion)
     return lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
 
 

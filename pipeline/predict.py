@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapter import source_of
-from pipeline.answering import Answerer, Question, read_image
-from pipeline.data.sample import decode_image
-from pipeline.errors import UserError
+from pipeline.answering import Answerer, Question, read_picture
 
 
 def predict(run: Path, image: Path | None, question: str, task: str | None = None) -> dict[str, Any]:
@@ -17,12 +15,7 @@ def predict(run: Path, image: Path | None, question: str, task: str | None = Non
     `run` is the folder of a run or an adapter; `task` is for methods that have to be told the task. Raises UserError
     for a run without finished stages, an image that cannot be read, or a missing or unknown task.
     """
-    encoded = read_image(image)
-    if encoded is not None:
-        try:
-            decode_image(encoded)
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise UserError(f"--image: '{image}' is not a readable image ({error}); expected PNG or JPEG.") from error
+    encoded = read_picture(image, "--image: ")
     source = source_of(run)
     source.task_number(task)  # said before the model is loaded
     answer = Answerer(source).answer([Question(question, encoded, task)])[0]

@@ -18,6 +18,7 @@ from pipeline.checkpoint import (
     check_stage,
     claim_run,
     load_stage,
+    read_state,
     save_stage,
     stage_folder,
     start_stage_folder,
@@ -102,7 +103,7 @@ class Sequence:
 
     def run(self, train: bool = True, evaluate: bool = True, until: int | None = None) -> dict[str, Any]:
         """All stages in order, or those up to `until`; see `run_sequence`."""
-        self.state = self._read_state()
+        self.state = on_main(self.world, lambda: read_state(self.path))
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
         if self._trains_projector:
@@ -362,14 +363,6 @@ class Sequence:
         return self.recipe.train.projector == "trained"
 
     # ------------------------------------------------------------------ state
-
-    def _read_state(self) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads((self.path / "run.json").read_text("utf-8"))
-            return {}
-
-        return on_main(self.world, read)
 
     def _status(self, evaluated: bool) -> str:
         """What run.json says at the end of a call: done, trained (the matrix is to come) or stopped (stages are)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import base_fingerprint
-from pipeline.checkpoint import check_stage, claim_run, write_json
+from pipeline.checkpoint import check_stage, claim_run, read_state, write_json
 from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.backbone import backbone_folder, load_backbone
 from pipeline.clip.checkpoint import load_prompts, save_prompts, unfinished
@@ -81,7 +81,7 @@ class Benchmark:
 
     def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
         """All units in order; see `run_benchmark`."""
-        state = self._read_state()
+        state = on_main(self.world, lambda: read_state(self.path))
         self.tracker = together(lambda: make_benchmark_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
         content: dict[str, Any] = {}
@@ -277,14 +277,6 @@ class Benchmark:
             return
         for path in (page, self.path / RESULTS):
             self.tracker.artifact(path)
-
-    def _read_state(self) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads((self.path / "run.json").read_text("utf-8"))
-            return {}
-
-        return on_main(self.world, read)
 
     def _write_state(self, status: str, done: int | None, previous: dict[str, Any]) -> None:
         if not self.world.main:

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import pipeline.evaluate
+import pipeline.prompts.embedding
 import pipeline.prompts.model
 from pipeline.adapter import export
 from pipeline.backbones.lmm import LMM, load_lmm
@@ -189,7 +190,7 @@ def test_the_recipes_insertion_holds_in_training_and_in_evaluation(
     make: MakeRecipe, insertion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[str]] = {"training": set(), "evaluation": set()}
-    for kind, place in (("training", pipeline.prompts.model), ("evaluation", pipeline.evaluate)):
+    for kind, place in (("training", pipeline.prompts.model), ("evaluation", pipeline.prompts.embedding)):
         original = place.insertion_place
 
         def watched(*args: Any, kind: str = kind, original: Any = original) -> torch.Tensor:
