@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.check_data import CheckedData, require_prepared
-from pipeline.config import Recipe, accumulation, deepspeed_config
+from pipeline.config import Recipe
+from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.errors import UserError, UserErrors
 from pipeline.launch import is_distributed, local_processes
 from pipeline.memory import BESIDE, GIB, MemoryPlan

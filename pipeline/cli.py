@@ -17,7 +17,8 @@ from typer.core import TyperGroup
 
 from pipeline import launch
 from pipeline.cli_use import Learned, add_verbs
-from pipeline.config import Recipe, accumulation, load_recipe, load_run, recipe_kind, run_kind
+from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
+from pipeline.deepspeed_config import accumulation
 from pipeline.errors import (
     EXIT_FAILURE,
     EXIT_OK,
@@ -127,9 +128,7 @@ def check(
 
 
 @app.command()
-def prepare(
-    recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False
-) -> None:
+def prepare(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
     if recipe_kind(recipe) == "clip":
         from pipeline.clip import verbs
@@ -142,28 +141,22 @@ def prepare(
     _show(prepare_recipe(loaded, progress=True) or {"prepared": loaded.data.prepared}, as_json)
 
 
-@app.command()
-def run(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    skip_bad: SkipBad = None,
-    until: Until = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train all stages, evaluate after each, and write the report; a stopped run goes on where it was."""
-    _sequence("run", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
+def _add_training(verb: str, does: str) -> None:
+    """Add a verb that trains a recipe."""
+
+    @app.command(verb, help=does)
+    def _(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        skip_bad: SkipBad = None,
+        until: Until = None,
+        as_json: AsJson = False,
+    ) -> None:
+        _sequence(verb, recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
 
 
-@app.command()
-def train(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    skip_bad: SkipBad = None,
-    until: Until = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train all stages without evaluating; `evaluate RUN` fills in the matrix later."""
-    _sequence("train", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
+_add_training("run", "Train all stages, evaluate after each, and write the report; a stopped run goes on where it was.")
+_add_training("train", "Train all stages without evaluating; `evaluate RUN` fills in the matrix later.")
 
 
 @app.command()

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError, nearest
 from pipeline.files import replacing
-from pipeline.hpz import with_node_size
 from pipeline.recipe_errors import sentence
 from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-# What only the recipe may say: a second place for any of these would silently win or lose against it.
-RECIPE_OWNS = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "gradient_clipping": "train.clip",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "optimizer": "train.lr_prompt, train.lr_head, train.betas and train.weight_decay",
-    "scheduler": "train.schedule and train.warmup",
-}
 
 # A name becomes a folder and a part of MLflow's metric names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
@@ -39,6 +25,14 @@ class Section(BaseModel):
     """A group of fields: frozen, and a field it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def each_once(what: str, names: Iterable[object], advice: str = "") -> None:
+    """Raise ValueError that tells which of the `names` of a `what` stand there more than once."""
+    listed = [str(name) for name in names]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected every {what} once, and {', '.join(twice)} stands there more often{advice}")
 
 
 class TaskConfig(Section):
@@ -93,10 +87,7 @@ class DataConfig(Section):
     @field_validator("tasks")
     @classmethod
     def _unique_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
-        names = [task.name for task in tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"expected every task once, and {', '.join(twice)} stands there more often")
+        each_once("task", (task.name for task in tasks))
         return tasks
 
     def split_path(self, task: str, split: str) -> Path:
@@ -182,7 +173,24 @@ class MethodConfig(Section):
     prototype_weight: float = Field(1.0, ge=0, description="weight of the two prototype terms in the loss")
 
 
-class TrainConfig(Section):
+class LoopConfig(Section):
+    """How any training runs: what it logs, what it is spread over, when it saves; nothing of what it computes."""
+
+    log_every: int = Field(10, ge=1, description="steps between two log lines")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here")
+    processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
+    save_minutes: float | None = Field(
+        10, gt=0, description="minutes between two checkpoints inside a stage or unit; null: only as save_steps says"
+    )
+    save_steps: int | None = Field(None, ge=1, description="also save inside it after every so many steps")
+    keep: int = Field(2, ge=1, description="checkpoints kept of what is in progress; what is finished always stays")
+    watchdog_s: float | None = Field(
+        900, gt=0, description="seconds without progress on any rank after which a job ends; null: it may hang for ever"
+    )
+
+
+class TrainConfig(LoopConfig):
     """Optimisation of one stage."""
 
     epochs: float = Field(10, gt=0, description="passes over a task's training samples")
@@ -206,8 +214,6 @@ class TrainConfig(Section):
         "linear", description="how it rises; log: as DeepSpeed's WarmupLR, which the official run gets"
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-    log_every: int = Field(10, ge=1, description="steps between two log lines")
-    workers: int = Field(0, ge=0, description="loader processes per rank")
     checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations of the decoder's layers that are computed again instead of kept: of no layer, of "
@@ -219,23 +225,13 @@ class TrainConfig(Section):
         description="with method.insertion after_image: most questions about one image that stand together in the "
         "order of training, so that they share its computation; 1: the order of the other insertions",
     )
-    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here")
-    processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
-    save_minutes: float | None = Field(
-        10, gt=0, description="minutes between two checkpoints inside a stage; null: only as save_steps says"
-    )
-    save_steps: int | None = Field(None, ge=1, description="also save inside a stage after every so many steps")
-    keep: int = Field(2, ge=1, description="checkpoints kept of a stage in progress; finished stages always stay")
-    watchdog_s: float | None = Field(
-        900, gt=0, description="seconds without progress on any rank after which a job ends; null: it may hang for ever"
-    )
 
     @model_validator(mode="after")
     def _micro_divides_global(self) -> TrainConfig:
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}; "
-                f"expected one of {', '.join(map(str, _divisors(self.global_batch)))}"
+                f"expected one of {', '.join(map(str, divisors(self.global_batch)))}"
             )
         return self
 
@@ -268,7 +264,23 @@ class TrackingConfig(Section):
 class FileRecipe(Section):
     """What every kind of recipe has: a name that fills in the folder of its data, and a file it is written to."""
 
+    filled_in: ClassVar[tuple[str, ...]] = ("name",)  # what may stand in braces in run_dir
+
     name: Name = Field(description="name of the recipe")
+    run_dir: str = Field("runs/{name}", description="folder of the run; {name} is filled in")
+
+    @field_validator("run_dir")
+    @classmethod
+    def _known_placeholders(cls, run_dir: str) -> str:
+        known = [f"{{{name}}}" for name in cls.filled_in]
+        expected = " and ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
+        try:
+            used = {field for _, field, _, _ in string.Formatter().parse(run_dir) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"expected a path with {expected}, and this has {error}") from error
+        if used - set(cls.filled_in):
+            raise ValueError(f"expected a path in which only {expected} {'are' if known[1:] else 'is'} filled in")
+        return run_dir
 
     @model_validator(mode="before")
     @classmethod
@@ -284,7 +296,7 @@ class FileRecipe(Section):
     @property
     def run_path(self) -> Path:
         """Folder of the run."""
-        raise NotImplementedError
+        return Path(self.run_dir.format(name=self.name))
 
     def dump_yaml(self, path: Path) -> None:
         """Write the resolved recipe, whole or not at all; reading the file gives it back as it was."""
@@ -295,6 +307,8 @@ class FileRecipe(Section):
 
 class Recipe(FileRecipe):
     """A runnable thing: data, model, method and training, with one seed."""
+
+    filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
 
     seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
     run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
@@ -314,17 +328,6 @@ class Recipe(FileRecipe):
                 "never learn; expected train.projector frozen or another insertion"
             )
         return self
-
-    @field_validator("run_dir")
-    @classmethod
-    def _known_placeholders(cls, run_dir: str) -> str:
-        try:
-            used = {field for _, field, _, _ in string.Formatter().parse(run_dir) if field is not None}
-        except ValueError as error:
-            raise ValueError(f"expected a path with {{name}}, {{method}} and {{seed}}, and this has {error}") from error
-        if used - {"name", "method", "seed"}:
-            raise ValueError("expected a path in which only {name}, {method} and {seed} are filled in")
-        return run_dir
 
     @property
     def run_path(self) -> Path:
@@ -382,64 +385,6 @@ def locate(path: str) -> str:
     return path
 
 
-def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
-    """Return (samples per rank and forward, accumulation steps) that make up the global batch on `world_size` ranks.
-
-    Raises UserError that lists the world sizes which divide the global batch.
-    """
-    whole = recipe.train.global_batch
-    micro = recipe.train.micro_batch
-    if whole % (world_size * (micro or 1)):
-        fitting = ", ".join(map(str, _divisors(whole // (micro or 1))))
-        batch = f"global batch {whole}" + (f" in micro batches of {micro}" if micro else "")
-        raise UserError(f"{world_size} ranks do not divide the {batch}; start {fitting} ranks or change the batch.")
-    micro = micro or whole // world_size
-    return micro, whole // (micro * world_size)
-
-
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
-
-    Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
-    """
-    config = with_node_size(deepspeed_file(recipe.train.deepspeed), world_size)
-    micro, steps = accumulation(recipe, world_size)
-    return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
-
-
-def deepspeed_batches(micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
-    """Return what a recipe decides in a DeepSpeed configuration: samples per forward, accumulation, precision."""
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": steps,
-        "gradient_clipping": clip or 0.0,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        # We hand DeepSpeed a plain torch optimizer; with so few trainables its own CPU Adam would gain nothing.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def deepspeed_file(name: str) -> dict[str, Any]:
-    """Return what a DeepSpeed file says; UserError when it is missing, no JSON, or sets what belongs to the recipe."""
-    path = Path(locate(name))
-    if not path.is_file():
-        shipped = sorted(f"ds_configs/{found.name}" for found in (PROJECT / "ds_configs").glob("*.json"))
-        raise UserError(
-            f"train.deepspeed: no file '{name}'; expected one of {', '.join(shipped)} or your own."
-            + nearest(name, shipped)
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}); mend it.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"'{path}' is not a DeepSpeed configuration; expected a JSON object.")
-    for key, field in RECIPE_OWNS.items():
-        if key in config:
-            raise UserError(f"'{path}' sets {key}, which belongs to the recipe; remove it there and set {field}.")
-    return config
-
-
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return the whole numbers that divide one, in rising order."""
     return [d for d in range(1, number + 1) if number % d == 0]

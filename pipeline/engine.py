@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config import Recipe, accumulation, deepspeed_config
+from pipeline.config import Recipe
+from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
 from pipeline.moments import Moments, write_moments
 from pipeline.prompts.model import PromptedLMM

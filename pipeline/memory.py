@@ -16,7 +16,8 @@ from torch import nn
 
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.recompute import recomputed_layers
-from pipeline.config import Recipe, accumulation, deepspeed_config
+from pipeline.config import Recipe
+from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.model_shape import ModelShape, head_size, intermediate_size, key_value_width, model_shape, number_in
 from pipeline.prompts.heads import ProjectionHead
 

@@ -25,11 +25,12 @@ from pipeline.checkpoint import (
     unfinished_folder,
     write_json,
 )
-from pipeline.config import Recipe, accumulation, load_run
+from pipeline.config import Recipe, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.deepspeed_config import accumulation
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted

@@ -18,7 +18,7 @@ from pipeline.clip.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.recipe import ClipRecipe, DatasetConfig, datasets_of
 from pipeline.clip.unit import units_of
 from pipeline.clip.verbs import load_benchmark, require_prepared
-from pipeline.config import deepspeed_file
+from pipeline.deepspeed_config import deepspeed_file
 from pipeline.errors import UserError, UserErrors
 
 

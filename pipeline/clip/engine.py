@@ -12,7 +12,7 @@ from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.few_shot_batches import micro_batches
 from pipeline.clip.model import ImageBatch, PromptedCLIP
 from pipeline.clip.recipe import ClipTrainConfig
-from pipeline.config import deepspeed_batches, deepspeed_file
+from pipeline.deepspeed_config import deepspeed_batches, deepspeed_file
 from pipeline.distributed import World
 from pipeline.engine import Engine, gather_layer_by_layer, start_deepspeed
 from pipeline.hpz import with_node_size

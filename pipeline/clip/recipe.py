@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from pipeline.clip.methods import METHODS
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.regularisers import TEMPLATES
 from pipeline.clip.text import MARK
-from pipeline.config import FileRecipe, Name, Section, TrackingConfig, locate
+from pipeline.config import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once, locate
 from pipeline.errors import UserError, nearest
 from pipeline.recipe_errors import sentence
 
@@ -93,10 +92,7 @@ class ClipDataConfig(Section):
 
     @model_validator(mode="after")
     def _each_once_and_targets_where_they_belong(self) -> ClipDataConfig:
-        names = [entry.name for entry in (*self.datasets, *self.targets)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"expected every dataset once, and {', '.join(twice)} stands there more often")
+        each_once("dataset", (entry.name for entry in (*self.datasets, *self.targets)))
         if bool(self.targets) != (self.protocol == "cross_dataset"):
             raise ValueError("targets belong to the protocol cross_dataset, which needs at least one")
         return self
@@ -138,7 +134,7 @@ class AverageConfig(Section):
     deviation: float = Field(1.0, gt=0, description="width of the bell, in epochs")
 
 
-class ClipTrainConfig(Section):
+class ClipTrainConfig(LoopConfig):
     """Optimisation, as the published runs count it: SGD, rates per epoch, whole batches only."""
 
     epochs: int = Field(5, ge=1, description="passes over the few-shot images, warm-up included")
@@ -155,14 +151,11 @@ class ClipTrainConfig(Section):
     cache_images: bool = Field(
         True, description="keep image features of methods that leave images alone, where augment is none"
     )
-    log_every: int = Field(10, ge=1, description="steps between two log lines")
-    workers: int = Field(0, ge=0, description="loader processes per rank")
     deepspeed: str = Field("ds_configs/zero2.json", description="DeepSpeed file; batch, precision, clipping stay here")
-    processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
 
 
-# Fields that belong to the whole benchmark: the ranks are there before any method is.
-_OF_ALL_METHODS = ("deepspeed", "processes")
+# Fields that belong to the whole benchmark: the ranks are there before any method is, and are watched as long.
+_OF_ALL_METHODS = ("deepspeed", "processes", "save_minutes", "save_steps", "keep", "watchdog_s")
 
 
 class ClipMethodConfig(Section):
@@ -214,7 +207,6 @@ class ClipRecipe(FileRecipe):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (1, 2, 3), min_length=1, description="each draws its own few shots, initial prompts and sample order"
     )
-    run_dir: str = Field("runs/{name}", description="folder; {name} is filled in")
     data: ClipDataConfig
     model: ClipModelConfig
     methods: tuple[ClipMethodConfig, ...] = Field(min_length=1, description="the rows of the benchmark, in this order")
@@ -224,15 +216,9 @@ class ClipRecipe(FileRecipe):
 
     @model_validator(mode="after")
     def _rows_fit_the_protocol(self) -> ClipRecipe:
-        names = [method.name for method in self.methods]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"expected every method once, and {', '.join(twice)} stands there more often; give the second one "
-                "another name and its method in `method`"
-            )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"expected every seed once, and found {', '.join(map(str, self.seeds))}")
+        advice = "; give the second one another name and its method in `method`"
+        each_once("method", (method.name for method in self.methods), advice)
+        each_once("seed", self.seeds)
         for method in self.methods:
             if method.per_class and self.data.protocol != "all_classes":
                 raise ValueError(
@@ -242,19 +228,6 @@ class ClipRecipe(FileRecipe):
             for dataset in (None, *method.train_on):
                 self.train_of(method, dataset)
         return self
-
-    @field_validator("run_dir")
-    @classmethod
-    def _known_placeholders(cls, run_dir: str) -> str:
-        used = {field for _, field, _, _ in string.Formatter().parse(run_dir) if field is not None}
-        if used - {"name"}:
-            raise ValueError("expected a path in which only {name} is filled in")
-        return run_dir
-
-    @property
-    def run_path(self) -> Path:
-        """Folder of this run."""
-        return Path(self.run_dir.format(name=self.name))
 
     def train_of(self, method: ClipMethodConfig, dataset: str | None = None) -> ClipTrainConfig:
         """How one method is trained (on one dataset); ValueError for a field that train does not have."""

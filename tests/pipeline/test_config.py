@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import (
-    RECIPE_OWNS,
-    Recipe,
-    accumulation,
-    deepspeed_config,
-    load_recipe,
-    load_run,
-    locate,
-    recipe_kind,
-)
+from pipeline.config import Recipe, load_recipe, load_run, locate, recipe_kind
+from pipeline.deepspeed_config import RECIPE_OWNS, accumulation, deepspeed_config
 from pipeline.errors import UserError, nearest
 from pipeline.recipe_file import recipe_names
 
