@@ -45,6 +45,7 @@ def serve(
     from pipeline.answering import Answerer
     from pipeline.serve.app import LOOPBACK, Service, Settings
     from pipeline.serve.chat import Limits
+    from pipeline.serve.connection import ImpatientProtocol
     from pipeline.serve.worker import Worker
 
     key = os.environ.get(KEY_VARIABLE) or None
@@ -59,6 +60,7 @@ def serve(
     settings = Settings(name or path.resolve().name, host, key, max_body, limits=limits)
     config = uvicorn.Config(
         Service(worker, settings).app(),
+        http=ImpatientProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,
