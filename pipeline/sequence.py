@@ -45,7 +45,7 @@ from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_rando
 from pipeline.run_data import open_data
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
-from pipeline.tracking import Tracker, make_tracker, set_shares
+from pipeline.tracking import StepNumbers, Tracker, make_tracker, set_shares
 from pipeline.train import total_steps, train_stage
 from pipeline.watchdog import Watchdog
 
@@ -203,9 +203,10 @@ class Sequence:
         with self.tracker.stage(index, stage.name):
             self._write_state("running")  # with the stage's MLflow run, so that a restart continues it
             self.tracker.metrics(set_shares(selected, self.pool.names), 0)
+            numbers = StepNumbers(batches, self.pool.names, start)
             history = train_stage(
                 engine, batches, recipe.train, world, folder, self.stop,
-                lambda p: self.tracker.metrics(p.numbers(), p.step), None, saver, self.watchdog, start,
+                lambda p: self.tracker.metrics(numbers(p), p.step), None, saver, self.watchdog, start,
             )  # fmt: skip
             self.watchdog.beat(f"saving stage {stage.name}", slow=True)
             values = engine.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -196,6 +196,14 @@ class MicroBatches(Dataset[Batch]):
         size = len(indices) // self.accumulation
         part = slice(micro * size, (micro + 1) * size)
         return collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selected)
+
+    def samples_of(self, steps: Iterable[int]) -> list[int]:
+        """The samples that all ranks together see in these steps."""
+        found: list[int] = []
+        for step in steps:
+            indices, weights = self.order.batch(*divmod(step, self.order.batches_per_epoch))
+            found += indices[weights > 0].tolist()
+        return found
 
 
 def counts_of_step(batches: Sequence[Batch]) -> Any:

@@ -75,6 +75,7 @@ def test_the_server_has_what_a_run_is_compared_by(server: str, runs: list[Recipe
     assert files >= {"report.html", "matrix.json", "figures", "predictions", "config.yaml"}
     stage = client(server).get_run(ids["stages"]["02-T1"])
     assert 0 <= stage.data.metrics["routing_share.T0"] <= 100
+    assert stage.data.metrics["memory_gib"] > 0 and stage.data.metrics["samples_per_s"] > 0
 
 
 def test_a_finished_run_is_one_version_of_its_model(server: str, runs: list[Recipe]) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from pipeline.config import Recipe
+from pipeline.data.collate import MicroBatches
+from pipeline.data.order import Order
 from pipeline.errors import Interrupted, UserError
-from pipeline.tracking import NullTracker, artifact_location, make_tracker, set_shares, tracking_uri
+from pipeline.tracking import NullTracker, StepNumbers, artifact_location, make_tracker, set_shares, tracking_uri
+from pipeline.train import Progress
 
 CREATE_STORE = """
 import sys
@@ -251,6 +254,26 @@ def test_shares_count_the_samples_that_get_each_earlier_set() -> None:
     selected = torch.tensor([[0, 1], [0, -1], [-1, -1], [0, -1]])
     assert set_shares(selected, ["colour", "count"]) == {"routing_share.colour": 75.0, "routing_share.count": 25.0}
     assert set_shares(torch.zeros(3, 0, dtype=torch.long), []) == {}
+
+
+def test_a_step_tells_its_memory_and_the_shares_since_the_step_before() -> None:
+    import torch
+
+    # One batch of four samples a step, and a set 2 that no sample gets.
+    order = Order(8, 4, seed=0, task=0)
+    selected = torch.full((8, 2), -1)
+    first, second = (order.batch(0, number)[0].tolist() for number in range(2))
+    selected[first[:1], 0] = 0
+    selected[second, 0] = 1
+    nothing: Any = None
+    numbers = StepNumbers(MicroBatches(nothing, order, selected, 4, 1, 0, 2), ["colour", "count", "shape"])
+    told = [numbers(Progress(step, 1.0, {"loss_lm": 1.0}, 0.1, 5.0)) for step in (1, 2, 4)]
+    assert [step["routing_share_of_step.colour"] for step in told[:2]] == [25.0, 0.0]
+    assert [step["routing_share_of_step.count"] for step in told[:2]] == [0.0, 100.0]
+    # Steps 3 and 4 are the second epoch: every sample once.
+    assert (told[2]["routing_share_of_step.colour"], told[2]["routing_share_of_step.count"]) == (12.5, 50.0)
+    assert "routing_share_of_step.shape" not in told[0]
+    assert 0.05 < told[0]["memory_gib"] < 100 and told[0]["loss_lm"] == 1.0
 
 
 def test_what_a_run_leaves_is_uploaded_and_an_incomplete_one_is_not_registered(store: Path, tmp_path: Path) -> None:
