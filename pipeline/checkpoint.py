@@ -1,4 +1,4 @@
-"""Stage checkpoints: a few MB, readable at any world size, whole or not there (design.md decisions 6 and 7)."""
+"""Checkpoints of finished training: a few MB, readable at any world size, whole or not there (design.md 6 and 7)."""
 
 from __future__ import annotations
 
@@ -78,11 +78,16 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def save_stage(run: Path, index: int, name: str, values: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Complete the unfinished folder of a stage and give it its final name; returns that folder."""
     work, final = unfinished_folder(run, index, name), stage_folder(run, index, name)
-    work.mkdir(parents=True, exist_ok=True)
     tensors = {**values, "prototype": prototype_of(values)}
+    return finish_folder(work, final, tensors, {"task": name, "stage": index + 1, **meta})
+
+
+def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+    """Write what was learned and its description into `work` and give it the name `final`, whole or not there."""
+    work.mkdir(parents=True, exist_ok=True)
     write_synced(work / TENSORS, save({key: value.float().contiguous() for key, value in tensors.items()}))
-    meta = {"format": FORMAT_VERSION, "task": name, "stage": index + 1, **meta, "sha256": sha256(work / TENSORS)}
-    (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    meta = {"format": FORMAT_VERSION, **meta, "sha256": sha256(work / TENSORS)}
+    (work / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / COMPLETE).write_text(sha256(work / META) + "\n")
     for path in work.iterdir():
         if path.is_file():
@@ -92,16 +97,29 @@ def save_stage(run: Path, index: int, name: str, values: dict[str, Tensor], meta
         shutil.rmtree(final)
     work.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the stage has its name they are what there is
+    shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the folder has its name they are what there is
     return final
 
 
 def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:
     """The checkpoint of a finished stage, None when the stage was not finished; UserError when it is damaged."""
     folder = stage_folder(run, index, name)
+    fix = f"Remove the folder {folder} to train this stage and the following ones again, or restore it."
+    found = read_finished(folder, fix)
+    if found is None:
+        return None
+    tensors, meta = found
+    try:
+        head, projector = _part(tensors, "head."), _part(tensors, "projector.")
+        return StageCheckpoint(tensors["prompt"], tensors["prototype"], head, meta, projector)
+    except KeyError as error:
+        raise UserError(f"{folder / TENSORS} lacks a tensor or cannot be read ({error}). {fix}") from error
+
+
+def read_finished(folder: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `finish_folder` wrote, None when the folder was not finished; UserError, ending in `fix`, when damaged."""
     if not (folder / COMPLETE).is_file():
         return None
-    fix = f"Remove the folder {folder} to train this stage and the following ones again, or restore it."
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         expected = meta["sha256"]
@@ -116,10 +134,8 @@ def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:
         raise UserError(f"{folder / TENSORS} is missing or not the file that {META} describes (its sha256). {fix}")
     try:
         with safe_open(str(folder / TENSORS), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        head, projector = _part(tensors, "head."), _part(tensors, "projector.")
-        return StageCheckpoint(tensors["prompt"], tensors["prototype"], head, meta, projector)
-    except (SafetensorError, KeyError) as error:
+            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
         raise UserError(f"{folder / TENSORS} lacks a tensor or cannot be read ({error}). {fix}") from error
 
 

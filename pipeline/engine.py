@@ -15,7 +15,7 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
-from pipeline.moments import Moments, write_moments
+from pipeline.moments import ADAM, Moments, write_moments
 from pipeline.prompts.model import PromptedLMM
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Engine:
     """The wrapped model with its optimizer; the same object for ZeRO stages 0, 2 and 3, float32 and bfloat16."""
 
     term_names: tuple[str, ...] = ("loss_lm", "loss_image", "loss_text")
+    moment_kinds: tuple[str, ...] = ADAM  # what the optimizer remembers of each trainable, by torch's names
 
     def __init__(self, recipe: Recipe, world: World, key_width: int) -> None:
         deepspeed = start_deepspeed()
@@ -93,10 +94,14 @@ class Engine:
         self.engine.train()
 
     def resume_stage(self, values: dict[str, Tensor], step: int, moments: Moments) -> None:
-        """Go on with a stage that was begun: trainables and Adam's moments as they were after `step` steps."""
+        """Go on with a stage that was begun: trainables and the optimizer's moments as they were after `step` steps."""
         for name, parameter in self.trainables.items():
             self._set_value(parameter, values[name])
         write_moments(self, step, moments)
+
+    def rest(self) -> dict[str, Tensor]:
+        """What else, beside trainables and moments, the next steps depend on; the same on every rank."""
+        return {}
 
     def values(self) -> dict[str, Tensor]:
         """The trainables in float32 on the CPU, by name; all ranks must call it."""

@@ -1,4 +1,4 @@
-"""Adam's moments of the trainables, whole and in float32, whatever DeepSpeed has made of the optimizer.
+"""What the optimizer remembers of the trainables, whole and in float32, whatever DeepSpeed has made of it.
 
 Every ZeRO stage keeps them elsewhere (engineering.md B1): per parameter, per float32 master, or in flat pieces that
 are split over the ranks. Here they have the parameters' names and shapes, so that what was saved on N ranks can be
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pipeline.engine import Engine
 
-FIRST, SECOND = "exp_avg", "exp_avg_sq"  # as torch's AdamW names them
+ADAM = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names its two moments
+MOMENTUM = ("momentum_buffer",)  # as torch's SGD names its one
 Moments = dict[str, dict[str, Tensor]]
 
 
 def read_moments(engine: Engine) -> Moments:
-    """Both moments of every trainable, `{exp_avg: {name: tensor}, exp_avg_sq: ...}` in float32 on the CPU.
+    """The engine's `moment_kinds` of every trainable, `{kind: {name: tensor}}` in float32 on the CPU.
 
     All ranks must call it, after at least one optimizer step.
     """
     _link(engine)
     return {
         kind: {name: _read(engine, parameter, kind) for name, parameter in engine.trainables.items()}
-        for kind in (FIRST, SECOND)
+        for kind in engine.moment_kinds
     }
 
 
@@ -36,16 +37,18 @@ def write_moments(engine: Engine, step: int, moments: Moments) -> None:
     inner = _inner(engine)
     for owner in _owners(engine):
         state = inner.state[owner]
-        for kind in (FIRST, SECOND):
-            if kind not in state:  # torch makes them at the first step, which a new process has not taken
+        for kind in engine.moment_kinds:
+            if state.get(kind) is None:  # torch makes them at the first step, which a new process has not taken
                 state[kind] = torch.zeros_like(owner)
+        if engine.moment_kinds != ADAM:
+            continue
         # The step count is in no parameter's state that DeepSpeed hands out; without it the bias correction is wrong.
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(float(step))
         else:
             state["step"] = torch.tensor(float(step), dtype=torch.float32)
     _link(engine)
-    for kind in (FIRST, SECOND):
+    for kind in engine.moment_kinds:
         for name, parameter in engine.trainables.items():
             _write(engine, parameter, kind, moments[kind][name])
 

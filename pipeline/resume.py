@@ -1,8 +1,9 @@
 """Checkpoints inside a stage: everything that the next step depends on, for any number of ranks, whole or not there.
 
-`stages/NN-task.unfinished/resume/step-00000123/` holds `state.safetensors` (trainables, both Adam moments, random
-state of every rank) and `state.json` (step, position in the data, what it was trained on, checksums). The folder gets
-its name when all of it is on the disk; a reader checks every byte and takes the one before if anything is off.
+`stages/NN-task.unfinished/resume/step-00000123/` (of a benchmark `units/NAME.unfinished/...`) holds
+`state.safetensors` (trainables, the optimizer's moments, what else the engine carries, random state of every rank) and
+`state.json` (step, position in the data, what it was trained on, checksums). The folder gets its name when all of it is
+on the disk; a reader checks every byte and takes the one before if anything is off.
 Design: design.md decisions 5 to 7, engineering.md B1.
 """
 
@@ -16,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.checkpoint import RESUME
-from pipeline.config import TrainConfig
+from pipeline.config import LoopConfig
 from pipeline.distributed import World, gather_objects, on_main
 from pipeline.files import sync_folder, write_synced
-from pipeline.moments import FIRST, SECOND, Moments, read_moments
+from pipeline.moments import Moments, read_moments
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -58,12 +59,19 @@ class StepState:
     moments: Moments
     random: list[dict[str, Tensor]]  # per rank that saved: states of torch's generators
     meta: dict[str, Any]
+    rest: dict[str, Tensor] = field(default_factory=dict)  # the engine's, see `Engine.rest`
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """All tensors that every rank has alike, by their names in the file."""
+        parts = {"value": self.values, **self.moments, "rest": self.rest}
+        return {f"{kind}.{name}": value for kind, part in parts.items() for name, value in part.items()}
 
 
 class StepSaver:
     """Saves the stage in progress when it is due; the ranks call it together at a step boundary."""
 
-    def __init__(self, engine: Engine, world: World, folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, world: World, folder: Path, config: LoopConfig, facts: dict[str, Any]) -> None:
         """`folder` is that of the unfinished stage; `facts` go into state.json (`newest` gives them back as meta)."""
         self.engine, self.world, self.folder, self.config, self.facts = engine, world, folder / RESUME, config, facts
         self._began = self._last = time.monotonic()  # not the time of day, which may jump
@@ -82,9 +90,10 @@ class StepSaver:
         A full disk is no reason to lose a training that goes well: the checkpoints before stay, and the next one may
         fit again. Raises RanksDisagreeError, on all ranks, rather than save what only one of them has.
         """
-        values, moments = self.engine.values(), read_moments(self.engine)
-        random = gather_objects(random_state(self.world.device))
-        prints = gather_objects(_digest({**values, **moments[FIRST], **moments[SECOND]}))
+        engine, random = self.engine, gather_objects(random_state(self.world.device))
+        facts = {**self.facts, "seconds": round(self.facts.get("seconds", 0) + time.monotonic() - self._began, 1)}
+        state = StepState(step, engine.values(), read_moments(engine), random, facts, engine.rest())
+        prints = gather_objects(_digest(state.shared))
         if len(set(prints)) > 1:
             odd = [rank for rank, found in enumerate(prints) if found != prints[0]]
             raise RanksDisagreeError(
@@ -94,10 +103,9 @@ class StepSaver:
             )
 
         def write() -> str | None:
-            facts = {**self.facts, "seconds": round(self.facts.get("seconds", 0) + time.monotonic() - self._began, 1)}
             try:
                 began = time.perf_counter()
-                path = write_step(self.folder, StepState(step, values, moments, random, facts), self.config.keep)
+                path = write_step(self.folder, state, self.config.keep)
             except (OSError, SafetensorError) as error:
                 return f"The state after step {step} could not be saved in {self.folder} ({error})."
             size = sum(file.stat().st_size for file in path.iterdir())
@@ -126,8 +134,7 @@ def write_step(folder: Path, state: StepState, keep: int) -> Path:
     work = final.with_name(final.name + UNFINISHED)
     _sweep(folder)
     work.mkdir(parents=True)
-    tensors = {f"value.{name}": value for name, value in state.values.items()}
-    tensors |= {f"{kind}.{name}": value for kind, part in state.moments.items() for name, value in part.items()}
+    tensors = state.shared
     for rank, part in enumerate(state.random):
         tensors |= {f"random.{rank}.{name}": value for name, value in part.items()}
     content = save({name: value.contiguous() for name, value in tensors.items()})
@@ -175,13 +182,11 @@ def read_step(path: Path) -> StepState:
         tensors = load(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    random: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if name.startswith("random.")]:
-        rank, _, kind = name.removeprefix("random.").partition(".")
-        random.setdefault(rank, {})[kind] = tensors.pop(name)
-    values = _part(tensors, "value.")
-    moments = {kind: _part(tensors, f"{kind}.") for kind in (FIRST, SECOND)}
-    return StepState(meta["step"], values, moments, [random[str(rank)] for rank in range(len(random))], meta)
+    parts = _parts(tensors)
+    values, rest, random = (parts.pop(kind, {}) for kind in ("value", "rest", "random"))
+    by_rank = _parts(random)
+    states = [by_rank[str(rank)] for rank in range(len(by_rank))]
+    return StepState(meta["step"], values, parts, states, meta, rest)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -232,8 +237,13 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named `part.name` by part and name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for whole, value in tensors.items():
+        part, _, name = whole.partition(".")
+        found.setdefault(part, {})[name] = value
+    return found
 
 
 def _checksum(meta: dict[str, Any]) -> str:

@@ -163,8 +163,8 @@ def train_stage(
         if stopping:
             place = saver.newest_name() if saver is not None else "the stage's start"
             raise Interrupted(
-                f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} Finished "
-                f"stages are kept; run the same command again to go on from {place}."
+                f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} What was "
+                f"finished is kept; run the same command again to go on from {place}."
             )
     return history
 
@@ -196,7 +196,7 @@ def _diverged(step: int, batches: list[Any], mine: bool, folder: Path | None) ->
     kept = f" The values before this step are kept in {folder / LAST_GOOD}." if folder is not None else ""
     return DivergedError(
         f"The {what} of step {step + 1} is not a finite number; its samples are {', '.join(concerned)}.{kept} "
-        "Look at these samples, or lower the learning rates in train; finished stages are kept."
+        "Look at these samples, or lower the learning rates in train; what was finished is kept."
     )
 
 

@@ -123,7 +123,7 @@ class Watchdog:
         lost = f"; rank {', '.join(map(str, silent))} does not answer at all (stopped or dead)" if silent else ""
         message = (
             f"The job hung and was ended. {hung} {summary}{lost}. The stacks of all ranks that answer are in the log; "
-            "finished stages and checkpoints are kept, and the same command goes on from them."
+            "what was finished and the checkpoints are kept, and the same command goes on from them."
         )
         leave_outcome(Outcome(EXIT_FAILURE, message))
         if rank == min(places):

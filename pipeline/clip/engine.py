@@ -16,7 +16,9 @@ from pipeline.deepspeed_config import deepspeed_batches, deepspeed_file
 from pipeline.distributed import World
 from pipeline.engine import Engine, gather_layer_by_layer, start_deepspeed
 from pipeline.hpz import with_node_size
+from pipeline.moments import MOMENTUM
 from pipeline.prompts.model import Normaliser
+from pipeline.resume import StepState
 
 
 class ClipEngine(Engine):
@@ -59,6 +61,7 @@ class ClipEngine(Engine):
         )
         self.trainables = dict(module.learner.named_parameters())
         self.term_names = module.term_names
+        self.moment_kinds = MOMENTUM if train.momentum else ()
         self.averaging: WeightAverage | None = None
         self._steps_per_epoch = self._passes = 0
 
@@ -71,6 +74,17 @@ class ClipEngine(Engine):
         """Begin with these trainables (same on every rank) and a new optimizer."""
         self.restart(values)
         self.averaging, self._steps_per_epoch, self._passes = averaging, steps_per_epoch, 0
+
+    def resume_unit(self, found: StepState) -> None:
+        """Go on with a unit that was begun (`start_unit`), as it was when `found` was saved."""
+        self.resume_stage(found.values, found.step, found.moments)
+        self._passes = found.step * self.accumulation
+        if self.averaging is not None:
+            self.averaging.load(found.rest)
+
+    def rest(self) -> dict[str, Tensor]:
+        """The averages so far."""
+        return {} if self.averaging is None else self.averaging.state()
 
     def accumulate(self, batch: ImageBatch, normaliser: Normaliser) -> Tensor:  # type: ignore[override]
         """Forward and backward of one micro-batch; returns its loss terms."""

@@ -1,4 +1,4 @@
-"""A benchmark: every method on every dataset with every seed; a restart goes on at the first unit that is missing."""
+"""A benchmark: every method on every dataset with every seed; a restart goes on at the step where it was."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -33,13 +34,15 @@ from pipeline.clip.results import UnitResult, results_json
 from pipeline.clip.tracking import make_benchmark_tracker
 from pipeline.clip.unit import Unit, learner_of, regularisers_of, units_of
 from pipeline.config import TrainConfig
-from pipeline.distributed import World, agree, init_world, on_main, together
+from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.errors import Interrupted
 from pipeline.provenance import package_versions
+from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
 from pipeline.tracking import Tracker
 from pipeline.train import train_stage
+from pipeline.watchdog import Watchdog
 
 log = logging.getLogger("pipeline.clip")
 RESULT, RESULTS = "result.json", "results.json"
@@ -53,14 +56,16 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
     """
     log_to_terminal()
     with stop_on_signals() as stop:
-        return Benchmark(recipe, init_world(), stop).run(train, evaluate)
+        world = init_world()
+        with Watchdog(world, recipe.train.watchdog_s).watching() as watchdog:
+            return Benchmark(recipe, world, stop, watchdog).run(train, evaluate)
 
 
 class Benchmark:
     """One run in progress."""
 
-    def __init__(self, recipe: ClipRecipe, world: World, stop: StopFlag) -> None:
-        self.recipe, self.world, self.stop = recipe, world, stop
+    def __init__(self, recipe: ClipRecipe, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
+        self.recipe, self.world, self.stop, self.watchdog = recipe, world, stop, watchdog
         self.path = on_main(world, lambda: claim_run(recipe))
         self.units = units_of(recipe)
         names = [entry.name for entry, _ in datasets_of(recipe)]
@@ -70,6 +75,9 @@ class Benchmark:
         # Every rank holds a whole backbone: for evaluation, and for what is computed once of the frozen model.
         backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
         self.backbone = backbone.to(world.device)
+        for tower in (backbone.model.text_model, backbone.model.vision_model):
+            # Lets the watchdog see that features are computed, in evaluations that take longer than its limit.
+            tower.embeddings.register_forward_hook(lambda *_: watchdog.progress())
         self.words = self.backbone.words(tokenizer)
         self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
         self.fingerprint = on_main(world, lambda: base_fingerprint(cast(Any, model)))
@@ -90,7 +98,7 @@ class Benchmark:
             with self.tracker.sequence(state):
                 for index, unit in enumerate(self.units):
                     self._write_state("running", index, state)
-                    missing += not self._unit(index, unit, train, evaluate)
+                    missing += not self._unit(index, unit, train, evaluate, state)
                     if evaluate:
                         content = self._write_results()
                 if evaluate:
@@ -98,20 +106,19 @@ class Benchmark:
                 self.seconds = round(time.perf_counter() - began, 1)
                 done = "stopped" if missing else "done" if evaluate else "trained"
                 self._write_state(done, len(self.units) - missing, state)
-        except Interrupted:
-            self._write_state("stopped", None, state)
-            raise
-        except BaseException:
-            self._write_state("failed", None, state)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self._write_state("stopped" if isinstance(error, Interrupted) else "failed", None, state)
+            if isinstance(error, Interrupted):
+                barrier()  # all ranks have heard of it; the first to leave may make a launcher end the others
             raise
         return {"run": str(self.path), "units": len(self.units) - missing, **content}
 
     # ------------------------------------------------------------------ one unit
 
-    def _unit(self, index: int, unit: Unit, train: bool, evaluate: bool) -> bool:
+    def _unit(self, index: int, unit: Unit, train: bool, evaluate: bool, state: dict[str, Any]) -> bool:
         """Train and evaluate a unit as far as it is not done; False when it still has to be trained."""
-        if agree(self.stop.requested, self.world.device):
-            raise Interrupted("Stopped by a signal. Finished units are kept; run the same command again to go on.")
+        self._stop_if_told(f"before unit {unit.label}")
         values = self._restore(unit) if unit.learns else {}
         result = self._read_result(unit) if values is not None else None
         if result is not None:
@@ -123,6 +130,7 @@ class Benchmark:
         if values is not None and not evaluate:
             return True
         with self.tracker.stage(index, unit.label):
+            self._write_state("running", index, state)  # with the unit's MLflow run, so that a restart continues it
             self.tracker.params({"method": unit.method.kind, "dataset": unit.dataset.name, "seed": unit.seed})
             if values is None:
                 values = self._train(unit)
@@ -130,15 +138,36 @@ class Benchmark:
                 self._evaluate(unit, values)
         return True
 
+    def _stop_if_told(self, place: str) -> None:
+        self.watchdog.beat(place, slow=True)
+        if agree(self.stop.requested, self.world.device):
+            raise Interrupted(f"Stopped by a signal {place}. Run the same command again to go on.")
+
     def _restore(self, unit: Unit) -> dict[str, Tensor] | None:
         folder = unit.folder(self.path)
         learned = together(lambda: load_prompts(folder))
         if learned is None:
             return None
-        data = self.data[unit.dataset.name]
-        expected = {"base_model": self.fingerprint, "data": together(lambda: data.identity(unit.seed, unit.group))}
+        expected = together(lambda: self._constants(unit))
         together(lambda: check_stage(folder, learned.meta, expected))
         return learned.values
+
+    def _constants(self, unit: Unit) -> dict[str, Any]:
+        """What a unit's checkpoint must agree with for its prompts to mean the same."""
+        data = self.data[unit.dataset.name].identity(unit.seed, unit.group)
+        return {"base_model": self.fingerprint, "data": data}
+
+    def _begin(self, unit: Unit) -> StepState | None:
+        """The newest checkpoint inside a unit that an earlier attempt did not finish, or an empty folder for it."""
+        work = unfinished(unit.folder(self.path))
+        found = newest(work)
+        if found is None:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            return None
+        check_stage(work, found.meta, self._constants(unit))
+        cut_log(work / "metrics.jsonl", found.step)
+        return found
 
     def _train(self, unit: Unit) -> dict[str, Tensor]:
         """Train one unit, save its prompts and return them."""
@@ -163,23 +192,32 @@ class Benchmark:
         values = {name: value.detach().clone() for name, value in learner.named_parameters()}
         engine.start_unit(values, batches.steps_per_epoch, averaging)
         rates = epoch_rates(train.lr, train.epochs, train.warmup_epochs)
+        facts, start = {**self._constants(unit), "world_size": world.size}, 0
+        found = on_main(world, lambda: self._begin(unit))
+        if found is not None:
+            start, facts["seconds"] = found.step, found.meta.get("seconds", 0.0)
+            engine.resume_unit(found)
+            restore_random_state(found.random, world.rank, world.device)
+        log.info("%s: %d images of %d classes, %d steps%s", unit.label, len(images), len(group.names), batches.steps,
+                 f", going on after step {start}" if start else "")  # fmt: skip
         folder = unit.folder(self.path)
-        work = on_main(world, lambda: unfinished(folder))
-        log.info("%s: %d images of %d classes, %d steps", unit.label, len(images), len(group.names), batches.steps)
+        work = unfinished(folder)
         loop = TrainConfig(lr_prompt=train.lr, lr_head=train.lr, log_every=train.log_every, workers=train.workers)
         history = train_stage(
             engine, batches, loop, world, work, self.stop,
             lambda p: self.tracker.metrics(p.numbers(), p.step),
             lambda step: rates[step // batches.steps_per_epoch] / train.lr,
+            StepSaver(engine, world, work, train, facts), self.watchdog, start,
         )  # fmt: skip
+        self.watchdog.beat(f"saving {unit.label}", slow=True)
         values = engine.learned()
         meta = {
+            **facts, "seconds": round(time.perf_counter() - began + facts.get("seconds", 0.0), 1),
             "method": unit.method.kind, "options": unit.options(len(group.names)), "template": learner.template,
             "row": unit.method.name, "dataset": unit.dataset.name, "seed": unit.seed, "group": unit.group,
-            "classes": list(group.names), "model": recipe.model.path, "base_model": self.fingerprint,
-            "data": data.identity(unit.seed, unit.group), "images": len(images), "steps": batches.steps,
+            "classes": list(group.names), "model": recipe.model.path, "images": len(images), "steps": batches.steps,
             "trained": sum(value.numel() for value in values.values()), "loss": history[-1].loss,
-            "world_size": world.size, "seconds": round(time.perf_counter() - began, 1), "versions": package_versions(),
+            "versions": package_versions(),
         }  # fmt: skip
         on_main(world, lambda: save_prompts(folder, values, meta))
         self.tracker.stage_model(folder, unit.label, {"loss": history[-1].loss})
@@ -198,6 +236,7 @@ class Benchmark:
         )  # fmt: skip
         counts = {}
         for name, group, dataset in groups:
+            self._stop_if_told(f"in the evaluation of {unit.label}")
             if unit.method.kind == "zero_shot":  # its words are the dataset's own
                 learner.template = self._template(dataset)
             counts[name] = evaluate_group(module, self.tests[dataset], group)
