@@ -354,6 +354,11 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 
     Raises UserError, one sentence naming each field in question, what was found and what was expected.
     """
+    if recipe_kind(name_or_path) == "clip":
+        raise UserError(
+            f"recipe '{name_or_path}' is a benchmark of prompt methods on CLIP; expected a task sequence. A benchmark "
+            "is prepared and run whole, by `python -m pipeline prepare` and `run`."
+        )
     fields = apply_overrides(read_recipe(find_recipe(str(name_or_path))), overrides)
     try:
         return Recipe.model_validate(fields)

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.clip.recipe import ClipRecipe
+from pipeline.errors import EXIT_USER
 from tests.clip.tiny import byte_tokenizer, clip_model
 
 NAMES = ("red_panda", "golf ball", "tench", "organ", "church", "parachute")
@@ -86,3 +89,11 @@ def make_project(folder: Path) -> Path:
     save_model(folder / "model")
     save_dataset(folder / "data")
     return folder
+
+
+def said(*arguments: str) -> str:
+    """The one sentence with which the command line refuses something, with exit code 2."""
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == EXIT_USER, done.output
+    assert "Traceback" not in done.output
+    return done.stderr

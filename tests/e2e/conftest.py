@@ -18,21 +18,25 @@ MakeRecipe = Callable[..., Recipe]
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models and twelve tasks in CoIN layout, one sample in four without an image."""
-    root = tmp_path_factory.mktemp("sequence")
-    tiny.save_llava(root / "llava", tied=True)
-    tiny_clip.save_clip(root / "clip")
-    for number in range(12):
-        tiny_clip.save_coin(root / "coin", f"T{number}", train=6, test=4)
-    from data_prep.prepare import prepare
-
-    prepare(recipe_on(root, root / "unused", tasks=12), progress=False)
-    return root
+    return prepare_project(tmp_path_factory.mktemp("sequence"), tasks=12)
 
 
 @pytest.fixture
 def make(prepared: Path, tmp_path: Path) -> MakeRecipe:
     """Recipes on the prepared tasks whose runs live in this test's own folder."""
     return lambda **changes: recipe_on(prepared, tmp_path, **changes)
+
+
+def prepare_project(root: Path, tasks: int, train: int = 6, test: int = 4) -> Path:
+    """Save tiny models and so many tasks in a folder, prepare the tasks, and return the folder."""
+    tiny.save_llava(root / "llava", tied=True)
+    tiny_clip.save_clip(root / "clip")
+    for number in range(tasks):
+        tiny_clip.save_coin(root / "coin", f"T{number}", train=train, test=test)
+    from data_prep.prepare import prepare
+
+    prepare(recipe_on(root, root / "unused", tasks), progress=False)
+    return root
 
 
 def recipe_on(root: Path, runs: Path, tasks: int = 3, **changes: Any) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence import Sequence, evaluate_run, run_sequence
 from pipeline.train import DivergedError
 from tests.e2e.conftest import MakeRecipe
+from tests.stopping import signal_in_forward
 
 pytestmark = pytest.mark.e2e
 
@@ -166,20 +166,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples_of_the_step(
     assert read(recipe.run_path / "run.json")["status"] == "failed"
 
 
-def test_a_signal_stops_at_a_step_boundary_and_keeps_finished_stages(
-    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, calls = PromptedLMM.forward, []
-
-    def signalled(self: PromptedLMM, batch: Any, normaliser: Any) -> Any:
-        calls.append(batch.ids)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, batch, normaliser)
-
-    monkeypatch.setattr(PromptedLMM, "forward", signalled)
+def test_a_signal_stops_at_a_step_boundary_and_keeps_finished_stages(make: MakeRecipe) -> None:
     recipe = make()
-    with pytest.raises(Interrupted, match="after step 1 of 2"):
+    with signal_in_forward(PromptedLMM, 3, signal.SIGTERM), pytest.raises(Interrupted, match="after step 1 of 2"):
         run_sequence(recipe, stages="train")
     assert read(recipe.run_path / "run.json")["status"] == "stopped"
     assert (recipe.run_path / "stages" / "01-T0" / "COMPLETE").is_file()

@@ -224,12 +224,6 @@ def fill(folder: Path) -> Path:
 
 
 def _prepare(root: Path) -> None:
-    from data_prep.prepare import prepare
-    from tests import tiny, tiny_clip
-    from tests.e2e.conftest import recipe_on
+    from tests.e2e.conftest import prepare_project
 
-    tiny.save_llava(root / "llava", tied=True)
-    tiny_clip.save_clip(root / "clip")
-    for number in range(TASKS):
-        tiny_clip.save_coin(root / "coin", f"T{number}", train=9, test=3)
-    prepare(recipe_on(root, root / "unused", TASKS), progress=False)
+    prepare_project(root, TASKS, train=9, test=3)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prepare import prepare
-from tests import tiny, tiny_clip
-from tests.e2e.conftest import recipe_on
+from tests import tiny
+from tests.e2e.conftest import prepare_project
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +19,4 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models and two prepared tasks."""
-    root = tmp_path_factory.mktemp("ranks")
-    tiny.save_llava(root / "llava", tied=True)
-    tiny_clip.save_clip(root / "clip")
-    for number in range(2):
-        tiny_clip.save_coin(root / "coin", f"T{number}", train=6, test=3)
-    prepare(recipe_on(root, root / "unused", 2), progress=False)
-    return root
+    return prepare_project(tmp_path_factory.mktemp("ranks"), tasks=2)

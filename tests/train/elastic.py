@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from pipeline.config import Recipe
-from pipeline.distributed import barrier, init_world
+from pipeline.distributed import World, barrier, init_world, on_main
 from pipeline.errors import Interrupted
 from pipeline.launch import end_as_rank
+from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence import run_sequence
-from pipeline.stopping import StopFlag
 from tests.e2e.conftest import recipe_on
+from tests.stopping import signal_in_forward
 
 STEPS, TASKS = 6, 2
 CHANGES: dict[str, Any] = {
@@ -28,34 +30,13 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def stop_half_way(recipe: Recipe) -> None:
+def stop_half_way(recipe: Recipe, world: World) -> None:
     """Stop in the middle of the second stage: told on the last rank alone, which all have to hear of."""
-    import pipeline.train
-
-    world, seen = init_world(), []
-    schedule = pipeline.train.schedule
-
-    def counted(config: Any, step: int, total: int) -> float:
-        seen.append(step)
-        if len(seen) == STEPS + STEPS // 2 and world.rank == world.size - 1:
-            flags[-1].requested = True
-        return schedule(config, step, total)
-
-    flags: list[StopFlag] = []
-    begin = StopFlag.__init__
-
-    def remember(self: StopFlag, requested: bool = False) -> None:
-        begin(self, requested)
-        flags.append(self)
-
-    pipeline.train.schedule, StopFlag.__init__ = counted, remember  # type: ignore[method-assign]
-    try:
+    last = world.rank == world.size - 1
+    told = signal_in_forward(PromptedLMM, STEPS + STEPS // 2) if last else contextlib.nullcontext()
+    with told, contextlib.suppress(Interrupted):
         run_sequence(recipe, stages="train")
-    except Interrupted:
-        return
-    finally:
-        pipeline.train.schedule, StopFlag.__init__ = schedule, begin  # type: ignore[method-assign]
-    raise AssertionError("the run was not stopped")
+        raise AssertionError("the run was not stopped")
 
 
 def result(recipe: Recipe, path: Path) -> None:
@@ -73,22 +54,22 @@ def result(recipe: Recipe, path: Path) -> None:
 def main(prepared: Path, out: Path) -> None:
     """Leave `<ranks>-whole.json`, and `<saved on>-to-<ranks>.json` for every stopped run that is there."""
     world = init_world()
-    whole = recipe_on(prepared, out / f"{world.size}-whole", TASKS, **CHANGES)
-    run_sequence(whole, stages="train")
-    half = recipe_on(prepared, out / f"{world.size}-half", TASKS, **CHANGES)
-    stop_half_way(half)
-    barrier()
-    todo = [("whole", whole)]
-    for source in sorted(path for path in out.glob("?-half")):
-        name = f"{source.name[0]}-to-{world.size}"
-        if world.main:
-            shutil.copytree(source, out / name)
-        barrier()
+
+    def train(name: str) -> None:
         recipe = recipe_on(prepared, out / name, TASKS, **CHANGES)
         run_sequence(recipe, stages="train")
-        todo.append((name, recipe))
-    for name, recipe in todo if world.main else []:
-        result(recipe, out / f"{name if '-to-' in name else f'{world.size}-{name}'}.json")
+        if world.main:
+            result(recipe, out / f"{name}.json")
+
+    if on_main(world, lambda: not (out / f"{world.size}-half").exists()):
+        train(f"{world.size}-whole")
+        stop_half_way(recipe_on(prepared, out / f"{world.size}-half", TASKS, **CHANGES), world)
+        barrier()
+    for source in on_main(world, lambda: sorted(out.glob("?-half"))):
+        name = f"{source.name[0]}-to-{world.size}"
+        if on_main(world, lambda: not (out / name).exists()):  # noqa: B023 - called at once
+            on_main(world, lambda: shutil.copytree(source, out / name))  # noqa: B023
+            train(name)
 
 
 if __name__ == "__main__":
