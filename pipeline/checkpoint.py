@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.config import FileRecipe
 from pipeline.errors import UserError
 from pipeline.files import replacing, sha256, sync_folder, write_synced
 from pipeline.prompts.heads import ProjectionHead
+from pipeline.recipe_base import FileRecipe
 
 FORMAT_VERSION = 1
 TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"

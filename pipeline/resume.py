@@ -27,10 +27,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.checkpoint import RESUME
-from pipeline.config import LoopConfig
 from pipeline.distributed import World, gather_objects, on_main
 from pipeline.files import sync_folder, write_synced
 from pipeline.moments import Moments, read_moments
+from pipeline.recipe_base import LoopConfig
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine

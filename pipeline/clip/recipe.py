@@ -15,8 +15,9 @@ from pipeline.clip.methods import METHODS
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.regularisers import TEMPLATES
 from pipeline.clip.text import MARK
-from pipeline.config import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once, locate
+from pipeline.config import locate
 from pipeline.errors import UserError, nearest
+from pipeline.recipe_base import PREPARED, FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
 
 KIND = "clip"  # what a recipe file says in its field `kind`
@@ -67,7 +68,7 @@ class ClipDataConfig(Section):
         "folders", description="folders: read root as it is; generated: draw coloured shapes there first"
     )
     root: str = Field(description="folder that holds one folder per dataset")
-    prepared: str = Field("data/{name}", description="folder of the shards: <prepared>/<dataset>/<split>/")
+    prepared: str = Field(PREPARED, description="folder of the shards: <prepared>/<dataset>/<split>/")
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="what is trained on, each by itself")
     protocol: Protocol = Field(
         "base_to_new",
