@@ -134,16 +134,17 @@ def training_activations(
     Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its
     input would only be needed for the gradient of its weight. Per token and layer there remain the float32 inputs of
     the two norms; query, key, value (repeated to all heads), output and a row of the mask of the attention, and each
-    head's logarithm of sums; and three vectors of the gated MLP: gate, its activation, up. After Korthikanti et al.,
-    "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, less what frozen
-    weights save. An eager attention keeps its [heads, N, N] probabilities instead of output and mask, in float32 and,
-    if that is another, in the model's precision. The logits are those of the answers only. The vision tower runs
-    without gradients; of it the hidden states of all layers exist for a moment.
+    head's logarithm of sums; and gate and up of the gated MLP, in architectures that `pipeline.backbones.gated` does
+    not know the activation as well. After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+    Models" (arXiv 2205.05198), section 4, less what frozen weights save. That the last layer runs for the answers only
+    is left out. An eager attention keeps its [heads, N, N] probabilities instead of output and mask, in float32 and, if
+    that is another, in the model's precision. The logits are those of the answers only. The vision tower runs without
+    gradients; of it the hidden states of all layers exist for a moment.
     """
     text = shape.text
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
     attention = heads * head_size(text)
-    per_token = 2 * FLOAT32 * width + 3 * (attention + inner) * element
+    per_token = 2 * FLOAT32 * width + (3 * attention + (2 if shape.gates_kept_once else 3) * inner) * element
     if recipe.model.attn_implementation == "eager":
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
     else:

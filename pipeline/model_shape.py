@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.backbones.gated import is_gated
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.lmm_families import family_of
 from pipeline.config import Recipe
@@ -24,6 +25,7 @@ class ModelShape:
     fetched: list[int]  # what ZeRO-3 gathers at once, in the order of the modules
     text: Any
     vision: Any
+    gates_kept_once: bool = False  # see `pipeline.backbones.gated`
 
 
 def meta_model(recipe: Recipe) -> nn.Module:
@@ -44,10 +46,9 @@ def meta_model(recipe: Recipe) -> nn.Module:
 def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
     """Count a model's parameters, each once, and the pieces in which ZeRO-3 gathers them."""
     config: Any = model.config
-    projector: list[nn.Parameter] = []
-    if projector_learns:
-        inner: Any = model.model
-        projector = list(inner.get_submodule(family_of(config.model_type).projector).parameters())
+    inner: Any = model.model
+    family = family_of(config.model_type)
+    projector = list(inner.get_submodule(family.projector).parameters()) if projector_learns else []
     learned = {id(parameter) for parameter in projector}
     return ModelShape(
         frozen=[p.numel() for p in model.parameters() if id(p) not in learned],
@@ -56,6 +57,7 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         fetched=list(_fetched_together(model)),
         text=config.get_text_config(),
         vision=getattr(config, "vision_config", None),
+        gates_kept_once=is_gated(inner.get_submodule(family.decoder).layers[0].mlp),
     )
 
 

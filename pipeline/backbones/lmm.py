@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import FAMILIES, family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, check_image_size, load_processor, not_loadable
 from pipeline.config import ModelConfig
@@ -144,13 +145,21 @@ class LMM(nn.Module):
         attention: Tensor,
         places: Tensor | None = None,
         images: dict[str, Tensor] | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, N, D] of the decoder; the batch is padded on the right.
+        """Last hidden states [B, N, D] of the decoder, or those [B, A, D] `at` some positions [B, A].
 
-        `places` [B, N] (the image's tokens) and `images` are for architectures whose decoder reads them.
+        The batch is padded on the right. `places` [B, N] (the image's tokens) and `images` are for architectures whose
+        decoder reads them.
         """
         inputs = self.family.decoder_inputs(embeddings, attention, *self._seen(places, images))
-        return self.decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
+        return self.decode(at, inputs_embeds=embeddings, use_cache=False, **inputs)
+
+    def decode(self, at: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Last hidden states of the decoder with these inputs of its own; see `hidden`."""
+        with last_layer_at(self, at) as lean:
+            hidden: Tensor = self.decoder(**inputs).last_hidden_state
+        return hidden if lean or at is None else rows_at(hidden, at)
 
     @property
     def decoder(self) -> nn.Module:

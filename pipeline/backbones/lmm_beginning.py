@@ -72,32 +72,44 @@ def begin(lmm: LMM, embeddings: Tensor, attention: Tensor, places: Tensor, image
     """Run the decoder over U beginnings: `embeddings` [U, P, D], `attention` and the image's `places` [U, P]."""
     inputs = lmm.family.decoder_inputs(embeddings, attention, places, images)
     cache = DynamicCache()
-    lmm.decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, **inputs)
+    # Nothing but keys and values is needed, so the last layer need not give its output but somewhere.
+    first = torch.zeros(len(embeddings), 1, dtype=torch.long, device=embeddings.device)
+    lmm.decode(first, inputs_embeds=embeddings, past_key_values=cache, use_cache=True, **inputs)
     following = lmm.family.following(attention, inputs)
     return Beginning([(layer.keys, layer.values) for layer in cache.layers], attention, following)
 
 
-def hidden_behind(lmm: LMM, beginning: Beginning, groups: Tensor, embeddings: Tensor, attention: Tensor) -> Tensor:
+def hidden_behind(
+    lmm: LMM, beginning: Beginning, groups: Tensor, embeddings: Tensor, attention: Tensor, at: Tensor | None = None
+) -> Tensor:
     """Last hidden states [B, S, D] of sequences that stand behind beginnings, with gradients.
 
-    `groups` [B]: whose beginning each has; `embeddings` [B, S, D] and `attention` [B, S].
+    `groups` [B]: whose beginning each has; `embeddings` [B, S, D] and `attention` [B, S]; with `at` [B, A] the states
+    [B, A, D] of these positions.
     """
     whole = torch.equal(groups, torch.arange(len(beginning.following), device=groups.device))
     cache = Cache(layers=[_Shared(*layer, None if whole else groups) for layer in beginning.layers])
-    return _continue(lmm, cache, beginning, groups, embeddings, attention)
+    return _continue(lmm, cache, beginning, groups, embeddings, attention, at)
 
 
 def _continue(
-    lmm: LMM, cache: Cache, beginning: Beginning, groups: Tensor, embeddings: Tensor, attention: Tensor
+    lmm: LMM,
+    cache: Cache,
+    beginning: Beginning,
+    groups: Tensor,
+    embeddings: Tensor,
+    attention: Tensor,
+    at: Tensor | None = None,
 ) -> Tensor:
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
-    return lmm.decoder(
+    return lmm.decode(
+        at,
         inputs_embeds=embeddings,
         attention_mask=torch.cat([beginning.attention[groups], attention.to(beginning.attention)], dim=1),
         position_ids=lmm.family.positions(beginning.following[groups, None] + columns),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+    )
 
 
 @torch.no_grad()
@@ -111,10 +123,10 @@ def generate_behind(
     cache = DynamicCache()
     for number, (keys, values) in enumerate(beginning.layers):
         cache.update(keys[groups], values[groups], number)
-    hidden = _continue(lmm, cache, beginning, groups, embeddings, attention)
     lengths = attention.sum(1)
+    hidden = _continue(lmm, cache, beginning, groups, embeddings, attention, lengths[:, None] - 1)
     mask = torch.cat([beginning.attention[groups], attention.to(beginning.attention)], dim=1)
-    scores = lmm.logits(hidden[torch.arange(len(groups), device=groups.device), lengths - 1])
+    scores = lmm.logits(hidden[:, -1])
     stops = torch.tensor(lmm.stops, device=groups.device)
     rules = lmm.generation_rules(max_new_tokens)
     tokens = groups.new_zeros(len(groups), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ def recomputed_layers(policy: str, layers: int) -> int:
     return len(range(0, layers, SHARES[policy])) if SHARES[policy] else 0
 
 
+def divided(lmm: LMM, policy: str) -> tuple[list[Any], list[Any]]:
+    """The decoder's layers that a policy recomputes, and those whose activations are kept."""
+    layers = list(lmm.decoder.layers)  # type: ignore[arg-type]
+    again = layers[:: SHARES[policy]] if SHARES[policy] else []
+    return again, [layer for layer in layers if layer not in again]
+
+
 @contextlib.contextmanager
 def recomputing(lmm: LMM, policy: str, whole: bool = False) -> Iterator[None]:
     """Let the decoder's layers that run inside be recomputed in the backward pass.
@@ -36,7 +43,7 @@ def recomputing(lmm: LMM, policy: str, whole: bool = False) -> Iterator[None]:
     def again(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda hidden, **inputs: checkpoint(partial(plain, **inputs), hidden, use_reentrant=whole)
 
-    layers = list(lmm.decoder.layers)[:: SHARES[policy]]  # type: ignore[arg-type]
+    layers, _ = divided(lmm, policy)
     for layer in layers:
         layer.forward = again(layer.forward)
     try:

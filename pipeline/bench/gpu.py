@@ -77,7 +77,7 @@ def _step(
     batch = _batch(size, samples, per_image, device)
     if insertion == "after_bos":
         batch = every_image(batch)
-    found = measure.compare({"step": (lambda: step(batch), samples, {})}, rounds, device)["step"]
+    found = measure.compare({"step": (lambda: step(batch), samples, dict)}, rounds, device)["step"]
     return found.to_json(rate)
 
 
@@ -87,8 +87,8 @@ def _answering(lmm: LMM, size: Size, answers: int, rounds: int, device: str) -> 
     bank = _sets(size).to(device, lmm.dtype)
     lmm.model.generation_config.eos_token_id = None
     calls: dict[str, Any] = {
-        "plain": (lambda: generate_once(lmm, batch, bank[:0], NEW_TOKENS, "after_bos"), answers, {}),
-        "with sets": (lambda: generate_once(lmm, batch, bank, NEW_TOKENS, "after_bos"), answers, {}),
+        "plain": (lambda: generate_once(lmm, batch, bank[:0], NEW_TOKENS, "after_bos"), answers, dict),
+        "with sets": (lambda: generate_once(lmm, batch, bank, NEW_TOKENS, "after_bos"), answers, dict),
     }
     found = measure.compare(calls, rounds, device)
     speeds = {name: round(answers * NEW_TOKENS / value.seconds, 1) for name, value in found.items()}

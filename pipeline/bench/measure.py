@@ -139,21 +139,19 @@ class _Storages(TorchDispatchMode):
 
 
 def compare(
-    variants: Mapping[str, tuple[Call, int, Mapping[str, Any]]], rounds: int, device: str = "cpu"
+    variants: Mapping[str, tuple[Call, int, Callable[[], Mapping[str, Any]]]], rounds: int, device: str = "cpu"
 ) -> dict[str, Measured]:
-    """Measure variants {name: (call, samples, tensors it holds)}, one after the other in every round.
+    """Measure variants {name: (call, samples, what gives the tensors it holds)}, one after the other in every round.
 
+    Operations are counted in the first call and memory in the second, when an optimizer has its moments.
     The rounds are interleaved so that whatever else a machine does hits all variants alike; ratios of a round are
     told by their median (`ratio`).
     """
     counted: dict[str, tuple[int, int]] = {}
     memory: dict[str, int] = {}
-    for name, (call, _, held) in variants.items():  # the two in one call, which also warms up
-
-        def counting(name: str = name, call: Call = call) -> None:
-            counted[name] = operations(call)
-
-        memory[name] = peak_bytes(counting, held, device)
+    for name, (call, _, held) in variants.items():
+        counted[name] = operations(call)
+        memory[name] = peak_bytes(call, held(), device)
         tell(f"{name}: {counted[name][0] / 1e9:.2f} GFLOP, {memory[name] / MIB:.0f} MiB at most")
     times: dict[str, list[float]] = {name: [] for name in variants}
     worked: dict[str, list[float]] = {name: [] for name in variants}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def bench_step(
     result: dict[str, Any] = {"agreement": _agreement(steps)}
     measured = measure.compare(
         {
-            name: (lambda step=step, batch=batch: step(batch), samples, {"frozen": frozen[name], **step.held})  # type: ignore[attr-defined, misc]
+            name: (partial(step, batch), samples, partial(_held, step, frozen[name]))
             for name, (step, batch) in steps.items()
         },
         rounds,
@@ -143,6 +144,10 @@ def bench_step(
         "variants": {name: value.to_json(rate) for name, value in measured.items()},
         "ratios": {against: _ratios(measured, against) for against in ("reference", "peft") if against in measured},
     }
+
+
+def _held(step: Any, frozen: list[Tensor]) -> dict[str, Any]:
+    return {"frozen": frozen, **step.held}
 
 
 def _ratios(measured: dict[str, Measured], against: str) -> dict[str, dict[str, float]]:

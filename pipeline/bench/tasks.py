@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,12 +35,12 @@ def bench_tasks(
     lmm = make_lmm(size, device, dtype)
     pools = {tasks: _pool(size, tasks) for tasks in (few, many)}
     frozen = [*lmm.parameters(), *lmm.buffers()]
-    calls: dict[str, tuple[Any, int, dict[str, Any]]] = {}
+    calls: dict[str, tuple[Any, int, Callable[[], dict[str, Any]]]] = {}
     for tasks, pool in pools.items():
-        held = {"frozen": frozen, "pool": [pool.prompts, pool.prototypes]}
+        held = partial(_held, [*frozen, pool.prompts, pool.prototypes])
         batch = every_image(make_batch(size, samples, 1, tasks - 1)).to(torch.device(device))
         step = OurStep(lmm, size, pool.prompts[:-1], pool.prompts[-1], insertion)
-        calls[f"step, {tasks} tasks"] = partial(step, batch), samples, {**held, **step.held}
+        calls[f"step, {tasks} tasks"] = partial(step, batch), samples, partial(held, step)
         asked = every_image(make_batch(size, samples, 1, answers=False)).to(torch.device(device))
         answer = partial(_answer, lmm, pool, asked, size, insertion, new_tokens)
         calls[f"answer, {tasks} tasks"] = answer, samples, held
@@ -60,6 +61,10 @@ def bench_tasks(
         },
         "adapter_bytes": {str(tasks): _file_size(pool) for tasks, pool in pools.items()},
     }
+
+
+def _held(frozen: list[Tensor], step: OurStep | None = None) -> dict[str, Any]:
+    return {"frozen": frozen, **(step.held if step is not None else {})}
 
 
 def _pool(size: Size, tasks: int) -> PromptPool:

@@ -107,10 +107,7 @@ def bench_clip(
     ratios: dict[str, dict[str, float]] = {}
 
     def pair(title: str, plain: Any, fast: Any, samples: int, difference: float) -> None:
-        calls: dict[str, tuple[Any, int, dict[str, Any]]] = {
-            f"{title}, plain": (plain, samples, {}),
-            f"{title}, fast": (fast, samples, {}),
-        }
+        calls = {f"{title}, plain": (plain, samples, dict), f"{title}, fast": (fast, samples, dict)}
         slow, quick = measure.compare(calls, rounds, device).values()
         variants.update({found.name: found.to_json(None) for found in (slow, quick)})
         ratios[title] = measure.ratio(slow, quick) | {"difference": difference}

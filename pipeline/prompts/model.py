@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.lmm_beginning import hidden_behind
 from pipeline.backbones.recompute import recomputing
@@ -29,6 +30,22 @@ class Normaliser:
     tokens: float
     samples: float
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where the tokens of the answers are predicted, and what they are; shorter answers are filled up."""
+
+    at: Tensor  # [B, A] positions, each before its token
+    targets: Tensor  # [B, A], -100 where there is no token
+
+
+def answers_of(labels: Tensor) -> Answers:
+    """The answers of labels [B, N]."""
+    targets = labels[:, 1:]
+    width = max(int((targets != -100).sum(1).max()), 1)
+    at = (targets == -100).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+    return Answers(at, targets.gather(1, at))
 
 
 class PromptedLMM(nn.Module):
@@ -80,16 +97,16 @@ class PromptedLMM(nn.Module):
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
-        with recomputing(self.lmm, self.checkpointing):
-            hidden, labels = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
-        language = self._language_loss(hidden, labels, batch.weights) / max(normaliser.tokens, 1.0)
+        with recomputing(self.lmm, self.checkpointing), gates_kept_once(self.lmm, self.checkpointing):
+            hidden, answers = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
+        language = self._language_loss(hidden, answers.targets, batch.weights) / max(normaliser.tokens, 1.0)
         image, text = self._prototype_losses(batch)
         image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)
         loss = (language + self.prototype_weight * (image + text)) * normaliser.scale
         return loss, torch.stack([language, image, text]).detach()
 
-    def _in_one_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Last hidden states [B, N, D] of the samples with their sets, and labels [B, N]."""
+    def _in_one_pass(self, batch: Batch) -> tuple[Tensor, Answers]:
+        """Last hidden states [B, A, D] at the answers of the samples with their sets."""
         embeddings = self.lmm.embed(batch.input_ids, batch.images, batch.has_image)
         vectors, valid = self.prompt_vectors(batch)
         places = self.lmm.image_places(batch.input_ids)
@@ -100,9 +117,10 @@ class PromptedLMM(nn.Module):
         assert labels is not None
         if self.lmm.family.reads_places:
             places = insert_gaps(places, batch.attention, valid, place)
-        return self.lmm.hidden(embeddings, attention, places, batch.images), labels
+        answers = answers_of(labels)
+        return self.lmm.hidden(embeddings, attention, places, batch.images, answers.at), answers
 
-    def _in_two_passes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _in_two_passes(self, batch: Batch) -> tuple[Tensor, Answers]:
         """The same of what stands behind the image: the sets, the question and the answer."""
         cut = cut_behind_images(self.lmm, batch)
         vectors, valid = self.prompt_vectors(batch)
@@ -111,16 +129,16 @@ class PromptedLMM(nn.Module):
             cut.embeddings, cut.attention, vectors, valid, cut.labels, place=foremost
         )
         assert labels is not None
-        return hidden_behind(self.lmm, cut.beginning, cut.groups, embeddings, attention), labels
+        answers = answers_of(labels)
+        return hidden_behind(self.lmm, cut.beginning, cut.groups, embeddings, attention, answers.at), answers
 
-    def _language_loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _language_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Summed cross-entropy of the answer tokens; only their positions go through the LM head."""
-        targets = labels[:, 1:]
         sample, position = (targets != -100).nonzero(as_tuple=True)
         weight = weights[sample]
         if not len(sample):  # the head runs on every rank, whatever the batch holds (design.md decision 2)
-            sample = position = torch.zeros(1, dtype=torch.long, device=labels.device)
-            weight = torch.zeros(1, device=labels.device)
+            sample = position = torch.zeros(1, dtype=torch.long, device=targets.device)
+            weight = torch.zeros(1, device=targets.device)
         logits = self.lmm.logits(hidden[sample, position])
         losses = cross_entropy(logits, targets[sample, position].clamp(min=0), reduction="none")
         return (losses * weight).sum()

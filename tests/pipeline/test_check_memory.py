@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.backbones.gated import gates_kept_once
 from pipeline.memory import ModelShape, Tokens, plan_memory, training_activations
 from pipeline.model_shape import meta_model
 from tests import tiny
@@ -85,13 +87,14 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
     prompts = torch.randn(batch, length, 128, dtype=dtype, requires_grad=True)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, -20:] = 0
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    frozen: Any = SimpleNamespace(decoder=model)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), gates_kept_once(frozen):
         hidden = model(inputs_embeds=prompts, attention_mask=mask, use_cache=False).last_hidden_state
     size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
     assert hidden.requires_grad
 
     recipe = make_recipe("none", model__attn_implementation=attention)
-    shape = ModelShape([], [], 0, [], config, None)
+    shape = ModelShape([], [], 0, [], config, None, gates_kept_once=True)
     tokens = Tokens(image=0, text=length, answer=0, source="")
     planned = training_activations(recipe, shape, batch, length, tokens, dtype.itemsize)
     # The plan has one layer more, that of the backward pass at work.

@@ -1,0 +1,64 @@
+"""Gated MLPs that keep two vectors per token for the backward pass instead of three."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from pipeline.backbones.recompute import divided
+
+if TYPE_CHECKING:
+    from pipeline.backbones.lmm import LMM
+
+KNOWN = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # down(act(gate(x)) * up(x)) and nothing else
+SILU = ("SiLU", "SiLUActivation")
+
+
+@contextlib.contextmanager
+def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
+    """Let the decoder's MLPs with SiLU that run inside activate their gates again in the backward pass.
+
+    Layers that `checkpointing` recomputes as a whole are left as they are. Autograd keeps gate, its activation
+    and up; with frozen weights these are more than half of what a layer keeps. The activation is computed again from
+    the gate, by the same kernel: loss and gradients stay the same to the last bit.
+    """
+    _, layers = divided(lmm, checkpointing)
+    mlps = [layer.mlp for layer in layers] if torch.is_grad_enabled() else []
+    changed = [mlp for mlp in mlps if is_gated(mlp)]
+    for mlp in changed:
+        mlp.forward = _forward(mlp)
+    try:
+        yield
+    finally:
+        for mlp in changed:
+            del mlp.forward
+
+
+def is_gated(mlp: Any) -> bool:
+    """Whether a decoder layer's MLP is one that `gates_kept_once` knows."""
+    return type(mlp).__name__ in KNOWN and type(mlp.act_fn).__name__ in SILU
+
+
+def _forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: mlp.down_proj(_Gated.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate, silu(gate).mul_(gradient)
