@@ -1,16 +1,18 @@
 # make demo   the embedded default from nothing to a report        make test   the tests
+# make docs   the API reference, from the docstrings
 # VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.10 or newer)
 # WORKERS=2   processes that share the tests
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 WORKERS ?= 2
+DOCS ?= build/api
 RECIPES = nano nano_paper nano_sequential nano_independent
 
 PY = $(VENV)/bin/python
 REQUIREMENTS = requirements.txt requirements-dev.txt
 
-.PHONY: venv demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint ui
+.PHONY: venv demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint docs ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change.
 venv:
@@ -84,6 +86,13 @@ test-browser: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# What the modules hold, from their docstrings, as pages in build/api. The methods by name: pdoc leaves out those modules that
+# a package's __all__ does not have. Some libraries start uname when they are imported, which pdoc has to allow.
+docs: venv
+	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep \
+	  $$(ls pipeline/methods/*.py pipeline/clip/methods/*.py | grep -v __init__ | sed -e 's|\.py$$||' -e 's|/|.|g')
+	@echo "$(DOCS)/index.html"
 
 # The tracked runs in a browser, at http://127.0.0.1:5000
 ui: venv

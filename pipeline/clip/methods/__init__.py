@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.clip.backbone import Backbone, Sizes
-from pipeline.clip.methods.base import PromptLearner, Prompts
+from pipeline.clip.methods.base import PromptLearner
 from pipeline.clip.methods.cocoop import CoCoOp
 from pipeline.clip.methods.coop import CoOp
 from pipeline.clip.methods.ivlp import IVLP
@@ -20,7 +20,7 @@ from pipeline.clip.methods.zero_shot import ZeroShot
 from pipeline.clip.text import Words
 from pipeline.errors import UserError, nearest
 
-__all__ = ["METHODS", "PromptLearner", "Prompts", "learner_of_sizes", "make_learner"]
+__all__ = ["METHODS", "PromptLearner", "learner_of_sizes", "make_learner"]
 
 METHODS: dict[str, type[PromptLearner]] = {
     method.name: method for method in (ZeroShot, CoOp, CoCoOp, KgCoOp, VPT, IVLP, MaPLe, MPL)

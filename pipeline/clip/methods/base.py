@@ -25,8 +25,9 @@ class Prompts(NamedTuple):
     dictionaries, in which ZeRO-3 finds the tensors that it has to follow backwards.
     """
 
-    text: dict[int, Tensor]
-    vision: dict[int, Tensor]
+    # By its whole name: what reads the types of a named tuple, as `make docs` does, knows no other.
+    text: dict[int, torch.Tensor]
+    vision: dict[int, torch.Tensor]
 
 
 class PromptLearner(nn.Module):
