@@ -151,8 +151,13 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
-    peak = max(plan.training, plan.evaluation)
-    return f"{_amount(peak)} per GPU at most for {ranks} rank{'s' * (ranks > 1)}, {BESIDE}"
+    return peak(plan)
+
+
+def peak(plan: MemoryPlan) -> str:
+    """What a memory plan comes down to."""
+    most = max(plan.training, plan.evaluation)
+    return f"{_amount(most)} per GPU at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}"
 
 
 def show(findings: Findings, name: str) -> None:

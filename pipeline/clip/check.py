@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from pipeline import hub
-from pipeline.check import Findings, look_at_all, ranks_here, show
+from pipeline.check import Findings, look_at_all, peak, ranks_here, show
 from pipeline.checkpoint import COMPLETE, claim_run
 from pipeline.clip.backbone import Sizes
+from pipeline.clip.classes import Group, base_classes
 from pipeline.clip.few_shot_batches import micro_batches
+from pipeline.clip.memory import plan_benchmark
 from pipeline.clip.methods import learner_of_sizes
-from pipeline.clip.prepared import CLASSES_FILE, PreparedDataset
+from pipeline.clip.prepared import CLASSES_FILE, ClassList, PreparedDataset
 from pipeline.clip.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.recipe import ClipRecipe, DatasetConfig, datasets_of
 from pipeline.clip.unit import units_of
@@ -35,6 +38,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "data": lambda: _data(recipe, name),
             "steps": lambda: _steps(recipe),
             "run folder": lambda: _run_folder(recipe),
+            "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
         }
         look_at_all(findings, checks)
     show(findings, name)
@@ -163,6 +167,40 @@ def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
     known = entry.description
     classes = known.base if base else known.classes
     return classes * recipe.data.shots if recipe.data.shots and classes else None
+
+
+def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
+    """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    from transformers import AutoConfig, AutoModel
+
+    if {"ranks", "deepspeed"} & findings.problems.keys():
+        return "not planned: ranks or DeepSpeed file are wrong"
+    learned, tested = [], []
+    for unit in units_of(recipe):
+        learned.append(_classes(recipe, unit.dataset.name, unit.group))
+        tested += [_classes(recipe, dataset, group) for _, dataset, group in unit.groups]
+    if not all(learned):
+        return "not planned: the number of classes is not known before the data is prepared"
+    model = recipe.model
+    try:
+        folder = hub.local_folder(model.location, model.revision)
+        config = AutoConfig.from_pretrained(folder or model.location, revision=model.revision)
+        Sizes.of(config)
+        with torch.device("meta"):
+            built = AutoModel.from_config(config, dtype=getattr(torch, model.dtype))
+        plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested))
+    except (OSError, ValueError, UserError):
+        return f"not planned: the configuration of '{model.path}' cannot be had here, or is of another kind"
+    return peak(plan)
+
+
+def _classes(recipe: ClipRecipe, dataset: str, group: Group) -> int:
+    """The number of classes of a group; 0 when it is not known yet."""
+    entry = next(entry for entry, _ in datasets_of(recipe) if entry.name == dataset)
+    count = entry.description.classes
+    with contextlib.suppress(UserError):
+        count = len(ClassList.read(Path(recipe.data.prepared) / dataset).names)
+    return {"all": count, "base": base_classes(count), "new": count - base_classes(count)}[group]
 
 
 def _run_folder(recipe: ClipRecipe) -> str:

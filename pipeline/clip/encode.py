@@ -12,6 +12,10 @@ from pipeline.clip.backbone import Backbone
 from pipeline.clip.schedule import PromptSchedule
 from pipeline.clip.text import ClassTexts
 
+# Texts that go through the tower together where nothing is kept for a backward pass: more would only take memory, which
+# a method with texts per image (images x classes of them) has not got.
+AT_ONCE = 2048
+
 
 def encode_texts(
     backbone: Backbone,
@@ -29,9 +33,11 @@ def encode_texts(
     classes = len(texts.ids)
     context = added.get(0)
     images = len(context) if context is not None and context.dim() == 4 else None
-    features = []
-    for numbers in torch.arange(classes * (images or 1), device=texts.ids.device).split(chunk or 2**62):
-        if chunk and torch.is_grad_enabled():
+    features, learning = [], torch.is_grad_enabled()
+    sequences = torch.arange(classes * (images or 1), device=texts.ids.device)
+    together = chunk or len(sequences)
+    for numbers in sequences.split(together if learning else min(together, AT_ONCE)):
+        if chunk and learning:
             part = checkpoint(
                 _encode, backbone, texts, schedule, added, numbers, use_reentrant=False, preserve_rng_state=False
             )

@@ -63,6 +63,18 @@ def test_chunks_keep_no_activations_of_the_text_tower() -> None:
     assert kept(2) < kept(None) / 10
 
 
+def test_many_texts_go_in_parts_where_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, pixels, texts = classifier("cocoop"), images(), []
+    module.backbone.model.text_model.register_forward_hook(lambda *seen: texts.append(len(seen[2].pooler_output)))
+    with torch.no_grad():
+        whole = module.logits(pixels)
+        monkeypatch.setattr("pipeline.clip.encode.AT_ONCE", 5)
+        torch.testing.assert_close(module.logits(pixels), whole, **EXACT)
+    assert texts == [12, 5, 5, 2]  # 3 images x 4 classes
+    module.logits(pixels)
+    assert texts[4:] == [12]
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "cocoop"])
 def test_text_features_kept_in_evaluation(method: str) -> None:
     module = classifier(method, **METHODS[method])
