@@ -29,7 +29,7 @@ RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `p
 FREE_FIELDS = (
     "run_dir", "data.workers", "data.shard_samples", "keys.batch", "train.log_every", "train.workers",
     "train.micro_batch", "train.deepspeed", "train.processes", "train.save_minutes", "train.save_steps", "train.keep",
-    "train.watchdog_s", "evaluate", "evaluate_batch", "tracking",
+    "train.watchdog_s", "train.checkpointing", "evaluate", "evaluate_batch", "tracking",
 )  # fmt: skip
 
 

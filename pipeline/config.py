@@ -178,10 +178,11 @@ class TrainConfig(LoopConfig):
         "linear", description="how it rises; log: as DeepSpeed's WarmupLR, which the official run gets"
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-    checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
         description="activations of the decoder's layers that are computed again instead of kept: of no layer, of "
-        "every second, of all; saves memory and costs time, never changes the loss",
+        "every second, of all; saves memory and costs time, never changes the loss; auto: as few as fit into the GPUs "
+        "by the memory plan, none without GPUs",
     )
     questions_per_image: int = Field(
         4,

@@ -15,6 +15,7 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
+from pipeline.fitting import chosen_policy
 from pipeline.moments import ADAM, Moments, write_moments
 from pipeline.prompts.model import PromptedLMM
 
@@ -39,7 +40,8 @@ class Engine:
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
         method, train = recipe.method, recipe.train
-        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, train.checkpointing)
+        policy = chosen_policy(recipe, world, key_width)
+        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, policy)
         self.module.to(world.device)
         if self.zero_stage == 3:
             gather_layer_by_layer(self.module)

@@ -131,27 +131,33 @@ def training_activations(
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass, plus those of one layer's backward.
 
-    Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its
-    input would only be needed for the gradient of its weight. Per token and layer there remain the float32 inputs of
-    the two norms; query, key, value (repeated to all heads), output and a row of the mask of the attention, and each
-    head's logarithm of sums; and gate and up of the gated MLP, in architectures that `pipeline.backbones.gated` does
-    not know the activation as well. After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
-    Models" (arXiv 2205.05198), section 4, less what frozen weights save. That the last layer runs for the answers only
-    is left out. An eager attention keeps its [heads, N, N] probabilities instead of output and mask, in float32 and, if
-    that is another, in the model's precision. The logits are those of the answers only. The vision tower runs without
-    gradients; of it the hidden states of all layers exist for a moment.
+    Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its input
+    would only be needed for the gradient of its weight. Per token and layer there remain the float32 inputs of the two
+    norms; query, key, value (repeated to all heads), output and a row of the mask of the attention, and each head's
+    logarithm of sums; and gate and up of the gated MLP, in architectures that `pipeline.backbones.gated` does not know
+    the activation as well. After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+    (arXiv 2205.05198), section 4, less what frozen weights save. That the last layer runs for the answers only is left
+    out. An eager attention keeps its [heads, N, N] probabilities instead of output and mask, in float32 and, if that is
+    another, in the model's precision. With sets behind the image only what stands there has gradients; of the image
+    there are keys and values. The logits are those of the answers only. The vision tower runs without gradients; of it
+    the hidden states of all layers exist for a moment.
     """
     text = shape.text
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
     attention = heads * head_size(text)
-    per_token = 2 * FLOAT32 * width + (3 * attention + (2 if shape.gates_kept_once else 3) * inner) * element
+    gates = 2 if shape.gates_kept_once else 3
+    per_token, per_key = 2 * FLOAT32 * width + (attention + gates * inner) * element, 2 * attention * element
     if recipe.model.attn_implementation == "eager":
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
     else:
         per_token += (attention + length) * element + heads * FLOAT32
     again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
-    layers = (text.num_hidden_layers - again + 1) * per_token + again * width * element
-    kept = batch * length * (layers + FLOAT32 * width)
+    two_passes = recipe.method.insertion == "after_image"
+    own = length - tokens.image * two_passes  # tokens with gradients
+    layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
+    kept = batch * (layers + own * FLOAT32 * width)
+    if two_passes:  # keys and values of all that stands before the sets
+        kept += batch * tokens.image * 2 * key_value_width(text) * text.num_hidden_layers * element
     logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
     projected = batch * tokens.image * 3 * width * element if shape.projector else 0
     return kept + logits + projected + _vision(shape, batch, element)

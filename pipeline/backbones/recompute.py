@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-SHARES = {"none": 0, "selective": 2, "full": 1}  # every so many-th layer is recomputed, none at 0
+# Every so many-th layer is recomputed, none at 0. What auto stands for is chosen for a run (`pipeline.fitting`); where
+# nothing has been chosen, as in a plan without GPUs, it is none.
+SHARES = {"auto": 0, "none": 0, "selective": 2, "full": 1}
 
 
 def recomputed_layers(policy: str, layers: int) -> int:

@@ -15,6 +15,9 @@ from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
 from pipeline.distributed import init_world
 from pipeline.engine import Engine
+from pipeline.fitting import ESTIMATED, KEPT_FREE, POLICIES, fitting_policy
+from pipeline.memory import Tokens, plan_memory
+from pipeline.model_shape import meta_model
 from pipeline.prompts.pool import PromptPool
 from tests.train.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
@@ -54,3 +57,28 @@ def test_a_stage_under_zero3_learns_the_same_with_recomputed_layers(llava: Path,
 
 def test_selective_recomputes_every_second_layer() -> None:
     assert [recomputed_layers(policy, 5) for policy in ("none", "selective", "full")] == [0, 3, 5]
+
+
+def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
+    recipe = make_recipe(llava, train__deepspeed="ds_configs/zero2.json")
+    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+    needed = {}
+    for policy in POLICIES:
+        train = recipe.train.model_copy(update={"checkpointing": policy})
+        plan = plan_memory(recipe.model_copy(update={"train": train}), 1, KEY_WIDTH, model, tokens)
+        needed[policy] = plan.training
+    assert needed["none"] > needed["selective"] > needed["full"]
+
+    def chosen(bytes_free: float) -> str:
+        return fitting_policy(recipe, 1, KEY_WIDTH, model, tokens, int(KEPT_FREE + bytes_free / ESTIMATED))
+
+    for policy in POLICIES:
+        assert chosen(needed[policy] + 64) == policy
+    assert chosen(needed["selective"] - 64) == "full"
+    assert chosen(1) == "full"
+
+
+def test_auto_is_none_on_a_cpu(llava: Path) -> None:
+    recipe = make_recipe(llava)
+    assert recipe.train.checkpointing == "auto"
+    assert Engine(recipe, init_world(), KEY_WIDTH).module.checkpointing == "none"
