@@ -37,8 +37,7 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
                 show(HELP)
             elif line:
                 answer = answerer.ask(line, encoded, task)
-                sets = ", ".join(f"{name} {answer.similarity[name]:.2f}" for name in reversed(answer.selected))
-                show(f"{answer.text}    ({sets or 'no prompt set'})")
+                show(f"{answer.text}    (prompt sets: {answer.sets})")
                 answered += 1
         except UserError as error:
             show(f"error: {error}")

@@ -98,6 +98,8 @@ def _before(
     # The deepspeed launcher puts --local_rank before the verb; the environment says the same, so it is only accepted.
     # DeepSpeed compiles its CPU collectives with the ninja that was installed beside this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log file every change of a bar is one more line
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher numbers the ranks in it, torch would take them for GPUs
 

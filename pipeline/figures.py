@@ -26,6 +26,7 @@ INK, FAINT, EMPTY = "#1f2933", "#9aa5b1", "#f5f7fa"
 LIGHT_CELL, DARK_CELL = (239, 246, 252), (84, 158, 214)
 PNG_DPI = 160
 SMALLEST_SVG = 560  # pixels of width
+SMALLEST_SHARE = 0.7  # of its natural width, below which a wide figure cannot be read
 LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key", "loss_text": "text key"}
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -238,7 +239,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
     natural = float(width.group(1)) * 4 / 3 if width else 0.0  # pixels
     # A narrow screen scrolls a figure sideways rather than make its text too small to read.
-    size = f"max-width:{natural:.0f}px;min-width:{min(natural, SMALLEST_SVG):.0f}px" if width else ""
+    least = min(natural, max(SMALLEST_SVG, SMALLEST_SHARE * natural))
+    size = f"max-width:{natural:.0f}px;min-width:{least:.0f}px" if width else ""
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

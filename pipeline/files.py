@@ -13,11 +13,19 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it takes the name `path` when the block ends without error."""
+    """Yield a temporary path beside `path` to write to; it takes the name `path` when the block ends without error.
+
+    The file may be read by whom the umask says, whatever writes it: safetensors' own files are for their owner alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
+        if temporary.stat().st_mode & 0o777 != mode:
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
         os.replace(temporary, path)

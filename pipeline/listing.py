@@ -60,13 +60,14 @@ def benchmark_figures(path: Path) -> dict[str, Any]:
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the list as a table for the terminal."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="percent; forgetting: positive = forgotten")
-    for title in ("run", "method", "status", "stages", *FIGURES, "routing", "updated"):
-        numeric = title in (*FIGURES, "routing", "stages")
-        table.add_column(title, justify="right" if numeric else "left", overflow="fold")
+    """Return the list as a table that fits a terminal of 80 columns; long names are what is folded."""
+    table = Table(box=SIMPLE_HEAD, padding=0, caption="percent; forgot: positive = forgotten")
+    shown = {"last": "last", "forgetting": "forgot", "routing": "routing"}
+    for title in ("run", "method", "status", "stages", *shown.values(), "updated"):
+        numeric, named = title in (*shown.values(), "stages"), title in ("run", "method")
+        table.add_column(title, justify="right" if numeric else "left", overflow="fold", no_wrap=not named)
     for row in rows:
-        numbers = ["–" if row.get(name) is None else f"{row[name]:.1f}" for name in (*FIGURES, "routing")]
-        cells = [row["run"], row["method"], row["status"], row["stages"], *numbers, row["updated"]]
+        numbers = ["–" if row.get(name) is None else f"{row[name]:.1f}" for name in shown]
+        cells = [row["run"], row["method"], row["status"], row["stages"], *numbers, row["updated"].partition(" ")[0]]
         table.add_row(*map(escape, cells))
     return table

@@ -33,8 +33,9 @@ def register_adapter(
     )
     with tempfile.TemporaryDirectory(prefix="pipeline-model-") as folder:
         saved = Path(folder) / "model"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it would like an example of the input, which holds a picture
+        # It would like an example of the input, which holds a picture, and hints that it would take for a schema. Kept
+        # and not shown: a filter would be overruled by those that MLflow sets while it saves.
+        with warnings.catch_warnings(record=True):
             pyfunc.save_model(
                 str(saved),
                 python_model=str(CODE),

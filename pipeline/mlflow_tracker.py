@@ -37,6 +37,7 @@ QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # database migrations announce themselves line by line otherwise
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # seven, with growing pauses, would stop training for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

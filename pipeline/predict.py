@@ -10,7 +10,7 @@ from pipeline.answering import Answerer, Question, read_picture
 
 
 def predict(run: Path, image: Path | None, question: str, task: str | None = None) -> dict[str, Any]:
-    """Return {answer, selected, similarity} for a question about an image file, or about none.
+    """Return {answer, sets (for people), selected, similarity} for a question about an image file, or about none.
 
     `run` is the folder of a run or an adapter; `task` is for methods that have to be told the task. Raises UserError
     for a run without finished stages, an image that cannot be read, or a missing or unknown task.
@@ -19,4 +19,6 @@ def predict(run: Path, image: Path | None, question: str, task: str | None = Non
     source = source_of(run)
     source.task_number(task)  # said before the model is loaded
     answer = Answerer(source).answer([Question(question, encoded, task)])[0]
-    return {"answer": answer.text, "selected": answer.selected, "similarity": answer.similarity}
+    return {
+        "answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity
+    }  # fmt: skip

@@ -53,7 +53,10 @@ def test_a_phone_scrolls_figures_and_tables_but_not_the_page_sideways(report: Pa
         page.open(report.as_uri())
         assert page.script("document.documentElement.scrollWidth") <= PHONE[0]
         # Letters in a figure stay readable: at least 60 % of the 13 pixels that 10 points are.
-        assert page.script("document.querySelector('#losses svg').getBoundingClientRect().width") >= 500
+        for name in FIGURES:
+            svg = f"document.querySelector('#{name} svg')"
+            drawn, natural = f"{svg}.getBoundingClientRect().width", f"{svg}.viewBox.baseVal.width * 4 / 3"
+            assert page.script(f"{drawn} / ({natural})") >= 0.6, name
 
 
 def test_the_page_prints_on_a_few_sheets_with_every_figure(desktop: Page) -> None:

@@ -30,6 +30,13 @@ def test_runs_are_listed_with_their_key_figures_and_damaged_ones_named(tmp_path:
     assert "is not JSON" in rows["third"]["note"] and "is not JSON" in done.stdout
 
 
+def test_the_list_fits_a_terminal(tmp_path: Path) -> None:
+    make_run(tmp_path / "nano-modalprompt-s0", status="done", updated="2026-01-01T10:00:00+00:00", stage=3)
+    done = CliRunner().invoke(app, ["ls", str(tmp_path)], env={"COLUMNS": "80"})
+    (line,) = (line for line in done.stdout.splitlines() if "nano-modalprompt-s0" in line)
+    assert line.split() == ["nano-modalprompt-s0", "modalprompt", "done", "3/3", "81.0", "13.5", "98.0", "2026-01-01"]
+
+
 def test_a_folder_that_is_missing_is_said(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["ls", str(tmp_path / "runs")])
     assert done.exit_code == EXIT_USER and "is no folder" in done.stderr
@@ -55,7 +62,7 @@ def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.Monke
 
     assert chat(adapter, None, read, shown.append) == 3
     assert prompts[0] == "[no image] > " and prompts[-1] == "[red.png] > "
-    answers = [line for line in shown if "(T0" in line]
+    answers = [line for line in shown if "sets: T0" in line]
     assert answers[-1] == answers[-2]  # still about the picture
     errors = [line for line in shown if line.startswith("error:")]
     assert "is not a readable image" in errors[0] and "unknown task 'T7'" in errors[1]
