@@ -12,7 +12,7 @@ from data_prep.prepare import progress_bars
 from data_prep.shards import write_shards
 from data_prep.sources import colour_shapes
 from data_prep.sources.class_folders import ImageSplit
-from data_prep.sources.split_zhou import missing_images, missing_sentence, read_dataset
+from data_prep.sources.split_zhou import missing, missing_images, missing_sentence, read_dataset
 from pipeline.clip.classes import LabelledImage, Splits
 from pipeline.clip.datasets import Dataset
 from pipeline.clip.few_shot import few_shot
@@ -37,6 +37,8 @@ def prepare_benchmark(recipe: ClipRecipe, progress: bool = True) -> dict[str, An
     with progress_bars(progress) as bars:
         for entry, trained in datasets_of(recipe):
             description = entry.description
+            if not (root / description.folder).is_dir():
+                raise UserError(missing(description, root)[0])
             found = read_dataset(description, root)
             seeds = (
                 few_shot_rows(recipe, found, description.name, _prepared_seeds(recipe, entry.name)) if trained else {}
@@ -100,10 +102,10 @@ def few_shot_rows(recipe: ClipRecipe, splits: Splits, name: str, also: Iterable[
 def _refuse_missing(
     description: Dataset, images: Path, parts: dict[str, tuple[LabelledImage, ...]], recipe: ClipRecipe
 ) -> None:
-    missing = missing_images(Splits(parts.get("train", ()), (), parts["test"]), images)
-    if len(missing) > recipe.data.skip_bad:
+    lacking = missing_images(Splits(parts.get("train", ()), (), parts["test"]), images)
+    if len(lacking) > recipe.data.skip_bad:
         where = f" {description.instructions(recipe.data.root)}" if description.download else ""
-        raise UserError(f"{description.name}: {missing_sentence(missing, images)}{where}")
+        raise UserError(f"{description.name}: {missing_sentence(lacking, images)}{where}")
 
 
 def _write_classes(

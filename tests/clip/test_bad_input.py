@@ -62,6 +62,12 @@ def test_a_split_file_that_names_absent_images(folder: Path) -> None:
         assert "test-0-0.png, train-1-0.png: the split names them, but they are not in" in said(verb, file)
 
 
+def test_a_dataset_that_is_not_there(folder: Path) -> None:
+    file = str(recipe_file(folder, COOP, data={"datasets": ["eurosat"]}))
+    for verb in ("prepare", "check", "run"):
+        assert "eurosat is missing. Download https://github.com/phelber/EuroSAT; its images go to" in said(verb, file)
+
+
 def test_fewer_images_than_shots(folder: Path) -> None:
     file = str(recipe_file(folder, COOP, data={"shots": 7}))
     for verb in ("prepare", "run"):
