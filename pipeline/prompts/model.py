@@ -82,7 +82,8 @@ class PromptedLMM(nn.Module):
 
     def start_stage(self, bank: Tensor, prototype_weight: float) -> None:
         """Set what is constant during a stage."""
-        self.bank = bank.detach().to(device=self.prompt.device, dtype=self.lmm.dtype).clone()
+        # No copy where it is there already: sets of a pool never change in place, and 1,024 of them are large.
+        self.bank = bank.detach().to(device=self.prompt.device, dtype=self.lmm.dtype)
         self.prototype_weight = prototype_weight
 
     def prompt_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:

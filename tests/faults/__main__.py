@@ -64,7 +64,7 @@ def markdown(found: list[Row]) -> str:
     """The table of docs/reliability.md."""
     lines = ["| fault | what happens | lost | exit code | message |", "|---|---|---|---|---|"]
     for row in found:
-        said = re.sub(r"\S*/faults-[^/]*/bench/", "", row.message).replace("|", "/")
+        said = re.sub(r"[^\s']*/faults-[^/]*/bench/", "", row.message).replace("|", "/")
         said = textwrap.shorten(said, MESSAGE_CHARS, placeholder=" ...")
         cells = [row.fault, row.happens + ("" if row.passed else " **FAILED**"), row.lost, row.code, said]
         lines.append(f"| {' | '.join(cells)} |")
