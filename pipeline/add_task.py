@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Recipe, TaskConfig, load_run
 from pipeline.errors import UserError, nearest
@@ -12,11 +12,27 @@ from pipeline.errors import UserError, nearest
 TASK_FILE = "task.json"  # beside train.json and test.json: how the task is scored
 
 
-def add_task(run: Path, name: str, root: Path) -> dict[str, Any]:
-    """Prepare task `name` of the CoIN folder `root` and append it to the run's recipe; what is trained stays as it is.
+@dataclass(frozen=True)
+class Addition:
+    """A task that is prepared and not yet written into the run's recipe."""
 
-    Called again it goes on. Raises UserError for a method without further stages, a run that is not finished, and data
-    that cannot be used.
+    run: Path
+    recipe: Recipe  # with the task
+    task: str
+    is_new: bool  # not in the run's recipe already
+
+    def write(self) -> None:
+        """Make it the run's recipe; what was counted over the tasks so far is counted anew."""
+        if self.is_new:
+            (self.run / "eval" / "majority.json").unlink(missing_ok=True)
+        self.recipe.dump_yaml(self.run / "config.yaml")
+
+
+def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:
+    """Prepare task `name` of the CoIN folder `root` as the run's next stage; the run is not touched yet.
+
+    `gate` replaces the run's `method.gate`. Called again it goes on. Raises UserError for a method without further
+    stages, a run that is not finished, and data that cannot be used.
     """
     recipe = load_run(run)
     if recipe.method.name in ("joint", "zero_shot"):
@@ -31,14 +47,15 @@ def add_task(run: Path, name: str, root: Path) -> dict[str, Any]:
 
     # The new task may lie elsewhere than the others, which are prepared already.
     changes = {"source": "coin", "root": str(root), "tasks": (task,)}
-    prepared = prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
+    prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
     if name not in names:
         tasks = (*recipe.data.tasks, task)
-        data = recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})
-        # What was counted over the tasks so far is counted anew.
-        (run / "eval" / "majority.json").unlink(missing_ok=True)
-        recipe.model_copy(update={"data": data}).dump_yaml(run / "config.yaml")
-    return {"run": str(run), "task": name, "stage": len({*names, name}), "splits": prepared["splits"]}
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})}
+        )
+    if gate is not None:
+        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"gate": gate})})
+    return Addition(run, recipe, name, name not in names)
 
 
 def _task(root: Path, name: str) -> TaskConfig:

@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import launch
-from pipeline.cli_use import Learned, add_verbs
+from pipeline.cli_use import Learned, Then, add_verbs
 from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.deepspeed_config import accumulation
 from pipeline.errors import (
@@ -99,7 +99,7 @@ def _before(
     # DeepSpeed compiles its CPU collectives with the ninja that was installed beside this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log file every change of a bar is one more line
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log every change of a bar is one more line
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher numbers the ranks in it, torch would take them for GPUs
 
@@ -234,7 +234,7 @@ def export(
 add_verbs(
     app,
     lambda result, as_json: _show(result, as_json),
-    lambda recipe, overrides, as_json: _sequence("run", recipe, overrides, None, as_json),
+    lambda recipe, overrides, as_json, then: _sequence("run", recipe, overrides, None, as_json, then),
 )
 
 
@@ -262,7 +262,9 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
         Console().print(terminal_results(recipe.run_path))
 
 
-def _sequence(verb: str, name: str, overrides: list[str], until: int | None, as_json: bool) -> None:
+def _sequence(
+    verb: str, name: str, overrides: list[str], until: int | None, as_json: bool, then: Then | None = None
+) -> None:
     if recipe_kind(name) == "clip":
         if until is not None:
             raise UserError(f"--until counts the stages of a sequence, and {name} has units; choose them with --set.")
@@ -289,11 +291,16 @@ def _sequence(verb: str, name: str, overrides: list[str], until: int | None, as_
         return run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
 
     arguments = [verb, name, *(part for text in overrides for part in ("--set", text))]
-    _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json)
+    _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
 
 
-def _on_ranks(arguments: list[str], recipe: Any, work: Callable[[Any], Result], as_json: bool) -> None:
-    """Do `work` here when this process is a rank or the only one, else on ranks started for it."""
+def _on_ranks(
+    arguments: list[str], recipe: Any, work: Callable[[Any], Result], as_json: bool, then: Then | None = None
+) -> None:
+    """Do `work` here when this process is a rank or the only one, else on ranks started for it.
+
+    The result is handed to `then` before it is shown.
+    """
     if launch.is_distributed():
         result = work(recipe)
     else:
@@ -305,6 +312,8 @@ def _on_ranks(arguments: list[str], recipe: Any, work: Callable[[Any], Result], 
             result = outcome.result or {}
         else:
             result = work(recipe)
+    if then is not None and launch.rank() == 0:
+        result = then(result)
     _show(result, as_json)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Show = Callable[[dict[str, Any], bool], None]
-Train = Callable[[str, list[str], bool], None]
+Then = Callable[[dict[str, Any]], dict[str, Any]]
+Train = Callable[[str, list[str], bool, Then], None]
 Learned = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.")]
 Model = Annotated[
     str | None, typer.Option(help="Where the frozen multimodal model is on this machine, if not where it was.")
@@ -19,7 +21,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 
 def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
-    """Add the verbs to the command line; `show` prints a result, `train` runs a recipe with overrides."""
+    """Add the verbs to the command line; `show` prints a result, `train` runs a recipe with overrides.
+
+    The function that `train` is given last sees the result before it is shown.
+    """
 
     @app.command()
     def serve(
@@ -125,10 +130,43 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
         task: Annotated[str, typer.Argument(metavar="TASK", help="A task in the folder that --root names.")],
         root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
+        gate: Annotated[
+            float | None, typer.Option(min=0, help="From now on the run's method.gate: a smaller one mixes fewer sets.")
+        ] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Only say which earlier tasks' questions would get the new set.")
+        ] = False,
         as_json: AsJson = False,
     ) -> None:
         """Learn one more task as the next stage of a run; what it has learned stays as it is."""
-        from pipeline.add_task import add_task
+        from rich.console import Console
 
-        add_task(run, task, root)
-        train(str(run / "config.yaml"), [f"run_dir={run}"], as_json)
+        from pipeline.add_effect import Effect, advice, counted, effect_table, foretell
+        from pipeline.add_task import prepare_addition
+
+        addition = prepare_addition(run, task, root, gate)
+
+        def tell(effects: list[Effect], title: str) -> None:
+            if effects:
+                typer.echo(
+                    f"{title}: percent of their test questions that get the set of {task}, and for which it is the "
+                    "most similar."
+                )
+                Console().print(effect_table(effects, task))
+                for sentence in advice(effects, addition.recipe, run, task):
+                    typer.echo(sentence)
+
+        if addition.is_new or dry_run:
+            foretold = foretell(run, addition.recipe)
+            tell(foretold, "What the earlier tasks are to expect, by their keys")
+            if dry_run:
+                show({"run": str(run), "task": task, "foretold": list(map(asdict, foretold))}, as_json)
+                return
+        addition.write()
+
+        def with_effects(result: dict[str, Any]) -> dict[str, Any]:
+            effects = counted(run, task)
+            tell(effects, "What became of the earlier tasks")
+            return {**result, "earlier": list(map(asdict, effects))}
+
+        train(str(run / "config.yaml"), [f"run_dir={run}"], as_json, with_effects)

@@ -32,6 +32,12 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
     refused = CliRunner().invoke(app, ["add", str(run), "Mien", "--root", str(tmp_path / "own")])
     assert refused.exit_code == EXIT_USER and "Did you mean 'Mine'" in refused.stderr
+    recipe_before = (run / "config.yaml").read_bytes()
+    asked = CliRunner().invoke(app, ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--dry-run", "--json"])
+    assert asked.exit_code == EXIT_OK, asked.stderr
+    foretold = json.loads(asked.stdout.splitlines()[-1])["foretold"]
+    assert [effect["task"] for effect in foretold] == ["T0", "T1"] and foretold[0]["after"] is None
+    assert (run / "config.yaml").read_bytes() == recipe_before and not (run / "stages" / "03-Mine").exists()
     done = CliRunner().invoke(app, ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--json"])
     assert done.exit_code == EXIT_OK, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -39,6 +45,16 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert [score is None for score in result["accuracy"][2]] == [False] * 3
     assert {path: (run / path).read_bytes() for path in before} == before
     assert len(result["majority"]) == 3
+    for number, effect in enumerate(result["earlier"]):
+        lines = [json.loads(line) for line in (run / "eval" / "after-03" / f"T{number}.jsonl").open()]
+        assert effect["inserted"] == 100.0 * sum("Mine" in line["selected"] for line in lines) / len(lines)
+        assert (effect["before"], effect["after"]) == (result["accuracy"][1][number], result["accuracy"][2][number])
     assert "Mine" in (run / "report.html").read_text(encoding="utf-8")
+    gated = ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--gate", "2", "--json"]
+    done = CliRunner().invoke(app, gated)
+    assert done.exit_code == EXIT_OK, done.stderr
+    # A gate of 2 leaves nothing out; what was trained stays.
+    assert [effect["inserted"] for effect in json.loads(done.stdout.splitlines()[-1])["earlier"]] == [100.0, 100.0]
+    assert {path: (run / path).read_bytes() for path in before} == before
     again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])
     assert again.exit_code == EXIT_USER
