@@ -28,10 +28,11 @@ class Cluster:
 
     environment: dict[str, str]
 
-    def call(self, *command: str) -> str:
-        """Run a command of Slurm's and return its output."""
+    def call(self, *command: str, **environment: str) -> str:
+        """Run a command of Slurm's, or one that calls them, and return its output."""
+        environment = {**self.environment, **environment}
         done = subprocess.run(
-            command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
@@ -41,6 +42,12 @@ class Cluster:
         where = arguments.index("--")
         command = ["sbatch", "--parsable", f"--output={output}", *arguments[:where], "slurm/run_sequence.sh"]
         return Job(self, int(self.call(*command, *arguments[where + 1 :])), output)
+
+    def several(self, output: Path, *command: str, **environment: str) -> list[Job]:
+        """The jobs that a script says it has submitted; `output` has a %j for a job's number."""
+        said = self.call(*command, **environment)
+        numbers = [int(number) for number in re.findall(r"^.+: job (\d+)$", said, re.MULTILINE)]
+        return [Job(self, number, Path(str(output).replace("%j", str(number)))) for number in numbers]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A sequence as a job on two nodes: to its end, stopped, with a rank killed, cancelled and resumed on one node."""
+"""A sequence on two nodes: ended, stopped, killed, cancelled and resumed on one; as several jobs; its data by arrays."""
 
 from __future__ import annotations
 
@@ -195,3 +195,46 @@ def test_a_cancelled_job_stays_cancelled_and_goes_on_with_one_node_instead_of_tw
     assert "going on after step" in again.text()
     assert json.loads((run.path / "run.json").read_text("utf-8"))["world_size"] == 1
     same_result(run, whole, ACROSS_WORLD_SIZES)
+
+
+def test_a_chain_has_a_job_for_every_stage_and_ends_with_the_same_result(
+    cluster: Cluster, root: Path, new_run: Callable[[str], Run], whole: Run
+) -> None:
+    run = new_run("chained")
+    output = root / "chained-%j.out"
+    jobs = cluster.several(
+        output, "slurm/run_sequence.sh", "--chain", str(run.recipe), SBATCH_OPTIONS=f"--nodes=2 --output={output}"
+    )
+    assert len(jobs) == TASKS
+    for job in jobs:
+        job.ended()
+    assert "T1" not in "".join(line for line in jobs[0].text().splitlines() if " stage " in line)
+    same_result(run, whole)
+
+
+def test_a_job_trains_and_another_one_evaluates(
+    cluster: Cluster, root: Path, new_run: Callable[[str], Run], whole: Run
+) -> None:
+    run = new_run("trained")
+    cluster.submit(root / "trained.out", "--nodes=2", "--", "--train", str(run.recipe)).ended()
+    assert not list((run.path / "eval").glob("after-*/*.jsonl"))
+    cluster.submit(root / "evaluated.out", "--nodes=1", "--", "--evaluate", str(run.path)).ended()
+    assert run.accuracy() == whole.accuracy()
+
+
+def test_arrays_of_jobs_prepare_what_one_process_prepares(cluster: Cluster, root: Path) -> None:
+    recipe = recipe_on(root, root / "unused", TASKS)
+    again = recipe.model_copy(update={"data": recipe.data.model_copy(update={"prepared": str(root / "again")})})
+    again.dump_yaml(root / "again.yaml")
+    output = root / "prepared-%j.out"
+    jobs = cluster.several(
+        output, "slurm/prepare_array.sh", "--tasks", "2", str(root / "again.yaml"), PREPARE_OPTIONS=f"--output={output}"
+    )
+    assert len(jobs) == 4
+    jobs[-1].ended()
+    shards = sorted(path.relative_to(root / "data") for path in (root / "data").rglob("*.tar"))
+    assert len(shards) == 2 * TASKS
+    for shard in shards:
+        assert (root / "again" / shard).read_bytes() == (root / "data" / shard).read_bytes()
+        one, two = (load_file(root / name / shard.parent / "keys.safetensors") for name in ("again", "data"))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
