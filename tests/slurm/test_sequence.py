@@ -238,3 +238,17 @@ def test_arrays_of_jobs_prepare_what_one_process_prepares(cluster: Cluster, root
         assert (root / "again" / shard).read_bytes() == (root / "data" / shard).read_bytes()
         one, two = (load_file(root / name / shard.parent / "keys.safetensors") for name in ("again", "data"))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_job_whose_node_fails_is_queued_again_and_ends_with_the_same_result(
+    cluster: Cluster, root: Path, new_run: Callable[[str], Run], whole: Run
+) -> None:
+    run = new_run("node")
+    job = cluster.submit(root / "node.out", "--nodes=2", "--", str(run.recipe))
+    job.until(run.in_second_stage, "in the second stage")
+    cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=trial")
+    job.until(lambda: job.field("Restarts") == "1", "queued again", 60)
+    cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+    job.ended()
+    assert "going on after step" in job.text()
+    same_result(run, whole)
