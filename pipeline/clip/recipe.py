@@ -230,6 +230,10 @@ class ClipRecipe(FileRecipe):
                 self.train_of(method, dataset)
         return self
 
+    def template_of(self, dataset: str) -> str:
+        """What a text about one of the datasets says."""
+        return next(entry.description.template for entry, _ in datasets_of(self) if entry.name == dataset)
+
     def train_of(self, method: ClipMethodConfig, dataset: str | None = None) -> ClipTrainConfig:
         """How one method is trained (on one dataset); ValueError for a field that train does not have."""
         own = method.train | method.train_on.get(dataset or "", {})

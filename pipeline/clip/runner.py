@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeline.backbones.lmm import base_fingerprint
 from pipeline.checkpoint import check_stage, claim_run, read_state, write_json
 from pipeline.clip.averaging import WeightAverage
-from pipeline.clip.backbone import backbone_folder, load_backbone
 from pipeline.clip.checkpoint import load_prompts, save_prompts, unfinished
-from pipeline.clip.engine import ClipEngine
 from pipeline.clip.evaluate import TestImages, evaluate_group
 from pipeline.clip.few_shot_batches import FewShotBatches, FewShotImages
-from pipeline.clip.images import Pixels
-from pipeline.clip.methods import PromptLearner
-from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.models import ClipModels
 from pipeline.clip.prepared import PreparedDataset
 from pipeline.clip.protocol import epoch_rates, small_set_warning
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.results import UnitResult, results_json
 from pipeline.clip.tracking import make_benchmark_tracker
-from pipeline.clip.unit import Unit, learner_of, regularisers_of, units_of
+from pipeline.clip.unit import Unit, regularisers_of, units_of
 from pipeline.config import TrainConfig
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.errors import Interrupted
@@ -70,22 +62,12 @@ class Benchmark:
         self.units = units_of(recipe)
         names = [entry.name for entry, _ in datasets_of(recipe)]
         self.data = together(lambda: {n: PreparedDataset(Path(recipe.data.prepared) / n) for n in names})
-        model = recipe.model
-        dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-        # Every rank holds a whole backbone: for evaluation, and for what is computed once of the frozen model.
-        backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
-        self.backbone = backbone.to(world.device)
-        for tower in (backbone.model.text_model, backbone.model.vision_model):
-            # Lets the watchdog see that features are computed, in evaluations that take longer than its limit.
-            tower.embeddings.register_forward_hook(lambda *_: watchdog.progress())
-        self.words = self.backbone.words(tokenizer)
-        self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
-        self.fingerprint = on_main(world, lambda: base_fingerprint(cast(Any, model)))
-        self.tests = {n: TestImages(d.test, self.pixels, world, recipe.evaluate_batch) for n, d in self.data.items()}
+        self.models = ClipModels(recipe, world, watchdog)
+        pixels = self.models.pixels
+        self.tests = {n: TestImages(d.test, pixels, world, recipe.evaluate_batch) for n, d in self.data.items()}
         self.tracker: Tracker
         self.results: list[UnitResult] = []
         self.seconds = 0.0
-        self._engine: tuple[tuple[Any, ...], ClipEngine] | None = None
 
     def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
         """All units in order; see `run_benchmark`."""
@@ -155,7 +137,7 @@ class Benchmark:
     def _constants(self, unit: Unit) -> dict[str, Any]:
         """What a unit's checkpoint must agree with for its prompts to mean the same."""
         data = self.data[unit.dataset.name].identity(unit.seed, unit.group)
-        return {"base_model": self.fingerprint, "data": data}
+        return {"base_model": self.models.fingerprint, "data": data}
 
     def _begin(self, unit: Unit) -> StepState | None:
         """The newest checkpoint inside a unit that an earlier attempt did not finish, or an empty folder for it."""
@@ -171,22 +153,23 @@ class Benchmark:
 
     def _train(self, unit: Unit) -> dict[str, Tensor]:
         """Train one unit, save its prompts and return them."""
-        recipe, world, train = self.recipe, self.world, self.recipe.train_of(unit.method, unit.dataset.name)
+        recipe, world, models = self.recipe, self.world, self.models
+        train = recipe.train_of(unit.method, unit.dataset.name)
         data, began = self.data[unit.dataset.name], time.perf_counter()
         assert data.train is not None
         group = together(lambda: data.few_shots(unit.seed, unit.group))
         warning = small_set_warning(len(group.rows), train.global_batch, train.epochs)
         if warning:
             log.warning("%s: %s", unit.label, warning)
-        learner = self._learner(unit, len(group.names))
-        engine = self._get_engine(unit, learner, group.names)
-        images = FewShotImages(data.train, group, self.pixels, unit.seed, train.augment == "crop_flip")
+        learner = models.learner(unit, len(group.names))
+        engine = models.engine(unit, learner, group.names)
+        images = FewShotImages(data.train, group, models.pixels, unit.seed, train.augment == "crop_flip")
         if train.cache_images and not images.augment and not learner.changes_images and not engine.module.regularisers:
-            images.features = self._features(images, learner)
+            images.features = models.features(images, learner)
         batches = FewShotBatches(images, train, engine.micro_batch, engine.accumulation, world.rank, world.size)
         engine.module.learner.template = learner.template
-        engine.module.regularisers = tuple(regularisers_of(unit.method, self._template(unit.dataset.name)))
-        engine.module.set_classes(group.names, self.backbone)
+        engine.module.regularisers = tuple(regularisers_of(unit.method, recipe.template_of(unit.dataset.name)))
+        engine.module.set_classes(group.names, models.backbone)
         average = unit.method.average
         averaging = WeightAverage(train.epochs, average.mean, average.deviation) if average else None
         values = {name: value.detach().clone() for name, value in learner.named_parameters()}
@@ -228,17 +211,14 @@ class Benchmark:
         data = self.data[unit.dataset.name]
         wanted = [(name, self.data[dataset], dataset, part) for name, dataset, part in unit.groups]
         groups = together(lambda: [(name, d.test_images(part), dataset) for name, d, dataset, part in wanted])
-        learner = self._learner(unit, len(data.classes.names))
+        learner = self.models.learner(unit, len(data.classes.names))
         learner.load_state_dict(values)
-        module = PromptedCLIP(
-            self.backbone, learner.to(self.world.device), self.words, groups[0][1].names,
-            text_chunk=self.recipe.model.text_chunk,
-        )  # fmt: skip
+        module = self.models.classifier(learner, groups[0][1].names)
         counts = {}
         for name, group, dataset in groups:
             self._stop_if_told(f"in the evaluation of {unit.label}")
             if unit.method.kind == "zero_shot":  # its words are the dataset's own
-                learner.template = self._template(dataset)
+                learner.template = self.recipe.template_of(dataset)
             counts[name] = evaluate_group(module, self.tests[dataset], group)
         result = UnitResult(unit.method.name, unit.dataset.name, unit.seed, counts)
         self.results.append(result)
@@ -248,39 +228,6 @@ class Benchmark:
         self.tracker.model_metrics(unit.label, named, 0)
         if self.world.main:
             write_json(unit.folder(self.path) / RESULT, result.to_json())
-
-    def _template(self, dataset: str) -> str:
-        """What a text about a dataset says."""
-        return next(entry.description.template for entry, _ in datasets_of(self.recipe) if entry.name == dataset)
-
-    def _learner(self, unit: Unit, classes: int) -> PromptLearner:
-        """A fresh learner, the same on every rank."""
-        return together(lambda: learner_of(unit, self.backbone, self.words, classes))
-
-    def _features(self, images: FewShotImages, learner: PromptLearner) -> Tensor:
-        """Features [N, J] of images that no prompt changes."""
-        batch, found = self.recipe.evaluate_batch, []
-        with torch.no_grad():
-            for start in range(0, len(images), batch):
-                numbers = range(start, min(start + batch, len(images)))
-                pixels = torch.stack([images.image(index, 0) for index in numbers]).to(self.world.device)
-                found.append(self.backbone.image(pixels, learner.schedule, {}).cpu())
-        return torch.cat(found)
-
-    def _get_engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
-        """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""
-        train = self.recipe.train_of(unit.method, unit.dataset.name)
-        sizes = tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())
-        shapes = unit.method.name, sizes, train.model_dump_json(exclude={"epochs"})
-        if self._engine is None or self._engine[0] != shapes:
-            self._engine = None
-            sharded = ClipEngine.shards_parameters(train)
-            module = PromptedCLIP(
-                copy.deepcopy(self.backbone) if sharded else self.backbone, copy.deepcopy(learner), self.words, names,
-                regularisers_of(unit.method, self._template(unit.dataset.name)), self.recipe.model.text_chunk,
-            )  # fmt: skip
-            self._engine = shapes, ClipEngine(module, train, self.recipe.model.dtype, self.world)
-        return self._engine[1]
 
     # ------------------------------------------------------------------ results and state
 

@@ -1,0 +1,77 @@
+"""The forms of the backbone in a benchmark: the engine that trains a method, and the classifier that is evaluated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.clip.backbone import backbone_folder, load_backbone
+from pipeline.clip.engine import ClipEngine
+from pipeline.clip.few_shot_batches import FewShotImages
+from pipeline.clip.images import Pixels
+from pipeline.clip.methods import PromptLearner
+from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.recipe import ClipRecipe
+from pipeline.clip.unit import Unit, learner_of, regularisers_of
+from pipeline.distributed import World, on_main, together
+from pipeline.watchdog import Watchdog
+
+
+class ClipModels:
+    """One frozen backbone on every rank, and an engine for the method that is trained.
+
+    Every rank holds a whole backbone: for evaluation, and for what is computed once of the frozen model.
+    """
+
+    def __init__(self, recipe: ClipRecipe, world: World, watchdog: Watchdog) -> None:
+        self.recipe, self.world, model = recipe, world, recipe.model
+        dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+        backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
+        self.backbone = backbone.to(world.device)
+        for tower in (backbone.model.text_model, backbone.model.vision_model):
+            # Lets the watchdog see that features are computed, in evaluations that take longer than its limit.
+            tower.embeddings.register_forward_hook(lambda *_: watchdog.progress())
+        self.words = self.backbone.words(tokenizer)
+        self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
+        self.fingerprint = on_main(world, lambda: base_fingerprint(cast(Any, model)))
+        self._engine: tuple[tuple[Any, ...], ClipEngine] | None = None
+
+    def learner(self, unit: Unit, classes: int) -> PromptLearner:
+        """A fresh learner, the same on every rank."""
+        return together(lambda: learner_of(unit, self.backbone, self.words, classes))
+
+    def classifier(self, learner: PromptLearner, names: Sequence[str]) -> PromptedCLIP:
+        """What a learner has learned, as a classifier among these classes."""
+        chunk = self.recipe.model.text_chunk
+        return PromptedCLIP(self.backbone, learner.to(self.world.device), self.words, names, text_chunk=chunk)
+
+    def features(self, images: FewShotImages, learner: PromptLearner) -> Tensor:
+        """Features [N, J] of images that no prompt changes."""
+        batch, found = self.recipe.evaluate_batch, []
+        with torch.no_grad():
+            for start in range(0, len(images), batch):
+                numbers = range(start, min(start + batch, len(images)))
+                pixels = torch.stack([images.image(index, 0) for index in numbers]).to(self.world.device)
+                found.append(self.backbone.image(pixels, learner.schedule, {}).cpu())
+        return torch.cat(found)
+
+    def engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
+        """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""
+        recipe = self.recipe
+        train = recipe.train_of(unit.method, unit.dataset.name)
+        sizes = tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())
+        shapes = unit.method.name, sizes, train.model_dump_json(exclude={"epochs"})
+        if self._engine is None or self._engine[0] != shapes:
+            self._engine = None
+            sharded = ClipEngine.shards_parameters(train)
+            module = PromptedCLIP(
+                copy.deepcopy(self.backbone) if sharded else self.backbone, copy.deepcopy(learner), self.words, names,
+                regularisers_of(unit.method, recipe.template_of(unit.dataset.name)), recipe.model.text_chunk,
+            )  # fmt: skip
+            self._engine = shapes, ClipEngine(module, train, recipe.model.dtype, self.world)
+        return self._engine[1]
