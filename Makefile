@@ -97,5 +97,7 @@ docs: venv
 # The tracked runs in a browser, at http://127.0.0.1:5000. One user needs one process, which starts four times as fast.
 ui: export MLFLOW_DISABLE_TELEMETRY = true
 ui: export DO_NOT_TRACK = true
+ui: export PYTHONWARNINGS = ignore
+ui: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 ui: venv
-	$(PY) -W ignore -m mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1
+	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1
