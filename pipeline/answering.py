@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,6 +98,10 @@ class SampleList(list[Sample]):
     @property
     def ids(self) -> list[str]:
         return [sample.id for sample in self]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(sample.question) + len(sample.answer) for sample in self], dtype=np.int64)
 
 
 class Answerer:

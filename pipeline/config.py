@@ -184,6 +184,11 @@ class TrainConfig(LoopConfig):
         "every second, of all; saves memory and costs time, never changes the loss; auto: as few as fit into the GPUs "
         "by the memory plan, none without GPUs",
     )
+    length_buckets: bool = Field(
+        False,
+        description="batches of samples of about the same length, questions without an image apart from the others: "
+        "less padding, every sample still once per epoch; not together with questions_per_image",
+    )
     questions_per_image: int = Field(
         4,
         ge=1,
@@ -231,6 +236,15 @@ class Recipe(FileRecipe):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _one_order_of_samples(self) -> Recipe:
+        if self.method.insertion == "after_image" and self.train.length_buckets and self.train.questions_per_image > 1:
+            raise ValueError(
+                "with method.insertion after_image train.questions_per_image orders the samples by image and "
+                "train.length_buckets by length; expected questions_per_image 1 or length_buckets false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gradients_reach_the_projector(self) -> Recipe:

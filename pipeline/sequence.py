@@ -229,7 +229,8 @@ class Sequence:
         recipe = self.recipe
         together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
         if together == 1:
-            return Order(len(data), recipe.train.global_batch, recipe.seed, index)
+            lengths = data.lengths() if recipe.train.length_buckets else None
+            return Order(len(data), recipe.train.global_batch, recipe.seed, index, lengths)
         return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
 
     def _begin(self, index: int, stage: Stage, facts: dict[str, Any]) -> StepState | None:

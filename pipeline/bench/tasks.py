@@ -32,8 +32,8 @@ def bench_tasks(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure training steps and answers with `few` and with `many` tasks in the pool; ratios are many / few.
 
-    Training holds the pool in memory, which is counted. Answers take it from its file, as from an exported adapter: the system
-    reads what is used of it, the sets of the batch and all prototypes, and only the second is counted.
+    Training holds the pool in memory, which is counted. Answers take it from its file, as from an exported adapter: the
+    system reads what is used of it, the sets of the batch and all prototypes, and only the second is counted.
     """
     size = SIZES[size_name]
     lmm = make_lmm(size, device, dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,6 +27,9 @@ class Samples(Protocol):
 
     @property
     def ids(self) -> list[str]: ...
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]: ...
 
     def __len__(self) -> int: ...
 
@@ -84,6 +88,16 @@ class StageData:
             texts.append(keys.text[:count])
             flags.append(keys.has_image[:count])
         self.keys = Keys(torch.cat(images), torch.cat(texts), torch.cat(flags).bool(), dict(parts[0][1].identity))
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """How long each sample is, to sort by [N]: characters of question and answer, behind all without an image
+        those with one."""
+        characters = [
+            samples.lengths[: end - start]
+            for samples, start, end in zip(self._samples, self._starts, self._starts[1:], strict=False)
+        ]
+        longest = max(int(part.max(initial=0)) for part in characters) + 1
+        return np.concatenate(characters) + longest * self.keys.has_image.numpy()
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.answering import SampleList
 from pipeline.backbones.lmm import load_processor
 from pipeline.config import ModelConfig
 from pipeline.data.collate import Examples, StageData, collate
@@ -17,7 +18,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES
-from tests.train.worlds import ListSamples, make_samples
+from tests.train.worlds import make_samples
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -75,7 +76,7 @@ def test_every_answer_of_several_turns_is_learned_and_no_question(vicuna: Conver
 
 
 def test_labels_of_a_batch_are_the_learned_tokens_in_place(vicuna: Conversation) -> None:
-    samples = ListSamples([TURNS, Sample("b", None, "what?", "red")])
+    samples = SampleList([TURNS, Sample("b", None, "what?", "red")])
     examples = Examples(StageData([(samples, make_samples(2)[1], None)]), vicuna)
     batch = collate(examples, [0, 1], [1.0, 1.0], torch.zeros(2, 0, dtype=torch.long))
     for row in (0, 1):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.answering import SampleList
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate, collate_prompts
@@ -23,7 +24,7 @@ from pipeline.evaluate import generate_answers
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
-from tests.train.worlds import KEY_WIDTH, ListSamples, make_recipe, make_samples, train_once
+from tests.train.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
 NEW = 6  # tokens generated
 
@@ -36,7 +37,7 @@ def photo(width: int, height: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-SAMPLES = ListSamples([
+SAMPLES = SampleList([
     Sample("wide", photo(60, 40, 0), "what is this?", "red"),
     Sample("text", None, "why?", "so"),
     Sample("tall", photo(33, 90, 1), "how many stripes are there?", "seven"),

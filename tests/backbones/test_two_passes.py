@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.errors import UserError
@@ -16,10 +17,10 @@ from pipeline.evaluate import generate_answers
 from pipeline.prompts.insertion import insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.backbones.test_families import SAMPLES, photo
-from tests.train.worlds import KEY_WIDTH, ListSamples, make_pool, make_samples
+from tests.train.worlds import KEY_WIDTH, make_pool, make_samples
 
 # Two questions on one picture that are not neighbours, the same question on another, and questions without one.
-SHARED = ListSamples([
+SHARED = SampleList([
     *SAMPLES[:3],
     dataclasses.replace(SAMPLES[0], id="wide again", question="and how many of them are there in all?", answer="two"),
     *SAMPLES[3:5],

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.answering import SampleList
 from pipeline.data.collate import Examples, StageData
 from pipeline.data.conversation import Conversation, Example
 from pipeline.data.sample import Sample
@@ -21,7 +22,6 @@ from pipeline.data.shards import Keys
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 from tests import tiny
-from tests.train.worlds import ListSamples
 
 IMAGE_MARK = -200  # one place in the recorded ids stands for all image tokens
 HEAD = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
@@ -85,7 +85,7 @@ class Recorded:
         """The recorded samples, tokenised."""
         has_image = (self.inputs["input_ids"] == IMAGE_MARK).any(dim=1)
         keys = Keys(self.inputs["image_key"], self.inputs["text_key"], has_image, {})
-        samples = ListSamples(Sample(f"s{number}", None, "", "") for number in range(self.samples))
+        samples = SampleList(Sample(f"s{number}", None, "", "") for number in range(self.samples))
         rows = [self._example(number, image_token, image_tokens) for number in range(self.samples)]
         return _RecordedExamples(StageData([(samples, keys, None)]), _TokensAsText(processor, 1 << 20), rows)
 

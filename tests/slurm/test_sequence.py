@@ -1,4 +1,4 @@
-"""A sequence on two nodes: ended, stopped, killed, cancelled and resumed on one; as several jobs; its data by arrays."""
+"""A sequence on two nodes: ended, stopped, killed, cancelled, a node gone; as several jobs; its data by arrays."""
 
 from __future__ import annotations
 

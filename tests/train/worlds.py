@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline.answering import SampleList
 from pipeline.config import Recipe
 from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.order import Order
@@ -25,18 +26,10 @@ from tests import tiny
 KEY_WIDTH = 12
 
 
-class ListSamples(list[Sample]):
-    """Samples in memory, with the ids that a prepared split has."""
-
-    @property
-    def ids(self) -> list[str]:
-        return [sample.id for sample in self]
-
-
-def make_samples(count: int, seed: int = 0, text_only: tuple[int, ...] = ()) -> tuple[ListSamples, Keys]:
+def make_samples(count: int, seed: int = 0, text_only: tuple[int, ...] = ()) -> tuple[SampleList, Keys]:
     """Plain-coloured images, answers of different lengths, random keys."""
     generator = torch.Generator().manual_seed(seed)
-    samples = ListSamples()
+    samples = SampleList()
     for number in range(count):
         colour = tuple(torch.randint(256, (3,), generator=generator).tolist())
         image = None if number in text_only else tiny.png(colour)
@@ -93,7 +86,7 @@ def make_pool(sets: int, length: int = 4, width: int = tiny.HIDDEN) -> PromptPoo
 
 
 def train_once(
-    engine: Engine, recipe: Recipe, world: World, folder: Path, pool: PromptPool, samples: tuple[ListSamples, Keys]
+    engine: Engine, recipe: Recipe, world: World, folder: Path, pool: PromptPool, samples: tuple[SampleList, Keys]
 ) -> tuple[list[Progress], dict[str, torch.Tensor]]:
     """One stage on the given samples; the history and the final values."""
     folder.mkdir(parents=True, exist_ok=True)
