@@ -73,11 +73,13 @@ def serve(
     port = listener.getsockname()[1]
     listener.listen(CONNECTIONS)  # before it is announced: who connects at once waits and is not refused
     sets = len(worker.answerer.pool)
-    print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
+    server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn stops on these and then raises them once more: to be told to stop is no failure.
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+        # Until uvicorn listens to these itself. It stops on them and then raises them once more: to be told to stop is
+        # no failure.
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
+    server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

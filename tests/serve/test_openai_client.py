@@ -243,6 +243,13 @@ def test_a_page_of_another_origin_cannot_ask(served: Served) -> None:
         assert error.value.code == status
 
 
+def test_who_is_told_to_stop_as_soon_as_it_listens_stops(adapter: Path) -> None:
+    process = start(adapter)
+    address_of(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
 def test_with_a_key_only_its_holders_are_answered(adapter: Path) -> None:
     process = start(adapter, PIPELINE_API_KEY="open sesame")
     try:

@@ -1,0 +1,170 @@
+"""The commands and Python that the documentation shows are executed, in the order of a first visit, on small tasks.
+
+What the words in capitals stand for is said here; so is why a command is not executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import recipe_file
+from pipeline.cli import app
+from pipeline.config import PROJECT
+from tests.docs.test_commands import PAGES, SHOWN, commands
+from tests.serve.conftest import address_of, start
+from tests.tiny_clip import picture
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+SMALL_TASKS = [
+    {"name": name, "metric": "exact", "limit_train": 32, "limit_test": 6} for name in ("Colours", "Charts", "Boxes")
+]
+SMALL_TRAINING = {"steps": 2, "processes": 1, "deepspeed": "ds_configs/zero0.json"}
+NANO = "runs/nano-modalprompt-s0"
+STANDS_FOR = {
+    "RECIPE": "nano_paper", "$s": "0", "RUN": NANO, "TASK": "Shelf", "A": "smaller", "B": "another-adapter",
+}  # fmt: skip
+CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
+NOT_EXECUTED = {
+    "run base2new_nano": "minutes; tests/clip/test_recipe.py runs the recipe's parts",
+    "check base2new_vitb16": CLIP_BENCHMARK,
+    "prepare base2new_vitb16 --set data.datasets=[dtd,eurosat]": CLIP_BENCHMARK,
+    "run base2new_vitb16 --set data.datasets=[dtd,eurosat] --set methods=[maple,mpl]": CLIP_BENCHMARK,
+    "report runs/base2new_vitb16": CLIP_BENCHMARK,
+    "run coin_llava15_7b --set keys.text_feature=pooled": "a model of 7 billion parameters",
+    "run real6_nano --set data.root=FOLDER": "six public data sets",
+    "run real6_nano --set data.root=FOLDER --set method.name=sequential": "six public data sets",
+    "run real6_nano --set data.root=FOLDER --set method.name=independent": "six public data sets",
+}
+PYTHON_NOT_EXECUTED = {"clip_prompts.md": "a checkpoint from the hub and a batch of pictures"}
+# What commands of this beginning speak of and nothing shown makes: the command that does, and what is there then.
+MADE_BEFORE = [
+    ("report", "run nano_paper", "runs/nano_paper-modalprompt-s0"),
+    ("merge", "prune adapter Colours Charts Shelf --into another-adapter", "another-adapter"),
+]
+# What has to be there before others; the rest follows in the order of the pages.
+FIRST = ["prepare nano", "check nano", "run nano --set seed=$s", "run nano --set seed=1", "new-task", "add", "export",
+         "prune adapter", "merge smaller", "merge A", "prune C"]  # fmt: skip
+
+
+def executed() -> list[str]:
+    """The commands that are executed, in order; verbs that are only named are left out."""
+    shown = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+    shown = [command for command in shown if " " in command.strip() or command == "ls"]
+    return sorted((c for c in shown if c not in NOT_EXECUTED), key=_place)
+
+
+def _place(command: str) -> int:
+    words = " ".join(command.split())
+    return next((number for number, start in enumerate(FIRST) if f"{words} ".startswith(f"{start} ")), len(FIRST))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with a user's pictures and table, in which the shipped recipes are small."""
+    folder, recipes = tmp_path_factory.mktemp("tour"), tmp_path_factory.mktemp("recipes")
+    (folder / "photos" / "shelf").mkdir(parents=True)
+    for number in range(1, 13):
+        (folder / "photos" / "shelf" / f"{number:03d}.jpg").write_bytes(picture(number))
+    rows = [f"shelf/{number:03d}.jpg,Which article is missing?,{'milk' if number % 2 else 'bread'}\n"
+            for number in range(1, 13)]  # fmt: skip
+    (folder / "shelf.csv").write_text("image,question,answer\n" + "".join(rows))
+    for name in ("nano", "nano_paper", "real6_nano"):
+        fields = {"extends": str(recipe_file.RECIPES / f"{name}.yaml"), "name": name, "train": SMALL_TRAINING}
+        if name != "real6_nano":
+            fields["data"] = {"tasks": SMALL_TASKS}
+        (recipes / f"{name}.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe_file, "RECIPES", recipes)
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")]))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and output of every command that is executed."""
+    found: dict[str, tuple[int, str]] = {}
+    for command in executed():
+        for start_of, made, missing in MADE_BEFORE:
+            if command.startswith(start_of) and not (folder / missing).exists():
+                CliRunner().invoke(app, shlex.split(made))  # should it fail, so does the command
+        if "scene.png" in command and not (folder / "scene.png").exists():
+            _copy_as_the_readme_says()
+        if command.startswith("serve"):
+            found[command] = _served(command)
+            continue
+        arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command.replace("$s", STANDS_FOR["$s"]))]
+        asked = "how large is the group here?\n/quit\n" if command.startswith("chat") else None
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a run leaves them; a user's next command has them not
+                patch.delenv(name, raising=False)
+            done = CliRunner().invoke(app, arguments, input=asked)
+        found[command] = done.exit_code, done.output
+    return found
+
+
+def _copy_as_the_readme_says() -> None:
+    (line,) = re.findall(r"^cp (\S+) (scene\.png)", (PROJECT / "README.md").read_text("utf-8"), re.MULTILINE)
+    shutil.copy(*line)
+
+
+def _served(command: str) -> tuple[int, str]:
+    """Start the service as shown but at a free port, and end it when it listens."""
+    words = shlex.split(command)
+    process = start(Path(words[1]), *words[2:], "--port", "0")
+    try:
+        address = address_of(process)
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    return code, address
+
+
+def test_every_command_is_executed_or_has_a_reason() -> None:
+    named = {command for command in SHOWN if " " not in command.strip() and command != "ls"}
+    assert {*executed(), *NOT_EXECUTED, *named} == set(SHOWN)
+
+
+@pytest.mark.parametrize("command", executed())
+def test_the_command_does_what_it_says(outcomes: dict[str, tuple[int, str]], command: str) -> None:
+    code, output = outcomes[command]
+    assert code == 0, output
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    return [
+        (f"{page.name}-{number}", block)
+        for page in PAGES
+        if page.name not in PYTHON_NOT_EXECUTED
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL), start=1)
+    ]
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=name) for name, block in python_blocks()])
+def test_the_python_runs(outcomes: dict[str, tuple[int, str]], capsys: pytest.CaptureFixture[str], block: str) -> None:
+    assert outcomes  # what they speak of is there
+    prelude = "from pipeline.adapter import load_adapter\nadapter = load_adapter('adapter')\n"
+    if "openai" in block:
+        pytest.importorskip("openai")
+        process = start(Path(NANO), "--port", "0")
+        try:
+            block = block.replace("http://127.0.0.1:8000", address_of(process))
+            exec(compile(block, "block", "exec"), {})
+        finally:
+            process.terminate()
+            process.wait(60)
+    else:
+        exec(compile(block if "load_adapter(" in block else prelude + block, "block", "exec"), {})
+    if "print(" in block:
+        assert capsys.readouterr().out.strip()
