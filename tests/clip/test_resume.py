@@ -82,7 +82,10 @@ def test_a_stopped_unit_goes_on_bit_for_bit(
 
 
 def test_the_command_line_leaves_with_75_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"seeds": [1], "run_dir": str(tmp_path / "run")}
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    changes: dict[str, Any] = {"seeds": [1], "run_dir": str(tmp_path / "run"), "tracking": {"uri": store}}
     command = ["run", str(recipe_file(folder, COOP, name="stopped", **changes))]
     with signal_in_forward(PromptedCLIP, 3, signal.SIGTERM, signals=3):
         done = CliRunner().invoke(app, command)
@@ -92,6 +95,11 @@ def test_the_command_line_leaves_with_75_and_the_same_command_goes_on(folder: Pa
     assert CliRunner().invoke(app, command).exit_code == EXIT_OK
     steps = [json.loads(line)["step"] for line in (unit(tmp_path / "run", "coop") / "metrics.jsonl").open()]
     assert steps == list(range(1, STEPS + 1))
+    client = MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("stopped").experiment_id])  # type: ignore[union-attr]
+    (child,) = (run for run in runs if "mlflow.parentRunId" in run.data.tags)  # the stopped unit's run went on
+    assert len(runs) == 2
+    assert {point.step for point in client.get_metric_history(child.info.run_id, "loss")} >= set(steps)
 
 
 def test_a_signal_in_the_last_step_keeps_the_finished_unit(folder: Path, tmp_path: Path) -> None:
