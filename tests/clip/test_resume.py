@@ -96,7 +96,7 @@ def test_the_command_line_leaves_with_75_and_the_same_command_goes_on(folder: Pa
     steps = [json.loads(line)["step"] for line in (unit(tmp_path / "run", "coop") / "metrics.jsonl").open()]
     assert steps == list(range(1, STEPS + 1))
     client = MlflowClient(store)
-    runs = client.search_runs([client.get_experiment_by_name("stopped").experiment_id])  # type: ignore[union-attr]
+    runs = client.search_runs([client.get_experiment_by_name("stopped").experiment_id])
     (child,) = (run for run in runs if "mlflow.parentRunId" in run.data.tags)  # the stopped unit's run went on
     assert len(runs) == 2
     assert {point.step for point in client.get_metric_history(child.info.run_id, "loss")} >= set(steps)
