@@ -139,7 +139,7 @@ def advice(effects: list[Effect], recipe: Recipe, run: Path, task: str) -> list[
             "its own."
         )
     limit = math.inf if recipe.method.gate is None else recipe.method.gate
-    beside = {effect.task: effect.gate for effect in touched if effect.inserted - effect.first >= NOTICED}
+    beside = {e.task: e.gate for e in touched if e.task not in taken and e.inserted >= NOTICED}
     gates = [gate for gate in beside.values() if gate is not None and gate < limit]
     if gates:
         said.append(
