@@ -31,7 +31,7 @@ SMALL_TASKS = [
 SMALL_TRAINING = {"steps": 2, "processes": 1, "deepspeed": "ds_configs/zero0.json"}
 NANO = "runs/nano-modalprompt-s0"
 STANDS_FOR = {
-    "RECIPE": "nano_paper", "$s": "0", "RUN": NANO, "TASK": "Shelf", "A": "smaller", "B": "another-adapter",
+    "RECIPE": "nano_paper", "RUN": NANO, "TASK": "Shelf", "A": "smaller", "B": "another-adapter",
 }  # fmt: skip
 CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
 NOT_EXECUTED = {
@@ -48,11 +48,12 @@ NOT_EXECUTED = {
 PYTHON_NOT_EXECUTED = {"clip_prompts.md": "a checkpoint from the hub and a batch of pictures"}
 # What commands of this beginning speak of and nothing shown makes: the command that does, and what is there then.
 MADE_BEFORE = [
+    ("add", "run nano", NANO),  # as `make demo` does
     ("report", "run nano_paper", "runs/nano_paper-modalprompt-s0"),
     ("merge", "prune adapter Colours Charts Shelf --into another-adapter", "another-adapter"),
 ]
 # What has to be there before others; the rest follows in the order of the pages.
-FIRST = ["prepare nano", "check nano", "run nano --set seed=$s", "run nano --set seed=1", "new-task", "add", "export",
+FIRST = ["prepare nano", "check nano", "run nano --set seed=1", "new-task", "add", "export",
          "prune adapter", "merge smaller", "merge A", "prune C"]  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
         if command.startswith("serve"):
             found[command] = _served(command)
             continue
-        arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command.replace("$s", STANDS_FOR["$s"]))]
+        arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
         asked = "how large is the group here?\n/quit\n" if command.startswith("chat") else None
         with pytest.MonkeyPatch.context() as patch:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a run leaves them; a user's next command has them not
