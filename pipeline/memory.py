@@ -99,7 +99,7 @@ def plan_memory(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, to
     weights, weights_note = _weights(shape, zero, stage, ranks, element)
     held, gradients, optimizer = _trained(groups, zero, stage, ranks, element, config)
     window, window_note = _window(shape, [size for group in groups for size in group], zero, stage, ranks, element)
-    activations = training_activations(recipe, shape, micro, length, tokens, element)
+    activations = training_activations(recipe, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     replica = whole if stage == 3 else 0
     generation = generation_memory(recipe, shape, length, element)
@@ -127,20 +127,21 @@ def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projecto
 
 
 def training_activations(
-    recipe: Recipe, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int
+    recipe: Recipe, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int, stage: int = 0
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass, plus those of one layer's backward.
 
     Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its input
-    would only be needed for the gradient of its weight. Per token and layer there remain the float32 inputs of the two
-    norms; query, key, value (repeated to all heads), output and a row of the mask of the attention, and each head's
-    logarithm of sums; and gate and up of the gated MLP, in architectures that `pipeline.backbones.gated` does not know
-    the activation as well. After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-    (arXiv 2205.05198), section 4, less what frozen weights save. That the last layer runs for the answers only is left
-    out. An eager attention keeps its [heads, N, N] probabilities instead of output and mask, in float32 and, if that is
-    another, in the model's precision. With sets behind the image only what stands there has gradients; of the image
-    there are keys and values. The logits are those of the answers only. The vision tower runs without gradients; of it
-    the hidden states of all layers exist for a moment.
+    would only be needed for the gradient of its weight. ZeRO-3 puts a linear of its own in the place of torch's, which
+    keeps its input all the same (runtime/zero/linear.py, `LinearFunctionForZeroStage3`). Per token and layer there
+    remain the float32 inputs of the two norms; query, key, value (repeated to all heads), output and a row of the mask
+    of the attention, and each head's logarithm of sums; and gate and up of the gated MLP, in architectures that
+    `pipeline.backbones.gated` does not know the activation as well. After Korthikanti et al., "Reducing Activation
+    Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, less what frozen weights save. That the
+    last layer runs for the answers only is left out. An eager attention keeps its [heads, N, N] probabilities instead
+    of output and mask, in float32 and, if that is another, in the model's precision. With sets behind the image only
+    what stands there has gradients; of the image there are keys and values. The logits are those of the answers only.
+    The vision tower runs without gradients; of it the hidden states of all layers exist for a moment.
     """
     text = shape.text
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
@@ -151,6 +152,8 @@ def training_activations(
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
     else:
         per_token += (attention + length) * element + heads * FLOAT32
+    if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
+        per_token += (2 * width + attention + inner) * element
     again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
     two_passes = recipe.method.insertion == "after_image"
     own = length - tokens.image * two_passes  # tokens with gradients

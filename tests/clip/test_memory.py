@@ -49,7 +49,11 @@ def kept(module: PromptedCLIP) -> int:
 
 
 @pytest.mark.parametrize(("method", "options"), [("mpl", {"depth": 3}), ("coop", {"length": 2})])
-def test_what_a_forward_pass_keeps_is_what_is_planned(method: str, options: dict[str, Any]) -> None:
+def test_what_a_forward_pass_keeps_is_what_is_planned(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DeepSpeed's ZeRO-3 leaves a linear of its own behind in the process, which keeps its input.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     backbone = Backbone(clip_model(**SIZES))
     words = backbone.words(byte_tokenizer())
     names = [f"class number {number}" for number in range(20)]
