@@ -21,14 +21,18 @@ SHARES = {"auto": 0, "none": 0, "selective": 2, "full": 1}
 
 def recomputed_layers(policy: str, layers: int) -> int:
     """How many of the decoder's layers a policy recomputes."""
-    return len(range(0, layers, SHARES[policy])) if SHARES[policy] else 0
+    return len(_recomputed(policy, layers))
+
+
+def _recomputed(policy: str, layers: int) -> range:
+    return range(0, layers, SHARES[policy]) if SHARES[policy] else range(0)
 
 
 def divided(lmm: LMM, policy: str) -> tuple[list[Any], list[Any]]:
     """The decoder's layers that a policy recomputes, and those whose activations are kept."""
     layers = list(lmm.decoder.layers)  # type: ignore[arg-type]
-    again = layers[:: SHARES[policy]] if SHARES[policy] else []
-    return again, [layer for layer in layers if layer not in again]
+    numbers = _recomputed(policy, len(layers))
+    return [layers[number] for number in numbers], [layer for n, layer in enumerate(layers) if n not in numbers]
 
 
 @contextlib.contextmanager

@@ -40,13 +40,15 @@ def bench_tasks(
     pools = {tasks: _pool(size, tasks) for tasks in (few, many)}
     frozen = [*lmm.parameters(), *lmm.buffers()]
     calls: dict[str, tuple[Any, int, Callable[[], dict[str, Any]]]] = {}
+    adapter_bytes: dict[str, int] = {}
     for tasks, pool in pools.items():
+        mapped, adapter_bytes[str(tasks)] = _from_file(pool)
         held = partial(_held, [*frozen, pool.prompts, pool.prototypes])
         batch = every_image(make_batch(size, samples, 1, tasks - 1)).to(torch.device(device))
         step = OurStep(lmm, size, pool.prompts[:-1], pool.prompts[-1], insertion)
         calls[f"step, {tasks} tasks"] = partial(step, batch), samples, partial(held, step)
         asked = every_image(make_batch(size, samples, 1, answers=False)).to(torch.device(device))
-        answer = partial(_answer, lmm, _from_file(pool), asked, size, insertion, new_tokens)
+        answer = partial(_answer, lmm, mapped, asked, size, insertion, new_tokens)
         calls[f"answer, {tasks} tasks"] = answer, samples, partial(_held, [*frozen, pool.prototypes])
     measured = measure.compare(calls, rounds, device)
     ratios = {
@@ -63,7 +65,7 @@ def bench_tasks(
         "stage_selection_s_per_1000_samples": {
             str(tasks): round(_selection_seconds(size, pool) * 1000 / STAGE_SAMPLES, 4) for tasks, pool in pools.items()
         },
-        "adapter_bytes": {str(tasks): _file_size(pool) for tasks, pool in pools.items()},
+        "adapter_bytes": adapter_bytes,
     }
 
 
@@ -80,11 +82,12 @@ def _pool(size: Size, tasks: int) -> PromptPool:
     )
 
 
-def _from_file(pool: PromptPool) -> PromptPool:
+def _from_file(pool: PromptPool) -> tuple[PromptPool, int]:
+    """The pool as its file gives it, and the file's size in bytes."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "pool.safetensors"
         pool.save(path)
-        return PromptPool.load(path)  # stays mapped though the file's name goes
+        return PromptPool.load(path), path.stat().st_size  # stays mapped though the file's name goes
 
 
 @torch.no_grad()
@@ -104,10 +107,3 @@ def _selection_seconds(size: Size, pool: PromptPool) -> float:
     method = make_method(MethodConfig(k=size.k))
     data = Keys(keys[0], keys[1], torch.ones(STAGE_SAMPLES, dtype=torch.bool), {})
     return min(measure.seconds(lambda: method.training_sets(pool, data)) for _ in range(3))
-
-
-def _file_size(pool: PromptPool) -> int:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "pool.safetensors"
-        pool.save(path)
-        return path.stat().st_size
