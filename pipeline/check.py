@@ -63,6 +63,7 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
 
 
 def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
+    from pipeline.check_features import check_kept_features
     from pipeline.check_model import CheckedModel, check_keys, check_model
     from pipeline.check_run import check_run_folder
 
@@ -85,9 +86,12 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "model": lambda: check_model(model),
         "keys": keys,
         "data": lambda: data.check(identity, (lambda: model.conversation) if model_works() else None),
+        "vision features": lambda: check_kept_features(recipe, model),
         "run folder": lambda: check_run_folder(recipe, model if model_works() else None, identity),
         "memory": lambda: _memory(findings, recipe, ranks, model, data),
     }
+    if recipe.train.vision_features == "computed":
+        del checks["vision features"]
     look_at_all(findings, checks)
 
 

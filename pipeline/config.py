@@ -166,6 +166,12 @@ class TrainConfig(LoopConfig):
     projector: Literal["frozen", "trained"] = Field(
         "frozen", description="trained: the model's image projector learns too, so earlier tasks' answers may change"
     )
+    vision_features: Literal["computed", "kept"] = Field(
+        "computed",
+        description="kept: what the vision tower makes of each training image is computed once, before the stage, and "
+        "read from float16 files beside the prepared data from then on; for models whose images have equally many "
+        "tokens",
+    )
     lr_projector: float = Field(2e-5, gt=0, description="learning rate of the projector when it is trained")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.lmm import LMM, load_lmm
+from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
@@ -40,6 +41,8 @@ class Engine:
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
         method, train = recipe.method, recipe.train
+        if train.vision_features == "kept":
+            require_kept_features(lmm.family.kind)
         policy = chosen_policy(recipe, world, key_width)
         self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, policy)
         self.module.to(world.device)

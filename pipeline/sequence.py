@@ -28,6 +28,7 @@ from pipeline.checkpoint import (
 from pipeline.config import Recipe, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.order import Order
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.deepspeed_config import accumulation
@@ -35,6 +36,7 @@ from pipeline.distributed import World, agree, barrier, init_world, on_main, tog
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
+from pipeline.keep_features import keep_features
 from pipeline.methods import Method, Stage, make_method
 from pipeline.metrics.blind import majority_score
 from pipeline.metrics.continual import after_stage
@@ -177,7 +179,7 @@ class Sequence:
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
         sharing: Literal["image", "none"] = "image" if engine.module.in_two_passes else "none"
-        examples = Examples(data, engine.module.lmm.conversation, sharing)
+        examples = Examples(data, engine.module.lmm.conversation, sharing, self._kept_features(stage, engine))
         world = self.world
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
         previous = self.pool.prompts[-1] if len(self.pool) else None
@@ -223,6 +225,15 @@ class Sequence:
         self.timing[f"train.{stage.name}_s"] = seconds
         if not self._restore(index, stage):
             raise RuntimeError(f"the checkpoint of stage {stage.name} is not there after it was saved")
+
+    def _kept_features(self, stage: Stage, engine: Engine) -> KeptFeatures | None:
+        """What the vision tower makes of the stage's images, where the recipe keeps it."""
+        if self.recipe.train.vision_features == "computed":
+            return None
+        parts = [self.data.train[task] for task in stage.tasks]
+        splits = [(shards, min(limit or len(shards), len(shards)), shards.folder) for shards, _, limit in parts]
+        base, threads = self.constants["base_model"], self.recipe.data.workers
+        return keep_features(engine.module.lmm, splits, base, self.world, self.watchdog, threads)
 
     def _order(self, data: StageData, index: int) -> Order:
         """Which samples form which batch of a stage."""

@@ -19,7 +19,7 @@ from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import FAMILIES, family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, check_image_size, load_processor, not_loadable
 from pipeline.config import ModelConfig
-from pipeline.data.conversation import Conversation
+from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
 
 __all__ = ["LMM", "SUPPORTED", "base_fingerprint", "load_lmm", "load_processor"]
@@ -89,9 +89,18 @@ class LMM(nn.Module):
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
         """Projected features [n, D] of a batch's images in turn; with gradients if the projector trains."""
-        images = {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
         with torch.set_grad_enabled(self.trains_projector and torch.is_grad_enabled()):
-            return self.family.image_features(images)
+            if KEPT in images:
+                return self.family.projected(images[KEPT].to(self.dtype))
+            return self.family.image_features(self._in_own_precision(images))
+
+    @torch.no_grad()
+    def tower_features(self, images: dict[str, Tensor]) -> Tensor:
+        """What the projector reads of a batch's images [n, tokens, width], to be kept and given as `KEPT`."""
+        return self.family.tower_features(self._in_own_precision(images))
+
+    def _in_own_precision(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
 
     def embed(self, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
         """Input embeddings [B, N, D]: words, and image features at the places of the image token.

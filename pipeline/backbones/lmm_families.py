@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
@@ -26,6 +26,8 @@ class Family:
     end_marks: ClassVar[int] = 0  # tokens directly behind the last image token that only end the image
     # Whether the decoder must know which tokens are the image's, see `decoder_inputs`.
     reads_places: ClassVar[bool] = False
+    # Whether every image is one crop with as many features, so that what the projector reads can be kept.
+    keeps_features: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -36,6 +38,24 @@ class Family:
         """Projected features [n, D] of all images, one after the other."""
         pooled = self.model.model.get_image_features(**images, return_dict=True).pooler_output
         return pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+
+    def tower_features(self, images: dict[str, Tensor]) -> Tensor:
+        """What the projector reads of all images [n, tokens, width], where `keeps_features`."""
+        read: list[Tensor] = []
+        hook = self._projector.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            self.image_features(images)
+        finally:
+            hook.remove()
+        return read[0]
+
+    def projected(self, features: Tensor) -> Tensor:
+        """Projected features [n, D] of what `tower_features` gave."""
+        return self._projector(features).flatten(0, -2)
+
+    @property
+    def _projector(self) -> nn.Module:
+        return self.model.model.get_submodule(self.projector)
 
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
@@ -80,6 +100,7 @@ class Llava(Family):
 
     kind = "llava"
     vicuna = True
+    keeps_features = True
 
 
 class LlavaNext(Family):
@@ -208,6 +229,15 @@ class Gemma3(Family):
 FAMILIES: dict[str, type[Family]] = {
     family.kind: family for family in (Llava, LlavaNext, Qwen25VL, InternVL, Idefics3, SmolVLM, Gemma3)
 }
+
+
+def require_kept_features(kind: str) -> None:
+    """UserError for a model_type of which what the vision tower makes of an image cannot be kept."""
+    if not family_of(kind).keeps_features:
+        raise UserError(
+            f"train.vision_features kept is not possible with a model of type {kind}, whose images have different "
+            "numbers of crops or features; expected computed."
+        )
 
 
 def family_of(kind: str) -> type[Family]:

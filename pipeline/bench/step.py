@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,13 +16,14 @@ from pipeline.bench.measure import Measured
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
+from pipeline.data.conversation import KEPT
 from pipeline.errors import UserError
 from pipeline.prompts.model import Normaliser, PromptedLMM
 
 TASKS = 8
 RATE = 2e-4
 SHARED = 4  # questions about one image in the variants that share it
-VARIANTS = ("reference", "peft", "after_bos", "after_image", "after_image_shared")
+VARIANTS = ("reference", "peft", "after_bos", "after_bos_kept", "after_image", "after_image_shared")
 
 
 class OurStep:
@@ -91,8 +93,8 @@ def bench_step(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the variants on the same weights and samples; ratios are told against `reference` and `peft`.
 
-    Each sample has an image of its own, but in after_image_shared, where `SHARED` samples ask about each image. Raises
-    UserError for a variant that is not known.
+    Each sample has an image of its own, but in after_image_shared, where `SHARED` samples ask about each image; in
+    after_bos_kept the vision tower's features are there already. Raises UserError for a variant that is not known.
     """
     unknown = sorted(set(variants) - set(VARIANTS))
     if unknown:
@@ -114,8 +116,9 @@ def bench_step(
             steps[name] = ReferenceStep(lmm, size, bank, prompt, towers, RATE), single
         elif name == "peft":
             steps[name] = PeftStep(lmm, size), single
-        elif name == "after_bos":
-            steps[name] = OurStep(lmm, size, bank, prompt, "after_bos"), single
+        elif name.startswith("after_bos"):
+            given = _kept(lmm, single) if name.endswith("kept") else single
+            steps[name] = OurStep(lmm, size, bank, prompt, "after_bos"), given
         else:
             steps[name] = OurStep(lmm, size, bank, prompt, "after_image"), shared if name.endswith("shared") else own
     words = lmm.model.get_input_embeddings().weight
@@ -144,6 +147,11 @@ def bench_step(
         "variants": {name: value.to_json(rate) for name, value in measured.items()},
         "ratios": {against: _ratios(measured, against) for against in ("reference", "peft") if against in measured},
     }
+
+
+def _kept(lmm: LMM, batch: Batch) -> Batch:
+    """The batch with what the vision tower makes of its images, as `train.vision_features: kept` reads it."""
+    return dataclasses.replace(batch, images={KEPT: lmm.tower_features(batch.images).half()})
 
 
 def _held(step: Any, frozen: list[Tensor]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.data.conversation import Conversation, Example, ExampleCache
+from pipeline.data.conversation import KEPT, Conversation, Example, ExampleCache
+from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
 from pipeline.data.shards import Keys
@@ -111,21 +112,29 @@ class Examples:
     """Tokenised samples of a `StageData`, the small ones kept in memory.
 
     `sharing` says which samples of a batch share what they begin with (see `Batch.groups`): "none"; "image", those
-    with the same image; "sets", of these those that get the same prompt sets.
+    with the same image; "sets", of these those that get the same prompt sets. With `kept` features the images are
+    neither decoded nor seen by the vision tower.
     """
 
     def __init__(
-        self, data: StageData, conversation: Conversation, sharing: Literal["none", "image", "sets"] = "none"
+        self,
+        data: StageData,
+        conversation: Conversation,
+        sharing: Literal["none", "image", "sets"] = "none",
+        kept: KeptFeatures | None = None,
     ) -> None:
         self.data = data
         self.conversation = conversation
         self.sharing = sharing
+        self.kept = kept
+        # What stands in where a batch has no image.
+        self.blank = conversation.blank if kept is None else {KEPT: kept.blank}
         self._cache = ExampleCache()
 
     def __getitem__(self, index: int) -> Example:
         example = self._cache.get(index)
         if example is None:
-            example = self.conversation.example(self.data[index])
+            example = self.conversation.example(self.data[index], None if self.kept is None else self.kept[index])
             self._cache.put(index, example)
         return example
 
@@ -156,7 +165,7 @@ def collate(
     leaders = range(len(chosen)) if groups is None else [groups.index(group) for group in range(max(groups) + 1)]
     pictured = [chosen[place].images for place in leaders]
     # Every batch has an image, so that all ranks run the vision tower (design.md decision 2).
-    images = [picture for picture in pictured if picture is not None] or [conversation.blank]
+    images = [picture for picture in pictured if picture is not None] or [examples.blank]
     return Batch(
         input_ids=input_ids,
         attention=attention,

@@ -18,6 +18,9 @@ from pipeline.errors import UserError
 CACHE_BYTES = 256 << 20
 # What processors make of an image: pixels, and what some models have to know about them.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
+# In their place, what the vision tower made of the image before (see `kept_features`).
+KEPT = "kept_features"
+PLAIN = Image.new("RGB", (32, 32), (1, 1, 1))
 # LLaVA-1.5's conversation "v1" (after Vicuna 1.1).
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -107,10 +110,13 @@ class Conversation:
                 return found, added[found]
         return tokenizer.eos_token, tokenizer.eos_token_id
 
-    def example(self, sample: Sample) -> Example:
-        """Tokenise one sample; raises UserError when it is too long or its image is damaged."""
+    def example(self, sample: Sample, features: Tensor | None = None) -> Example:
+        """Tokenise one sample; raises UserError when it is too long or its image is damaged.
+
+        With kept `features` [tokens, width] the image is not decoded: any image has as many tokens then.
+        """
         try:
-            picture = sample.picture()
+            picture = sample.picture() if features is None else PLAIN
         except Exception as error:
             raise UserError(
                 f"The image of sample '{sample.id}' cannot be decoded ({error}). "
@@ -125,7 +131,8 @@ class Conversation:
             prompt, images = list(self.tokenizer(text, **options).input_ids), None
         else:
             inputs = self.processor(images=self._pad(picture), text=text, return_tensors="pt", **options)
-            prompt, images = inputs["input_ids"][0].tolist(), image_inputs(inputs)
+            prompt = inputs["input_ids"][0].tolist()
+            images = image_inputs(inputs) if features is None else {KEPT: features[None]}
         if first is not None and prompt[:1] != [self.tokenizer.bos_token_id]:
             prompt = [self.tokenizer.bos_token_id, *prompt]
         answer, learned = self._answer(text, sample.answer), None
@@ -136,8 +143,7 @@ class Conversation:
                 f"Sample '{sample.id}' has {len(prompt) + len(answer)} tokens, more than the {self.max_length} of "
                 "model.max_length. Raise model.max_length or leave the sample out."
             )
-        digest = b"" if sample.image is None else hashlib.blake2b(sample.image, digest_size=16).digest()
-        return Example(sample.id, prompt, answer, images, learned, digest)
+        return Example(sample.id, prompt, answer, images, learned, picture_digest(sample.image))
 
     def _answer(self, prompt: str, answer: str) -> list[int]:
         """Answer tokens as they follow the prompt, with the end token."""
@@ -184,8 +190,7 @@ class Conversation:
 
     def _blank(self) -> dict[str, Tensor]:
         """Stands in where a batch has no image; one crop of it will do, where the model does not count them."""
-        plain = Image.new("RGB", (32, 32), (1, 1, 1))
-        blank = image_inputs(self.processor.image_processor(plain, return_tensors="pt"))
+        blank = image_inputs(self.processor.image_processor(PLAIN, return_tensors="pt"))
         if "image_sizes" in blank or "image_grid_thw" in blank:
             return blank
         return {name: value[:1] for name, value in blank.items()}
@@ -193,6 +198,11 @@ class Conversation:
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens up to the end token."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def picture_digest(image: bytes | None) -> bytes:
+    """Equal for equal image files, empty without one."""
+    return b"" if image is None else hashlib.blake2b(image, digest_size=16).digest()
 
 
 def image_inputs(outputs: Any) -> dict[str, Tensor]:

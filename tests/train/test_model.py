@@ -64,8 +64,9 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(module: PromptedLMM, e
 def test_a_duplicate_of_weight_zero_changes_nothing(module: PromptedLMM, examples: Examples) -> None:
     alone = run(module, parts(examples, [[0, 1]]))
     filled = run(module, [collate(examples, [0, 1, 2], [1.0, 1.0, 0.0], SELECTED)])
-    torch.testing.assert_close(filled[0], alone[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(filled[1], alone[1], atol=1e-6, rtol=0)
+    # The rows are padded to another length, so sums are rounded in another order; losses are about 6.
+    torch.testing.assert_close(filled[0], alone[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(filled[1], alone[1], atol=1e-6, rtol=1e-6)
 
 
 def test_selection_is_per_sample_and_follows_a_shuffled_batch(module: PromptedLMM, examples: Examples) -> None:

@@ -1,0 +1,141 @@
+"""What the vision tower makes of a split's pictures, kept on the disk: training reads it instead of computing it.
+
+A folder beside the split's shards holds `pictures.safetensors` (which picture each sample has), files of features
+(float16, each as one forward pass made it, with a checksum per picture) and, written last, `features.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import replacing, write_synced
+
+FORMAT_VERSION = 1
+PICTURES = 32  # per file, which is one forward pass: computed again it gives the same bits
+DESCRIPTION, NUMBERS = "features.json", "pictures.safetensors"
+NO_PICTURE = -1
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Where the features of one split lie: a folder, and whose features they have to be."""
+
+    folder: Path
+    identity: str  # hash of model, preprocessing and precision
+
+    def file(self, number: int) -> Path:
+        """The features of pictures number * PICTURES and following."""
+        return self.folder / f"features-{number:06d}.safetensors"
+
+    def read_numbers(self, samples: int) -> npt.NDArray[np.int64] | None:
+        """Which picture each of the first `samples` samples has (NO_PICTURE: none); None where that is not known."""
+        try:
+            with safe_open(self.folder / NUMBERS, framework="np") as file:
+                numbers = file.get_tensor("numbers")
+                known = (file.metadata() or {}).get("identity") == self.identity and len(numbers) >= samples
+        except (OSError, SafetensorError):
+            return None
+        return numbers[:samples] if known else None
+
+    def write_numbers(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Keep which picture each sample has, pictures counted in the order in which samples first show them."""
+        with replacing(self.folder / NUMBERS) as temporary:
+            write_synced(temporary, save({"numbers": torch.from_numpy(numbers)}, {"identity": self.identity}))
+
+    def write(self, number: int, features: Tensor) -> None:
+        """Keep the features [n, tokens, width] of one file; raises UserError for what float16 cannot hold."""
+        half = features.to("cpu", torch.float16).contiguous()
+        if not half.isfinite().all():
+            raise UserError(
+                f"The vision tower's features reach {float(features.float().abs().max()):.3g}, which float16 cannot "
+                "hold. Set train.vision_features to computed."
+            )
+        tensors = {"features": half, "checksums": torch.tensor([_checksum(row) for row in half])}
+        with replacing(self.file(number)) as temporary:
+            write_synced(temporary, save(tensors, {"identity": self.identity}))
+
+    def is_whole(self, number: int, pictures: int) -> bool:
+        """Whether a file is there with the features of at least so many pictures: fewer samples may be used now."""
+        try:
+            with safe_open(self.file(number), framework="pt") as file:
+                rows = file.get_slice("features").get_shape()[0]
+                return rows >= pictures and (file.metadata() or {}).get("identity") == self.identity
+        except (OSError, SafetensorError):
+            return False
+
+    def describe(self, pictures: int, shape: Sequence[int]) -> None:
+        """Say, for people, what is kept here."""
+        facts: dict[str, Any] = {"format": FORMAT_VERSION, "identity": self.identity, "pictures": pictures}
+        facts |= {"tokens": shape[0], "width": shape[1], "dtype": "float16", "pictures_per_file": PICTURES}
+        with replacing(self.folder / DESCRIPTION) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def read(self, picture: int) -> Tensor:
+        """The features [tokens, width] of one picture; raises UserError when they are not what was written."""
+        number, row = divmod(picture, PICTURES)
+        try:
+            with safe_open(self.file(number), framework="pt") as file:
+                features = file.get_slice("features")[row]
+                expected = int(file.get_slice("checksums")[row])
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.file(number)} cannot be read ({error}). {self.fix(number)}") from error
+        if _checksum(features) != expected:
+            raise UserError(f"{self.file(number)} was changed since it was written (its CRC-32). {self.fix(number)}")
+        return features
+
+    def fix(self, number: int) -> str:
+        """What to do about a file that is not right."""
+        return f"Remove {self.file(number)} and run the same command again to compute it anew."
+
+
+class KeptFeatures:
+    """Features of the samples of a stage: those of its splits, one after the other."""
+
+    def __init__(self, splits: Sequence[tuple[SplitFeatures, npt.NDArray[np.int64]]], shape: Sequence[int]) -> None:
+        self.splits = splits
+        self.blank = torch.zeros(1, *shape, dtype=torch.float16)  # stands in where a batch has no image
+        self._starts = [0, *accumulate(len(numbers) for _, numbers in splits)]
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        """The features [tokens, width] of a sample, None for one without an image."""
+        part = bisect_right(self._starts, index) - 1
+        split, numbers = self.splits[part]
+        picture = int(numbers[index - self._starts[part]])
+        return None if picture == NO_PICTURE else split.read(picture)
+
+
+def number_pictures(digests: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Number [N] the pictures of samples by the digests of their files (empty: none); also each picture's first sample.
+
+    Fewer samples of the same split have the same numbers, so a longer list only adds to what is kept.
+    """
+    known: dict[bytes, int] = {}
+    firsts: list[int] = []
+    numbers = np.full(len(digests), NO_PICTURE, dtype=np.int64)
+    for sample, digest in enumerate(digests):
+        if not digest:
+            continue
+        if digest not in known:
+            known[digest] = len(firsts)
+            firsts.append(sample)
+        numbers[sample] = known[digest]
+    return numbers, firsts
+
+
+def _checksum(features: Tensor) -> int:
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,156 @@
+"""Computing the vision tower's features of a stage's pictures once, before training needs them every epoch.
+
+The features stand before the projector, so they are the same for a projector that trains. All ranks share the work
+and run the same modules, so that it goes under ZeRO-3 too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import LMM
+from pipeline.data.collate import Samples
+from pipeline.data.conversation import picture_digest
+from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
+from pipeline.distributed import World, gather_objects, on_main, together
+from pipeline.errors import UserError
+from pipeline.watchdog import Watchdog
+
+log = logging.getLogger("pipeline.keep_features")
+FAR = 0.01  # of the largest feature: more than another card or library version rounds differently
+
+
+def keep_features(
+    lmm: LMM,
+    splits: Sequence[tuple[Samples, int, Path]],
+    base_model: str,
+    world: World,
+    watchdog: Watchdog,
+    threads: int = 1,
+) -> KeptFeatures:
+    """The kept features of some splits (samples, how many are used, folder), computed where they are not there yet.
+
+    `base_model` is the fingerprint of the frozen model. What is there is compared with what the tower gives here for
+    the first pictures: other bits are told, features of another model are a UserError.
+    """
+    identity = _identity(lmm, base_model)
+    shape = _tower(lmm, [lmm.conversation.blank["pixel_values"]], world).shape[1:]
+    found = []
+    for samples, count, parent in splits:
+        split = SplitFeatures(parent / f"vision-{identity[:12]}", identity)
+        numbers = on_main(world, lambda split=split, count=count: split.read_numbers(count))  # type: ignore[misc]
+        if numbers is None:
+            numbers = _number(samples, count, world, watchdog)
+            on_main(world, lambda split=split, numbers=numbers: split.write_numbers(numbers))  # type: ignore[misc]
+        _compute(lmm, split, samples, numbers, shape, world, watchdog, threads)
+        found.append((split, numbers))
+    kept = KeptFeatures(found, shape)
+    for (samples, _, _), (split, numbers) in zip(splits, found, strict=True):
+        first = _firsts(numbers)[:PICTURES]
+        if first:
+            together(lambda: _check(lmm, split, samples, first, world))  # noqa: B023 - called at once
+    return kept
+
+
+def _identity(lmm: LMM, base_model: str) -> str:
+    """Hash of everything the features are a function of, beside the picture."""
+    facts = {"model": base_model, "dtype": str(lmm.dtype), "square": lmm.conversation.padded}
+    facts["preprocessing"] = json.loads(lmm.processor.image_processor.to_json_string())
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _number(samples: Samples, count: int, world: World, watchdog: Watchdog) -> npt.NDArray[np.int64]:
+    """Which picture each sample has: every rank looks at its share of the files."""
+    own = []
+    for index in range(world.rank, count, world.size):
+        own.append(picture_digest(samples[index].image))
+        watchdog.progress()
+    digests = [b""] * count
+    for rank, share in enumerate(gather_objects(own)):
+        digests[rank :: world.size] = share
+    return number_pictures(digests)[0]
+
+
+def _firsts(numbers: npt.NDArray[np.int64]) -> list[int]:
+    """The first sample of each picture, in the pictures' order."""
+    pictures, firsts = np.unique(numbers, return_index=True)
+    return firsts[pictures != NO_PICTURE].tolist()
+
+
+def _compute(
+    lmm: LMM,
+    split: SplitFeatures,
+    samples: Samples,
+    numbers: npt.NDArray[np.int64],
+    shape: torch.Size,
+    world: World,
+    watchdog: Watchdog,
+    threads: int,
+) -> None:
+    firsts = _firsts(numbers)
+    files = [firsts[start : start + PICTURES] for start in range(0, len(firsts), PICTURES)]
+    missing = on_main(
+        world, lambda: [number for number, file in enumerate(files) if not split.is_whole(number, len(file))]
+    )
+    if missing:
+        size = sum(len(files[number]) for number in missing) * shape.numel() * torch.float16.itemsize
+        log.info(
+            "computing the vision features of %d pictures, %.1f MB, into %s", len(firsts), size / 1e6, split.folder
+        )
+    for start in range(0, len(missing), world.size):
+        turn = start + world.rank
+        number = missing[turn] if turn < len(missing) else None
+        # A rank that has nothing left runs the tower over a blank: under ZeRO-3 the others wait for it.
+        pixels = together(lambda: _pixels(lmm, samples, [] if number is None else files[number], threads))  # noqa: B023
+        features = _tower(lmm, pixels, world)
+        together(lambda: None if number is None else split.write(number, features))  # noqa: B023 - called at once
+        watchdog.progress()
+    if missing:
+        on_main(world, lambda: split.describe(len(firsts), shape))
+
+
+def _pixels(lmm: LMM, samples: Samples, indices: Sequence[int], threads: int = 1) -> list[Tensor]:
+    """Pixels [1, 3, H, W] of some samples' pictures; of a blank where there are none."""
+    if not indices:
+        return [lmm.conversation.blank["pixel_values"]]
+
+    def pixels(index: int) -> Tensor:
+        images = lmm.conversation.example(samples[index]).images
+        assert images is not None
+        return images["pixel_values"]
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        return list(pool.map(pixels, indices))
+
+
+def _tower(lmm: LMM, pixels: Sequence[Tensor], world: World) -> Tensor:
+    """What the projector would read [n, tokens, width]."""
+    return lmm.tower_features({"pixel_values": torch.cat(list(pixels)).to(world.device)})
+
+
+def _check(lmm: LMM, split: SplitFeatures, samples: Samples, indices: Sequence[int], world: World) -> None:
+    """Compare the first file with what the tower gives now, to the bit."""
+    kept = torch.stack([split.read(picture) for picture in range(len(indices))])
+    now = _tower(lmm, _pixels(lmm, samples, indices), world).to("cpu", torch.float16)
+    if torch.equal(kept, now):
+        return
+    off = float((kept.float() - now.float()).abs().max() / now.float().abs().max().clamp(min=1e-6))
+    if off > FAR:
+        raise UserError(
+            f"The vision features in {split.folder} are not those of this model: they differ by up to {off:.1%} of the "
+            "largest. Remove that folder and run the same command again to compute them anew."
+        )
+    log.warning(
+        "The vision features in %s were computed on another machine or by another version: they differ by up to %.1e "
+        "of the largest from what this one computes.", split.folder, off,
+    )  # fmt: skip
