@@ -163,7 +163,19 @@ def test_three_optimizer_steps(recorded: Recorded, module: PromptedLMM, method: 
     for task, case in recorded.train.items():
         losses, prompt = optimizer_steps(module, method, recorded, examples, task)
         torch.testing.assert_close(losses, case["trajectory"], atol=LOSS, rtol=1e-6)
-        torch.testing.assert_close(prompt, case["prompt_after"], atol=STEPS, rtol=0)
+        worst = ((prompt - case["prompt_after"]).abs() / undetermined(case, recorded.meta["lr"])).max()
+        assert worst <= 1, f"task {task}: the prompt set is off by {worst:.2f} times what float32 leaves undetermined"
+
+
+def undetermined(case: dict[str, Tensor], rate: float) -> Tensor:
+    """How far [L, D] two float32 computations of the same steps may be apart.
+
+    Adam divides each entry's gradient by its own size, so where that is small beside the largest, the error that a
+    gradient may have (GRADIENT of the largest) is as much larger in the entry's steps.
+    """
+    gradient = case["grad.prompt"].abs()
+    share = GRADIENT * gradient.max() / gradient.clamp(min=1e-30)
+    return STEPS + len(case["trajectory"]) * rate * share.clamp(max=2.0)
 
 
 def optimizer_steps(
