@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from pipeline.add_task import TASK_FILE
 from pipeline.checkpoint import write_json
 from pipeline.data.sample import decode_image
 from pipeline.errors import UserError, UserErrors, nearest
+from pipeline.recipe_base import NAME_LETTERS, NAME_PATTERN
 
 COLUMNS = ("image", "question", "answer")
+LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called
 SHOWN_FAULTS = 20
 FEWEST = 4  # samples that can be split
 
@@ -53,8 +56,8 @@ def make_task(
     if metric not in metric_names():
         known = ", ".join(metric_names())
         raise UserError(f"unknown metric '{metric}'; expected one of {known}.{nearest(metric, metric_names())}")
-    if not name or not all(letter.isalnum() or letter in "_.-" for letter in name) or not name[0].isalnum():
-        raise UserError(f"'{name}' cannot name a task; expected letters, digits, _ . - and a letter or digit first.")
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(f"'{name}' cannot name a task; expected {NAME_LETTERS}.")
     target = root / "instructions" / name
     if target.exists():
         raise UserError(f"{target} is there already; choose another name or --root, or remove that folder.")
@@ -82,14 +85,15 @@ def make_task(
     )
     return {
         "task": name, "root": str(root), "train": len(splits["train"]), "test": len(splits["test"]),
-        "answers": len({row.answer for row in rows}), "metric": metric, "sheet": str(sheet),
+        "pictures": len({row.image for row in rows} - {None}), "answers": len({row.answer for row in rows}),
+        "metric": metric, "sheet": str(sheet),
     }  # fmt: skip
 
 
 def _checked(images: Path, table: Path) -> list[Row]:
     """The rows of the table with their images decoded once; UserErrors naming every line that cannot be used."""
     rows, faults = list[Row](), list[str]()
-    hashes: dict[str, str] = {}
+    known: dict[str, tuple[str, str]] = {}  # by the path in the table: the path in the folder, and the hash
     inside = images.resolve()
     for line, record in _records(table):
         where = f"{table}, line {line}"
@@ -98,15 +102,15 @@ def _checked(images: Path, table: Path) -> list[Row]:
         if missing:
             faults.append(f"{where} has no {' and no '.join(missing)}; add it or remove the line.")
             continue
-        image = texts["image"] or None
-        if image is not None and image not in hashes:
-            path = images / image
-            if not path.resolve().is_relative_to(inside):
-                faults.append(f"{where}: the image '{image}' is outside {images}; expected a path inside it.")
-                continue
+        image = texts["image"]
+        if image and image not in known:
             try:
+                path = (images / image).resolve()
+                if not path.is_relative_to(inside):
+                    faults.append(f"{where}: the image '{image}' is outside {images}; expected a path inside it.")
+                    continue
                 encoded = path.read_bytes()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a null byte
                 reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
                 faults.append(f"{where}: the image '{image}' {reason}; expected an image file in {images}.")
                 continue
@@ -118,8 +122,9 @@ def _checked(images: Path, table: Path) -> list[Row]:
                     "the line."
                 )
                 continue
-            hashes[image] = hashlib.sha256(encoded).hexdigest()
-        rows.append(Row(line, image, texts["question"], texts["answer"], hashes.get(image or "", "")))
+            known[image] = (path.relative_to(inside).as_posix(), hashlib.sha256(encoded).hexdigest())
+        place, content = known.get(image, (None, ""))
+        rows.append(Row(line, place, texts["question"], texts["answer"], content))
     if faults:
         more = len(faults) - SHOWN_FAULTS
         raise UserErrors([*faults[:SHOWN_FAULTS], *([f"And {more} more lines."] if more > 0 else [])])
@@ -144,6 +149,7 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise UserError(f"{table}, line {number} is not JSON ({error}); expected one object a line.") from None
             if not isinstance(record, dict):
                 raise UserError(f"{table}, line {number} holds no object; expected {{image, question, answer}}.")
+            _require_image_field(f"{table}, line {number}", list(record))
             yield number, record
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -154,8 +160,27 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{table} has the columns {', '.join(found) or '(none)'}; expected a first line that names image, "
                 f"question and answer.{nearest(column, found)}"
             )
-    for record in reader:
-        yield reader.line_num, record
+    _require_image_field(str(table), found)
+    try:
+        for record in reader:
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise UserError(
+            f"{table}, line {reader.line_num} cannot be read ({error}); expected image, question and answer in CSV. "
+            "Look for a quote that is not closed."
+        ) from None
+
+
+def _require_image_field(where: str, found: list[str]) -> None:
+    """Raise UserError when there is no `image` but a field that is likely to be meant by it."""
+    if "image" in found:
+        return
+    for name in found:
+        if name not in COLUMNS and (nearest("image", [name]) or any(part in name.lower() for part in LIKE_IMAGE)):
+            raise UserError(
+                f"{where} has '{name}' and no image; did you mean image? Rename '{name}' to image, or remove it if the "
+                "questions stand alone."
+            )
 
 
 def _test_rows(rows: list[Row], share: float, seed: int) -> set[Row]:

@@ -14,8 +14,10 @@ from pipeline.files import replacing
 
 PREPARED = "data/{name}"  # where prepared data is unless a recipe says otherwise; {name} is filled in
 
-# A name becomes a folder and a part of MLflow's metric names.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
+# A name becomes a folder and a part of MLflow's metric names, hence the letters and the length.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$"
+NAME_LETTERS = "letters, digits, '_', '-' and '.', a letter or digit first, at most 100"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):

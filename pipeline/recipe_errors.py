@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import nearest
+from pipeline.recipe_base import NAME_LETTERS
 
 EXPECTED = {
     "float": "a number",
@@ -48,7 +49,7 @@ def _one(details: ErrorDetails, root: type[BaseModel]) -> str:
         stop = "" if reason.endswith("?") else "."
         return f"{field}: {'' if isinstance(found, dict | list | tuple) else f'found {found!r}, '}{reason}{stop}"
     if kind == "string_pattern_mismatch":
-        return f"{field}: found {found!r}, expected letters, digits, '_', '-' and '.', a letter or digit first."
+        return f"{field}: found {found!r}, expected {NAME_LETTERS}."
     if kind.startswith(("greater_than", "less_than")):
         wanted = details["msg"].removeprefix("Input should be ")
         return f"{field}: found {found!r}, expected a number {wanted}."

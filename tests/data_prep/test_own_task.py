@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
 from data_prep.sources.coin import read_task
-from pipeline.errors import UserError
+from pipeline.cli import app
+from pipeline.errors import EXIT_OK, UserError
 from tests.tiny_clip import picture
 
 TABLE = ["image,question,answer", *(f"deep/{n % 5}.png,which number is {n}?,number {n}" for n in range(10))]
@@ -96,3 +98,57 @@ def test_a_task_that_is_there_is_not_overwritten(folder: Path) -> None:
     make(folder, TABLE)
     with pytest.raises(UserError, match="is there already"):
         make(folder, TABLE)
+
+
+@pytest.mark.parametrize("column", ["img", "Image", "image_path", "Photo", "filename"])
+def test_a_column_that_is_likely_to_hold_the_pictures_must_be_called_image(folder: Path, column: str) -> None:
+    with pytest.raises(UserError, match=f"has '{column}' and no image; did you mean image"):
+        make(folder, [f"{column},question,answer", *TABLE[1:]])
+
+
+def test_a_field_of_a_record_that_is_likely_to_hold_the_picture_must_be_called_image(folder: Path) -> None:
+    lines = [json.dumps({"Image": f"deep/{n % 5}.png", "question": f"{n}?", "answer": "x"}) for n in range(6)]
+    with pytest.raises(UserError, match="line 1 has 'Image' and no image; did you mean image"):
+        make(folder, lines, "samples.jsonl")
+
+
+def test_other_columns_are_no_hindrance(folder: Path) -> None:
+    made = make(folder, ["question,answer,source", *(f"what is {n}?,{n},a book" for n in range(6))])
+    assert made["pictures"] == 0
+
+
+def test_a_task_without_pictures_is_said_to_have_none(folder: Path) -> None:
+    table, root = folder / "samples.csv", str(folder / "own")
+    table.write_text("question,answer\n" + "".join(f"what is {n}?,{n}\n" for n in range(6)))
+    arguments = ["--images", str(folder / "photos"), "--samples", str(table), "--root", root]
+    done = CliRunner().invoke(app, ["new-task", "Sums", *arguments])
+    assert done.exit_code == EXIT_OK, done.stderr
+    assert "Sums has no pictures" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["Größe", "a b", "-x", "n" * 300, ""])
+def test_a_name_that_a_run_would_refuse_is_refused_at_once(folder: Path, name: str) -> None:
+    (folder / "samples.csv").write_text("\n".join(TABLE))
+    with pytest.raises(UserError, match="cannot name a task; expected letters, digits"):
+        make_task(name, folder / "photos", folder / "samples.csv", folder / "own")
+
+
+def test_copies_of_the_images_stay_in_the_tasks_folder(folder: Path) -> None:
+    lines = [TABLE[0], "deep/../deep/1.png,a?,x", "../photos/deep/2.png,b?,x", f"{folder}/photos/deep/3.png,c?,x",
+             f"../../{folder.name}/photos/deep/0.png,d?,x"]  # fmt: skip
+    make(folder, lines)
+    copies = {str(path.relative_to(folder / "own")) for path in (folder / "own").rglob("*.png")}
+    assert copies == {f"images/Mine/deep/{n}.png" for n in range(4)} | {"sheets/Mine.png"}
+    shown = [s.image for split in ("train", "test") for s in read_task(folder / "own", "Mine", split)]
+    assert len(shown) == 4
+
+
+@pytest.mark.parametrize("path", ["n" * 300 + ".png", "a\0b.png"])
+def test_a_path_that_no_file_can_have_is_a_line_that_cannot_be_used(folder: Path, path: str) -> None:
+    with pytest.raises(UserError, match=r"line 1: the image .* cannot be read"):
+        make(folder, [json.dumps({"image": path, "question": "?", "answer": "x"})] * 2, "samples.jsonl")
+
+
+def test_a_field_that_is_too_long_for_a_table_is_a_sentence(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"line 11 cannot be read .*field larger"):
+        make(folder, [*TABLE, f"deep/1.png,{'long ' * 40_000},x"])
