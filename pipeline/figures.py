@@ -31,6 +31,7 @@ LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key",
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
     "axes.spines.top": False,
     "axes.spines.right": False,

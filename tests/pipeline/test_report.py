@@ -349,3 +349,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         terminal_table([tmp_path])
     with pytest.raises(UserError, match="does not exist"):
         write_report(make_run(tmp_path / "run"), [tmp_path / "missing"])
+
+
+def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / r"run $\frac$"), make_run(tmp_path / "costs $5 to $7")
+    assert r"$\frac$" in write_report(run, [other]).read_text(encoding="utf-8")
