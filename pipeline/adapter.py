@@ -48,7 +48,8 @@ class Meta(BaseModel):
     scores: dict[str, float | None] = {}  # task -> last score in percent
     metrics: dict[str, Any] = {}
     licence: str | None = None
-    sha256: str = ""
+    sha256: str = ""  # of the prompt sets
+    projector_sha256: str = ""  # empty in adapters of earlier versions, and without a trained projector
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,9 @@ def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
     if adapter.projector:
         with replacing(target / PROJECTOR) as temporary:
             save_file({k: v.to(dtype).contiguous() for k, v in adapter.projector.items()}, temporary)
-    meta = adapter.meta.model_copy(update={"sets": pool.names, "sha256": sha256(target / TENSORS)})
+    sums = {"sha256": sha256(target / TENSORS)}
+    sums["projector_sha256"] = sha256(target / PROJECTOR) if adapter.projector else ""
+    meta = adapter.meta.model_copy(update={"sets": pool.names, **sums})
     write_json(target / META, meta.model_dump(mode="json"))
     with replacing(target / CARD) as temporary:
         temporary.write_text(card(meta, tuple(pool.prompts.shape)), encoding="utf-8")
@@ -178,8 +181,9 @@ def read_adapter(folder: Path) -> Adapter:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{folder / META}: {place}: {first['msg']}; export the run again.") from None
-    if not (folder / TENSORS).is_file() or sha256(folder / TENSORS) != meta.sha256:
-        raise UserError(f"{folder / TENSORS} is missing or not the file that {META} describes; export the run again.")
+    for name, sum_ in ((TENSORS, meta.sha256), (PROJECTOR, meta.projector_sha256)):
+        if (name == TENSORS or sum_) and (not (folder / name).is_file() or sha256(folder / name) != sum_):
+            raise UserError(f"{folder / name} is missing or not the file that {META} describes; export the run again.")
     try:
         pool = PromptPool.load(folder / TENSORS)
         projector = load_file(folder / PROJECTOR) if meta.projector == "trained" else {}

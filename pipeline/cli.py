@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import launch
-from pipeline.cli_use import Learned, Then, add_verbs
+from pipeline.cli_use import Clip, Learned, Model, Then, add_verbs
 from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.deepspeed_config import accumulation
 from pipeline.errors import (
@@ -182,12 +182,14 @@ def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
     task: Annotated[str | None, typer.Option(help="For methods that have to be told the task.")] = None,
+    model: Model = None,
+    clip: Clip = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one question with a run's prompt sets and tell which sets were selected."""
     from pipeline.predict import predict as predict_one
 
-    _show(predict_one(run, image, question, task), as_json)
+    _show(predict_one(run, image, question, task, model, clip), as_json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -123,6 +124,8 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
         from data_prep.own_task import make_task
 
         made = make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
+        if not made["pictures"]:
+            typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
         show({**made, "next": f"python -m pipeline add RUN {name} --root {root}"}, as_json)
 
     @app.command()
@@ -169,4 +172,9 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
             tell(effects, "What became of the earlier tasks")
             return {**result, "earlier": list(map(asdict, effects))}
 
-        train(str(run / "config.yaml"), [f"run_dir={run}"], as_json, with_effects)
+        train(str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], as_json, with_effects)
+
+
+def _run_dir(run: Path) -> str:
+    """The folder as the text of a recipe's run_dir: for YAML `2024` is a number, and braces are filled in."""
+    return json.dumps(str(run).replace("{", "{{").replace("}", "}}"), ensure_ascii=False)

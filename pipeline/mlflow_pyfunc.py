@@ -61,7 +61,7 @@ def question(row: dict[str, Any]) -> Question:
         encoded = bytes(image)
     elif not isinstance(image, str) or not image:  # None, or pandas' NaN
         encoded = None
-    elif len(image) < 4096 and Path(image).is_file():
+    elif _is_file(image):
         encoded = read_image(image)
     else:
         try:
@@ -71,6 +71,14 @@ def question(row: dict[str, Any]) -> Question:
                 f"image '{image[:60]}' is neither a file here nor base64; expected a path, bytes or base64 text."
             ) from None
     return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
+
+
+def _is_file(text: str) -> bool:
+    """Whether the text is the path of a file; base64 may hold slashes and be longer than a path can be."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 set_model(AdapterModel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from pipeline.adapter import load_adapter, read_adapter
+from pipeline.adapter import Adapter, load_adapter, read_adapter, write_adapter
 from pipeline.adapter_edit import merge, prune, push
 from pipeline.answering import Answerer
-from pipeline.errors import UserError
+from pipeline.cli import app
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from tests import tiny, tiny_clip
 from tests.adapters import Models, question, save_adapter, save_models
 
@@ -146,3 +151,60 @@ def test_pushing_makes_a_private_repository_unless_told_otherwise(whole: Path, m
     with pytest.raises(UserError, match=r"could not be uploaded to .* expected user/name"):
         monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
         push(whole, "me/sets")
+
+
+def with_projector(whole: Path, target: Path) -> Path:
+    """The adapter with a trained projector."""
+    adapter = read_adapter(whole)
+    meta = adapter.meta.model_copy(update={"projector": "trained"})
+    write_adapter(Adapter(meta, adapter.pool, {"linear_1.weight": torch.ones(2, 2)}), target)
+    return target
+
+
+def test_a_damaged_projector_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = with_projector(whole, tmp_path / "adapter")
+    assert read_adapter(folder).projector.keys() == {"linear_1.weight"}
+    save_file({"linear_1.weight": torch.zeros(2, 2)}, folder / "projector.safetensors")
+    with pytest.raises(UserError, match=r"projector.safetensors is missing or not the file"):
+        read_adapter(folder)
+
+
+def test_an_adapter_from_before_projectors_had_checksums_is_loaded(whole: Path, tmp_path: Path) -> None:
+    folder = with_projector(whole, tmp_path / "adapter")
+    meta = json.loads((folder / "adapter.json").read_text())
+    del meta["projector_sha256"]
+    (folder / "adapter.json").write_text(json.dumps(meta))
+    assert read_adapter(folder).projector.keys() == {"linear_1.weight"}
+
+
+def test_the_card_names_the_given_licence_as_a_hub_reads_it(whole: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(whole)
+    write_adapter(Adapter(adapter.meta.model_copy(update={"licence": "cc-by-4.0"}), adapter.pool), tmp_path / "a")
+    front = (tmp_path / "a" / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(front)["license"] == "cc-by-4.0"
+
+
+def test_predict_takes_models_that_lie_elsewhere(models: Models, whole: Path, tmp_path: Path) -> None:
+    moved = edited(whole, tmp_path / "moved")
+    meta = json.loads((moved / "adapter.json").read_text())
+    meta["model"]["path"], meta["clip"]["path"] = str(tmp_path / "gone"), str(tmp_path / "gone-clip")
+    (moved / "adapter.json").write_text(json.dumps(meta))
+    where = ["--model", str(models.llava), "--clip", str(models.clip)]
+    done = CliRunner().invoke(app, ["predict", str(moved), "--question", "what?", *where, "--json"])
+    assert done.exit_code == EXIT_OK, done.stderr
+    assert "answer" in json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("question", ["", "  "])
+def test_predict_refuses_an_empty_question(whole: Path, question: str) -> None:
+    done = CliRunner().invoke(app, ["predict", str(whole), "--question", question])
+    assert done.exit_code == EXIT_USER and "--question is empty" in done.stderr
+
+
+def test_a_frame_may_hold_pictures_as_base64_that_looks_like_no_path() -> None:
+    from pipeline.mlflow_pyfunc import question as question_in
+
+    for encoded in (b"\xff" * 300, b"\xff" * 6000, bytes(3)):
+        assert question_in({"question": "what?", "image": base64.b64encode(encoded).decode()}).image == encoded
+    with pytest.raises(UserError, match="neither a file here nor base64"):
+        question_in({"question": "what?", "image": "no\0picture.png"})

@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.adapter import load_adapter
+from pipeline.add_task import Addition
 from pipeline.chat import chat
 from pipeline.cli import app
+from pipeline.config import load_recipe
 from pipeline.errors import EXIT_OK, EXIT_USER
 from tests.adapters import question, save_adapter, save_models
 from tests.pipeline.test_report import make_run
@@ -66,3 +68,21 @@ def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.Monke
     assert answers[-1] == answers[-2]  # still about the picture
     errors = [line for line in shown if line.startswith("error:")]
     assert "is not a readable image" in errors[0] and "unknown task 'T7'" in errors[1]
+
+
+@pytest.mark.parametrize("name", ["2024", "x #1", "on", "a: b", "{name}", "Größe"])
+def test_a_task_is_added_to_the_folder_that_was_named_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    addition = Addition(Path(name), load_recipe("nano"), "Mine", is_new=False)
+    monkeypatch.setattr("pipeline.add_task.prepare_addition", lambda *_: addition)
+    trained: list[Path] = []
+    monkeypatch.setattr(
+        "pipeline.cli._sequence",
+        lambda verb, recipe, overrides, *_: trained.append(load_recipe(recipe, overrides).run_path),
+    )
+    done = CliRunner().invoke(app, ["add", name, "Mine"])
+    assert done.exit_code == EXIT_OK, done.output
+    assert trained == [Path(name)]
