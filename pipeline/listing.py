@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from pipeline.config import run_kind
 from pipeline.errors import UserError
+from pipeline.run_contents import BenchmarkState, read_json
 from pipeline.run_folder import read_run
 
 FIGURES = ("last", "average", "forgetting")
@@ -41,7 +41,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             {
                 **row,
                 "method": run.method,
-                "status": state.get("status", "new"),
+                "status": str(state.get("status", "new")),
                 "stages": f"{state.get('stage', 0)}/{len(run.set_names)}",
                 "updated": str(state.get("updated", ""))[:16].replace("T", " "),
                 **{name: metrics.get(name) for name in FIGURES},
@@ -52,8 +52,11 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def benchmark_figures(path: Path) -> dict[str, Any]:
-    """Return method, status and finished units of a benchmark's run; its accuracies are in its own report."""
-    state = json.loads((path / "run.json").read_text("utf-8")) if (path / "run.json").is_file() else {}
+    """Return method, status and finished units of a benchmark's run; its accuracies are in its own report.
+
+    Raises UserError when run.json is damaged.
+    """
+    state = read_json(path / "run.json", BenchmarkState)
     units = f"{state.get('units_done', 0)}/{len(state.get('units', []))}"
     updated = str(state.get("updated", ""))[:16].replace("T", " ")
     return {"method": "benchmark", "status": state.get("status", "new"), "stages": units, "updated": updated}

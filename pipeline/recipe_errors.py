@@ -14,6 +14,7 @@ from pipeline.recipe_base import NAME_LETTERS
 
 EXPECTED = {
     "float": "a number",
+    "dict": "a group of fields",
     "int": "a whole number",
     "bool": "true or false",
     "string": "text",
@@ -26,9 +27,9 @@ EXPECTED = {
 }
 
 
-def sentence(error: ValidationError, root: type[BaseModel]) -> str:
-    """Return one sentence for all that is wrong with a recipe of the class `root`."""
-    return " ".join(_one(details, root) for details in error.errors())
+def sentence(error: ValidationError, root: type[BaseModel], most: int | None = None) -> str:
+    """Return one sentence for all that is wrong with a recipe of the class `root`, or for the first `most` things."""
+    return " ".join(_one(details, root) for details in error.errors()[:most])
 
 
 def _one(details: ErrorDetails, root: type[BaseModel]) -> str:

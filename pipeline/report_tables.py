@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pipeline.run_contents import StageMeta, read_json
 from pipeline.run_folder import RunFolder, Scores
 
 METRIC_TEXTS = {
@@ -106,10 +106,7 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
     for folder in sorted((run.path / "stages").glob("*/")):
         if not (folder / "COMPLETE").is_file():
             continue
-        try:
-            meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            meta = {}
+        meta = read_json(folder / "meta.json", StageMeta)
         # The first line is one step with everything that happens once in it.
         speeds = [line["samples_per_s"] for line in curves.get(folder.name, [])[1:] if "samples_per_s" in line]
         trained, kept = _numbers(folder / "prompts.safetensors")

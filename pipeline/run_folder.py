@@ -12,8 +12,18 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.metrics.continual import after_stage, square, summarise
-
-Scores = list[float | None]
+from pipeline.run_contents import (
+    ConfigFile,
+    Content,
+    LogLine,
+    MatrixFile,
+    PredictionLine,
+    Routing,
+    Scores,
+    StateFile,
+    read_json,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -80,20 +90,26 @@ class RunFolder:
         ]
 
     def losses(self) -> dict[str, list[dict[str, float]]]:
-        """Return the log lines of each stage by the stage folder's name, in step order, every step once."""
+        """Return the log lines of each stage by the stage folder's name, in step order, every step once.
+
+        Raises UserError for a line that is damaged.
+        """
         curves = {}
         for file in sorted((self.path / "stages").glob("*/metrics.jsonl")):
             # A stage that was interrupted and resumed has written some steps twice: the later line is what counted.
-            lines = {line["step"]: line for line in read_lines(file) if isinstance(line.get("step"), int | float)}
+            lines = {line["step"]: line for line in read_lines(file, LogLine)}
             if lines:
                 curves[file.parent.name] = [lines[step] for step in sorted(lines)]
         return curves
 
     def last_predictions(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the prediction lines per task of the last evaluation that wrote any (zero-shot if nothing else)."""
+        """Return the prediction lines per task of the last evaluation that wrote any (zero-shot if nothing else).
+
+        Raises UserError for a line that is damaged.
+        """
         folders = sorted((self.path / "eval").glob("after-*"), reverse=True)
         for folder in [*folders, self.path / "eval" / "zero-shot"]:
-            found = {task: list(read_lines(folder / f"{task}.jsonl")) for task in self.tasks}
+            found = {task: list(read_lines(folder / f"{task}.jsonl", PredictionLine)) for task in self.tasks}
             found = {task: lines for task, lines in found.items() if lines}
             if found:
                 return found
@@ -110,7 +126,9 @@ def read_run(path: Path) -> RunFolder:
             "`python -m pipeline run` wrote (by default under runs/)."
         )
     config = _read_config(path / "config.yaml")
-    matrix = _read_json(path / "matrix.json")
+    matrix = read_json(path / "matrix.json", MatrixFile)
+    routing = matrix.get("routing") or {}
+    require(routing, Routing, f"routing in {path / 'matrix.json'}")
     try:
         tasks = [str(task) for task in matrix.get("tasks") or [t["name"] for t in config["data"]["tasks"]]]
     except (KeyError, TypeError):
@@ -122,7 +140,7 @@ def read_run(path: Path) -> RunFolder:
     except UserError as error:
         raise UserError(f"{path / 'matrix.json'}: {error}") from None
     zero_shot, majority, ahead = (matrix.get(name) or None for name in ("zero_shot", "majority", "ahead"))
-    routing = {name: scores for name, scores in (matrix.get("routing") or {}).items() if isinstance(scores, list)}
+    routing = {name: routing[name] for name in Routing.model_fields if routing.get(name)}
     rows = {"zero_shot": zero_shot, "majority": majority, "ahead": ahead, "accuracy": accuracy[0], **routing}
     for name, scores in rows.items():
         if scores is not None and len(scores) != len(tasks):
@@ -130,33 +148,26 @@ def read_run(path: Path) -> RunFolder:
                 f"{path / 'matrix.json'} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
                 "Evaluate the run again."
             )
-    return RunFolder(path, config, _read_json(path / "run.json"), tasks, accuracy, zero_shot, routing, majority, ahead)
+    state = read_json(path / "run.json", StateFile)
+    return RunFolder(path, config, state, tasks, accuracy, zero_shot, routing, majority, ahead)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a .jsonl file; none when it is missing, and none for a line still being written."""
+def read_lines(path: Path, kind: type[Content]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a .jsonl file; none when it is missing, and none for a line still being written.
+
+    Raises UserError for an object that is not of the kind.
+    """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict):
+                require(record, kind, f"{path}, line {number}")
                 yield record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); evaluate the run again or restore the file.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; evaluate the run again or restore the file.")
-    return content
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,6 +175,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); restore the file.") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    require(content, ConfigFile, str(path))
+    return content

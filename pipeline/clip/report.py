@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.results import results_table
+from pipeline.clip.results import UnitResult, results_json, results_table
 from pipeline.errors import UserError
 from pipeline.files import replacing
+from pipeline.run_contents import BenchmarkState, LogLine, read_json
 from pipeline.run_folder import read_lines
 
 RESULTS = "results.json"
@@ -21,11 +22,11 @@ def read_results(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} has no {RESULTS} yet; evaluate it first with `python -m pipeline evaluate {run}`.")
     try:
-        content = json.loads(path.read_text("utf-8"))
-        content["lines"], content["units"], content["averages"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text("utf-8"))
+        # The means are made of the counts again: what is no number is found here.
+        return results_json(str(found["protocol"]), [UnitResult.from_json(unit) for unit in found["units"]])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); evaluate the run again.") from None
-    return content
 
 
 def write_benchmark_report(run: Path) -> Path:
@@ -58,8 +59,7 @@ def terminal_results(run: Path) -> Any:
 
 
 def _state(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_json(run / "run.json", BenchmarkState)
 
 
 def _by_class(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def _losses(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for unit in content["units"]:
         label = f"{unit['method']}-{unit['dataset']}-s{unit['seed']}"
-        logged = list(read_lines(run / "units" / label / "metrics.jsonl"))
+        logged = list(read_lines(run / "units" / label / "metrics.jsonl", LogLine))
         if logged:
             first, last = logged[0], logged[-1]
             found.append({"label": label, "steps": last["step"], "first": first["loss"], "last": last["loss"]})

@@ -16,7 +16,7 @@ from pipeline.cli import app
 from pipeline.clip.backbone import load_backbone
 from pipeline.clip.checkpoint import classifier_from
 from pipeline.clip.runner import run_benchmark
-from pipeline.errors import EXIT_OK, UserError
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from tests.clip.project import NAMES, make_project, recipe, recipe_file, said, save_dataset, split_file
 
 COOP: dict[str, Any] = {"name": "coop", "options": {"length": 2}, "train": {"augment": "none"}}
@@ -112,3 +112,16 @@ def test_an_unknown_backbone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (config / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     changed = str(recipe_file(folder, COOP, name="resnet", model={"path": str(config)}))
     assert "is a model of type 'resnet'; supported: clip, siglip" in said("check", changed)
+
+
+@pytest.mark.parametrize(
+    "units",
+    [3, [3], [{"method": "a", "dataset": "d", "seed": 1, "groups": {"base": {"right": ["x"], "total": [1]}}}]],
+    ids=["no list", "no unit", "no number"],
+)
+def test_damaged_results_are_a_sentence(tmp_path: Path, units: Any) -> None:
+    (tmp_path / "config.yaml").write_text("kind: clip\n")
+    content = {"protocol": "all_classes", "units": units, "lines": [], "averages": {}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == EXIT_USER and "results.json is damaged" in done.stderr

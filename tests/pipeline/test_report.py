@@ -14,10 +14,12 @@ import yaml
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from data_prep.shards import write_shards
+from pipeline.cli import app
 from pipeline.data.sample import Sample
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.figures import cell_colours
 from pipeline.report import matrix_figure, terminal_table, write_report
 from pipeline.report_predictions import OTHER, OWN, examples, routing_shares, similarity_distributions
@@ -325,6 +327,17 @@ def test_the_numbers_in_cells_stand_out_from_every_background() -> None:
         assert (high + 0.05) / (low + 0.05) >= 4.5, score  # WCAG AA
 
 
+def change(file: str, **fields: Any) -> Any:
+    """Puts wrong things into a file of a run, into the first line where it has many."""
+
+    def damage(run: Path) -> None:
+        first, _, rest = (run / file).read_text().partition("\n") if file.endswith("jsonl") else ("", "", "")
+        whole = yaml.safe_load(first or (run / file).read_text()) | fields
+        (run / file).write_text(json.dumps(whole) + ("\n" + rest if first else ""))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -333,6 +346,23 @@ def test_the_numbers_in_cells_stand_out_from_every_background() -> None:
         (lambda run: run.joinpath("config.yaml").write_text("a: [1"), "is not YAML"),
         (lambda run: run.joinpath("matrix.json").write_text('{"tasks": ["a"], "accuracy": [[1, 2]]}'), "task 2 after"),
         (lambda run: run.joinpath("matrix.json").write_text('{"tasks": ["a", "b"], "accuracy": [[1]]}'), "expected 2"),
+        (change("matrix.json", accuracy=5), "accuracy: found 5, expected a list"),
+        (change("matrix.json", accuracy=[[1.0, "x", None]] * 3), "accuracy.0.1: found 'x', expected a number"),
+        (change("matrix.json", accuracy=[[1.0], [2.0]]), "2 rows for 1 tasks"),
+        (change("matrix.json", zero_shot="none"), "zero_shot: found 'none', expected a list"),
+        (change("matrix.json", routing=[99.0]), "routing: found .* expected a group of fields"),
+        (change("matrix.json", routing={"accuracy": "all"}), "accuracy: found 'all', expected a list"),
+        (change("matrix.json", tasks="colour"), "tasks: found 'colour', expected a list"),
+        (change("run.json", skipped=3), "skipped.*: found 3, expected a list"),
+        (change("run.json", stages=[1]), "stages.0: found 1, expected text"),
+        (change("config.yaml", data=3), "data: found 3, expected a group of fields"),
+        (change("config.yaml", method="modalprompt"), "method: found 'modalprompt', expected a group of fields"),
+        (change("eval/after-03/count.jsonl", score="high"), "line 1: score: found 'high', expected a number"),
+        (change("eval/after-03/count.jsonl", similarity=[0.1, "b"]), "similarity.1: found 'b', expected a number"),
+        (change("eval/after-03/count.jsonl", selected="count"), "selected: found 'count', expected a list"),
+        (change("stages/01-colour/metrics.jsonl", loss="low"), "line 1: loss: found 'low', expected a number"),
+        (change("stages/01-colour/metrics.jsonl", step=None), "step: found None, expected a number"),
+        (change("stages/01-colour/meta.json", seconds="12"), "seconds: found '12', expected a number"),
     ],
 )
 def test_a_damaged_run_is_named(tmp_path: Path, damage: Any, sentence: str) -> None:
@@ -340,6 +370,10 @@ def test_a_damaged_run_is_named(tmp_path: Path, damage: Any, sentence: str) -> N
     damage(run)
     with pytest.raises(UserError, match=sentence):
         write_report(run)
+    shown = CliRunner().invoke(app, ["report", str(run)])
+    assert shown.exit_code == EXIT_USER and "Traceback" not in shown.stderr
+    listed = CliRunner().invoke(app, ["ls", str(tmp_path)])
+    assert listed.exit_code == EXIT_OK, listed.stderr
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,29 @@ def test_runs_are_listed_with_their_key_figures_and_damaged_ones_named(tmp_path:
     assert "is not JSON" in rows["third"]["note"] and "is not JSON" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("matrix.json", {"tasks": ["a"], "accuracy": 5}),
+        ("matrix.json", {"tasks": ["a", "b"], "accuracy": [["x", None], [1.0, 2.0]]}),
+        ("matrix.json", {"tasks": ["a"], "accuracy": [[1.0]], "routing": [1.0]}),
+        ("config.yaml", {"data": 3}),
+        ("config.yaml", {"kind": "clip"}),
+        ("run.json", {"stages": [1]}),
+    ],
+)
+def test_a_run_with_a_file_that_holds_something_else_is_listed_as_damaged(
+    tmp_path: Path, file: str, content: object
+) -> None:
+    make_run(tmp_path / "whole")
+    (make_run(tmp_path / "broken", units=3) / file).write_text(json.dumps(content))
+    done = CliRunner().invoke(app, ["ls", str(tmp_path), "--json"])
+    assert done.exit_code == EXIT_OK, done.stderr
+    rows = {row["run"]: row for row in json.loads(done.stdout.splitlines()[-1])["runs"]}
+    assert rows["broken"]["status"] == "damaged" and "found" in rows["broken"]["note"]
+    assert rows["whole"]["status"] != "damaged"
+
+
 def test_the_list_fits_a_terminal(tmp_path: Path) -> None:
     make_run(tmp_path / "nano-modalprompt-s0", status="done", updated="2026-01-01T10:00:00+00:00", stage=3)
     done = CliRunner().invoke(app, ["ls", str(tmp_path)], env={"COLUMNS": "80"})
