@@ -32,6 +32,7 @@ class Engine:
     """The wrapped model with its optimizer; the same object for ZeRO stages 0, 2 and 3, float32 and bfloat16."""
 
     term_names: tuple[str, ...] = ("loss_lm", "loss_image", "loss_text")
+    counts_tokens = True
     moment_kinds: tuple[str, ...] = ADAM  # what the optimizer remembers of each trainable, by torch's names
 
     def __init__(self, recipe: Recipe, world: World, key_width: int) -> None:

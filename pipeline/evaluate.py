@@ -18,6 +18,7 @@ from pipeline.data.collate import Batch, Examples, StageData, collate_prompts
 from pipeline.data.grouped_order import image_groups
 from pipeline.distributed import World, barrier, gather_objects
 from pipeline.files import replacing
+from pipeline.progress import counted
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.insertion import gather_sets, insert_prompts
 from pipeline.prompts.pool import PromptPool
@@ -51,11 +52,13 @@ def generate_answers(
     max_new_tokens: int,
     batch: int,
     insertion: str = "after_bos",
+    bar: str | None = None,
 ) -> dict[int, str]:
     """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
     samples, which stand where `insertion` says (see `insertion_place`).
 
-    Samples of similar length are generated together. The answers do not depend on how the samples are batched.
+    Samples of similar length are generated together; the answers do not depend on how the samples are batched. `bar`
+    names the bar that a terminal shows.
     """
     device = lmm.model.device
     bank, selected = _used_sets(sets, selected, indices)
@@ -67,7 +70,7 @@ def generate_answers(
     }
     ordered = sorted(indices, key=lambda index: (-lengths[index], index))
     answers: dict[int, str] = {}
-    for part in _batches(examples, ordered, batch):
+    for part in counted(_batches(examples, ordered, batch), len(ordered), bar):
         inputs = collate_prompts(examples, part, selected).to(device)
         answer = generate_once if examples.sharing == "none" else _generate_behind
         generated = answer(lmm, inputs, bank, max_new_tokens, insertion)
@@ -153,7 +156,7 @@ def evaluate_task(
         examples = Examples(test.data, model.conversation, _sharing(model, insertion, share_images))
         mine = generate_answers(
             model, examples, _share_of(missing, examples, world), selected, pool.prompts, test.max_new_tokens, batch,
-            insertion,
+            insertion, f"answering {test.name}" if world.main else None,
         )  # fmt: skip
         for part in gather_objects(mine):
             answers.update(part)

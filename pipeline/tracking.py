@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Recipe
     from pipeline.data.collate import MicroBatches
-    from pipeline.train import Progress
+    from pipeline.progress import Progress
 
 
 DEFAULT_STORE = "mlflow.db"

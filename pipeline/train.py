@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,12 +15,12 @@ from pipeline.config import TrainConfig
 from pipeline.data.collate import counts_of_step
 from pipeline.distributed import World, gather_objects, sum_over_ranks
 from pipeline.errors import Interrupted
+from pipeline.progress import Progress, ProgressLog
 from pipeline.prompts.model import Normaliser
 from pipeline.resume import StepSaver
 from pipeline.stopping import StopFlag
 from pipeline.watchdog import Watchdog
 
-log = logging.getLogger("pipeline.train")
 LAST_GOOD = "last_good.safetensors"
 
 
@@ -33,6 +29,7 @@ class Trained(Protocol):
 
     accumulation: int
     term_names: tuple[str, ...]
+    counts_tokens: bool  # whether its batches count the tokens of answers
 
     def scale_learning_rates(self, factor: float) -> None: ...
 
@@ -60,21 +57,6 @@ class Loader(Protocol):
 
 class DivergedError(Exception):
     """A loss or gradient is not a finite number; the message names the step and its samples."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one line of metrics.jsonl says."""
-
-    step: int
-    loss: float
-    terms: dict[str, float]  # the engine's, by name
-    lr: float
-    samples_per_s: float
-
-    def numbers(self) -> dict[str, float]:
-        """All but the step, by name."""
-        return {"loss": self.loss, **self.terms, "lr": self.lr, "samples_per_s": self.samples_per_s}
 
 
 def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
@@ -118,54 +100,48 @@ def train_stage(
     """
     total, history = batches.steps, []
     loader = loaded_steps(batches, config.workers, start)
-    samples, since = 0.0, time.perf_counter()
-    rate = _Rate(total)
-    for step in range(start, total):
-        if watchdog is not None:
-            watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
-        micro_batches = [batch.to(world.device) for batch in next(loader)]
-        counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
-        normaliser = Normaliser(counts[0], counts[1], scale=float(world.size * engine.accumulation))
-        factor = schedule(config, step, total) if factors is None else factors(step)
-        engine.scale_learning_rates(factor)
-        terms = torch.zeros(len(engine.term_names), device=world.device)
-        for number, batch in enumerate(micro_batches):
-            terms += engine.accumulate(batch, normaliser)
-            if number < len(micro_batches) - 1:
-                engine.step()
-        # One sum tells every rank the same: the losses, whether any is not finite, whether anyone was told to stop, and
-        # whether the state is to be saved.
-        due = saver is not None and saver.is_due(step + 1)
-        agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested), float(due)])])).tolist()
-        losses, (stopping, saving) = agreed[:-2], agreed[-2:]
-        if not all(map(math.isfinite, losses)):
-            _save_last_good(engine, world, folder)
-            raise _diverged(step, micro_batches, not bool(terms.isfinite().all()), folder)
-        engine.step()
-        norm = engine.gradient_norm()
-        if norm is not None and not math.isfinite(norm):
-            raise _diverged(step, micro_batches, True, None)
-        samples += counts[1]
-        if (step + 1) % config.log_every == 0 or step in (0, total - 1):
-            now = time.perf_counter()
-            speed = samples / max(now - since, 1e-9)
-            named = dict(zip(engine.term_names, losses, strict=True))
-            progress = Progress(step + 1, engine.total(losses), named, config.lr_prompt * factor, speed)
-            samples, since = 0.0, now
-            history.append(progress)
-            if world.main:
-                _write(progress, folder, rate.line(progress))
-            if report is not None:
-                report(progress)
-        if step + 1 == total:
-            break  # the stage is finished and its own checkpoint follows; who was told to stop does so after it
-        trouble = saver.save(step + 1) if saver is not None and (stopping or saving) else None
-        if stopping:
-            place = saver.newest_name() if saver is not None else "the stage's start"
-            raise Interrupted(
-                f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} What was "
-                f"finished is kept; run the same command again to go on from {place}."
-            )
+    with ProgressLog(folder, total, world.main, engine.counts_tokens) as shown:
+        for step in range(start, total):
+            if watchdog is not None:
+                watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
+            micro_batches = [batch.to(world.device) for batch in next(loader)]
+            counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
+            normaliser = Normaliser(counts[0], counts[1], scale=float(world.size * engine.accumulation))
+            factor = schedule(config, step, total) if factors is None else factors(step)
+            engine.scale_learning_rates(factor)
+            terms = torch.zeros(len(engine.term_names), device=world.device)
+            for number, batch in enumerate(micro_batches):
+                terms += engine.accumulate(batch, normaliser)
+                if number < len(micro_batches) - 1:
+                    engine.step()
+            # One sum tells every rank the same: the losses, whether any is not finite, whether anyone was told to stop,
+            # and whether the state is to be saved.
+            due = saver is not None and saver.is_due(step + 1)
+            agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested), float(due)])])).tolist()
+            losses, (stopping, saving) = agreed[:-2], agreed[-2:]
+            if not all(map(math.isfinite, losses)):
+                _save_last_good(engine, world, folder)
+                raise _diverged(step, micro_batches, not bool(terms.isfinite().all()), folder)
+            engine.step()
+            norm = engine.gradient_norm()
+            if norm is not None and not math.isfinite(norm):
+                raise _diverged(step, micro_batches, True, None)
+            shown.moved(step + 1, *counts)
+            if (step + 1) % config.log_every == 0 or step in (0, total - 1):
+                named = dict(zip(engine.term_names, losses, strict=True))
+                progress = shown.report(engine.total(losses), named, config.lr_prompt * factor)
+                history.append(progress)
+                if report is not None:
+                    report(progress)
+            if step + 1 == total:
+                break  # the stage is finished and its own checkpoint follows; who was told to stop does so after it
+            trouble = saver.save(step + 1) if saver is not None and (stopping or saving) else None
+            if stopping:
+                place = saver.newest_name() if saver is not None else "the stage's start"
+                raise Interrupted(
+                    f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} What was "
+                    f"finished is kept; run the same command again to go on from {place}."
+                )
     return history
 
 
@@ -198,30 +174,3 @@ def _diverged(step: int, batches: list[Any], mine: bool, folder: Path | None) ->
         f"The {what} of step {step + 1} is not a finite number; its samples are {', '.join(concerned)}.{kept} "
         "Look at these samples, or lower the learning rates in train; what was finished is kept."
     )
-
-
-class _Rate:
-    """Estimates the time that is left, without the first lines (loading, warm-up)."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.first: tuple[int, float] | None = None
-
-    def line(self, progress: Progress) -> str:
-        now = time.perf_counter()
-        if self.first is None:
-            self.first = (progress.step, now)
-        done = progress.step - self.first[0]
-        left = (now - self.first[1]) / done * (self.total - progress.step) if done else float("nan")
-        eta = f"{int(left) // 60}:{int(left) % 60:02d}" if math.isfinite(left) else "-:--"
-        terms = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.terms.items())
-        return (
-            f"step {progress.step}/{self.total}  loss {progress.loss:.4f} ({terms})  lr {progress.lr:.2e}  "
-            f"{progress.samples_per_s:.1f} samples/s  ETA {eta}"
-        )
-
-
-def _write(progress: Progress, folder: Path, line: str) -> None:
-    log.info(line)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": progress.step, **progress.numbers()}) + "\n")

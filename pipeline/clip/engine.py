@@ -27,6 +27,8 @@ class ClipEngine(Engine):
     `averaging` after `start_unit` takes in the trainables at the end of each epoch.
     """
 
+    counts_tokens = False
+
     def __init__(self, module: PromptedCLIP, train: ClipTrainConfig, dtype: str, world: World) -> None:
         # Not the parent's: the model, the optimizer and the groups are others, what is done with them is the same.
         deepspeed = start_deepspeed()

@@ -17,6 +17,7 @@ from pipeline.clip.recipe import ClipRecipe
 from pipeline.clip.runner import run_benchmark
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted
 from pipeline.files import sha256
+from pipeline.progress import SPEEDS
 from tests.clip.project import fields, make_project, recipe, recipe_file
 from tests.processes import torchrun
 from tests.stopping import signal_in_forward
@@ -46,7 +47,7 @@ def unit(run: Path, method: str) -> Path:
 def outcome(run: Path, method: str) -> list[Any]:
     """All that a unit computed: prompts, the log without what depends on the machine's speed, and counts."""
     lines = [json.loads(line) for line in (unit(run, method) / "metrics.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+    kept = [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
     counts = json.loads((unit(run, method) / "result.json").read_text())
     return [sha256(unit(run, method) / "prompts.safetensors"), kept, counts]
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.progress import SPEEDS
+
 LIMIT_S = 600  # a command that takes longer hangs
 STEPS, TASKS = 6, 2
 Sabotage = Callable[[], None]
@@ -175,7 +177,7 @@ def results(recipe: Path) -> dict[str, Any]:
         found[str(path.relative_to(run))] = path.read_bytes()
     for path in sorted(run.glob("stages/*/metrics.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+        kept = [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
         found[str(path.relative_to(run))] = kept
     for path in [*sorted(run.glob("eval/*/*.jsonl")), run / "matrix.json"]:
         found[str(path.relative_to(run))] = path.read_text() if path.is_file() else None

@@ -15,8 +15,8 @@ from pipeline.config import Recipe
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.errors import Interrupted, UserError
+from pipeline.progress import Progress
 from pipeline.tracking import NullTracker, StepNumbers, artifact_location, make_tracker, set_shares, tracking_uri
-from pipeline.train import Progress
 
 CREATE_STORE = """
 import sys
@@ -267,7 +267,8 @@ def test_a_step_tells_its_memory_and_the_shares_since_the_step_before() -> None:
     selected[second, 0] = 1
     nothing: Any = None
     numbers = StepNumbers(MicroBatches(nothing, order, selected, 4, 1, 0, 2), ["colour", "count", "shape"])
-    told = [numbers(Progress(step, 1.0, {"loss_lm": 1.0}, 0.1, 5.0)) for step in (1, 2, 4)]
+    told = [numbers(Progress(step, 1.0, {"loss_lm": 1.0}, 0.1, 5.0, 20.0)) for step in (1, 2, 4)]
+    assert (told[0]["samples_per_s"], told[0]["answer_tokens_per_s"]) == (5.0, 20.0)
     assert [step["routing_share_of_step.colour"] for step in told[:2]] == [25.0, 0.0]
     assert [step["routing_share_of_step.count"] for step in told[:2]] == [0.0, 100.0]
     # Steps 3 and 4 are the second epoch: every sample once.

@@ -16,6 +16,7 @@ import torch
 from pipeline.config import Recipe
 from pipeline.errors import Interrupted
 from pipeline.files import sha256
+from pipeline.progress import SPEEDS
 from pipeline.prompts.model import PromptedLMM
 from pipeline.resume import DamagedError, StepState, newest, read_step, write_step
 from pipeline.sequence import run_sequence
@@ -47,7 +48,7 @@ def learned(recipe: Recipe) -> list[str]:
 def losses(recipe: Recipe, number: int = 2) -> list[dict[str, float]]:
     """The log of a stage without what depends on the machine's speed."""
     lines = [json.loads(line) for line in (stage(recipe, number) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
 
 
 def stopped(recipe: Recipe, step: int = 3, **how: Any) -> Recipe:

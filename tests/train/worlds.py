@@ -19,8 +19,9 @@ from pipeline.distributed import StopFlag, World, close_world, init_world
 from pipeline.engine import Engine, initial_values
 from pipeline.launch import end_as_rank
 from pipeline.methods import make_method
+from pipeline.progress import Progress
 from pipeline.prompts.pool import PromptPool
-from pipeline.train import Progress, train_stage
+from pipeline.train import train_stage
 from tests import tiny
 
 KEY_WIDTH = 12
