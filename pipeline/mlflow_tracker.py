@@ -92,8 +92,7 @@ class MlflowTracker:
             ) from error
         self._parent = run_id
         with self._running(run_id):
-            if is_new:
-                self._describe(state)
+            self._describe(state, is_new)
             yield
 
     @contextmanager
@@ -262,22 +261,38 @@ class MlflowTracker:
                 with self._tolerant("closing a run"):
                     self.client.set_terminated(run_id, status)
 
-    def _describe(self, state: Mapping[str, Any]) -> None:
-        """Log once, when the parent run is new, what the run depends on."""
+    def _describe(self, state: Mapping[str, Any], is_new: bool) -> None:
+        """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
+
+        A parameter cannot change in MLflow: the tag `changed.<name>` holds what it is now.
+        """
         run_id = self._current()
         assert run_id is not None
         with self._tolerant("describing the run"):
-            self._send_params(run_id, flatten(self.recipe.model_dump(mode="json")))
-            facts = provenance.describe(Path(self.recipe.data.prepared), [task.name for task in self.recipe.data.tasks])
-            facts |= {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
+            facts = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
+            facts |= provenance.describe(
+                Path(self.recipe.data.prepared), [task.name for task in self.recipe.data.tasks]
+            )
+            facts |= self._changed_params(run_id)
             for name, value in facts.items():
                 self.client.set_tag(run_id, name, value[:PARAM_CHARS])
             changes = provenance.uncommitted_changes()
-            if changes:
-                self.client.log_text(run_id, changes, "uncommitted.diff")
+            if changes or not is_new:
+                self.client.log_text(run_id, changes or "", "uncommitted.diff")
             config = self.run_path / "config.yaml"
             if config.is_file():
                 self.client.log_artifact(run_id, str(config))
+
+    def _changed_params(self, run_id: str) -> dict[str, str]:
+        """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
+        logged = self.client.get_run(run_id).data
+        values = {key: value[:PARAM_CHARS] for key, value in flatten(self.recipe.model_dump(mode="json")).items()}
+        self._send_params(run_id, {key: value for key, value in values.items() if key not in logged.params})
+        tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
+        for name in logged.tags:
+            if name.startswith("changed.") and name not in tags:
+                self.client.delete_tag(run_id, name)  # it is again as it was
+        return tags
 
     def _send_params(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param

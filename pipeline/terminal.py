@@ -9,7 +9,7 @@ import sys
 from pipeline.progress import IN_BAR
 
 
-class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+class _Lines(logging.StreamHandler):
     """Writes to what sys.stderr is at the moment: a bar takes its place, so that lines go above it."""
 
     def emit(self, record: logging.LogRecord) -> None:

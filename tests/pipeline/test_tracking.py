@@ -2,16 +2,19 @@
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config import Recipe
+from pipeline import provenance
+from pipeline.config import Recipe, TaskConfig
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.errors import Interrupted, UserError
@@ -290,3 +293,98 @@ def test_what_a_run_leaves_is_uploaded_and_an_incomplete_one_is_not_registered(s
     assert files == sorted(f"predictions/{task}.jsonl" for task in TASKS)
     assert {"report.html", "matrix.json"} <= {file.path for file in client.list_artifacts(parent)}
     assert client.search_registered_models() == []
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository that stands for the project, with one commit."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "train.py").write_text("rate = 1\n")
+    (folder / ".gitignore").write_text("*.db\n")
+    git(folder, "init", "--quiet")
+    commit(folder)
+    monkeypatch.setattr(provenance, "_REPOSITORY", folder)
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+    done = subprocess.run(["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def commit(folder: Path) -> str:
+    git(folder, "add", "-A")
+    git(folder, "commit", "--quiet", "--allow-empty", "-m", "a change")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def tracked(recipe: Recipe, run: Path, state: dict[str, Any]) -> Any:
+    """Track a run that does nothing; `state` is what run.json holds of MLflow before and after. Returns the parent."""
+    tracker = make_tracker(recipe, run, rank=0)
+    with tracker.sequence(state):
+        pass
+    state["mlflow"] = tracker.run_ids()
+    assert recipe.tracking.uri is not None
+    return client_of(Path(recipe.tracking.uri.removeprefix("sqlite:///"))).get_run(state["mlflow"]["parent"])
+
+
+def uploaded(run: Any, name: str) -> str:
+    return (Path(run.info.artifact_uri.removeprefix("file://")) / name).read_text()
+
+
+def test_the_parent_run_has_the_commit_and_what_is_not_committed(store: Path, tmp_path: Path, repository: Path) -> None:
+    (repository / "train.py").write_text("rate = 2\n")
+    run = tracked(recipe(store), tmp_path / "small-s0", {})
+    assert run.data.tags["mlflow.source.git.commit"] == git(repository, "rev-parse", "HEAD")
+    assert "-rate = 1\n+rate = 2" in uploaded(run, "uncommitted.diff")
+
+
+def test_the_parent_run_has_the_versions_the_data_and_the_job(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = tmp_path / "data" / "count" / "test"
+    split.mkdir(parents=True)
+    (split / "dataset.json").write_text('{"fingerprint": "abc"}')
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    small = recipe(store)
+    small = small.model_copy(update={"data": small.data.model_copy(update={"prepared": str(tmp_path / "data")})})
+    tags = tracked(small, tmp_path / "small-s0", {}).data.tags
+    for package in ("torch", "transformers", "deepspeed", "webdataset", "safetensors", "numpy"):
+        assert tags[f"version.{package}"] == metadata.version(package)
+    assert tags["version.python"] == platform.python_version()
+    assert tags["data.count.test"] == "abc" and "data.count.train" not in tags
+    assert (tags["slurm_job_id"], tags["slurm_array_task_id"]) == ("17", "3")
+
+
+def test_a_run_that_goes_on_is_described_as_it_is_now(
+    store: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = tmp_path / "small-s0", dict[str, Any](versions={"torch": "0.1"})
+    run.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    (repository / "train.py").write_text("rate = 2\n")
+    (run / "config.yaml").write_text("tasks: two")
+    tracked(recipe(store), run, state)
+    newest = commit(repository)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    (run / "config.yaml").write_text("tasks: three")
+    now = tracked(recipe(store), run, state)
+    assert (now.data.tags["mlflow.source.git.commit"], now.data.tags["slurm_job_id"]) == (newest, "18")
+    assert now.data.tags["version.torch"] == metadata.version("torch")
+    assert (uploaded(now, "config.yaml"), uploaded(now, "uncommitted.diff")) == ("tasks: three", "")
+
+
+def test_a_task_that_was_added_is_among_the_parameters_and_a_changed_one_is_a_tag(store: Path, tmp_path: Path) -> None:
+    first, state = recipe(store), dict[str, Any]()
+    tracked(first, tmp_path / "small-s0", state)
+    data = first.data.model_copy(update={"tasks": (*first.data.tasks, TaskConfig(name="shelf", metric="iou"))})
+    second = first.model_copy(update={"data": data, "method": first.method.model_copy(update={"gate": 0.5})})
+    now = tracked(second, tmp_path / "small-s0", state)
+    assert now.data.params["data.tasks.shelf.metric"] == "iou"
+    assert now.data.tags["changed.data.tasks"] == "colour, count, shelf"
+    assert (now.data.params["method.gate"], now.data.tags["changed.method.gate"]) == ("null", "0.5")
+    again = tracked(first, tmp_path / "small-s0", state)
+    assert not [name for name in again.data.tags if name.startswith("changed.")]
