@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from pipeline import launch
+from pipeline import completion, launch
 from pipeline.cli_use import Clip, Learned, Model, Then, add_verbs
 from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.deepspeed_config import accumulation
@@ -29,7 +29,6 @@ from pipeline.errors import (
     UserError,
     unwritable,
 )
-from pipeline.recipe_file import recipe_names
 from pipeline.stopping import STOP_SIGNALS
 
 Result = dict[str, Any]
@@ -38,10 +37,10 @@ RecipeName = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="Name of a shipped recipe, or path of a YAML file.",
-        autocompletion=lambda incomplete: [name for name in recipe_names() if name.startswith(incomplete)],
+        autocompletion=completion.recipes,
     ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", autocompletion=completion.runs)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
 ]
@@ -194,7 +193,12 @@ def predict(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The run to report, then others to compare.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="The run to report, then others to compare.", autocompletion=completion.runs
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write RUN/report.html (with the other runs beside it) and print the table."""

@@ -10,10 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline import completion
+
 Show = Callable[[dict[str, Any], bool], None]
 Then = Callable[[dict[str, Any]], dict[str, Any]]
 Train = Callable[[str, list[str], bool, Then], None]
-Learned = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.")]
+Learned = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.", autocompletion=completion.runs),
+]
 Model = Annotated[
     str | None, typer.Option(help="Where the frozen multimodal model is on this machine, if not where it was.")
 ]
@@ -130,7 +135,9 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
 
     @app.command()
     def add(
-        run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+        run: Annotated[
+            Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", autocompletion=completion.runs)
+        ],
         task: Annotated[str, typer.Argument(metavar="TASK", help="A task in the folder that --root names.")],
         root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
         gate: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import launch
-from pipeline.cli import app
+from pipeline.cli import app, main
 from pipeline.config import PROJECT, load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted
 
@@ -63,6 +64,45 @@ def test_an_unknown_verb_gets_the_nearest() -> None:
     result = run("rnu", "nano")
     assert result.exit_code == EXIT_USER
     assert "'run'" in result.output
+
+
+def completed(*words: str, folder: Path) -> list[str]:
+    """What bash offers for the last of the words, by the protocol of the script that --install-completion writes."""
+    environment = os.environ | {
+        "PYTHONPATH": str(PROJECT), "_PIPELINE_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["pipeline", *words]), "COMP_CWORD": str(len(words)),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pipeline"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("pre",), ["prepare", "predict"]),
+        (("run", "nano_s"), ["nano_sequential"]),
+        (("check", "nothing"), []),
+        (("report", "runs/a"), ["runs/a1", "runs/a2"]),
+        (("report", "runs/a1", "runs/a2"), ["runs/a2"]),
+        (("chat", "ru"), ["runs/a1", "runs/a2", "runs/b"]),
+        (("add", "elsewhere/"), ["elsewhere/c"]),
+    ],
+    ids=" ".join,
+)
+def test_a_shell_completes_verbs_recipes_and_runs(tmp_path: Path, words: tuple[str, ...], offered: list[str]) -> None:
+    for run in ("runs/a1", "runs/a2", "runs/b", "elsewhere/c"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.yaml").write_text("name: a")
+    (tmp_path / "runs" / "no-run").mkdir()
+    assert completed(*words, folder=tmp_path) == offered
+
+
+def test_the_installed_command_is_the_one_that_completion_asks() -> None:
+    scripts = (PROJECT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].splitlines()
+    command, _, target = scripts[0].replace('"', "").partition(" = ")
+    module, _, function = target.partition(":")
+    assert command == "pipeline" and getattr(importlib.import_module(module), function) is main
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
