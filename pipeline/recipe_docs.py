@@ -16,10 +16,10 @@ from pipeline.recipe_errors import model_in
 
 HEAD = """# Every field of a recipe
 
-Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config.py` and `pipeline/clip/recipe.py`; change it
-there. A recipe may `extends:` another, whose groups it then adds to and whose lists it replaces. On the command line
-`--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of an item by its name. Why a switch exists and what
-it does to numbers is in [switches](switches.md).
+Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config.py` and `pipeline/clip/recipe.py`;
+change it there. A recipe may `extends:` another, whose groups it then adds to and whose lists it replaces. On the
+command line `--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of an item by its name. Why a
+switch exists and what it does to numbers is in [switches](switches.md).
 """
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
