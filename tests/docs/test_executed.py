@@ -18,7 +18,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from data_prep.__main__ import app as data_prep_app
 from pipeline import recipe_file
+from pipeline.bench.__main__ import app as bench
 from pipeline.cli import app
 from pipeline.config import PROJECT
 from tests.docs.test_commands import PAGES, SHOWN, commands
@@ -143,6 +145,18 @@ def test_every_command_is_executed_or_has_a_reason() -> None:
 def test_the_command_does_what_it_says(outcomes: dict[str, tuple[int, str]], command: str) -> None:
     code, output = outcomes[command]
     assert code == 0, output
+
+
+def test_the_benchmark_of_evaluation_takes_a_finished_run(outcomes: dict[str, tuple[int, str]]) -> None:
+    assert outcomes  # the run is there
+    done = CliRunner().invoke(bench, ["evaluate", NANO, "--limit", "2"])
+    assert done.exit_code == 0, done.output
+
+
+def test_prepared_data_is_verified(outcomes: dict[str, tuple[int, str]]) -> None:
+    assert outcomes  # the data is there
+    done = CliRunner().invoke(data_prep_app, ["verify", "data/nano"])
+    assert done.exit_code == 0 and "Colours/test: whole" in done.output, done.output
 
 
 def python_blocks() -> list[tuple[str, str]]:
