@@ -15,6 +15,7 @@ from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import KeysConfig, MethodConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.conversation import Example
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.shards import Keys
 from pipeline.errors import UserError, nearest
@@ -25,6 +26,7 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
 
 BATCH = 16
+TOGETHER = 256  # questions whose pixels are in memory at once
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,21 @@ class Question:
     text: str
     image: bytes | None = None
     task: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A question as the models read it, the encoded image left behind; `pixels` [1, 3, H, W] are CLIP's."""
+
+    text: str
+    task: int  # number of the task
+    example: Example
+    pixels: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return len(self.text) + self.example.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
 
 
 @dataclass(frozen=True)
@@ -125,8 +142,13 @@ class Answerer:
 
         Raises UserError for an image that cannot be read, a missing or unknown task, or a question that is too long.
         """
-        if not questions:
-            return []
+        return [
+            answer
+            for start in range(0, len(questions), TOGETHER)
+            for answer in self._answer(questions[start : start + TOGETHER], max_new_tokens)
+        ]
+
+    def _answer(self, questions: Sequence[Question], max_new_tokens: int | None) -> list[Answer]:
         routed = self.route(questions)
         length = max_new_tokens or self.source.max_new_tokens
         texts = generate_answers(
@@ -161,11 +183,28 @@ class Answerer:
         bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
         return embed_with_sets(self.lmm, batch, bank, self.source.method.insertion)[0][0].cpu()
 
-    def route(self, questions: Sequence[Question]) -> Routed:
+    def tokenise(self, question: Question, number: int = 1) -> Tokenised:
+        """Decode and tokenise a question, which messages call by its number; raises UserError as `answer`.
+
+        The models themselves are not run: questions may be tokenised in several threads.
+        """
+        task = self.source.task_number(question.task)
+        sample = Sample(f"question {number}", question.image, question.text, answer="")
+        try:
+            picture = sample.picture()
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
+        example = self.lmm.conversation.example_of(sample, picture)
+        return Tokenised(question.text, task, example, None if picture is None else self.encoder.pixels([picture]))
+
+    def route(self, questions: Sequence[Question | Tokenised]) -> Routed:
         """Find the sets of each question as for test samples; raises UserError as `answer`."""
-        samples = SampleList(Sample(f"question {n + 1}", q.image, q.text, answer="") for n, q in enumerate(questions))
-        numbers = [self.source.task_number(question.task) for question in questions]
-        keys = self._keys(samples)
+        tokenised = [
+            question if isinstance(question, Tokenised) else self.tokenise(question, number)
+            for number, question in enumerate(questions, start=1)
+        ]
+        numbers = [question.task for question in tokenised]
+        keys = self._keys(tokenised)
         weight = self.source.method.image_weight
         if len(self.pool):
             scores = similarity(keys.image, keys.text, self.pool.prototypes.cpu(), weight, keys.has_image)
@@ -181,7 +220,10 @@ class Answerer:
         selected = torch.full((len(questions), width), NO_SET, dtype=torch.long)
         for place, row in rows.items():
             selected[place, : len(row)] = row
-        return Routed(Examples(StageData([(samples, keys, None)]), self.lmm.conversation), selected, scores)
+        examples = [question.example for question in tokenised]
+        samples = SampleList(Sample(e.id, None, q.text, "") for e, q in zip(examples, tokenised, strict=True))
+        data = StageData([(samples, keys, None)])
+        return Routed(Examples(data, self.lmm.conversation, ready=examples), selected, scores)
 
     def set_names(self, routed: Routed, number: int) -> list[str]:
         """Names of the sets of a routed question, in the order of insertion."""
@@ -192,18 +234,13 @@ class Answerer:
         scores = routed.similarity[number].tolist()
         return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=True)}
 
-    def _keys(self, samples: SampleList) -> Keys:
-        pictures = []
-        for sample in samples:
-            try:
-                pictures.append(sample.picture())
-            except Exception as error:  # Pillow raises many kinds for damaged files
-                raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
-        text = self.encoder.text([sample.question for sample in samples])
-        flags = torch.tensor([picture is not None for picture in pictures])
+    def _keys(self, questions: Sequence[Tokenised]) -> Keys:
+        text = self.encoder.text([question.text for question in questions])
+        pixels = [question.pixels for question in questions if question.pixels is not None]
+        flags = torch.tensor([question.pixels is not None for question in questions])
         image = torch.zeros_like(text)
-        if flags.any():
-            image[flags] = self.encoder.image([picture for picture in pictures if picture is not None])
+        if pixels:
+            image[flags] = self.encoder.image(torch.cat(pixels))
         return Keys(image, text, flags, {})
 
 

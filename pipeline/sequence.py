@@ -179,7 +179,8 @@ class Sequence:
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
         sharing: Literal["image", "none"] = "image" if engine.module.in_two_passes else "none"
-        examples = Examples(data, engine.module.lmm.conversation, sharing, self._kept_features(stage, engine))
+        kept = self._kept_features(stage, engine)
+        examples = Examples(data, engine.module.lmm.conversation, sharing, kept=kept)
         world = self.world
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
         previous = self.pool.prompts[-1] if len(self.pool) else None

@@ -112,8 +112,8 @@ class Examples:
     """Tokenised samples of a `StageData`, the small ones kept in memory.
 
     `sharing` says which samples of a batch share what they begin with (see `Batch.groups`): "none"; "image", those
-    with the same image; "sets", of these those that get the same prompt sets. With `kept` features the images are
-    neither decoded nor seen by the vision tower.
+    with the same image; "sets", of these those that get the same prompt sets. `ready` holds all samples where they are
+    tokenised already. With `kept` features the images are neither decoded nor seen by the vision tower.
     """
 
     def __init__(
@@ -121,9 +121,11 @@ class Examples:
         data: StageData,
         conversation: Conversation,
         sharing: Literal["none", "image", "sets"] = "none",
+        ready: Sequence[Example] | None = None,
         kept: KeptFeatures | None = None,
     ) -> None:
         self.data = data
+        self.ready = ready
         self.conversation = conversation
         self.sharing = sharing
         self.kept = kept
@@ -132,6 +134,8 @@ class Examples:
         self._cache = ExampleCache()
 
     def __getitem__(self, index: int) -> Example:
+        if self.ready is not None:
+            return self.ready[index]
         example = self._cache.get(index)
         if example is None:
             example = self.conversation.example(self.data[index], None if self.kept is None else self.kept[index])

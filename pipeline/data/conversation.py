@@ -50,6 +50,12 @@ class Example:
             return self.answer
         return [token if learn else -100 for token, learn in zip(self.answer, self.learned, strict=True)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        pixels = sum(value.nbytes for value in (self.images or {}).values())
+        return pixels + 36 * (len(self.prompt) + len(self.answer))  # a Python int in a list: 28 + 8 bytes
+
 
 class Conversation:
     """Turns samples into examples with a model's processor.
@@ -122,6 +128,10 @@ class Conversation:
                 f"The image of sample '{sample.id}' cannot be decoded ({error}). "
                 "Mend or remove it and run `python -m pipeline prepare RECIPE` again."
             ) from error
+        return self.example_of(sample, picture, features)
+
+    def example_of(self, sample: Sample, picture: Image.Image | None, features: Tensor | None = None) -> Example:
+        """Tokenise one sample whose image is decoded already; raises UserError when it is too long."""
         text = self.text(sample.question, picture is not None)
         # A template may already begin with the first token, which the tokenizer would add once more.
         first, options = self.tokenizer.bos_token, {}
@@ -232,12 +242,7 @@ class ExampleCache:
 
     def put(self, index: int, example: Example) -> None:
         self._examples[index] = example
-        self.bytes += _size(example)
+        self.bytes += example.nbytes
         while self.bytes > self.limit and self._examples:
             _, oldest = self._examples.popitem(last=False)
-            self.bytes -= _size(oldest)
-
-
-def _size(example: Example) -> int:
-    pixels = sum(value.nbytes for value in (example.images or {}).values())
-    return pixels + 36 * (len(example.prompt) + len(example.answer))  # a Python int in a list: 28 + 8 bytes
+            self.bytes -= oldest.nbytes

@@ -109,7 +109,7 @@ def test_loss_and_gradient_are_those_of_computed_features(lmm: LMM, tmp_path: Pa
     selected = torch.tensor([[n % 2] for n in range(COUNT)])
     found = []
     for kept in (None, keep(lmm, tmp_path)):
-        examples = Examples(data, lmm.conversation, "image" if module.in_two_passes else "none", kept)
+        examples = Examples(data, lmm.conversation, "image" if module.in_two_passes else "none", kept=kept)
         batch = collate(examples, range(COUNT), [1.0] * COUNT, selected)
         assert (KEPT in batch.images) is (kept is not None)
         module.zero_grad()
