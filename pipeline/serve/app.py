@@ -5,37 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
+import logging
+import os
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from pipeline.serve.chat import (
-    BadRequestError,
-    ChatRequest,
-    Limits,
-    chunk,
-    completion,
-    error_body,
-    new_id,
-    prompt_sets,
-    read_chat,
-    usage,
-)
+from pipeline.answering import Tokenised
+from pipeline.errors import UserError
+from pipeline.serve.admission import Budget, Share, read_body, unless_gone
+from pipeline.serve.chat import ChatRequest, Limits, RefusedError, completion, error_body, read_chat, unknown_model
 from pipeline.serve.metrics import Metrics
-from pipeline.serve.worker import FullError, Request, Update, Worker
+from pipeline.serve.reply import EventStream, Reply
+from pipeline.serve.worker import FullError, StoppedError, Update, Worker
 
+logger = logging.getLogger("pipeline.serve")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-STATUS = {"refused": 400, "failed": 500}
+# Images decoded at once. The largest take 50 MB each as pixels, and processor time that the model needs too.
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class Settings:
     api_key: str | None = None
     body_bytes: int = 8 << 20
     body_seconds: float = 20.0  # for the whole body of a request to arrive
+    waiting_bytes: int = 512 << 20  # of all requests together, from their bodies to the beginning of their answers
     limits: Limits = field(default_factory=Limits)
 
 
@@ -55,7 +52,8 @@ class Service:
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self.worker, self.settings = worker, settings
-        self.metrics = Metrics()
+        self.metrics, self.budget = Metrics(), Budget(settings.waiting_bytes)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self.began = int(time.time())
 
     def app(self) -> Starlette:
@@ -65,11 +63,13 @@ class Service:
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             self.worker.start()
             yield
+            self._readers.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.worker.close)
 
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
         ]
@@ -81,46 +81,42 @@ class Service:
             routes=routes,
             lifespan=lifespan,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers={BadRequestError: _refusal, 404: _unknown, 405: _unknown},
+            exception_handlers={RefusedError: _refusal, 404: _unknown, 405: _unknown},
         )
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions"""
         began = time.perf_counter()
+
+        def done(status: int, update: Update) -> None:
+            self.metrics.finished(status, time.perf_counter() - began)
+            self.metrics.sets.update(update.selected if status == 200 else [])
+
         try:
             self._authorise(http)
-            body = await self._body(http)
-            # Image headers and base64 of megabytes take their time, which must not be that of other requests.
-            asked = await asyncio.to_thread(
-                read_chat, body, [self.settings.model], self.worker.answerer.source.max_new_tokens, self.settings.limits
-            )
-            reply = _Reply(self.worker, asked)
-        except BadRequestError as error:
-            self.metrics.finished(error.status, time.perf_counter() - began)
-            raise
-        except FullError:
-            self.metrics.finished(429, time.perf_counter() - began)
-            message = f"{self.worker.queue} requests wait already; ask again in a second."
-            return JSONResponse(error_body(message, "rate_limit_exceeded"), 429, {"retry-after": "1"})
-        if asked.stream:
-            return StreamingResponse(self._events(reply, began), media_type="text/event-stream")
-        with reply:
-            update = await self._last(http, reply)
-        status = STATUS.get(str(update.finish), 200)
-        self._count(status, began, update)
-        if status != 200:
-            return JSONResponse(error_body(str(update.error), _code(status)), status)
-        return JSONResponse(completion(reply.identity, asked.model, update))
+            reply = await self._begin(http)
+            if reply.stream:
+                return EventStream(reply, done)
+            with reply:
+                update = await unless_gone(http, reply.last())
+        except (RefusedError, FullError, StoppedError) as error:
+            refused = self._refused(error)
+            done(refused.status, Update())
+            raise refused from None
+        done(200, update)
+        return JSONResponse(completion(reply.identity, reply.model, update))
 
     async def models(self, http: HttpRequest) -> Response:
         """GET /v1/models"""
         self._authorise(http)
-        pool = self.worker.answerer.pool
-        model = {
-            "id": self.settings.model, "object": "model", "created": self.began, "owned_by": "continual-prompts",
-            "prompt_sets": pool.names,
-        }  # fmt: skip
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """GET /v1/models/MODEL"""
+        self._authorise(http)
+        if http.path_params["model"] != self.settings.model:
+            raise unknown_model(http.path_params["model"], [self.settings.model])
+        return JSONResponse(self._model())
 
     async def health(self, http: HttpRequest) -> Response:
         """GET /health: no key is needed, and nothing but being alive is told."""
@@ -135,131 +131,73 @@ class Service:
         counters = {"tokens_total": worker.tokens, "steps_total": worker.batches}
         return PlainTextResponse(self.metrics.text(gauges, counters), media_type="text/plain; version=0.0.4")
 
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.model, "object": "model", "created": self.began, "owned_by": "continual-prompts",
+            "prompt_sets": self.worker.answerer.pool.names,
+        }  # fmt: skip
+
     def _authorise(self, http: HttpRequest) -> None:
         key = self.settings.api_key
         if key is None:
             return
         kind, _, given = http.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-            raise BadRequestError("the API key is missing or wrong; expected it as Authorization: Bearer KEY.", 401,
-                                  "invalid_api_key")  # fmt: skip
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.strip().encode()):
+            raise RefusedError(
+                "the API key is missing or wrong; expected it as Authorization: Bearer KEY.", 401, "invalid_api_key"
+            )
 
-    async def _body(self, http: HttpRequest) -> bytes:
-        """The request's body, which has to be JSON, small, and there in time."""
-        limit = self.settings.body_bytes
-        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            # Also what keeps pages of other origins in a browser from posting here without being asked first.
-            raise BadRequestError("content-type is not application/json; expected a JSON body.", 415)
-        too_large = BadRequestError(f"the body is too large; expected at most {limit} bytes.", 413)
-        announced = http.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > limit:
-            raise too_large
-
-        async def whole() -> bytes:
-            parts, size = [], 0
-            async for part in http.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-            return b"".join(parts)
-
-        try:
-            return await asyncio.wait_for(whole(), self.settings.body_seconds)
-        except asyncio.TimeoutError:
-            seconds = self.settings.body_seconds
-            raise BadRequestError(f"the body did not arrive within {seconds:g} seconds.", 408, "timeout") from None
-        except ClientDisconnect:
-            raise BadRequestError("the caller left before its request was whole.", 400) from None
-
-    async def _last(self, http: HttpRequest, reply: _Reply) -> Update:
-        """The last update of a reply; a caller who leaves ends it."""
-        while True:
+    async def _begin(self, http: HttpRequest) -> Reply:
+        """The reply to a request, once its first token is there; raises RefusedError, FullError and StoppedError."""
+        self.worker.check()  # before a body is read for nothing
+        with Share(self.budget) as share:
+            reply = Reply(self.worker, *await self._read(http, share))
+            # Only now it is known whether there is an answer, and with it the status of a stream.
             try:
-                update = await asyncio.wait_for(reply.updates.get(), 1.0)
-            except asyncio.TimeoutError:
-                if await http.is_disconnected():
-                    return Update(finish="failed", error="the caller left.")
-                continue
-            if update.finish is not None:
-                return update
+                await unless_gone(http, reply.begun())
+            except BaseException:
+                reply.cancel()
+                raise
+            return reply
 
-    async def _events(self, reply: _Reply, began: float) -> AsyncIterator[str]:
-        """The events of a streamed reply; leaving the generator, as when the caller is gone, ends the request."""
-        identity, model = reply.identity, reply.asked.model
-        sent, update = "", Update(finish="failed", error="the caller left.")
-        with reply:
+    async def _read(self, http: HttpRequest, share: Share) -> tuple[ChatRequest, Tokenised]:
+        """What a request asks, tokenised, `share` holding the bytes it takes; raises RefusedError."""
+        settings, answerer = self.settings, self.worker.answerer
+        body = [await read_body(http, settings.body_bytes, settings.body_seconds, share)]
+
+        def read() -> tuple[ChatRequest, Tokenised]:
+            longest = answerer.source.max_new_tokens
+            asked, question = read_chat(body.pop(), [settings.model], longest, settings.limits)
             try:
-                first = True
-                while True:
-                    update = await reply.updates.get()
-                    if update.error is not None:
-                        yield _event(error_body(update.error, _code(STATUS[str(update.finish)])))
-                        return
-                    if first:
-                        yield _event(
-                            {**chunk(identity, model, {"role": "assistant", "content": ""}),
-                             "prompt_sets": prompt_sets(update)}
-                        )  # fmt: skip
-                        first = False
-                    # A character may need several tokens: until it is whole, its text is not final.
-                    ready = update.text if update.finish else update.text.rstrip("\ufffd")
-                    if ready.startswith(sent) and len(ready) > len(sent):
-                        yield _event(chunk(identity, model, {"content": ready[len(sent) :]}))
-                        sent = ready
-                    if update.finish is not None:
-                        break
-                yield _event(chunk(identity, model, {}, update.finish))
-                if reply.asked.include_usage:
-                    yield _event({**chunk(identity, model, {}), "choices": [], "usage": usage(update)})
-                yield "data: [DONE]\n\n"
-            finally:
-                self._count(STATUS.get(str(update.finish), 200) if update.finish else 499, began, update)
+                return asked, answerer.tokenise(question)
+            except UserError as error:
+                raise RefusedError(str(error)) from None
+            except Exception as error:
+                logger.exception("a request failed")
+                message = f"the request failed ({type(error).__name__})."
+                raise RefusedError(message, 500, "server_error") from error
 
-    def _count(self, status: int, began: float, update: Update) -> None:
-        self.metrics.finished(status, time.perf_counter() - began)
-        if status == 200:
-            self.metrics.sets.update(update.selected)
+        # Large images take their time, which must be neither the event loop's nor the model's.
+        asked, question = await unless_gone(http, asyncio.get_running_loop().run_in_executor(self._readers, read))
+        share.hold(question.nbytes)
+        return asked, question
 
-
-class _Reply:
-    """A request on its way: its updates arrive in the event loop; leaving the block cancels it."""
-
-    def __init__(self, worker: Worker, asked: ChatRequest) -> None:
-        self.asked, self.identity = asked, new_id()
-        self.updates: asyncio.Queue[Update] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(update: Update) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
-                loop.call_soon_threadsafe(self.updates.put_nowait, update)
-
-        self._request = Request(asked.question, asked.longest, tell)
-        worker.submit(self._request)
-
-    def __enter__(self) -> _Reply:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._request.cancelled = True
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _code(status: int) -> str:
-    return "server_error" if status >= 500 else "invalid_request_error"
+    def _refused(self, error: RefusedError | FullError | StoppedError) -> RefusedError:
+        if isinstance(error, FullError):
+            message = f"{self.worker.queue} requests wait already; ask again in a second."
+            return RefusedError(message, 429, "rate_limit_exceeded")
+        return RefusedError(str(error), 503, "server_error") if isinstance(error, StoppedError) else error
 
 
 async def _refusal(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, BadRequestError)
-    # What is left of a refused body is not read: the connection ends instead.
-    headers = {"connection": "close"} if error.status in (408, 413, 415) else None
+    assert isinstance(error, RefusedError)
+    headers = {"retry-after": "1"} if error.status == 429 else {}
+    if error.status in (408, 413, 415):  # what is left of a refused body is not read: the connection ends instead
+        headers["connection"] = "close"
     return JSONResponse(error_body(str(error), error.code), error.status, headers)
 
 
 async def _unknown(http: HttpRequest, error: Exception) -> Response:
-    known = "POST /v1/chat/completions, GET /v1/models, /health or /metrics"
+    known = "POST /v1/chat/completions, GET /v1/models, /v1/models/MODEL, /health or /metrics"
     message = f"{http.method} {http.url.path[:100]} is not known; expected {known}."
     return JSONResponse(error_body(message, "not_found"), getattr(error, "status_code", 404))

@@ -25,12 +25,12 @@ class Metrics:
         for bound in BOUNDS_S:
             self._buckets[bound] += seconds <= bound
 
-    def text(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> str:
+    def text(self, gauges: Mapping[str, int], counters: Mapping[str, int]) -> str:
         """All of it, with the numbers of the worker."""
         lines = []
         for kind, values in (("gauge", gauges), ("counter", counters)):
             for name, value in values.items():
-                lines += [f"# TYPE {PREFIX}{name} {kind}", f"{PREFIX}{name} {value:g}"]
+                lines += [f"# TYPE {PREFIX}{name} {kind}", f"{PREFIX}{name} {value}"]
         lines.append(f"# TYPE {PREFIX}requests_total counter")
         lines += [f'{PREFIX}requests_total{{status="{status}"}} {n}' for status, n in sorted(self.requests.items())]
         lines.append(f"# TYPE {PREFIX}answers_by_set_total counter")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
+from types import FrameType
 
 from pipeline.errors import UserError
 
 KEY_VARIABLE = "PIPELINE_API_KEY"
 KEEP_ALIVE_S = 15
 GRACE_S = 10
+TOLD_S = 3  # for those who are told that the server stops to hear it
 CONNECTIONS = 1024
 
 
@@ -48,7 +51,7 @@ def serve(
     from pipeline.serve.connection import ImpatientProtocol
     from pipeline.serve.worker import Worker
 
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = os.environ.get(KEY_VARIABLE, "").strip() or None
     if host not in LOOPBACK and key is None:
         raise UserError(
             f"--host {host} lets other machines ask, and there is no key; set {KEY_VARIABLE} to one that clients have "
@@ -57,7 +60,8 @@ def serve(
     listener = _listen(host, port)
     worker = Worker(Answerer(source_of(path, model, clip)), batch, queue)
     limits = Limits(image_pixels=max_pixels, tokens=max_tokens)
-    settings = Settings(name or path.resolve().name, host, key, max_body, limits=limits)
+    waiting = max(Settings.waiting_bytes, 2 * max_body)
+    settings = Settings(name or path.resolve().name, host, key, max_body, waiting_bytes=waiting, limits=limits)
     config = uvicorn.Config(
         Service(worker, settings).app(),
         http=ImpatientProtocol,
@@ -65,7 +69,7 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=GRACE_S + TOLD_S,
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=64 << 10,
     )
@@ -73,7 +77,17 @@ def serve(
     port = listener.getsockname()[1]
     listener.listen(CONNECTIONS)  # before it is announced: who connects at once waits and is not refused
     sets = len(worker.answerer.pool)
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        """Ends what is still being answered after its time with a sentence, where uvicorn would drop it."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            late = threading.Timer(GRACE_S, worker.close)
+            late.daemon = True
+            late.start()
+
+    server = Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Until uvicorn listens to these itself. It stops on them and then raises them once more: to be told to stop is
         # no failure.

@@ -9,15 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.answering import Answerer, Question
+from pipeline.answering import Answerer, Question, Tokenised
 from pipeline.errors import UserError
 from pipeline.serve.decoder import Running, RunningBatch
 
 logger = logging.getLogger("pipeline.serve")
-
-
-class FullError(Exception):
-    """As many requests wait as may."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Update:
     """What a request is told: the answer so far, and at its end why it ended; or what was wrong with it."""
 
     text: str = ""
-    finish: str | None = None  # "stop", "length", "refused" (error is the user's to mend) or "failed"
+    finish: str | None = None  # "stop", "length", "refused" (error is the user's to mend), "failed" or "stopped"
     error: str | None = None
     selected: list[str] = field(default_factory=list)
     similarity: dict[str, float] = field(default_factory=dict)
@@ -33,11 +29,26 @@ class Update:
     completion_tokens: int = 0
 
 
+STOPPING = Update(finish="stopped", error="the server is stopping; ask again later.")
+STOPPED = Update(finish="stopped", error="the model has stopped after a failure; the server has to be started again.")
+
+
+class FullError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppedError(Exception):
+    """Nothing is answered any more; the message says why."""
+
+
 @dataclass(eq=False)
 class Request:
-    """One question with who wants to hear of its answer; `tell` is called from the model's thread."""
+    """One question with who wants to hear of its answer; `tell` is called from the model's thread.
 
-    question: Question
+    A question that is not tokenised yet is tokenised there too. Once the answer has begun, `question` is None.
+    """
+
+    question: Question | Tokenised | None
     longest: int
     tell: Callable[[Update], None]
     cancelled: bool = False
@@ -58,6 +69,7 @@ class Worker:
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._ended: Update | None = None  # what is told once nothing is answered any more
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
@@ -74,20 +86,33 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive()
+        return self._ended is None and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
         """Requests that are not in the batch yet."""
         return len(self._waiting)
 
+    def check(self) -> None:
+        """Raise what `submit` would: FullError when the queue is full, StoppedError when nothing is answered."""
+        if self._ended is not None:
+            raise StoppedError(self._ended.error)
+        if len(self._waiting) >= self.queue:
+            raise FullError
+
     def submit(self, request: Request) -> None:
-        """Put a request into the queue; FullError when it is full."""
+        """Put a request into the queue; raises FullError and StoppedError."""
         with self._changed:
-            if len(self._waiting) >= self.queue:
-                raise FullError
+            self.check()
             self._waiting.append(request)
             self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request: it leaves the queue at once, or the batch with the next token."""
+        with self._changed:
+            request.cancelled = True
+            if request in self._waiting:
+                self._waiting.remove(request)
 
     def _run(self) -> None:
         try:
@@ -102,24 +127,26 @@ class Worker:
                 self._turn(joining)
         finally:
             with self._changed:
+                self._ended = STOPPING if self._closing else STOPPED
                 left = [*self._waiting, *(row.key for row in self.running.rows)]
                 self._waiting.clear()
             for request in left:
-                request.tell(Update(finish="failed", error="the server is stopping; ask again later."))
+                request.tell(self._ended)
 
     def _turn(self, joining: list[Request]) -> None:
         """One step of the batch, and the beginning of those that join it."""
-        self.running.drop({row.key for row in self.running.rows if row.key.cancelled})
         try:
+            self.running.drop({row.key for row in self.running.rows if row.key.cancelled})
             if self.running.rows:
                 self._tell(self.running.step())
             self._join([request for request in joining if not request.cancelled])
         except Exception as error:  # a bug must not end the service for everybody to come
             logger.exception("a batch failed")
             failed = {row.key for row in self.running.rows} | set(joining)
-            self.running = RunningBatch(self.answerer)
             for request in failed:
                 request.tell(Update(finish="failed", error=f"the model failed ({type(error).__name__})."))
+            # Where this fails too, as on a GPU that is lost, the thread ends and no more requests are taken.
+            self.running = RunningBatch(self.answerer)
             time.sleep(0.1)
 
     def _join(self, requests: list[Request]) -> None:
@@ -127,7 +154,7 @@ class Worker:
         if not requests:
             return
         try:
-            routed = self.answerer.route([request.question for request in requests])
+            routed = self.answerer.route([request.question for request in requests if request.question is not None])
             for number in range(len(requests)):  # tokenises, and finds questions that are too long
                 routed.examples[number]
         except Exception as error:
@@ -145,6 +172,8 @@ class Worker:
             request.similarity = self.answerer.similarities(routed, number)
         began = [Running(request, request.longest) for request in requests]
         self.running.join(routed, began)
+        for request in requests:
+            request.question = None  # its pixels are not needed any more
         self._tell(began)
 
     def _tell(self, rows: list[Running]) -> None:

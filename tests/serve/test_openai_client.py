@@ -78,6 +78,13 @@ def test_the_last_question_of_a_conversation_is_about_its_latest_image(served: S
 def test_the_model_is_listed_with_its_sets(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.model_dump()["prompt_sets"]) == ("tiny-adapter", ["T0", "T1", "T2"])
+    assert client.models.retrieve("tiny-adapter") == model
+
+
+def test_a_model_that_is_not_served_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny-adapter'") as error:
+        client.models.retrieve("owner/tiny-adaptr")
+    assert error.value.code == "model_not_found"
 
 
 def test_two_hundred_clients_at_once_all_get_their_own_answer(served: Served) -> None:
@@ -250,8 +257,23 @@ def test_who_is_told_to_stop_as_soon_as_it_listens_stops(adapter: Path) -> None:
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
+def test_a_caller_who_left_does_not_hold_up_the_end(adapter: Path) -> None:
+    process = start(adapter, "--max-tokens", "4000")
+    url = address_of(process)
+    body = {"model": "tiny-adapter", "messages": messages(question(0)), "max_tokens": 4000}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(request, timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(8) == 0
+    assert process.stderr is not None and "graceful shutdown exceeded" not in process.stderr.read()
+
+
 def test_with_a_key_only_its_holders_are_answered(adapter: Path) -> None:
-    process = start(adapter, PIPELINE_API_KEY="open sesame")
+    process = start(adapter, PIPELINE_API_KEY="open sesame \n")
     try:
         url = address_of(process)
         with pytest.raises(openai.AuthenticationError, match="API key"):

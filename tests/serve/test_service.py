@@ -1,10 +1,9 @@
-"""The service's parts in this process: batches that change at every token, the queue, slow bodies, what is refused."""
+"""The service's parts in this process: batches that change at every token, the queue, what fails, who may listen."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from pipeline.cli import app
 from pipeline.errors import EXIT_USER
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.decoder import Running, RunningBatch
-from pipeline.serve.worker import FullError, Request, Update, Worker
+from pipeline.serve.worker import FullError, Request, StoppedError, Update, Worker
 from tests.adapters import question
+from tests.serve.asgi import Caller, chat, post
 
 
 def test_answers_do_not_depend_on_who_joins_or_leaves_the_batch(answerer: Answerer) -> None:
@@ -50,16 +50,6 @@ def test_a_full_queue_is_said_and_not_waited_for(answerer: Answerer) -> None:
     worker.submit(Request(question(0), 1, lambda update: None))
     with pytest.raises(FullError):
         worker.submit(Request(question(0), 1, lambda update: None))
-    status, body = asyncio.run(post(Service(worker, Settings("m")), [chat_body()]))
-    assert status == 429
-    assert "ask again" in json.loads(body)["error"]["message"]
-
-
-def test_a_body_that_does_not_arrive_in_time_is_given_up(answerer: Answerer) -> None:
-    service = Service(Worker(answerer, 2, 2), Settings("m", body_seconds=0.2))
-    status, body = asyncio.run(post(service, [b'{"model"', None]))
-    assert status == 408
-    assert "did not arrive within 0.2 seconds" in json.loads(body)["error"]["message"]
 
 
 def test_a_failing_batch_is_told_and_the_next_one_is_answered(
@@ -84,6 +74,38 @@ def test_a_request_that_breaks_something_breaks_it_for_itself_alone(answerer: An
     worker._turn([Request(half_a_character, 6, told.append), Request(question(1), 6, others.append)])
     assert (told[0].finish, len(worker.running.rows)) == ("failed", 1)
     assert others[0].error is None
+
+
+def test_a_model_that_cannot_go_on_tells_everybody_and_takes_nobody_any_more(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, failed, waiting = Worker(answerer, batch=1, queue=4), list[Update](), list[Update]()
+    worker.submit(Request(question(0), 6, failed.append))
+    worker.submit(Request(question(0), 6, waiting.append))
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(RunningBatch, "join", broken)
+    monkeypatch.setattr(RunningBatch, "__init__", broken)
+    with pytest.raises(RuntimeError, match="device lost"):
+        worker._run()
+    assert failed[0].error == "the model failed (RuntimeError)."
+    assert waiting[0].finish == "stopped"
+    with pytest.raises(StoppedError, match="started again"):
+        worker.submit(Request(question(0), 6, failed.append))
+    service = Service(worker, Settings("m"))
+    refused = post(service, chat())
+    assert (refused.status, "started again" in refused.error) == (503, True)
+    assert asyncio.run(Caller([]).call(service, "/health", "GET")).status == 503
+
+
+def test_a_worker_that_has_stopped_is_not_alive_whatever_its_thread_still_does(answerer: Answerer) -> None:
+    worker = Worker(answerer, 2, 4)
+    worker.start()
+    assert worker.alive
+    worker.close()
+    assert not worker.alive
 
 
 def test_stopping_tells_those_who_wait(answerer: Answerer) -> None:
@@ -114,29 +136,3 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(adapter: Path) -> None:
         done = CliRunner().invoke(app, ["serve", str(adapter), "--port", str(taken.getsockname()[1])])
     assert done.exit_code == EXIT_USER
     assert "choose another --port" in done.stderr
-
-
-def chat_body() -> bytes:
-    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "what?"}]}).encode()
-
-
-async def post(service: Service, parts: list[bytes | None]) -> tuple[int, bytes]:
-    """Status and body of a chat request whose body comes in these parts; None: nothing comes any more."""
-    scope: dict[str, Any] = {
-        "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "http_version": "1.1",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80), "scheme": "http", "root_path": "",
-    }  # fmt: skip
-    left, sent = list(parts), list[dict[str, Any]]()
-
-    async def receive() -> dict[str, Any]:
-        part = left.pop(0) if left else None
-        if part is None:
-            await asyncio.sleep(30)
-        return {"type": "http.request", "body": part, "more_body": bool(left)}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await service.app()(scope, receive, send)
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)

@@ -1,0 +1,147 @@
+"""A reply in the making: the updates of the model's thread in the event loop, and the events of a streamed one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from itertools import takewhile
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pipeline.answering import Tokenised
+from pipeline.serve.chat import ChatRequest, RefusedError, chunk, error_body, new_id, prompt_sets, usage
+from pipeline.serve.worker import Request, Update, Worker
+
+STATUS = {"refused": 400, "failed": 500, "stopped": 503}
+# A proxy that buffers or keeps events would make one piece of a stream.
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+JOINED = 3  # most characters behind a space that tokenizers tidying up spaces join with what precedes it: " n't"
+
+
+class Reply:
+    """A request on its way to its answer; leaving the block cancels it."""
+
+    def __init__(self, worker: Worker, asked: ChatRequest, question: Tokenised) -> None:
+        """Submit the question; raises FullError and StoppedError."""
+        self.identity, self.model = new_id(), asked.model
+        self.stream, self.include_usage = asked.stream, asked.include_usage
+        self._worker, self._latest, self._changed = worker, Update(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def tell(update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
+                loop.call_soon_threadsafe(self._take, update)
+
+        self._request = Request(question, asked.longest, tell)
+        worker.submit(self._request)
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._worker.cancel(self._request)
+
+    async def begun(self) -> None:
+        """Wait for the first token; raises RefusedError when there is none."""
+        await self._changed.wait()
+        checked(self._latest)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """The answer so far, again and again up to its end; of what nobody waited for only the latest.
+
+        Raises RefusedError when the answer fails.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            update = checked(self._latest)
+            yield update
+            if update.finish is not None:
+                return
+
+    async def last(self) -> Update:
+        """The whole answer; raises RefusedError when it fails."""
+        update = Update()
+        async for update in self.updates():  # noqa: B007
+            pass
+        return update
+
+    def _take(self, update: Update) -> None:
+        if self._latest.finish is None:
+            self._latest = update
+            self._changed.set()
+
+
+def checked(update: Update) -> Update:
+    """The update, unless it tells of an error: that is raised as RefusedError."""
+    if update.error is not None:
+        status = STATUS[str(update.finish)]
+        raise RefusedError(update.error, status, "server_error" if status >= 500 else "invalid_request_error")
+    return update
+
+
+class EventStream(StreamingResponse):
+    """A streamed reply whose answer has begun; `done` is told how it ended, once, even when the caller left."""
+
+    def __init__(self, reply: Reply, done: Callable[[int, Update], None]) -> None:
+        super().__init__(self._events(), headers=HEADERS, media_type="text/event-stream")
+        self._reply, self._done = reply, done
+        self._status, self._update = 499, Update()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._reply:
+                await super().__call__(scope, receive, send)
+        finally:
+            self._done(self._status, self._update)
+
+    async def _events(self) -> AsyncIterator[str]:
+        reply, sent = self._reply, ""
+        identity, model = reply.identity, reply.model
+        opening = chunk(identity, model, {"role": "assistant", "content": ""})
+        try:
+            async for update in reply.updates():
+                if not self._update.completion_tokens:
+                    yield _event({**opening, "prompt_sets": prompt_sets(update)})
+                self._update = update
+                piece = following(sent, update)
+                if piece:
+                    yield _event(chunk(identity, model, {"content": piece}))
+                    sent += piece
+        except RefusedError as error:
+            self._status = error.status
+            yield _event(error_body(str(error), error.code))
+        else:
+            self._status = 200
+            yield _event(chunk(identity, model, {}, self._update.finish))
+            if reply.include_usage:
+                yield _event({**chunk(identity, model, {}), "choices": [], "usage": usage(self._update)})
+        yield "data: [DONE]\n\n"
+
+
+def following(sent: str, update: Update) -> str:
+    """What can be sent of the answer so far, `sent` being out: only what further tokens leave as it is.
+
+    The end of an answer gives all that is missing of it, should an earlier character have changed all the same.
+    """
+    text = update.text
+    if update.finish is not None:
+        equal = takewhile(lambda pair: pair[0] == pair[1], zip(sent, text, strict=False))
+        return text[len(list(equal)) :]
+    text = text.rstrip("\ufffd")  # a character may need several tokens
+    space = text.rfind(" ")
+    if space >= 0 and len(text) - space - 1 <= JOINED:
+        text = text[:space]
+    return text[len(sent) :] if text.startswith(sent) else ""
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
