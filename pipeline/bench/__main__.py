@@ -125,6 +125,19 @@ def clip(
 
 
 @app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or an exported adapter.")],
+    clients: Annotated[int, typer.Option(min=1, max=128, help="Threads that ask at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=2, max=10_000, help="Questions in all.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """The service as a process on loopback under load, against the same questions one by one."""
+    from pipeline.bench.serve import bench_serve
+
+    show(bench_serve(folder, clients, requests), as_json)
+
+
+@app.command()
 def gpu(
     size: SizeName = "7b",
     samples: Annotated[int, typer.Option(min=4, help="Samples per training step.")] = 8,

@@ -18,7 +18,7 @@ def write_noise(folder: Path, samples: int, shard_samples: int = 500) -> Path:
     """Write shards and index of so many samples with a JPEG of about 150 kB each, all different; returns `folder`."""
     from data_prep.shards import write_shards
 
-    pictures = [_jpeg(number) for number in range(min(samples, DRAWN))]
+    pictures = [draw_jpeg(number) for number in range(min(samples, DRAWN))]
 
     def read(start: int) -> list[Sample]:
         return [
@@ -30,7 +30,8 @@ def write_noise(folder: Path, samples: int, shard_samples: int = 500) -> Path:
     return folder
 
 
-def _jpeg(seed: int) -> bytes:
+def draw_jpeg(seed: int) -> bytes:
+    """A photograph of noise of about 150 kB, another one for every seed."""
     # Coarse noise under fine noise compresses about as well as a photograph.
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 200, (HEIGHT // 32, WIDTH // 32, 3), dtype=np.uint8)

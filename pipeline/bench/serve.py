@@ -1,0 +1,166 @@
+"""The service under load: many clients of a real process on loopback, against the same questions one by one here."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.adapter import load_adapter
+from pipeline.answering import Answerer, Question
+from pipeline.bench import measure
+from pipeline.bench.noise import draw_jpeg
+from pipeline.config import PROJECT
+from pipeline.errors import UserError
+from pipeline.methods import make_method
+from pipeline.serve.server import KEY_VARIABLE
+
+MODEL = "bench"
+TIMEOUT_S = 300.0  # for one request
+STOP_S = 30.0  # for the service to end
+ROUNDS = 4
+PICTURES = 16  # different ones; the questions about them differ all
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one way of asking gave in one round: answers in the order of the questions, and how long each took."""
+
+    answers: list[str]
+    latencies: list[float]
+    seconds: float
+
+
+def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[str, Any]:
+    """Ask the service of a run or an adapter `requests` questions from `clients` threads, and `predict` one by one.
+
+    Every other question is about a photograph of noise. Both take turns in up to four rounds, the one waiting while the
+    other is measured; the ratio is the median over them. Raises UserError for a folder that cannot be served.
+    """
+    answerer = load_adapter(folder)
+    needs_task = make_method(answerer.source.method).needs_task
+    task = answerer.pool.names[0] if needs_task else None
+    pictures = [draw_jpeg(number) for number in range(PICTURES)]
+    questions = [
+        Question(f"What is in picture {number}?", None if number % 2 else pictures[number // 2 % PICTURES], task)
+        for number in range(requests)
+    ]
+    with _service(folder) as port:
+        answerer.answer(questions[:2])  # warms up
+        _ask_service(port, questions[:2], 1)
+        rounds = list[tuple[_Asked, _Asked]]()
+        for part in np.array_split(range(requests), max(1, min(ROUNDS, requests // clients))):
+            asked = [questions[number] for number in part]
+            rounds.append((_ask_here(answerer, asked), _ask_service(port, asked, clients)))
+            alone, together = rounds[-1]
+            measure.tell(f"{len(asked)} questions: one by one {alone.seconds:.1f} s, service {together.seconds:.1f} s")
+    same = sum(
+        one == other for alone, together in rounds for one, other in zip(alone.answers, together.answers, strict=True)
+    )
+    ratio = statistics.median(alone.seconds / together.seconds for alone, together in rounds)
+    return {
+        "folder": folder.name,
+        "clients": clients,
+        "requests": requests,
+        "machine": measure.machine(answerer.lmm.model.device.type),
+        "variants": {
+            name: _numbers(found)
+            for name, found in zip(("one by one", "service"), zip(*rounds, strict=True), strict=True)
+        },
+        "ratios": {"one by one": {"service": {"requests_per_s": round(ratio, 2)}}},
+        "same_answers": round(same / requests, 4),
+    }
+
+
+@contextmanager
+def _service(folder: Path) -> Iterator[int]:
+    """Port on loopback at which a service of its own process listens until the block is left."""
+    command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL]
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()  # comes when it listens, or empty when it ends
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        if found is None:
+            raise UserError(f"The service of '{folder}' did not start ({line.strip() or 'no output'}); see above why.")
+        yield int(found.group(1))
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _ask_here(answerer: Answerer, questions: Sequence[Question]) -> _Asked:
+    """All questions one by one, as `predict` answers one."""
+    began, answers, latencies = time.perf_counter(), list[str](), list[float]()
+    for question in questions:
+        before = time.perf_counter()
+        answers.append(answerer.answer([question])[0].text)
+        latencies.append(time.perf_counter() - before)
+    return _Asked(answers, latencies, time.perf_counter() - began)
+
+
+def _ask_service(port: int, questions: Sequence[Question], clients: int) -> _Asked:
+    """All questions from so many threads, each with one connection and the next question when it has its answer."""
+    answers, latencies = [""] * len(questions), [0.0] * len(questions)
+
+    def client(first: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        for number in range(first, len(questions), clients):
+            before = time.perf_counter()
+            connection.request(
+                "POST", "/v1/chat/completions", _body(questions[number]), {"Content-Type": "application/json"}
+            )
+            reply = connection.getresponse()
+            content = reply.read()
+            if reply.status != 200:
+                raise RuntimeError(f"The service replied {reply.status} to question {number + 1}: {content[:500]!r}")
+            answers[number] = json.loads(content)["choices"][0]["message"]["content"]
+            latencies[number] = time.perf_counter() - before
+        connection.close()
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(client, range(clients)))
+    return _Asked(answers, latencies, time.perf_counter() - began)
+
+
+def _numbers(rounds: Sequence[_Asked]) -> dict[str, float]:
+    seconds = sum(asked.seconds for asked in rounds)
+    latencies = [latency for asked in rounds for latency in asked.latencies]
+    p50, p95 = np.percentile(latencies, [50, 95])
+    return {
+        "seconds": round(seconds, 3), "requests_per_s": round(len(latencies) / seconds, 2),
+        "latency_p50_s": round(float(p50), 4), "latency_p95_s": round(float(p95), 4),
+    }  # fmt: skip
+
+
+def _body(question: Question) -> bytes:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+    if question.image is not None:
+        address = "data:image/jpeg;base64," + base64.b64encode(question.image).decode()
+        parts.append({"type": "image_url", "image_url": {"url": address}})
+    fields = {"model": MODEL, "messages": [{"role": "user", "content": parts}], "task": question.task}
+    return json.dumps(fields).encode()

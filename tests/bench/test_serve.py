@@ -1,0 +1,34 @@
+"""The load test asks every question of a real service and gets what `predict` answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.bench.__main__ import app
+from tests.adapters import save_adapter, save_models
+
+
+@pytest.mark.e2e
+def test_the_service_under_load_answers_as_one_by_one(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "tiny-adapter", save_models(tmp_path))
+    done = CliRunner().invoke(app, ["serve", str(adapter), "--clients", "4", "--requests", "12", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["folder"], found["clients"], found["requests"]) == ("tiny-adapter", 4, 12)
+    assert found["same_answers"] == 1.0
+    for numbers in found["variants"].values():
+        assert numbers["requests_per_s"] > 0
+        assert numbers["latency_p95_s"] >= numbers["latency_p50_s"] > 0
+    assert found["ratios"]["one by one"]["service"]["requests_per_s"] > 0
+
+
+def test_a_load_without_bounds_is_refused(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["serve", str(tmp_path), "--clients", "100000"]).exit_code == 2
+
+
+def test_a_folder_that_holds_nothing_to_serve_is_refused(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["serve", str(tmp_path)]).exit_code == 2
