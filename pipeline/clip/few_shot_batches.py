@@ -45,7 +45,7 @@ class FewShotImages:
         assert picture is not None, "every sample of a class has an image"
         if not self.augment:
             return self.pixels.plain(picture)
-        return self.pixels.augmented(picture, self.seed, epoch, row)
+        return self.pixels.augmented(picture, self.seed, epoch, self.name(index))
 
     def batch(self, indices: Sequence[int], weights: Sequence[float], epoch: int) -> ImageBatch:
         """The batch of some images; a weight of 0 marks one that only fills it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ class Pixels:
         """Pixels [3, H, W] as in evaluation: resized, the centre cropped, normalised."""
         return torch.as_tensor(self.processor(images=[picture], return_tensors="pt")["pixel_values"][0])
 
-    def augmented(self, picture: Image.Image, seed: int, epoch: int, image: int) -> Tensor:
-        """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time."""
-        draws = uniform(seed, epoch, image, 4 * TRIES + 1)
+    def augmented(self, picture: Image.Image, seed: int, epoch: int, image: str) -> Tensor:
+        """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time.
+
+        `image` is the image's own id; its row in the shards depends on which other seeds were prepared.
+        """
+        draws = uniform(seed, epoch, number_of(image), 4 * TRIES + 1)
         box = crop_box(picture.width, picture.height, draws[:-1])
         part = picture.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
         if draws[-1] < 0.5:
@@ -65,6 +69,11 @@ def crop_box(width: int, height: int, draws: list[float]) -> tuple[int, int, int
     h = min(height, max(1, round(width / RATIO[0])))
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
+
+
+def number_of(image: str) -> int:
+    """A number below 2^64 for an image's id, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(image.encode()).digest()[:8], "big")
 
 
 def uniform(seed: int, epoch: int, image: int, count: int) -> list[float]:

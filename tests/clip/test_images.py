@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.clip.images import Pixels, crop_box, uniform
+from pipeline.clip.images import Pixels, crop_box, number_of, uniform
 from pipeline.errors import UserError
 from tests.clip.project import save_model
 
@@ -25,17 +25,17 @@ def picture(width: int = 40, height: int = 30) -> Image.Image:
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(pixels: Pixels) -> None:
-    found = pixels.augmented(picture(), 1, 2, 3)
+    found = pixels.augmented(picture(), 1, 2, "3.png")
     assert found.shape == (3, 16, 16)
-    torch.testing.assert_close(found, pixels.augmented(picture(), 1, 2, 3), rtol=0, atol=0)
-    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+    torch.testing.assert_close(found, pixels.augmented(picture(), 1, 2, "3.png"), rtol=0, atol=0)
+    for other in ((2, 2, "3.png"), (1, 3, "3.png"), (1, 2, "4.png")):
         assert not torch.equal(found, pixels.augmented(picture(), *other))
 
 
 def test_the_whole_picture_is_what_the_plain_path_makes(pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.clip.images.crop_box", lambda width, height, draws: (0, 0, width, height))
     monkeypatch.setattr("pipeline.clip.images.uniform", lambda *_: [0.9] * 41)
-    torch.testing.assert_close(pixels.augmented(picture(40, 40), 0, 0, 0), pixels.plain(picture(40, 40)))
+    torch.testing.assert_close(pixels.augmented(picture(40, 40), 0, 0, "0.png"), pixels.plain(picture(40, 40)))
 
 
 def test_crops_lie_in_the_picture_and_cover_the_published_share() -> None:
@@ -55,6 +55,7 @@ def test_a_picture_too_narrow_for_any_crop_gives_its_centre() -> None:
 
 
 def test_uniform_numbers_are_pinned() -> None:
+    assert number_of("a.png") == 9153304788650147672
     assert uniform(1, 2, 3, 2) == pytest.approx([0.72317396444792, 0.4832980657093866], abs=1e-12)
 
 

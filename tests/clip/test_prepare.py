@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.benchmark import prepare_benchmark
 from data_prep.sources import colour_shapes
 from pipeline.clip.few_shot import few_shot
+from pipeline.clip.few_shot_batches import FewShotBatches, FewShotImages
+from pipeline.clip.images import Pixels
 from pipeline.clip.prepared import CLASSES_FILE, PreparedDataset
+from pipeline.clip.recipe import ClipTrainConfig
 from pipeline.clip.verbs import require_prepared
 from pipeline.errors import UserError
 from tests.clip.project import IMAGES, NAMES, SHOTS, fields, make_project, recipe, save_dataset, split_file
@@ -62,6 +66,22 @@ def test_a_second_call_writes_nothing_and_another_seed_takes_none_away(folder: P
     assert set(more.classes.few_shot) == {"1", "2"}
     assert more.identity(1, "base") == identity
     assert more.identity(2, "base") != identity
+
+
+def test_the_pixels_a_seed_learns_from_do_not_depend_on_the_other_seeds(folder: Path) -> None:
+    pixels, train = Pixels(folder / "model"), ClipTrainConfig(epochs=2, global_batch=4)
+    found, rows = [], []
+    for seeds in ([2], [1, 2]):
+        data = prepared(folder, seeds=seeds)
+        assert data.train is not None
+        shots = data.few_shots(2, "base")
+        batches = FewShotBatches(FewShotImages(data.train, shots, pixels, seed=2, augment=True), train, 4, 1, 0, 1)
+        found.append([batches[step].pixel_values for step in range(len(batches))])
+        rows.append(shots.rows)
+    assert rows[0] != rows[1]
+    assert len(found[0]) == 6
+    for alone, beside in zip(*found, strict=True):
+        assert alone is not None and beside is not None and torch.equal(alone, beside)
 
 
 def test_a_target_of_one_recipe_stays_prepared_for_training_in_another(folder: Path) -> None:
