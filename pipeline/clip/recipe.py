@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.clip.datasets import DATASETS, Dataset
 from pipeline.clip.few_shot import Fewer
-from pipeline.clip.methods import METHODS
+from pipeline.clip.methods import METHODS, refuse_options
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.regularisers import TEMPLATES
 from pipeline.clip.text import MARK
@@ -187,13 +186,13 @@ class ClipMethodConfig(Section):
         if self.kind not in METHODS:
             raise ValueError(f"there is no method '{self.kind}'; expected one of {', '.join(METHODS)}."
                              + nearest(self.kind, METHODS))  # fmt: skip
-        known = [option for option in inspect.signature(METHODS[self.kind]).parameters if option != "sizes"]
-        for option in self.options:
-            if option not in known or option == "classes":
-                raise ValueError(
-                    f"the method {self.kind} has no option '{option}'; it has "
-                    f"{', '.join(name for name in known if name != 'classes') or 'none'}.{nearest(option, known)}"
-                )
+        try:
+            refuse_options(self.kind, self.options, hidden=("classes",))  # those are the dataset's: per_class
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        template = self.options.get("template")
+        if template is not None and MARK not in template:
+            raise ValueError(f"the template '{template}' needs {MARK} where the class name goes")
         if self.per_class and self.kind != "coop":
             raise ValueError(f"per_class belongs to coop; {self.kind} learns one context for all classes")
         if self.kind == "zero_shot" and (self.consistency or self.average):

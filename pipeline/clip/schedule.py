@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 First = Literal["code", "figure"]
 
@@ -137,10 +137,13 @@ def mpl(n: int, add: int, remove: int, depth: int, blocks: tuple[int, int], firs
     """Text prompts replaced, image prompts removed, added and carried (clip_prompts.md 2.3 to 2.5).
 
     Each text prompt makes `add` image prompts per block; `remove` of the newest ones go. The first block gets `n` image
-    prompts as in the released code, or `add * n` as in the paper's figure.
+    prompts as in the released code, or `add * n` as in the paper's figure. Raises UserError for another `first`.
     """
     at_least_one("length", n)
     at_least_one("number of added groups", add)
+    if first not in get_args(First):
+        expected = ", ".join(get_args(First)) + "." + nearest(first, get_args(First))
+        raise UserError(f"The first block follows '{first}'; expected one of {expected}")
     start = n if first == "code" else add * n
     grown = [Op(add=start), *[Op(remove=remove, add=add * n)] * (at_least_one("depth", depth) - 1)]
     return schedule(_replaced(n, depth), grown, blocks)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 Position = Literal["end", "middle", "front"]
 MARK = "{}"  # where a template takes the class name
@@ -89,8 +89,12 @@ def class_texts(
 ) -> ClassTexts:
     """The texts of classes from a template with one `{}`; `length` positions after the start token are learned.
 
-    Raises UserError for no class, an empty name, a template without `{}`, and a text that is too long.
+    Raises UserError for no class, an empty name, a template without `{}`, an unknown position, and a text that is too
+    long.
     """
+    if position not in get_args(Position):
+        expected = ", ".join(get_args(Position)) + "." + nearest(position, get_args(Position))
+        raise UserError(f"The context's position is '{position}'; expected one of {expected}")
     if MARK not in template:
         raise UserError(f"The template '{template}' does not say where the class name goes. Put {MARK} into it.")
     check_names(names)

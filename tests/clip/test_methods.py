@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from pipeline.clip.averaging import WeightAverage, gaussian_weights
 from pipeline.clip.backbone import normalised
-from pipeline.clip.methods import learner_of_sizes
+from pipeline.clip.methods import METHODS, learner_of_sizes, refuse_options
 from pipeline.clip.model import ImageBatch
 from pipeline.clip.regularisers import Consistency, KnowledgeGuided
 from pipeline.clip.text import class_texts
@@ -171,6 +172,13 @@ def test_an_interrupted_average_goes_on_where_it_was() -> None:
         ("mapel", {}, "no method 'mapel'.*Did you mean 'maple'"),
         ("mpl", {"remov": 2}, "no option 'remov'.*Did you mean 'remove'"),
         ("coop", {"classes": 3, "words": "a photo of a"}, "cannot start from the words"),
+        ("mpl", {"first": "Figure"}, "first: found 'Figure', expected one of code, figure. Did you mean 'figure'"),
+        ("mpl", {"tied": "yes"}, "tied: found 'yes', expected true or false"),
+        ("coop", {"position": "left"}, "position: found 'left', expected one of end, middle, front"),
+        ("coop", {"position": "font"}, "Did you mean 'front'"),
+        ("maple", {"length": "four"}, "length: found 'four', expected a whole number"),
+        ("maple", {"depth": True}, "depth: found True, expected a whole number"),
+        ("ivlp", {"words": 4}, "words: found 4, expected text"),
     ],
 )
 def test_unknown_methods_and_options_are_named(method: str, options: dict[str, Any], sentence: str) -> None:
@@ -189,6 +197,17 @@ def test_unknown_methods_and_options_are_named(method: str, options: dict[str, A
 def test_class_lists_that_cannot_be_read_are_refused(names: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         classifier("coop", names=names, length=2)
+
+
+def test_every_method_takes_the_values_it_starts_with() -> None:
+    for name, method in METHODS.items():
+        parameters = inspect.signature(method).parameters
+        refuse_options(name, {option: p.default for option, p in parameters.items() if option != "sizes"})
+
+
+def test_an_unknown_position_of_the_context_is_refused() -> None:
+    with pytest.raises(UserError, match=r"position is 'middel'; expected one of end.*Did you mean 'middle'"):
+        class_texts(classifier("zero_shot").words, NAMES, "xyz{}.", 3, "middel")  # type: ignore[arg-type]
 
 
 def test_fewer_words_than_vectors_are_refused() -> None:

@@ -73,6 +73,11 @@ def test_a_depth_beyond_the_tower_is_refused() -> None:
         schedule.maple(2, 13, VIT)
 
 
+def test_an_unknown_first_block_is_refused() -> None:
+    with pytest.raises(UserError, match=r"follows 'Figure'; expected one of code, figure. Did you mean 'figure'"):
+        schedule.mpl(1, add=2, remove=1, depth=2, blocks=VIT, first="Figure")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("length", "depth"), [(0, 9), (2, 0)])
 def test_no_prompt_and_no_block_are_refused(length: int, depth: int) -> None:
     with pytest.raises(UserError, match="expected 1 or more"):

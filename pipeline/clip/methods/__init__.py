@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, ValidationError, create_model
 
 from pipeline.clip.backbone import Backbone, Sizes
 from pipeline.clip.methods.base import PromptLearner
@@ -19,27 +21,42 @@ from pipeline.clip.methods.vpt import VPT
 from pipeline.clip.methods.zero_shot import ZeroShot
 from pipeline.clip.text import Words
 from pipeline.errors import UserError, nearest
+from pipeline.recipe_errors import sentence
 
-__all__ = ["METHODS", "PromptLearner", "learner_of_sizes", "make_learner"]
+__all__ = ["METHODS", "PromptLearner", "learner_of_sizes", "make_learner", "refuse_options"]
 
 METHODS: dict[str, type[PromptLearner]] = {
     method.name: method for method in (ZeroShot, CoOp, CoCoOp, KgCoOp, VPT, IVLP, MaPLe, MPL)
 }
 
 
-def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) -> PromptLearner:
-    """The trainables of a method for a backbone of these sizes, a function of `seed`; contexts start at random.
-
-    Raises UserError for an unknown method or option.
-    """
-    if name not in METHODS:
-        raise UserError(f"There is no method '{name}'; the methods are {', '.join(METHODS)}.{nearest(name, METHODS)}")
-    known = [option for option in inspect.signature(METHODS[name]).parameters if option != "sizes"]
+def refuse_options(name: str, options: Mapping[str, Any], hidden: tuple[str, ...] = ()) -> None:
+    """Raise UserError for an option that a method has not got or that is `hidden`, or a value its signature forbids."""
+    parameters = inspect.signature(METHODS[name]).parameters
+    known = [option for option in parameters if option not in ("sizes", *hidden)]
     for option in options:
         if option not in known:
             raise UserError(
-                f"The method {name} has no option '{option}'; it has {', '.join(known)}.{nearest(option, known)}"
+                f"The method {name} has no option '{option}'; it has {', '.join(known) or 'none'}."
+                + nearest(option, known)
             )
+    kinds = get_type_hints(METHODS[name].__init__)
+    fields: dict[str, Any] = {option: (kinds[option], parameters[option].default) for option in known}
+    signature = create_model(name, __config__=ConfigDict(strict=True), **fields)
+    try:
+        signature.model_validate(dict(options))
+    except ValidationError as error:
+        raise UserError(f"The method {name} cannot take its options: {sentence(error, signature)}") from None
+
+
+def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) -> PromptLearner:
+    """The trainables of a method for a backbone of these sizes, a function of `seed`; contexts start at random.
+
+    Raises UserError for an unknown method or option, and for an option's value of another kind.
+    """
+    if name not in METHODS:
+        raise UserError(f"There is no method '{name}'; the methods are {', '.join(METHODS)}.{nearest(name, METHODS)}")
+    refuse_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return METHODS[name](sizes, **options)  # type: ignore[arg-type]
