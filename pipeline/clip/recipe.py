@@ -12,7 +12,7 @@ from pipeline.clip.datasets import DATASETS, Dataset
 from pipeline.clip.few_shot import Fewer
 from pipeline.clip.methods import METHODS, refuse_options
 from pipeline.clip.methods.base import TEMPLATE
-from pipeline.clip.regularisers import TEMPLATES
+from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.text import MARK
 from pipeline.config import locate
 from pipeline.errors import UserError, nearest
@@ -124,7 +124,11 @@ class ConsistencyConfig(Section):
     text: float = Field(25.0, ge=0, description="weight of the text features' distance to the frozen ones")
     image: float = Field(10.0, ge=0, description="weight of the image features' distance")
     logits: float = Field(1.0, ge=0, description="weight of the predictions' divergence")
-    templates: tuple[str, ...] = Field(TEMPLATES, min_length=1, description="templates of the frozen text features")
+    templates: tuple[str, ...] = Field(
+        PROMPTSRC,
+        min_length=1,
+        description="templates whose frozen text features are averaged; default: the published 60",
+    )
 
 
 class AverageConfig(Section):

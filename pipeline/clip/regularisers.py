@@ -14,20 +14,9 @@ from pipeline.clip.backbone import Backbone, normalised
 from pipeline.clip.encode import encode_texts
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.schedule import schedule
+from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.text import Words, class_texts
 from pipeline.errors import UserError
-
-# The selection published with CLIP: what an ensemble of these gives is near that of all eighty templates.
-TEMPLATES = (
-    "a photo of a {}.",
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ class Consistency(Regulariser):
         text_weight: float = 25.0,
         image_weight: float = 10.0,
         logit_weight: float = 1.0,
-        templates: Sequence[str] = TEMPLATES,
+        templates: Sequence[str] = PROMPTSRC,
     ) -> None:
         if not templates:
             raise UserError("The frozen text features need at least one template; none was given. Name one.")
