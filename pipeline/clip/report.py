@@ -44,7 +44,8 @@ def write_benchmark_report(run: Path) -> Path:
         state=_state(run),
         content=content,
         groups=list(dict.fromkeys(group for line in content["lines"] for group in line["groups"])),
-        classes=_by_class(run, content),
+        targets=any(line.get("target_mean") for line in content["lines"]),
+        classes=_by_class(content),
         losses=_losses(run, content),
     )
     page = run / "report.html"
@@ -62,43 +63,25 @@ def _state(run: Path) -> dict[str, Any]:
     return read_json(run / "run.json", BenchmarkState)
 
 
-def _by_class(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+def _by_class(content: dict[str, Any]) -> list[dict[str, Any]]:
     """For each dataset and group: the classes and each method's accuracy, over all seeds."""
-    names = _class_names(run)
+    names: dict[tuple[str, str], list[str]] = {}
     tables: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
     for unit in content["units"]:
         for group, counts in unit["groups"].items():
             methods = tables.setdefault((unit["dataset"], group), {})
+            names[unit["dataset"], group] = counts["names"]
             sums = methods.get(unit["method"], [(0, 0)] * len(counts["total"]))
             pairs = zip(counts["right"], counts["total"], strict=True)
             methods[unit["method"]] = [(a + r, b + t) for (a, b), (r, t) in zip(sums, pairs, strict=True)]
     found = []
     for (dataset, group), methods in tables.items():
-        count = len(next(iter(methods.values())))
         rows = [
             {"name": name, "values": [100 * m[k][0] / m[k][1] if m[k][1] else None for m in methods.values()]}
-            for k, name in enumerate(_named(names, dataset, group, count))
+            for k, name in enumerate(names[dataset, group])
         ]
         found.append({"dataset": dataset, "group": group, "methods": list(methods), "rows": rows})
     return found
-
-
-def _class_names(run: Path) -> dict[str, list[str]]:
-    """The class names of each prepared dataset, as far as the data is here."""
-    import yaml
-
-    names = {}
-    path = run / "config.yaml"
-    data = (yaml.safe_load(path.read_text("utf-8")) or {}).get("data", {}) if path.is_file() else {}
-    for file in Path(str(data.get("prepared", ""))).glob("*/classes.json"):
-        names[file.parent.name] = list(json.loads(file.read_text("utf-8"))["names"])
-    return names
-
-
-def _named(names: dict[str, list[str]], dataset: str, group: str, count: int) -> list[str]:
-    known = names.get(group) or names.get(dataset) or []
-    chosen = {"base": known[:count], "new": known[-count:]}.get(group, known)
-    return chosen if len(chosen) == count else [str(number) for number in range(count)]
 
 
 def _losses(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:

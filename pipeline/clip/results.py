@@ -17,17 +17,35 @@ BASE, NEW = "base", "new"
 
 @dataclass(frozen=True)
 class UnitResult:
-    """The counts of one method, dataset and seed by group: base, new, all, or the name of a target dataset."""
+    """The counts of one method, dataset and seed by group: base, new, all, or the name of a target dataset.
+
+    `names` are the classes of each group, in the order in which its counts are.
+    """
 
     method: str
     dataset: str
     seed: int
     groups: dict[str, Counts]
+    names: dict[str, tuple[str, ...]]
+
+    @property
+    def target_mean(self) -> float | None:
+        """The mean accuracy over the target datasets in percent, the source left out; None without targets."""
+        if self.dataset not in self.groups:
+            return None  # groups of the dataset itself
+        targets = [100 * counts.accuracy for name, counts in self.groups.items() if name != self.dataset]
+        return statistics.fmean(targets) if targets else None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the accuracy in percent beside the counts."""
-        groups = {name: {"accuracy": 100 * counts.accuracy, **asdict(counts)} for name, counts in self.groups.items()}
-        return {"method": self.method, "dataset": self.dataset, "seed": self.seed, "groups": groups}
+        """All of it, with accuracies in percent and class names beside the counts."""
+        groups = {
+            name: {"accuracy": 100 * counts.accuracy, **asdict(counts), "names": self.names[name]}
+            for name, counts in self.groups.items()
+        }
+        return {
+            "method": self.method, "dataset": self.dataset, "seed": self.seed, "groups": groups,
+            "target_mean": self.target_mean,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> UnitResult:
@@ -35,7 +53,8 @@ class UnitResult:
         groups = {
             name: Counts(tuple(counts["right"]), tuple(counts["total"])) for name, counts in found["groups"].items()
         }
-        return cls(found["method"], found["dataset"], found["seed"], groups)
+        names = {name: tuple(counts["names"]) for name, counts in found["groups"].items()}
+        return cls(found["method"], found["dataset"], found["seed"], groups, names)
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Line:
     dataset: str
     groups: dict[str, Spread]
     halves: BaseToNew | None = None  # where there are base and new classes
+    target_mean: Spread | None = None  # of each seed's mean over the targets, where there are any
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with the harmonic mean of the mean accuracies and the spread of the seeds' own."""
@@ -54,7 +74,8 @@ class Line:
             "harmonic": self.halves.harmonic if self.halves else None,
             "harmonic_of_seeds": asdict(self.halves.harmonic_of_seeds) if self.halves else None,
         }
-        return {"method": self.method, "dataset": self.dataset, "groups": groups, **harmonic}
+        targets = asdict(self.target_mean) if self.target_mean else None
+        return {"method": self.method, "dataset": self.dataset, "groups": groups, "target_mean": targets, **harmonic}
 
 
 def lines(results: Sequence[UnitResult]) -> list[Line]:
@@ -69,20 +90,24 @@ def lines(results: Sequence[UnitResult]) -> list[Line]:
         halves = None
         if {BASE, NEW} <= groups.keys():
             halves = base_to_new([tuple(100 * unit.groups[half].accuracy for half in (BASE, NEW)) for unit in units])  # type: ignore[misc]
-        found.append(Line(method, dataset, groups, halves))
+        targets = [unit.target_mean for unit in units if unit.target_mean is not None]
+        found.append(Line(method, dataset, groups, halves, Spread.of(targets) if targets else None))
     return found
 
 
 def averages(found: Sequence[Line]) -> dict[str, dict[str, float]]:
     """By method: the mean of each group over the datasets, and the harmonic mean both ways (clip_prompts.md 7.4).
 
-    Only groups that every dataset of the method has: base, new, all; and of a single dataset its targets.
+    Only groups that every dataset of the method has: base, new, all, or the targets, whose mean is there too.
     """
     result: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(line.method for line in found):
         own = [line for line in found if line.method == method]
         shared = [group for group in own[0].groups if all(group in line.groups for line in own)]
         means = {group: statistics.fmean(line.groups[group].mean for line in own) for group in shared}
+        targets = [line.target_mean.mean for line in own if line.target_mean is not None]
+        if len(targets) == len(own):
+            means["target_mean"] = statistics.fmean(targets)
         halves = {line.dataset: line.halves for line in own if line.halves is not None}
         if len(halves) == len(own):
             whole = average(halves)
@@ -107,15 +132,20 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
     found = content["lines"]
     groups = list(dict.fromkeys(group for line in found for group in line["groups"]))
     harmonic = any(line["harmonic"] is not None for line in found)
+    targets = any(line["target_mean"] is not None for line in found)
     several = len({line["dataset"] for line in found}) > 1
     table = Table(box=SIMPLE_HEAD, title=title, caption="percent; mean and deviation over the seeds; HM of the means")
     for title_ in ("method", *(("dataset",) if several else ())):
         table.add_column(title_, no_wrap=True)
-    for title_ in (*groups, *(("HM", "HM of seeds") if harmonic else ()), "seeds"):
+    for title_ in (
+        *groups, *(("target mean",) if targets else ()), *(("HM", "HM of seeds") if harmonic else ()), "seeds"
+    ):  # fmt: skip
         table.add_column(title_, justify="right", no_wrap=True)
     for line in found:
         cells = [line["method"], *([line["dataset"]] if several else [])]
         cells += [_spread(line["groups"].get(group)) for group in groups]
+        if targets:
+            cells.append(_spread(line["target_mean"]))
         if harmonic:
             both = line["harmonic"], line["harmonic_of_seeds"]
             cells += [f"{both[0]:.2f}" if both[0] is not None else "", _spread(both[1])]
@@ -124,6 +154,8 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
         table.add_section()
         for method, means in content["averages"].items():
             cells = [method, "average", *(f"{means[group]:.2f}" if group in means else "" for group in groups)]
+            if targets:
+                cells.append(f"{means['target_mean']:.2f}" if "target_mean" in means else "")
             if harmonic:
                 ways = means.get("harmonic_of_means"), means.get("mean_of_harmonics")
                 cells += [f"{ways[0]:.2f} (mean of HMs {ways[1]:.2f})" if None not in ways else "", ""]

@@ -214,13 +214,13 @@ class Benchmark:
         learner = self.models.learner(unit, len(data.classes.names))
         learner.load_state_dict(values)
         module = self.models.classifier(learner, groups[0][1].names)
-        counts = {}
+        counts, names = {}, {}
         for name, group, dataset in groups:
             self._stop_if_told(f"in the evaluation of {unit.label}")
-            if unit.method.kind == "zero_shot":  # its words are the dataset's own
-                learner.template = self.recipe.template_of(dataset)
-            counts[name] = evaluate_group(module, self.tests[dataset], group)
-        result = UnitResult(unit.method.name, unit.dataset.name, unit.seed, counts)
+            if unit.method.kind == "zero_shot" and "template" not in unit.method.options:
+                learner.template = self.recipe.template_of(dataset)  # its words are the dataset's own
+            counts[name], names[name] = evaluate_group(module, self.tests[dataset], group), group.names
+        result = UnitResult(unit.method.name, unit.dataset.name, unit.seed, counts, names)
         self.results.append(result)
         named = {f"accuracy.{name}": 100 * found.accuracy for name, found in counts.items()}
         log.info("%s: %s", unit.label, ", ".join(f"{n.partition('.')[2]} {a:.1f}" for n, a in named.items()))
@@ -251,6 +251,8 @@ class Benchmark:
             numbers = {f"{line['method']}.{line['dataset']}.{g}": s["mean"] for g, s in line["groups"].items()}
             if line["harmonic"] is not None:
                 numbers[f"{line['method']}.{line['dataset']}.harmonic"] = line["harmonic"]
+            if line["target_mean"] is not None:
+                numbers[f"{line['method']}.{line['dataset']}.target_mean"] = line["target_mean"]["mean"]
             self.tracker.metrics(numbers, 0)
         if not self.world.main:
             return
