@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep.bad_records import BadRecord
 from data_prep.parallel import ordered_map
-from pipeline.clip.classes import LabelledImage, Splits
+from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, nearest
 
@@ -47,10 +47,13 @@ def read_class_folders(
     return Splits(*parts)
 
 
-def labelled_folders(root: Path, split: str, names: Mapping[str, str]) -> Iterator[LabelledImage]:
+def labelled_folders(
+    root: Path, split: str, names: Mapping[str, str], present_only: bool = False
+) -> Iterator[LabelledImage]:
     """The images of `<root>/<split>/<class>/`, sorted, with paths relative to `root`.
 
-    Labels count the classes of `names` that have a folder. Raises UserError for a folder without a name or images.
+    Labels count the classes of `names`, or with `present_only` those of them that have a folder here. Raises UserError
+    for a folder without a name or images.
     """
     present = _folders(root / split)
     unknown = sorted(set(present) - set(names))
@@ -59,7 +62,10 @@ def labelled_folders(root: Path, split: str, names: Mapping[str, str]) -> Iterat
             f"{root / split / unknown[0]} is a folder of no known class ({len(unknown)} such folders). Remove it, or "
             "name the class."
         )
-    for label, folder in enumerate(folder for folder in names if folder in present):
+    counted = [folder for folder in names if folder in present or not present_only]
+    for label, folder in enumerate(counted):
+        if folder not in present:
+            continue
         files = sorted(f.name for f in (root / split / folder).iterdir() if f.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"{root / split / folder} holds no images. Add some, or remove the empty class.")
@@ -84,7 +90,7 @@ def _need_every_class(images: Sequence[LabelledImage], names: Mapping[str, str],
 def read_csv(path: Path) -> Splits:
     """The splits of a CSV file with the columns path, class, split; paths are relative to its folder.
 
-    Raises UserError naming the line for a missing value or an unknown split.
+    Raises UserError naming the line for a missing value or an unknown split, and for an image that a split has twice.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}; expected a CSV file with the columns {', '.join(COLUMNS)}.")
@@ -108,7 +114,9 @@ def read_csv(path: Path) -> Splits:
         parts[split].append(LabelledImage(image, labels[name], name))
     for split in ("train", "test"):
         _need_every_class(parts[split], {name: name for name in labels}, f"{path}, split {split},")
-    return Splits(*(tuple(parts[split]) for split in SPLITS))
+    splits = Splits(*(tuple(parts[split]) for split in SPLITS))
+    refuse_twice(splits, str(path))
+    return splits
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.class_folders import labelled_folders, read_class_folders, read_csv
-from pipeline.clip.classes import LabelledImage, Splits
+from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
 from pipeline.clip.datasets import Dataset
 from pipeline.errors import UserError
 from pipeline.files import sha256
@@ -21,7 +21,11 @@ NAMED = 3  # missing images that a message names; it counts the others
 
 
 def read_split_file(path: Path) -> Splits:
-    """The splits of a split file; UserError when it is missing, not as described above, or names classes twice."""
+    """The splits of a split file.
+
+    Raises UserError when it is missing or not as described above, when a class has two names or an image stands in a
+    split twice, and for a class that training or test lacks.
+    """
     if not path.is_file():
         raise UserError(f"There is no split file {path}. Download it, or correct the folder.")
     try:
@@ -34,13 +38,16 @@ def read_split_file(path: Path) -> Splits:
     if not splits.test:
         raise UserError(f"{path} has no test images. Download the split file again.")
     splits.names()
-    trained = {image.label for image in splits.train}
-    empty = [image for image in (*splits.val, *splits.test) if image.label not in trained]
-    if trained and empty:
-        raise UserError(
-            f"{path} has no training image of class '{empty[0].name}' ({len({i.label for i in empty})} such classes). "
-            "Remove the class from all splits, or add images."
-        )
+    refuse_twice(splits, str(path))
+    everything = (*splits.train, *splits.val, *splits.test)
+    for kind, part in (("training", splits.train), ("test", splits.test)):
+        present = {image.label for image in part}
+        empty = [image for image in everything if image.label not in present]
+        if present and empty:
+            raise UserError(
+                f"{path} has no {kind} image of class '{empty[0].name}' ({len({i.label for i in empty})} such "
+                "classes). Remove the class from all splits, or add images."
+            )
     return splits
 
 
@@ -71,7 +78,9 @@ def read_aircraft(folder: Path) -> Splits:
                 )
             yield LabelledImage(f"{image}.jpg", labels[name], name)
 
-    return Splits(tuple(images("train")), tuple(images("val")), tuple(images("test")))
+    splits = Splits(tuple(images("train")), tuple(images("val")), tuple(images("test")))
+    refuse_twice(splits, str(folder))
+    return splits
 
 
 def read_class_names(path: Path) -> dict[str, str]:
@@ -107,7 +116,7 @@ def read_dataset(description: Dataset, root: Path) -> Splits:
         return read_class_folders(folder / description.images, names, test="val", val=None)
     if description.name == "imagenetv2":  # its folders are named by the labels 0 to 999
         names = {str(label): name for label, name in enumerate(names.values())}
-    return Splits((), (), tuple(labelled_folders(folder / description.images, "", names)))
+    return Splits((), (), tuple(labelled_folders(folder / description.images, "", names, present_only=True)))
 
 
 def findings(description: Dataset, root: Path) -> list[str]:

@@ -18,7 +18,8 @@ from pipeline.clip.memory import plan_benchmark
 from pipeline.clip.methods import learner_of_sizes
 from pipeline.clip.prepared import CLASSES_FILE, ClassList, PreparedDataset
 from pipeline.clip.protocol import small_set_warning, steps_per_epoch
-from pipeline.clip.recipe import ClipRecipe, DatasetConfig, datasets_of
+from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.unit import units_of
 from pipeline.clip.verbs import load_benchmark, require_prepared
 from pipeline.deepspeed_config import deepspeed_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.errors import UserError
 
@@ -36,6 +36,19 @@ class Splits:
     def names(self) -> list[str]:
         """The class names in the order of their labels."""
         return class_names([*self.train, *self.val, *self.test])
+
+
+def refuse_twice(splits: Splits, where: str) -> None:
+    """Raise UserError for an image that one split names twice: with two classes one of them would silently win."""
+    for split in get_args(Split):
+        seen: dict[str, LabelledImage] = {}
+        for image in splits.of(split):
+            other = seen.setdefault(image.path, image)
+            if other is not image:
+                raise UserError(
+                    f"{where} names {image.path} twice in {split}, of class '{other.name}' and of class "
+                    f"'{image.name}'; expected every image once. Remove one of the two."
+                )
 
 
 def class_names(images: Iterable[LabelledImage]) -> list[str]:

@@ -101,7 +101,14 @@ class PreparedDataset:
 
     def test_images(self, group: Group) -> ClassGroup:
         """The test images of a group of classes; UserError when a class has none."""
-        return self._group(group, self.classes.test, range(len(self.classes.test)))
+        found = self._group(group, self.classes.test, range(len(self.classes.test)))
+        empty = sorted(set(range(len(found.names))) - set(found.labels))
+        if empty:
+            raise UserError(
+                f"{self.folder} has no test image of class '{found.names[empty[0]]}' ({len(empty)} such classes). Add "
+                "images, or remove the class, and run `python -m pipeline prepare RECIPE` again."
+            )
+        return found
 
     def _group(self, group: Group, labels: Sequence[int], rows: Sequence[int]) -> ClassGroup:
         count = len(self.classes.names)

@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.clip.backbone import Backbone
 from pipeline.clip.classes import Group
 from pipeline.clip.methods import METHODS, PromptLearner, make_learner
-from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe, DatasetConfig
+from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
+from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.regularisers import Consistency, KnowledgeGuided, Regulariser
 from pipeline.clip.text import Words
 

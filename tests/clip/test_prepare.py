@@ -114,6 +114,15 @@ def test_a_split_file_that_names_absent_images_is_one_sentence(folder: Path) -> 
     assert len(data.test_images("all").rows) == len(NAMES) * IMAGES["test"] - 1
 
 
+def test_a_class_whose_test_images_were_all_left_out_is_named(folder: Path) -> None:
+    for number in range(IMAGES["test"]):
+        (folder / "data" / "toys" / "images" / f"test-4-{number}.png").unlink()
+    data = prepared(folder, data={"skip_bad": IMAGES["test"]})
+    assert data.test_images("base").names == NAMES[:3]
+    with pytest.raises(UserError, match=r"toys has no test image of class 'church' \(1 such classes\)"):
+        data.test_images("new")
+
+
 def test_fewer_images_than_shots_is_one_sentence(folder: Path) -> None:
     with pytest.raises(UserError, match="6 of the classes have fewer than 7 training images"):
         prepared(folder, data={"shots": 7})

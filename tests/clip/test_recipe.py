@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.clip.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
+from pipeline.clip.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, Dataset
 from pipeline.clip.recipe import clip_recipe
 from pipeline.clip.unit import units_of
 from pipeline.clip.verbs import load_benchmark
@@ -59,6 +59,37 @@ def test_what_else_is_wrong_is_said() -> None:
     assert "targets belong to the protocol cross_dataset" in sentence(data={"targets": ["dtd"]})
     assert "only {name} is filled in" in sentence(run_dir="runs/{seed}")
     assert "unknown field 'sede'" in sentence(sede=1)
+
+
+def described(**entry: Any) -> Dataset:
+    return clip_recipe(fields(Path(), "coop", data={"datasets": [entry]}), "tiny").data.datasets[0].description
+
+
+def test_a_published_dataset_is_read_from_where_the_recipe_says() -> None:
+    published = DATASETS["eurosat"]
+    assert described(name="eurosat") == published
+    moved = described(name="eurosat", folder="my/eurosat", images="pictures", split="mine.json")
+    assert (moved.folder, moved.images, moved.split) == ("my/eurosat", "pictures", "mine.json")
+    assert (moved.template, moved.layout, moved.classes) == (published.template, published.layout, 10)
+    assert described(name="dtd", template="{} here.").folder == DATASETS["dtd"].folder
+    assert "fgvc_aircraft' of layout aircraft has no split file, and split is 'mine.json'" in sentence(
+        data={"datasets": [{"name": "fgvc_aircraft", "split": "mine.json"}]}
+    )
+
+
+def test_a_published_dataset_in_another_layout_keeps_its_template() -> None:
+    pets = described(name="oxford_pets", layout="class_folders", folder="pets")
+    assert (pets.template, pets.folder, pets.images) == ("a photo of a {}, a type of pet.", "pets", ".")
+    assert described(name="oxford_pets", layout="class_folders", template="{}!").template == "{}!"
+    mine = described(name="mine", layout="class_folders")
+    assert (mine.template, mine.folder) == ("a photo of a {}.", "mine")
+
+
+def test_a_resolved_recipe_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+    recipe = clip_recipe(fields(Path(), "coop", data={"datasets": ["eurosat"]}), "tiny")
+    recipe.dump_yaml(tmp_path / "config.yaml")
+    assert load_benchmark(str(tmp_path / "config.yaml")) == recipe
+    assert load_benchmark(str(tmp_path / "config.yaml")).data.datasets[0].description == DATASETS["eurosat"]
 
 
 def test_a_method_trains_as_the_recipe_says_but_for_its_own_fields() -> None:

@@ -27,17 +27,21 @@ def write(path: Path, content: bytes = b"") -> Path:
 
 
 def split_file(path: Path, **parts: Any) -> Path:
-    splits = {"train": [["a/1.png", 0, "ant"], ["b/1.png", 1, "bee"]], "val": [], "test": [["a/2.png", 0, "ant"]]}
+    splits = {
+        "train": [["a/1.png", 0, "ant"], ["b/1.png", 1, "bee"]],
+        "val": [],
+        "test": [["a/2.png", 0, "ant"], ["b/2.png", 1, "bee"]],
+    }
     return write(path, json.dumps({**splits, **parts}).encode())
 
 
-TOY = Dataset("toy", 2, "toy", "images", 2, 0, 1, "the toys", split="split.json")
+TOY = Dataset("toy", 2, "toy", "images", 2, 0, 2, "the toys", split="split.json")
 
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     split_file(tmp_path / "toy" / "split.json")
-    for name in ("a/1.png", "b/1.png", "a/2.png"):
+    for name in ("a/1.png", "b/1.png", "a/2.png", "b/2.png"):
         write(tmp_path / "toy" / "images" / name)
     return tmp_path
 
@@ -66,7 +70,7 @@ def test_what_is_altered_is_said(toy: Path) -> None:
     other = replace(TOY, sha256="0" * 64, train=3, classes=5)
     found = findings(other, toy)
     assert any("not the published file" in sentence for sentence in found)
-    assert any("2 / 0 / 1 images for training, validation and test; published are 3 / 0 / 1" in f for f in found)
+    assert any("2 / 0 / 2 images for training, validation and test; published are 3 / 0 / 2" in f for f in found)
     assert any("2 classes; published are 5" in sentence for sentence in found)
 
 
@@ -78,6 +82,12 @@ def test_what_is_altered_is_said(toy: Path) -> None:
         ({"train": [["a.png", 0, " "]]}, "train entry 0"),
         ({"test": []}, "has no test images"),
         ({"test": [["c.png", 2, "cat"]]}, "no training image of class 'cat'"),
+        ({"test": [["a/2.png", 0, "ant"]]}, r"no test image of class 'bee' \(1 such classes\). Remove the class"),
+        ({"train": [["a.png", 0, "ant"]] * 2}, "names a.png twice in train, of class 'ant' and of class 'ant'"),
+        (
+            {"test": [["a/2.png", 0, "ant"], ["a/2.png", 1, "bee"]]},
+            "names a/2.png twice in test, of class 'ant' and of class 'bee'; expected every image once",
+        ),
         ({"test": [["c.png", 0, "cat"]]}, "c.png is of class 0 'cat', but a/1.png of class 0 'ant'"),
     ],
 )
@@ -99,6 +109,10 @@ def test_aircraft_is_read_from_its_own_lists(tmp_path: Path) -> None:
         write(folder / f"images_variant_{split}.txt", b"0000001 BAE 146-200\n")
     splits = read_dataset(DATASETS["fgvc_aircraft"], tmp_path)
     assert splits.test == (LabelledImage("0000001.jpg", 1, "BAE 146-200"),)
+    write(folder / "images_variant_test.txt", b"0000001 Concorde\n")
+    write(folder / "images_variant_test.txt", b"0000001 BAE 146-200\n" * 2)
+    with pytest.raises(UserError, match=r"names 0000001.jpg twice in test"):
+        read_dataset(DATASETS["fgvc_aircraft"], tmp_path)
     write(folder / "images_variant_test.txt", b"0000001 Concorde\n")
     with pytest.raises(UserError, match=r"line 1 names 'Concorde', which is not in variants.txt"):
         read_dataset(DATASETS["fgvc_aircraft"], tmp_path)
@@ -135,6 +149,14 @@ def test_class_folders_need_no_code(tmp_path: Path) -> None:
     assert [image.path for image in splits.test] == ["test/ant/3.jpg", "test/wasp/2.PNG"]
 
 
+def test_classes_that_validation_lacks_keep_their_numbers_elsewhere(tmp_path: Path) -> None:
+    for name in ("train/ant/1.png", "train/bee/1.png", "test/ant/2.png", "test/bee/2.png", "val/bee/3.png"):
+        write(tmp_path / name)
+    splits = read_class_folders(tmp_path)
+    assert splits.val == (LabelledImage("val/bee/3.png", 1, "bee"),)
+    assert splits.names() == ["ant", "bee"]
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
@@ -163,6 +185,10 @@ def test_a_csv_file_needs_no_code(tmp_path: Path) -> None:
         (b"path,class,split\na.png,,train\n", "line 2 has no class"),
         (b"path,class,split\na.png,ant,training\n", "split 'training'.*Did you mean 'train'"),
         (b"path,class,split\na.png,ant,train\nb.png,bee,test\nc.png,ant,test\n", "no images of class 'bee'"),
+        (
+            b"path,class,split\na.png,ant,train\na.png,bee,train\nb.png,bee,test\nc.png,ant,test\n",
+            "images.csv names a.png twice in train, of class 'ant' and of class 'bee'",
+        ),
     ],
 )
 def test_a_damaged_csv_file_is_refused(tmp_path: Path, table: bytes, sentence: str) -> None:
