@@ -86,17 +86,21 @@ def _sampling(recipe: ClipRecipe) -> dict[str, Any]:
 
 
 def few_shot_rows(recipe: ClipRecipe, splits: Splits, name: str, also: Iterable[int] = ()) -> dict[int, list[int]]:
-    """The places in the training split of each seed's few shots, in the order in which they were drawn."""
+    """The places in the training split of each seed's few shots, in the order in which they were drawn.
+
+    Raises UserError naming the dataset when it has no training images, or a class has fewer than the shots.
+    """
     if not splits.train:
         raise UserError(f"{name} has no training images; it can be a target, but not be trained on.")
     seeds = sorted({*recipe.seeds, *also})
     if recipe.data.shots is None:
         return {seed: list(range(len(splits.train))) for seed in seeds}
     places = {image: place for place, image in enumerate(splits.train)}
-    return {
-        seed: [places[image] for image in few_shot(splits, recipe.data.shots, seed, recipe.data.fewer).train]
-        for seed in seeds
-    }
+    try:
+        drawn = {seed: few_shot(splits, recipe.data.shots, seed, recipe.data.fewer).train for seed in seeds}
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return {seed: [places[image] for image in images] for seed, images in drawn.items()}
 
 
 def _refuse_missing(

@@ -22,11 +22,6 @@ from pipeline.errors import UserError, UserErrors
 from pipeline.memory import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
 
 PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
-SAFE_WEIGHTS = (
-    " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
-    "pytorch_model.bin, set keys.revision to one that has it, or load and save it once with transformers' "
-    "save_pretrained."
-)
 
 
 class CheckedModel:
@@ -213,7 +208,7 @@ def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None
         raise UserError(not_here("keys.path", keys.path, keys.revision, pickled=True))
     if folder is None or (on_the_hub and hub.missing_weights(folder)):
         if not hub.offers_safetensors(keys.path, keys.revision):
-            raise UserError(f"keys.path: '{keys.path}' has only pickled weights on the Hub." + SAFE_WEIGHTS)
+            raise UserError(f"keys.path: '{keys.path}' has only pickled weights on the Hub." + safe_weights("keys"))
         return f"{keys.path}: on the Hub, fetched by `prepare`", None
     identity = key_identity(*keys.source)
     return f"{keys.path}: weights {identity['weights_sha256'][:12]}, {keys.text_feature} text", identity
@@ -237,7 +232,16 @@ def not_here(field: str, path: str, revision: str | None, pickled: bool = False)
         f"{field}: '{path}' is not on this machine and https://huggingface.co cannot be reached from it (or "
         f"HF_HUB_OFFLINE is set); run `hf download {path}{at}` where it can be, with the cache (HF_HOME) on a disk "
         f"that this machine sees, or copy the checkpoint here and set {field} to its folder."
-        + (SAFE_WEIGHTS if pickled else "")
+        + (safe_weights("keys") if pickled else "")
+    )
+
+
+def safe_weights(section: str) -> str:
+    """What to do about a repository without safetensors; `section` of the recipe has its path and revision."""
+    return (
+        " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
+        f"pytorch_model.bin, set {section}.revision to one that has it, or load and save it once with transformers' "
+        "save_pretrained."
     )
 
 

@@ -12,10 +12,10 @@ from pipeline import hub
 from pipeline.check import Findings, look_at_all, peak, ranks_here, show
 from pipeline.checkpoint import COMPLETE, claim_run
 from pipeline.clip.backbone import Sizes
+from pipeline.clip.check_backbone import check_backbone
 from pipeline.clip.classes import Group, base_classes
 from pipeline.clip.few_shot_batches import micro_batches
 from pipeline.clip.memory import plan_benchmark
-from pipeline.clip.methods import learner_of_sizes
 from pipeline.clip.prepared import CLASSES_FILE, ClassList, PreparedDataset
 from pipeline.clip.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.recipe import ClipRecipe, datasets_of
@@ -35,7 +35,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "recipe": lambda: _recipe(recipe),
             "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
             "deepspeed": lambda: _deepspeed(recipe),
-            "model": lambda: _model(recipe, online),
+            "model": lambda: check_backbone(recipe, online),
             "data": lambda: _data(recipe, name),
             "steps": lambda: _steps(recipe),
             "run folder": lambda: _run_folder(recipe),
@@ -66,48 +66,9 @@ def _deepspeed(recipe: ClipRecipe) -> str:
     return f"{recipe.train.deepspeed}: ZeRO stage {stage}, {recipe.model.dtype}"
 
 
-def _model(recipe: ClipRecipe, online: bool) -> str:
-    """The backbone, and the number of parameters that each method learns on it."""
-    from transformers import AutoConfig
-
-    model = recipe.model
-    folder = hub.local_folder(model.location, model.revision)
-    if folder is None and not (online and hub.is_repository(model.location)):
-        revision = f" --revision {model.revision}" if model.revision else ""
-        fetch = (
-            f"run `hf download {model.path}{revision}` where the Hugging Face Hub can be reached, or set model.path to "
-            "the folder of a CLIP or SigLIP"
-        )
-        raise UserError(f"model.path: '{model.path}' is not on this machine; {fetch}.")
-    try:
-        config = AutoConfig.from_pretrained(folder or model.location, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{model.path}' has no readable config.json of a model: {error}") from error
-    sizes = Sizes.of(config)
-    if folder is not None and not online and hub.missing_weights(folder):
-        raise UserError(
-            f"model.path: {folder} lacks its weights ({', '.join(hub.missing_weights(folder))}); fetch them with "
-            f"`hf download {model.path}`, or set model.path to a complete folder."
-        )
-    learned, wrong = [], []
-    for method in recipe.methods:
-        options = method.options | ({"classes": 1} if method.per_class else {})
-        try:
-            with torch.device("meta"):
-                learner = learner_of_sizes(method.kind, sizes, 0, **options)
-        except UserError as error:
-            wrong.append(f"methods.{method.name}: {error}")
-            continue
-        count = sum(parameter.numel() for parameter in learner.parameters())
-        learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
-    if wrong:
-        raise UserErrors(wrong)
-    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}"
-
-
 def _data(recipe: ClipRecipe, name: str) -> str:
     found, wrong, unprepared = [], [], []
-    for entry, _ in datasets_of(recipe):
+    for entry, trained in datasets_of(recipe):
         folder = Path(recipe.data.prepared) / entry.name
         if (folder / CLASSES_FILE).is_file():
             try:
@@ -119,7 +80,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
             found.append(f"{entry.name} {len(data.classes.names)} classes, {train}{len(data.test)} images")
         else:
             unprepared.append(entry)
-            problems, notes = _source(recipe, entry)
+            problems, notes = _source(recipe, entry, trained)
             wrong += problems
             found += [f"note: {note}" for note in notes]
     if not unprepared and not wrong and not recipe.data.prepare_first:
@@ -135,14 +96,21 @@ def _data(recipe: ClipRecipe, name: str) -> str:
     return f"{recipe.data.prepared}: {'; '.join(found)}"
 
 
-def _source(recipe: ClipRecipe, entry: DatasetConfig) -> tuple[list[str], list[str]]:
+def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
     """(what is missing of a dataset that is not prepared, what differs from the published one)."""
-    from data_prep.sources.split_zhou import altered, missing
+    from data_prep.benchmark import few_shot_rows
+    from data_prep.sources.split_zhou import altered, missing, read_dataset
 
     if recipe.data.source == "generated":
         return [], []
-    root = Path(recipe.data.root)
-    return missing(entry.description, root), altered(entry.description, root)
+    description, root = entry.description, Path(recipe.data.root)
+    problems = missing(description, root)
+    if trained and not problems:
+        try:
+            few_shot_rows(recipe, read_dataset(description, root), entry.name)
+        except UserError as error:
+            problems = [str(error)]
+    return problems, altered(description, root)
 
 
 def _steps(recipe: ClipRecipe) -> str:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.benchmark import prepare_benchmark
+from pipeline import hub
 from pipeline.cli import app
 from pipeline.clip.backbone import load_backbone
 from pipeline.clip.checkpoint import classifier_from
@@ -70,8 +71,16 @@ def test_a_dataset_that_is_not_there(folder: Path) -> None:
 
 def test_fewer_images_than_shots(folder: Path) -> None:
     file = str(recipe_file(folder, COOP, data={"shots": 7}))
-    for verb in ("prepare", "run"):
-        assert "6 of the classes have fewer than 7 training images" in said(verb, file)
+    for verb in ("check", "prepare", "run"):
+        assert "toys: 6 of the classes have fewer than 7 training images" in said(verb, file)
+
+
+def test_words_with_fewer_tokens_than_vectors_are_said_before_anything_is_prepared(folder: Path) -> None:
+    coop = {"name": "coop", "options": {"words": "a photo of a"}}  # of bytes, 12 tokens; the default length is 16
+    found = said("check", str(recipe_file(folder, coop, "maple")))
+    assert "methods.coop: The prompt begins as the words 'a photo of a', which are" in found
+    assert "but has 16 vectors. Give more words or a prompt length of at most" in found
+    assert not (folder / "prepared").exists()
 
 
 def test_an_empty_class(folder: Path, tmp_path: Path) -> None:
@@ -101,6 +110,18 @@ def test_a_batch_larger_than_the_few_shot_set_is_said_with_the_steps_that_remain
     assert "one step of 12 images, the whole training 3 steps. Set a smaller batch" in caplog.text
     log = prepared.run_path / "units" / "coop-toys-s1" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3]
+
+
+def test_a_backbone_that_has_only_pickled_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = str(recipe_file(folder, COOP, name="pickled", model={"path": "somebody/clip"}))
+    advice = "It needs model.safetensors, for pickled weights are never loaded"
+    found = said("check", changed)
+    assert "'somebody/clip' is not on this machine; run `hf download somebody/clip` where" in found and advice in found
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(hub, "offers_safetensors", lambda path, revision: False)
+    found = said("check", changed)
+    assert "model.path: 'somebody/clip' has only pickled weights on the Hub. " + advice in found
+    assert "set model.revision to one that has it" in found
 
 
 def test_an_unknown_backbone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

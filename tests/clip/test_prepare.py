@@ -124,7 +124,7 @@ def test_a_class_whose_test_images_were_all_left_out_is_named(folder: Path) -> N
 
 
 def test_fewer_images_than_shots_is_one_sentence(folder: Path) -> None:
-    with pytest.raises(UserError, match="6 of the classes have fewer than 7 training images"):
+    with pytest.raises(UserError, match="toys: 6 of the classes have fewer than 7 training images"):
         prepared(folder, data={"shots": 7})
     assert len(prepared(folder, data={"shots": 7, "fewer": "all"}).few_shots(1, "all").rows) == 36
 
