@@ -26,6 +26,27 @@ CALTECH101 = {
 }
 
 
+# The number of training and validation images of each class of that file, in order of first appearance: all that the
+# sampling depends on. So these subsets are drawn, and pinned, without the file.
+CALTECH101_TRAIN = """
+    218 100 399 28 400 21 21 24 27 23 16 64 49 22 42 46 25 22 62 24 30 31 54 24 34 36 35 25 26 28 34
+    26 32 34 38 32 26 32 42 34 34 22 17 17 26 50 50 21 27 44 40 16 32 43 57 30 40 39 20 33 22 20 44
+    16 38 28 18 20 24 19 22 26 17 28 41 30 24 20 32 20 42 28 18 32 22 43 30 32 18 42 24 43 38 120 18
+    30 17 28 20 30
+"""
+CALTECH101_VAL = """
+    87 40 160 11 160 8 8 9 11 9 7 26 20 9 17 18 10 9 25 9 12 12 21 9 14 15 14 10 10 11 13 10 13 14
+    15 13 11 13 17 13 13 9 7 7 10 20 20 8 11 18 16 6 13 17 23 12 16 16 8 13 9 8 17 6 15 11 7 8 9 8 9
+    11 7 11 16 12 10 8 13 8 17 11 7 13 9 17 12 13 7 17 10 17 15 48 7 12 7 11 8 12
+"""
+# SHA-256 of the drawn places, one per line as `<class>/<image>`, both counted from 0 in order of first appearance.
+CALTECH101_PLACES = {
+    1: "390be5bb0c2b50994a6a022481ce99f8127ebeff80181e79c7f24e88e41a6374",
+    2: "666b91f958cb9c2b414b32f7cef22e9f00eb26ef014ba3894a7d3afcf2bf4b71",
+    3: "ec2e49beb3bc1f1f2ffca883c4e409019696f3d9abc9392bcc9696a601597781",
+}
+
+
 def published(splits: Splits, shots: int, seed: int) -> list[list[Any]]:
     """clip_prompts.md 7.3, word for word, with the global generator."""
     random.seed(seed)
@@ -100,6 +121,43 @@ def test_caltech101_gives_the_published_subsets(pytestconfig: pytest.Config, see
     assert (len(found.train), len(found.val)) == (1600, 400)
     paths = "\n".join(image.path for image in (*found.train, *found.val))
     assert hashlib.sha256(paths.encode()).hexdigest() == CALTECH101[seed]
+
+
+def places(found: Splits, whole: Splits) -> str:
+    """The digest of the places in the whole splits of what was drawn from them."""
+    lines = []
+    for images, everything in ((found.train, whole.train), (found.val, whole.val)):
+        order: dict[int, int] = {}
+        seen: dict[int, int] = defaultdict(int)
+        place = {}
+        for image in everything:
+            place[image.path] = f"{order.setdefault(image.label, len(order))}/{seen[image.label]}"
+            seen[image.label] += 1
+        lines += [place[image.path] for image in images]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", CALTECH101_PLACES)
+def test_caltech101_gives_the_published_places_by_its_class_sizes_alone(seed: int) -> None:
+    train, val = (list(map(int, sizes.split())) for sizes in (CALTECH101_TRAIN, CALTECH101_VAL))
+    assert (len(train), sum(train), len(val), sum(val)) == (100, 4128, 100, 1649)
+    splits = Splits(numbered(train, list(range(100))), numbered(val, list(range(100))), ())
+    found = few_shot(splits, 16, seed)
+    assert [list(found.train), list(found.val)] == published(splits, 16, seed)
+    assert (len(found.train), len(found.val)) == (1600, 400)
+    assert places(found, splits) == CALTECH101_PLACES[seed]
+
+
+@pytest.mark.parametrize("seed", CALTECH101_PLACES)
+def test_the_places_are_those_in_the_published_split_file(pytestconfig: pytest.Config, seed: int) -> None:
+    splits = read_split_file(base2new.folder(pytestconfig) / "splits" / "split_zhou_Caltech101.json")
+    for images, sizes in ((splits.train, CALTECH101_TRAIN), (splits.val, CALTECH101_VAL)):
+        counts: dict[int, int] = defaultdict(int)
+        for image in images:
+            counts[image.label] += 1
+        assert list(counts.values()) == list(map(int, sizes.split()))
+    train, val = published(splits, 16, seed)
+    assert places(Splits(tuple(train), tuple(val), ()), splits) == CALTECH101_PLACES[seed]
 
 
 def test_a_class_with_fewer_images_than_shots_is_named(splits: Splits) -> None:
