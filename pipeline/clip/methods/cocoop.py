@@ -39,6 +39,6 @@ class CoCoOp(PromptLearner):
 
     def prompts(self, images: Tensor | None = None) -> Prompts:
         assert images is not None, "CoCoOp makes its prompts from image features"
-        # An engine in bfloat16 casts the network, while features are float32.
-        shift = self.meta_net(normalised(images).to(self.meta_net[0].weight.dtype))  # [B, D]
+        # An engine in bfloat16 casts all trainables, while features are float32.
+        shift = self.meta_net(normalised(images).to(self.ctx.dtype))  # [B, D]
         return Prompts({0: (self.ctx + shift[:, None])[:, None]}, {})  # [B, 1, n, D]
