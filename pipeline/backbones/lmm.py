@@ -201,17 +201,20 @@ class LMM(nn.Module):
         max_new_tokens: int,
         places: Tensor | None = None,
         images: dict[str, Tensor] | None = None,
+        min_new_tokens: int | None = None,
     ) -> list[list[int]]:
         """Greedy answers (token ids, special ones included) to a batch padded on the left.
 
         Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other (engineering.md
-        B2.4). `places` and `images` as for `hidden`.
+        B2.4). `places` and `images` as for `hidden`; no answer ends before it has
+        `min_new_tokens`; None: what the checkpoint says.
         """
         tokenizer = self.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         output = self.model.generate(
             inputs_embeds=embeddings,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=padding,

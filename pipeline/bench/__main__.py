@@ -47,6 +47,16 @@ def step(
 
 
 @app.command()
+def operations(
+    samples: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4, as_json: AsJson = False
+) -> None:
+    """A training step's operations at every size by a closed form; nothing is run."""
+    from pipeline.bench.operations import bench_operations
+
+    show(bench_operations(samples), as_json)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     limit: Annotated[int, typer.Option(min=1, help="Test samples per task.")] = 20,
@@ -144,6 +154,8 @@ def gpu(
     answers: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     rounds: Rounds = 5,
     device: Device = "cuda",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write after every section.")] = None,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds after which no section is begun.")] = 540,
     as_json: AsJson = False,
 ) -> None:
     """All that only a GPU can tell: steps, checkpointing, answers with sets and without, ZeRO-2 and ZeRO-3."""
@@ -153,7 +165,7 @@ def gpu(
 
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError("There is no GPU here; start this where there is one, or give --device cpu and --size tiny.")
-    show(bench_gpu(_size(size), samples, answers, rounds, device), as_json)
+    show(bench_gpu(_size(size), samples, answers, rounds, device, out, deadline), as_json)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

@@ -53,10 +53,22 @@ def bench_keys(
 
 def save_clip(folder: Path, size: Size) -> Path:
     """Write a random CLIP of this size, with the tokenizer that ships with the project."""
-    from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    context = 77
+    make_clip(size).save_pretrained(folder)
+    side = size.image_side
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
+    for path in (PROJECT / TOKENIZER).glob("*token*.json"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def make_clip(size: Size) -> Any:
+    """A CLIP of this size with random weights in float32, on the CPU."""
+    from transformers import CLIPConfig, CLIPModel
+
     config = CLIPConfig(
         vision_config={
             "hidden_size": size.vision_width, "intermediate_size": 4 * size.vision_width, "patch_size": size.patch,
@@ -66,20 +78,13 @@ def save_clip(folder: Path, size: Size) -> Path:
         text_config={
             "hidden_size": size.text_width, "intermediate_size": 4 * size.text_width, "vocab_size": 8192,
             "num_hidden_layers": size.text_layers, "num_attention_heads": max(1, size.text_width // 32),
-            "max_position_embeddings": context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         },
         projection_dim=size.key_width,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    side = size.image_side
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
-        folder
-    )
-    for path in (PROJECT / TOKENIZER).glob("*token*.json"):
-        shutil.copy(path, folder)
-    return folder
+        return CLIPModel(config).eval().requires_grad_(False)
 
 
 def _timed(call: Callable[..., Any], spent: dict[str, float], part: str, device: str) -> Callable[..., Any]:

@@ -45,8 +45,12 @@ class Measured:
         """Floating-point operations per sample."""
         return self.operations / self.samples
 
-    def to_json(self, peak: float | None) -> dict[str, Any]:
-        """The numbers, and the share of the device's peak operations per second where that is known."""
+    def to_json(self, peak: float | None, needed: int | None = None) -> dict[str, Any]:
+        """The numbers and, where the device's `peak` operations per second are known, which share of them is used.
+
+        `utilisation` counts `needed` operations, those of the same call without what it computes again to save memory
+        (None: it computes nothing again); `hardware_utilisation` counts all that were done.
+        """
         numbers = {
             "seconds": round(self.seconds, 4),
             "processor_s": round(statistics.median(self.processor_rounds), 4),
@@ -55,7 +59,10 @@ class Measured:
             "of_it_attention": round(self.attention / self.samples / 1e9, 3),
             "peak_mib": round(self.peak_bytes / MIB, 1),
         }
-        return numbers | ({"utilisation": round(self.operations / self.seconds / peak, 3)} if peak else {})
+        if peak is None:
+            return numbers
+        done = {"utilisation": needed or self.operations, "hardware_utilisation": self.operations}
+        return numbers | {name: round(count / self.seconds / peak, 3) for name, count in done.items()}
 
 
 def operations(call: Call) -> tuple[int, int]:
@@ -89,19 +96,26 @@ def peak_bytes(call: Call, before: Mapping[str, Any] | None = None, device: str 
     """Most bytes that tensors held at once during a call, those of `before` included.
 
     On a CPU the storages of all results are followed; what a kernel holds inside itself is not seen. On a GPU it is
-    what the allocator says.
+    what the allocator says, less what others than `before` hold there at the beginning (None: all of it counts).
     """
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
+        others = 0 if before is None else max(0, torch.cuda.memory_allocated() - held_bytes(before))
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - others
     with _Storages() as storages:
         storages.add(before or {})
         call()
     return storages.peak
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of the storages of all tensors in a structure, each counted once."""
+    storages = (leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class _Storages(TorchDispatchMode):

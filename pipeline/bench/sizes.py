@@ -116,7 +116,10 @@ def make_lmm(size: Size, device: str = "cpu", dtype: str = "float32", layers: in
 def make_batch(
     size: Size, samples: int, per_image: int = 1, selected: int | None = None, seed: int = 0, answers: bool = True
 ) -> Batch:
-    """A batch on the CPU: `per_image` neighbours ask about one image, `selected` is how many earlier sets there are."""
+    """A batch on the CPU: `per_image` neighbours ask about one image, `selected` is how many earlier sets there are.
+
+    A sample gets k - 1 of these in training, behind which the stage's own stands, and k where it is to be answered.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def words(*shape: int) -> Tensor:
@@ -140,7 +143,7 @@ def make_batch(
     chosen = torch.zeros(samples, 0, dtype=torch.long)
     if selected:
         order = torch.rand(samples, selected, generator=generator).argsort(dim=1)
-        chosen = order[:, : size.k - 1]
+        chosen = order[:, : size.k - answers]
     return Batch(
         input_ids=input_ids,
         attention=torch.ones_like(input_ids),

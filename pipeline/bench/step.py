@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.backbones.lmm import DTYPES, LMM
 from pipeline.bench import measure
 from pipeline.bench.measure import Measured
+from pipeline.bench.operations import SHARED, TASKS, VARIANTS, step_operations
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
@@ -20,10 +21,7 @@ from pipeline.data.conversation import KEPT
 from pipeline.errors import UserError
 from pipeline.prompts.model import Normaliser, PromptedLMM
 
-TASKS = 8
 RATE = 2e-4
-SHARED = 4  # questions about one image in the variants that share it
-VARIANTS = ("reference", "peft", "after_bos", "after_bos_kept", "after_image", "after_image_shared")
 
 
 class OurStep:
@@ -100,7 +98,8 @@ def bench_step(
     if unknown:
         raise UserError(f"No variant {', '.join(unknown)}; expected some of {', '.join(VARIANTS)}.")
     size = SIZES[size_name]
-    lmm = make_lmm(size, device, dtype, layers)
+    size = replace(size, layers=layers or size.layers)
+    lmm = make_lmm(size, device, dtype)
     generator = torch.Generator().manual_seed(1)
     sets = torch.randn(TASKS, size.prompt_length, size.width, generator=generator) * 0.02
     bank, prompt = sets[:-1], sets[-1]
@@ -117,7 +116,7 @@ def bench_step(
         elif name == "peft":
             steps[name] = PeftStep(lmm, size), single
         elif name.startswith("after_bos"):
-            given = _kept(lmm, single) if name.endswith("kept") else single
+            given = with_kept_features(lmm, single) if name.endswith("kept") else single
             steps[name] = OurStep(lmm, size, bank, prompt, "after_bos"), given
         else:
             steps[name] = OurStep(lmm, size, bank, prompt, "after_image"), shared if name.endswith("shared") else own
@@ -144,14 +143,21 @@ def bench_step(
         "tokens": int(own.input_ids.shape[1]) + size.k * size.prompt_length,
         "rounds": rounds,
         "machine": measure.machine(device),
-        "variants": {name: value.to_json(rate) for name, value in measured.items()},
+        "variants": {name: value.to_json(rate, _needed(size, name, value)) for name, value in measured.items()},
         "ratios": {against: _ratios(measured, against) for against in ("reference", "peft") if against in measured},
     }
 
 
-def _kept(lmm: LMM, batch: Batch) -> Batch:
+def with_kept_features(lmm: LMM, batch: Batch) -> Batch:
     """The batch with what the vision tower makes of its images, as `train.vision_features: kept` reads it."""
-    return dataclasses.replace(batch, images={KEPT: lmm.tower_features(batch.images).half()})
+    return replace(batch, images={KEPT: lmm.tower_features(batch.images).half()})
+
+
+def _needed(size: Size, name: str, measured: Measured) -> int:
+    """Operations of a step without what is computed again; of these variants only the reference does that."""
+    if name != "reference":
+        return measured.operations
+    return step_operations(size, measured.samples, name, recomputed=False)
 
 
 def _held(step: Any, frozen: list[Tensor]) -> dict[str, Any]:

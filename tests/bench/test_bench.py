@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.bench import measure
 from pipeline.bench.__main__ import app
-from pipeline.bench.gpu import bench_gpu
+from pipeline.bench.gpu import _measured, bench_gpu
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
 from pipeline.bench.tasks import bench_tasks
@@ -78,9 +80,67 @@ def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> N
     assert "Did you mean 'small'?" in wrong.output
 
 
+def test_on_a_gpu_the_peak_is_that_of_the_variant_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.zeros(100)
+    said = {"memory_allocated": 1000, "max_memory_allocated": 1500}  # 600 bytes are other variants'
+    for name, value in {**said, "synchronize": None, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert measure.peak_bytes(lambda: None, {"own": own, "view": own[:3]}, "cuda") == 900
+    assert measure.peak_bytes(lambda: None, None, "cuda") == 1500
+
+
+def test_what_is_computed_again_is_no_use_of_the_device() -> None:
+    found = measure.Measured(
+        "full", 2.0, 1, operations=600, attention=0, peak_bytes=1, rounds=(2.0,), processor_rounds=(2.0,)
+    )
+    assert "utilisation" not in found.to_json(None)
+    told = found.to_json(1000, needed=400)
+    assert told["utilisation"] == 0.2
+    assert told["hardware_utilisation"] == 0.3
+
+
+def test_sets_to_answer_with_are_k_and_to_learn_behind_one_less() -> None:
+    size = SIZES["tiny"]
+    assert make_batch(size, 2, 1, 8, answers=False).selected.shape == (2, size.k)
+    assert make_batch(size, 2, 1, 8).selected.shape == (2, size.k - 1)
+
+
+def test_a_gpu_section_that_fails_or_comes_too_late_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, clock = tmp_path / "gpu.json", [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    seen: list[Any] = []
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("no kernel")
+
+    def works() -> dict[str, Any]:
+        seen.append(json.loads(out.read_text())["steps"])
+        return {"seconds": 1}
+
+    def slow() -> dict[str, Any]:
+        clock[0] += 4
+        return {"seconds": 2}
+
+    sections = [
+        ("steps", "first", fails),
+        ("steps", "second", works),
+        ("steps", "third", slow),
+        ("steps", "last", works),
+    ]
+    found = _measured({"steps": {}}, sections, out, deadline_s=6)["steps"]
+    assert found["first"] == {"result": "failed: RuntimeError: no kernel"}
+    assert seen == [{"first": found["first"]}]
+    assert found["third"] == {"seconds": 2}
+    assert found["last"]["result"].startswith("not measured")
+    assert json.loads(out.read_text())["steps"] == found
+
+
 @pytest.mark.slow
-def test_the_script_for_gpus_runs_through_on_a_cpu() -> None:
-    found = bench_gpu("tiny", samples=4, answers=2, rounds=1, device="cpu")
+def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path: Path) -> None:
+    found = bench_gpu("tiny", samples=4, answers=2, rounds=1, device="cpu", out=tmp_path / "gpu.json")
     assert len(found["steps"]) == 9
     assert all(row["samples_per_s"] > 0 for row in [*found["steps"].values(), *found["deepspeed"].values()])
-    assert found["answering"]["tokens_per_s"]["plain"] > 0
+    assert all(row["tokens_per_s"] > 0 for row in found["answering"]["all"].values())
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
