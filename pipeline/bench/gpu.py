@@ -4,63 +4,129 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.backbones.clip import projected
 from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
+from pipeline.bench.keys import make_clip
+from pipeline.bench.operations import SHARED, TASKS, step_operations
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
-from pipeline.bench.step import RATE, SHARED, TASKS, OurStep
+from pipeline.bench.step import RATE, OurStep
+from pipeline.checkpoint import write_json
 from pipeline.config import PROJECT
 from pipeline.data.collate import Batch
 from pipeline.distributed import init_world
 from pipeline.engine import gather_layer_by_layer, start_deepspeed
-from pipeline.evaluate import generate_once
+from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.routing import select_for_inference, similarity
 
 NEW_TOKENS = 64
 POLICIES = ("none", "selective", "full")
-OUT_OF_MEMORY = {"result": "out of memory"}
+LAYOUTS = {
+    "after_bos": ("after_bos", 1),
+    "after_image": ("after_image", 1),
+    "after_image_shared": ("after_image", SHARED),
+}
+DEADLINE_S = 540.0
+NOT_MEASURED = {"result": "not measured: the time was over"}
 
 
 def bench_gpu(
-    size_name: str = "7b", samples: int = 8, answers: int = 16, rounds: int = 5, device: str = "cuda"
-) -> dict[str, Any]:
-    """Training steps in every layout and with every policy of checkpointing, answers with sets and without, and the
-    step under ZeRO-2 and ZeRO-3 on one GPU. What does not fit says so."""
-    size, dtype = SIZES[size_name], "bfloat16"
-    lmm = make_lmm(size, device, dtype)
-    rate = measure.peak_rate(device, dtype)
-    result: dict[str, Any] = {"size": size_name, "samples": samples, "answers": answers,
-                              "machine": measure.machine(device), "steps": {}, "deepspeed": {}}  # fmt: skip
-    for insertion, per_image in (("after_bos", 1), ("after_image", 1), ("after_image", SHARED)):
-        for policy in POLICIES:
-            name = f"{insertion}, {per_image} per image, checkpointing {policy}"
-            work = partial(_step, lmm, size, samples, insertion, per_image, policy, rounds, device, rate)
-            result["steps"][name] = _fits(work)
-    result["answering"] = _fits(partial(_answering, lmm, size, answers, rounds, device))
+    size_name: str = "7b", samples: int = 8, answers: int = 16, rounds: int = 5, device: str = "cuda",
+    out: Path | None = None, deadline_s: float = DEADLINE_S,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps in every layout and with every policy of checkpointing, answers, and the step under ZeRO-2 and ZeRO-3.
+
+    The most important comes first. What fails says how and the rest goes on; what would begin too late to end within
+    `deadline_s` seconds is not measured. `out` is written anew after each section.
+    """
+    size, model = SIZES[size_name], _Model(SIZES[size_name], device)
+    rate = measure.peak_rate(device, "bfloat16")
+    sections: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
+
+    def add_step(layout: str, policy: str) -> None:
+        work = partial(_step, model, size, samples, layout, policy, rounds, device, rate)
+        sections.append(("steps", f"{layout}, checkpointing {policy}", work))
+
+    add_step("after_bos", POLICIES[0])
+    sections.append(("answering", "all", partial(_answering, model, size, answers, rounds, device)))
     for stage in ("zero2", "zero3"):
-        result["deepspeed"][stage] = _fits(partial(_deepspeed, lmm, size, samples, stage, rounds, device))
+        sections.append(("deepspeed", stage, partial(_deepspeed, model, size, samples, stage, rounds, device)))
+    for layout in LAYOUTS:
+        for policy in POLICIES:
+            if (layout, policy) != ("after_bos", POLICIES[0]):
+                add_step(layout, policy)
+    result: dict[str, Any] = {"size": size_name, "samples": samples, "answers": answers}
+    result |= {"machine": measure.machine(device), "steps": {}, "answering": {}, "deepspeed": {}}
+    return _measured(result, sections, out, deadline_s)
+
+
+def _measured(
+    result: dict[str, Any],
+    sections: list[tuple[str, str, Callable[[], dict[str, Any]]]],
+    out: Path | None,
+    deadline_s: float,
+) -> dict[str, Any]:
+    """Do the sections (kind, name, work) in turn as long as one more of the longest so far fits into the time."""
+    began, longest = time.monotonic(), 0.0
+    for kind, name, work in sections:
+        start = time.monotonic()
+        if start - began + longest > deadline_s:
+            result[kind][name] = dict(NOT_MEASURED)
+        else:
+            result[kind][name] = _or_why_not(work)
+            longest = max(longest, time.monotonic() - start)
+        measure.tell(f"{kind}, {name}: {json.dumps(result[kind][name])}")
+        if out is not None:
+            write_json(out, result)
     return result
 
 
-def _fits(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _or_why_not(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except torch.OutOfMemoryError:
-        return dict(OUT_OF_MEMORY)
+        return {"result": "out of memory"}
+    except Exception as error:  # whatever one section meets, the others are worth their time
+        return {"result": f"failed: {type(error).__name__}: {error}"}
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
+class _Model:
+    """The frozen model, made when it is needed and there is none."""
+
+    def __init__(self, size: Size, device: str) -> None:
+        self._size, self._device = size, device
+        self._lmm: LMM | None = None
+
+    def get(self) -> LMM:
+        """The model; it stays."""
+        if self._lmm is None:
+            self._lmm = make_lmm(self._size, self._device, "bfloat16")
+        return self._lmm
+
+    def take(self) -> LMM:
+        """The model for one who changes it: the next to ask gets another."""
+        lmm, self._lmm = self.get(), None
+        return lmm
+
+
 def _batch(size: Size, samples: int, per_image: int, device: str) -> Batch:
-    return make_batch(size, samples, per_image, TASKS - 1).to(torch.device(device))
+    batch = make_batch(size, samples, per_image, TASKS - 1).to(torch.device(device))
+    return batch if per_image > 1 else every_image(batch)
 
 
 def _sets(size: Size) -> Tensor:
@@ -68,39 +134,67 @@ def _sets(size: Size) -> Tensor:
 
 
 def _step(
-    lmm: LMM, size: Size, samples: int, insertion: str, per_image: int, policy: str, rounds: int, device: str,
-    rate: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    sets = _sets(size)
+    model: _Model, size: Size, samples: int, layout: str, policy: str, rounds: int, device: str, rate: float | None
+) -> dict[str, Any]:
+    sets, (insertion, per_image) = _sets(size), LAYOUTS[layout]
+    lmm = model.get()
     step = OurStep(lmm, size, sets[:-1], sets[-1], insertion)
     step.module.checkpointing = policy
     batch = _batch(size, samples, per_image, device)
-    if insertion == "after_bos":
-        batch = every_image(batch)
-    found = measure.compare({"step": (lambda: step(batch), samples, dict)}, rounds, device)["step"]
-    return found.to_json(rate)
+
+    def held() -> dict[str, Any]:
+        return {"frozen": [*lmm.parameters(), *lmm.buffers()], **step.held}
+
+    found = measure.compare({"step": (lambda: step(batch), samples, held)}, rounds, device)["step"]
+    return found.to_json(rate, step_operations(size, samples, layout))
 
 
-def _answering(lmm: LMM, size: Size, answers: int, rounds: int, device: str) -> dict[str, Any]:
-    """Tokens per second with three sets and without any; the overhead is the method's whole cost at inference."""
+def _answering(model: _Model, size: Size, answers: int, rounds: int, device: str) -> dict[str, Any]:
+    """Tokens per second without sets, with k of them, and with CLIP's towers and routing before; all of one length.
+
+    Overhead is what either costs over the plain model. Decoding and resizing images is in none of them.
+    """
+    lmm = model.get()
     batch = every_image(make_batch(size, answers, 1, TASKS, answers=False)).to(torch.device(device))
     bank = _sets(size).to(device, lmm.dtype)
-    lmm.model.generation_config.eos_token_id = None
+    clip = make_clip(size).to(device)
+    prototypes = torch.randn(TASKS, size.key_width, generator=torch.Generator().manual_seed(4))
+    questions = batch.input_ids[:, -size.question_tokens :] % clip.config.text_config.vocab_size
+
+    @torch.no_grad()
+    def answer(sets: Tensor, asked: Batch) -> None:
+        embeddings, attention, places = embed_with_sets(lmm, asked, sets, "after_bos")
+        tokens = lmm.generate(embeddings, attention, NEW_TOKENS, places, asked.images, min_new_tokens=NEW_TOKENS)
+        assert all(len(row) == NEW_TOKENS for row in tokens)
+
+    @torch.no_grad()
+    def routed() -> None:
+        image = projected(clip.get_image_features(pixel_values=batch.images["pixel_values"])).cpu()
+        text = projected(clip.get_text_features(input_ids=questions)).cpu()
+        selected = select_for_inference(similarity(image, text, prototypes), size.k)
+        answer(bank, replace(batch, selected=selected.to(device)))
+
     calls: dict[str, Any] = {
-        "plain": (lambda: generate_once(lmm, batch, bank[:0], NEW_TOKENS, "after_bos"), answers, dict),
-        "with sets": (lambda: generate_once(lmm, batch, bank, NEW_TOKENS, "after_bos"), answers, dict),
+        "plain": (lambda: answer(bank[:0], batch), answers, dict),
+        "with sets": (lambda: answer(bank, batch), answers, dict),
+        "with sets and keys": (routed, answers, dict),
     }
     found = measure.compare(calls, rounds, device)
-    speeds = {name: round(answers * NEW_TOKENS / value.seconds, 1) for name, value in found.items()}
-    overhead = 1 / measure.ratio(found["plain"], found["with sets"])["wall_clock"] - 1
-    return {"tokens_per_s": speeds, "overhead": round(overhead, 4)}
+    return {
+        name: {
+            "tokens_per_s": round(answers * NEW_TOKENS / value.seconds, 1),
+            "overhead": round(1 / measure.ratio(found["plain"], value)["wall_clock"] - 1, 4),
+        }
+        for name, value in found.items()
+    }
 
 
-def _deepspeed(lmm: LMM, size: Size, samples: int, stage: str, rounds: int, device: str) -> dict[str, Any]:
-    """The step inside a DeepSpeed engine on one GPU; the weights of `lmm` go into it."""
+def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int, device: str) -> dict[str, Any]:
+    """The step inside a DeepSpeed engine on one GPU; ZeRO-3 takes the weights apart."""
     init_world()
     deepspeed = start_deepspeed()
     config = json.loads((PROJECT / "ds_configs" / f"{stage}.json").read_text("utf-8"))
+    lmm = model.take() if stage == "zero3" else model.get()
     config |= {
         "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
         "bf16": {"enabled": lmm.dtype == torch.bfloat16}, "zero_allow_untested_optimizer": True,
@@ -116,17 +210,20 @@ def _deepspeed(lmm: LMM, size: Size, samples: int, stage: str, rounds: int, devi
     engine = deepspeed.initialize(
         model=module, optimizer=torch.optim.AdamW(trained, lr=RATE), config=config, dist_init_required=False
     )[0]
-    batch = every_image(_batch(size, samples, 1, device))
-    normaliser = Normaliser(*batch.counts())
+    try:
+        batch = _batch(size, samples, 1, device)
+        normaliser = Normaliser(*batch.counts())
 
-    def step() -> None:
-        loss, _ = engine(batch, normaliser)
-        engine.backward(loss)
-        engine.step()
+        def step() -> None:
+            loss, _ = engine(batch, normaliser)
+            engine.backward(loss)
+            engine.step()
 
-    step()
-    peak = measure.peak_bytes(step, {}, device)
-    times = sorted(measure.seconds(step, device) for _ in range(rounds))
-    engine.destroy()
-    return {"seconds": round(times[len(times) // 2], 4), "samples_per_s": round(samples / times[len(times) // 2], 3),
+        step()
+        peak = measure.peak_bytes(step, None, device)
+        times = sorted(measure.seconds(step, device) for _ in range(rounds))
+    finally:
+        engine.destroy()
+    middle = times[len(times) // 2]
+    return {"seconds": round(middle, 4), "samples_per_s": round(samples / middle, 3),
             "peak_mib": round(peak / measure.MIB, 1)}  # fmt: skip
