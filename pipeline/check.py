@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipeline.check_data import CheckedData, require_prepared
 from pipeline.config import Recipe
-from pipeline.deepspeed_config import accumulation, deepspeed_config
+from pipeline.deepspeed_config import AUTO, accumulation, deepspeed_config
 from pipeline.errors import UserError, UserErrors
 from pipeline.launch import is_distributed, local_processes
 from pipeline.memory import BESIDE, GIB, MemoryPlan
@@ -154,8 +154,28 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
     assert built is not None
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
+    recipe, note = _fitted(recipe, ranks, width, built, tokens)
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
-    return peak(plan)
+    return peak(plan) + note
+
+
+def _fitted(recipe: Recipe, ranks: int, width: int, built: Any, tokens: Any) -> tuple[Recipe, str]:
+    """The recipe with what its `auto`s stand for on this machine, and the words for it."""
+    import torch
+
+    from pipeline import fitting
+
+    train = recipe.train
+    if AUTO not in (train.deepspeed, train.checkpointing):
+        return recipe, ""
+    if torch.cuda.is_available():
+        chosen = fitting.fitting(recipe, ranks, width, built, tokens, fitting.gpu_memory(torch.device("cuda", 0)))
+        return chosen, f"; auto: {chosen.train.deepspeed}, checkpointing {chosen.train.checkpointing}"
+    chosen = fitting.without_gpus(recipe)
+    if train.deepspeed != AUTO:
+        return chosen, ""
+    least = _amount(fitting.least_for_zero2(recipe, ranks, width, built, tokens))
+    return chosen, f"; auto: {chosen.train.deepspeed} without GPUs, ZeRO-2 on GPUs of {least} or more"
 
 
 def peak(plan: MemoryPlan) -> str:

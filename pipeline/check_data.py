@@ -79,7 +79,7 @@ class CheckedData:
                 self.key_width = shards.keys(identity).image.shape[1]
             except UserError as error:
                 wrong.append(str(error))
-            samples = [shards[index] for index in _telling(shards)]
+            samples = telling_samples(shards)
             wrong += self._samples(task, split, samples, conversation)
             if split == "train":
                 self.samples += samples
@@ -176,10 +176,10 @@ def require_prepared(recipe: Recipe, name: str) -> None:
                 )
 
 
-def _telling(shards: IndexedShards) -> list[int]:
-    """The first sample, the longest and the last."""
+def telling_samples(shards: IndexedShards) -> list[Sample]:
+    """The first sample, the longest and the last of a split, by characters."""
     longest = int(np.argmax(shards.lengths)) if len(shards) else 0
-    return sorted({0, longest, len(shards) - 1})[:LOOKED_AT] if len(shards) else []
+    return [shards[index] for index in sorted({0, longest, len(shards) - 1})[:LOOKED_AT]] if len(shards) else []
 
 
 def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:

@@ -157,6 +157,11 @@ class MethodConfig(Section):
 class TrainConfig(LoopConfig):
     """Optimisation of one stage."""
 
+    deepspeed: str = Field(
+        "ds_configs/zero3.json",
+        description="DeepSpeed file; batch, precision, clipping stay here; auto: ZeRO-2 where the run fits into its "
+        "GPUs with it by the memory plan, else ZeRO-3, which CPUs always get",
+    )
     epochs: float = Field(10, gt=0, description="passes over a task's training samples")
     steps: int | None = Field(None, ge=1, description="optimizer steps per stage; overrides epochs")
     global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")

@@ -10,6 +10,8 @@ from pipeline.config import PROJECT, Recipe, divisors, locate
 from pipeline.errors import UserError, nearest
 from pipeline.hpz import with_node_size
 
+AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.fitting`
+ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
 # What only the recipe may say: a second place for any of these would silently win or lose against it.
 RECIPE_OWNS = {
     "train_batch_size": "train.global_batch",
@@ -41,9 +43,11 @@ def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
 
+    `auto` that `pipeline.fitting` has not replaced is ZeRO-3, as on CPUs.
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
-    config = with_node_size(deepspeed_file(recipe.train.deepspeed), world_size)
+    file = ZERO3 if recipe.train.deepspeed == AUTO else recipe.train.deepspeed
+    config = with_node_size(deepspeed_file(file), world_size)
     micro, steps = accumulation(recipe, world_size)
     return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
 

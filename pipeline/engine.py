@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,13 @@ from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
-from pipeline.fitting import chosen_policy
+from pipeline.fitting import fitted
 from pipeline.moments import ADAM, Moments, write_moments
 from pipeline.prompts.model import PromptedLMM
 
 if TYPE_CHECKING:
     from pipeline.data.collate import Batch
+    from pipeline.data.sample import Sample
     from pipeline.prompts.model import Normaliser
 
 
@@ -35,8 +36,11 @@ class Engine:
     counts_tokens = True
     moment_kinds: tuple[str, ...] = ADAM  # what the optimizer remembers of each trainable, by torch's names
 
-    def __init__(self, recipe: Recipe, world: World, key_width: int) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list
+    ) -> None:
         deepspeed = start_deepspeed()
+        recipe = fitted(recipe, world, key_width, samples)
         config = deepspeed_config(recipe, world.size)
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
@@ -44,8 +48,7 @@ class Engine:
         method, train = recipe.method, recipe.train
         if train.vision_features == "kept":
             require_kept_features(lmm.family.kind)
-        policy = chosen_policy(recipe, world, key_width)
-        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, policy)
+        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, train.checkpointing)
         self.module.to(world.device)
         if self.zero_stage == 3:
             gather_layer_by_layer(self.module)

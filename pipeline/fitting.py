@@ -1,15 +1,18 @@
-"""Which activations a run keeps: as many as fit into its GPUs by the memory plan."""
+"""What a run's `auto` stands for: which DeepSpeed file and which activations it keeps, by the memory plan."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from pipeline.check_model import CheckedModel
 from pipeline.config import Recipe
-from pipeline.distributed import World, broadcast_object
+from pipeline.data.sample import Sample
+from pipeline.deepspeed_config import AUTO, ZERO2, ZERO3
+from pipeline.distributed import World, on_main
 from pipeline.memory import GIB, Tokens, plan_memory
 from pipeline.model_shape import meta_model
 
@@ -18,33 +21,69 @@ POLICIES = ("none", "selective", "full")  # cheapest first
 KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
 
 
-def chosen_policy(recipe: Recipe, world: World, key_width: int) -> str:
-    """The recipe's activation checkpointing, or what `auto` stands for on these ranks: the same on all of them.
+def fitted(recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list) -> Recipe:
+    """The recipe with what its `auto`s stand for on these ranks: the same on all of them.
 
-    Without GPUs that is none: the host's memory is not planned.
+    `samples` gives training samples of which the longest counts; it is called on the first rank. Without GPUs nothing
+    is planned, see `without_gpus`. Raises UserError on all ranks for what rank 0 cannot plan with.
     """
-    if recipe.train.checkpointing != "auto":
-        return recipe.train.checkpointing
+    if AUTO not in (recipe.train.deepspeed, recipe.train.checkpointing):
+        return recipe
     if world.device.type == "cpu":
-        return POLICIES[0]
-    policy = None
-    if world.main:
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-        tokens = CheckedModel(recipe, online=False).tokens([])
-        policy = fitting_policy(recipe, world.size, key_width, meta_model(recipe), tokens, memory)
-        logging.getLogger(__name__).info("activation checkpointing: %s", policy)
-    # Layers are gathered in the same order on all ranks only where all recompute the same.
-    return broadcast_object(policy) or POLICIES[-1]
+        return without_gpus(recipe)
+
+    def plan() -> tuple[str, str]:
+        memory = gpu_memory(world.device)
+        tokens = CheckedModel(recipe, online=False).tokens(samples())
+        chosen = fitting(recipe, world.size, key_width, meta_model(recipe), tokens, memory)
+        told = "train.deepspeed: %s, train.checkpointing: %s (%s)"
+        logging.getLogger(__name__).info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
+        return chosen.train.deepspeed, chosen.train.checkpointing
+
+    # Layers are gathered in the same order on all ranks only where all do the same.
+    return _with(recipe, *on_main(world, plan))
 
 
-def fitting_policy(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int) -> str:
-    """The cheapest policy with which training fits into `memory` bytes per GPU by the plan, `full` where none does.
+def fitting(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int) -> Recipe:
+    """The recipe with `auto` replaced by what fits into `memory` bytes per GPU by the plan.
 
-    `model` is on the meta device; see `plan_memory`.
+    ZeRO-2 where anything fits with it, for then no weight ever travels, and with it the least recomputation that
+    does; else ZeRO-3, and `full` where nothing fits. `model` is on the meta device; see `plan_memory`.
     """
-    for policy in POLICIES[:-1]:
-        train = recipe.train.model_copy(update={"checkpointing": policy})
-        plan = plan_memory(recipe.model_copy(update={"train": train}), ranks, key_width, model, tokens)
-        if plan.training <= (memory - KEPT_FREE) * ESTIMATED:
-            return policy
-    return POLICIES[-1]
+    train, allowed = recipe.train, (memory - KEPT_FREE) * ESTIMATED
+    files = (ZERO2, ZERO3) if train.deepspeed == AUTO else (train.deepspeed,)
+    policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
+    candidate = recipe
+    for file in files:
+        for policy in policies:
+            candidate = _with(recipe, file, policy)
+            if plan_memory(candidate, ranks, key_width, model, tokens).training <= allowed:
+                return candidate
+    return candidate
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def without_gpus(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` replaced by what it is on CPUs, whose memory is not planned: ZeRO-3, all kept."""
+    train = recipe.train
+    return _with(
+        recipe,
+        ZERO3 if train.deepspeed == AUTO else train.deepspeed,
+        POLICIES[0] if train.checkpointing == AUTO else train.checkpointing,
+    )
+
+
+def least_for_zero2(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens) -> int:
+    """Bytes that a GPU must have for `train.deepspeed: auto` to become ZeRO-2."""
+    policy = POLICIES[-1] if recipe.train.checkpointing == AUTO else recipe.train.checkpointing
+    plan = plan_memory(_with(recipe, ZERO2, policy), ranks, key_width, model, tokens)
+    return int(plan.training / ESTIMATED) + KEPT_FREE
+
+
+def _with(recipe: Recipe, file: str, policy: str) -> Recipe:
+    train = recipe.train.model_copy(update={"deepspeed": file, "checkpointing": policy})
+    return recipe.model_copy(update={"train": train})

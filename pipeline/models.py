@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakSet
 
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import Recipe
+from pipeline.data.sample import Sample
 from pipeline.distributed import World
 from pipeline.engine import Engine
 from pipeline.watchdog import Watchdog
@@ -18,8 +20,16 @@ KEEP_REPLICA_BYTES = 2 << 30  # a smaller evaluation replica stays in memory bet
 class Models:
     """Loads each form when it is first needed."""
 
-    def __init__(self, recipe: Recipe, world: World, key_width: int, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        key_width: int,
+        watchdog: Watchdog,
+        samples: Callable[[], list[Sample]] = list,
+    ) -> None:
         self.recipe, self.world, self.key_width, self.watchdog = recipe, world, key_width, watchdog
+        self._samples = samples  # training samples, the longest among them; see `pipeline.fitting`
         self._engine: Engine | None = None
         self._replica: LMM | None = None
         self._watched: WeakSet[LMM] = WeakSet()
@@ -28,7 +38,7 @@ class Models:
         """The training engine, one for all stages."""
         if self._engine is None:
             self.watchdog.beat("loading the model", slow=True)
-            self._engine = Engine(self.recipe, self.world, self.key_width)
+            self._engine = Engine(self.recipe, self.world, self.key_width, self._samples)
         return self._engine
 
     def replica(self, projector: dict[str, Tensor]) -> LMM:

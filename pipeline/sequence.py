@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.backbones.lmm import base_fingerprint
+from pipeline.check_data import telling_samples
 from pipeline.checkpoint import (
     check_stage,
     claim_run,
@@ -30,6 +31,7 @@ from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.order import Order
+from pipeline.data.sample import Sample
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.deepspeed_config import accumulation
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
@@ -93,7 +95,7 @@ class Sequence:
         self.majority: list[float] | None = None
         self.tracker: Tracker
         self.state: dict[str, Any] = {}  # of run.json, as an earlier attempt left it
-        self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog)
+        self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog, self._telling_samples)
 
     def _constants(self) -> dict[str, Any]:
         """What a stage's checkpoint must agree with for its sets to mean the same."""
@@ -101,6 +103,10 @@ class Sequence:
             "base_model": base_fingerprint(self.recipe.model),
             "clip": {name: self.data.identity[name] for name in IDENTITY_FIELDS},
         }
+
+    def _telling_samples(self) -> list[Sample]:
+        """Training samples of all tasks, the longest among them: those that `check` plans the memory with."""
+        return [sample for shards, _, _ in self.data.train for sample in telling_samples(shards)]
 
     # ------------------------------------------------------------------ the run
 

@@ -394,3 +394,17 @@ def test_weights_that_are_still_on_the_hub_are_no_problem_but_pickled_ones_are(
     monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"])
     with pytest.raises(UserError, match=r"only pickled weights.*keys\.revision"):
         check_keys(recipe, online=True)
+
+
+def test_auto_says_which_deepspeed_file_it_is_here_and_from_which_gpu_on_another(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = findings("train.deepspeed=auto")
+    assert not found.problems
+    assert "auto: ds_configs/zero3.json without GPUs, ZeRO-2 on GPUs of 1.0" in str(found.found["memory"])
+    assert found.memory is not None and found.memory.zero_stage == 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.fitting.gpu_memory", lambda _: 80 << 30)
+    large = findings("train.deepspeed=auto", ranks=1)
+    assert "auto: ds_configs/zero2.json, checkpointing none" in str(large.found["memory"])
+    assert large.memory is not None and large.memory.zero_stage == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import fitting as fitting_module
 from pipeline.backbones.recompute import recomputed_layers
 from pipeline.bench.measure import operations, peak_bytes
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
 from pipeline.distributed import init_world
 from pipeline.engine import Engine
-from pipeline.fitting import ESTIMATED, KEPT_FREE, POLICIES, fitting_policy
+from pipeline.fitting import ESTIMATED, KEPT_FREE, POLICIES, fitted, fitting, least_for_zero2
 from pipeline.memory import Tokens, plan_memory
 from pipeline.model_shape import meta_model
 from pipeline.prompts.pool import PromptPool
@@ -70,7 +72,8 @@ def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
     assert needed["none"] > needed["selective"] > needed["full"]
 
     def chosen(bytes_free: float) -> str:
-        return fitting_policy(recipe, 1, KEY_WIDTH, model, tokens, int(KEPT_FREE + bytes_free / ESTIMATED))
+        memory = int(KEPT_FREE + bytes_free / ESTIMATED)
+        return fitting(recipe, 1, KEY_WIDTH, model, tokens, memory).train.checkpointing
 
     for policy in POLICIES:
         assert chosen(needed[policy] + 64) == policy
@@ -82,3 +85,45 @@ def test_auto_is_none_on_a_cpu(llava: Path) -> None:
     recipe = make_recipe(llava)
     assert recipe.train.checkpointing == "auto"
     assert Engine(recipe, init_world(), KEY_WIDTH).module.checkpointing == "none"
+
+
+def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3(llava: Path) -> None:
+    recipe = make_recipe(llava, train__deepspeed="auto", train__global_batch=8)
+    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+
+    def chosen(memory: int) -> tuple[str, str]:
+        train = fitting(recipe, 8, KEY_WIDTH, model, tokens, memory).train
+        return train.deepspeed, train.checkpointing
+
+    least = least_for_zero2(recipe, 8, KEY_WIDTH, model, tokens)
+    assert chosen(1 << 40) == ("ds_configs/zero2.json", "none")
+    assert chosen(least + 64) == ("ds_configs/zero2.json", "full")
+    assert chosen(least - 64)[0] == "ds_configs/zero3.json"
+    assert chosen(1) == ("ds_configs/zero3.json", "full")
+
+
+def test_what_is_given_is_not_chosen(llava: Path) -> None:
+    recipe = make_recipe(llava, train__deepspeed="auto", train__checkpointing="selective")
+    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+    assert fitting(recipe, 1, KEY_WIDTH, model, tokens, 1 << 40).train.checkpointing == "selective"
+    fixed = make_recipe(llava, train__deepspeed="ds_configs/zero0.json")
+    assert fitting(fixed, 1, KEY_WIDTH, model, tokens, 1).train.deepspeed == "ds_configs/zero0.json"
+
+
+def test_auto_is_zero3_on_a_cpu(llava: Path) -> None:
+    recipe = make_recipe(llava, train__deepspeed="auto")
+    assert Engine(recipe, init_world(), KEY_WIDTH).zero_stage == 3
+
+
+def test_a_run_plans_with_the_longest_samples_and_says_what_it_chose(
+    llava: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(llava, train__deepspeed="auto")
+    samples = list(make_samples(8)[0])
+    world = dataclasses.replace(init_world(), device=torch.device("cuda", 0))
+    monkeypatch.setattr(fitting_module, "gpu_memory", lambda _: 1 << 40)
+    with caplog.at_level("INFO"):
+        train = fitted(recipe, world, KEY_WIDTH, lambda: samples).train
+    assert (train.deepspeed, train.checkpointing) == ("ds_configs/zero2.json", "none")
+    assert "ds_configs/zero2.json" in caplog.text
+    assert "the longest sample looked at" in caplog.text
