@@ -134,6 +134,7 @@ def evaluate_task(
     insertion: str = "after_bos",
     projector: str = "",
     share_images: bool = False,
+    model: dict[str, str] | None = None,
 ) -> float:
     """Score a test set after a stage, write its predictions, and return its score in percent.
 
@@ -141,13 +142,15 @@ def evaluate_task(
     in the `earlier` folders got with the same sets are taken from there (design.md decision 8). `lmm` is called only
     if something has to be generated. `projector` is the fingerprint of a trained image projector, an answer's third
     ingredient, "" where it is the base model's. `share_images` computes an image once for all questions about it that
-    get the same sets; the insertion after_image does so anyway.
+    get the same sets; the insertion after_image does so anyway. `model` are fingerprints of the base model and of what
+    else its checkpoint says, under names of their own.
     """
     path = folder / f"{test.name}.jsonl"
     prints = {name: pool.fingerprint(index) for index, name in enumerate(pool.names)}
     chosen = [[pool.names[number] for number in row if number != NO_SET] for row in selected.tolist()]
     wanted = [(projector, *(prints[name] for name in row)) for row in chosen]
     made_with = {"data": test.data.fingerprint, "max_new_tokens": test.max_new_tokens, "insertion": insertion}
+    made_with |= model or {}
     known = _known_answers(test.name, [folder, *earlier], made_with)
     missing = [i for i, identity in enumerate(test.data.ids) if (identity, wanted[i]) not in known]
     answers: dict[int, str] = {}
@@ -210,8 +213,8 @@ def _known_answers(
 ) -> dict[tuple[str, tuple[str, ...]], str]:
     """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
 
-    Those that were made with other data or settings than `made_with` are left alone; a folder that does not say what
-    its answers were made with is trusted.
+    Those that were made with other data, settings or model files than `made_with` are left alone; what a folder does
+    not say of its answers is trusted.
     """
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
@@ -219,7 +222,7 @@ def _known_answers(
             told = json.loads((folder / f"{task}.score.json").read_text("utf-8")).get("made_with", made_with)
         except (OSError, ValueError, AttributeError):
             told = made_with
-        if told != made_with:
+        if any(told.get(name, value) != value for name, value in made_with.items()):
             continue
         try:
             prints = json.loads((folder / SETS_FILE).read_text("utf-8"))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.check_data import telling_samples
 from pipeline.checkpoint import (
     check_stage,
@@ -91,6 +92,9 @@ class Sequence:
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
         self.ahead: list[float | None] = [None] * len(self.tests)  # [T], see `_evaluate_ahead`
         self.constants = on_main(world, self._constants)
+        # What an answer depends on beside sample, sets and the recipe; stages do not, so they keep their sets.
+        settings = on_main(world, lambda: settings_fingerprint(recipe.model))
+        self.answering_model = {"base_model": self.constants["base_model"], "model_files": settings}
         self.timing: dict[str, float] = {}
         self.majority: list[float] | None = None
         self.tracker: Tracker
@@ -344,7 +348,7 @@ class Sequence:
         result = evaluate_task(
             lambda: self.models.replica(self.projector), test, pool, selected, scores, self.world, folder,
             settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
-            settings.share_images,
+            settings.share_images, self.answering_model,
         )  # fmt: skip
         took = time.perf_counter() - began
         self.timing["evaluate_s"] = round(self.timing.get("evaluate_s", 0.0) + took, 1)

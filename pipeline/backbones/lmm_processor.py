@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from PIL import Image
 
+from pipeline import hub
 from pipeline.backbones.lmm_families import Family, family_of
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 VIDEOS = "video_processor"
+# Tokenizer, chat template, image processor, rules of generation.
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -39,6 +43,20 @@ def load_processor(config: ModelConfig) -> Any:
         )
     _check_template(config, family, processor)
     return processor
+
+
+def settings_fingerprint(config: ModelConfig) -> str:
+    """SHA-256 (hex) of the files beside the weights that an answer depends on, all but config.json.
+
+    That one is part of `base_fingerprint`. Raises UserError when the checkpoint cannot be had.
+    """
+    folder = hub.fetched_folder(config.location, config.revision, "model.path", "a multimodal model's", SETTINGS)
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SETTINGS for path in folder.glob(pattern)}):
+        if path.name != "config.json" and not path.name.endswith(".index.json"):
+            content = path.read_bytes()
+            digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
 
 
 def without_videos(processor: Any) -> Any:

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from pipeline import evaluate
+from pipeline.backbones.lmm_processor import settings_fingerprint
+from pipeline.config import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.distributed import init_world
 from pipeline.evaluate import Test, evaluate_task
 from pipeline.prompts.pool import PromptPool
+from tests import tiny
 from tests.train.worlds import make_pool, make_samples
 
 
@@ -31,14 +34,22 @@ class Generated:
         return {index: f"{sets[selected[index]].sum():.3f}" for index in indices}
 
 
-def run(folder: Path, number: int, pool: PromptPool, chosen: list[list[int]], test: Test | None = None) -> None:
+def run(
+    folder: Path,
+    number: int,
+    pool: PromptPool,
+    chosen: list[list[int]],
+    test: Test | None = None,
+    model: dict[str, str] | None = None,
+) -> None:
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
     test = test or Test("a", "exact", 8, StageData([(samples, keys, None)]))
     selected, scores = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
-    evaluate_task(lambda: lmm, test, pool, selected, scores, init_world(), folder / str(number), 4, earlier)
+    where = folder / str(number)
+    evaluate_task(lambda: lmm, test, pool, selected, scores, init_world(), where, 4, earlier, model=model)
 
 
 @pytest.fixture
@@ -91,6 +102,34 @@ def test_answers_of_a_run_that_does_not_say_what_they_were_made_with_are_used(
     path.write_text(json.dumps(told))
     run(tmp_path, 1, make_pool(1), [[0]])
     assert generated.asked == [0]
+
+
+def test_answers_of_another_model_or_with_other_files_beside_it_are_left_alone(
+    generated: Generated, tmp_path: Path
+) -> None:
+    model = {"base_model": "one", "model_files": "one"}
+    run(tmp_path, 0, make_pool(1), [[0]])  # evaluated before this was noted: trusted
+    run(tmp_path, 1, make_pool(1), [[0]], model=model)
+    assert generated.asked == [0]
+    run(tmp_path / "other", 0, make_pool(1), [[0]], model=model)
+    run(tmp_path / "other", 1, make_pool(1), [[0]], model=model)
+    assert generated.asked == [0, 0]
+    for number, name in enumerate(model, start=2):
+        run(tmp_path / "other", 0, make_pool(1), [[0]], model={**model, name: str(number)})
+    assert generated.asked == [0, 0, 0, 0]
+
+
+def test_what_stands_beside_the_weights_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path / "llava")
+    config = ModelConfig(path=str(folder))
+    seen = {settings_fingerprint(config)}
+    for name in ("chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        path.write_text((path.read_text() if path.is_file() else "{}") + " ")
+        seen.add(settings_fingerprint(config))
+    assert len(seen) == 5
+    (folder / "README.md").write_text("words")
+    assert settings_fingerprint(config) in seen
 
 
 def test_a_fingerprint_follows_the_values_it_was_taken_of() -> None:
