@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,13 +28,17 @@ from pipeline.methods import make_method
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 
+REFERENCE = "reference"
+
 
 @dataclass
 class _Cost:
-    """What one variant has taken so far, and what it answered, by cell."""
+    """What one variant has taken so far, of it for keys, and what it answered, by cell."""
 
     seconds: float = 0.0
     operations: int = 0
+    key_seconds: float = 0.0
+    key_operations: int = 0
     answers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
 
 
@@ -68,6 +73,17 @@ class _Matrix:
         """(stage, task), in the order in which a sequence fills them in."""
         return [(stage, task) for stage in range(len(self.pools)) for task in range(stage + 1)]
 
+    def keys(self) -> None:
+        """Both keys of every test sample, in batches of keys.batch."""
+        for test in self.tests:
+            for start in range(0, len(test.data), self.recipe.keys.batch):
+                end = min(start + self.recipe.keys.batch, len(test.data))
+                samples = [test.data[index] for index in range(start, end)]
+                self.encoder.text([sample.question for sample in samples])
+                pictures = [picture for sample in samples if (picture := sample.picture()) is not None]
+                if pictures:
+                    self.encoder.image(pictures)
+
     def routed(self, stage: int, task: int) -> tuple[Tensor, Tensor]:
         """Similarities [N, T] and sets [N, m] of a task's samples after a stage."""
         test, pool = self.tests[task], self.pools[stage]
@@ -78,61 +94,76 @@ class _Matrix:
 def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
     """Fill in the matrix of a finished run with `limit` samples per task, each cell once by every variant in turn.
 
-    reference: as the official scripts do (modalprompt.md 5), sample by sample with CLIP's towers and all prototypes
-    computed each time, every cell anew. batched: the pipeline without reuse. ours: the pipeline. shared: with
-    evaluate.share_images. Raises UserError for a run that is not finished.
+    reference: as the official scripts do (modalprompt.md 3.3, 5), sample by sample with CLIP's text tower and all
+    prototypes computed each time, every cell anew; its image key is by-product of the model's own tower and costs
+    nothing. batched: the pipeline without reuse. ours: the pipeline. shared: with evaluate.share_images. All three have
+    one pass of both towers over every test sample on top, as data_prep computes the keys. Operations are counted in a
+    pass of their own, for the counter slows small models by half. Raises UserError for a run that is not finished.
     """
     matrix, world = _Matrix(run, limit), init_world()
     costs: dict[str, _Cost] = {}
     with TemporaryDirectory() as folder:
 
-        def ours(name: str, reuse: bool, share: bool) -> Callable[[int, int], list[str]]:
-            return lambda stage, task: _pipeline(matrix, world, Path(folder) / name, stage, task, reuse, share)
+        def ours(name: str, reuse: bool, share: bool) -> Callable[[str, int, int], list[str]]:
+            return lambda kind, stage, task: _pipeline(
+                matrix, world, Path(folder) / kind / name, stage, task, reuse, share
+            )
 
-        variants: dict[str, Callable[[int, int], list[str]]] = {
-            "reference": lambda stage, task: _one_by_one(matrix, stage, task),
+        variants: dict[str, Callable[[str, int, int], list[str]]] = {
+            REFERENCE: lambda _, stage, task: _one_by_one(matrix, stage, task),
             "batched": ours("batched", reuse=False, share=False),
             "ours": ours("ours", reuse=True, share=False),
             "shared": ours("shared", reuse=True, share=True),
         }
-        variants["reference"](0, 0)  # warms up
+        costs = {name: _Cost() for name in variants}
+        variants[REFERENCE]("timed", 0, 0)  # warms up
         for cell in matrix.cells:
             for name, call in variants.items():
-                _fill_in(costs.setdefault(name, _Cost()), call, cell)
+                _time(costs[name], partial(call, "timed"), cell)
             so_far = ", ".join(f"{name} {cost.seconds:.1f} s" for name, cost in costs.items())
-            measure.tell(f"cell {len(costs['reference'].answers)} of {len(matrix.cells)}: {so_far}")
-    answered = sum(map(len, costs["reference"].answers.values()))
-    reference = costs["reference"]
+            measure.tell(f"cell {len(costs[REFERENCE].answers)} of {len(matrix.cells)}: {so_far}")
+        for name, call in variants.items():
+            measure.tell(f"operations of {name}")
+            costs[name].operations = measure.operations(lambda call=call: _all_cells(matrix, call))[0]
+    _add_keys(matrix, [cost for name, cost in costs.items() if name != REFERENCE])
+    reference = costs[REFERENCE]
     return {
         "run": run.name,
         "cells": len(matrix.cells),
-        "answers": answered,
+        "answers": sum(map(len, reference.answers.values())),
         "machine": measure.machine(),
         "variants": {
-            name: {"seconds": round(cost.seconds, 2), "gflop": round(cost.operations / 1e9, 2),
+            name: {"seconds": round(cost.seconds, 2), "of_it_keys_s": round(cost.key_seconds, 2),
+                   "gflop": round(cost.operations / 1e9, 6), "of_it_keys_gflop": round(cost.key_operations / 1e9, 6),
                    "same_answers": round(_agreement(reference, cost), 4)}
             for name, cost in costs.items()
         },
-        "ratios": {"reference": {
+        "ratios": {REFERENCE: {
             name: {"wall_clock": round(reference.seconds / cost.seconds, 2),
                    "operations": round(reference.operations / max(cost.operations, 1), 2)}
-            for name, cost in costs.items() if name != "reference"
+            for name, cost in costs.items() if name != REFERENCE
         }},
     }  # fmt: skip
 
 
-def _fill_in(cost: _Cost, call: Callable[[int, int], list[str]], cell: tuple[int, int]) -> None:
-    """Time a cell; operations are counted in the same call, which slows all variants alike per operation."""
+def _time(cost: _Cost, call: Callable[[int, int], list[str]], cell: tuple[int, int]) -> None:
+    """Fill in a cell and note its answers and how long it took."""
     found: list[list[str]] = []
-
-    def work() -> None:
-        found.append(call(*cell))
-
-    def counted() -> None:
-        cost.operations += measure.operations(work)[0]
-
-    cost.seconds += measure.seconds(counted)
+    cost.seconds += measure.seconds(lambda: found.append(call(*cell)))
     cost.answers[cell] = found[0]
+
+
+def _all_cells(matrix: _Matrix, call: Callable[[str, int, int], list[str]]) -> None:
+    for cell in matrix.cells:
+        call("counted", *cell)
+
+
+def _add_keys(matrix: _Matrix, costs: list[_Cost]) -> None:
+    """Charge variants what data_prep does once for every test sample: decode it and run CLIP's towers, in batches."""
+    seconds, operations = measure.seconds(matrix.keys), measure.operations(matrix.keys)[0]
+    for cost in costs:
+        cost.seconds, cost.key_seconds = cost.seconds + seconds, seconds
+        cost.operations, cost.key_operations = cost.operations + operations, operations
 
 
 def _pipeline(
@@ -159,9 +190,7 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
     _, selected = matrix.routed(stage, task)
     answers = []
     for index in range(len(test.data)):
-        sample = test.data[index]
-        picture = sample.picture()
-        keys = [matrix.encoder.text([sample.question])] + ([] if picture is None else [matrix.encoder.image([picture])])
+        keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[index, None]]
         for number, prompt in enumerate(pool.prompts):  # prototypes and similarities, anew for every sample
             prototype = matrix.heads[number](prompt)
             for key in keys:

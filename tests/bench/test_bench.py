@@ -14,15 +14,20 @@ from typer.testing import CliRunner
 
 from pipeline.bench import measure
 from pipeline.bench.__main__ import app
+from pipeline.bench.evaluate import bench_evaluate
 from pipeline.bench.gpu import _measured, bench_gpu
+from pipeline.bench.keys import bench_keys
+from pipeline.bench.loader import bench_loader
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
 from pipeline.bench.tasks import bench_tasks
+from pipeline.sequence import run_sequence
+from tests.e2e.conftest import prepare_project, recipe_on
 
 
 @pytest.fixture(scope="module")
 def step() -> dict[str, Any]:
-    return bench_step("tiny", samples=4, rounds=1, variants=("reference", "after_bos", "after_image_shared"))
+    return bench_step("tiny", samples=4, rounds=1, variants=("reference", "peft", "after_bos", "after_image_shared"))
 
 
 def test_the_reference_computes_our_loss_in_our_layout(step: dict[str, Any]) -> None:
@@ -34,6 +39,11 @@ def test_ours_takes_fewer_operations_and_least_where_questions_share_an_image(st
     needed = {name: row["gflop_per_sample"] for name, row in step["variants"].items()}
     assert needed["reference"] > needed["after_bos"] > needed["after_image_shared"] > 0
     assert step["ratios"]["reference"]["after_bos"]["operations"] > 1.5
+
+
+def test_peft_takes_more_operations_and_memory_than_ours(step: dict[str, Any]) -> None:
+    assert step["ratios"]["peft"]["after_bos"]["operations"] > 1.5
+    assert step["ratios"]["peft"]["after_bos"]["peak_memory"] > 1
 
 
 def test_operations_of_products_and_attention_are_counted() -> None:
@@ -64,11 +74,47 @@ def test_a_shared_batch_has_each_image_once() -> None:
     assert every_image(batch).images["pixel_values"][1].equal(batch.images["pixel_values"][0])
 
 
-def test_many_tasks_take_no_more_operations() -> None:
-    found = bench_tasks("tiny", few=8, many=64, samples=1, rounds=1)
+def test_a_thousand_tasks_take_no_more_operations_and_only_the_memory_of_their_sets() -> None:
+    found = bench_tasks("tiny", few=8, many=1024, samples=1, rounds=1)
     for kind in ("step", "answer"):
         assert found["ratios"]["8 tasks"][kind]["operations"] < 1.05
-    assert 7 < found["adapter_bytes"]["64"] / found["adapter_bytes"]["8"] < 9
+    assert 120 < found["adapter_bytes"]["1024"] / found["adapter_bytes"]["8"] < 130
+    peak = {name: row["peak_mib"] * measure.MIB for name, row in found["variants"].items()}
+    pool = found["adapter_bytes"]["1024"] - found["adapter_bytes"]["8"]  # sets and prototypes in float32
+    assert peak["step, 1024 tasks"] - peak["step, 8 tasks"] < 1.05 * pool + 0.1 * measure.MIB
+    assert peak["answer, 1024 tasks"] - peak["answer, 8 tasks"] < 0.5 * pool  # the sets stay in their file
+
+
+def test_reading_by_index_is_told_against_sequential_reading() -> None:
+    found = bench_loader(samples=12, rounds=1)
+    assert found["samples"] == 12
+    assert all(row["samples_per_s"] > 0 for row in found["variants"].values())
+    assert found["ratios"]["sequential"].keys() == {"indexed", "permuted"}
+
+
+def test_the_share_of_the_towers_is_what_they_took_of_the_whole() -> None:
+    found = bench_keys("tiny", samples=4, batch=2)
+    seconds = found["seconds"]
+    assert min(seconds["image tower"], seconds["text tower"]) > 0
+    share = (seconds["image tower"] + seconds["text tower"]) / seconds["whole"]
+    assert found["share_in_towers"] == pytest.approx(share, abs=0.02)
+    assert 0 < share < 1
+
+
+def test_the_matrix_has_the_same_answers_and_keys_are_charged_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = prepare_project(tmp_path_factory.mktemp("evaluate"), tasks=2)
+    recipe = recipe_on(root, tmp_path, tasks=2, train__steps=1)
+    run_sequence(recipe, stages="train")
+    found = bench_evaluate(recipe.run_path, limit=2)
+    rows = found["variants"]
+    assert (found["cells"], found["answers"]) == (3, 6)
+    assert all(row["same_answers"] == 1 for row in rows.values())
+    assert rows["reference"]["of_it_keys_gflop"] == 0
+    assert 0 < rows["ours"]["of_it_keys_gflop"] == rows["batched"]["of_it_keys_gflop"] < rows["ours"]["gflop"]
+    assert rows["ours"]["gflop"] <= rows["batched"]["gflop"]
+    assert found["ratios"]["reference"]["batched"].keys() == {"wall_clock", "operations"}
 
 
 def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> None:
@@ -144,3 +190,12 @@ def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path: Path) -> None:
     assert all(row["samples_per_s"] > 0 for row in [*found["steps"].values(), *found["deepspeed"].values()])
     assert all(row["tokens_per_s"] > 0 for row in found["answering"]["all"].values())
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_the_goals_of_a_step_hold_at_size_small() -> None:
+    variants = ("reference", "after_bos", "after_image", "after_image_shared")
+    ratios = bench_step("small", samples=4, rounds=1, variants=variants)["ratios"]["reference"]
+    for name, goal in (("after_bos", 2.0), ("after_image", 3.5), ("after_image_shared", 8.0)):
+        assert ratios[name]["operations"] >= goal
+        assert ratios[name]["peak_memory"] >= 2
