@@ -57,8 +57,9 @@ def generate_answers(
     """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
     samples, which stand where `insertion` says (see `insertion_place`).
 
-    Samples of similar length are generated together; the answers do not depend on how the samples are batched. `bar`
-    names the bar that a terminal shows.
+    Samples of similar length are generated together. How samples are batched changes the order in which numbers are
+    added and nothing else: float32 answers were always the same, in bfloat16 on a GPU close calls may differ.
+    `bar` names the bar that a terminal shows.
     """
     device = lmm.model.device
     bank, selected = _used_sets(sets, selected, indices)
