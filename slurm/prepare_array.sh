@@ -33,8 +33,8 @@ fi
 submit() {
     local what=$1 previous=$2 options
     shift 2
-    read -ra options <<<"${PREPARE_OPTIONS:-}"
-    [ "$what" != keys ] || read -ra options <<<"${KEYS_OPTIONS:-${PREPARE_OPTIONS:-}}"
+    split_options "${PREPARE_OPTIONS:-}"
+    [ "$what" != keys ] || split_options "${KEYS_OPTIONS:-${PREPARE_OPTIONS:-}}"
     set -- sbatch --parsable --job-name="prepare-$what" "${options[@]}" "$@"
     [ -z "$previous" ] || set -- "$@" "--dependency=afterok:$previous"
     set -- "$@" "$script" --step "$what" --tasks "$tasks" "${arguments[@]}"
@@ -63,7 +63,9 @@ in_job() {
         together) command=(pipeline prepare "${arguments[@]}") ;;
         *) fail "--step is '$step'; expected shards, join, keys or together." ;;
     esac
-    print_or_run srun --ntasks=1 --export=ALL --input=none "${srun_options[@]}" "${python[@]}" -m "${command[@]}"
+    # srun does not inherit --cpus-per-task from the job (since Slurm 22.05).
+    print_or_run srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --export=ALL \
+        --input=none "${srun_options[@]}" "${python[@]}" -m "${command[@]}"
 }
 
 tasks=10 step='' arguments=()

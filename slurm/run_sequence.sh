@@ -28,6 +28,8 @@ shopt -s inherit_errexit
 
 STOPPED=75         # pipeline's: saved, the same command goes on
 KILLED_BY_USR1=138 # a rank that was still starting and had nothing to save
+KILLED_BY_TERM=143 # the same, where the job was told to stop; else a rank was killed
+ATTEMPTS=5         # to reach a controller that is busy
 
 usage() {
     sed -n '/^# A whole/,/^# Exit/ s/^# \{0,1\}//p' "$script"
@@ -37,11 +39,13 @@ usage() {
 
 # Sets `per_node`: one task per GPU, or what --ntasks-per-node said, or one task per node.
 count_tasks() {
-    local gpus=${SLURM_GPUS_ON_NODE:-}
+    # Only batch jobs know what is on a node; the shell of salloc has "16(x2)" and what was asked for.
+    local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}} on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}}
+    gpus=${gpus##*:} on_node=${on_node%%[(,]*}
     [[ $gpus =~ ^[0-9]+$ ]] || gpus=1
     per_node=${SLURM_NTASKS_PER_NODE:-$gpus}
-    cpus=$((SLURM_CPUS_ON_NODE / per_node))
-    [ "$cpus" -ge 1 ] || fail "this job has $SLURM_CPUS_ON_NODE CPUs per node for $per_node tasks; submit it with" \
+    cpus=$((on_node / per_node))
+    [ "$cpus" -ge 1 ] || fail "this job has $on_node CPUs per node for $per_node tasks; submit it with" \
         "--cpus-per-gpu=N, or with --ntasks-per-node=$per_node --cpus-per-task=N."
 }
 
@@ -58,39 +62,66 @@ meeting_point() {
     export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 20000))
 }
 
-# Run a step and wait for it, passing signals on; a bare `srun` in the foreground would hold them back until it ends.
+# From now on the signals reach the step that runs, as one signal; a step that has not begun by then does not begin.
+listen() {
+    passed_on=$1 step='' signalled=0 broken_off=0
+    shift
+    trap pass_on "$@"
+}
+
+pass_on() {
+    signalled=1 broken_off=1
+    [ -z "$step" ] || kill -s "$passed_on" "$step" 2>/dev/null || true
+}
+
+# Run a step and wait for it; a bare `srun` in the foreground would hold signals back until it ends.
 run_step() {
     local code=0
     if [ "$dry_run" = 1 ]; then
         print_or_run "$@"
         return
     fi
+    [ "$signalled" = 0 ] || return "$STOPPED"
     "$@" &
     step=$!
+    [ "$signalled" = 0 ] || pass_on # it came before `step` was known
     while true; do
-        code=0
+        broken_off=0 code=0
         wait "$step" || code=$?
-        kill -0 "$step" 2>/dev/null || break
+        # A signal breaks waiting off; waiting again also gives the code of a step that has ended by then.
+        [ "$broken_off" = 1 ] || break
     done
     step=
     return "$code"
 }
 
-pass_on() {
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true
+# Call Slurm until it answers; its controller may be busy or just starting again.
+patiently() {
+    local attempt
+    for attempt in $(seq "$ATTEMPTS"); do
+        ! "$@" || return 0
+        [ "$attempt" = "$ATTEMPTS" ] || sleep "${RETRY_S:-5}"
+    done
+    return 1
 }
 
 requeue() {
-    local state
-    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-    # A job that is being cancelled is COMPLETING already, and would be queued again all the same.
-    if [ "$state" != RUNNING ]; then
-        echo "stopped: the job was cancelled (its state is $state) and what it had done is saved; submit it again to" \
-            "go on." >&2
+    local shown state
+    shown=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID") || shown=
+    state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$shown")
+    # A job that Slurm is ending (cancelled, out of time, making room for another) is COMPLETING already, and would be
+    # queued again all the same. Where Slurm itself queues it again, it needs nobody's help.
+    if [ "$state" = CANCELLED ]; then
+        echo "stopped: the job was cancelled and what it had done is saved; submit it again to go on." >&2
+    elif [ -n "$state" ] && [ "$state" != RUNNING ]; then
+        echo "stopped: Slurm is ending the job (its state is $state) and what it had done is saved; it goes on when" \
+            "Slurm queues it again after a preemption, and after scancel when you submit it again." >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
         echo "stopped: the job was started ${MAX_RESTARTS:-100} times again (MAX_RESTARTS in site.env); submit it" \
             "again to go on." >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    elif [[ $shown == *" Requeue=0 "* ]]; then
+        echo "stopped: this job may not be queued again (--no-requeue); submit it again to go on." >&2
+    elif patiently scontrol requeue "$SLURM_JOB_ID"; then
         echo "stopped: the job is queued again and goes on from here." >&2
     else
         echo "stopped: Slurm does not queue this job again (see the line above); submit it again to go on." >&2
@@ -107,10 +138,9 @@ in_job() {
     # Lines appear as they are printed. Not by srun's --unbuffered, which gives the tasks a terminal to draw bars on.
     export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
     # --export: also for a job that was submitted with --export=NONE. --input: no task may wait for a keyboard.
-    common=(--export=ALL --input=none --cpus-per-task="$cpus" "${srun_options[@]}")
+    # --distribution: the ranks of a node are neighbours, as hpZ takes them to be, whatever the site's default is.
+    common=(--export=ALL --input=none --distribution=block --cpus-per-task="$cpus" "${srun_options[@]}")
     unset SLURM_CPUS_PER_GPU # srun takes it for a second answer to --cpus-per-task
-    step=
-    trap pass_on USR1 TERM
     if [ "$prepare" = 1 ]; then
         run_step srun --nodes=1 --ntasks=1 "${common[@]}" "${python[@]}" -m pipeline prepare "${arguments[@]}" || code=$?
     fi
@@ -120,8 +150,8 @@ in_job() {
             --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --kill-on-bad-exit=1 --wait=0 "${common[@]}" \
             "${python[@]}" -m pipeline "$verb" "${arguments[@]}" "${until[@]}" || code=$?
     fi
-    case $code in
-        "$STOPPED" | "$KILLED_BY_USR1") requeue ;;
+    case $code:$signalled in
+        "$STOPPED":* | "$KILLED_BY_USR1":* | "$KILLED_BY_TERM":1) requeue ;;
         *) exit "$code" ;;
     esac
 }
@@ -130,7 +160,7 @@ in_job() {
 
 submit() {
     local options job
-    read -ra options <<<"${SBATCH_OPTIONS:-}"
+    split_options "${SBATCH_OPTIONS:-}"
     if [ "$dry_run" = 1 ]; then
         print_or_run sbatch "${options[@]}" "$@" "$script" "${own[@]}" "${arguments[@]}" "${until[@]}" >&2
         job="JOB${until[1]:-}"
@@ -142,7 +172,11 @@ submit() {
 
 chain() {
     local names number=0 job='' name dependency
-    names=$("${python[@]}" slurm/stages.py "${arguments[@]}")
+    names=$("${login_python[@]}" slurm/stages.py "${arguments[@]}") || {
+        [ $? != 2 ] || exit 2 # it has said what is wrong with the recipe
+        fail "the stages cannot be read with ${login_python[*]} (see above); --chain needs a Python here, outside jobs," \
+            "that has requirements.txt: set PYTHON, or with pyxis LOGIN_PYTHON, in slurm/site.env."
+    }
     if [ -z "$names" ]; then # a method without stages, which only evaluates
         submit
         return
@@ -159,9 +193,18 @@ chain() {
 }
 
 without_slurm() {
-    [ "$prepare" = 0 ] || print_or_run "${python[@]}" -m pipeline prepare "${arguments[@]}"
-    # `run` starts the deepspeed launcher with one rank per GPU, or with as many as train.processes says.
-    print_or_run "${python[@]}" -m pipeline "$verb" "${arguments[@]}" "${until[@]}"
+    local command=("${python[@]}" -m pipeline)
+    if [ "$prepare" = 1 ]; then
+        listen TERM TERM INT HUP
+        run_step "${command[@]}" prepare "${arguments[@]}"
+        [ "$signalled" = 0 ] || exit "$STOPPED"
+        trap - TERM INT HUP
+    fi
+    # `run` starts the deepspeed launcher with one rank per GPU, or with as many as train.processes says. It takes this
+    # script's place, so that a signal to the script is one to it.
+    command+=("$verb" "${arguments[@]}" "${until[@]}")
+    [ "$dry_run" = 1 ] || exec "${command[@]}"
+    print_or_run "${command[@]}"
 }
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -174,6 +217,10 @@ if [ ! -f "$script" ]; then
 fi
 # shellcheck source=slurm/site.sh
 . slurm/site.sh
+
+own_job=0 # whether this is the shell of a job, which starts steps
+[ -z "${SLURM_JOB_ID:-}" ] || [ -n "${SLURM_STEP_ID:-}" ] || own_job=1
+[ "$own_job" = 0 ] || listen USR1 USR1 TERM
 
 mode=run verb=run prepare=0
 arguments=() own=() until=()
@@ -205,7 +252,7 @@ if [ "$mode" != run ]; then
     [ -z "${SLURM_JOB_ID:-}" ] || fail "--$mode submits jobs; call it outside a job."
     [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "--$mode needs Slurm, and there is no sbatch here."
     if [ "$mode" = chain ]; then chain; else submit; fi
-elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
+elif [ "$own_job" = 1 ]; then
     in_job
 else
     without_slurm

@@ -22,8 +22,10 @@ print_or_run() {
 load_site() {
     local file=${SITE_ENV:-slurm/site.env}
     if [ -e "$file" ]; then
+        set +u # a site's `module` function may read variables that are not set
         # shellcheck source=slurm/site.env.example
         . "$file"
+        set -u
     elif [ -n "${SITE_ENV:-}" ]; then
         fail "SITE_ENV names $SITE_ENV, which does not exist; copy slurm/site.env.example there."
     fi
@@ -36,9 +38,15 @@ load_site() {
     fi
 }
 
-# Sets `python`, the command line of Python inside the container if there is one, and `srun_options` to go with it.
+# Sets `options` to the words of a text, which may have several lines.
+split_options() {
+    IFS=$' \t\n' read -r -d '' -a options <<<"$1" || true # it ends without the delimiter
+}
+
+# Sets `python`, the command line of Python inside the container if there is one, `srun_options` to go with it, and
+# `login_python`, the same for where there is no srun.
 choose_python() {
-    srun_options=()
+    srun_options=() login_python=()
     case ${CONTAINER:-none} in
         none) python=("$PYTHON") ;;
         apptainer)
@@ -49,7 +57,11 @@ choose_python() {
             srun_options=("--container-image=${IMAGE:?site.env must set IMAGE}" "--container-workdir=$PWD"
                 "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
             python=("$PYTHON")
+            # Pyxis starts containers in jobs only.
+            login_python=("${LOGIN_PYTHON:-python3}")
+            [ -n "${LOGIN_PYTHON:-}" ] || [ ! -x .venv/bin/python ] || login_python=("$PWD/.venv/bin/python")
             ;;
         *) fail "CONTAINER is '$CONTAINER' in site.env; expected none, apptainer or pyxis." ;;
     esac
+    [ "${#login_python[@]}" -gt 0 ] || login_python=("${python[@]}")
 }

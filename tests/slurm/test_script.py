@@ -23,13 +23,16 @@ STAND_INS = {
     "scontrol": """
 case "$*" in
     "show hostnames "*) printf 'localhost\\nother\\n' ;;
-    "show job "*) echo "JobId=41 JobState=${JOB_STATE:-RUNNING} Reason=None" ;;
-    "requeue "*) [ -z "${NO_REQUEUE:-}" ] ;;
+    "show job "*)
+        [ "$(grep -c "^scontrol show job" "$CALLS")" -gt "${BUSY:-0}" ] || exit 1
+        echo "JobId=41 JobState=${JOB_STATE:-RUNNING} Reason=None Requeue=${REQUEUE:-1} Restarts=0"
+        ;;
+    "requeue "*) [ -z "${NO_REQUEUE:-}" ] && [ "$(grep -c "^scontrol requeue" "$CALLS")" -gt "${BUSY:-0}" ] ;;
 esac""",
     "srun": 'eval "${SRUN:-exit 0}"',
     "sbatch": 'number=$(cat "$CALLS/../count" 2>/dev/null || echo 100); echo $((number + 1)) | tee "$CALLS/../count"',
     "apptainer": "exit 0",
-    "python-stand-in": "exit 0",
+    "python-stand-in": 'eval "${RUN:-exit 0}"',
 }
 
 
@@ -49,7 +52,7 @@ class Shell:
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.environment = {
             **outside, "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file),
-            "PYTHON": "python-stand-in",
+            "PYTHON": "python-stand-in", "RETRY_S": "0",
         }  # fmt: skip
         self.environment.pop("SITE_ENV", None)
 
@@ -74,6 +77,12 @@ class Shell:
         """Call the script that prepares data."""
         return self(*arguments, script="prepare_array.sh", **environment)
 
+    def wait_for(self, word: str, process: subprocess.Popen[str]) -> None:
+        """Wait until a stand-in has noted that it is so far."""
+        while word not in (self.calls_file.read_text("utf-8") if self.calls_file.exists() else ""):
+            assert process.poll() is None
+            time.sleep(0.02)
+
     def calls(self, program: str) -> list[str]:
         """The arguments of every call of a program so far."""
         text = self.calls_file.read_text("utf-8") if self.calls_file.exists() else ""
@@ -89,7 +98,7 @@ def test_a_job_starts_one_task_per_gpu_and_ends_all_when_one_fails(shell: Shell)
     assert shell.job("nano", "--set", "seed=3").returncode == 0
     (call,) = shell.calls("srun")
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"} <= set(call.split())
-    assert {"--kill-on-bad-exit=1", "--wait=0", "--export=ALL"} <= set(call.split())
+    assert {"--kill-on-bad-exit=1", "--wait=0", "--export=ALL", "--distribution=block"} <= set(call.split())
     assert call.endswith("python-stand-in -m pipeline run nano --set seed=3")
 
 
@@ -149,10 +158,28 @@ def test_a_failed_sequence_is_not_queued_again(shell: Shell, code: int) -> None:
     assert "requeue 41" not in shell.calls("scontrol")
 
 
-def test_a_cancelled_job_is_not_queued_again(shell: Shell) -> None:
-    done = shell.job("nano", SRUN="exit 75", JOB_STATE="COMPLETING")
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("CANCELLED", "was cancelled"), ("COMPLETING", "state is COMPLETING"), ("PREEMPTED", "state is PREEMPTED")],
+)
+def test_a_job_that_slurm_is_ending_is_not_queued_again(shell: Shell, state: str, said: str) -> None:
+    done = shell.job("nano", SRUN="exit 75", JOB_STATE=state)
     assert done.returncode == 75
-    assert "was cancelled" in done.stderr
+    assert said in done.stderr
+    assert ("was cancelled" in done.stderr) == (state == "CANCELLED")
+    assert "requeue 41" not in shell.calls("scontrol")
+
+
+def test_a_busy_controller_is_asked_again(shell: Shell) -> None:
+    done = shell.job("nano", SRUN="exit 75", BUSY="2")
+    assert (done.returncode, shell.calls("scontrol").count("requeue 41")) == (75, 3)
+    assert "queued again and goes on" in done.stderr
+
+
+def test_a_job_that_must_not_be_queued_again_is_left_alone(shell: Shell) -> None:
+    done = shell.job("nano", SRUN="exit 75", REQUEUE="0")
+    assert done.returncode == 75
+    assert "--no-requeue" in done.stderr
     assert "requeue 41" not in shell.calls("scontrol")
 
 
@@ -174,12 +201,40 @@ def test_a_signal_to_the_job_script_reaches_the_ranks_and_the_script_waits_for_t
 ) -> None:
     ranks = 'trap "sleep 0.5; exit 75" USR1; echo started >>"$CALLS"; while true; do sleep 0.05; done'
     process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
-    while "started" not in (shell.calls_file.read_text("utf-8") if shell.calls_file.exists() else ""):
-        assert process.poll() is None
-        time.sleep(0.02)
+    shell.wait_for("started", process)
     process.send_signal(number)
     process.communicate(timeout=300)
     assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+
+
+@pytest.mark.parametrize("code", [138, 143])
+def test_a_step_that_dies_of_the_signal_of_a_job_told_to_stop_is_queued_again(shell: Shell, code: int) -> None:
+    ranks = f'trap "exit {code}" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
+    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
+    shell.wait_for("started", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+
+
+def test_the_code_of_a_step_that_ends_while_the_script_is_busy_with_the_signal_is_kept(shell: Shell) -> None:
+    ranks = 'trap "exit 75" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
+    slowly = {"BASH_FUNC_kill%%": '() { local code=0; builtin kill "$@" || code=$?; sleep 0.3; return $code; }'}
+    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks, **slowly)
+    shell.wait_for("started", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+
+
+def test_a_signal_while_the_data_is_prepared_is_queued_again_and_trains_nothing(shell: Shell) -> None:
+    ranks = 'trap "exit 0" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
+    process = shell.start("--prepare", "nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
+    shell.wait_for("started", process)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=300)
+    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+    assert len(shell.calls("srun")) == 1
 
 
 def test_dry_run_in_a_job_prints_the_step_and_starts_nothing(shell: Shell) -> None:
@@ -210,6 +265,59 @@ def test_outside_a_job_the_pipeline_starts_the_ranks_itself(shell: Shell) -> Non
     assert shell("nano").returncode == 0
     assert shell.calls("python-stand-in") == ["-m pipeline run nano"]
     assert shell.calls("srun") == []
+
+
+@pytest.mark.parametrize("arguments", [("nano",), ("--prepare", "nano")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_outside_a_job_a_signal_to_the_script_reaches_python(
+    shell: Shell, arguments: tuple[str, ...], number: signal.Signals
+) -> None:
+    run = 'trap "echo told >>$CALLS; exit 75" TERM HUP; echo started >>"$CALLS"; while true; do sleep 0.02; done'
+    process = shell.start(*arguments, RUN=run)
+    shell.wait_for("started", process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "told" in shell.calls_file.read_text("utf-8").splitlines()
+    assert len(shell.calls("python-stand-in")) == 1
+
+
+def test_the_shell_of_salloc_knows_its_processors_by_another_name(shell: Shell) -> None:
+    environment = {**JOB, "SLURM_JOB_CPUS_PER_NODE": "16(x2)", "SLURM_GPUS_PER_NODE": "a100:4"}
+    environment["SLURM_SUBMIT_DIR"] = str(PROJECT)
+    for name in ("SLURM_CPUS_ON_NODE", "SLURM_GPUS_ON_NODE"):
+        del environment[name]
+    done = shell("nano", **environment)
+    assert done.returncode == 0, done.stderr
+    assert {"--ntasks=8", "--cpus-per-task=4"} <= set(shell.calls("srun")[0].split())
+
+
+def test_options_of_site_env_may_take_several_lines(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text('SBATCH_OPTIONS="--nodes=2\n  --time=1"\nPREPARE_OPTIONS="--mem=1G\n--time=2"\n')
+    shell("--submit", "nano", SITE_ENV=str(site))
+    shell.prepare("--tasks", "3", "r.yaml", SITE_ENV=str(site))
+    calls = shell.calls("sbatch")
+    assert calls[0].startswith("--parsable --nodes=2 --time=1 slurm/")
+    assert all(" --mem=1G --time=2 " in call for call in calls[1:])
+
+
+def test_site_env_may_read_what_is_not_set(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text('module() { echo "$MODULE_NOBODY_SET" >/dev/null; }\nmodule load cuda\n')
+    assert shell("nano", SITE_ENV=str(site)).returncode == 0
+
+
+def test_a_chain_with_pyxis_reads_the_recipe_outside_the_container(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(f"CONTAINER=pyxis IMAGE=/i.sqsh PYTHON=/only/inside/python LOGIN_PYTHON={sys.executable}\n")
+    done = shell("--chain", "nano", SITE_ENV=str(site))
+    assert done.returncode == 0, done.stderr
+    assert len(shell.calls("sbatch")) == 6
+    site.write_text("CONTAINER=pyxis IMAGE=/i.sqsh PYTHON=python3 LOGIN_PYTHON=/not/there\n")
+    done = shell("--chain", "nano", SITE_ENV=str(site))
+    assert (done.returncode, len(shell.calls("sbatch"))) == (2, 6)
+    assert "LOGIN_PYTHON, in slurm/site.env" in done.stderr
 
 
 def test_outside_a_job_dry_run_prints_the_command(shell: Shell) -> None:
@@ -286,3 +394,10 @@ def test_every_job_of_the_preparation_does_its_share(shell: Shell, step: str, ca
     task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
     assert shell.prepare("--step", step, "--tasks", "3", "r.yaml", **task).returncode == 0
     assert shell.calls("srun")[0].endswith(f"python-stand-in -m {call}")
+    assert "--cpus-per-task" not in shell.calls("srun")[0]
+
+
+def test_a_job_of_the_preparation_hands_its_processors_on(shell: Shell) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
+    shell.prepare("--step", "keys", "--tasks", "3", "r.yaml", SLURM_CPUS_PER_TASK="8", **task)
+    assert "--cpus-per-task=8" in shell.calls("srun")[0].split()
