@@ -1,6 +1,10 @@
 """`python -m pipeline`: the command line of the project."""
 
-from pipeline.cli import main
-
 if __name__ == "__main__":
+    from pipeline.stopping import leave_on_signals
+
+    leave_on_signals()  # before the imports that take seconds
+
+    from pipeline.cli import main
+
     main()

@@ -163,6 +163,7 @@ _add_training("train", "Train all stages without evaluating; `evaluate RUN` fill
 @app.command()
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
+    launch.require_srun()
     if run_kind(run) == "clip":
         _benchmark("evaluate", str(run), [], as_json)
         return
@@ -271,6 +272,7 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
 def _sequence(
     verb: str, name: str, overrides: list[str], until: int | None, as_json: bool, then: Then | None = None
 ) -> None:
+    launch.require_srun()
     if recipe_kind(name) == "clip":
         if until is not None:
             raise UserError(f"--until counts the stages of a sequence, and {name} has units; choose them with --set.")

@@ -20,7 +20,8 @@ from types import FrameType
 from typing import Any
 
 from pipeline.config import Recipe
-from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER
+from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, UserError
+from pipeline.stopping import STOP_SIGNALS, heeded
 
 OUTCOMES = "PIPELINE_OUTCOMES"  # folder in which the ranks of a launch leave how they ended
 
@@ -44,6 +45,16 @@ def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
     if "RANK" in env and "WORLD_SIZE" in env:
         return True
     return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS") or 1) > 1
+
+
+def require_srun(env: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError in the shell of a Slurm job with several tasks, which looks like the first of them."""
+    if "RANK" not in env and is_distributed(env) and "SLURM_STEP_ID" not in env:
+        raise UserError(
+            f"This is the shell of Slurm job {env.get('SLURM_JOB_ID', '?')} and not one of its {env['SLURM_NTASKS']} "
+            "tasks. Submit slurm/run_sequence.sh, which starts them, or put `srun` before the command (and export "
+            "MASTER_ADDR and MASTER_PORT)."
+        )
 
 
 def end_as_rank(work: Callable[[], object]) -> None:
@@ -94,7 +105,8 @@ def leave_outcome(outcome: Outcome) -> bool:
 def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Outcome:
     """Run `python -m <module> <arguments>` on `processes` ranks of this machine and return how it ended.
 
-    SIGINT, SIGTERM and SIGUSR1 reach the ranks as SIGTERM, which have the launcher's 30 seconds to save and leave.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP reach the ranks as SIGTERM, which have the launcher's 30 seconds to save and
+    leave. A hang-up that this process ignores (`nohup`) does not.
     """
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         command = launcher_command([module, *arguments], processes)
@@ -107,7 +119,7 @@ def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Ou
             stopped = True
             _terminate(launcher)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, stop) for number in heeded((signal.SIGINT, *STOP_SIGNALS))}
         try:
             code = launcher.wait()
         finally:

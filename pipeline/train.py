@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import TrainConfig
 from pipeline.data.collate import counts_of_step
-from pipeline.distributed import World, gather_objects, sum_over_ranks
+from pipeline.distributed import World, gather_objects, on_main, sum_over_ranks
 from pipeline.errors import Interrupted
 from pipeline.progress import Progress, ProgressLog
 from pipeline.prompts.model import Normaliser
 from pipeline.resume import StepSaver
-from pipeline.stopping import StopFlag
+from pipeline.stopping import StopFlag, heed_rank_alone
 from pipeline.watchdog import Watchdog
 
 LAST_GOOD = "last_good.safetensors"
@@ -120,12 +121,12 @@ def train_stage(
             agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested), float(due)])])).tolist()
             losses, (stopping, saving) = agreed[:-2], agreed[-2:]
             if not all(map(math.isfinite, losses)):
-                _save_last_good(engine, world, folder)
-                raise _diverged(step, micro_batches, not bool(terms.isfinite().all()), folder)
+                kept = _save_last_good(engine, world, folder)
+                raise _diverged("loss", step, micro_batches, not bool(terms.isfinite().all()), kept)
             engine.step()
             norm = engine.gradient_norm()
             if norm is not None and not math.isfinite(norm):
-                raise _diverged(step, micro_batches, True, None)
+                raise _diverged("gradient", step, micro_batches, True)
             shown.moved(step + 1, *counts)
             if (step + 1) % config.log_every == 0 or step in (0, total - 1):
                 named = dict(zip(engine.term_names, losses, strict=True))
@@ -147,7 +148,9 @@ def train_stage(
 
 def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
     """The micro-batches of each optimizer step from `start` on."""
-    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": heed_rank_alone}
     data = cast(Dataset[Any], batches)
     items = range(start * batches.accumulation, len(batches))
     # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
@@ -157,19 +160,25 @@ def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list
         yield [next(loader) for _ in range(batches.accumulation)]
 
 
-def _save_last_good(engine: Trained, world: World, folder: Path) -> None:
-    """Keep the trainables as they were before the step that went wrong (nothing has been updated yet)."""
+def _save_last_good(engine: Trained, world: World, folder: Path) -> str:
+    """Keep the trainables as they were before the step that went wrong (nothing has been updated yet); says where."""
     values = engine.values()
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in values.items()}, folder / LAST_GOOD)
+
+    def write() -> str:
+        path = folder / LAST_GOOD
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in values.items()}, path)
+        except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
+            return f" The values before this step could not be kept in {path} ({error})."
+        return f" The values before this step are kept in {path}."
+
+    return on_main(world, write)
 
 
-def _diverged(step: int, batches: list[Any], mine: bool, folder: Path | None) -> DivergedError:
+def _diverged(what: str, step: int, batches: list[Any], mine: bool, kept: str = "") -> DivergedError:
     ids = [identity for batch in batches for identity in batch.ids] if mine else []
     concerned = sorted({identity for rank in gather_objects(ids) for identity in rank})
-    what = "loss" if folder is not None else "gradient"
-    kept = f" The values before this step are kept in {folder / LAST_GOOD}." if folder is not None else ""
     return DivergedError(
         f"The {what} of step {step + 1} is not a finite number; its samples are {', '.join(concerned)}.{kept} "
         "Look at these samples, or lower the learning rates in train; what was finished is kept."

@@ -255,14 +255,14 @@ def test_a_users_error_in_a_rank_survives_the_launcher() -> None:
 
 
 @pytest.mark.gloo
-def test_a_terminated_launch_is_resumable_and_leaves_no_rank_behind(rank_module: str, tmp_path: Path) -> None:
+def test_a_launch_that_is_hung_up_is_resumable_and_leaves_no_rank_behind(rank_module: str, tmp_path: Path) -> None:
     program = f"from pipeline.launch import launch; raise SystemExit(launch(['wait'], 2, module='{rank_module}').code)"
     parent = subprocess.Popen([sys.executable, "-c", program])
     waited_until = time.monotonic() + 90
     while len(list(tmp_path.glob("started-*"))) < 2 and time.monotonic() < waited_until:
         time.sleep(0.1)
     ranks = [child for child in psutil.Process(parent.pid).children(recursive=True) if "wait" in child.cmdline()]
-    parent.send_signal(signal.SIGTERM)
+    parent.send_signal(signal.SIGHUP)
     assert parent.wait(60) == EXIT_RESUMABLE
     assert ranks
     assert not psutil.wait_procs(ranks, timeout=5)[1]

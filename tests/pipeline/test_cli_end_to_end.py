@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import PROJECT
-from pipeline.errors import EXIT_OK, EXIT_USER
+from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USER
 from tests.tiny import save_llava
 from tests.tiny_clip import save_clip, save_coin
 
@@ -133,6 +136,28 @@ def test_report_writes_the_page(run: dict[str, Any], call: Call, folder: Path) -
     done = call("report", run["run"])
     assert done.exit_code == EXIT_OK, done.stderr
     assert (folder / run["run"] / "report.html").stat().st_size > 1000
+
+
+def test_a_run_whose_loaders_have_workers_saves_when_it_is_told_to_stop(run: dict[str, Any], folder: Path) -> None:
+    """The launcher tells the workers too, and before their ranks."""
+    target = folder / "told"
+    changes = [f"run_dir={target}", "train.workers=1", "train.steps=500"]
+    command = [sys.executable, "-m", "pipeline", "train", "tiny.yaml", *(p for c in changes for p in ("--set", c))]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with (folder / "told.log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        until = time.monotonic() + 240
+        while not list(target.glob("stages/01-*/metrics.jsonl")):
+            assert process.poll() is None and time.monotonic() < until, log.read()
+            time.sleep(0.05)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+        log.seek(0)
+        assert code == EXIT_RESUMABLE, log.read()
+    assert list(target.glob("stages/01-*/resume/step-*/state.json"))
+    assert json.loads((target / "run.json").read_text())["status"] == "stopped"
+    assert not psutil.wait_procs(started, timeout=20)[1]
 
 
 def test_running_again_trains_nothing_and_gives_the_same_result(run: dict[str, Any], folder: Path) -> None:
