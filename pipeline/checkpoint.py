@@ -93,6 +93,7 @@ def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dic
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
+    sync_folder(work)
     if final.exists():  # a damaged or incomplete one that was refused
         shutil.rmtree(final)
     work.rename(final)

@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.stopping import StopFlag as StopFlag
 
 T = TypeVar("T")
-TIMEOUT = datetime.timedelta(minutes=30)  # loading a large model on rank 0 alone can take many minutes
+# Longer than the watchdog waits, which can say more; what is asked for is `watchdog.collective_timeout`.
+TIMEOUT = datetime.timedelta(minutes=40)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ def _rank_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def init_world() -> World:
-    """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again."""
+def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
+    """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again.
+
+    A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too.
+    """
     rank, size, local = _rank_from_environment()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
@@ -64,7 +68,10 @@ def init_world() -> World:
                 f"{size} processes were started but MASTER_ADDR and MASTER_PORT are not set. "
                 "Start them with `deepspeed`, `torchrun` or `python -m pipeline run`, or export both variables."
             )
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        # DeepSpeed makes groups without saying for how long they wait: they get torch's defaults, 10 minutes with NCCL.
+        c10d = dist.distributed_c10d
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, local, device)
 
 

@@ -142,6 +142,7 @@ def write_step(folder: Path, state: StepState, keep: int) -> Path:
     try:
         write_synced(work / TENSORS, content)
         write_synced(work / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=2).encode() + b"\n")
+        sync_folder(work)
         if final.exists():  # damaged, or trained again after a damaged one
             _remove(final)
         work.rename(final)

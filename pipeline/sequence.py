@@ -18,7 +18,6 @@ from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.check_data import telling_samples
 from pipeline.checkpoint import (
     check_stage,
-    claim_run,
     load_stage,
     read_state,
     save_stage,
@@ -48,11 +47,12 @@ from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
 from pipeline.run_data import open_data
+from pipeline.run_lock import claimed
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
 from pipeline.tracking import StepNumbers, Tracker, make_tracker, set_shares
 from pipeline.train import total_steps, train_stage
-from pipeline.watchdog import Watchdog
+from pipeline.watchdog import Watchdog, collective_timeout
 
 log = logging.getLogger("pipeline.sequence")
 
@@ -66,10 +66,12 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
     """
     log_to_terminal()
     with stop_on_signals() as stop:
-        world = init_world()
+        limit_s = recipe.train.watchdog_s
+        world = init_world(collective_timeout(limit_s))
         accumulation(recipe, world.size)
-        with Watchdog(world, recipe.train.watchdog_s).watching() as watchdog:
-            return Sequence(recipe, world, stop, watchdog).run(stages != "evaluate", stages != "train", until)
+        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world) as path:
+            sequence = Sequence(recipe, path, world, stop, watchdog)
+            return sequence.run(stages != "evaluate", stages != "train", until)
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
@@ -81,10 +83,10 @@ def evaluate_run(run: Path) -> dict[str, Any]:
 class Sequence:
     """One run in progress."""
 
-    def __init__(self, recipe: Recipe, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
-        self.recipe, self.world, self.stop, self.watchdog = recipe, world, stop, watchdog
+    def __init__(self, recipe: Recipe, path: Path, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
+        """`path` is the run folder, claimed."""
+        self.recipe, self.path, self.world, self.stop, self.watchdog = recipe, path, world, stop, watchdog
         self.method: Method = make_method(recipe.method)
-        self.path = on_main(world, lambda: claim_run(recipe))
         self.data = open_data(recipe, world)
         self.tests = self.data.tests
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])

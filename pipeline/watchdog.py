@@ -8,6 +8,7 @@ stands still for too long, every rank writes its stacks and the job ends with ex
 from __future__ import annotations
 
 import contextlib
+import datetime
 import faulthandler
 import json
 import os
@@ -28,10 +29,16 @@ from pipeline.errors import EXIT_FAILURE
 from pipeline.launch import Outcome, leave_outcome
 
 SLOW_S = 1800.0  # what is done once (loading, saving, the first step of a stage) may take longer than a step
+MARGIN_S = 600.0  # by which the process group waits longer than the watchdog
 POLLS = 20  # looks at the clock within the limit, at least one every five seconds
 GRACE_S = 10.0  # for the other ranks to write their stacks too
 _BEATS, _HUNG, _WHERE = "pipeline/beats", "pipeline/hung", "pipeline/where/{}"
 _PROJECT = Path(__file__).resolve().parents[1]
+
+
+def collective_timeout(limit_s: float | None) -> datetime.timedelta:
+    """How long a collective may wait: longer than the watchdog, for torch would end the job without saying where."""
+    return datetime.timedelta(seconds=max(limit_s or 0.0, SLOW_S) + MARGIN_S)
 
 
 class Watchdog:
@@ -92,17 +99,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self.limit_s is not None
-        total, since = -1, time.monotonic()
+        total, limit = -1, 0.0
+        since = looked = time.monotonic()
         while not self._ended.wait(self._pause):
-            limit = max(self.limit_s, SLOW_S) if self._slow else self.limit_s
+            now = time.monotonic()
+            # A limit that has just changed is for what begins now, and a job that was suspended must get its time back.
+            allowed = max(self.limit_s, SLOW_S) if self._slow else self.limit_s
+            suspended = now - looked > 5 * self._pause + 1.0
+            if self._total != total or allowed != limit or suspended:
+                total, limit, since = self._total, allowed, now
+            looked = now
             # Should this thread itself be kept from running (a library that never gives the interpreter back), this
-            # timer, which needs no interpreter, writes the stacks and ends the process.
+            # timer, which needs no interpreter, writes the stacks and ends the process. It goes on while a job is
+            # suspended, so it gives as much time as the collectives do.
+            timer = collective_timeout(self.limit_s).total_seconds()
             with contextlib.suppress(ValueError, OSError):  # no stderr to write to
-                faulthandler.dump_traceback_later(limit + 2 * GRACE_S, exit=True, file=2)
-            if self._total != total:
-                total, since = self._total, time.monotonic()
-            elif self._hung is None and time.monotonic() - since >= limit:
-                self._hung = f"No rank has made progress for {time.monotonic() - since:.0f} s (limit {limit:.0f} s)."
+                faulthandler.dump_traceback_later(timer, exit=True, file=2)
+            if self._hung is None and now - since >= limit:
+                self._hung = f"No rank has made progress for {now - since:.0f} s (limit {limit:.0f} s)."
             if self._hung is not None and not self._ended.is_set():
                 self._end(self._hung)
 

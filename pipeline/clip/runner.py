@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint import check_stage, claim_run, read_state, write_json
+from pipeline.checkpoint import check_stage, read_state, write_json
 from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.checkpoint import load_prompts, save_prompts, unfinished
 from pipeline.clip.evaluate import TestImages, evaluate_group
@@ -30,11 +30,12 @@ from pipeline.distributed import World, agree, barrier, init_world, on_main, tog
 from pipeline.errors import Interrupted
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
+from pipeline.run_lock import claimed
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
 from pipeline.tracking import Tracker
 from pipeline.train import train_stage
-from pipeline.watchdog import Watchdog
+from pipeline.watchdog import Watchdog, collective_timeout
 
 log = logging.getLogger("pipeline.clip")
 RESULT, RESULTS = "result.json", "results.json"
@@ -48,17 +49,18 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
     """
     log_to_terminal()
     with stop_on_signals() as stop:
-        world = init_world()
-        with Watchdog(world, recipe.train.watchdog_s).watching() as watchdog:
-            return Benchmark(recipe, world, stop, watchdog).run(train, evaluate)
+        limit_s = recipe.train.watchdog_s
+        world = init_world(collective_timeout(limit_s))
+        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world) as path:
+            return Benchmark(recipe, path, world, stop, watchdog).run(train, evaluate)
 
 
 class Benchmark:
     """One run in progress."""
 
-    def __init__(self, recipe: ClipRecipe, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
-        self.recipe, self.world, self.stop, self.watchdog = recipe, world, stop, watchdog
-        self.path = on_main(world, lambda: claim_run(recipe))
+    def __init__(self, recipe: ClipRecipe, path: Path, world: World, stop: StopFlag, watchdog: Watchdog) -> None:
+        """`path` is the run folder, claimed."""
+        self.recipe, self.path, self.world, self.stop, self.watchdog = recipe, path, world, stop, watchdog
         self.units = units_of(recipe)
         names = [entry.name for entry, _ in datasets_of(recipe)]
         self.data = together(lambda: {n: PreparedDataset(Path(recipe.data.prepared) / n) for n in names})
@@ -127,7 +129,7 @@ class Benchmark:
 
     def _restore(self, unit: Unit) -> dict[str, Tensor] | None:
         folder = unit.folder(self.path)
-        learned = together(lambda: load_prompts(folder))
+        learned = on_main(self.world, lambda: load_prompts(folder))  # one rank's view of the disk counts
         if learned is None:
             return None
         expected = together(lambda: self._constants(unit))

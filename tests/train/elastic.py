@@ -51,19 +51,20 @@ def result(recipe: Recipe, path: Path) -> None:
     path.write_text(json.dumps(numbers))
 
 
-def main(prepared: Path, out: Path) -> None:
+def main(prepared: Path, out: Path, global_batch: int = 4) -> None:
     """Leave `<ranks>-whole.json`, and `<saved on>-to-<ranks>.json` for every stopped run that is there."""
     world = init_world()
+    changes = {**CHANGES, "train__global_batch": global_batch}
 
     def train(name: str) -> None:
-        recipe = recipe_on(prepared, out / name, TASKS, **CHANGES)
+        recipe = recipe_on(prepared, out / name, TASKS, **changes)
         run_sequence(recipe, stages="train")
         if world.main:
             result(recipe, out / f"{name}.json")
 
     if on_main(world, lambda: not (out / f"{world.size}-half").exists()):
         train(f"{world.size}-whole")
-        stop_half_way(recipe_on(prepared, out / f"{world.size}-half", TASKS, **CHANGES), world)
+        stop_half_way(recipe_on(prepared, out / f"{world.size}-half", TASKS, **changes), world)
         barrier()
     for source in on_main(world, lambda: sorted(out.glob("?-half"))):
         name = f"{source.name[0]}-to-{world.size}"
@@ -73,4 +74,4 @@ def main(prepared: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    end_as_rank(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    end_as_rank(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])))

@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import run_lock
+from pipeline.checkpoint import claim_run
 from pipeline.config import Recipe
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, UserError
 from pipeline.files import sha256
 from pipeline.progress import SPEEDS
 from pipeline.prompts.model import PromptedLMM
 from pipeline.resume import DamagedError, StepState, newest, read_step, write_step
 from pipeline.sequence import run_sequence
+from pipeline.train import DivergedError
 from tests.e2e.conftest import recipe_on
+from tests.pipeline.test_run_lock import holder
 from tests.processes import torchrun
 from tests.stopping import signal_in_forward
 
@@ -209,6 +213,28 @@ def test_a_stage_whose_predecessors_changed_begins_anew(make: MakeRecipe, caplog
     assert [line["step"] for line in losses(recipe)] == list(range(1, STEPS + 1))
 
 
+def test_a_run_that_another_process_writes_to_is_left_alone(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make()
+    run = claim_run(recipe)
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.1)
+    with holder(run) as (process, _), pytest.raises(UserError, match=f"in use by process {process.pid}"):
+        run_sequence(recipe, stages="train")
+    assert not (run / "stages").exists()
+
+
+def test_a_loss_that_is_no_number_is_named_on_a_full_disk_too(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    forward = PromptedLMM.forward
+    monkeypatch.setattr("pipeline.train.save_file", full)
+    monkeypatch.setattr(PromptedLMM, "forward", lambda *given: tuple(part * float("nan") for part in forward(*given)))
+    with pytest.raises(DivergedError, match=r"loss of step 1 is not a finite number.*could not be kept.*No space left"):
+        run_sequence(make(), stages="train")
+
+
 def test_a_disk_that_is_full_costs_a_warning_and_not_the_training(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,3 +261,15 @@ def test_what_one_or_two_ranks_saved_goes_on_on_one_and_on_two(prepared: Path, t
         for key, wanted in results["2-whole"].items():
             worst = max(abs(a - b) for a, b in zip(results[name][key], wanted, strict=True))
             assert worst <= 1e-6, f"{name}: {key} differs by {worst}"
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_what_four_ranks_saved_goes_on_on_three(prepared: Path, tmp_path: Path) -> None:
+    """A job that comes back smaller by one node: float32, to 1e-6 of the run that was never stopped."""
+    for ranks in (4, 3):
+        torchrun(["-m", "tests.train.elastic", str(prepared), str(tmp_path), "12"], ranks, 2 * LIMIT_S)
+    whole, resumed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("4-whole", "4-to-3"))
+    for key, wanted in whole.items():
+        worst = max(abs(a - b) for a, b in zip(resumed[key], wanted, strict=True))
+        assert worst <= 1e-6, f"{key} differs by {worst}"

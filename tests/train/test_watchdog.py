@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import faulthandler
 import inspect
 import os
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,7 +18,9 @@ import torch.distributed
 
 from pipeline import watchdog
 from pipeline.distributed import World
-from pipeline.watchdog import Watchdog, where
+from pipeline.sequence import run_sequence
+from pipeline.watchdog import Watchdog, collective_timeout, where
+from tests.e2e.conftest import recipe_on
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -59,6 +64,61 @@ def test_progress_keeps_a_job_alive(ends: list[int]) -> None:
             dog.beat(f"step {step}")
             time.sleep(0.1)
     assert not ends
+
+
+def test_what_begins_after_something_slow_has_its_own_time(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the progress of all ranks has not been added up again."""
+    monkeypatch.setattr(watchdog, "SLOW_S", 60.0)
+    monkeypatch.setattr(Watchdog, "_count", lambda dog: dog._ended.wait())
+    with Watchdog(ALONE, 1.5).watching() as dog:
+        dog.beat("loading", slow=True)
+        time.sleep(2.0)
+        dog.beat("step 2")
+        time.sleep(0.5)
+        assert not ends
+        wait_for_end(ends)
+
+
+def test_a_job_that_was_suspended_gets_its_time_back(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    jump, timers, real = [0.0], list[float](), time.monotonic
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: real() + jump[0])
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: timers.append(seconds))
+    with Watchdog(ALONE, 1.5).watching() as dog:
+        dog.beat("step 2")
+        time.sleep(0.5)
+        jump[0] = 3600.0
+        time.sleep(0.5)
+        assert not ends
+        wait_for_end(ends)
+    assert min(timers) >= collective_timeout(1.5).total_seconds()
+
+
+def wait_for_end(ends: list[int]) -> None:
+    """It is no more than delayed."""
+    until = time.monotonic() + 60
+    while not ends and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ends == [1]
+
+
+@pytest.mark.parametrize("limit_s", [None, 900.0, 7200.0])
+def test_collectives_wait_longer_than_the_watchdog(
+    limit_s: float | None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the groups that DeepSpeed makes too, which have torch's default."""
+    c10d, asked = torch.distributed.distributed_c10d, list[float]()
+
+    def join(backend: str, timeout: datetime.timedelta) -> None:
+        asked.extend(found.total_seconds() for found in (timeout, *map(c10d._get_default_timeout, ("gloo", "nccl"))))
+        raise Ended
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(c10d, name, datetime.timedelta(minutes=10))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(Ended):
+        run_sequence(recipe_on(prepared, tmp_path, 1, train__watchdog_s=limit_s))
+    assert asked == [max(limit_s or 0.0, watchdog.SLOW_S) + watchdog.MARGIN_S] * 3
 
 
 def test_without_a_limit_nothing_is_watched(ends: list[int]) -> None:

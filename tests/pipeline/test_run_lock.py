@@ -1,0 +1,83 @@
+"""One writer per run folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline import run_lock
+from pipeline.errors import UserError
+from pipeline.run_lock import LOCK, locked
+from tests.processes import PROJECT
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from pipeline.run_lock import locked
+with locked(Path(sys.argv[1])):
+    worker = os.fork() if len(sys.argv) > 2 else 1
+    if worker:
+        print(worker, flush=True)
+    time.sleep(120)
+"""
+
+
+@contextmanager
+def holder(run: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that holds the lock of a run, and the id of its worker if it was asked for one."""
+    command = [sys.executable, "-c", HOLDER, str(run), *arguments]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    try:
+        yield process, worker
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.5)
+
+
+def test_a_run_that_another_process_writes_to_is_refused_with_its_name(tmp_path: Path) -> None:
+    with holder(tmp_path) as (process, _), pytest.raises(UserError) as refused, locked(tmp_path):
+        pass
+    assert f"in use by process {process.pid} on {os.uname().nodename}" in str(refused.value)
+    assert f"remove {tmp_path / LOCK}" in str(refused.value)
+    with locked(tmp_path):  # killed: its lock went with it
+        pass
+
+
+def test_the_lock_of_a_killed_rank_does_not_live_on_in_its_worker(tmp_path: Path) -> None:
+    with holder(tmp_path, "with a worker") as (process, worker):
+        process.kill()
+        process.wait()
+        try:
+            with locked(tmp_path):
+                pass
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with caplog.at_level(logging.WARNING, "pipeline"), locked(tmp_path):
+        pass
+    assert "knows no locks" in caplog.text
