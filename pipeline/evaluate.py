@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from pipeline.backbones.lmm_beginning import generate_behind
 from pipeline.checkpoint import write_json
 from pipeline.data.collate import Batch, Examples, StageData, collate_prompts
 from pipeline.data.grouped_order import image_groups
-from pipeline.distributed import World, barrier, gather_objects
+from pipeline.distributed import World, gather_objects, on_main
+from pipeline.errors import Interrupted
 from pipeline.files import replacing
+from pipeline.metrics.scoring import Answered, TaskScore, score_task
 from pipeline.progress import counted
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.insertion import gather_sets, insert_prompts
@@ -26,6 +29,7 @@ from pipeline.prompts.routing import NO_SET, similarity
 from pipeline.prompts.two_passes import cut_behind_images
 
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
+UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
 PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
 
 
@@ -53,13 +57,15 @@ def generate_answers(
     batch: int,
     insertion: str = "after_bos",
     bar: str | None = None,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> dict[int, str]:
     """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
     samples, which stand where `insertion` says (see `insertion_place`).
 
     Samples of similar length are generated together. How samples are batched changes the order in which numbers are
     added and nothing else: float32 answers were always the same, in bfloat16 on a GPU close calls may differ.
-    `bar` names the bar that a terminal shows.
+    `bar` names the bar that a terminal shows. `go_on`
+    is asked before every batch; the batches after its first no are left out.
     """
     device = lmm.model.device
     bank, selected = _used_sets(sets, selected, indices)
@@ -72,6 +78,8 @@ def generate_answers(
     ordered = sorted(indices, key=lambda index: (-lengths[index], index))
     answers: dict[int, str] = {}
     for part in counted(_batches(examples, ordered, batch), len(ordered), bar):
+        if not go_on():
+            break
         inputs = collate_prompts(examples, part, selected).to(device)
         answer = generate_once if examples.sharing == "none" else _generate_behind
         generated = answer(lmm, inputs, bank, max_new_tokens, insertion)
@@ -135,7 +143,8 @@ def evaluate_task(
     insertion: str = "after_bos",
     projector: str = "",
     share_images: bool = False,
-    model: dict[str, str] | None = None,
+    made_by: dict[str, str] | None = None,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """Score a test set after a stage, write its predictions, and return its score in percent.
 
@@ -143,51 +152,100 @@ def evaluate_task(
     in the `earlier` folders got with the same sets are taken from there (design.md decision 8). `lmm` is called only
     if something has to be generated. `projector` is the fingerprint of a trained image projector, an answer's third
     ingredient, "" where it is the base model's. `share_images` computes an image once for all questions about it that
-    get the same sets; the insertion after_image does so anyway. `model` are fingerprints of the base model and of what
-    else its checkpoint says, under names of their own.
+    get the same sets; the insertion after_image does so anyway. `made_by` are fingerprints of the base model and of
+    what else its checkpoint says, under names of their own. `told_to_stop` is asked before every batch, by all ranks
+    together, and has to tell all of them the same: then the answers that are there are kept for the next attempt, and
+    Interrupted is raised.
     """
     path = folder / f"{test.name}.jsonl"
     prints = {name: pool.fingerprint(index) for index, name in enumerate(pool.names)}
     chosen = [[pool.names[number] for number in row if number != NO_SET] for row in selected.tolist()]
     wanted = [(projector, *(prints[name] for name in row)) for row in chosen]
     made_with = {"data": test.data.fingerprint, "max_new_tokens": test.max_new_tokens, "insertion": insertion}
-    made_with |= model or {}
-    known = _known_answers(test.name, [folder, *earlier], made_with)
-    missing = [i for i, identity in enumerate(test.data.ids) if (identity, wanted[i]) not in known]
-    answers: dict[int, str] = {}
+    made_with |= made_by or {}
+
+    def look() -> tuple[dict[int, str], list[int]]:
+        known = _known_answers(test.name, [folder, *earlier], made_with)
+        wants = [(identity, wanted[index]) for index, identity in enumerate(test.data.ids)]
+        found = {index: known[want] for index, want in enumerate(wants) if want in known}
+        return found, [index for index in range(len(wants)) if index not in found]
+
+    # By rank 0 alone: another rank may see other files, and would wait for answers that nobody else generates.
+    answers, missing = on_main(world, look)
     if missing:
         model = lmm()
         examples = Examples(test.data, model.conversation, _sharing(model, insertion, share_images))
+        share = _share_of(missing, examples, world)
+        rounds = _Rounds(max(gather_objects(-(-len(share) // batch))), told_to_stop)
         mine = generate_answers(
-            model, examples, _share_of(missing, examples, world), selected, pool.prompts, test.max_new_tokens, batch,
-            insertion, f"answering {test.name}" if world.main else None,
+            model, examples, share, selected, pool.prompts, test.max_new_tokens, batch, insertion,
+            f"answering {test.name}" if world.main else None, rounds.go_on,
         )  # fmt: skip
+        rounds.finish()
         for part in gather_objects(mine):
             answers.update(part)
-    from pipeline.metrics.scoring import Answered, score_task
+        if rounds.stopped:
+            on_main(world, lambda: _keep_answers(folder, test, answers, wanted, made_with))
+            raise Interrupted(
+                f"Stopped by a signal while {test.name} was evaluated, with {len(answers)} of {len(wanted)} answers, "
+                "which are kept. Run the same command again to go on."
+            )
 
-    lines: list[dict[str, Any]] = []
-    answered: list[Answered] = []
-    for index, identity in enumerate(test.data.ids):
-        sample = test.data[index]
-        prediction = answers[index] if index in answers else known[identity, wanted[index]]
-        answered.append(Answered(prediction, sample.answer, sample.meta, sample.image is not None))
-        lines.append({
-            "id": identity, "question": sample.question, "prediction": prediction, "answer": sample.answer,
-            "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
-        })  # fmt: skip
-    scored = score_task(test.metric, answered, test.scoring)
-    for line, points in zip(lines, scored.points, strict=True):
-        line["score"] = points
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
+    def write() -> float:
+        lines, scored = _scored_lines(test, answers, chosen, scores)
         write_json(folder / SETS_FILE, {**prints, PROJECTOR: projector} if projector else prints)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         summary = {"metric": test.metric, "scoring": test.scoring, "samples": len(lines), "score": scored.percent}
         write_json(folder / f"{test.name}.score.json", {**summary, "parts": scored.parts, "made_with": made_with})
-    barrier()
-    return scored.percent
+        (folder / UNFINISHED_FILE.format(test.name)).unlink(missing_ok=True)
+        return scored.percent
+
+    return on_main(world, write)
+
+
+class _Rounds:
+    """One batch of every rank is a round, between which all may stop; one without batches takes part all the same."""
+
+    def __init__(self, rounds: int, told_to_stop: Callable[[], bool]) -> None:
+        self.left, self.stopped, self._told = rounds, False, told_to_stop
+
+    def go_on(self) -> bool:
+        self.left -= 1
+        self.stopped = self.stopped or self._told()
+        return not self.stopped
+
+    def finish(self) -> None:
+        """Take part in the rounds that other ranks still have."""
+        while self.left > 0 and not self.stopped:
+            self.go_on()
+
+
+def _keep_answers(
+    folder: Path, test: Test, answers: dict[int, str], wanted: list[tuple[str, ...]], made_with: dict[str, Any]
+) -> None:
+    """Write the answers of an unfinished evaluation, for `_known_answers` of the next attempt."""
+    kept = [(test.data.ids[index], wanted[index], prediction) for index, prediction in sorted(answers.items())]
+    write_json(folder / UNFINISHED_FILE.format(test.name), {"made_with": made_with, "answers": kept})
+
+
+def _scored_lines(
+    test: Test, answers: dict[int, str], chosen: list[list[str]], scores: Tensor
+) -> tuple[list[dict[str, Any]], TaskScore]:
+    """The lines of a task's prediction file, and its score."""
+    lines: list[dict[str, Any]] = []
+    answered: list[Answered] = []
+    for index, identity in enumerate(test.data.ids):
+        sample = test.data[index]
+        answered.append(Answered(answers[index], sample.answer, sample.meta, sample.image is not None))
+        lines.append({
+            "id": identity, "question": sample.question, "prediction": answers[index], "answer": sample.answer,
+            "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
+        })  # fmt: skip
+    scored = score_task(test.metric, answered, test.scoring)
+    for line, points in zip(lines, scored.points, strict=True):
+        line["score"] = points
+    return lines, scored
 
 
 def _sharing(lmm: LMM, insertion: str, share_images: bool) -> Literal["none", "image", "sets"]:
@@ -219,6 +277,10 @@ def _known_answers(
     """
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            unfinished = json.loads((folder / UNFINISHED_FILE.format(task)).read_text("utf-8"))
+            if unfinished["made_with"] == made_with:
+                known |= {(identity, tuple(used)): answer for identity, used, answer in unfinished["answers"]}
         try:
             told = json.loads((folder / f"{task}.score.json").read_text("utf-8")).get("made_with", made_with)
         except (OSError, ValueError, AttributeError):

@@ -350,7 +350,7 @@ class Sequence:
         result = evaluate_task(
             lambda: self.models.replica(self.projector), test, pool, selected, scores, self.world, folder,
             settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
-            settings.share_images, self.answering_model,
+            settings.share_images, self.answering_model, lambda: agree(self.stop.requested, self.world.device),
         )  # fmt: skip
         took = time.perf_counter() - began
         self.timing["evaluate_s"] = round(self.timing.get("evaluate_s", 0.0) + took, 1)

@@ -129,9 +129,12 @@ class Examples:
         self.conversation = conversation
         self.sharing = sharing
         self.kept = kept
-        # What stands in where a batch has no image.
-        self.blank = conversation.blank if kept is None else {KEPT: kept.blank}
         self._cache = ExampleCache()
+
+    @property
+    def blank(self) -> dict[str, Tensor]:
+        """What stands in where a batch has no image."""
+        return self.conversation.blank if self.kept is None else {KEPT: self.kept.blank}
 
     def __getitem__(self, index: int) -> Example:
         if self.ready is not None:

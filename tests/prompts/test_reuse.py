@@ -15,6 +15,7 @@ from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.distributed import init_world
+from pipeline.errors import Interrupted
 from pipeline.evaluate import Test, evaluate_task
 from pipeline.prompts.pool import PromptPool
 from tests import tiny
@@ -34,22 +35,14 @@ class Generated:
         return {index: f"{sets[selected[index]].sum():.3f}" for index in indices}
 
 
-def run(
-    folder: Path,
-    number: int,
-    pool: PromptPool,
-    chosen: list[list[int]],
-    test: Test | None = None,
-    model: dict[str, str] | None = None,
-) -> None:
+def run(folder: Path, number: int, pool: PromptPool, chosen: list[list[int]], batch: int = 4, **more: Any) -> None:
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
-    test = test or Test("a", "exact", 8, StageData([(samples, keys, None)]))
+    test = Test("a", "exact", 8, StageData([(samples, keys, None)]))
     selected, scores = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
-    where = folder / str(number)
-    evaluate_task(lambda: lmm, test, pool, selected, scores, init_world(), where, 4, earlier, model=model)
+    evaluate_task(lambda: lmm, test, pool, selected, scores, init_world(), folder / str(number), batch, earlier, **more)
 
 
 @pytest.fixture
@@ -64,6 +57,38 @@ def test_only_questions_with_other_sets_are_asked_again(generated: Generated, tm
     assert sorted(generated.asked) == [0, 1, 1, 2]
     run(tmp_path, 2, make_pool(3), [[0], [1], [2]])  # the second's answer is that of the stage before
     assert sorted(generated.asked) == [0, 1, 1, 2, 2]
+
+
+def test_an_evaluation_that_is_stopped_keeps_the_answers_that_are_there(
+    generated: Generated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(lmm: Any, examples: Any, indices: list[int], *given: Any) -> dict[int, str]:
+        go_on = given[-1]
+        return {index: "red" for index in indices if go_on()}
+
+    asked = iter([False, False, True])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="with 2 of 3 answers, which are kept"):
+        patch.setattr(evaluate, "generate_answers", half)
+        run(tmp_path, 0, make_pool(1), [[0]] * 3, batch=1, told_to_stop=lambda: next(asked))
+    assert not (tmp_path / "0" / "a.jsonl").exists()
+    run(tmp_path, 0, make_pool(1), [[0]] * 3)
+    assert generated.asked == [2]
+    assert len((tmp_path / "0" / "a.jsonl").read_text().splitlines()) == 3
+    assert not list(tmp_path.rglob("*unfinished*"))
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_ranks_ask_equally_often_whether_to_stop_however_many_batches_they_have(stops: bool) -> None:
+    asked = []
+    for batches in (4, 1, 0):
+        answers = [False, False, stops, False]
+        rounds = evaluate._Rounds(4, lambda answers=answers: answers.pop(0))  # type: ignore[misc]
+        for _ in range(batches):
+            if not rounds.go_on():
+                break
+        rounds.finish()
+        asked.append((4 - len(answers), rounds.stopped))
+    assert asked == [(3 if stops else 4, stops)] * 3
 
 
 def test_a_set_of_the_same_name_with_other_values_is_another_set(generated: Generated, tmp_path: Path) -> None:
@@ -109,13 +134,13 @@ def test_answers_of_another_model_or_with_other_files_beside_it_are_left_alone(
 ) -> None:
     model = {"base_model": "one", "model_files": "one"}
     run(tmp_path, 0, make_pool(1), [[0]])  # evaluated before this was noted: trusted
-    run(tmp_path, 1, make_pool(1), [[0]], model=model)
+    run(tmp_path, 1, make_pool(1), [[0]], made_by=model)
     assert generated.asked == [0]
-    run(tmp_path / "other", 0, make_pool(1), [[0]], model=model)
-    run(tmp_path / "other", 1, make_pool(1), [[0]], model=model)
+    run(tmp_path / "other", 0, make_pool(1), [[0]], made_by=model)
+    run(tmp_path / "other", 1, make_pool(1), [[0]], made_by=model)
     assert generated.asked == [0, 0]
     for number, name in enumerate(model, start=2):
-        run(tmp_path / "other", 0, make_pool(1), [[0]], model={**model, name: str(number)})
+        run(tmp_path / "other", 0, make_pool(1), [[0]], made_by={**model, name: str(number)})
     assert generated.asked == [0, 0, 0, 0]
 
 

@@ -1,0 +1,43 @@
+"""Evaluates a task whose answers are all there, on ranks of which only the first sees the files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import evaluate
+from pipeline.data.collate import StageData
+from pipeline.distributed import close_world, init_world
+from pipeline.evaluate import Test, evaluate_task
+from pipeline.launch import end_as_rank
+from tests.train.worlds import make_pool, make_samples
+
+SAMPLES = 3
+
+
+def main(folder: Path) -> None:
+    """Rank 0 finds the answers in `folder`, every other rank looks into a folder of its own with nothing in it."""
+    world = init_world()
+    samples, keys = make_samples(SAMPLES)
+    test = Test("a", "exact", 8, StageData([(samples, keys, None)]))
+    pool = make_pool(1)
+    nothing: Any = None
+
+    def score(place: Path, earlier: list[Path]) -> float:
+        chosen, scores = torch.zeros(SAMPLES, 1, dtype=torch.long), torch.zeros(SAMPLES, 1)
+        return evaluate_task(lambda: nothing, test, pool, chosen, scores, world, place, 4, earlier)
+
+    if world.main:
+        evaluate.write_json(folder / "before" / evaluate.SETS_FILE, {pool.names[0]: pool.fingerprint(0)})
+        lines = [f'{{"id": "s{n}", "prediction": "red", "selected": ["{pool.names[0]}"]}}\n' for n in range(SAMPLES)]
+        (folder / "before" / "a.jsonl").write_text("".join(lines))
+    scored = score(folder / "now", [folder / "before" if world.main else folder / "stale"])
+    (folder / f"{world.rank}.score").write_text(str(scored))
+    close_world()
+
+
+if __name__ == "__main__":
+    end_as_rank(lambda: main(Path(sys.argv[1])))
