@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.order import rank_slice
 from pipeline.data.shards import Keys
 
 GROUPS = np.array([0, 1, 2, 0, 1, 3, 0, 1, 4, 0, 1, 5, 0, 6, 7, 8], dtype=np.int64)  # five of 0, four of 1
@@ -42,6 +45,38 @@ def test_the_order_is_a_function_of_seed_task_and_epoch() -> None:
     orders = [GroupedOrder(GROUPS, 3, 4, seed=3, task=1) for _ in range(2)]
     orders[1].epoch(5)
     assert orders[0].epoch(2).tolist() == orders[1].epoch(2).tolist()
+
+
+@given(
+    groups=st.lists(st.integers(0, 12), min_size=1, max_size=120),
+    together=st.integers(1, 9),
+    share=st.integers(1, 5),
+    world=st.integers(1, 4),
+    start=st.integers(0, 40),
+)
+def test_any_ranks_get_every_sample_once_per_epoch_and_go_on_at_any_batch(
+    groups: list[int], together: int, share: int, world: int, start: int
+) -> None:
+    def drawn(first: int) -> list[tuple[list[int], list[float]]]:
+        """What a new process gets in two epochs from batch `first` on, all ranks together."""
+        order = GroupedOrder(np.array(groups, dtype=np.int64), together, share * world, seed=5, task=2)
+        found = []
+        for number in range(first, 2 * order.batches_per_epoch):
+            parts = [
+                [part for rank in range(world) for part in rank_slice(values, rank, world).tolist()]
+                for values in order.batch(*divmod(number, order.batches_per_epoch))
+            ]
+            found.append((parts[0], parts[1]))
+        return found
+
+    whole = drawn(0)
+    length = len(whole) // 2
+    for epoch in range(2):
+        part = whole[epoch * length : (epoch + 1) * length]
+        counted = [index for indices, weights in part for index, weight in zip(indices, weights, strict=True) if weight]
+        assert sorted(counted) == list(range(len(groups)))
+    first = start % len(whole)
+    assert drawn(first) == whole[first:]
 
 
 def test_groups_of_one_leave_the_order_as_it_is() -> None:

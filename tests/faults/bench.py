@@ -39,7 +39,7 @@ class Row:
     happens: str
     lost: str
     code: str
-    passed: bool
+    passed: bool | None  # None: could not be tried here
     message: str = ""
 
 

@@ -45,8 +45,8 @@ def asleep() -> None:
         time.sleep(1)
 
 
-def _hang(bench: Bench, name: str, fault: str, do: Callable[[], None], expected: list[str]) -> Row:
-    recipe = bench.recipe(name, train__steps=50, train__watchdog_s=LIMIT_S)
+def _hang(bench: Bench, name: str, fault: str, do: Callable[[], None], expected: list[str], limit_s: float) -> Row:
+    recipe = bench.recipe(name, train__steps=50, train__watchdog_s=limit_s)
 
     def sabotage(rank: int) -> None:
         if rank == 1:
@@ -61,19 +61,20 @@ def _hang(bench: Bench, name: str, fault: str, do: Callable[[], None], expected:
     logs = [process.log.read_text(errors="replace") for process in processes]
     stacks = all("watchdog, rank" in log and "thread MainThread" in log for log in logs)
     passed = codes == [1, 1] and stacks and all(word in said for word in expected)
-    happens = f"ended after {took:.0f} s (limit {LIMIT_S:.0f} s), stacks of both ranks in the log"
+    happens = f"ended after {took:.0f} s (limit {limit_s:.0f} s), stacks of both ranks in the log"
     return Row(fault, happens, "steps since the last checkpoint", str(codes[0]), passed, said)
 
 
-def sleeping_rank(bench: Bench) -> Row:
+def sleeping_rank(bench: Bench, limit_s: float = LIMIT_S) -> Row:
     """One of two ranks waits for something that never comes."""
     expected = ["rank 0", "all_reduce", "rank 1", "in no collective", "asleep"]
-    return _hang(bench, "asleep", "a rank stops working", asleep, expected)
+    return _hang(bench, "asleep", "a rank stops working", asleep, expected, limit_s)
 
 
-def diverging_rank(bench: Bench) -> Row:
+def diverging_rank(bench: Bench, limit_s: float = LIMIT_S) -> Row:
     """One of two ranks enters another collective than its peer."""
-    return _hang(bench, "diverges", "a rank takes another path", other_path, ["rank 0", "rank 1", "other_path"])
+    expected = ["rank 0", "rank 1", "other_path"]
+    return _hang(bench, "diverges", "a rank takes another path", other_path, expected, limit_s)
 
 
 def stopped_process(bench: Bench) -> Row:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def fill_before(disk: Path, module: str, name: str, call: int) -> Callable[[], N
     return sabotage
 
 
-def full_disk(bench: Bench) -> Iterator[Row]:
+def full_disk(bench: Bench, kinds: Sequence[str] = tuple(FULL)) -> Iterator[Row]:
     """The run's own file system is full while it writes one kind of file, and has room again at the next attempt."""
-    for kind, (module, name, call) in FULL.items():
+    for kind in kinds:
+        module, name, call = FULL[kind]
         disk = bench.folder / "disks" / kind.replace(" ", "-")
         with small_disk(disk):
             recipe = bench.recipe(f"full-{module}", run=disk / "run")

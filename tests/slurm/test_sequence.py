@@ -148,6 +148,34 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_ends_with_the_same_result(
     same_result(run, whole)
 
 
+def test_a_job_near_its_time_limit_saves_is_queued_again_and_ends_with_the_same_result(
+    cluster: Cluster, root: Path, new_run: Callable[[str], Run], whole: Run, measured: Measured
+) -> None:
+    """By Slurm's own signal, from the batch shell through srun to the ranks; Slurm sends it half a minute early."""
+    run = new_run("limited")
+    limit = ("--nodes=2", "--time=2", "--signal=B:USR1@30")
+    job = cluster.submit(root / "limited.out", *limit, "--", str(run.recipe))
+    job.until(run.in_second_stage, "in the second stage")
+    rank = rank_process(job, 1)
+    os.kill(rank, signal.SIGSTOP)  # so that the stage does not end before the time does
+    try:
+        job.until(lambda: waits_for(rank, signal.SIGUSR1), "told to stop", 150)
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    measured("requeue after the time limit's signal", job.until(lambda: job.field("Restarts") != "0", "queued", 60))
+    job.ended()
+    assert "the job is queued again" in job.text()
+    assert "going on after step" in job.text()
+    same_result(run, whole)
+
+
+def waits_for(process: int, number: int) -> bool:
+    """Whether a signal was sent to a process that is stopped."""
+    status = Path(f"/proc/{process}/status").read_text()
+    masks = [line.split()[1] for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
 def later_step(run: Run, since: float) -> bool:
     path = run.second_stage if run.second_stage.exists() else run.path / "stages" / "02-T1" / "metrics.jsonl"
     return path.exists() and path.stat().st_mtime > since and len(lines(path)) > 0
@@ -220,6 +248,25 @@ def test_a_job_trains_and_another_one_evaluates(
     assert not list((run.path / "eval").glob("after-*/*.jsonl"))
     cluster.submit(root / "evaluated.out", "--nodes=1", "--", "--evaluate", str(run.path)).ended()
     assert run.accuracy() == whole.accuracy()
+
+
+def test_the_embedded_default_is_prepared_and_run_by_one_job(
+    cluster: Cluster, root: Path, measured: Measured
+) -> None:
+    """As the first line of docs/cluster.md has it, cut down to two small tasks and a few steps."""
+    tasks = ", ".join(f"{{name: {n}, metric: exact, limit_train: 64, limit_test: 8}}" for n in ("Colours", "Digits"))
+    changes = [
+        f"data.tasks=[{tasks}]", f"data.root={root / 'nano-coin'}", f"data.prepared={root / 'nano'}",
+        f"run_dir={root / 'embedded'}", "train.steps=4", "train.log_every=1", "evaluate.zero_shot=false",
+    ]  # fmt: skip
+    overrides = [part for change in changes for part in ("--set", change)]
+    job = cluster.submit(root / "embedded.out", "--nodes=2", "--", "--prepare", "nano", *overrides)
+    measured("the embedded default in short, data included", job.ended())
+    state = json.loads((root / "embedded" / "run.json").read_text("utf-8"))
+    assert (state["status"], state["world_size"]) == ("done", 2), job.text()
+    matrix = json.loads((root / "embedded" / "matrix.json").read_text("utf-8"))
+    assert [len(row) for row in matrix["accuracy"]] == [2, 2]
+    assert (root / "embedded" / "report.html").is_file()
 
 
 def test_arrays_of_jobs_prepare_what_one_process_prepares(cluster: Cluster, root: Path) -> None:
