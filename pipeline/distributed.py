@@ -70,7 +70,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
             )
         # DeepSpeed makes groups without saying for how long they wait: they get torch's defaults, 10 minutes with NCCL.
         c10d = dist.distributed_c10d
-        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, local, device)
 

@@ -98,7 +98,8 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
     prototypes computed each time, every cell anew; its image key is by-product of the model's own tower and costs
     nothing. batched: the pipeline without reuse. ours: the pipeline. shared: with evaluate.share_images. All three have
     one pass of both towers over every test sample on top, as data_prep computes the keys. Operations are counted in a
-    pass of their own, for the counter slows small models by half. Raises UserError for a run that is not finished.
+    pass of their own, for the counter costs small models more time than their work. Raises UserError for a run that is
+    not finished.
     """
     matrix, world = _Matrix(run, limit), init_world()
     costs: dict[str, _Cost] = {}
@@ -124,7 +125,7 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
             measure.tell(f"cell {len(costs[REFERENCE].answers)} of {len(matrix.cells)}: {so_far}")
         for name, call in variants.items():
             measure.tell(f"operations of {name}")
-            costs[name].operations = measure.operations(lambda call=call: _all_cells(matrix, call))[0]
+            costs[name].operations = measure.operations(partial(_all_cells, matrix, call))[0]
     _add_keys(matrix, [cost for name, cost in costs.items() if name != REFERENCE])
     reference = costs[REFERENCE]
     return {

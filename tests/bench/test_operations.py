@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pipeline.bench.operations import SHARED, TASKS, VARIANTS, bench_operations,
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep, PeftStep, with_kept_features
+from pipeline.data.collate import Batch
 
 SAMPLES = 5  # not a multiple of the questions per image
 
@@ -23,6 +26,7 @@ def test_the_closed_form_is_what_is_counted(variant: str) -> None:
     lmm = make_lmm(size)
     sets = torch.randn(TASKS, size.prompt_length, size.width, generator=torch.Generator().manual_seed(1))
     batch = make_batch(size, SAMPLES, SHARED if variant.endswith("shared") else 1, TASKS - 1)
+    step: Callable[[Batch], Any]
     if variant == "reference":
         step, batch = (
             ReferenceStep(lmm, size, sets[:-1], sets[-1], Towers(size, "cpu", DTYPES["float32"]), RATE),
