@@ -106,7 +106,8 @@ def test_collectives_wait_longer_than_the_watchdog(
     limit_s: float | None, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the groups that DeepSpeed makes too, which have torch's default."""
-    c10d, asked = torch.distributed.distributed_c10d, list[float]()
+    c10d: Any = torch.distributed.distributed_c10d
+    asked = list[float]()
 
     def join(backend: str, timeout: datetime.timedelta) -> None:
         asked.extend(found.total_seconds() for found in (timeout, *map(c10d._get_default_timeout, ("gloo", "nccl"))))
