@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from pipeline.data.conversation import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
 from pipeline.distributed import World, gather_objects, on_main, together
 from pipeline.errors import UserError
+from pipeline.run_data import Part
 from pipeline.watchdog import Watchdog
 
 log = logging.getLogger("pipeline.keep_features")
@@ -32,13 +32,13 @@ FAR = 0.01  # of the largest feature: more than another card or library version 
 
 def keep_features(
     lmm: LMM,
-    splits: Sequence[tuple[Samples, int, Path]],
+    parts: Sequence[Part],
     base_model: str,
     world: World,
     watchdog: Watchdog,
     threads: int = 1,
 ) -> KeptFeatures:
-    """The kept features of some splits (samples, how many are used, folder), computed where they are not there yet.
+    """The kept features of a stage's parts, beside their prepared data, computed where they are not there yet.
 
     `base_model` is the fingerprint of the frozen model. What is there is compared with what the tower gives here for
     the first pictures: other bits are told, features of another model are a UserError.
@@ -46,8 +46,9 @@ def keep_features(
     identity = _identity(lmm, base_model)
     shape = _tower(lmm, [lmm.conversation.blank["pixel_values"]], world).shape[1:]
     found = []
-    for samples, count, parent in splits:
-        split = SplitFeatures(parent / f"vision-{identity[:12]}", identity)
+    for samples, _, limit in parts:
+        count = min(limit or len(samples), len(samples))
+        split = SplitFeatures(samples.folder / f"vision-{identity[:12]}", identity)
         numbers = on_main(world, lambda split=split, count=count: split.read_numbers(count))  # type: ignore[misc]
         if numbers is None:
             numbers = _number(samples, count, world, watchdog)
@@ -55,7 +56,7 @@ def keep_features(
         _compute(lmm, split, samples, numbers, shape, world, watchdog, threads)
         found.append((split, numbers))
     kept = KeptFeatures(found, shape)
-    for (samples, _, _), (split, numbers) in zip(splits, found, strict=True):
+    for (samples, _, _), (split, numbers) in zip(parts, found, strict=True):
         first = _firsts(numbers)[:PICTURES]
         if first:
             together(lambda: _check(lmm, split, samples, first, world))  # noqa: B023 - called at once

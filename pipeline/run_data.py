@@ -7,6 +7,8 @@ from typing import Any
 
 from pipeline.config import Recipe
 from pipeline.data.collate import Keys, StageData
+from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.order import Order
 from pipeline.data.shards import IndexedShards
 from pipeline.distributed import World, on_main, together
 from pipeline.evaluate import Test
@@ -27,6 +29,15 @@ class RunData:
     def fingerprints(self, tasks: list[int]) -> list[str]:
         """What tells the training data of these tasks from any other."""
         return [self.train[task][0].fingerprint for task in tasks]
+
+
+def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
+    """Which samples form which batch of the stage `index` (0-based), by the recipe's way of putting them together."""
+    together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
+    if together == 1:
+        lengths = data.lengths() if recipe.train.length_buckets else None
+        return Order(len(data), recipe.train.global_batch, recipe.seed, index, lengths)
+    return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
 
 
 def open_data(recipe: Recipe, world: World) -> RunData:

@@ -28,9 +28,6 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import Recipe, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
-from pipeline.data.grouped_order import GroupedOrder, image_groups
-from pipeline.data.kept_features import KeptFeatures
-from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.deepspeed_config import accumulation
@@ -46,7 +43,7 @@ from pipeline.models import Models
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
-from pipeline.run_data import open_data
+from pipeline.run_data import open_data, stage_order
 from pipeline.run_lock import claimed
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
@@ -186,14 +183,17 @@ class Sequence:
         recipe, engine = self.recipe, self._get_engine()
         self.watchdog.beat(f"beginning stage {stage.name}", slow=True)
         began = time.perf_counter()
-        data = StageData([self.data.train[task] for task in stage.tasks])
-        order = self._order(data, index)
+        world, parts = self.world, [self.data.train[task] for task in stage.tasks]
+        data = StageData(parts)
+        order = stage_order(recipe, data, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = self.method.training_sets(self.pool, data.keys)
         sharing: Literal["image", "none"] = "image" if engine.module.in_two_passes else "none"
-        kept = self._kept_features(stage, engine)
+        kept = None
+        if recipe.train.vision_features == "kept":
+            base, threads = self.constants["base_model"], recipe.data.workers
+            kept = keep_features(engine.module.lmm, parts, base, world, self.watchdog, threads)
         examples = Examples(data, engine.module.lmm.conversation, sharing, kept=kept)
-        world = self.world
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
         previous = self.pool.prompts[-1] if len(self.pool) else None
         init = "previous" if self.method.carries_prompt else recipe.method.init
@@ -238,24 +238,6 @@ class Sequence:
         self.timing[f"train.{stage.name}_s"] = seconds
         if not self._restore(index, stage):
             raise RuntimeError(f"the checkpoint of stage {stage.name} is not there after it was saved")
-
-    def _kept_features(self, stage: Stage, engine: Engine) -> KeptFeatures | None:
-        """What the vision tower makes of the stage's images, where the recipe keeps it."""
-        if self.recipe.train.vision_features == "computed":
-            return None
-        parts = [self.data.train[task] for task in stage.tasks]
-        splits = [(shards, min(limit or len(shards), len(shards)), shards.folder) for shards, _, limit in parts]
-        base, threads = self.constants["base_model"], self.recipe.data.workers
-        return keep_features(engine.module.lmm, splits, base, self.world, self.watchdog, threads)
-
-    def _order(self, data: StageData, index: int) -> Order:
-        """Which samples form which batch of a stage."""
-        recipe = self.recipe
-        together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
-        if together == 1:
-            lengths = data.lengths() if recipe.train.length_buckets else None
-            return Order(len(data), recipe.train.global_batch, recipe.seed, index, lengths)
-        return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
 
     def _begin(self, index: int, stage: Stage, facts: dict[str, Any]) -> StepState | None:
         """The newest checkpoint of a stage that an earlier attempt did not finish; without one, clear away what that

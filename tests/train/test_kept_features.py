@@ -54,7 +54,9 @@ def _few_per_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keep(lmm: LMM, folder: Path, count: int = COUNT, model: str = "base") -> KeptFeatures:
-    return keep_features(lmm, [(SAMPLES, count, folder)], model, ALONE, Watchdog(ALONE, None))
+    samples: Any = SampleList(SAMPLES)
+    samples.folder = folder
+    return keep_features(lmm, [(samples, make_samples(1)[1], count)], model, ALONE, Watchdog(ALONE, None))
 
 
 def towers(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
