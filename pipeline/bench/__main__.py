@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,10 +174,13 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    console = Console()
+    # What no terminal shows is read in a log, which has no width: a name that is cut there cannot be found again.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for name, rows in (("", result.get("variants", {})), *((f" against {k}", v) for k, v in _against(result))):
         if rows:
             table = Table("ratio" + name if name else "variant", *next(iter(rows.values())))
+            for column in table.columns:
+                column.overflow = "fold"
             for row, numbers in rows.items():
                 table.add_row(row, *map(str, numbers.values()))
             console.print(table)
