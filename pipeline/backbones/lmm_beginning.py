@@ -66,10 +66,6 @@ class _Shared(CacheLayerMixin):
         """No limit."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length` as transformers before 5.13 names it."""
-        return self.get_max_length()
-
 
 @torch.no_grad()
 def begin(lmm: LMM, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]) -> Beginning:
