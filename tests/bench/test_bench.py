@@ -193,7 +193,9 @@ def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_goals_of_a_step_hold_at_size_small() -> None:
+def test_the_goals_of_a_step_hold_at_size_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    # DeepSpeed's ZeRO-3 leaves a linear of its own behind in the process, which keeps its inputs.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     variants = ("reference", "after_bos", "after_image", "after_image_shared")
     ratios = bench_step("small", samples=4, rounds=1, variants=variants)["ratios"]["reference"]
     for name, goal in (("after_bos", 2.0), ("after_image", 3.5), ("after_image_shared", 8.0)):
