@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.check_data import telling_samples
 from pipeline.config import Recipe
 from pipeline.data.collate import Keys, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.order import Order
+from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.distributed import World, on_main, together
 from pipeline.evaluate import Test
@@ -29,6 +31,10 @@ class RunData:
     def fingerprints(self, tasks: list[int]) -> list[str]:
         """What tells the training data of these tasks from any other."""
         return [self.train[task][0].fingerprint for task in tasks]
+
+    def telling(self) -> list[Sample]:
+        """Training samples, the longest of each task among them: those that `check` plans the memory with."""
+        return [sample for shards, *_ in self.train for sample in telling_samples(shards)]
 
 
 def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:

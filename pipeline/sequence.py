@@ -15,7 +15,6 @@ import torch
 
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import settings_fingerprint
-from pipeline.check_data import telling_samples
 from pipeline.checkpoint import (
     check_stage,
     load_stage,
@@ -28,7 +27,6 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import Recipe, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
-from pipeline.data.sample import Sample
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.deepspeed_config import accumulation
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
@@ -91,14 +89,13 @@ class Sequence:
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
         self.ahead: list[float | None] = [None] * len(self.tests)  # [T], see `_evaluate_ahead`
         self.constants = on_main(world, self._constants)
-        # What an answer depends on beside sample, sets and the recipe; stages do not, so they keep their sets.
-        settings = on_main(world, lambda: settings_fingerprint(recipe.model))
-        self.answering_model = {"base_model": self.constants["base_model"], "model_files": settings}
+        files = on_main(world, lambda: settings_fingerprint(recipe.model))  # answers depend on them, stages do not
+        self.answering_model = {"base_model": self.constants["base_model"], "model_files": files}
         self.timing: dict[str, float] = {}
         self.majority: list[float] | None = None
         self.tracker: Tracker
         self.state: dict[str, Any] = {}  # of run.json, as an earlier attempt left it
-        self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog, self._telling_samples)
+        self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog, self.data.telling)
 
     def _constants(self) -> dict[str, Any]:
         """What a stage's checkpoint must agree with for its sets to mean the same."""
@@ -106,10 +103,6 @@ class Sequence:
             "base_model": base_fingerprint(self.recipe.model),
             "clip": {name: self.data.identity[name] for name in IDENTITY_FIELDS},
         }
-
-    def _telling_samples(self) -> list[Sample]:
-        """Training samples of all tasks, the longest among them: those that `check` plans the memory with."""
-        return [sample for shards, _, _ in self.data.train for sample in telling_samples(shards)]
 
     # ------------------------------------------------------------------ the run
 
