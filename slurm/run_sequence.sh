@@ -115,7 +115,7 @@ requeue() {
         echo "stopped: the job was cancelled and what it had done is saved; submit it again to go on." >&2
     elif [ -n "$state" ] && [ "$state" != RUNNING ]; then
         echo "stopped: Slurm is ending the job (its state is $state) and what it had done is saved; it goes on when" \
-            "Slurm queues it again after a preemption, and after scancel when you submit it again." >&2
+            "Slurm queues it again (a preemption, a node that failed), and after scancel when you submit it again." >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
         echo "stopped: the job was started ${MAX_RESTARTS:-100} times again (MAX_RESTARTS in site.env); submit it" \
             "again to go on." >&2

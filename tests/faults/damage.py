@@ -54,7 +54,7 @@ def damaged_checkpoints(bench: Bench) -> Iterator[Row]:
     for file in ("state.safetensors", "state.json"):
         for damage in (truncated, flipped):
             recipe = bench.recipe(f"step-{file}-{damage.__name__}", train__save_steps=1)
-            bench.run(recipe, die_in_a_write("checkpoint in a stage", 12, 1.0))  # after the fourth checkpoint
+            bench.run(recipe, die_in_a_write("checkpoint in a stage", 16, 1.0))  # after the fourth checkpoint
             newest = sorted(bench.stage(recipe, 1, unfinished=True).glob("resume/step-????????"))[-1]
             damage(newest / file)
             code, process = bench.run(recipe)
