@@ -55,6 +55,9 @@ def leave_on_signals() -> None:
     For a process that is still importing, loading or preparing data: nothing of it is lost, and a scheduler must not
     take it for failed.
     """
+    # Not when the signal comes: it may come in the middle of an import, and what is half imported cannot be used.
+    from pipeline.launch import Outcome, leave_outcome
+
     mine = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -62,8 +65,6 @@ def leave_on_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        from pipeline.launch import Outcome, leave_outcome
-
         message = "stopped by a signal before anything was trained; the same command goes on."
         if not leave_outcome(Outcome(EXIT_RESUMABLE, message)):
             print(f"stopped: {message}", file=sys.stderr, flush=True)

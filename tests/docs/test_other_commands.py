@@ -40,7 +40,10 @@ BENCHES = {
 # The file that runs it, and words of it that do.
 ELSEWHERE = {
     "python -m pipeline.bench evaluate RUN": ("tests/docs/test_executed.py", "bench, [\"evaluate\", NANO"),
-    "python -m pipeline.bench gpu --json": ("tests/bench/test_bench.py", "bench_gpu("),
+    "python -m pipeline.bench gpu --out gpu.json": ("tests/bench/test_bench.py", "bench_gpu("),
+    "python -m pipeline.bench serve RUN_OR_ADAPTER": ("tests/bench/test_serve.py", "[\"serve\", str(adapter)"),
+    "python -m pipeline.bench serve ADAPTER --clients 16 --requests 256": (
+        "tests/bench/test_serve.py", "\"--clients\", \"4\", \"--requests\""),
     "python -m data_prep verify FOLDER": ("tests/docs/test_executed.py", "data_prep_app, [\"verify\""),
     "python -m pipeline.scaling": ("tests/docs/test_other_commands.py", "scaling.main()"),
     "python -m pipeline.recipe_docs": ("tests/docs/test_recipes.py", "page()"),

@@ -24,10 +24,10 @@ from tests.processes import PROJECT
 BATCH_SHELL = {"SLURM_JOB_ID": "41", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def hang_up() -> Iterator[None]:
-    """The answer to a hang-up as it was before."""
-    before = signal.getsignal(signal.SIGHUP)
+    """A hang-up ends a process, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
@@ -39,7 +39,7 @@ def test_every_stop_signal_sets_the_flag(number: signal.Signals) -> None:
         assert stop.requested
 
 
-def test_a_hang_up_is_ignored_under_nohup(hang_up: None) -> None:
+def test_a_hang_up_is_ignored_under_nohup() -> None:
     assert signal.SIGHUP in heeded((signal.SIGINT, *STOP_SIGNALS))  # what `launch` hands on
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert signal.SIGHUP not in heeded((signal.SIGINT, *STOP_SIGNALS))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline import sequence
+from pipeline import run_data, sequence
 from pipeline.backbones.lmm import load_processor
 from pipeline.config import ModelConfig
 from pipeline.data.collate import Examples, StageData, collate
@@ -61,7 +61,7 @@ def test_a_sequence_trains_in_the_order_its_recipe_asks_for(
             given.append(lengths)
             super().__init__(count, global_batch, seed, task, lengths)
 
-    monkeypatch.setattr(sequence, "Order", Noting)
+    monkeypatch.setattr(run_data, "Order", Noting)
     recipe = recipe_on(prepared, tmp_path, 1, train__length_buckets=buckets)
     sequence.run_sequence(recipe)
     assert [lengths is not None for lengths in given] == [buckets]
