@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 # Before torch or deepspeed is imported anywhere.
@@ -11,6 +13,8 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
 os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
 
 import pytest
+
+from pipeline.stopping import STOP_SIGNALS
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MLFLOW_TRACKING_URI")
 
@@ -44,6 +48,11 @@ def _environment_as_it_was() -> Iterator[None]:
 
 def _restored() -> Iterator[None]:
     before = dict(os.environ)
+    # A rank that leaves ignores what would end it, and so would every process that a later test starts.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
     yield
     os.environ.clear()
     os.environ.update(before)
+    with contextlib.suppress(ValueError):  # not the main thread: nothing could have been set either
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
