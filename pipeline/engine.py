@@ -17,7 +17,7 @@ from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
 from pipeline.fitting import fitted
-from pipeline.moments import ADAM, Moments, write_moments
+from pipeline.moments import ADAM, Moments, give_parts, write_moments
 from pipeline.prompts.model import PromptedLMM
 
 if TYPE_CHECKING:
@@ -163,13 +163,11 @@ class Engine:
     @torch.no_grad()
     def _set_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set master and working copy: with the master alone the next forward pass would see the old value (B1)."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         value = value.to(parameter.device)
         master = self.master(parameter)
         if master is not None:
             master.copy_(value)
-        safe_set_full_fp32_param(parameter, value.float())
+        give_parts(parameter, value)
         with _whole(parameter, write=True):
             parameter.data.copy_(value)
 

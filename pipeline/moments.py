@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -51,6 +52,31 @@ def write_moments(engine: Engine, step: int, moments: Moments) -> None:
     for kind in engine.moment_kinds:
         for name, parameter in engine.trainables.items():
             _write(engine, parameter, kind, moments[kind][name])
+
+
+@torch.no_grad()
+def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
+    """Give DeepSpeed's parts of a parameter's float32 master, or of its moment `kind`, the values of a whole tensor.
+
+    All ranks must call it with the same value; without ZeRO it does nothing. ZeRO 3 pads the last rank's part, which
+    DeepSpeed's own function for whole tensors does not reckon with: it fails on 3 ranks, which do not divide 128.
+    """
+    from deepspeed import utils
+
+    value = value.to(parameter.device).float()
+    if not hasattr(parameter, "ds_id"):
+        if kind is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+        return
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    missing = size * dist.get_world_size(group) - value.numel()
+    part = nn.functional.pad(value.flatten(), (0, missing)).split(size)[dist.get_rank(group)]
+    if kind is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, kind)
 
 
 def _link(engine: Engine) -> None:
@@ -99,10 +125,8 @@ def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> Tensor:
 
 @torch.no_grad()
 def _write(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     owner = _owner(engine, parameter)
     if owner is None:
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+        give_parts(parameter, value, kind)
     else:
         _inner(engine).state[owner][kind].copy_(value)

@@ -392,12 +392,6 @@ def test_data_is_prepared_by_two_arrays_with_a_job_after_each(shell: Shell) -> N
 )
 def test_every_job_of_the_preparation_does_its_share(shell: Shell, step: str, call: str) -> None:
     task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
-    assert shell.prepare("--step", step, "--tasks", "3", "r.yaml", **task).returncode == 0
+    assert shell.prepare("--step", step, "--tasks", "3", "r.yaml", SLURM_CPUS_PER_TASK="8", **task).returncode == 0
     assert shell.calls("srun")[0].endswith(f"python-stand-in -m {call}")
-    assert "--cpus-per-task" not in shell.calls("srun")[0]
-
-
-def test_a_job_of_the_preparation_hands_its_processors_on(shell: Shell) -> None:
-    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
-    shell.prepare("--step", "keys", "--tasks", "3", "r.yaml", SLURM_CPUS_PER_TASK="8", **task)
-    assert "--cpus-per-task=8" in shell.calls("srun")[0].split()
+    assert "--cpus-per-task=8" in shell.calls("srun")[0].split()  # srun does not inherit it
