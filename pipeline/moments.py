@@ -70,7 +70,8 @@ def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) 
         else:
             utils.safe_set_full_optimizer_state(parameter, value, kind)
         return
-    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    divided: Any = parameter
+    size, group = divided.ds_tensor.numel(), divided.ds_process_group
     missing = size * dist.get_world_size(group) - value.numel()
     part = nn.functional.pad(value.flatten(), (0, missing)).split(size)[dist.get_rank(group)]
     if kind is None:
