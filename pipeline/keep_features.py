@@ -59,7 +59,7 @@ def keep_features(
     for (samples, _, _), (split, numbers) in zip(parts, found, strict=True):
         first = _firsts(numbers)[:PICTURES]
         if first:
-            together(lambda: _check(lmm, split, samples, first, world))  # noqa: B023 - called at once
+            _check(lmm, split, samples, first, world)
     return kept
 
 
@@ -72,10 +72,15 @@ def _identity(lmm: LMM, base_model: str) -> str:
 
 def _number(samples: Samples, count: int, world: World, watchdog: Watchdog) -> npt.NDArray[np.int64]:
     """Which picture each sample has: every rank looks at its share of the files."""
-    own = []
-    for index in range(world.rank, count, world.size):
-        own.append(picture_digest(samples[index].image))
-        watchdog.progress()
+
+    def read() -> list[bytes]:
+        own = []
+        for index in range(world.rank, count, world.size):
+            own.append(picture_digest(samples[index].image))
+            watchdog.progress()
+        return own
+
+    own = together(read)
     digests = [b""] * count
     for rank, share in enumerate(gather_objects(own)):
         digests[rank :: world.size] = share
@@ -141,8 +146,15 @@ def _tower(lmm: LMM, pixels: Sequence[Tensor], world: World) -> Tensor:
 
 def _check(lmm: LMM, split: SplitFeatures, samples: Samples, indices: Sequence[int], world: World) -> None:
     """Compare the first file with what the tower gives now, to the bit."""
-    kept = torch.stack([split.read(picture) for picture in range(len(indices))])
-    now = _tower(lmm, _pixels(lmm, samples, indices), world).to("cpu", torch.float16)
+    # Each part for itself: a rank that finds something wrong must not leave the others in the tower.
+    kept = together(lambda: torch.stack([split.read(picture) for picture in range(len(indices))]))
+    pixels = together(lambda: _pixels(lmm, samples, indices))
+    now = _tower(lmm, pixels, world).to("cpu", torch.float16)
+    together(lambda: _compare(kept, now, split))
+
+
+def _compare(kept: Tensor, now: Tensor, split: SplitFeatures) -> None:
+    """Tell other bits; raises UserError for other features, [n, tokens, width] each."""
     if torch.equal(kept, now):
         return
     off = float((kept.float() - now.float()).abs().max() / now.float().abs().max().clamp(min=1e-6))
