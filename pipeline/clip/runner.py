@@ -85,11 +85,11 @@ class Benchmark:
                     missing += not self._unit(index, unit, train, evaluate, state)
                     if evaluate:
                         content = self._write_results()
-                if evaluate:
-                    self._finish(content)
                 self.seconds = round(time.perf_counter() - began, 1)
                 done = "stopped" if missing else "done" if evaluate else "trained"
-                self._write_state(done, len(self.units) - missing, state)
+                self._write_state(done, len(self.units) - missing, state)  # before the report, which says it
+                if evaluate:
+                    self._finish(content)
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._write_state("stopped" if isinstance(error, Interrupted) else "failed", None, state)

@@ -133,6 +133,9 @@ def test_mlflow_has_the_benchmark_and_a_child_for_each_method_dataset_and_seed(f
 
 
 def test_the_report_is_one_page_with_every_row(folder: Path) -> None:
+    drawn = (folder / "runs" / "tiny" / "report.html").read_text()
+    assert "base_to_new, done, 5 of 5 units" in drawn  # by the run itself, at its end
+    assert 'class="average"' not in drawn  # there is one dataset
     done = CliRunner().invoke(app, ["report", str(folder / "runs" / "tiny")])
     assert done.exit_code == EXIT_OK
     page = (folder / "runs" / "tiny" / "report.html").read_text()
