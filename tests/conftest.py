@@ -29,9 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _outside_any_launch() -> None:
-    """The tests are not a rank, whatever job the test run itself is part of."""
+    """The tests are not a rank, whatever job the test run itself is part of; nor is what they start under nohup."""
     for name in LAUNCH_VARIABLES:
         os.environ.pop(name, None)
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module", autouse=True)
