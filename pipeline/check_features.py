@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,10 +9,11 @@ import torch
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.check_model import CheckedModel
 from pipeline.config import Recipe
+from pipeline.data.grouped_order import image_groups
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.errors import UserError
-
-GIB = 1 << 30
+from pipeline.files import free_space
+from pipeline.memory import GIB
 
 
 def check_kept_features(recipe: Recipe, model: CheckedModel) -> str:
@@ -31,12 +31,11 @@ def check_kept_features(recipe: Recipe, model: CheckedModel) -> str:
         if (folder / DATASET_FILE).is_file():
             keys = IndexedShards(folder).keys()
             count = min(task.limit_train or len(keys.has_image), len(keys.has_image))
-            images += len(torch.unique(keys.image[:count][keys.has_image[:count]], dim=0))
+            images += len(set(image_groups(keys)[:count][keys.has_image[:count].numpy()]))
             kept += sum(file.stat().st_size for file in folder.glob("vision-*/features-*"))
     needed = max(images * per_image - kept, 0)
     place = Path(recipe.data.prepared)
-    there = next(parent for parent in (place, *place.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_space(place)
     size = f"{per_image / 1e6:.2f} MB per image, {needed / GIB:.1f} GiB for {images} images of the prepared tasks"
     if needed > free:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run
 from pipeline.config import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.errors import UserError
+from pipeline.files import free_space
 from pipeline.run_folder import read_run
 
 LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions
@@ -44,8 +44,7 @@ def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[
 
 def _free(path: Path) -> str:
     """Free space where `path` is or will be; a run needs megabytes per stage, so only a full disk is an error."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_space(path)
     if free < LEAST_FREE:
         raise UserError(
             f"run_dir: {free >> 20} MiB are free on the disk of '{path}'; make room or set run_dir elsewhere."

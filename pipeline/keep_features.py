@@ -84,7 +84,7 @@ def _number(samples: Samples, count: int, world: World, watchdog: Watchdog) -> n
     digests = [b""] * count
     for rank, share in enumerate(gather_objects(own)):
         digests[rank :: world.size] = share
-    return number_pictures(digests)[0]
+    return number_pictures(digests)
 
 
 def _firsts(numbers: npt.NDArray[np.int64]) -> list[int]:

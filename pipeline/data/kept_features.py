@@ -119,22 +119,14 @@ class KeptFeatures:
         return None if picture == NO_PICTURE else split.read(picture)
 
 
-def number_pictures(digests: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Number [N] the pictures of samples by the digests of their files (empty: none); also each picture's first sample.
+def number_pictures(digests: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    """Number [N] the pictures of samples by the digests of their files; empty: NO_PICTURE.
 
     Fewer samples of the same split have the same numbers, so a longer list only adds to what is kept.
     """
     known: dict[bytes, int] = {}
-    firsts: list[int] = []
-    numbers = np.full(len(digests), NO_PICTURE, dtype=np.int64)
-    for sample, digest in enumerate(digests):
-        if not digest:
-            continue
-        if digest not in known:
-            known[digest] = len(firsts)
-            firsts.append(sample)
-        numbers[sample] = known[digest]
-    return numbers, firsts
+    numbers = [known.setdefault(digest, len(known)) if digest else NO_PICTURE for digest in digests]
+    return np.array(numbers, dtype=np.int64)
 
 
 def _checksum(features: Tensor) -> int:

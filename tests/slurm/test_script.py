@@ -195,45 +195,38 @@ def test_a_job_that_slurm_will_not_queue_again_says_how_to_go_on(shell: Shell) -
     assert "submit it again to go on" in done.stderr
 
 
+def signalled(shell: Shell, number: int, ranks: str, *options: str, **environment: str) -> tuple[int, str]:
+    """Signal a job once its ranks have started; its code and the last call of scontrol."""
+    process = shell.start(*options, "nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks, **environment)
+    shell.wait_for("started", process)
+    process.send_signal(number)
+    process.communicate(timeout=300)
+    return process.returncode, shell.calls("scontrol")[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_job_script_reaches_the_ranks_and_the_script_waits_for_them(
     shell: Shell, number: signal.Signals
 ) -> None:
     ranks = 'trap "sleep 0.5; exit 75" USR1; echo started >>"$CALLS"; while true; do sleep 0.05; done'
-    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
-    shell.wait_for("started", process)
-    process.send_signal(number)
-    process.communicate(timeout=300)
-    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+    assert signalled(shell, number, ranks) == (75, "requeue 41")
 
 
 @pytest.mark.parametrize("code", [138, 143])
 def test_a_step_that_dies_of_the_signal_of_a_job_told_to_stop_is_queued_again(shell: Shell, code: int) -> None:
     ranks = f'trap "exit {code}" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
-    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
-    shell.wait_for("started", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+    assert signalled(shell, signal.SIGTERM, ranks) == (75, "requeue 41")
 
 
 def test_the_code_of_a_step_that_ends_while_the_script_is_busy_with_the_signal_is_kept(shell: Shell) -> None:
     ranks = 'trap "exit 75" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
     slowly = {"BASH_FUNC_kill%%": '() { local code=0; builtin kill "$@" || code=$?; sleep 0.3; return $code; }'}
-    process = shell.start("nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks, **slowly)
-    shell.wait_for("started", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+    assert signalled(shell, signal.SIGTERM, ranks, **slowly) == (75, "requeue 41")
 
 
 def test_a_signal_while_the_data_is_prepared_is_queued_again_and_trains_nothing(shell: Shell) -> None:
     ranks = 'trap "exit 0" USR1; echo started >>"$CALLS"; while true; do sleep 0.01; done'
-    process = shell.start("--prepare", "nano", **JOB, SLURM_SUBMIT_DIR=str(PROJECT), SRUN=ranks)
-    shell.wait_for("started", process)
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=300)
-    assert (process.returncode, shell.calls("scontrol")[-1]) == (75, "requeue 41")
+    assert signalled(shell, signal.SIGUSR1, ranks, "--prepare") == (75, "requeue 41")
     assert len(shell.calls("srun")) == 1
 
 

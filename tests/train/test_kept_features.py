@@ -259,6 +259,6 @@ def test_check_says_what_they_take_and_whether_there_is_room(
         shutil.rmtree(split)
     found = check_kept_features(recipe, CheckedModel(recipe, online=False))
     assert "0.00 MB per image" in found and "for 10 images of the prepared tasks" in found
-    monkeypatch.setattr("pipeline.check_features.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("pipeline.files.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"make room, set data\.prepared elsewhere"):
         check_kept_features(recipe, CheckedModel(recipe, online=False))
