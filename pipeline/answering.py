@@ -19,7 +19,7 @@ from pipeline.data.conversation import Example
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.shards import Keys
 from pipeline.errors import UserError, nearest
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.pool import PromptPool

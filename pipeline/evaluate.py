@@ -1,36 +1,27 @@
-"""Evaluation: predictions on plain replicas, split over the ranks, and the accuracy matrix made of them."""
+"""Evaluation of one task: predictions on plain replicas, split over the ranks, and their score."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM
-from pipeline.backbones.lmm_beginning import generate_behind
 from pipeline.checkpoint import write_json
-from pipeline.data.collate import Batch, Examples, StageData, collate_prompts
+from pipeline.data.collate import Examples, StageData
 from pipeline.data.grouped_order import image_groups
 from pipeline.distributed import World, gather_objects, on_main
 from pipeline.errors import Interrupted
 from pipeline.files import replacing
-from pipeline.metrics.scoring import Answered, TaskScore, score_task
-from pipeline.progress import counted
-from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.insertion import gather_sets, insert_prompts
+from pipeline.generation import generate_answers
+from pipeline.predictions import PROJECTOR, SETS_FILE, UNFINISHED_FILE, keep_answers, known_answers, scored_lines
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
-from pipeline.prompts.two_passes import cut_behind_images
-
-SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
-UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
-PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
 
 
 @dataclass(frozen=True)
@@ -44,90 +35,6 @@ class Test:
     max_new_tokens: int
     data: StageData
     scoring: str = "fixed"
-
-
-@torch.no_grad()
-def generate_answers(
-    lmm: LMM,
-    examples: Examples,
-    indices: Sequence[int],
-    selected: Tensor,
-    sets: Tensor,
-    max_new_tokens: int,
-    batch: int,
-    insertion: str = "after_bos",
-    bar: str | None = None,
-    go_on: Callable[[], bool] = lambda: True,
-) -> dict[int, str]:
-    """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
-    samples, which stand where `insertion` says (see `insertion_place`).
-
-    Samples of similar length are generated together. How samples are batched changes the order in which numbers are
-    added and nothing else: float32 answers were always the same, in bfloat16 on a GPU close calls may differ.
-    `bar` names the bar that a terminal shows. `go_on`
-    is asked before every batch; the batches after its first no are left out.
-    """
-    device = lmm.model.device
-    bank, selected = _used_sets(sets, selected, indices)
-    bank = bank.to(device, lmm.dtype)
-    lengths = {
-        index: len(examples[index].prompt)
-        + int((selected[index] != NO_SET).sum()) * (bank.shape[1] if len(bank) else 0)
-        for index in indices
-    }
-    ordered = sorted(indices, key=lambda index: (-lengths[index], index))
-    answers: dict[int, str] = {}
-    for part in counted(_batches(examples, ordered, batch), len(ordered), bar):
-        if not go_on():
-            break
-        inputs = collate_prompts(examples, part, selected).to(device)
-        answer = generate_once if examples.sharing == "none" else _generate_behind
-        generated = answer(lmm, inputs, bank, max_new_tokens, insertion)
-        for index, tokens in zip(part, generated, strict=True):
-            answers[index] = examples.conversation.decode(tokens)
-    return answers
-
-
-def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of the sets [T, L, D] those that the samples `indices` get, and their numbers among these for all samples.
-
-    So a pool of a thousand sets takes no more of the device's memory than one of eight.
-    """
-    used = selected[list(indices)].unique()
-    used = used[used != NO_SET]
-    numbers = torch.full((len(sets) + 1,), NO_SET, dtype=torch.long)  # the last is that of NO_SET itself
-    numbers[used] = torch.arange(len(used))
-    return sets[used.to(sets.device)], numbers[selected]
-
-
-def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
-    """Answers [B] to a batch, each sample computed from its first token on."""
-    embeddings, attention, places = embed_with_sets(lmm, inputs, bank, insertion)
-    return lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
-
-
-def _generate_behind(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
-    """Answers [B] to a batch, in which what samples begin with in common is computed once."""
-    cut = cut_behind_images(lmm, inputs, bank, insertion)
-    embeddings, attention = cut.embeddings, cut.attention
-    if insertion == "after_image" and inputs.selected.shape[1] and len(bank):
-        vectors, valid = gather_sets(bank, inputs.selected)
-        foremost = torch.zeros_like(cut.groups)
-        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
-        used = int(attention.sum(1).max())
-        embeddings, attention = embeddings[:, :used], attention[:, :used]
-    return generate_behind(lmm, cut.beginning, cut.groups, embeddings, attention, max_new_tokens)
-
-
-def _batches(examples: Examples, ordered: list[int], batch: int) -> Iterator[list[int]]:
-    """Batches of so many samples in this order, except that those which share an image follow its first."""
-    if examples.sharing != "none":
-        first: dict[bytes, int] = {}
-        for place, index in enumerate(ordered):
-            first.setdefault(examples[index].picture, place)
-        ordered = sorted(ordered, key=lambda index: first[examples[index].picture])
-    for start in range(0, len(ordered), batch):
-        yield ordered[start : start + batch]
 
 
 def evaluate_task(
@@ -165,7 +72,7 @@ def evaluate_task(
     made_with |= made_by or {}
 
     def look() -> tuple[dict[int, str], list[int]]:
-        known = _known_answers(test.name, [folder, *earlier], made_with)
+        known = known_answers(test.name, [folder, *earlier], made_with)
         wants = [(identity, wanted[index]) for index, identity in enumerate(test.data.ids)]
         found = {index: known[want] for index, want in enumerate(wants) if want in known}
         return found, [index for index in range(len(wants)) if index not in found]
@@ -185,14 +92,14 @@ def evaluate_task(
         for part in gather_objects(mine):
             answers.update(part)
         if rounds.stopped:
-            on_main(world, lambda: _keep_answers(folder, test, answers, wanted, made_with))
+            on_main(world, lambda: keep_answers(folder, test, answers, wanted, made_with))
             raise Interrupted(
                 f"Stopped by a signal while {test.name} was evaluated, with {len(answers)} of {len(wanted)} answers, "
                 "which are kept. Run the same command again to go on."
             )
 
     def write() -> float:
-        lines, scored = _scored_lines(test, answers, chosen, scores)
+        lines, scored = scored_lines(test, answers, chosen, scores)
         write_json(folder / SETS_FILE, {**prints, PROJECTOR: projector} if projector else prints)
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
@@ -221,33 +128,6 @@ class _Rounds:
             self.go_on()
 
 
-def _keep_answers(
-    folder: Path, test: Test, answers: dict[int, str], wanted: list[tuple[str, ...]], made_with: dict[str, Any]
-) -> None:
-    """Write the answers of an unfinished evaluation, for `_known_answers` of the next attempt."""
-    kept = [(test.data.ids[index], wanted[index], prediction) for index, prediction in sorted(answers.items())]
-    write_json(folder / UNFINISHED_FILE.format(test.name), {"made_with": made_with, "answers": kept})
-
-
-def _scored_lines(
-    test: Test, answers: dict[int, str], chosen: list[list[str]], scores: Tensor
-) -> tuple[list[dict[str, Any]], TaskScore]:
-    """The lines of a task's prediction file, and its score."""
-    lines: list[dict[str, Any]] = []
-    answered: list[Answered] = []
-    for index, identity in enumerate(test.data.ids):
-        sample = test.data[index]
-        answered.append(Answered(answers[index], sample.answer, sample.meta, sample.image is not None))
-        lines.append({
-            "id": identity, "question": sample.question, "prediction": answers[index], "answer": sample.answer,
-            "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
-        })  # fmt: skip
-    scored = score_task(test.metric, answered, test.scoring)
-    for line, points in zip(lines, scored.points, strict=True):
-        line["score"] = points
-    return lines, scored
-
-
 def _sharing(lmm: LMM, insertion: str, share_images: bool) -> Literal["none", "image", "sets"]:
     """Which samples of a batch share what they begin with, see `Examples`."""
     if insertion != "after_image" and not share_images:
@@ -267,83 +147,9 @@ def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]
     return [index for index, group in zip(missing, groups, strict=True) if group % world.size == world.rank]
 
 
-def _known_answers(
-    task: str, folders: Iterable[Path], made_with: dict[str, Any]
-) -> dict[tuple[str, tuple[str, ...]], str]:
-    """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
-
-    Those that were made with other data, settings or model files than `made_with` are left alone; what a folder does
-    not say of its answers is trusted.
-    """
-    known: dict[tuple[str, tuple[str, ...]], str] = {}
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            unfinished = json.loads((folder / UNFINISHED_FILE.format(task)).read_text("utf-8"))
-            if unfinished["made_with"] == made_with:
-                known |= {(identity, tuple(used)): answer for identity, used, answer in unfinished["answers"]}
-        try:
-            told = json.loads((folder / f"{task}.score.json").read_text("utf-8")).get("made_with", made_with)
-        except (OSError, ValueError, AttributeError):
-            told = made_with
-        if any(told.get(name, value) != value for name, value in made_with.items()):
-            continue
-        try:
-            prints = json.loads((folder / SETS_FILE).read_text("utf-8"))
-            lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
-            for line in lines:
-                used = (prints.get(PROJECTOR, ""), *(prints[name] for name in line["selected"]))
-                known[line["id"], used] = line["prediction"]
-        except (OSError, ValueError, KeyError):
-            continue  # not there, or not whole: it is generated anew
-    return known
-
-
 def task_similarity(test: Test, pool: PromptPool, image_weight: float) -> Tensor:
     """Similarities [N, T] of a test set's samples to the pool's prototypes."""
     keys = test.data.keys
     if not len(pool):
         return torch.zeros(len(test.data), 0)
     return similarity(keys.image, keys.text, pool.prototypes.cpu(), image_weight, keys.has_image)
-
-
-def routing_accuracy(tests: Sequence[Test], pool: PromptPool, image_weight: float) -> dict[str, list[float]]:
-    """Share (percent) of each task's test samples whose most similar set is the task's own: both keys, and either
-    alone.
-
-    Samples without an image are routed by their text whatever the weight. Set i must be that of task i.
-    """
-    result: dict[str, list[float]] = {}
-    for name, weight in (("accuracy", image_weight), ("image_only", 1.0), ("text_only", 0.0)):
-        result[name] = [
-            100.0 * float((task_similarity(test, pool, weight).argmax(1) == number).double().mean())
-            for number, test in enumerate(tests)
-        ]
-    return result
-
-
-def matrix(
-    tasks: Sequence[str],
-    zero_shot: list[float] | None,
-    accuracy: list[list[float | None]],
-    routing: Any,
-    ahead: list[float | None] | None = None,
-    majority: list[float] | None = None,
-) -> dict[str, Any]:
-    """The content of matrix.json.
-
-    `ahead` [T] are the scores of tasks just before their own stage, where measured; `majority` [T] those of each
-    task's most frequent training answer.
-    """
-    from pipeline.metrics.continual import retention_per_task, summarise
-
-    metrics: dict[str, Any] = {"zero_shot": _mean(zero_shot)}
-    if accuracy:
-        metrics = {**summarise(accuracy, zero_shot, ahead), "retention_per_task": retention_per_task(accuracy)}
-    content: dict[str, Any] = {"tasks": list(tasks), "zero_shot": zero_shot, "accuracy": accuracy, "metrics": metrics}
-    content |= {"majority": majority} if majority else {}
-    content |= {"ahead": ahead} if ahead else {}
-    return {**content, "routing": routing} if routing else content
-
-
-def _mean(values: list[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import time
@@ -32,16 +31,16 @@ from pipeline.deepspeed_config import accumulation
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
-from pipeline.evaluate import Test, evaluate_task, matrix, routing_accuracy, task_similarity
 from pipeline.keep_features import keep_features
+from pipeline.matrix import matrix, routing_accuracy
 from pipeline.methods import Method, Stage, make_method
-from pipeline.metrics.blind import majority_score
 from pipeline.metrics.continual import after_stage
 from pipeline.models import Models
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
 from pipeline.run_data import open_data, stage_order
+from pipeline.run_evaluation import RunEvaluation
 from pipeline.run_lock import claimed
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
@@ -87,13 +86,12 @@ class Sequence:
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
-        self.ahead: list[float | None] = [None] * len(self.tests)  # [T], see `_evaluate_ahead`
         self.constants = on_main(world, self._constants)
         files = on_main(world, lambda: settings_fingerprint(recipe.model))  # answers depend on them, stages do not
         self.answering_model = {"base_model": self.constants["base_model"], "model_files": files}
         self.timing: dict[str, float] = {}
-        self.majority: list[float] | None = None
         self.tracker: Tracker
+        self.evaluation: RunEvaluation
         self.state: dict[str, Any] = {}  # of run.json, as an earlier attempt left it
         self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog, self.data.telling)
 
@@ -116,12 +114,17 @@ class Sequence:
                 "train.projector is 'trained': every stage changes the model for all tasks, so earlier answers may "
                 "change although earlier prompt sets do not."
             )
+        self.evaluation = evaluation = RunEvaluation(
+            recipe=self.recipe, path=self.path, method=self.method, data=self.data, models=self.models,
+            tracker=self.tracker, stop=self.stop, answering_model=self.answering_model,
+        )  # fmt: skip
         try:
             with self.tracker.sequence(self.state):
                 self._write_state("running")
-                zero_shot = self._zero_shot() if evaluate else None
-                self.majority = self._majority() if evaluate else None
+                zero_shot = evaluation.zero_shot() if evaluate else None
+                majority = evaluation.majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
+                ahead: list[float | None] = [None] * len(self.tests)  # [T] scores of tasks just before their stages
                 result: dict[str, Any] = {}
                 for index, stage in enumerate(self.stages[:until]):
                     self._stop_if_told("between two stages")
@@ -133,14 +136,17 @@ class Sequence:
                         break
                     self._write_state("running")
                     if evaluate:
-                        row = self._evaluate_after(index, stage)
-                        self._evaluate_ahead(max(stage.tasks) + 1)
+                        seen = max(stage.tasks) + 1
+                        row = evaluation.after(seen, stage.name, self.pool, self.projector)
+                        if seen < len(self.tests):
+                            ahead[seen] = evaluation.ahead(seen, self.pool, self.projector)
                         # Joint training knows all tasks after its only stage: rows above the last have nothing to say.
-                        accuracy += [[None] * len(row) for _ in range(max(stage.tasks) - len(accuracy))]
+                        accuracy += [[None] * len(row) for _ in range(seen - 1 - len(accuracy))]
                         accuracy.append(row)
-                        result = self._write_matrix(zero_shot, accuracy, last=index == len(self.stages) - 1)
+                        last = index == len(self.stages) - 1
+                        result = self._write_matrix(zero_shot, accuracy, majority, ahead, last)
                 if evaluate and not result:
-                    result = self._write_matrix(zero_shot, accuracy, last=False)
+                    result = self._write_matrix(zero_shot, accuracy, majority, ahead, last=False)
                 self.timing["total_s"] = round(time.perf_counter() - began, 1)
                 self._write_state(self._status(evaluate))
                 if evaluate:
@@ -260,85 +266,21 @@ class Sequence:
     def _fingerprints(self, stage: Stage) -> dict[str, str]:
         return {self.recipe.data.tasks[task].name: self.data.train[task][0].fingerprint for task in stage.tasks}
 
-    # ------------------------------------------------------------------ evaluation
-
-    def _zero_shot(self) -> list[float] | None:
-        if not self.recipe.evaluate.zero_shot and self.stages:
-            return None
-        folder = self.path / "eval" / "zero-shot"
-        row = [self._evaluate_task(number, PromptPool(), folder, []) for number in range(len(self.tests))]
-        log.info("zero-shot: %s", _named(self.tests, row))
-        self.tracker.metrics({f"zero_shot.{test.name}": s for test, s in zip(self.tests, row, strict=True)}, 0)
-        return row
-
-    def _majority(self) -> list[float]:
-        """Scores [T] of each task's most frequent training answer, kept beside the predictions."""
-        path = self.path / "eval" / "majority.json"
-
-        def work() -> list[float]:
-            if not path.is_file():
-                row = [
-                    majority_score(StageData([part]), test.data, test.metric, test.scoring)
-                    for part, test in zip(self.data.train, self.tests, strict=True)
-                ]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, row)
-            return json.loads(path.read_text("utf-8"))
-
-        return on_main(self.world, work)
-
-    def _evaluate_after(self, index: int, stage: Stage) -> list[float | None]:
-        """Row of the accuracy matrix after a stage: all tasks learned so far."""
-        seen = max(stage.tasks) + 1
-        folder = self.path / "eval" / f"after-{seen:02d}"
-        earlier = [self.path / "eval" / f"after-{number:02d}" for number in range(1, seen)]
-        row: list[float | None] = [
-            self._evaluate_task(task, self.pool, folder, earlier if self.recipe.evaluate.reuse else [])
-            for task in range(seen)
-        ]
-        row += [None] * (len(self.tests) - seen)
-        log.info("after stage %d (%s): %s", index + 1, stage.name, _named(self.tests, row))
-        named = {f"accuracy.{t.name}": s for t, s in zip(self.tests, row, strict=True) if s is not None}
-        self.tracker.metrics(named, seen)
-        self.tracker.model_metrics(stage.name, named, seen)
-        return row
-
-    def _evaluate_ahead(self, task: int) -> None:
-        """Score the task that is learned next with what is there; nothing for a method that is told the task."""
-        if not self.recipe.evaluate.ahead or self.method.needs_task or task >= len(self.tests):
-            return
-        # Not among the answers after the stage: those are of tasks learned by then.
-        self.ahead[task] = self._evaluate_task(task, self.pool, self.path / "eval" / f"ahead-{task + 1:02d}", [])
-        name = self.tests[task].name
-        log.info("%s before its own stage: %.1f", name, self.ahead[task])
-        self.tracker.metrics({f"ahead.{name}": self.ahead[task]}, task)
-
-    def _evaluate_task(self, number: int, pool: PromptPool, folder: Path, earlier: list[Path]) -> float:
-        self._stop_if_told("during evaluation")
-        test, settings = self.tests[number], self.recipe.evaluate
-        began = time.perf_counter()
-        scores = task_similarity(test, pool, self.recipe.method.image_weight)
-        if len(pool):
-            selected = self.method.answering_sets(pool, number, scores, test.data.keys.has_image)
-        else:
-            selected = torch.zeros(len(test.data), 0, dtype=torch.long)
-        result = evaluate_task(
-            lambda: self.models.replica(self.projector), test, pool, selected, scores, self.world, folder,
-            settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(self.projector),
-            settings.share_images, self.answering_model, lambda: agree(self.stop.requested, self.world.device),
-        )  # fmt: skip
-        took = time.perf_counter() - began
-        self.timing["evaluate_s"] = round(self.timing.get("evaluate_s", 0.0) + took, 1)
-        return result
+    # ------------------------------------------------------------------ results
 
     def _write_matrix(
-        self, zero_shot: list[float] | None, accuracy: list[list[float | None]], last: bool
+        self,
+        zero_shot: list[float] | None,
+        accuracy: list[list[float | None]],
+        majority: list[float] | None,
+        ahead: list[float | None],
+        last: bool,
     ) -> dict[str, Any]:
         routing = None
         if last and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
             routing = routing_accuracy(self.tests, self.pool, self.recipe.method.image_weight)
-        ahead = self.ahead if self.recipe.evaluate.ahead else None
-        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, ahead, self.majority)
+        given = ahead if self.recipe.evaluate.ahead else None
+        content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, given, majority)
         if self.world.main:
             write_json(self.path / "matrix.json", content)
         numbers: dict[str, float | None] = dict(after_stage(accuracy, len(accuracy) - 1)) if accuracy else {}
@@ -377,6 +319,8 @@ class Sequence:
             return
         previous = self.state
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if self.evaluation.seconds:
+            self.timing["evaluate_s"] = round(self.evaluation.seconds, 1)
         write_json(self.path / "run.json", {
             "recipe": self.recipe.name, "method": self.method.name, "status": status, "seed": self.recipe.seed,
             "stage": len(self.pool), "stages": [stage.name for stage in self.stages],
@@ -385,7 +329,3 @@ class Sequence:
             "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.data.skipped,
         })  # fmt: skip
         previous.setdefault("started", now)
-
-
-def _named(tests: list[Test], row: Any) -> str:
-    return ", ".join(f"{t.name} {s:.1f}" for t, s in zip(tests, row, strict=True) if s is not None)

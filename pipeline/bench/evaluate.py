@@ -23,8 +23,10 @@ from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.shards import IndexedShards
 from pipeline.distributed import World, init_world
 from pipeline.errors import UserError
-from pipeline.evaluate import SETS_FILE, Test, evaluate_task, generate_once, task_similarity
+from pipeline.evaluate import Test, evaluate_task, task_similarity
+from pipeline.generation import generate_once
 from pipeline.methods import make_method
+from pipeline.predictions import SETS_FILE
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 

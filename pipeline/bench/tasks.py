@@ -18,7 +18,7 @@ from pipeline.bench.step import OurStep
 from pipeline.config import MethodConfig
 from pipeline.data.collate import Batch
 from pipeline.data.shards import Keys
-from pipeline.evaluate import generate_once
+from pipeline.generation import generate_once
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import select_for_inference, similarity

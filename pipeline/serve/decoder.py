@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from pipeline.answering import Answerer, Routed
 from pipeline.data.collate import collate_prompts
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.prompts.embedding import embed_with_sets
 
 

@@ -20,7 +20,7 @@ from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.distributed import init_world
 from pipeline.engine import Engine, initial_values
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool

@@ -13,7 +13,7 @@ from pipeline.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.errors import UserError
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.prompts.insertion import insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.backbones.test_families import SAMPLES, photo

@@ -21,7 +21,7 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import Recipe
 from pipeline.engine import Engine
 from pipeline.errors import UserError
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.predict import predict
 from pipeline.prompts.pool import fingerprint_of
 from pipeline.sequence import Sequence, evaluate_run, run_sequence

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import MethodConfig, ModelConfig, load_recipe
 from pipeline.data.collate import Batch, Examples, collate
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.methods import Method, make_method
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool

@@ -162,5 +162,3 @@ def test_a_caller_who_leaves_in_the_middle_of_a_body_is_counted_as_such(answerer
     service = Service(Worker(answerer, 2, 1), Settings("m"))
     post(service, part(b'{"model"', True), LEAVES)
     assert service.metrics.requests == {499: 1}
-
-

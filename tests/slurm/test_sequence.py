@@ -250,9 +250,7 @@ def test_a_job_trains_and_another_one_evaluates(
     assert run.accuracy() == whole.accuracy()
 
 
-def test_the_embedded_default_is_prepared_and_run_by_one_job(
-    cluster: Cluster, root: Path, measured: Measured
-) -> None:
+def test_the_embedded_default_is_prepared_and_run_by_one_job(cluster: Cluster, root: Path, measured: Measured) -> None:
     """As the first line of docs/cluster.md has it, cut down to two small tasks and a few steps."""
     tasks = ", ".join(f"{{name: {n}, metric: exact, limit_train: 64, limit_test: 8}}" for n in ("Colours", "Digits"))
     changes = [

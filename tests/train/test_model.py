@@ -14,7 +14,7 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.config import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.data.conversation import Conversation
-from pipeline.evaluate import generate_answers
+from pipeline.generation import generate_answers
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.train.worlds import KEY_WIDTH, make_pool, make_samples
 
