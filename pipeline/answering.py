@@ -128,7 +128,7 @@ class Answerer:
         self.source = source
         self.method = make_method(source.method)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.lmm: LMM = load_lmm(source.model).to(device)
+        self.lmm: LMM = load_lmm(source.model, device=device)
         if source.projector:
             self.lmm.load_projector(source.projector)
         self.encoder = KeyEncoder(*source.keys.source, device=device)

@@ -44,7 +44,8 @@ class Engine:
         config = deepspeed_config(recipe, world.size)
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
-        lmm = load_lmm(recipe.model, config if self.zero_stage == 3 else None)
+        whole = self.zero_stage != 3
+        lmm = load_lmm(recipe.model, None if whole else config, world.device if whole else None)
         method, train = recipe.method, recipe.train
         if train.vision_features == "kept":
             require_kept_features(lmm.family.kind)

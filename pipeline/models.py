@@ -50,7 +50,7 @@ class Models:
         lmm = self._replica
         if lmm is None:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
-            lmm = load_lmm(self.recipe.model).to(self.world.device)
+            lmm = load_lmm(self.recipe.model, device=self.world.device)
             size = sum(parameter.nbytes for parameter in lmm.parameters())
             if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
                 self._replica = lmm

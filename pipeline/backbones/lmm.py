@@ -249,10 +249,13 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
         yield
 
 
-def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None) -> LMM:
+def load_lmm(
+    config: ModelConfig, zero3: dict[str, Any] | None = None, device: torch.device | str | None = None
+) -> LMM:
     """Load model and processor; `zero3` is the DeepSpeed configuration when the weights are to be partitioned at load.
 
-    Raises UserError when the checkpoint is missing or is not an image-text-to-text model.
+    With a `device` each weight goes there as it is read, so that host memory never holds the whole model; without one
+    the model is on the CPU. Raises UserError when the checkpoint is missing or is not an image-text-to-text model.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import deepspeed as integration
@@ -268,6 +271,7 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None) -> LMM:
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
+            device_map=None if device is None else {"": torch.device(device)},
             trust_remote_code=False,
         )
     except LOAD_ERRORS as error:

@@ -6,6 +6,7 @@ prompt vectors stand among the tokens.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -193,11 +194,13 @@ class Gemma3(Family):
                 "other; expected sdpa or eager. Set model.attn_implementation."
             )
         self.embedding_scale = model.config.text_config.hidden_size**0.5
-        prepare = model.prepare_inputs_for_generation
+        # A weak reference: a bound method kept in its own model is a cycle, and a dropped model would stay on its
+        # device until the garbage collector runs, beside the next one.
+        prepare, owner = type(model).prepare_inputs_for_generation, weakref.ref(model)
 
         # `generate` takes embeddings only where this method names them; Gemma 3's hands them on unnamed.
         def naming_embeddings(input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
-            return prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            return prepare(owner(), input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
         model.prepare_inputs_for_generation = naming_embeddings
 

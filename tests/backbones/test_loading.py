@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,20 @@ def test_image_tokens_that_do_not_match_the_features_are_refused(lmm: LMM) -> No
     one_less.remove(lmm.image_token)
     with pytest.raises(UserError, match=r"The batch has \d+ image tokens for \d+ features"):
         lmm.embed(torch.tensor([one_less]), example.images, torch.tensor([True]))
+
+
+def test_weights_go_to_the_device_asked_for_as_they_are_read(checkpoint: Path) -> None:
+    lmm = load_lmm(ModelConfig(path=str(checkpoint)), device="meta")
+    assert {parameter.device.type for parameter in lmm.parameters()} == {"meta"}
+
+
+def test_a_dropped_model_is_freed_at_once(checkpoint: Path) -> None:
+    gc.collect()
+    gc.disable()  # what only the garbage collector finds stays on the device beside the next model
+    try:
+        lmm = load_lmm(ModelConfig(path=str(checkpoint)))
+        model = weakref.ref(lmm.model)
+        del lmm
+        assert model() is None
+    finally:
+        gc.enable()
