@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import TrainConfig
 from pipeline.data.collate import counts_of_step
 from pipeline.distributed import World, gather_objects, on_main, sum_over_ranks
 from pipeline.errors import Interrupted
+from pipeline.loader import loaded
 from pipeline.progress import Progress, ProgressLog
 from pipeline.prompts.model import Normaliser
 from pipeline.resume import StepSaver
-from pipeline.stopping import StopFlag, heed_rank_alone
+from pipeline.stopping import StopFlag
 from pipeline.watchdog import Watchdog
 
 LAST_GOOD = "last_good.safetensors"
@@ -148,14 +148,8 @@ def train_stage(
 
 def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
     """The micro-batches of each optimizer step from `start` on."""
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": heed_rank_alone}
-    data = cast(Dataset[Any], batches)
     items = range(start * batches.accumulation, len(batches))
-    # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
-    own = torch.Generator()
-    loader = iter(DataLoader(data, batch_size=None, sampler=items, num_workers=workers, generator=own, **options))
+    loader = loaded(batches, items, workers)
     for _ in range(start, batches.steps):
         yield [next(loader) for _ in range(batches.accumulation)]
 
