@@ -8,7 +8,6 @@ the first shard that was not finished.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
-from PIL import Image
 
 from data_prep.bad_records import BadRecord, Tolerance
 from pipeline.data.checksums import CHECKSUMS_FILE
+from pipeline.data.pictures import is_plain, read_header
 from pipeline.data.sample import Sample
 from pipeline.data.shards import (
     DATASET_FILE,
@@ -36,6 +35,7 @@ from pipeline.data.shards import (
     IndexedShards,
     read_description,
 )
+from pipeline.data.stored_pictures import CHANGED, UPRIGHT, require_upright
 from pipeline.errors import UserError
 from pipeline.files import replacing, sha256
 
@@ -150,10 +150,11 @@ def prepared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
         description = read_description(folder)
         if any(description.get(name) != value for name, value in made_from.items()):
             return None
-        IndexedShards(folder)
+        shards = IndexedShards(folder)
+        require_upright(shards)
     except UserError:
         return None
-    return description
+    return shards.description
 
 
 def discard(folder: Path) -> None:
@@ -174,7 +175,7 @@ def _write_shard(
 ) -> Row:
     """Write one shard and, after it, its part file: the shard's entry in dataset.json and its rows of the index."""
     path = folder / SHARD_NAME.format(number)
-    rows = []
+    rows, changed = [], 0
     with replacing(path) as temporary:
         with (
             temporary.open("wb") as file,
@@ -182,7 +183,8 @@ def _write_shard(
         ):
             for position, sample in enumerate(samples, start=first):
                 key = f"{position:08d}"  # WebDataset cuts names at the first dot, so ids cannot be keys
-                picture = _picture(sample)
+                picture, plain = _picture(sample)
+                changed += not plain
                 record = {"__key__": key, "json": sample.to_json()}
                 if sample.image is not None:
                     record[_EXTENSIONS.get(picture["image_format"], picture["image_format"].lower())] = sample.image
@@ -196,17 +198,19 @@ def _write_shard(
             "size": temporary.stat().st_size,
             "sha256": sha256(temporary),
         }
-    part = {"made_from": made_from, "shard": shard, "skipped": skipped, "rows": rows}
+    part = {"made_from": made_from, "shard": shard, "skipped": skipped, CHANGED: changed, "rows": rows}
     _write_json(_part_file(folder, number), part)
     return part
 
 
-def _picture(sample: Sample) -> Row:
+def _picture(sample: Sample) -> tuple[Row, bool]:
+    """What the index says of a sample's picture, and whether that is used as it is stored."""
     if sample.image is None:
-        return {"image_format": None, "width": None, "height": None}
+        return {"image_format": None, "width": None, "height": None}, True
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:  # reads the header only
-            return {"image_format": image.format or "img", "width": image.width, "height": image.height}
+        header = read_header(sample.image)
+        row = {"image_format": header.format, "width": header.width, "height": header.height}
+        return row, is_plain(sample.image)
     except Exception as error:
         raise UserError(f"The image of sample {sample.id!r} cannot be read ({error}). Correct the source.") from error
 
@@ -235,13 +239,15 @@ def _finished_part(folder: Path, number: int, made_from: dict[str, Any]) -> Row 
         size = (folder / part["shard"]["name"]).stat().st_size
     except (OSError, ValueError, KeyError):
         return None
-    whole = part["made_from"] == made_from and size == part["shard"]["size"] and "skipped" in part
+    whole = part["made_from"] == made_from and size == part["shard"]["size"] and {"skipped", CHANGED} <= part.keys()
     return part if whole else None
 
 
 def _finish(folder: Path, parts: list[Row], description: dict[str, Any]) -> dict[str, Any]:
     shards = [part["shard"] for part in parts]
-    description = {**description, "fingerprint": dataset_fingerprint(shards), "shards": shards}
+    changed = sum(part[CHANGED] for part in parts)
+    fingerprint = dataset_fingerprint(shards, changed)
+    description = {**description, "fingerprint": fingerprint, CHANGED: changed, "shards": shards}
     index = pa.Table.from_pylist([row for part in parts for row in part["rows"]], schema=INDEX_SCHEMA)
     with replacing(folder / INDEX_FILE) as temporary:
         pq.write_table(index.replace_schema_metadata({FINGERPRINT: description["fingerprint"]}), temporary)
@@ -253,9 +259,13 @@ def _finish(folder: Path, parts: list[Row], description: dict[str, Any]) -> dict
     return description
 
 
-def dataset_fingerprint(shards: list[dict[str, Any]]) -> str:
-    """Return the hash over the shards' hashes that names a split's content."""
+def dataset_fingerprint(shards: list[dict[str, Any]], changed: int = 0) -> str:
+    """Return the hash over the shards' hashes that names a split's content.
+
+    With `changed` pictures, which are not used as they are stored, it is another one than earlier versions gave.
+    """
     lines = [f"format {FORMAT_VERSION}", *(shard["sha256"] for shard in shards)]
+    lines += [UPRIGHT] if changed else []
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

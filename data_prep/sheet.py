@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
+
+from pipeline.data.pictures import decode_image
 
 COLUMNS = 5
 SIDE = 240  # pixels of an image's longer side
@@ -25,8 +26,7 @@ def draw_sheet(samples: Sequence[tuple[Path | None, str, str]], target: Path) ->
         if path is None:
             axes.text(0.5, 0.5, "no image", ha="center", va="center", transform=axes.transAxes, color="#616e7c")
         else:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
+            picture = decode_image(path.read_bytes())
             picture.thumbnail((SIDE, SIDE))
             axes.imshow(picture)
         # What stands between two dollar signs is text, not a formula.

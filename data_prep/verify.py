@@ -6,7 +6,6 @@ or keys have changed since, `prepare` reads the split again.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from data_prep.shards import dataset_fingerprint
 from pipeline.data.checksums import CHECKSUMS_FILE, write_checksums
+from pipeline.data.pictures import read_header
 from pipeline.data.shards import (
     DATASET_FILE,
     FINGERPRINT,
@@ -29,6 +28,7 @@ from pipeline.data.shards import (
     IndexedShards,
     read_index,
 )
+from pipeline.data.stored_pictures import changed_pictures
 from pipeline.errors import UserError
 from pipeline.files import replacing, sha256
 
@@ -50,7 +50,7 @@ def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = Non
                 f"The shard {folder / shard['name']} has content {found[:12]}..., {DATASET_FILE} says "
                 f"{shard['sha256'][:12]}...: it was changed. {FIX}"
             )
-    if dataset_fingerprint(description["shards"]) != shards.fingerprint:
+    if dataset_fingerprint(description["shards"], changed_pictures(description)) != shards.fingerprint:
         raise UserError(f"The fingerprint in {folder / DATASET_FILE} is not that of its shards. {FIX}")
     pictures = _check_rows(shards)
     _check_keys(shards, pictures, expected_identity)
@@ -116,10 +116,10 @@ def _check_rows(shards: IndexedShards) -> list[bool]:
 
 def _size(encoded: bytes) -> tuple[int, int] | None:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.size
+        header = read_header(encoded)
     except Exception:  # whatever PIL says of bytes that are no image, the size does not match
         return None
+    return header.width, header.height
 
 
 def _check_keys(shards: IndexedShards, pictures: list[bool], expected_identity: Mapping[str, str] | None) -> None:

@@ -12,6 +12,7 @@ from pipeline.config import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards
+from pipeline.data.stored_pictures import require_upright
 from pipeline.data_sources import Benchmark, benchmark_of, images_of
 from pipeline.errors import UserError, UserErrors
 from pipeline.metrics.scoring import Answered, score_task
@@ -76,6 +77,7 @@ class CheckedData:
             shards = IndexedShards(self.recipe.data.split_path(task.name, split))
             counts.append(str(len(shards)))
             try:
+                require_upright(shards)
                 self.key_width = shards.keys(identity).image.shape[1]
             except UserError as error:
                 wrong.append(str(error))

@@ -21,6 +21,7 @@ from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Samples
 from pipeline.data.conversation import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
+from pipeline.data.stored_pictures import UPRIGHT, changed_pictures
 from pipeline.distributed import World, gather_objects, on_main, together
 from pipeline.errors import UserError
 from pipeline.run_data import Part
@@ -48,7 +49,8 @@ def keep_features(
     found = []
     for samples, _, limit in parts:
         count = min(limit or len(samples), len(samples))
-        split = SplitFeatures(samples.folder / f"vision-{identity[:12]}", identity)
+        own = _identity_in(samples, identity)
+        split = SplitFeatures(samples.folder / f"vision-{own[:12]}", own)
         numbers = on_main(world, lambda split=split, count=count: split.read_numbers(count))  # type: ignore[misc]
         if numbers is None:
             numbers = _number(samples, count, world, watchdog)
@@ -68,6 +70,13 @@ def _identity(lmm: LMM, base_model: str) -> str:
     facts = {"model": base_model, "dtype": str(lmm.dtype), "square": lmm.conversation.padded}
     facts["preprocessing"] = json.loads(lmm.processor.image_processor.to_json_string())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity_in(samples: Samples, identity: str) -> str:
+    """The identity of a split's features: another one where earlier versions took other pictures from its files."""
+    if not changed_pictures(getattr(samples, "description", {})):
+        return identity
+    return hashlib.sha256(f"{identity} {UPRIGHT}".encode()).hexdigest()
 
 
 def _number(samples: Samples, count: int, world: World, watchdog: Watchdog) -> npt.NDArray[np.int64]:

@@ -104,13 +104,12 @@ def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str
 
 def _thumbnail(encoded: bytes) -> str | None:
     """Return an image file as a small data URI, None when it cannot be read."""
-    from PIL import Image
+    from pipeline.data.pictures import decode_image  # here: it imports Pillow, needless for a page without pictures
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-    except (OSError, ValueError):
+        small = decode_image(encoded)
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except Exception:  # Pillow raises many kinds for damaged files
         return None
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)

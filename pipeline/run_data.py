@@ -12,6 +12,7 @@ from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stored_pictures import require_upright
 from pipeline.distributed import World, on_main, together
 from pipeline.evaluate import Test
 from pipeline.metrics.scoring import require_metrics
@@ -56,11 +57,13 @@ def open_data(recipe: Recipe, world: World) -> RunData:
 
     identity = on_main(world, key_identity)
     skipped: list[dict[str, Any]] = []
+    opened: list[IndexedShards] = []
 
     def parts(split: str) -> list[Part]:
         found: list[Part] = []
         for task in recipe.data.tasks:
             shards = IndexedShards(recipe.data.split_path(task.name, split))
+            opened.append(shards)
             limit = task.limit_train if split == "train" else task.limit_test
             found.append((shards, shards.keys(identity), limit))
             skipped.extend(shards.description.get("skipped", []))
@@ -73,4 +76,6 @@ def open_data(recipe: Recipe, world: World) -> RunData:
             for task, part in zip(recipe.data.tasks, parts("test"), strict=True)
         ]
 
-    return RunData(identity, together(lambda: parts("train")), together(tests), skipped)
+    train, tested = together(lambda: parts("train")), together(tests)
+    on_main(world, lambda: [require_upright(shards) for shards in opened])
+    return RunData(identity, train, tested, skipped)

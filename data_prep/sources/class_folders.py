@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from data_prep.bad_records import BadRecord
 from data_prep.parallel import ordered_map
 from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
+from pipeline.data.pictures import decode_image
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, nearest
 
@@ -147,8 +145,7 @@ class ImageSplit:
             return BadRecord(str(path), record, "the image does not exist. Put it there, or correct the folder.")
         encoded = path.read_bytes()
         try:
-            with Image.open(io.BytesIO(encoded)) as picture:
-                picture.load()
+            decode_image(encoded)
         except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
             reason = f"the image cannot be decoded ({type(error).__name__}: {error}). Fetch the file again."
             return BadRecord(str(path), record, reason)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from data_prep.bad_records import BadRecord, Tolerance
 from data_prep.parallel import ordered_map
 from data_prep.sources.annotations import read_annotations
 from data_prep.sources.coin_entries import Entry, UnusableError, read_entry, record_name
 from data_prep.sources.coin_files import annotation_file, image_path, split_files
+from pipeline.data.pictures import decode_image
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
@@ -171,8 +171,7 @@ def _image(path: Path) -> bytes:
         raise UnusableError(f"the image {path} does not exist. Put it there or set data.root to its root folder.")
     encoded = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
+        decode_image(encoded)
     except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
         # PIL would name an unknown format by a memory address, and dataset.json should not depend on that.
         found = (

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from pipeline.data.pictures import central
 from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.hub import fetched_folder
@@ -80,7 +81,7 @@ class KeyEncoder:
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the preprocessed images [B, 3, H, W]; works outside the device and may run in several threads."""
-        return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return self.processor(images=[central(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def image(self, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Return the image keys [B, K] float32 on the CPU of RGB images or of what `pixels` made of them."""

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from pipeline.data.pictures import central
 from pipeline.errors import UserError
 
 SCALE = (0.08, 1.0)  # share of the picture's area that a crop covers (clip_prompts.md 2.7)
@@ -37,7 +38,7 @@ class Pixels:
 
     def plain(self, picture: Image.Image) -> Tensor:
         """Pixels [3, H, W] as in evaluation: resized, the centre cropped, normalised."""
-        return torch.as_tensor(self.processor(images=[picture], return_tensors="pt")["pixel_values"][0])
+        return torch.as_tensor(self.processor(images=[central(picture)], return_tensors="pt")["pixel_values"][0])
 
     def augmented(self, picture: Image.Image, seed: int, epoch: int, image: str) -> Tensor:
         """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time.

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.clip.classes import Group, base_classes
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stored_pictures import require_upright
 from pipeline.errors import UserError
 from pipeline.files import replacing
 
@@ -81,6 +82,7 @@ class PreparedDataset:
                 f"{self.folder / split} is not the data that {self.folder / CLASSES_FILE} counts in; run "
                 "`python -m pipeline prepare RECIPE` again."
             )
+        require_upright(shards)
         return shards
 
     def identity(self, seed: int, group: Group) -> str:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.pictures import squared
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
@@ -189,14 +190,9 @@ class Conversation:
 
     def _pad(self, picture: Image.Image) -> Image.Image:
         """The picture in the middle of a square of the processor's mean colour."""
-        width, height = picture.size
-        if not self.padded or width == height:
+        if not self.padded:
             return picture
-        side = max(width, height)
-        mean = tuple(int(255 * value) for value in self.processor.image_processor.image_mean)
-        square = Image.new("RGB", (side, side), mean)
-        square.paste(picture, ((side - width) // 2, (side - height) // 2))
-        return square
+        return squared(picture, tuple(int(255 * value) for value in self.processor.image_processor.image_mean))
 
     def _blank(self) -> dict[str, Tensor]:
         """Stands in where a batch has no image; one crop of it will do, where the model does not count them."""

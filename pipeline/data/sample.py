@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
+
+from pipeline.data.pictures import decode_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def picture(self) -> Image.Image | None:
-        """Return the decoded RGB image, or None for a text-only sample."""
+        """Return the upright RGB picture (see `decode_image`), or None for a text-only sample."""
         return None if self.image is None else decode_image(self.image)
 
     def to_json(self) -> bytes:
@@ -36,9 +37,3 @@ class Sample:
         return cls(
             id=fields["id"], image=image, question=fields["question"], answer=fields["answer"], meta=fields["meta"]
         )
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image file to RGB; raises OSError (or a PIL error) when the bytes are not a whole image."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.convert("RGB")

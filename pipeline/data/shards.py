@@ -87,6 +87,10 @@ class IndexedShards(Dataset[Sample]):
         self._shard = index["shard"].to_numpy()
         self._json = _extents(index, "json")
         self._image = _extents(index, "image")
+        # Width and height of the upright pictures [N, 2], 0 without one: lengths follow from them without decoding.
+        self.sizes: npt.NDArray[np.int32] = np.stack(
+            [index[side].fill_null(0).to_numpy() for side in ("width", "height")], axis=1
+        )
         self.lengths: npt.NDArray[np.int64] = (
             index["question_chars"].to_numpy().astype(np.int64) + index["answer_chars"].to_numpy()
         )
@@ -119,6 +123,15 @@ class IndexedShards(Dataset[Sample]):
         """Return the CLIP keys of all samples; raises UserError when they are missing, or belong to another dataset
         or (given `expected_identity`, see `pipeline.backbones.clip.key_identity`) to another CLIP."""
         return read_keys(self.folder, self.description, expected_identity)
+
+    def has_image(self, index: int) -> bool:
+        """Whether a sample has an image."""
+        return bool(self._image[index][1] >= 0)
+
+    def image_bytes(self, index: int, most: int | None = None) -> bytes:
+        """The file bytes of a sample's image, or the first `most` of them."""
+        offset, size = self._image[index]
+        return self._read(int(self._shard[index]), int(offset), int(size if most is None else min(size, most)))
 
     def checksum(self, index: int) -> int:
         """The CRC-32 of one sample's bytes as they are now."""
