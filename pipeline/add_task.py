@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Recipe, TaskConfig, load_run
 from pipeline.errors import UserError, nearest
+from pipeline.strict_text import load_json
 
 TASK_FILE = "task.json"  # beside train.json and test.json: how the task is scored
 
@@ -69,10 +69,12 @@ def _task(root: Path, name: str) -> TaskConfig:
             + nearest(name, there)
         )
     try:
-        fields = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+        fields = load_json((folder / TASK_FILE).read_text(encoding="utf-8"))
         return TaskConfig.model_validate({**fields, "name": name})
     except FileNotFoundError:
         return TaskConfig(name=name)
+    except UserError as error:
+        raise UserError(f"{folder / TASK_FILE}: {error}.") from None
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder / TASK_FILE} is not as `new-task` writes it ({first}); mend or remove it.") from None

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError, nearest
+from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
 from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
@@ -24,13 +25,13 @@ class TaskConfig(Section):
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(None, ge=1, description="use only the first so many training samples")
     limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
-    train_files: tuple[str, ...] = Field(
+    train_files: tuple[GivenPath, ...] = Field(
         (), description="files of the training split in the task's folder; empty: train.json and its numbered parts"
     )
-    test_files: tuple[str, ...] = Field(
+    test_files: tuple[GivenPath, ...] = Field(
         (), description="files of the test split in the task's folder; empty: test.json or val.json and numbered parts"
     )
-    annotations: str | None = Field(
+    annotations: GivenPath | None = Field(
         None,
         description="file under the root with further answers to the test questions (ten annotators, choices, "
         "captions); null: the benchmarks' own file names are looked for",
@@ -50,8 +51,8 @@ class DataConfig(Section):
     """Where samples come from and where they are kept prepared."""
 
     source: Literal["coin", "generated"] = Field(description="coin: read root as it is; generated: draw it there first")
-    root: str = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
-    prepared: str = Field(PREPARED, description="folder of the shards: <prepared>/<task>/<split>/")
+    root: GivenPath = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
+    prepared: GivenPath = Field(PREPARED, description="folder of the shards: <prepared>/<task>/<split>/")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="the tasks in the order they are learned")
     prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
@@ -79,7 +80,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The frozen multimodal model."""
 
-    path: str = Field(description="Hugging Face id, or folder of a checkpoint")
+    path: GivenPath = Field(description="Hugging Face id, or folder of a checkpoint")
     revision: str | None = Field(None, description="commit of the Hugging Face repository")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen weights and the step")
     attn_implementation: str = Field("sdpa", description="attention kernel, as transformers names it")
@@ -102,7 +103,7 @@ class ModelConfig(Section):
 class KeysConfig(Section):
     """The frozen CLIP that turns images and questions into keys."""
 
-    path: str = Field(description="Hugging Face id, or folder of a CLIP checkpoint")
+    path: GivenPath = Field(description="Hugging Face id, or folder of a CLIP checkpoint")
     revision: str | None = Field(None, description="commit of the Hugging Face repository")
     text_feature: Literal["projected", "pooled"] = Field(
         "projected", description="projected: CLIP's joint space; pooled: before the projection, as in the official code"
@@ -157,13 +158,18 @@ class MethodConfig(Section):
 class TrainConfig(LoopConfig):
     """Optimisation of one stage."""
 
-    deepspeed: str = Field(
+    deepspeed: GivenPath = Field(
         "ds_configs/zero3.json",
         description="DeepSpeed file; batch, precision, clipping stay here; auto: ZeRO-2 where the run fits into its "
         "GPUs with it by the memory plan, else ZeRO-3, which CPUs always get",
     )
     epochs: float = Field(10, gt=0, description="passes over a task's training samples")
-    steps: int | None = Field(None, ge=1, description="optimizer steps per stage; overrides epochs")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps per stage; overrides epochs, unless those are given later: by "
+        "--set, or in a recipe that extends the one with the steps",
+    )
     global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")
     lr_prompt: float = Field(gt=0, description="learning rate of the prompt set")
@@ -239,7 +245,9 @@ class Recipe(FileRecipe):
     filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
 
     seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
-    run_dir: str = Field("runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in")
+    run_dir: GivenPath = Field(
+        "runs/{name}-{method}-s{seed}", description="folder; {name}, {method}, {seed} are filled in"
+    )
     data: DataConfig
     model: ModelConfig
     keys: KeysConfig
@@ -307,7 +315,8 @@ def load_run(run_path: Path) -> Recipe:
     """Return the recipe a run folder was made with; UserError when the folder is no run."""
     if not (run_path / "config.yaml").is_file():
         runs = [found.parent.name for found in run_path.parent.glob("*/config.yaml")]
-        found = "has no config.yaml" if run_path.is_dir() else "does not exist"
+        what = "is a file" if run_path.is_file() else "does not exist"
+        found = "has no config.yaml" if run_path.is_dir() else what
         raise UserError(
             f"'{run_path}' {found}; expected the folder of a run, which `python -m pipeline run RECIPE` makes."
             + nearest(run_path.name, runs)

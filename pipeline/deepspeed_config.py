@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PROJECT, Recipe, divisors, locate
 from pipeline.errors import UserError, nearest
 from pipeline.hpz import with_node_size
+from pipeline.strict_text import load_json
 
 AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.fitting`
 ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
@@ -75,9 +75,11 @@ def deepspeed_file(name: str) -> dict[str, Any]:
             + nearest(name, shipped)
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}); mend it.") from error
+    except UserError as error:
+        raise UserError(f"'{path}': {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"'{path}' is not a DeepSpeed configuration; expected a JSON object.")
     for key, field in RECIPE_OWNS.items():

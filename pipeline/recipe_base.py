@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.files import replacing
+from pipeline.given_path import GivenPath, GivenUri
 
 PREPARED = "data/{name}"  # where prepared data is unless a recipe says otherwise; {name} is filled in
 
@@ -39,7 +40,9 @@ class LoopConfig(Section):
 
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")
-    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here")
+    deepspeed: GivenPath = Field(
+        "ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here"
+    )
     processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
     save_minutes: float | None = Field(
         10, gt=0, description="minutes between two checkpoints inside a stage or unit; null: only as save_steps says"
@@ -55,7 +58,7 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
-    uri: str | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
+    uri: GivenUri | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
     registry: bool = Field(True, description="true: a finished run's adapter becomes a version in the model registry")
 
@@ -66,7 +69,7 @@ class FileRecipe(Section):
     filled_in: ClassVar[tuple[str, ...]] = ("name",)  # what may stand in braces in run_dir
 
     name: Name = Field(description="name of the recipe")
-    run_dir: str = Field("runs/{name}", description="folder of the run; {name} is filled in")
+    run_dir: GivenPath = Field("runs/{name}", description="folder of the run; {name} is filled in")
 
     @field_validator("run_dir")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -29,7 +31,39 @@ EXPECTED = {
 
 def sentence(error: ValidationError, root: type[BaseModel], most: int | None = None) -> str:
     """Return one sentence for all that is wrong with a recipe of the class `root`, or for the first `most` things."""
-    return " ".join(_one(details, root) for details in error.errors()[:most])
+    told = [details for details in error.errors() if not _long_enough(details)]
+    unquoted = [details for details in told if _is_unquoted(details, root)]
+    sentences = [_one(details, root) for details in told if details not in unquoted]
+    return " ".join([*([_quote(unquoted)] if unquoted else []), *sentences][:most])
+
+
+def _long_enough(details: ErrorDetails) -> bool:
+    """Pydantic leaves out what is wrong before it counts: a list of two wrong entries is not too short."""
+    least = details.get("ctx", {}).get("min_length")
+    found = details["input"]
+    return (
+        details["type"] == "too_short" and isinstance(found, list | tuple) and least is not None and len(found) >= least
+    )
+
+
+def _is_unquoted(details: ErrorDetails, root: type[BaseModel]) -> bool:
+    """Whether YAML made a number, a date or true of what was meant as a name."""
+    if not isinstance(details["input"], bool | int | float | datetime.date):
+        return False
+    location = details["loc"]
+    if details["type"] == "string_type":
+        return True
+    named = "name" in _model_at(location, root).model_fields
+    return details["type"].startswith(("model_", "dict_")) and isinstance(location[-1], int) and named
+
+
+def _quote(unquoted: list[ErrorDetails]) -> str:
+    fields = ", ".join(".".join(map(str, details["loc"])) for details in unquoted)
+    values = ", ".join(json.dumps(details["input"], default=str) for details in unquoted)
+    return (
+        f"{fields}: found {values}, expected text; YAML takes numbers, dates, yes, no, on and off without quotes for "
+        'values, so quote it, as in "Yes" or "2024".'
+    )
 
 
 def _one(details: ErrorDetails, root: type[BaseModel]) -> str:

@@ -10,8 +10,15 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError, nearest
+from pipeline.given_path import expanded
+from pipeline.strict_text import load_yaml, plain_words, quoting
 
+CONFIG = "config.yaml"  # the recipe of a run, in its folder
+WRITTEN = (CONFIG, "run.json", "adapter.json")  # what a run and an exported adapter have in their folders
 RECIPES = Path(__file__).parent / "recipes"
+# Two fields for one thing, of which the second counts where both stand side by side. The first takes it back where it
+# is given later: by --set, or in a recipe that extends the one with the second.
+OVERRULED = {"train.epochs": "train.steps"}
 CHOSEN_BY_NAME = {"data.tasks": "task", "methods": "method"}  # lists from which --set may take some by name
 
 
@@ -25,15 +32,19 @@ def find_recipe(name_or_path: str, beside: Path | None = None) -> Path:
 
     Raises UserError with the nearest shipped name when there is no such file.
     """
+    name_or_path = expanded(name_or_path)
     given = Path(name_or_path)
+    if given.is_dir() and any((given / file).exists() for file in WRITTEN):
+        own = f"; the one that it was made with is '{given / CONFIG}'" if (given / CONFIG).is_file() else ""
+        raise UserError(f"'{name_or_path}' is the folder of a run or an adapter; expected a recipe{own}.")
     if given.suffix in {".yaml", ".yml"} or given.name != name_or_path:
         candidates = [given] if beside is None else [beside / given, given]
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
         raise UserError(
-            f"no recipe file at '{name_or_path}'; expected a YAML file or one of {_listed(recipe_names())}."
-            + nearest(given.stem, recipe_names())
+            f"{'a folder and ' * given.is_dir()}no recipe file at '{name_or_path}'; expected a YAML file or one of "
+            f"{_listed(recipe_names())}." + nearest(given.stem, recipe_names())
         )
     for folder in (beside, RECIPES):
         if folder is not None and (folder / f"{name_or_path}.yaml").is_file():
@@ -57,6 +68,9 @@ def read_recipe(path: Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"extends in '{path}': found {parent!r}, expected the name or path of one recipe.")
     below = read_recipe(find_recipe(parent, beside=path.parent), (*_children, path.resolve()))
+    for path_above in OVERRULED:
+        if _has(fields, path_above):
+            _overrule(below, path_above)
     return _merged(below, fields)
 
 
@@ -72,21 +86,29 @@ def apply_overrides(fields: dict[str, Any], overrides: Iterable[str]) -> dict[st
         if not equals or not all(dotted.split(".")):
             raise UserError(f"--set {override!r} is not an assignment; expected field.name=value.")
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
+            unquoted = plain_words(text) if dotted in CHOSEN_BY_NAME else []
         except yaml.YAMLError as error:
             raise UserError(f"--set {dotted}: {text!r} is not YAML ({_problem(error)}); quote the value.") from error
+        except UserError as error:
+            raise UserError(f"--set {dotted}: {error}.") from None
+        if unquoted:
+            raise UserError(f"--set {dotted}: {quoting(unquoted)}.")
         _set(fields, dotted, value)
+        _overrule(fields, dotted)
     return fields
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"recipe '{path}' is not YAML: {_problem(error)}; mend that line.") from error
+    except UserError as error:
+        raise UserError(f"recipe '{path}': {error}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe '{path}' cannot be read ({error}); expected a text file.") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise UserError(f"recipe '{path}' holds no fields; expected lines such as `name: my_recipe`.")
     return content
 
@@ -119,6 +141,24 @@ def _set(fields: dict[str, Any], dotted: str, value: Any) -> None:
         where[last] = _chosen(dotted, where.get(last), value)
     else:
         where[last] = value
+
+
+def _has(fields: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(fields, dict) or part not in fields:
+            return False
+        fields = fields[part]
+    return True
+
+
+def _overrule(fields: dict[str, Any], dotted: str) -> None:
+    """Take back what the field `dotted`, which has just been given, replaces."""
+    other = OVERRULED.get(dotted)
+    if other is not None and _has(fields, other):
+        *parents, last = other.split(".")
+        for part in parents:
+            fields = fields[part]
+        del fields[last]
 
 
 def _position(items: list[Any], part: str, dotted: str) -> int:

@@ -24,6 +24,7 @@ from pipeline.run_contents import (
     read_json,
     require,
 )
+from pipeline.strict_text import load_yaml
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class RunFolder:
 
 def read_run(path: Path) -> RunFolder:
     """Read a run folder; raises UserError when it is missing, is no run, or a file in it is damaged."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; expected the folder of a run, which `python -m pipeline run` wrote.")
     if not path.is_dir():
         raise UserError(f"The run folder {path} does not exist; expected one that `python -m pipeline run` wrote.")
     if not any((path / file).is_file() for file in ("run.json", "config.yaml", "matrix.json")):
@@ -174,9 +177,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); restore the file.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
     if not isinstance(content, dict):
         return {}
     require(content, ConfigFile, str(path))

@@ -13,6 +13,7 @@ from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.text import MARK
 from pipeline.config import locate
 from pipeline.errors import UserError, nearest
+from pipeline.given_path import GivenPath
 from pipeline.recipe_base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
 
@@ -22,7 +23,7 @@ KIND = "clip"  # what a recipe file says in its field `kind`
 class ClipModelConfig(Section):
     """The frozen CLIP or SigLIP."""
 
-    path: str = Field(description="Hugging Face id, or folder of a checkpoint")
+    path: GivenPath = Field(description="Hugging Face id, or folder of a checkpoint")
     revision: str | None = Field(None, description="commit of the Hugging Face repository")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen weights and the step")
     text_chunk: int | None = Field(
@@ -72,7 +73,9 @@ class ClipTrainConfig(LoopConfig):
     cache_images: bool = Field(
         True, description="keep image features of methods that leave images alone, where augment is none"
     )
-    deepspeed: str = Field("ds_configs/zero2.json", description="DeepSpeed file; batch, precision, clipping stay here")
+    deepspeed: GivenPath = Field(
+        "ds_configs/zero2.json", description="DeepSpeed file; batch, precision, clipping stay here"
+    )
 
 
 # Fields that belong to the whole benchmark: the ranks are there before any method is, and are watched as long.

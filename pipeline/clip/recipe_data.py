@@ -13,6 +13,7 @@ from pipeline.clip.few_shot import Fewer
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.text import MARK
 from pipeline.errors import nearest
+from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, Name, Section, each_once
 
 Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
@@ -24,9 +25,11 @@ class DatasetConfig(Section):
 
     name: Name = Field(description="name of a published dataset, or of one of your own")
     layout: Layout | None = Field(None, description="how the folder is organised; null: as published")
-    folder: str | None = Field(None, description="the dataset's folder under the root; null: as published, or its name")
-    images: str | None = Field(None, description="the folder of the images in it; null: as published, or itself")
-    split: str | None = Field(None, description="name of the split file (split_zhou) or of the CSV file")
+    folder: GivenPath | None = Field(
+        None, description="the dataset's folder under the root; null: as published, or its name"
+    )
+    images: GivenPath | None = Field(None, description="the folder of the images in it; null: as published, or itself")
+    split: GivenPath | None = Field(None, description="name of the split file (split_zhou) or of the CSV file")
     template: str | None = Field(None, description="what a text says, with {} for the class name; null: as published")
 
     @model_validator(mode="after")
@@ -67,8 +70,8 @@ class ClipDataConfig(Section):
     source: Literal["folders", "generated"] = Field(
         "folders", description="folders: read root as it is; generated: draw coloured shapes there first"
     )
-    root: str = Field(description="folder that holds one folder per dataset")
-    prepared: str = Field(PREPARED, description="folder of the shards: <prepared>/<dataset>/<split>/")
+    root: GivenPath = Field(description="folder that holds one folder per dataset")
+    prepared: GivenPath = Field(PREPARED, description="folder of the shards: <prepared>/<dataset>/<split>/")
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="what is trained on, each by itself")
     protocol: Protocol = Field(
         "base_to_new",

@@ -167,7 +167,7 @@ def test_a_syntax_error_names_the_line(recipe_file: Path) -> None:
         load_recipe(recipe_file)
 
 
-@pytest.mark.parametrize("content", ["", "- a\n- b\n", "just text\n", "1: 2\n"])
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "just text\n"])
 def test_a_file_without_fields_is_refused(recipe_file: Path, content: str) -> None:
     recipe_file.write_text(content)
     with pytest.raises(UserError, match="holds no fields"):

@@ -1,0 +1,74 @@
+"""Paths as people write them: `~` and `$VARIABLES` mean what they mean to a shell, also where no shell saw them.
+
+A shell replaces `~` only where a word begins with it, so not in `--root=~/own`, nor in a recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from pipeline.errors import UserError
+
+FILE_URI = re.compile(r"((?:sqlite|file):/*|)(~.*)", re.DOTALL)
+UNKNOWN_HOME = "begins with the home folder of a user that this machine does not know; write the path out."
+VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def expanded(path: str) -> str:
+    """Return a path with a leading `~` or `~user` and every `$NAME` or `${NAME}` replaced; other text stays as it is.
+
+    Raises UserError for a user or a variable that is not there, and for `~` where the working folder holds a folder of
+    that very name, which earlier versions made: which of the two is meant cannot be known.
+    """
+    found = os.path.expanduser(path)
+    if found != path and os.path.lexists(path):
+        raise UserError(f"'{path}' {_literally(path, found)}")
+    if found.startswith("~"):
+        raise UserError(f"'{path}' {UNKNOWN_HOME}")
+    if "$" not in found or os.path.lexists(found):  # a file may have the sign in its name
+        return found
+    unset = [name for match in VARIABLE.findall(found) for name in match if name and name not in os.environ]
+    if unset:
+        raise UserError(f"'{path}' names the variable {unset[0]}, which is not set; set it, or write the path out.")
+    return os.path.expandvars(found)
+
+
+def expanded_uri(uri: str) -> str:
+    """Return a tracking URI with the `~` of its path replaced; a `$` may belong to a password and stays."""
+    match = FILE_URI.match(uri)
+    return match[1] + expanded(match[2]) if match is not None else uri
+
+
+def _literally(path: str, found: str) -> str:
+    return (
+        f"is a folder here, literally of that name (earlier versions made such), and means '{found}'; write '{found}', "
+        f"or './{path}' for the one that is here."
+    )
+
+
+def _for_pydantic(replace: Callable[[str], str]) -> Callable[[object], object]:
+    """As a validator, whose errors are ValueErrors; what is no text is left to the field's own type."""
+
+    def validated(value: object) -> object:
+        try:
+            return replace(value) if isinstance(value, str) else value
+        except UserError as error:
+            raise ValueError(f"expected a path that exists or can be made: {error}") from None
+
+    return validated
+
+
+GivenPath = Annotated[str, BeforeValidator(_for_pydantic(expanded))]
+GivenUri = Annotated[str, BeforeValidator(_for_pydantic(expanded_uri))]
+
+
+def command(verb: str, *arguments: str | Path) -> str:
+    """Return a command as it may be pasted into a shell, whatever is in its paths."""
+    return f"python -m pipeline {verb} {shlex.join(map(str, arguments))}".rstrip()
