@@ -27,12 +27,15 @@ class BadRecord:
 class Tolerance:
     """How many bad records of all tasks and splits together may be left out, and which have been."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, may_grow: bool = True) -> None:
+        """`may_grow` false: `--skip-bad` has nothing to do with these records, so nobody is told to raise it."""
+        self.limit, self.may_grow = limit, may_grow
         self.skipped: list[BadRecord] = []
 
     def skip(self, record: BadRecord) -> None:
         """Leave a record out; raises UserError naming it when that is one too many."""
+        if len(self.skipped) >= self.limit and not self.may_grow:
+            raise UserError(record.sentence())
         if len(self.skipped) >= self.limit:
             before = f" besides the {len(self.skipped)} before it" if self.skipped else ""
             raise UserError(

@@ -51,10 +51,11 @@ def prepare_benchmark(recipe: ClipRecipe, progress: bool = True) -> dict[str, An
             for split, part in parts.items():
                 bar = bars.add_task(f"{entry.name}/{split}", total=len(part))
                 source = ImageSplit(part, images)
+                left_out = tolerance if split == "test" else Tolerance(0, may_grow=False)
                 written, wrote = write_shards(
                     lambda start, source=source: source.records(start, recipe.data.workers),  # type: ignore[misc]
                     recipe.data.split_path(entry.name, split), recipe.data.shard_samples, source.fingerprint(),
-                    entry.name, split, partial(bars.advance, bar), tolerance if split == "test" else Tolerance(0),
+                    entry.name, split, partial(bars.advance, bar), left_out,
                 )  # fmt: skip
                 fingerprints[split] = written["fingerprint"]
                 splits.append({

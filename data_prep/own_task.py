@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
 import re
@@ -13,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.image_files import UnreadableError, read_image, why_missing
+from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read_text
 from pipeline.add_task import TASK_FILE
 from pipeline.checkpoint import write_json
-from pipeline.data.sample import decode_image
 from pipeline.errors import UserError, UserErrors, nearest
 from pipeline.recipe_base import NAME_LETTERS, NAME_PATTERN
 
@@ -97,7 +96,17 @@ def _checked(images: Path, table: Path) -> list[Row]:
     inside = images.resolve()
     for line, record in _records(table):
         where = f"{table}, line {line}"
-        texts = {name: "" if record.get(name) is None else str(record[name]).strip() for name in COLUMNS}
+        if isinstance(record, Fault):
+            faults.append(record.sentence)
+            continue
+        texts = {}
+        for name in COLUMNS:
+            try:
+                texts[name] = _text(record.get(name))
+            except UserError as error:
+                faults.append(f"{where}: {name} is {error}.")
+        if len(texts) < len(COLUMNS):
+            continue
         missing = [name for name in ("question", "answer") if not texts[name]]
         if missing:
             faults.append(f"{where} has no {' and no '.join(missing)}; add it or remove the line.")
@@ -109,18 +118,14 @@ def _checked(images: Path, table: Path) -> list[Row]:
                 if not path.is_relative_to(inside):
                     faults.append(f"{where}: the image '{image}' is outside {images}; expected a path inside it.")
                     continue
-                encoded = path.read_bytes()
-            except (OSError, ValueError) as error:  # ValueError: a null byte
-                reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-                faults.append(f"{where}: the image '{image}' {reason}; expected an image file in {images}.")
-                continue
-            try:
-                decode_image(encoded)
-            except Exception as error:  # Pillow raises many kinds for damaged files
-                faults.append(
-                    f"{where}: the image '{image}' cannot be decoded ({type(error).__name__}); replace it or remove "
-                    "the line."
-                )
+                why = None if path.is_file() else why_missing([images], image) or "does not exist. Put it there."
+                encoded = b"" if why else read_image(path)
+            except (OSError, ValueError) as error:  # too long a name, a null byte
+                why = f"cannot be read ({error}). Correct the path."
+            except UnreadableError as error:
+                why = str(error)
+            if why is not None:
+                faults.append(f"{where}: the image '{image}' {why}")
                 continue
             known[image] = (path.relative_to(inside).as_posix(), hashlib.sha256(encoded).hexdigest())
         place, content = known.get(image, (None, ""))
@@ -133,42 +138,39 @@ def _checked(images: Path, table: Path) -> list[Row]:
     return rows
 
 
-def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(table: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     """Line number and fields of every record of a CSV or JSONL file."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--samples: '{table}' cannot be read ({error}); expected CSV or JSONL in UTF-8.") from None
-    if table.suffix.lower() in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{table}, line {number} is not JSON ({error}); expected one object a line.") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{table}, line {number} holds no object; expected {{image, question, answer}}.")
-            _require_image_field(f"{table}, line {number}", list(record))
-            yield number, record
+    text = read_text(table)
+    if table.suffix.lower() not in (".jsonl", ".ndjson") and not text.lstrip().startswith("{"):
+        for number, row in csv_rows(table, ("question", "answer"), ("image",)):
+            if isinstance(row, dict):
+                _require_image_field(str(table), list(row))
+            yield number, row
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    found = [str(column) for column in reader.fieldnames or []]
-    for column in ("question", "answer"):
-        if column not in found:
-            raise UserError(
-                f"{table} has the columns {', '.join(found) or '(none)'}; expected a first line that names image, "
-                f"question and answer.{nearest(column, found)}"
-            )
-    _require_image_field(str(table), found)
-    try:
-        for record in reader:
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise UserError(
-            f"{table}, line {reader.line_num} cannot be read ({error}); expected image, question and answer in CSV. "
-            "Look for a quote that is not closed."
-        ) from None
+    for number, line in lines_of(table):
+        where = f"{table}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({error}); expected one object a line.") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where} holds no object; expected {{image, question, answer}}, one object a line.")
+        names = [column(name, COLUMNS) for name in record]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{where} has {twice} more than once. Keep one of them.")
+        fields = dict(zip(names, record.values(), strict=True))
+        _require_image_field(where, names)
+        yield number, fields
+
+
+def _text(value: Any) -> str:
+    """A field as text; an empty cell, which pandas writes as NaN, is empty. UserError for what is no single value."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{type(value).__name__}, expected text or a number")
+    return str(value).strip()
 
 
 def _require_image_field(where: str, found: list[str]) -> None:

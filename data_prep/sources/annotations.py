@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_prep.sources.text_files import read_text
 from pipeline.errors import UserError
 from pipeline.metrics.letters import LETTERS
 
@@ -48,7 +49,7 @@ class Annotations:
 def read_annotations(path: Path) -> Annotations:
     """Return the annotations of a file in one of the forms of this module; raises UserError for any other."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_text(path))
         by_key: dict[str, Annotation] = {}
         for key, annotation in _items(content):
             known = by_key.setdefault(key, annotation)
@@ -74,13 +75,15 @@ def _items(content: Any) -> Iterator[tuple[str, Annotation]]:
         entries = content if isinstance(content, list) else content.get("data", content.get("annotations"))
         for entry in entries:
             key = str(entry["question_id"]) if "question_id" in entry else PurePosixPath(entry["image"]).name
-            yield key, Annotation(answers=[_text(answer) for answer in entry["answers"]])
+            yield key, Annotation(answers=[text for answer in entry["answers"] if (text := _text(answer)) is not None])
     else:
         for id_, entry in content.items():
             options = [str(option) for option in entry.get("choices", ())]
             answer = entry["answer"]
-            yield str(id_), Annotation(LETTERS[answer] if isinstance(answer, int) else str(answer), options=options)
+            yield str(id_), Annotation(LETTERS[answer] if isinstance(answer, int) else _text(answer), options=options)
 
 
-def _text(answer: Any) -> str:
-    return str(answer["answer"] if isinstance(answer, dict) else answer)
+def _text(answer: Any) -> str | None:
+    """The text of an answer; None for an empty cell, which pandas writes as NaN."""
+    value = answer["answer"] if isinstance(answer, dict) else answer
+    return None if value is None or value != value else str(value)

@@ -6,21 +6,21 @@ the order of their names.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.bad_records import BadRecord
 from data_prep.parallel import ordered_map
+from data_prep.sources.image_files import IMAGE_SUFFIXES, UnreadableError, read_image, why_missing
+from data_prep.sources.text_files import Fault, csv_rows
 from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
-from pipeline.data.pictures import decode_image
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, nearest
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 COLUMNS = ("path", "class", "split")
 SPLITS = ("train", "val", "test")
 
@@ -64,11 +64,16 @@ def labelled_folders(
     for label, folder in enumerate(counted):
         if folder not in present:
             continue
-        files = sorted(f.name for f in (root / split / folder).iterdir() if f.suffix.lower() in SUFFIXES)
+        files = sorted(f.name for f in (root / split / folder).iterdir() if _is_image(f.name))
         if not files:
             raise UserError(f"{root / split / folder} holds no images. Add some, or remove the empty class.")
         for file in files:
             yield LabelledImage((Path(split) / folder / file).as_posix(), label, names[folder])
+
+
+def _is_image(name: str) -> bool:
+    # A Mac puts `._a.jpg` beside `a.jpg` on other systems' disks: what its finder knows of the file.
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _folders(path: Path) -> list[str]:
@@ -92,15 +97,11 @@ def read_csv(path: Path) -> Splits:
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}; expected a CSV file with the columns {', '.join(COLUMNS)}.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        lacking = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if lacking:
-            raise UserError(
-                f"{path} has the columns {', '.join(reader.fieldnames or ())}; expected {', '.join(COLUMNS)}. Add "
-                f"'{lacking[0]}'."
-            )
-        rows = [(reader.line_num, [(row[column] or "").strip() for column in COLUMNS]) for row in reader]
+    rows = []
+    for line, row in csv_rows(path, COLUMNS):
+        if isinstance(row, Fault):
+            raise UserError(row.sentence)
+        rows.append((line, [row[column].strip() for column in COLUMNS]))
     labels = {name: label for label, name in enumerate(sorted({values[1] for _, values in rows}))}
     parts: dict[str, list[LabelledImage]] = {split: [] for split in SPLITS}
     for line, (image, name, split) in rows:
@@ -133,7 +134,7 @@ class ImageSplit:
         digest = hashlib.sha256()
         for image in self.images:
             file = self.folder / image.path
-            status = file.stat() if file.is_file() else None
+            status = file.stat() if os.path.isfile(file) else None
             state = (status.st_size, status.st_mtime_ns) if status else None
             digest.update(json.dumps([image.path, image.label, image.name, state]).encode() + b"\n")
         return digest.hexdigest()
@@ -141,12 +142,11 @@ class ImageSplit:
     def _sample(self, image: LabelledImage) -> Sample | BadRecord:
         path = self.folder / image.path
         record = f"class '{image.name}'"
-        if not path.is_file():
-            return BadRecord(str(path), record, "the image does not exist. Put it there, or correct the folder.")
-        encoded = path.read_bytes()
+        if not os.path.isfile(path):  # False too for a name that no file can have
+            missing = why_missing([self.folder], image.path) or "does not exist. Put it there, or correct the folder."
+            return BadRecord(str(path), record, f"the image {missing}")
         try:
-            decode_image(encoded)
-        except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
-            reason = f"the image cannot be decoded ({type(error).__name__}: {error}). Fetch the file again."
-            return BadRecord(str(path), record, reason)
+            encoded = read_image(path)
+        except UnreadableError as error:
+            return BadRecord(str(path), record, f"the image {error}")
         return Sample(id=image.path, image=encoded, question="", answer=image.name, meta={"label": image.label})

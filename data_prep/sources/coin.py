@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import UnidentifiedImageError
-
 from data_prep.bad_records import BadRecord, Tolerance
 from data_prep.parallel import ordered_map
 from data_prep.sources.annotations import read_annotations
 from data_prep.sources.coin_entries import Entry, UnusableError, read_entry, record_name
-from data_prep.sources.coin_files import annotation_file, image_path, split_files
-from pipeline.data.pictures import decode_image
+from data_prep.sources.coin_files import IMAGE_ROOTS, annotation_file, image_path, split_files
+from data_prep.sources.image_files import UnreadableError, read_image, why_missing
+from data_prep.sources.text_files import read_json
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
@@ -60,7 +58,7 @@ class CoinSplit:
         for entry in self._entries:
             if isinstance(entry, BadRecord):
                 yield entry
-            elif entry.image and not image_path(self.root, entry.image).is_file():
+            elif entry.image and not os.path.isfile(image_path(self.root, entry.image)):
                 record = self._sample(entry)
                 if isinstance(record, BadRecord):
                     yield record
@@ -117,7 +115,7 @@ class CoinSplit:
         if isinstance(entry, BadRecord):
             return entry
         try:
-            image = None if entry.image is None else _image(image_path(self.root, entry.image))
+            image = None if entry.image is None else _image(self.root, entry.image)
         except UnusableError as error:
             return entry.bad(error)
         return Sample(id=entry.id, image=image, question=entry.question, answer=entry.answer, meta=entry.meta)
@@ -147,12 +145,7 @@ def read_task(
 
 
 def _read(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); expected an array of entries. Restore the file."
-        ) from None
+    content = read_json(path, "an array of entries")
     if not isinstance(content, list) or not content:
         found = "an empty array" if content == [] else type(content).__name__
         raise UserError(f"{path} holds {found}; expected a JSON array with at least one entry. Restore the file.")
@@ -166,16 +159,14 @@ def _repeated(earlier: str) -> str:
     )
 
 
-def _image(path: Path) -> bytes:
-    if not path.is_file():
+def _image(root: Path, image: str) -> bytes:
+    path = image_path(root, image)
+    if not os.path.isfile(path):  # False too for a name that no file can have
+        missing = why_missing([root / folder for folder in IMAGE_ROOTS], image)
+        if missing is not None:
+            raise UnusableError(f"the image {image!r} {missing}")
         raise UnusableError(f"the image {path} does not exist. Put it there or set data.root to its root folder.")
-    encoded = path.read_bytes()
     try:
-        decode_image(encoded)
-    except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
-        # PIL would name an unknown format by a memory address, and dataset.json should not depend on that.
-        found = (
-            "no known image format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        )
-        raise UnusableError(f"the image {path} cannot be decoded ({found}). Fetch the file again.") from error
-    return encoded
+        return read_image(path)
+    except UnreadableError as error:
+        raise UnusableError(f"the image {path} {error}") from error

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep.bad_records import BadRecord
 from data_prep.sources.annotations import Annotations
+from data_prep.sources.image_files import IMAGE_SUFFIXES
 
 IMAGE_TAG = "<image>"
 SPEAKERS = ("human", "gpt")
+# What other projects call the image of an entry; an entry that has one of them would silently lose its image.
+OTHER_IMAGE_KEYS = frozenset(
+    ("images", "img", "imgs", "image_path", "image_paths", "image_file", "image_files", "image_name", "img_path",
+     "picture", "photo", "pic")
+)  # fmt: skip
 
 
 class UnusableError(Exception):
@@ -43,6 +51,8 @@ def read_entry(raw: Any, file: str, number: int, known: Annotations | None) -> E
     image = raw.get("image") or None
     if image is not None and not isinstance(image, str):
         raise UnusableError(f"image is {type(image).__name__}, expected one path relative to the root.")
+    if image is None:
+        _refuse_other_keys(raw)
     if "conversations" in raw:
         id_, turns = _text(raw, "id"), _turns(raw["conversations"])
         (question, answer), more = turns[0], turns[1:]
@@ -89,6 +99,8 @@ def _text(raw: dict[str, Any], key: str, place: str = "") -> str:
         raise UnusableError(f"{place}{key} is missing (found {found}). Add it to the entry.")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UnusableError(f"{place}{key} is {type(value).__name__}, expected text or a number.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UnusableError(f"{place}{key} is {value} (pandas writes NaN for an empty cell). Fill it in.")
     text = str(value)
     try:
         text.encode("utf-8")
@@ -97,6 +109,20 @@ def _text(raw: dict[str, Any], key: str, place: str = "") -> str:
             f"{place}{key} holds half a surrogate pair, which is no valid text. Correct the file."
         ) from None
     return text
+
+
+def _refuse_other_keys(raw: dict[str, Any]) -> None:
+    """Refuse an entry without `image` that has one under another name: it would be learned without its picture."""
+    for name, value in raw.items():
+        named = name.strip().lower() in OTHER_IMAGE_KEYS and bool(value)
+        if name != "image" and (named or _is_image_path(value)):
+            raise UnusableError(f"it has {name} and no image; did you mean image? Write image: one path, for {name}.")
+
+
+def _is_image_path(value: Any) -> bool:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return isinstance(value, str) and PurePosixPath(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _without_tag(question: str) -> str:

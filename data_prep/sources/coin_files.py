@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def annotation_file(root: Path, task: str, named: str | None = None) -> Path | N
 def image_path(root: Path, image: str) -> Path:
     """Return the path of an image file: below the root or its datasets folder; below the root when in neither."""
     candidates = [root / folder / image for folder in IMAGE_ROOTS]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    return next((path for path in candidates if os.path.isfile(path)), candidates[0])
 
 
 def _task_folder(root: Path, task: str) -> Path:

@@ -7,12 +7,15 @@ Source: clip_prompts.md 7.1, 7.2.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.class_folders import labelled_folders, read_class_folders, read_csv
-from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
+from data_prep.sources.image_files import why_missing
+from data_prep.sources.text_files import lines_of, read_json
+from pipeline.clip.classes import LabelledImage, Splits, refuse_one_text, refuse_twice
 from pipeline.clip.datasets import Dataset
 from pipeline.errors import UserError
 from pipeline.files import sha256
@@ -28,10 +31,7 @@ def read_split_file(path: Path) -> Splits:
     """
     if not path.is_file():
         raise UserError(f"There is no split file {path}. Download it, or correct the folder.")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download the split file again.") from None
+    content = read_json(path, "an object with train and test", "Download the split file again.")
     if not isinstance(content, dict) or not {"train", "test"} <= set(content):
         raise UserError(f"{path} holds no object with train and test. Download the split file again.")
     splits = Splits(*(tuple(_images(content.get(split, []), path, split)) for split in ("train", "val", "test")))
@@ -91,7 +91,7 @@ def read_class_names(path: Path) -> dict[str, str]:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"There is no file {path}. It comes with the dataset; put it there.")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [line for _, line in lines_of(path)]
 
 
 def read_dataset(description: Dataset, root: Path) -> Splits:
@@ -100,11 +100,17 @@ def read_dataset(description: Dataset, root: Path) -> Splits:
     ImageNet's validation images are the test split, and its files are taken in sorted order: the published few-shot
     subset of ImageNet depends on the file system (7.3), this one does not. The four variants have a test split alone.
     """
-    folder = root / description.folder
+    splits = _read_layout(description, root / description.folder)
+    if not description.classes:  # one of the user's own; ImageNet as published has two classes "sunglasses"
+        refuse_one_text(splits.names(), description.name)
+    return splits
+
+
+def _read_layout(description: Dataset, folder: Path) -> Splits:
     if description.layout == "csv":
         assert description.split is not None
         return read_csv(folder / description.split)
-    if description.layout == "class_folders" and not description.classes:  # one of the user's own
+    if description.layout == "class_folders" and not description.classes:
         return read_class_folders(folder / description.images)
     if description.layout == "split_zhou":
         assert description.split is not None
@@ -170,13 +176,15 @@ def altered(description: Dataset, root: Path) -> list[str]:
 def missing_images(splits: Splits, images: Path) -> list[str]:
     """Paths that the splits name and that are no files under `images`, sorted."""
     named = {image.path for part in (splits.train, splits.val, splits.test) for image in part}
-    return sorted(path for path in named if not (images / path).is_file())
+    return sorted(path for path in named if not os.path.isfile(images / path))
 
 
 def missing_sentence(missing: list[str], images: Path) -> str:
     """One sentence naming the first missing images and counting the others."""
     rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-    return f"{', '.join(missing[:NAMED])}{rest}: the split names them, but they are not in {images}."
+    why = why_missing([images], missing[0])
+    because = f" The first one {why}" if why else ""
+    return f"{', '.join(missing[:NAMED])}{rest}: the split names them, but they are not in {images}.{because}"
 
 
 def _three(counts: tuple[int, ...]) -> str:

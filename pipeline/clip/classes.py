@@ -67,6 +67,21 @@ def class_names(images: Iterable[LabelledImage]) -> list[str]:
     return [by_label[label].name for label in sorted(by_label)]
 
 
+def refuse_one_text(names: Iterable[str], where: str) -> None:
+    """Raise UserError when two classes have the same text: every method would take half of their images for wrong.
+
+    A text reads underscores as spaces, and CLIP's tokenizers neither see capitals nor how many spaces there are.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(" ".join(name.replace("_", " ").casefold().split()), name)
+        if other is not name:
+            raise UserError(
+                f"{where} has the classes '{other}' and '{name}', which are one text to CLIP, so it cannot tell them "
+                "apart. Merge them, or rename one."
+            )
+
+
 def base_classes(count: int) -> int:
     """The number of base classes among `count`: the first half, the larger one of an odd number."""
     return (count + 1) // 2

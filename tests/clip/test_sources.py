@@ -181,7 +181,7 @@ def test_a_csv_file_needs_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        (b"path,split\na,train\n", "expected path, class, split. Add 'class'"),
+        (b"path,split\na,train\n", "names path, class and split. Add 'class'"),
         (b"path,class,split\na.png,,train\n", "line 2 has no class"),
         (b"path,class,split\na.png,ant,training\n", "split 'training'.*Did you mean 'train'"),
         (b"path,class,split\na.png,ant,train\nb.png,bee,test\nc.png,ant,test\n", "no images of class 'bee'"),

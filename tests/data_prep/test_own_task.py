@@ -100,15 +100,15 @@ def test_a_task_that_is_there_is_not_overwritten(folder: Path) -> None:
         make(folder, TABLE)
 
 
-@pytest.mark.parametrize("column", ["img", "Image", "image_path", "Photo", "filename"])
+@pytest.mark.parametrize("column", ["img", "image_path", "Photo", "filename"])
 def test_a_column_that_is_likely_to_hold_the_pictures_must_be_called_image(folder: Path, column: str) -> None:
     with pytest.raises(UserError, match=f"has '{column}' and no image; did you mean image"):
         make(folder, [f"{column},question,answer", *TABLE[1:]])
 
 
 def test_a_field_of_a_record_that_is_likely_to_hold_the_picture_must_be_called_image(folder: Path) -> None:
-    lines = [json.dumps({"Image": f"deep/{n % 5}.png", "question": f"{n}?", "answer": "x"}) for n in range(6)]
-    with pytest.raises(UserError, match="line 1 has 'Image' and no image; did you mean image"):
+    lines = [json.dumps({"Img": f"deep/{n % 5}.png", "question": f"{n}?", "answer": "x"}) for n in range(6)]
+    with pytest.raises(UserError, match="line 1 has 'Img' and no image; did you mean image"):
         make(folder, lines, "samples.jsonl")
 
 
@@ -150,5 +150,5 @@ def test_a_path_that_no_file_can_have_is_a_line_that_cannot_be_used(folder: Path
 
 
 def test_a_field_that_is_too_long_for_a_table_is_a_sentence(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"line 11 cannot be read .*field larger"):
+    with pytest.raises(UserError, match=r"line 12 cannot be read .*field larger"):
         make(folder, [*TABLE, f"deep/1.png,{'long ' * 40_000},x"])

@@ -1,0 +1,82 @@
+"""Image files by their paths in a table: what is read of one, and what is said about one that cannot be found."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import UnidentifiedImageError
+
+from pipeline.data.pictures import decode_image
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
+_LONGEST_NAME = 255  # bytes of one part of a path on the usual file systems
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+class UnreadableError(Exception):
+    """Why an image file cannot be used, as a clause behind its name."""
+
+
+def read_image(path: Path) -> bytes:
+    """Return an image file as it is, after decoding it once; raises UnreadableError saying what is wrong with it."""
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"cannot be read ({error.strerror or error}). Restore the file.") from error
+    try:
+        decode_image(encoded)
+    except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+        # PIL would name an unknown format by a memory address, and dataset.json should not depend on that.
+        unknown = isinstance(error, UnidentifiedImageError)
+        found = "no known image format" if unknown else f"{type(error).__name__}: {error}"
+        raise UnreadableError(f"cannot be decoded ({found}). Fetch the file again.") from error
+    return encoded
+
+
+def why_missing(folders: Sequence[Path], image: str) -> str | None:
+    """Return the clause that says why `image` is no file below any of these folders where that can be told.
+
+    Told are addresses, folders, and a file whose name differs in capitals, accents, slashes or blanks alone.
+    """
+    if _ADDRESS.match(image):
+        return "is an address; images are not fetched. Download it and give its path."
+    if "\0" in image or any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in Path(image).parts):
+        return "has a name that no file can have. Correct the path."
+    if any((folder / image).is_dir() for folder in folders):
+        return "is a folder, expected one image file. Name the file."
+    for folder in folders:
+        similar = _similar(folder, image)
+        if similar is not None:
+            # In ASCII, for two spellings of an accent look the same.
+            return f"does not exist, but {similar!a} does: capitals, accents, slashes, blanks count. Correct the path."
+    return None
+
+
+def _similar(folder: Path, image: str) -> str | None:
+    """The path of a file below `folder` that differs from `image` in spelling alone."""
+    parts = [part for part in image.strip().replace("\\", "/").split("/") if part not in ("", ".")]
+    found = Path()
+    for part in parts:
+        names = _names(str(folder / found))
+        name = part if part in names.values() else names.get(_plain(part))
+        if name is None:
+            return None
+        found /= name
+    return found.as_posix() if parts and (folder / found).is_file() else None
+
+
+@lru_cache(maxsize=64)
+def _names(folder: str) -> dict[str, str]:
+    """The names in a folder by their plain spelling; kept, for a wrong root makes thousands of misses in one folder."""
+    try:
+        return {_plain(path.name): path.name for path in Path(folder).iterdir()}
+    except OSError:
+        return {}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()
