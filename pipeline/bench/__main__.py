@@ -101,6 +101,27 @@ def loader(
 
 
 @app.command()
+def data(
+    records: Annotated[int, typer.Option(min=200, help="Records of all tasks together; CoIN: 958000.")] = 20_000,
+    folder: Annotated[Path | None, typer.Option(help="Where the data is kept; none: a temporary one.")] = (None),
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="Indices and keys of so many records, and one shard for all of them.")
+    ] = False,
+    key_width: Annotated[
+        int | None, typer.Option(min=1, help="Width of the generated keys; by default 768, with --index-only 16.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another version of this project, measured on the same data.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What large data costs without a large model: check, prepare, first step, starting again; a synthetic CoIN."""
+    from pipeline.bench.data import bench_data
+
+    show(bench_data(records, folder, index_only, key_width, against), as_json)
+
+
+@app.command()
 def keys(
     size: SizeName = "base",
     samples: Annotated[int, typer.Option(min=1, help="Photographs.")] = 128,
@@ -176,21 +197,19 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         return
     # What no terminal shows is read in a log, which has no width: a name that is cut there cannot be found again.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for name, rows in (("", result.get("variants", {})), *((f" against {k}", v) for k, v in _against(result))):
+    tables = {"variant": result.get("variants", {}), "goal": result.get("goals", {})}
+    tables |= {f"ratio against {name}": rows for name, rows in result.get("ratios", {}).items()}
+    for title, rows in tables.items():
         if rows:
-            table = Table("ratio" + name if name else "variant", *next(iter(rows.values())))
+            table = Table(title, *next(iter(rows.values())))
             for column in table.columns:
                 column.overflow = "fold"
             for row, numbers in rows.items():
                 table.add_row(row, *map(str, numbers.values()))
             console.print(table)
     for name, value in result.items():
-        if name not in ("variants", "ratios"):
+        if name not in ("variants", "goals", "ratios"):
             console.print(f"{name}: {value}", highlight=False)
-
-
-def _against(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    return list(result.get("ratios", {}).items())
 
 
 def _size(name: str) -> str:

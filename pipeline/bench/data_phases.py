@@ -1,0 +1,90 @@
+"""Two phases of `pipeline.bench data` that need more than a verb: a script, run with the code to measure on the path.
+
+It says on its last line, as JSON, what it measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STAGES_BEFORE = 7  # finished ones, before the stage that a restart finds
+
+
+def prepare(recipe_path: str) -> dict[str, Any]:
+    """`prepare` with generated keys in place of CLIP's; the time that writing those takes is told apart."""
+    import numpy as np
+
+    import data_prep.prepare as verb
+    from pipeline.config import load_recipe
+    from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_index
+
+    source, spent = _beside("data_source"), [0.0, 0.0]
+
+    def generated(folder: Path, identity: dict[str, str], *_: Any, **__: Any) -> bool:
+        began = time.perf_counter(), time.process_time()
+        shards = IndexedShards(folder)
+        try:
+            shards.keys(identity)
+            return False
+        except Exception:  # whatever is wrong with them, they are written
+            pass
+        index = read_index(folder, shards.description)
+        has_image = ~index["image_size"].is_null().to_numpy()
+        width = json.loads((Path(recipe_path).parent / "generated.json").read_text("utf-8"))["key_width"]
+        source.write_keys_of(folder, identity, width, np.asarray(has_image))
+        _write_table(folder / KEYS_TABLE, shards)
+        for place, clock in enumerate((time.perf_counter, time.process_time)):
+            spent[place] += clock() - began[place]
+        return True
+
+    verb.write_keys = generated  # type: ignore[assignment]
+    began = time.perf_counter(), time.process_time()
+    result = verb.prepare(load_recipe(recipe_path), progress=False)
+    seconds, processor = time.perf_counter() - began[0], time.process_time() - began[1]
+    count = sum(split["samples"] for split in result["splits"])
+    return {"records": count, "seconds": seconds - spent[0], "processor_s": processor - spent[1]}
+
+
+def _beside(name: str) -> Any:
+    """The module of that name beside this file: the code that is measured may be of another version without it."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write_table(path: Path, shards: Any) -> None:
+    """The table of the keys, as far as it is checked: the ids."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.data.shards import FINGERPRINT
+
+    table = pa.table({"id": pa.array(list(shards.ids))}).replace_schema_metadata({FINGERPRINT: shards.fingerprint})
+    pq.write_table(table, path)
+
+
+def fill(recipe_path: str) -> dict[str, Any]:
+    """A run whose first stages are finished and evaluated; the answers are not generated but all the same."""
+    import pipeline.evaluate
+    from pipeline.config import load_recipe
+    from pipeline.sequence import run_sequence
+
+    def answers(*arguments: Any, **named: Any) -> dict[int, str]:
+        indices = named["indices"] if "indices" in named else arguments[2]
+        return dict.fromkeys(indices, "thing 1")
+
+    pipeline.evaluate.generate_answers = answers  # type: ignore[assignment]
+    run_sequence(load_recipe(recipe_path), until=STAGES_BEFORE)
+    return {}
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose modules have names that others may have too
+    print(json.dumps({"prepare": prepare, "fill": fill}[sys.argv[1]](sys.argv[2])))
