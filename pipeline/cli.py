@@ -30,6 +30,7 @@ from pipeline.errors import (
     unwritable,
 )
 from pipeline.stopping import STOP_SIGNALS
+from pipeline.tracking import passwords_to_environment
 
 Result = dict[str, Any]
 RecipeName = Annotated[
@@ -261,7 +262,8 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
     recipe = verbs.load(verb, name, overrides)
     if not launch.is_distributed():
         verbs.before_ranks(recipe, name)
-    arguments = [verb, name, *(part for text in overrides for part in ("--set", text))]
+    told = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
     _on_ranks(arguments, recipe, lambda found: verbs.work(verb, found), as_json)
     if not as_json and verb != "train" and launch.OUTCOMES not in os.environ and launch.rank() == 0:
         from pipeline.clip.report import terminal_results
@@ -298,7 +300,8 @@ def _sequence(
 
         return run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
 
-    arguments = [verb, name, *(part for text in overrides for part in ("--set", text))]
+    told = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
     _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import provenance
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
-from pipeline.run_folder import read_run
-from pipeline.tracking import artifact_location, tracking_uri
+from pipeline.mlflow_description import dataset_inputs, flatten, note
+from pipeline.mlflow_store import first_line, open_store, store_in_use
+from pipeline.passwords import masked
+from pipeline.run_folder import RunFolder, read_run
+from pipeline.tracking import tracking_uri
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
     from pipeline.config import Recipe
@@ -29,49 +29,29 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
 BATCH = 100  # MLflow takes at most 100 parameters in one call
 METRIC_BATCH = 1000
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens it as training, not as GenAI
 PREDICTIONS = 20  # per task, as a sample
 PARAM_CHARS = 6000
-
-QUIET_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # database migrations announce themselves line by line otherwise
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # seven, with growing pauses, would stop training for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
+SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the numbers of the last stage
+# MLflow's pages begin with the number that a run logged first: that of the whole sequence, not a task's.
+HEADLINE = "last"
 
 
 class MlflowTracker:
     """Tracks one sequence in an MLflow store through the client API, without MLflow's global state."""
 
     def __init__(self, recipe: Recipe, run_path: Path) -> None:
-        for name, value in QUIET_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # here: the import takes two seconds, and only rank 0 needs it
-
-        # Alembic configures its own logger from the store's migration scripts.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         self.recipe = recipe
         self.run_path = run_path
         self.uri = tracking_uri(recipe.tracking.uri)
-        name = recipe.tracking.experiment or recipe.name
-        try:
-            self.client: MlflowClient = MlflowClient(self.uri)
-            self.experiment_id = self._experiment(name)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"The MLflow store {self.uri} cannot be used ({_first_line(error)}); expected a reachable server or a "
-                "writable database. Set tracking.uri or MLFLOW_TRACKING_URI, or tracking.enabled=false."
-            ) from error
+        self.client, self.experiment_id = open_store(self.uri, recipe.tracking.experiment or recipe.name)
         self._parent: str | None = None
         self._open: list[str | None] = []  # the runs that are open, innermost last
         self._stages: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._waiting: dict[str, list[Metric]] = {}
+        self._before_headline: list[Metric] = []
+        self._has_headline = False
         self._retry_at = 0.0
         self._warned = False
 
@@ -87,7 +67,7 @@ class MlflowTracker:
             run_id, is_new = self._start(known.get("parent"), self.run_path.name, {"kind": "sequence"})
         except Exception as error:
             raise UserError(
-                f"MLflow at {self.uri} refused a new run ({_first_line(error)}); mend the store or set "
+                f"MLflow at {masked(self.uri)} refused a new run ({first_line(error)}); mend the store or set "
                 "tracking.enabled=false."
             ) from error
         self._parent = run_id
@@ -115,7 +95,15 @@ class MlflowTracker:
         if run_id is None:
             return
         with self._tolerant("collecting metrics"):
-            self._waiting.setdefault(run_id, []).extend(self._entries(values, step))
+            entries = self._entries(values, step)
+            # Behind `last`, which comes with the first finished stage, stand the numbers from before any training.
+            if run_id == self._parent and HEADLINE not in values and not self._has_headline:
+                self._before_headline += entries
+                return
+            if HEADLINE in values and not self._has_headline:
+                entries.sort(key=lambda entry: entry.key != HEADLINE)
+                entries, self._has_headline = [*entries, *self._release()], True
+            self._waiting.setdefault(run_id, []).extend(entries)
         if time.monotonic() >= self._retry_at:
             self._flush()
 
@@ -175,30 +163,40 @@ class MlflowTracker:
         for name in ("report.html", "matrix.json"):
             self.artifact(run_path / name)
         self.artifact(run_path / "figures", "figures")
+        run = None
+        with self._tolerant("describing the results"):
+            run = read_run(run_path)
+            numbers = run.metrics()
+            if run.last_stage is not None:
+                self.metrics({name: numbers.get(name) for name in SUMMARY}, run.last_stage + 1)
+            self.client.set_tag(run_id, NOTE, note(run)[:PARAM_CHARS])
+        if run is None:
+            return
         with self._tolerant("uploading predictions"):
-            for task, lines in read_run(run_path).last_predictions().items():
+            for task, lines in run.last_predictions().items():
                 sample = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:PREDICTIONS])
                 self.client.log_text(run_id, sample, f"predictions/{task}.jsonl")
         if complete and self.recipe.tracking.registry and self.recipe.method.name != "zero_shot":
             with self._tolerant("registering the adapter"):
-                self._register(run_id, run_path)
+                self._register(run_id, run)
 
-    def _register(self, run_id: str, run_path: Path) -> None:
+    def _register(self, run_id: str, run: RunFolder) -> None:
         """Register the run's adapter, unless that very adapter is a version of the model already."""
         from pipeline.adapter import export, read_adapter
-        from pipeline.mlflow_registry import register_adapter
+        from pipeline.mlflow_registry import CONTENT, Version, register_adapter
         from pipeline.prompts.pool import fingerprint_of
 
         name = f"{self.recipe.name}-{self.recipe.method.name}"
-        with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
+        with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder, store_in_use(self.uri):
             adapter = Path(folder) / "adapter"
-            export(run_path, adapter)
+            export(run.path, adapter)
             pool = read_adapter(adapter).pool
             # Of the values: a safetensors file may hold the same ones in another order of its header.
             content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
             known = self.client.search_model_versions(f"name = '{name}'")
-            if not any(version.tags.get("prompt_sets") == content for version in known):
-                register_adapter(self.client, self.experiment_id, run_id, adapter, name, self.recipe.seed, content)
+            if not any(version.tags.get(CONTENT) == content for version in known):
+                version = Version(name, self.recipe.seed, content, run.tasks, run.metrics().get(HEADLINE))
+                register_adapter(self.client, self.experiment_id, run_id, adapter, version)
 
     def run_ids(self) -> dict[str, Any]:
         return {
@@ -207,18 +205,6 @@ class MlflowTracker:
             "stages": dict(self._stages),
             "models": dict(self._models),
         }
-
-    def _experiment(self, name: str) -> str:
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            location = artifact_location(self.uri)
-            return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
-        if experiment.lifecycle_stage != "active":
-            raise UserError(
-                f"The MLflow experiment '{name}' in {self.uri} is deleted; expected an active one. Restore it with "
-                f"`mlflow experiments restore -x {experiment.experiment_id}` or set tracking.experiment to another."
-            )
-        return str(experiment.experiment_id)
 
     def _start(self, run_id: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
         """Continue the run with that id, or create one; returns (run id, whether it is new)."""
@@ -256,6 +242,8 @@ class MlflowTracker:
             raise
         finally:
             self._open.pop()
+            if run_id is not None and run_id == self._parent:
+                self._waiting.setdefault(run_id, []).extend(self._release())
             self._flush()
             if run_id is not None:
                 with self._tolerant("closing a run"):
@@ -276,17 +264,34 @@ class MlflowTracker:
             facts |= self._changed_params(run_id)
             for name, value in facts.items():
                 self.client.set_tag(run_id, name, value[:PARAM_CHARS])
+            self._log_inputs(run_id)
             changes = provenance.uncommitted_changes()
             if changes or not is_new:
                 self.client.log_text(run_id, changes or "", "uncommitted.diff")
             config = self.run_path / "config.yaml"
             if config.is_file():
-                self.client.log_artifact(run_id, str(config))
+                # As text: a folder that an earlier version made may still hold a password.
+                self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)
+
+    def _log_inputs(self, run_id: str) -> None:
+        """Log the prepared data as inputs; those of an earlier attempt are known already."""
+        data = self.recipe.data
+        known = self.client.get_run(run_id).inputs
+        logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
+        inputs = dataset_inputs(Path(data.prepared), [task.name for task in data.tasks])
+        new = [found for found in inputs if (found.dataset.name, found.dataset.digest) not in logged]
+        if new:
+            self.client.log_inputs(run_id, datasets=new)
+
+    def _settings(self) -> dict[str, str]:
+        """The recipe as parameters, without a password in the store's own address."""
+        settings = flatten(self.recipe.model_dump(mode="json"))
+        return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
 
     def _changed_params(self, run_id: str) -> dict[str, str]:
         """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
         logged = self.client.get_run(run_id).data
-        values = {key: value[:PARAM_CHARS] for key, value in flatten(self.recipe.model_dump(mode="json")).items()}
+        values = self._settings()
         self._send_params(run_id, {key: value for key, value in values.items() if key not in logged.params})
         tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
         for name in logged.tags:
@@ -319,6 +324,10 @@ class MlflowTracker:
                     del entries[:METRIC_BATCH]
                 del self._waiting[run_id]
 
+    def _release(self) -> list[Metric]:
+        entries, self._before_headline = self._before_headline, []
+        return entries
+
     def _current(self) -> str | None:
         return self._open[-1] if self._open else None
 
@@ -334,37 +343,8 @@ class MlflowTracker:
                 logger.warning(
                     "MLflow at %s failed while %s (%s); training goes on, and %s has all numbers. Further failures of "
                     "the store are not reported.",
-                    self.uri,
+                    masked(self.uri),
                     doing,
-                    _first_line(error),
+                    first_line(error),
                     self.run_path,
                 )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as `a.b.c` -> text, because MLflow's parameters are flat, short and immutable.
-
-    A list of things with a name is keyed by name, any other list becomes one text.
-    """
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, list | tuple) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
-            flat[name] = ", ".join(str(item["name"]) for item in value)
-            for item in value:
-                rest = {field: setting for field, setting in item.items() if field != "name" and setting is not None}
-                flat |= flatten(rest, f"{name}.{item['name']}.")
-        elif isinstance(value, list | tuple):
-            flat[name] = ", ".join(str(item) for item in value)
-        elif isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 1e15:
-            flat[name] = str(int(value))  # 10 and 10.0 are one setting
-        else:
-            flat[name] = "null" if value is None else str(value)
-    return flat
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

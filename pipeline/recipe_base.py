@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.files import replacing
 from pipeline.given_path import GivenPath, GivenUri
+from pipeline.passwords import masked
 
 PREPARED = "data/{name}"  # where prepared data is unless a recipe says otherwise; {name} is filled in
 
@@ -101,7 +102,14 @@ class FileRecipe(Section):
         return Path(self.run_dir.format(name=self.name))
 
     def dump_yaml(self, path: Path) -> None:
-        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was."""
+        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was.
+
+        All but a password in `tracking.uri`: run folders are shared (see `pipeline.tracking.tracking_uri`).
+        """
+        fields = self.model_dump(mode="json")
+        tracking = fields.get("tracking")
+        if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
+            tracking["uri"] = masked(tracking["uri"])
         with replacing(path) as temporary:
-            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import UserError
+from pipeline.passwords import is_masked, masked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_STORE = "mlflow.db"
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 ARTIFACTS = "mlartifacts"
 
 
@@ -141,8 +143,20 @@ def make_tracker(recipe: Recipe, run_path: Path, rank: int) -> Tracker:
 
 
 def tracking_uri(configured: str | None) -> str:
-    """Return the store to use: the recipe's, MLFLOW_TRACKING_URI, or sqlite in the current folder (made absolute)."""
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_STORE}"
+    """Return the store to use: the recipe's, MLFLOW_TRACKING_URI, or sqlite in the current folder (made absolute).
+
+    A run folder's config.yaml holds the recipe's address without its password; the whole one is then expected in
+    MLFLOW_TRACKING_URI. Raises UserError where it is not there, and for a database in a folder that does not exist.
+    """
+    told = os.environ.get(STORE_VARIABLE)
+    uri = configured or told or f"sqlite:///{DEFAULT_STORE}"
+    if configured and is_masked(configured):
+        if told is None or masked(told) != configured:
+            raise UserError(
+                f"tracking.uri is {configured}, whose password is not kept in run folders; set {STORE_VARIABLE} to the "
+                "whole address, or tracking.uri, or tracking.enabled=false."
+            )
+        uri = told
     database = _sqlite_path(uri)
     if database is None:
         return uri
@@ -150,6 +164,22 @@ def tracking_uri(configured: str | None) -> str:
     if not database.parent.is_dir():
         raise UserError(f"The folder of the MLflow database {database} does not exist; create it or set tracking.uri.")
     return f"sqlite:///{database}"
+
+
+def passwords_to_environment(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without the password of `tracking.uri`, which goes to MLFLOW_TRACKING_URI instead.
+
+    For the processes that a launcher starts: arguments of a process are seen by all users of a machine, and the
+    launcher prints them when a process fails.
+    """
+    told = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.strip() == "tracking.uri" and masked(value) != value:
+            os.environ[STORE_VARIABLE] = value.strip().strip("'\"")
+            override = f"{name}={masked(value)}"
+        told.append(override)
+    return told
 
 
 def artifact_location(uri: str) -> str | None:

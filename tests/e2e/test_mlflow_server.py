@@ -96,7 +96,7 @@ def test_the_registered_adapter_answers_a_frame_as_predict_does(
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", server)
-    model = pyfunc.load_model("models:/tiny-modalprompt@seed-0")
+    model = pyfunc.load_model("models:/tiny-modalprompt@seed-0", model_config={"files": True})
     picture = sorted((prepared / "coin" / "images").glob("T0*.png"))[0]
     encoded = base64.b64encode(picture.read_bytes()).decode()
     frame = pandas.DataFrame({"question": ["what?"] * 4, "image": [str(picture), picture.read_bytes(), encoded, None]})

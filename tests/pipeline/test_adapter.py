@@ -206,5 +206,22 @@ def test_a_frame_may_hold_pictures_as_base64_that_looks_like_no_path() -> None:
 
     for encoded in (b"\xff" * 300, b"\xff" * 6000, bytes(3)):
         assert question_in({"question": "what?", "image": base64.b64encode(encoded).decode()}).image == encoded
-    with pytest.raises(UserError, match="neither a file here nor base64"):
+    with pytest.raises(UserError, match="is not base64"):
         question_in({"question": "what?", "image": "no\0picture.png"})
+    with pytest.raises(UserError, match="neither a file here nor base64"):
+        question_in({"question": "what?", "image": "no\0picture.png"}, opens_files=True)
+
+
+def test_a_frame_names_files_of_this_machine_only_where_model_config_says_so(tmp_path: Path) -> None:
+    from pipeline.mlflow_pyfunc import question as question_in
+
+    picture = tmp_path / "secret.png"
+    picture.write_bytes(b"pixels")
+    row = {"question": "what?", "image": str(picture)}
+    assert question_in(row, opens_files=True).image == b"pixels"
+    with pytest.raises(UserError) as there:
+        question_in(row)
+    with pytest.raises(UserError) as missing:
+        question_in({**row, "image": str(picture.with_name("absent.png"))})
+    assert str(there.value).replace("secret", "absent") == str(missing.value)  # nor is it told that the file exists
+    assert 'model_config={"files": True}' in str(there.value)
