@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+OLD_S = 24 * 3600.0  # a temporary of another machine is taken for a dead process's when it is this old
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+_counter = itertools.count()  # two threads may write one file
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it takes the name `path` when the block ends without error.
 
-    The file may be read by whom the umask says, whatever writes it: safetensors' own files are for their owner alone.
+    Every writer has a temporary of its own, so several may replace one file: the last one's content stays, whole. The
+    file may be read by whom the umask says, whatever writes it: safetensors' own files are for their owner alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary_of(path)
     try:
-        temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         yield temporary
@@ -32,6 +39,45 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """A name beside `path` that no other process or thread uses: `<name>.<host>.<pid>.<number>.tmp`."""
+    return path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.{next(_counter)}{TEMPORARY_SUFFIX}")
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the temporaries that killed writers left in a folder; those of running processes stay.
+
+    A temporary of this machine is stale when its process is gone, any other one when it is a day old.
+    """
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        if not _is_stale(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path) -> bool:
+    *_, host, pid, _ = ("", "", *path.name.removesuffix(TEMPORARY_SUFFIX).split("."))
+    if host == _HOST and pid.isdecimal():
+        return not _is_running(int(pid))
+    try:
+        return time.time() - path.stat().st_mtime > OLD_S
+    except OSError:  # its writer was just done with it
+        return False
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_synced(path: Path, content: bytes) -> None:

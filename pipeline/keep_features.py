@@ -6,11 +6,14 @@ and run the same modules, so that it goes under ZeRO-3 too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +27,13 @@ from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, Spli
 from pipeline.data.stored_pictures import UPRIGHT, changed_pictures
 from pipeline.distributed import World, gather_objects, on_main, together
 from pipeline.errors import UserError
+from pipeline.file_lock import FileLock, lock_of
+from pipeline.files import sweep_temporaries
 from pipeline.run_data import Part
 from pipeline.watchdog import Watchdog
 
 log = logging.getLogger("pipeline.keep_features")
+POLL_S, TOLD_EVERY = 1.0, 60  # between two tries to get a lock, and tries between two log lines
 FAR = 0.01  # of the largest feature: more than another card or library version rounds differently
 
 
@@ -51,18 +57,47 @@ def keep_features(
         count = min(limit or len(samples), len(samples))
         own = _identity_in(samples, identity)
         split = SplitFeatures(samples.folder / f"vision-{own[:12]}", own)
-        numbers = on_main(world, lambda split=split, count=count: split.read_numbers(count))  # type: ignore[misc]
-        if numbers is None:
-            numbers = _number(samples, count, world, watchdog)
-            on_main(world, lambda split=split, numbers=numbers: split.write_numbers(numbers))  # type: ignore[misc]
-        _compute(lmm, split, samples, numbers, shape, world, watchdog, threads)
-        found.append((split, numbers))
+        found.append((split, _keep_split(lmm, split, samples, count, shape, world, watchdog, threads)))
     kept = KeptFeatures(found, shape)
     for (samples, _, _), (split, numbers) in zip(parts, found, strict=True):
         first = _firsts(numbers)[:PICTURES]
         if first:
             _check(lmm, split, samples, first, world)
     return kept
+
+
+def _keep_split(
+    lmm: LMM, split: SplitFeatures, samples: Samples, count: int, shape: torch.Size,
+    world: World, watchdog: Watchdog, threads: int,
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """Make the features of one split whole and return which picture each of its first `count` samples has."""
+    numbers = on_main(world, lambda: split.read_numbers(count))
+    if numbers is not None and not on_main(world, lambda: _missing(split, numbers)):
+        return numbers  # nothing is written, so the folder may be read-only
+    with _alone_in(samples.folder, world, watchdog):
+        on_main(world, lambda: sweep_temporaries(split.folder))
+        numbers = on_main(world, lambda: split.read_numbers(count))  # another job may have made them meanwhile
+        if numbers is None:
+            numbers = _number(samples, count, world, watchdog)
+            on_main(world, lambda: split.write_numbers(numbers))
+        _compute(lmm, split, samples, numbers, shape, world, watchdog, threads)
+    return numbers
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, world: World, watchdog: Watchdog) -> Iterator[None]:
+    """Hold the lock of a split's folder; while another job has it all ranks ask again together, so that none hangs."""
+    lock, tries = FileLock(lock_of(folder)), 0
+    try:
+        while not on_main(world, lock.acquire):
+            if world.main and tries % TOLD_EVERY == 0:
+                log.warning("waiting for %s, which is at work on %s", lock.holder(), folder)
+            tries += 1
+            watchdog.progress()
+            time.sleep(POLL_S)
+        yield
+    finally:
+        lock.release()
 
 
 def _identity(lmm: LMM, base_model: str) -> str:
@@ -102,6 +137,17 @@ def _firsts(numbers: npt.NDArray[np.int64]) -> list[int]:
     return firsts[pictures != NO_PICTURE].tolist()
 
 
+def _files(numbers: npt.NDArray[np.int64]) -> list[list[int]]:
+    """The first samples of the pictures of each file."""
+    firsts = _firsts(numbers)
+    return [firsts[start : start + PICTURES] for start in range(0, len(firsts), PICTURES)]
+
+
+def _missing(split: SplitFeatures, numbers: npt.NDArray[np.int64]) -> list[int]:
+    """The files that are not there, or not whole."""
+    return [number for number, file in enumerate(_files(numbers)) if not split.is_whole(number, len(file))]
+
+
 def _compute(
     lmm: LMM,
     split: SplitFeatures,
@@ -112,11 +158,8 @@ def _compute(
     watchdog: Watchdog,
     threads: int,
 ) -> None:
-    firsts = _firsts(numbers)
-    files = [firsts[start : start + PICTURES] for start in range(0, len(firsts), PICTURES)]
-    missing = on_main(
-        world, lambda: [number for number, file in enumerate(files) if not split.is_whole(number, len(file))]
-    )
+    firsts, files = _firsts(numbers), _files(numbers)
+    missing = on_main(world, lambda: _missing(split, numbers))
     if missing:
         size = sum(len(files[number]) for number in missing) * shape.numel() * torch.float16.itemsize
         log.info(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +26,13 @@ from pipeline.data.kept_features import KeptFeatures, SplitFeatures
 from pipeline.data.sample import Sample
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.file_lock import FileLock
 from pipeline.keep_features import keep_features
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.sequence import run_sequence
 from pipeline.watchdog import Watchdog
 from tests.e2e.conftest import recipe_on
-from tests.processes import torchrun
+from tests.processes import PROJECT, torchrun
 from tests.tiny_clip import picture
 from tests.train.worlds import KEY_WIDTH, make_pool, make_samples
 
@@ -206,6 +209,46 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"features reach 1e\+06, which float16 cannot hold. Set train.vision_features"):
         SplitFeatures(tmp_path, "x").write(0, torch.full((1, 2, 3), 1e6))
     assert not list(tmp_path.iterdir())
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from pipeline.data.kept_features import SplitFeatures
+split, features = SplitFeatures(Path(sys.argv[1]), "same"), torch.randn(32, 64, 16)
+for turn in range(60):
+    split.write(turn % 3, features)
+    split.read((turn % 3) * 32)
+"""
+
+
+def test_two_processes_that_keep_features_in_one_folder_damage_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
+
+
+def test_a_second_job_waits_for_the_first_and_computes_nothing_again(
+    lmm: LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def other_job_ends(_: object) -> bool:
+        tries.append(1)
+        if len(tries) == 3:  # the other job has made everything meanwhile
+            monkeypatch.setattr(FileLock, "acquire", acquire)
+            keep(lmm, tmp_path)
+        return len(tries) >= 3
+
+    acquire = FileLock.acquire
+    monkeypatch.setattr("pipeline.keep_features.POLL_S", 0.0)
+    monkeypatch.setattr(FileLock, "acquire", other_job_ends)
+    written: list[int] = []
+    write = SplitFeatures.write
+    monkeypatch.setattr(SplitFeatures, "write", lambda *given: (written.append(given[1]), write(*given))[1])
+    keep(lmm, tmp_path)
+    assert len(tries) == 3 and len(written) == len(set(written)) > 0
 
 
 @pytest.mark.e2e
