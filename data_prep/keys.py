@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -183,7 +183,7 @@ def _save(path: Path, keys: Tensors, metadata: dict[str, str]) -> None:
         save_file(keys, temporary, metadata)
 
 
-def _write_table(path: Path, ids: list[str], keys: Tensors, metadata: dict[str, str]) -> None:
+def _write_table(path: Path, ids: Sequence[str], keys: Tensors, metadata: dict[str, str]) -> None:
     columns: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
     for name in ("image", "text"):
         values = np.ascontiguousarray(keys[name].numpy())

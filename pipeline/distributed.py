@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.errors import UserError
 from pipeline.stopping import StopFlag as StopFlag
 
@@ -50,6 +51,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
 
     A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too.
     """
+    raise_descriptor_limit()
     rank, size, local = _rank_from_environment()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"

@@ -21,7 +21,7 @@ from pipeline.files import replacing
 from pipeline.generation import generate_answers
 from pipeline.predictions import PROJECTOR, SETS_FILE, UNFINISHED_FILE, keep_answers, known_answers, scored_lines
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import NO_SET, similarity
+from pipeline.prompts.routing import NO_SET, similarities
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,6 @@ def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]
 
 def task_similarity(test: Test, pool: PromptPool, image_weight: float) -> Tensor:
     """Similarities [N, T] of a test set's samples to the pool's prototypes."""
-    keys = test.data.keys
     if not len(pool):
         return torch.zeros(len(test.data), 0)
-    return similarity(keys.image, keys.text, pool.prototypes.cpu(), image_weight, keys.has_image)
+    return similarities(test.data.keys, pool.prototypes.cpu(), image_weight)

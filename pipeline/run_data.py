@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.check_data import telling_samples
 from pipeline.config import Recipe
@@ -14,6 +14,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.distributed import World, on_main, together
+from pipeline.errors import UserError
 from pipeline.evaluate import Test
 from pipeline.metrics.scoring import require_metrics
 
@@ -56,26 +57,51 @@ def open_data(recipe: Recipe, world: World) -> RunData:
         return clip.key_identity(*recipe.keys.source)
 
     identity = on_main(world, key_identity)
-    skipped: list[dict[str, Any]] = []
-    opened: list[IndexedShards] = []
 
     def parts(split: str) -> list[Part]:
-        found: list[Part] = []
-        for task in recipe.data.tasks:
-            shards = IndexedShards(recipe.data.split_path(task.name, split))
-            opened.append(shards)
-            limit = task.limit_train if split == "train" else task.limit_test
-            found.append((shards, shards.keys(identity), limit))
-            skipped.extend(shards.description.get("skipped", []))
-        return found
+        # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
+        verified: list[Part] = []
+        marks = on_main(world, lambda: [shards.marks() for shards, *_ in _open(recipe, split, identity, verified)])
+
+        def mine() -> list[Part]:
+            if world.main:
+                return verified
+            found = _open(recipe, split, identity, [], check=False)
+            for (shards, *_), expected in zip(found, marks, strict=True):
+                _compare(shards, expected)
+            return found
+
+        return together(mine)
+
+    train, test = parts("train"), parts("test")
+    skipped = [record for shards, *_ in (*train, *test) for record in shards.description.get("skipped", [])]
 
     def tests() -> list[Test]:
         require_metrics([task.metric for task in recipe.data.tasks])
         return [
             Test(task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring)
-            for task, part in zip(recipe.data.tasks, parts("test"), strict=True)
+            for task, part in zip(recipe.data.tasks, test, strict=True)
         ]
 
-    train, tested = together(lambda: parts("train")), together(tests)
-    on_main(world, lambda: [require_upright(shards) for shards in opened])
+    tested = together(tests)
+    on_main(world, lambda: [require_upright(shards) for shards, *_ in (*train, *test)])
     return RunData(identity, train, tested, skipped)
+
+
+def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:
+    """Add one split of every task to `found` and return that."""
+    for task in recipe.data.tasks:
+        shards = IndexedShards(recipe.data.split_path(task.name, split), check)
+        limit = task.limit_train if split == "train" else task.limit_test
+        found.append((shards, shards.keys(identity), limit))
+    return found
+
+
+def _compare(shards: IndexedShards, expected: dict[str, str]) -> None:
+    """Raise UserError where this rank sees other tables than rank 0, which has verified its own."""
+    for name, mark in shards.marks().items():
+        if mark != expected[name]:
+            raise UserError(
+                f"{shards.folder / name} on {socket.gethostname()} is not the file that the first rank sees; expected "
+                "the same prepared data on every machine. Copy the folder again, or put it on a shared file system."
+            )

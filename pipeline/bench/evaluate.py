@@ -193,7 +193,7 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
     _, selected = matrix.routed(stage, task)
     answers = []
     for index in range(len(test.data)):
-        keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[index, None]]
+        keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[torch.tensor([index])].float()]
         for number, prompt in enumerate(pool.prompts):  # prototypes and similarities, anew for every sample
             prototype = matrix.heads[number](prompt)
             for key in keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.data.conversation import KEPT, Conversation, Example, ExampleCache
+from pipeline.data.ids import Ids
 from pipeline.data.kept_features import KeptFeatures
+from pipeline.data.keys import Keys, join_keys
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
-from pipeline.data.shards import Keys
 from pipeline.prompts.routing import NO_SET
 
 __all__ = ["Batch", "Examples", "Keys", "MicroBatches", "StageData", "collate", "collate_prompts"]
@@ -27,7 +29,7 @@ class Samples(Protocol):
     """A list of samples with ids, such as `IndexedShards`."""
 
     @property
-    def ids(self) -> list[str]: ...
+    def ids(self) -> Sequence[str]: ...
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]: ...
@@ -74,21 +76,13 @@ class StageData:
     """Samples of one or more tasks, one after the other, with their keys."""
 
     def __init__(self, parts: Sequence[tuple[Samples, Keys, int | None]]) -> None:
-        self._samples: list[Samples] = []
-        self._starts = [0]
-        images, texts, flags = [], [], []
-        self.ids: list[str] = []
+        counts = [min(len(samples), limit or len(samples)) for samples, _, limit in parts]
+        self._samples = [samples for samples, _, _ in parts]
+        self._starts = [0, *accumulate(counts)]
         # Says which data this is, where the parts say it: SHA-256 of their shards.
-        self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples, _, _ in parts)
-        for samples, keys, limit in parts:
-            count = min(len(samples), limit or len(samples))
-            self._samples.append(samples)
-            self._starts.append(self._starts[-1] + count)
-            self.ids += samples.ids[:count]
-            images.append(keys.image[:count])
-            texts.append(keys.text[:count])
-            flags.append(keys.has_image[:count])
-        self.keys = Keys(torch.cat(images), torch.cat(texts), torch.cat(flags).bool(), dict(parts[0][1].identity))
+        self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples in self._samples)
+        self.ids = Ids.joined([samples.ids[:count] for samples, count in zip(self._samples, counts, strict=True)])
+        self.keys = join_keys([(keys, count) for (_, keys, _), count in zip(parts, counts, strict=True)])
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """How long each sample is, to sort by [N]: characters of question and answer, behind all without an image
@@ -181,8 +175,8 @@ def collate(
         has_image=torch.tensor([example.images is not None for example in chosen]),
         weights=torch.as_tensor(np.asarray(weights), dtype=torch.float32),
         selected=selected[index] if len(selected) else torch.full((len(rows), 0), NO_SET),
-        image_key=keys.image[index],
-        text_key=keys.text[index],
+        image_key=keys.image[index].float(),
+        text_key=keys.text[index].float(),
         ids=[example.id for example in chosen],
         groups=None if groups is None else torch.tensor(groups),
         leaders=None if groups is None else torch.tensor(leaders),

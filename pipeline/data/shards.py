@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import webdataset as wds
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from pipeline.data.checksums import checksum, read_checksums
+from pipeline.data.checksums import checksum, read_checksums, table_mark
+from pipeline.data.ids import Ids
+from pipeline.data.keys import FINGERPRINT, FIX, IDENTITY_FIELDS, KEYS_FILE, Keys, first_line, read_keys
 from pipeline.data.sample import Sample
+from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import UserError
+
+__all__ = ["FINGERPRINT", "FIX", "IDENTITY_FIELDS", "KEYS_FILE", "IndexedShards", "Keys", "read_index", "stream"]
 
 FORMAT_VERSION = 1
 SHARD_NAME = "shard-{:06d}.tar"
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
-KEYS_FILE = "keys.safetensors"
 KEYS_TABLE = "keys.parquet"  # the same keys with ids, for analysis
-# In the metadata of index.parquet and keys.safetensors: the dataset they were made for.
-FINGERPRINT = "dataset_fingerprint"
-# What makes two key files comparable; the other metadata (id, revision, dtype) only tells a person where they are from.
-IDENTITY_FIELDS = ("weights_sha256", "preprocessing_sha256", "text_feature")
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -55,17 +52,8 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-FIX = "Run `python -m pipeline prepare RECIPE` to write it anew."
-
-
-@dataclass(frozen=True)
-class Keys:
-    """CLIP keys of one split in index order, not normalised; rows of `image` without an image are zero."""
-
-    image: torch.Tensor  # [N, K] float32
-    text: torch.Tensor  # [N, K] float32
-    has_image: torch.Tensor  # [N] bool
-    identity: dict[str, str]
+# What a run reads of the index; the key is that of the tar member, for people and other readers.
+READ_COLUMNS = [name for name in INDEX_SCHEMA.names if name not in ("key", "image_format")]
 
 
 class IndexedShards(Dataset[Sample]):
@@ -74,27 +62,39 @@ class IndexedShards(Dataset[Sample]):
     Raises UserError when the split is not prepared, incomplete, or its parts do not belong together.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], check: bool = True) -> None:
+        """`check` False leaves out what reads whole tables or asks for every shard's size: for a rank that compares
+        `marks` with those of a rank that has checked."""
         self.folder = Path(folder)
+        self._check = check
         self.description = read_description(self.folder)
         self.fingerprint: str = self.description["fingerprint"]
         self._shards = [self.folder / shard["name"] for shard in self.description["shards"]]
-        self._check_sizes()
+        self._check_shards()
         self._checksums = read_checksums(self.folder, self.fingerprint)
-        self._checksums.check_table(self.folder / INDEX_FILE, FIX)
-        index = read_index(self.folder, self.description)
-        self.ids: list[str] = index["id"].to_pylist()
+        if check:
+            self._checksums.check_table(self.folder / INDEX_FILE, FIX)
+        index = read_index(self.folder, self.description, READ_COLUMNS)
+        self.ids = Ids(index["id"])
         self._shard = index["shard"].to_numpy()
         self._json = _extents(index, "json")
         self._image = _extents(index, "image")
+        self.question_chars: npt.NDArray[np.int32] = index["question_chars"].to_numpy()  # [N]
+        self.answer_chars: npt.NDArray[np.int32] = index["answer_chars"].to_numpy()  # [N]
         # Width and height of the upright pictures [N, 2], 0 without one: lengths follow from them without decoding.
         self.sizes: npt.NDArray[np.int32] = np.stack(
             [index[side].fill_null(0).to_numpy() for side in ("width", "height")], axis=1
         )
-        self.lengths: npt.NDArray[np.int64] = (
-            index["question_chars"].to_numpy().astype(np.int64) + index["answer_chars"].to_numpy()
-        )
-        self._files: dict[int, int] = {}
+        self._files = ShardFiles(self._shards)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Characters of question and answer [N]."""
+        return self.question_chars.astype(np.int64) + self.answer_chars
+
+    def marks(self) -> dict[str, str]:
+        """What tells the tables of this split from others of the same size, without reading all of them."""
+        return {name: table_mark(self.folder / name) for name in (INDEX_FILE, KEYS_FILE)}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -122,7 +122,10 @@ class IndexedShards(Dataset[Sample]):
     def keys(self, expected_identity: Mapping[str, str] | None = None) -> Keys:
         """Return the CLIP keys of all samples; raises UserError when they are missing, or belong to another dataset
         or (given `expected_identity`, see `pipeline.backbones.clip.key_identity`) to another CLIP."""
-        return read_keys(self.folder, self.description, expected_identity)
+        keys = read_keys(self.folder, self.description, expected_identity)
+        if self._check:
+            self._checksums.check_table(self.folder / KEYS_FILE, FIX)
+        return keys
 
     def has_image(self, index: int) -> bool:
         """Whether a sample has an image."""
@@ -144,28 +147,24 @@ class IndexedShards(Dataset[Sample]):
         image = self._read(shard, offset, size) if size >= 0 else None
         return self._read(shard, *self._json[index]), image
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        # A forked worker may go on with the descriptors it inherits: pread does not move a shared position.
-        if shard not in self._files:
-            self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        found = os.pread(self._files[shard], size, offset)
+        path = self._shards[shard]
+        try:
+            found = self._files.read(shard, int(size), int(offset))
+        except FileNotFoundError:
+            raise UserError(f"The shard {path} is missing; {DATASET_FILE} lists it. {FIX}") from None
         if len(found) != size:
-            raise UserError(
-                f"{self._shards[shard]} ends early: {len(found)} of {size} bytes could be read at {offset}. {FIX}"
-            )
+            raise UserError(f"{path} ends early: {len(found)} of {size} bytes could be read at {offset}. {FIX}")
         return found
 
-    def _check_sizes(self) -> None:
+    def _check_shards(self) -> None:
+        """Every shard is there and, where that is to be checked, as large as it was."""
+        there = set(os.listdir(self.folder))
         for path, shard in zip(self._shards, self.description["shards"], strict=True):
-            if not path.is_file():
+            if path.name not in there:
                 raise UserError(f"The shard {path} is missing; {DATASET_FILE} lists it. {FIX}")
+            if not self._check:
+                continue
             found, expected = path.stat().st_size, shard["size"]
             if found != expected:
                 raise UserError(f"The shard {path} has {found} bytes, expected {expected}: it is not whole. {FIX}")
@@ -198,62 +197,27 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def read_index(folder: Path, description: Mapping[str, Any]) -> pa.Table:
-    """Return index.parquet of a prepared split; raises UserError when it does not belong to dataset.json."""
+def read_index(folder: Path, description: Mapping[str, Any], columns: list[str] | None = None) -> pa.Table:
+    """Return these columns (None: all) of index.parquet of a prepared split; raises UserError when it does not belong
+    to dataset.json."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(f"The index {path} is missing. {FIX}")
     try:
-        index = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            known = schema.names == INDEX_SCHEMA.names
+            index = file.read(columns if known else None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"The index {path} cannot be read ({_first_line(error)}). {FIX}") from None
-    metadata = index.schema.metadata or {}
-    if metadata.get(FINGERPRINT.encode()) != description["fingerprint"].encode():
+        raise UserError(f"The index {path} cannot be read ({first_line(error)}). {FIX}") from None
+    if (schema.metadata or {}).get(FINGERPRINT.encode()) != description["fingerprint"].encode():
         raise UserError(f"The index {path} belongs to another dataset than {DATASET_FILE} beside it. {FIX}")
-    if index.schema.names != INDEX_SCHEMA.names or index.num_rows != description["count"]:
+    if not known or rows != description["count"]:
         raise UserError(
-            f"The index {path} has {index.num_rows} rows with columns {', '.join(index.schema.names)}; expected "
+            f"The index {path} has {rows} rows with columns {', '.join(schema.names)}; expected "
             f"{description['count']} rows with columns {', '.join(INDEX_SCHEMA.names)}. {FIX}"
         )
     return index
-
-
-def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: Mapping[str, str] | None = None) -> Keys:
-    """Return keys.safetensors of a prepared split; see `IndexedShards.keys` for the errors."""
-    path = folder / KEYS_FILE
-    if not path.is_file():
-        raise UserError(f"The CLIP keys {path} are missing. Run `python -m pipeline prepare RECIPE` to compute them.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            identity = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in ("image", "text", "has_image")}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"The CLIP keys {path} cannot be read ({_first_line(error)}). {FIX}") from None
-    if identity.get(FINGERPRINT) != description["fingerprint"]:
-        raise UserError(f"The CLIP keys {path} were computed for another dataset. {FIX}")
-    read_checksums(folder, description["fingerprint"]).check_table(path, FIX)
-    image, text, has_image = tensors["image"], tensors["text"], tensors["has_image"]
-    count = description["count"]
-    if image.shape != text.shape or len(image) != count or has_image.shape != (count,):
-        raise UserError(
-            f"The CLIP keys {path} have shapes image {list(image.shape)}, text {list(text.shape)}, has_image "
-            f"{list(has_image.shape)}; expected {count} rows of one width. {FIX}"
-        )
-    cut = identity.get("text_truncation", "head")
-    wanted = (expected_identity or identity).get("text_truncation", "head")
-    if cut != wanted:
-        raise UserError(
-            f"The CLIP keys {path} keep the {cut} of long questions, keys.text_truncation says {wanted}. "
-            "Run `python -m pipeline prepare RECIPE` to compute them anew."
-        )
-    for name in IDENTITY_FIELDS:
-        if expected_identity is not None and identity.get(name) != expected_identity[name]:
-            raise UserError(
-                f"The CLIP keys {path} come from another CLIP: {name} is {identity.get(name)} "
-                f"(model {identity.get('clip')}), the recipe's model {expected_identity.get('clip')} has "
-                f"{expected_identity[name]}. Run `python -m pipeline prepare RECIPE` to compute them anew."
-            )
-    return Keys(image.float(), text.float(), has_image.bool(), identity)
 
 
 def stream(urls: str | Iterable[str]) -> Iterator[Sample]:
@@ -281,7 +245,3 @@ def _extents(index: pa.Table, member: str) -> npt.NDArray[np.int64]:
     """Return (offset, size) of one member kind as [N, 2]; -1 where there is none."""
     columns = [index[f"{member}_{part}"].fill_null(-1).to_numpy() for part in ("offset", "size")]
     return np.stack(columns, axis=1).astype(np.int64)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from pipeline.prompts.routing import NO_SET
 
 if TYPE_CHECKING:
     from pipeline.config import MethodConfig
-    from pipeline.data.collate import Keys
+    from pipeline.data.keys import AnyKeys
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Method:
         """The stages of a sequence over these tasks, in order."""
         return [Stage(name, (index,)) for index, name in enumerate(tasks)]
 
-    def training_sets(self, pool: PromptPool, keys: Keys) -> Tensor:
+    def training_sets(self, pool: PromptPool, keys: AnyKeys) -> Tensor:
         """Numbers of the earlier sets inserted before the current one, per training sample [N, m]; NO_SET = none."""
         return torch.full((len(keys.image), 0), NO_SET, dtype=torch.long)
 

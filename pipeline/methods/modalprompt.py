@@ -11,6 +11,7 @@ from pipeline.methods.base import Method
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import (
     NO_SET,
+    SAMPLES_AT_ONCE,
     provisional_prototype,
     select_for_inference,
     select_for_training,
@@ -18,10 +19,7 @@ from pipeline.prompts.routing import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.data.collate import Keys
-
-
-SAMPLES_AT_ONCE = 1 << 14
+    from pipeline.data.keys import AnyKeys
 
 
 class ModalPrompt(Method):
@@ -39,7 +37,7 @@ class ModalPrompt(Method):
     def needs_task(self) -> bool:
         return self.config.selection == "oracle"
 
-    def training_sets(self, pool: PromptPool, keys: Keys) -> Tensor:
+    def training_sets(self, pool: PromptPool, keys: AnyKeys) -> Tensor:
         selection, samples = self.config.selection, len(keys.image)
         if not len(pool) or selection == "current":
             return torch.full((samples, 0), NO_SET, dtype=torch.long)

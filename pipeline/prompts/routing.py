@@ -6,11 +6,19 @@ that the most similar one stands nearest to the text. Rows are filled up with `N
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+if TYPE_CHECKING:
+    from pipeline.data.keys import AnyKeys, Rows
+
 NO_SET = -1
+SAMPLES_AT_ONCE = 1 << 14  # whose keys are in memory as float32
+SUMMED_BYTES = 256 << 20  # of unit keys that are summed at once, unless a few columns take more
+COLUMNS = 64  # a multiple of what torch adds side by side, so that columns apart are summed like columns together
 
 
 def similarity(
@@ -36,16 +44,44 @@ def prototype_term_weights(has_image: Tensor) -> tuple[Tensor, Tensor]:
     return image, 2.0 - image
 
 
-def provisional_prototype(image_key: Tensor, text_key: Tensor, has_image: Tensor) -> Tensor:
+def similarities(keys: AnyKeys, prototypes: Tensor, image_weight: float = 0.5) -> Tensor:
+    """`similarity` of many samples [N, T], whose keys are converted to float32 a part at a time."""
+    parts = zip(*(rows.split(SAMPLES_AT_ONCE) for rows in (keys.image, keys.text, keys.has_image)), strict=True)
+    found = [similarity(image, text, prototypes, image_weight, has_image) for image, text, has_image in parts]
+    return torch.cat(found) if found else torch.zeros(0, len(prototypes))
+
+
+def provisional_prototype(image_key: Rows, text_key: Rows, has_image: Tensor) -> Tensor:
     """The prototype [K] that minimises the prototype loss over a task's samples, in closed form.
 
     The loss is the mean of 1 - cos(key, prototype) over both keys (modalprompt.md 3.8), so its minimiser points along
     the sum of the unit keys. It stands in for the current task's prototype before that is learned.
     """
     image_weight, text_weight = prototype_term_weights(has_image)
-    total = (image_weight[:, None] * normalize(image_key.float(), dim=-1)).sum(0)
-    total = total + (text_weight[:, None] * normalize(text_key.float(), dim=-1)).sum(0)
-    return normalize(total, dim=-1)
+    return normalize(_sum_of_unit_rows(image_key, image_weight) + _sum_of_unit_rows(text_key, text_weight), dim=-1)
+
+
+def _sum_of_unit_rows(rows: Rows, weights: Tensor) -> Tensor:
+    """The weighted sum [K] of the rows [N, K], each divided by its length.
+
+    A large table is summed some columns at a time, all of a column's rows together: the order of additions and so
+    every bit are the same as for the whole table at once, which would take N * K floats and copies of them.
+    """
+    count, width = rows.shape
+    step = max(COLUMNS, SUMMED_BYTES // (4 * max(count, 1)) // COLUMNS * COLUMNS)
+    if step >= width:
+        parts = list(rows.split(max(count, 1)))
+        return (weights[:, None] * normalize(parts[0].float(), dim=-1)).sum(0)
+    lengths = torch.cat([part.float().norm(dim=-1).clamp_min(1e-12) for part in rows.split(SAMPLES_AT_ONCE)])
+    sums = []
+    for first in range(0, width, step):
+        columns = torch.empty(count, min(step, width - first))
+        for number, part in enumerate(rows.split(SAMPLES_AT_ONCE)):
+            place = slice(number * SAMPLES_AT_ONCE, number * SAMPLES_AT_ONCE + len(part))
+            unit = part[:, first : first + step].float() / lengths[place, None]
+            columns[place] = weights[place, None] * unit
+        sums.append(columns.sum(0))
+    return torch.cat(sums)
 
 
 def _best_in_ascending_order(scores: Tensor, count: int, allowed: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from pipeline.generation import generate_answers
 from pipeline.methods import Method, make_method
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import similarity
+from pipeline.prompts.routing import similarities
 from tests.parity import reference
 from tests.parity.recorded import Recorded
 from tests.processes import torchrun
@@ -110,7 +110,7 @@ def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: M
         pool = recorded.pool(case, task - 1)
         found = method.training_sets(pool, keys)
         if "similarity_previous" in case:
-            scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+            scores = similarities(keys, pool.prototypes, method.config.image_weight)
             torch.testing.assert_close(scores, case["similarity_previous"], atol=LOSS, rtol=0)
         if "top_previous" in case:
             assert torch.equal(found, case["top_previous"].flip(1))
@@ -119,7 +119,7 @@ def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: M
     sets = next(iter(recorded.train.values()))
     for tasks, case in recorded.infer.items():
         pool = recorded.pool(sets, tasks)
-        scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+        scores = similarities(keys, pool.prototypes, method.config.image_weight)
         torch.testing.assert_close(scores, case["similarity"], atol=LOSS, rtol=0)
         assert torch.equal(method.answering_sets(pool, 0, scores, keys.has_image), case["top"].flip(1))
 
@@ -203,7 +203,7 @@ def test_greedy_answers_and_their_first_logits(
     keys = examples.data.keys
     for tasks, case in recorded.infer.items():
         pool = recorded.pool(sets, tasks)
-        scores = similarity(keys.image, keys.text, pool.prototypes, method.config.image_weight, keys.has_image)
+        scores = similarities(keys, pool.prototypes, method.config.image_weight)
         selected = method.answering_sets(pool, 0, scores, keys.has_image)
         new = case["generated"].shape[1]
         for number in range(recorded.samples):

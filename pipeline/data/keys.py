@@ -1,0 +1,138 @@
+"""The CLIP keys of prepared splits, as they lie on the disk: float16, mapped into memory and shared by all ranks.
+
+The pages of the file are the kernel's, so ranks of one machine share them and a page that is not used takes no
+memory. Whoever computes with keys converts the rows that it needs to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+KEYS_FILE = "keys.safetensors"
+# In the metadata of index.parquet and keys.safetensors: the dataset they were made for.
+FINGERPRINT = "dataset_fingerprint"
+# What makes two key files comparable; the other metadata (id, revision, dtype) only tells a person where they are from.
+IDENTITY_FIELDS = ("weights_sha256", "preprocessing_sha256", "text_feature")
+FIX = "Run `python -m pipeline prepare RECIPE` to write it anew."
+
+
+class ChainedRows:
+    """The rows [N, K] of several tensors, one behind the other, without a copy of them."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = list(parts)
+        self._starts = torch.tensor([0, *accumulate(len(part) for part in parts)])
+        self.shape = torch.Size([int(self._starts[-1]), *parts[0].shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """The rows [B, K] of the numbers `index` [B]."""
+        found = self._parts[0].new_empty((len(index), *self.shape[1:]))
+        owners = torch.searchsorted(self._starts, index, right=True) - 1
+        for number in owners.unique().tolist():
+            mine = owners == number
+            found[mine] = self._parts[number][index[mine] - self._starts[number]]
+        return found
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """All rows in turn, `rows` at a time (fewer at the end), as `Tensor.split` cuts them."""
+        for start in range(0, len(self), rows):
+            pieces = [
+                part[max(start - first, 0) : start + rows - first]
+                for part, first in zip(self._parts, self._starts.tolist(), strict=False)
+                if first < start + rows and first + len(part) > start
+            ]
+            yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+Rows = Tensor | ChainedRows
+
+
+@dataclass(frozen=True)
+class Keys:
+    """CLIP keys of samples in their order, not normalised; rows of `image` without an image are zero.
+
+    Those of a prepared split are float16 and mapped from its file, those computed in memory float32.
+    """
+
+    image: Tensor  # [N, K]
+    text: Tensor  # [N, K]
+    has_image: Tensor  # [N] bool
+    identity: dict[str, str]
+
+
+@dataclass(frozen=True)
+class JoinedKeys:
+    """`Keys` of several splits, one behind the other."""
+
+    image: ChainedRows  # [N, K]
+    text: ChainedRows  # [N, K]
+    has_image: Tensor  # [N] bool
+    identity: dict[str, str]
+
+
+AnyKeys = Keys | JoinedKeys
+
+
+def join_keys(parts: Sequence[tuple[Keys, int]]) -> AnyKeys:
+    """The keys of the first `count` samples of each part, one part behind the other, without a copy of them."""
+    images, texts = [keys.image[:count] for keys, count in parts], [keys.text[:count] for keys, count in parts]
+    flags = torch.cat([keys.has_image[:count] for keys, count in parts]).bool()
+    identity = dict(parts[0][0].identity)
+    if len(parts) == 1:
+        return Keys(images[0], texts[0], flags, identity)
+    return JoinedKeys(ChainedRows(images), ChainedRows(texts), flags, identity)
+
+
+def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: Mapping[str, str] | None = None) -> Keys:
+    """Map keys.safetensors of a prepared split, without comparing its checksum; see `IndexedShards.keys` for errors."""
+    path = folder / KEYS_FILE
+    if not path.is_file():
+        raise UserError(f"The CLIP keys {path} are missing. Run `python -m pipeline prepare RECIPE` to compute them.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity = dict(file.metadata() or {})
+            # These are views into the mapped file: nothing is read before somebody looks at it.
+            image, text, has_image = (file.get_tensor(name) for name in ("image", "text", "has_image"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"The CLIP keys {path} cannot be read ({first_line(error)}). {FIX}") from None
+    if identity.get(FINGERPRINT) != description["fingerprint"]:
+        raise UserError(f"The CLIP keys {path} were computed for another dataset. {FIX}")
+    count = description["count"]
+    if image.shape != text.shape or len(image) != count or has_image.shape != (count,):
+        raise UserError(
+            f"The CLIP keys {path} have shapes image {list(image.shape)}, text {list(text.shape)}, has_image "
+            f"{list(has_image.shape)}; expected {count} rows of one width. {FIX}"
+        )
+    cut = identity.get("text_truncation", "head")
+    wanted = (expected_identity or identity).get("text_truncation", "head")
+    if cut != wanted:
+        raise UserError(
+            f"The CLIP keys {path} keep the {cut} of long questions, keys.text_truncation says {wanted}. "
+            "Run `python -m pipeline prepare RECIPE` to compute them anew."
+        )
+    for name in IDENTITY_FIELDS:
+        if expected_identity is not None and identity.get(name) != expected_identity[name]:
+            raise UserError(
+                f"The CLIP keys {path} come from another CLIP: {name} is {identity.get(name)} "
+                f"(model {identity.get('clip')}), the recipe's model {expected_identity.get('clip')} has "
+                f"{expected_identity[name]}. Run `python -m pipeline prepare RECIPE` to compute them anew."
+            )
+    return Keys(image, text, has_image.bool(), identity)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

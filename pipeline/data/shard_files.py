@@ -1,0 +1,113 @@
+"""Reading at any place of a split's shards without keeping all of them open.
+
+The limit of descriptors is one of the process, so the splits of a run share it: a thousand shards would otherwise
+use up what most systems give a process (`ulimit -n`, often 1024).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST_OPEN = 64  # descriptors of shards that a process keeps, those used last
+WANTED_DESCRIPTORS = 16384  # soft limit to ask for, where the system allows it: rank 0's store has three per rank
+
+
+@dataclass
+class _Descriptor:
+    number: int
+    readers: int = 0  # threads that read from it: it must not be closed, its number could become another file's
+
+
+class _Descriptors:
+    """The open shards of this process, the least recently used one first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[int, int], _Descriptor] = OrderedDict()
+        # A fork while another thread holds the lock would leave the child with a lock that nobody releases.
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._in_forked_child
+        )
+
+    def _in_forked_child(self) -> None:
+        """Go on with the inherited descriptors: `pread` moves no position that processes share."""
+        for descriptor in self._open.values():
+            descriptor.readers = 0  # the threads that read exist in the parent alone
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def opened(self, key: tuple[int, int], path: Path) -> Iterator[int]:
+        """The descriptor of a shard, opened if it is not open, kept open while the block runs."""
+        with self._lock:
+            descriptor = self._open.get(key)
+            if descriptor is None:
+                descriptor = self._open[key] = _Descriptor(self._new(path))
+            self._open.move_to_end(key)
+            descriptor.readers += 1
+            self._close_all_but(MOST_OPEN)
+        try:
+            yield descriptor.number
+        finally:
+            with self._lock:
+                descriptor.readers -= 1
+
+    def close(self, owner: int) -> None:
+        """Close the shards of one owner."""
+        with self._lock:
+            for key in [key for key in self._open if key[0] == owner]:
+                os.close(self._open.pop(key).number)
+
+    def _new(self, path: Path) -> int:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._close_all_but(0)  # whatever else has used up the limit: ours can be opened again
+            return os.open(path, os.O_RDONLY)
+
+    def _close_all_but(self, kept: int) -> None:
+        for key in list(self._open):
+            if len(self._open) <= kept:
+                break
+            if not self._open[key].readers:
+                os.close(self._open.pop(key).number)
+
+
+_DESCRIPTORS = _Descriptors()
+
+
+class ShardFiles:
+    """The shards of one split; threads may read at the same time, and it may be forked and pickled."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def read(self, shard: int, size: int, offset: int) -> bytes:
+        """Up to `size` bytes at `offset` of a shard, fewer at its end; raises OSError."""
+        with _DESCRIPTORS.opened((id(self), shard), self.paths[shard]) as descriptor:
+            return os.pread(descriptor, size, offset)
+
+    def __reduce__(self) -> tuple[type[ShardFiles], tuple[list[Path]]]:
+        return ShardFiles, (self.paths,)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be ending
+            _DESCRIPTORS.close(id(self))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files as far as is sensible and allowed; without permission it stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
