@@ -159,9 +159,10 @@ class TrainConfig(LoopConfig):
     """Optimisation of one stage."""
 
     deepspeed: GivenPath = Field(
-        "ds_configs/zero3.json",
+        "auto",
         description="DeepSpeed file; batch, precision, clipping stay here; auto: ZeRO-2 where the run fits into its "
-        "GPUs with it by the memory plan, else ZeRO-3, which CPUs always get",
+        "GPUs with it by the memory plan, else ZeRO-3 (on several nodes with a copy of the weights on each where that "
+        "fits), which CPUs always get",
     )
     epochs: float = Field(10, gt=0, description="passes over a task's training samples")
     steps: int | None = Field(

@@ -11,7 +11,7 @@ from pipeline.hpz import with_node_size
 from pipeline.strict_text import load_json
 
 AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.fitting`
-ZERO2, ZERO3 = "ds_configs/zero2.json", "ds_configs/zero3.json"
+ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
 # What only the recipe may say: a second place for any of these would silently win or lose against it.
 RECIPE_OWNS = {
     "train_batch_size": "train.global_batch",
@@ -40,21 +40,23 @@ def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
     return micro, whole // (micro * world_size)
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world_size: int, node: int | None = None) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
 
-    `auto` that `pipeline.fitting` has not replaced is ZeRO-3, as on CPUs.
+    `auto` that `pipeline.fitting` has not replaced is ZeRO-3, as on CPUs. `node` is the number of ranks on each node
+    where all ranks know it (see `with_node_size`).
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
     file = ZERO3 if recipe.train.deepspeed == AUTO else recipe.train.deepspeed
-    config = with_node_size(deepspeed_file(file), world_size)
+    config = with_node_size(deepspeed_file(file), world_size, node=node)
     micro, steps = accumulation(recipe, world_size)
-    return {**config, **deepspeed_batches(micro, steps, recipe.train.clip, recipe.model.dtype)}
+    return with_recipe(config, micro, steps, recipe.train.clip, recipe.model.dtype)
 
 
-def deepspeed_batches(micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
-    """Return what a recipe decides in a DeepSpeed configuration: samples per forward, accumulation, precision."""
+def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration with what a recipe decides: samples per forward, accumulation, precision."""
     return {
+        **_float32_sums(config, dtype),
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "gradient_clipping": clip or 0.0,
@@ -63,6 +65,21 @@ def deepspeed_batches(micro: int, steps: int, clip: float | None, dtype: str) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the configuration with gradients summed and sent in float32, unless the file says otherwise.
+
+    DeepSpeed takes the model's precision for both. In bfloat16 a sum over 16 ranks is off by half a percent, over 512
+    by several, and the more of a step's samples are in accumulation, the more is rounded; only the trainables, a few
+    megabytes, have gradients. Without ZeRO, DeepSpeed can only send in float32: it refuses to accumulate in it.
+    """
+    if dtype != "bfloat16":
+        return config
+    config = {"communication_data_type": "fp32", **config}
+    if config.get("zero_optimization", {}).get("stage", 0):
+        config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
+    return config
 
 
 def deepspeed_file(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.config import Recipe
 from pipeline.deepspeed_config import accumulation, deepspeed_config
 from pipeline.distributed import World
 from pipeline.fitting import fitted
+from pipeline.hpz import agreed_node_size
 from pipeline.moments import ADAM, Moments, give_parts, write_moments
 from pipeline.prompts.model import PromptedLMM
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.prompts.model import Normaliser
 
 
+log = logging.getLogger("pipeline.engine")
 PROJECTOR = "projector."  # how the names of a trained projector's weights begin among the trainables
 
 
@@ -40,8 +42,11 @@ class Engine:
         self, recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list
     ) -> None:
         deepspeed = start_deepspeed()
-        recipe = fitted(recipe, world, key_width, samples)
-        config = deepspeed_config(recipe, world.size)
+        node = agreed_node_size()
+        recipe = fitted(recipe, world, key_width, samples, node)
+        config = deepspeed_config(recipe, world.size, node)
+        if recipe.model.dtype == "bfloat16" and world.device.type == "cuda":
+            warn_of_emulation()
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         whole = self.zero_stage != 3
@@ -173,15 +178,31 @@ class Engine:
             parameter.data.copy_(value)
 
 
+def warn_of_emulation() -> None:
+    """Say that a GPU computes bfloat16 in float32, as those before Ampere do (V100, T4, RTX 20)."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning(
+            "model.dtype is bfloat16, which %s only emulates: as much memory, and no faster than float32.",
+            torch.cuda.get_device_name(),
+        )
+
+
 def start_deepspeed() -> Any:
     """DeepSpeed itself, told to be quiet and to use the process group that is there."""
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_no_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     _skip_compiled_collectives()
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _no_news(record: logging.LogRecord) -> bool:
+    """Leave out what DeepSpeed says of every torch optimizer that it does not list; ours are tested here."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def gather_layer_by_layer(module: nn.Module) -> None:

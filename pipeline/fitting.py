@@ -11,8 +11,9 @@ from torch import nn
 from pipeline.check_model import CheckedModel
 from pipeline.config import Recipe
 from pipeline.data.sample import Sample
-from pipeline.deepspeed_config import AUTO, ZERO2, ZERO3
+from pipeline.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
 from pipeline.distributed import World, on_main
+from pipeline.hpz import ranks_per_node, several_nodes
 from pipeline.memory import GIB, Tokens, plan_memory
 from pipeline.model_shape import meta_model
 
@@ -21,11 +22,14 @@ POLICIES = ("none", "selective", "full")  # cheapest first
 KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
 
 
-def fitted(recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list) -> Recipe:
+def fitted(
+    recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list, node: int | None = None
+) -> Recipe:
     """The recipe with what its `auto`s stand for on these ranks: the same on all of them.
 
     `samples` gives training samples of which the longest counts; it is called on the first rank. Without GPUs nothing
-    is planned, see `without_gpus`. Raises UserError on all ranks for what rank 0 cannot plan with.
+    is planned, see `without_gpus`. `node` is the number of ranks on each node, 1 where nodes differ. Raises UserError
+    on all ranks for what rank 0 cannot plan with.
     """
     if AUTO not in (recipe.train.deepspeed, recipe.train.checkpointing):
         return recipe
@@ -35,7 +39,7 @@ def fitted(recipe: Recipe, world: World, key_width: int, samples: Callable[[], l
     def plan() -> tuple[str, str]:
         memory = gpu_memory(world.device)
         tokens = CheckedModel(recipe, online=False).tokens(samples())
-        chosen = fitting(recipe, world.size, key_width, meta_model(recipe), tokens, memory)
+        chosen = fitting(recipe, world.size, key_width, meta_model(recipe), tokens, memory, node)
         told = "train.deepspeed: %s, train.checkpointing: %s (%s)"
         logging.getLogger(__name__).info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
         return chosen.train.deepspeed, chosen.train.checkpointing
@@ -44,20 +48,25 @@ def fitted(recipe: Recipe, world: World, key_width: int, samples: Callable[[], l
     return _with(recipe, *on_main(world, plan))
 
 
-def fitting(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int) -> Recipe:
+def fitting(
+    recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int, node: int | None = None
+) -> Recipe:
     """The recipe with `auto` replaced by what fits into `memory` bytes per GPU by the plan.
 
     ZeRO-2 where anything fits with it, for then no weight ever travels, and with it the least recomputation that
-    does; else ZeRO-3, and `full` where nothing fits. `model` is on the meta device; see `plan_memory`.
+    does; else ZeRO-3, on several nodes with a second copy of the weights on each where that fits, for then no weight
+    travels between nodes; and `full` where nothing fits. `model` is on the meta device, `node` the number of ranks on
+    each node (None: as this machine's); see `plan_memory`.
     """
     train, allowed = recipe.train, (memory - KEPT_FREE) * ESTIMATED
-    files = (ZERO2, ZERO3) if train.deepspeed == AUTO else (train.deepspeed,)
+    spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
+    files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
     policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
     candidate = recipe
     for file in files:
         for policy in policies:
             candidate = _with(recipe, file, policy)
-            if plan_memory(candidate, ranks, key_width, model, tokens).training <= allowed:
+            if plan_memory(candidate, ranks, key_width, model, tokens, node).training <= allowed:
                 return candidate
     return candidate
 

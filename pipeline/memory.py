@@ -77,15 +77,17 @@ class MemoryPlan:
         return {"ranks": self.ranks, "zero_stage": self.zero_stage, "bytes_per_gpu": totals, "parts": parts}
 
 
-def plan_memory(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens) -> MemoryPlan:
-    """Plan a run on `ranks` GPUs.
+def plan_memory(
+    recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, node: int | None = None
+) -> MemoryPlan:
+    """Plan a run on `ranks` GPUs, `node` of them on each node (None: as on this machine).
 
     `model` is the frozen model on the meta device (`meta_model`), `key_width` that of the CLIP keys. Raises UserError
     when ranks and batch or the DeepSpeed file do not fit (see `accumulation`, `deepspeed_config`).
     """
     from deepspeed.runtime.zero.config import get_zero_config
 
-    config = deepspeed_config(recipe, ranks)
+    config = deepspeed_config(recipe, ranks, node)
     zero: Any = get_zero_config(config)
     stage, element = int(zero.stage), DTYPES[recipe.model.dtype].itemsize
     projector_learns = recipe.train.projector == "trained"
@@ -199,9 +201,9 @@ def _trained(
         masters = 0 if element == FLOAT32 else FLOAT32
         # bfloat16 gradients become float32 ones for the step.
         return count * element, count * (element + masters), count * (masters + 2 * FLOAT32)
-    named = str((config.get("data_types") or {}).get("grad_accum_dtype"))
-    accumulated = {"fp32": FLOAT32, "fp16": 2, "bf16": 2}.get(named, element)
-    bucket = int(zero.reduce_bucket_size) * element
+    sizes = {"fp32": FLOAT32, "fp16": 2, "bf16": 2}
+    accumulated = sizes.get(str((config.get("data_types") or {}).get("grad_accum_dtype")), element)
+    bucket = int(zero.reduce_bucket_size) * sizes.get(str(config.get("communication_data_type")), element)
     if stage < 3:
         # A group is one flat buffer, padded so that the parts of all ranks begin at 4 bytes.
         padded = [_share(sum(group), 2 * ranks) * 2 * ranks for group in groups]

@@ -12,10 +12,10 @@ from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.few_shot_batches import micro_batches
 from pipeline.clip.model import ImageBatch, PromptedCLIP
 from pipeline.clip.recipe import ClipTrainConfig
-from pipeline.deepspeed_config import deepspeed_batches, deepspeed_file
+from pipeline.deepspeed_config import deepspeed_file, with_recipe
 from pipeline.distributed import World
 from pipeline.engine import Engine, gather_layer_by_layer, start_deepspeed
-from pipeline.hpz import with_node_size
+from pipeline.hpz import agreed_node_size, with_node_size
 from pipeline.moments import MOMENTUM
 from pipeline.prompts.model import Normaliser
 from pipeline.resume import StepState
@@ -33,8 +33,8 @@ class ClipEngine(Engine):
         # Not the parent's: the model, the optimizer and the groups are others, what is done with them is the same.
         deepspeed = start_deepspeed()
         self.micro_batch, self.accumulation = micro_batches(train.global_batch, train.micro_batch, world.size)
-        config = with_node_size(deepspeed_file(train.deepspeed), world.size)
-        config |= deepspeed_batches(self.micro_batch, self.accumulation, train.clip, dtype)
+        config = with_node_size(deepspeed_file(train.deepspeed), world.size, node=agreed_node_size())
+        config = with_recipe(config, self.micro_batch, self.accumulation, train.clip, dtype)
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.module: Any = module.to(world.device)
         if self.zero_stage == 3:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.hpz import KEY, with_node_size
+from pipeline.hpz import KEY, agreed_node_size, with_node_size
 
 
 def size(value: Any, ranks: int, **env: str) -> Any:
@@ -27,6 +27,22 @@ def test_auto_is_off_on_one_node_and_on_unequal_nodes() -> None:
 def test_auto_on_a_machine_without_gpus_plans_nodes_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert size("auto", 64) == 8
+
+
+@pytest.mark.parametrize(("tasks", "expected"), [("4(x2)", 4), ("8", 1), ("8,4", 1)])
+def test_slurm_s_own_numbers_come_before_the_devices_that_a_task_sees(
+    tasks: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one device per task (--gpus-per-task) every task counts one."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert size("auto", 8, SLURM_PROCID="3", SLURM_STEP_TASKS_PER_NODE=tasks) == expected
+
+
+@pytest.mark.parametrize(("sizes", "agreed"), [([8, 8, 8], 8), ([8, 8, 4], 1)])
+def test_ranks_on_unequal_nodes_agree_on_none(sizes: list[int], agreed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each knows its own node only; with different groups they would wait for each other for ever."""
+    monkeypatch.setattr("pipeline.distributed.gather_objects", lambda own: sizes)
+    assert agreed_node_size() == agreed
 
 
 @pytest.mark.parametrize("value", [8, 0, "all"])

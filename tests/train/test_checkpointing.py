@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from pipeline import fitting as fitting_module
+from pipeline import scaling
 from pipeline.backbones.recompute import recomputed_layers
 from pipeline.bench.measure import operations, peak_bytes
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
+from pipeline.config import TrainConfig, load_recipe
 from pipeline.distributed import init_world
 from pipeline.engine import Engine
 from pipeline.fitting import ESTIMATED, KEPT_FREE, POLICIES, fitted, fitting, least_for_zero2
@@ -100,6 +102,22 @@ def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3
     assert chosen(least + 64) == ("ds_configs/zero2.json", "full")
     assert chosen(least - 64)[0] == "ds_configs/zero3.json"
     assert chosen(1) == ("ds_configs/zero3.json", "full")
+
+
+def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fits() -> None:
+    recipe = load_recipe("coin_llava15_7b", ["train.global_batch=16", "train.micro_batch=1"])
+    assert recipe.train.deepspeed == TrainConfig.model_fields["deepspeed"].default == "auto"
+    _, model = next(scaling.models())
+
+    def chosen(memory: int, node: int) -> str:
+        return fitting(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS, memory, node).train.deepspeed
+
+    least = least_for_zero2(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS)
+    assert chosen(least + 64, 8) == "ds_configs/zero2.json"
+    assert chosen(least - 64, 8) == "ds_configs/zero3_multinode.json"
+    for node in (16, 1, 6):  # one node; nodes that differ; nodes that are not full
+        assert chosen(least - 64, node) == "ds_configs/zero3.json"
+    assert chosen(1, 8) == "ds_configs/zero3.json"
 
 
 def test_what_is_given_is_not_chosen(llava: Path) -> None:
