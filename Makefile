@@ -1,6 +1,7 @@
 # make demo   the embedded default from nothing to a report        make test   the tests
 # make docs   the API reference, from the docstrings
 # VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.10 or newer)
+# TORCH=cpu   or cuda, or an index of PyTorch's such as cu126, for machines with an older driver; by default by nvidia-smi
 # WORKERS=2   processes that share the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,23 +15,37 @@ REQUIREMENTS = requirements.txt requirements-dev.txt
 
 .PHONY: venv demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint docs ui
 
-# An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change.
+# An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change,
+# or when TORCH names another build than .torch in it. On a cluster's login node, where no GPU is to be seen, give TORCH.
 venv:
-	@if [ ! -x "$(PY)" ] || [ -e "$(VENV)/.incomplete" ] || \
+	@case "$(TORCH)" in ''|cpu|cuda|cu[0-9]*) ;; \
+	  *) echo "error: TORCH is '$(TORCH)'; expected cpu, cuda, or a CUDA version as PyTorch's indices have it, such as cu126." >&2; exit 2;; \
+	esac; \
+	other=; [ -z "$(TORCH)" ] || [ ! -e "$(VENV)/.requirements" ] || [ "$$(cat "$(VENV)/.torch" 2>/dev/null)" = "$(TORCH)" ] || other=1; \
+	if [ ! -x "$(PY)" ] || [ -e "$(VENV)/.incomplete" ] || [ -n "$$other" ] || \
 	    { [ -e "$(VENV)/.requirements" ] && ! cat $(REQUIREMENTS) | cmp -s - "$(VENV)/.requirements"; }; then \
 	  set -e; \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is older than Python 3.10; run make with PYTHON=python3.11 or another newer one." >&2; exit 2; }; \
-	  echo "creating the environment $(VENV)"; \
+	  build="$(TORCH)"; why="as TORCH says"; \
+	  if [ -z "$$build" ] && [ -s "$(VENV)/.torch" ]; then build=$$(cat "$(VENV)/.torch"); why="as before"; fi; \
+	  if [ -z "$$build" ] && command -v nvidia-smi >/dev/null; then build=cuda; why="nvidia-smi is here"; fi; \
+	  if [ -z "$$build" ]; then build=cpu; why="no nvidia-smi here; for GPUs elsewhere: make venv TORCH=cuda"; fi; \
+	  index=; \
+	  case "$$build" in \
+	    cuda) ;; \
+	    *) if curl -fsIL --max-time 5 https://download.pytorch.org/whl/$$build/torch/ >/dev/null 2>&1; then \
+	         index="--extra-index-url https://download.pytorch.org/whl/$$build"; \
+	       elif [ "$$build" = cpu ]; then why="$$why; its index does not answer, so this is pip's own choice"; \
+	       else echo "error: https://download.pytorch.org/whl/$$build does not answer." >&2; exit 2; fi;; \
+	  esac; \
+	  echo "creating the environment $(VENV) with torch for $$build ($$why)"; \
 	  [ -x "$(PY)" ] || $(PYTHON) -m venv "$(VENV)"; \
 	  touch "$(VENV)/.incomplete"; \
-	  index=; \
-	  if ! command -v nvidia-smi >/dev/null && \
-	      curl -fsIL --max-time 5 https://download.pytorch.org/whl/cpu/torch/ >/dev/null 2>&1; then \
-	    index="--extra-index-url https://download.pytorch.org/whl/cpu"; \
-	  fi; \
+	  [ -z "$$other" ] || $(PY) -m pip uninstall --quiet --yes torch; \
 	  $(PY) -m pip install --quiet --disable-pip-version-check $$index $(REQUIREMENTS:%=-r %); \
 	  cat $(REQUIREMENTS) > "$(VENV)/.requirements"; \
+	  echo "$$build" > "$(VENV)/.torch"; \
 	  rm "$(VENV)/.incomplete"; \
 	fi
 
@@ -42,19 +57,18 @@ demo demo-compare test test-faults test-slow test-slurm test-all test-browser: e
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
 demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-# Two ranks on CPUs; on GPUs one each, at most two.
-launch = set -e; ranks=$$($(PY) -c 'import torch; print(min(2, torch.cuda.device_count()))'); \
-	if [ "$$ranks" = 0 ]; then ranks=2; export DS_ACCELERATOR=cpu LOCAL_SIZE=2 OMP_NUM_THREADS=1; fi; \
-	$(PY) -m deepspeed.launcher.runner --hostfile '' --log_level error --num_accelerators $$ranks --module pipeline
+# The recipes ask for two processes: the deepspeed launcher starts two ranks on CPUs, on GPUs one each. A model this small
+# gains nothing from a second thread.
+demo demo-compare: export OMP_NUM_THREADS ?= 1
 
 demo: venv
 	$(PY) -m pipeline prepare nano
-	@$(launch) run nano --set seed=$(SEED)
+	$(PY) -m pipeline run nano --set seed=$(SEED)
 	$(PY) -m pipeline report runs/nano-modalprompt-s$(SEED)
 
 demo-compare: venv
 	$(PY) -m pipeline prepare nano
-	@for recipe in $(RECIPES); do ( $(launch) run $$recipe --set seed=$(SEED) ) || exit $$?; done
+	@for recipe in $(RECIPES); do $(PY) -m pipeline run $$recipe --set seed=$(SEED) || exit $$?; done
 	$(PY) -m pipeline report runs/nano-modalprompt-s$(SEED) runs/nano_paper-modalprompt-s$(SEED) \
 	  runs/nano_sequential-sequential-s$(SEED) runs/nano_independent-independent-s$(SEED)
 

@@ -18,6 +18,7 @@ from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Example
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.shards import Keys
+from pipeline.devices import choose_device
 from pipeline.errors import UserError, nearest
 from pipeline.generation import generate_answers
 from pipeline.methods import make_method
@@ -127,7 +128,7 @@ class Answerer:
     def __init__(self, source: Source, device: str | None = None) -> None:
         self.source = source
         self.method = make_method(source.method)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         self.lmm: LMM = load_lmm(source.model, device=device)
         if source.projector:
             self.lmm.load_projector(source.projector)

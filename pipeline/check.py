@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.check_data import CheckedData, require_prepared
 from pipeline.config import Recipe
 from pipeline.deepspeed_config import AUTO, accumulation, deepspeed_config
+from pipeline.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.errors import UserError, UserErrors
 from pipeline.launch import is_distributed, local_processes
 from pipeline.memory import BESIDE, GIB, MemoryPlan
@@ -123,12 +124,14 @@ def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
 
 
 def _ranks(recipe: Recipe, ranks: int) -> str:
+    require_usable_gpus()
     micro, steps = accumulation(recipe, ranks)
-    return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}"
+    return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}; {torch_build()}"
 
 
 def _deepspeed(recipe: Recipe) -> str:
     config = deepspeed_config(recipe, 1)  # the file's own faults; whether the ranks divide is another check
+    settle_accelerator()
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 
@@ -181,7 +184,7 @@ def _fitted(recipe: Recipe, ranks: int, width: int, built: Any, tokens: Any) -> 
 def peak(plan: MemoryPlan) -> str:
     """What a memory plan comes down to."""
     most = max(plan.training, plan.evaluation)
-    return f"{_amount(most)} per GPU at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}"
+    return f"{_amount(most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}"
 
 
 def show(findings: Findings, name: str) -> None:
@@ -199,7 +202,7 @@ def show(findings: Findings, name: str) -> None:
         return
     plan = findings.memory
     table = Table(
-        "memory per GPU", "training", "evaluation", "", title=f"ranks: {plan.ranks}, ZeRO stage {plan.zero_stage}"
+        "memory per rank", "training", "evaluation", "", title=f"ranks: {plan.ranks}, ZeRO stage {plan.zero_stage}"
     )
     for entry in plan.entries:
         table.add_row(entry.name, _amount(entry.training), _amount(entry.evaluation), entry.note)

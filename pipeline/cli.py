@@ -19,6 +19,7 @@ from pipeline import completion, launch
 from pipeline.cli_use import Clip, Learned, Model, Then, add_verbs
 from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
 from pipeline.deepspeed_config import accumulation
+from pipeline.devices import require_usable_gpus
 from pipeline.errors import (
     EXIT_FAILURE,
     EXIT_OK,
@@ -315,6 +316,7 @@ def _on_ranks(
     if launch.is_distributed():
         result = work(recipe)
     else:
+        require_usable_gpus()  # said once, before ranks are started
         processes = launch.local_processes(recipe)
         if processes > 1:
             outcome = launch.launch(arguments, processes)

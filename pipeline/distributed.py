@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from pipeline.data.shard_files import raise_descriptor_limit
+from pipeline.devices import described, require_usable_gpus
 from pipeline.errors import UserError
 from pipeline.stopping import StopFlag as StopFlag
 
+log = logging.getLogger("pipeline.distributed")
 T = TypeVar("T")
 # Longer than the watchdog waits, which can say more; what is asked for is `watchdog.collective_timeout`.
 TIMEOUT = datetime.timedelta(minutes=40)
@@ -49,10 +53,12 @@ def _rank_from_environment() -> tuple[int, int, int]:
 def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again.
 
-    A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too.
+    A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too. Raises
+    UserError where GPUs are to be expected and torch cannot use them.
     """
     raise_descriptor_limit()
     rank, size, local = _rank_from_environment()
+    require_usable_gpus()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
@@ -60,7 +66,11 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)})  # DeepSpeed insists on it
+        share_cores(int(os.environ["LOCAL_SIZE"]))
+    # DeepSpeed insists on these, and takes LOCAL_RANK for the number of the device: with one visible device per task
+    # (Slurm's --gpus-per-task, --gpu-bind) that is 0 in all of them.
+    place = device.index if device.type == "cuda" else local
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(place)})
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if size == 1:
@@ -74,7 +84,22 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         c10d = dist.distributed_c10d
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(backend, timeout=timeout)
+        if rank == 0:
+            log.info("%s", described(device, size))
     return World(rank, size, local, device)
+
+
+def share_cores(processes: int) -> None:
+    """Let each of so many processes of this machine compute with its share of the cores, unless threads were set.
+
+    By default each takes all of them, and threads that wait for their turn slow each other down. A task of Slurm with
+    CPUs of its own has no others to share with.
+    """
+    cores = len(os.sched_getaffinity(0))
+    by_default = torch.get_num_threads() in (cores, os.cpu_count(), psutil.cpu_count(logical=False))
+    said = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "SLURM_CPUS_PER_TASK"} & os.environ.keys()
+    if processes > 1 and by_default and not said:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // processes)))
 
 
 def free_port() -> int:

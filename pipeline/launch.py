@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.config import Recipe
+from pipeline.devices import GIVEN, given_devices
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, UserError
 from pipeline.stopping import STOP_SIGNALS, heeded
 
@@ -138,7 +139,7 @@ def launcher_command(arguments: list[str], processes: int) -> list[str]:
         # An empty name, for a hostfile in the launcher's default place would send the ranks to other machines.
         *["--hostfile", "", "--num_accelerators", str(processes)],
         *["--master_port", str(free_port()), "--no_local_rank", "--log_level", "error"],
-        *["--module", *arguments],
+        *["--module", "pipeline.launched", *arguments],  # which first undoes what the launcher does to the devices
     ]
 
 
@@ -146,7 +147,7 @@ def launcher_environment(processes: int, outcomes: str) -> dict[str, str]:
     """Return the launcher's environment: ours, plus what DeepSpeed needs to count ranks on a machine without GPUs."""
     import torch
 
-    env = {**os.environ, OUTCOMES: outcomes}
+    env = {**os.environ, OUTCOMES: outcomes, GIVEN: given_devices()}
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
         env["LOCAL_SIZE"] = str(processes)  # without it DeepSpeed takes the number of NUMA nodes for that of the ranks

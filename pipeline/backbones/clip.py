@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from pipeline.data.pictures import central
+from pipeline.devices import choose_device
 from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.hub import fetched_folder
@@ -58,7 +59,7 @@ class KeyEncoder:
         self._source = (os.fspath(path), revision, text_feature, text_truncation)
         folder = _checkpoint(os.fspath(path), revision)
         self.text_feature = text_feature
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(choose_device(device))
         self.model = _load_model(folder).to(self.device)
         config = self.model.config
         self.width: int = config.projection_dim

@@ -23,6 +23,7 @@ from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.unit import units_of
 from pipeline.clip.verbs import load_benchmark, require_prepared
 from pipeline.deepspeed_config import deepspeed_file
+from pipeline.devices import require_usable_gpus, torch_build
 from pipeline.errors import UserError, UserErrors
 
 
@@ -53,12 +54,13 @@ def _recipe(recipe: ClipRecipe) -> str:
 
 
 def _ranks(recipe: ClipRecipe, ranks: int) -> str:
+    require_usable_gpus()
     parts = []
     for method in recipe.methods:
         train = recipe.train_of(method)
         micro, steps = micro_batches(train.global_batch, train.micro_batch, ranks)
         parts.append(f"{method.name} {micro} x {steps} of {train.global_batch}")
-    return f"{ranks}, images of each per forward and step: {', '.join(parts)}"
+    return f"{ranks}, images of each per forward and step: {', '.join(parts)}; {torch_build()}"
 
 
 def _deepspeed(recipe: ClipRecipe) -> str:
