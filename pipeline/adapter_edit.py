@@ -106,7 +106,7 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
     one, two = first.meta, other.meta
     found = [] if one.base_model == two.base_model else ["another base model"]
     found += [f"another CLIP ({name})" for name in IDENTITY_FIELDS if one.keys.get(name) != two.keys.get(name)]
-    found += _differing("model", one, two, ("dtype", "template", "image_padding"))
+    found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
     selection = ("name", "selection", "k", "gate", "image_weight", "insertion", "text_only", "prompt_length")
     found += _differing("method", one, two, selection)
     if "trained" in (one.projector, two.projector):

@@ -90,6 +90,13 @@ class ModelConfig(Section):
         description="the conversation: that of the checkpoint's chat template (without one, USER: and ASSISTANT:), or "
         "LLaVA-1.5's with its system sentence",
     )
+    image_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of one image, by the processor's own knob (pixels of Qwen2.5-VL, tiles of InternVL, "
+        "the longest edge of Idefics3 and SmolVLM, pan-and-scan of Gemma 3, grids of LLaVA-NeXT); null: as the "
+        "checkpoint says",
+    )
     image_padding: Literal["none", "square"] = Field(
         "none", description="square: pad images to squares with the processor's mean colour first, as LLaVA's own code"
     )

@@ -46,6 +46,8 @@ class LMM(nn.Module):
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
+        if config is not None and config.image_tokens is not None:
+            self.family.adopt(processor)
         self.freeze()
 
     @cached_property

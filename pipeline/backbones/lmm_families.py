@@ -54,6 +54,9 @@ class Family:
         """Projected features [n, D] of what `tower_features` gave."""
         return self._projector(features).flatten(0, -2)
 
+    def adopt(self, processor: Any) -> None:
+        """Take over what of the processor's settings the model must agree with, where model.image_tokens set them."""
+
     @property
     def _projector(self) -> nn.Module:
         return self.model.model.get_submodule(self.projector)
@@ -112,6 +115,10 @@ class LlavaNext(Family):
 
     kind = "llava_next"
     vicuna = True
+
+    def adopt(self, processor: Any) -> None:
+        # The model puts an image's crops together again by these.
+        self.model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
 
 
 class Qwen25VL(Family):

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline import hub
+from pipeline.backbones.image_tokens import limit_image_tokens
 from pipeline.backbones.lmm_families import Family, family_of
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
@@ -42,6 +43,7 @@ def load_processor(config: ModelConfig) -> Any:
             "image-text-to-text checkpoint with processor_config.json or preprocessor_config.json and tokenizer files."
         )
     _check_template(config, family, processor)
+    limit_image_tokens(processor, config.image_tokens)
     return processor
 
 
@@ -56,6 +58,8 @@ def settings_fingerprint(config: ModelConfig) -> str:
         if path.name != "config.json" and not path.name.endswith(".index.json"):
             content = path.read_bytes()
             digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    if config.image_tokens is not None:
+        digest.update(f"image_tokens:{config.image_tokens}".encode())
     return digest.hexdigest()
 
 

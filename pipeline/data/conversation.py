@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.pictures import squared
+from pipeline.backbones.image_tokens import ImageShape, ImageSizes, image_sizes
+from pipeline.data.pictures import SQUARE_SIDE, squared
+from pipeline.data.plain_text import PlainText
 from pipeline.data.sample import Sample
+from pipeline.data.truncation import cut_to_fit
 from pipeline.errors import UserError
 
 CACHE_BYTES = 256 << 20
@@ -28,6 +32,8 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # an answer that no template changes and no question holds
+PLACE = "\ue000"  # the same for a question
+TOO_LONG = ("refuse", "skip", "truncate")
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,38 @@ class Example:
         return pixels + 36 * (len(self.prompt) + len(self.answer))  # a Python int in a list: 28 + 8 bytes
 
 
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a sample: of its prompt, the image's `image` among them, and of its answer with the end token."""
+
+    prompt: int
+    answer: int
+    image: int
+
+    @property
+    def all(self) -> int:
+        return self.prompt + self.answer
+
+
 class Conversation:
     """Turns samples into examples with a model's processor.
 
     `template` auto is the processor's chat template, else LLaVA-1.5's form without its system sentence; vicuna_v1 is
     LLaVA-1.5's whole form. `image_padding` square pads images to squares with the processor's mean colour, as LLaVA's
-    own code does.
+    own code does. With `cuts` a sample of more than `max_length` tokens loses text (see `cut_to_fit`), else it is
+    refused.
     """
 
-    def __init__(self, processor: Any, max_length: int, template: str = "auto", image_padding: str = "none") -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        template: str = "auto",
+        image_padding: str = "none",
+        cuts: bool = False,
+    ) -> None:
         self.processor = processor
+        self.cuts = cuts
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
         self.padded = image_padding == "square"
@@ -75,6 +103,7 @@ class Conversation:
         self.system = VICUNA_SYSTEM if template == "vicuna_v1" else ""
         self.templated = template == "auto" and bool(getattr(processor, "chat_template", None))
         self.end_text, self.end_token = self._end_of_answer()
+        self.plain = PlainText(self.tokenizer, (self.image_token,))
         self.blank = self._blank()
 
     @property
@@ -88,7 +117,7 @@ class Conversation:
 
     def _text(self, questions: Sequence[str], has_image: bool, answer: str) -> str:
         """The conversation up to the answer to the last question; the earlier ones are answered `answer`."""
-        questions = [question.replace(self.image_token, "").strip() for question in questions]  # the template places it
+        questions = [self._question(question) for question in questions]
         if not self.templated:
             image = f"{self.image_token}\n" if has_image else ""
             between = f" {answer}{self.end_text}USER: "
@@ -100,6 +129,10 @@ class Conversation:
             image_part = [{"type": "image"}] if has_image and not number else []
             messages.append({"role": "user", "content": [*image_part, {"type": "text", "text": question}]})
         return self._render(messages, add_generation_prompt=True)
+
+    def _question(self, question: str) -> str:
+        """A question without the image's placeholder before or behind it: the template places the image."""
+        return question.strip().removeprefix(self.image_token).removesuffix(self.image_token).strip()
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
@@ -133,32 +166,130 @@ class Conversation:
 
     def example_of(self, sample: Sample, picture: Image.Image | None, features: Tensor | None = None) -> Example:
         """Tokenise one sample whose image is decoded already; raises UserError when it is too long."""
-        text = self.text(sample.question, picture is not None)
+        images: dict[str, Tensor] | None = None
+        if picture is None:
+            prompt = self._prompt(sample.question, False, self.tokenizer)
+        else:
+            given = self._given(picture)
+
+            def with_image(text: str, **options: Any) -> Any:
+                return self.processor(
+                    images=given, text=text, return_tensors="pt", **self.sizes.options, **options
+                )
+
+            try:
+                prompt, inputs = self._prompt_and_inputs(sample.question, with_image)
+            except Exception:
+                self._require_image(sample.id, given)  # else it is not the image
+                raise
+            images = image_inputs(inputs) if features is None else {KEPT: features[None]}
+        answer, learned = self._answer_and_turns(sample, picture is not None)
+        if len(prompt) + len(answer) > self.max_length:
+            size = None if picture is None else picture.size
+            if self.cuts:
+                return self.example_of(self.cut(sample, size), picture, features)
+            raise self.too_long(sample.id, len(prompt) + len(answer))
+        return Example(sample.id, prompt, answer, images, learned, picture_digest(sample.image))
+
+    def too_long(self, name: str, tokens: int) -> UserError:
+        """The sentence about a sample of so many tokens."""
+        return UserError(
+            f"Sample '{name}' has {tokens} tokens, more than the {self.max_length} of model.max_length. Raise "
+            "model.max_length, lower model.image_tokens where its image takes most of them, or set data.too_long to "
+            "skip or truncate."
+        )
+
+    def cut(self, sample: Sample, size: tuple[int, int] | None) -> Sample:
+        """The sample with as much text left out as it has too much; UserError where no cut of text suffices."""
+        fitting = cut_to_fit(sample, lambda shorter: self.length(shorter, size).all, self.max_length)
+        if fitting is None:
+            length = self.length(sample, size)
+            raise UserError(
+                f"Sample '{sample.id}' has {length.all} tokens, more than the {self.max_length} of model.max_length, "
+                f"and no cut of its question is enough: its image takes {length.image}, its answer {length.answer}. "
+                "Raise model.max_length, or lower model.image_tokens."
+            )
+        return fitting
+
+    def length(self, sample: Sample, size: tuple[int, int] | None) -> Length:
+        """Tokens of a sample by its texts and its image's width and height, None without one: what `example` makes.
+
+        Raises UserError for a size that the processor refuses.
+        """
+        shape = None if size is None else self.image_shape(*size, name=sample.id)
+
+        def lean(text: str, **options: Any) -> Any:
+            return self.tokenizer(text if shape is None else text.replace(self.image_token, shape.text, 1), **options)
+
+        prompt = len(self._prompt(sample.question, shape is not None, lean))
+        image = 0 if shape is None else shape.tokens
+        answer, _ = self._answer_and_turns(sample, shape is not None)
+        return Length(prompt + (0 if shape is None else image - shape.runs), len(answer), image)
+
+    @cached_property
+    def sizes(self) -> ImageSizes:
+        """What the processor makes of an image by its size alone."""
+        return image_sizes(self.processor)
+
+    def image_shape(self, width: int, height: int, name: str = "") -> ImageShape:
+        """What an image of this size becomes; UserError, with the sample's name, where the processor refuses it."""
+        if self.padded:
+            width = height = min(max(width, height), SQUARE_SIDE)
+        try:
+            return self.sizes.of(width, height)
+        except (ValueError, ZeroDivisionError) as error:
+            raise self._not_processed(name, (width, height), error) from error
+
+    def _require_image(self, name: str, picture: Image.Image) -> None:
+        """UserError, with the sample's name, for an image that the processor refuses."""
+        try:
+            self.processor.image_processor(picture, return_tensors="pt")
+        except Exception as error:  # each refuses in its own way
+            raise self._not_processed(name, picture.size, error) from error
+
+    def _not_processed(self, name: str, size: tuple[int, int], error: Exception) -> UserError:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return UserError(
+            f"The model's processor cannot use the image of sample '{name}', {size[0]} x {size[1]} pixels ({said}). "
+            "Set data.too_long to skip, or replace the image."
+        )
+
+    def _prompt(self, question: str, has_image: bool, tokenise: Callable[..., Any]) -> list[int]:
+        return self._prompt_and_inputs(question, tokenise, has_image)[0]
+
+    def _prompt_and_inputs(
+        self, question: str, tokenise: Callable[..., Any], has_image: bool = True
+    ) -> tuple[list[int], Any]:
+        """The prompt's tokens, and what `tokenise` returned for the part of it that holds the image."""
+        text, special = self.text(question, has_image), self.plain.holds_special(self._question(question))
+        before, after = text, ""
+        if special:
+            before, _, after = self.text(PLACE, has_image).partition(PLACE)
         # A template may already begin with the first token, which the tokenizer would add once more.
         first, options = self.tokenizer.bos_token, {}
         if first is not None and text.startswith(first):
             options["add_special_tokens"] = False
-        if picture is None:
-            prompt, images = list(self.tokenizer(text, **options).input_ids), None
-        else:
-            inputs = self.processor(images=self._pad(picture), text=text, return_tensors="pt", **options)
-            prompt = inputs["input_ids"][0].tolist()
-            images = image_inputs(inputs) if features is None else {KEPT: features[None]}
+        inputs = tokenise(before, **options)
+        prompt = torch.as_tensor(inputs["input_ids"]).flatten().tolist()
         if first is not None and prompt[:1] != [self.tokenizer.bos_token_id]:
             prompt = [self.tokenizer.bos_token_id, *prompt]
-        answer, learned = self._answer(text, sample.answer), None
-        if sample.meta.get("turns"):
-            answer, learned = self._with_turns(sample, answer, picture is not None)
-        if len(prompt) + len(answer) > self.max_length:
-            raise UserError(
-                f"Sample '{sample.id}' has {len(prompt) + len(answer)} tokens, more than the {self.max_length} of "
-                "model.max_length. Raise model.max_length or leave the sample out."
-            )
-        return Example(sample.id, prompt, answer, images, learned, picture_digest(sample.image))
+        if special:
+            prompt += self.plain(self._question(question))
+            prompt += list(self.tokenizer(after, add_special_tokens=False).input_ids)
+        return prompt, inputs
+
+    def _answer_and_turns(self, sample: Sample, has_image: bool) -> tuple[list[int], list[bool] | None]:
+        answer = self._answer(self.text(sample.question, has_image), sample.answer)
+        return self._with_turns(sample, answer, has_image) if sample.meta.get("turns") else (answer, None)
 
     def _answer(self, prompt: str, answer: str) -> list[int]:
         """Answer tokens as they follow the prompt, with the end token."""
-        joined = ("" if prompt[-1:].isspace() else " ") + answer.strip()
+        answer = answer.strip()
+        if self.plain.holds_special(answer):
+            answer = answer.removesuffix(self.end_text).rstrip()  # some data sets write the end out
+        joined = ("" if prompt[-1:].isspace() else " ") + answer
+        if self.plain.holds_special(answer):
+            return [*self.plain(joined), self.end_token]
         before = list(self.tokenizer(prompt).input_ids)
         whole = list(self.tokenizer(prompt + joined).input_ids)
         if whole[: len(before)] == before:
@@ -182,21 +313,31 @@ class Conversation:
                     "Set model.template to vicuna_v1 if the model is a LLaVA, or split the sample."
                 )
             between = pieces[-1].lstrip(" ").removeprefix(self.end_text)
-            asked = list(self.tokenizer(between, add_special_tokens=False).input_ids)
+            asked = self._asked(between, questions, has_image)
             answered = self._answer(between, turn["answer"])
             answer = [*answer, *asked, *answered]
             learned += [False] * len(asked) + [True] * len(answered)
         return answer, learned
 
-    def _pad(self, picture: Image.Image) -> Image.Image:
-        """The picture in the middle of a square of the processor's mean colour."""
+    def _asked(self, between: str, questions: Sequence[str], has_image: bool) -> list[int]:
+        """Tokens of a further question, the last of these, with what stands before and behind it."""
+        question = self._question(questions[-1])
+        if not self.plain.holds_special(question):
+            return list(self.tokenizer(between, add_special_tokens=False).input_ids)
+        text = self._text([*questions[:-1], PLACE], has_image, MARK).split(MARK)[-1].lstrip(" ")
+        before, _, after = text.removeprefix(self.end_text).partition(PLACE)
+        ends = [self.tokenizer(part, add_special_tokens=False).input_ids if part else [] for part in (before, after)]
+        return [*ends[0], *self.plain(question), *ends[1]]
+
+    def _given(self, picture: Image.Image) -> Image.Image:
+        """The picture as the processor gets it: with padding in the middle of a square of its mean colour."""
         if not self.padded:
-            return picture
+            return self.sizes.prepared(picture)
         return squared(picture, tuple(int(255 * value) for value in self.processor.image_processor.image_mean))
 
     def _blank(self) -> dict[str, Tensor]:
         """Stands in where a batch has no image; one crop of it will do, where the model does not count them."""
-        blank = image_inputs(self.processor.image_processor(PLAIN, return_tensors="pt"))
+        blank = image_inputs(self.processor.image_processor(self._given(PLAIN), return_tensors="pt"))
         if "image_sizes" in blank or "image_grid_thw" in blank:
             return blank
         return {name: value[:1] for name, value in blank.items()}
