@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import Recipe
+from pipeline.given_path import command
 from pipeline.run_folder import read_run
 
 NOTICED = 1.0  # percent of an earlier task's questions, or points of its score: less than this is not worth a word
@@ -143,12 +144,13 @@ def advice(effects: list[Effect], recipe: Recipe, run: Path, task: str) -> list[
     gates = [gate for gate in beside.values() if gate is not None and gate < limit]
     if gates:
         said.append(
-            f"{', '.join(beside)}: the set of {task} is inserted beside their own. `python -m pipeline add {run} "
-            f"{task} --gate {min(gates):g}` keeps it out of these; no set is learned anew by that."
+            f"{', '.join(beside)}: the set of {task} is inserted beside their own. "
+            f"`{command('add', run, task, '--gate', f'{min(gates):g}')}` keeps it out of these; no set is learned anew "
+            "by that."
         )
     if touched and scored:
         said.append(
-            f"To do without it: `python -m pipeline export {run} adapter`, then `python -m pipeline prune adapter "
-            f"{task} --into smaller`; the earlier sets are what they were."
+            f"To do without it: `{command('export', run, 'adapter')}`, then "
+            f"`{command('prune', 'adapter', task, '--into', 'smaller')}`; the earlier sets are what they were."
         )
     return said

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Recipe, TaskConfig, load_run
 from pipeline.errors import UserError, nearest
+from pipeline.given_path import command
 from pipeline.strict_text import load_json
 
 TASK_FILE = "task.json"  # beside train.json and test.json: how the task is scored
@@ -86,6 +87,6 @@ def _require_finished(run: Path, recipe: Recipe) -> None:
     for index, task in enumerate(recipe.data.tasks):
         if load_stage(run, index, task.name) is None:
             raise UserError(
-                f"stage {index + 1} ({task.name}) of {run} is not finished; let `python -m pipeline run "
-                f"{run / 'config.yaml'}` finish first."
+                f"stage {index + 1} ({task.name}) of {run} is not finished; let "
+                f"`{command('run', run / 'config.yaml')}` finish first."
             )

@@ -15,6 +15,7 @@ from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.data_sources import Benchmark, benchmark_of, images_of
 from pipeline.errors import UserError, UserErrors
+from pipeline.given_path import command
 from pipeline.metrics.scoring import Answered, score_task
 
 SPLITS = ("train", "test")
@@ -59,7 +60,7 @@ class CheckedData:
             wrong.append(
                 f"task{'s' * (len(unprepared) > 1)} {names} not prepared: there is no "
                 f"{data.split_path(unprepared[0].name, SPLITS[0]) / DATASET_FILE}"
-                f"{' and so on' * (len(unprepared) > 1)}; run `python -m pipeline prepare {self.name}`"
+                f"{' and so on' * (len(unprepared) > 1)}; run `{command('prepare', self.name)}`"
                 f"{' once the data is there' * (len(wrong) > 0)}."
             )
         if wrong:
@@ -174,7 +175,7 @@ def require_prepared(recipe: Recipe, name: str) -> None:
             if not (folder / DATASET_FILE).is_file():
                 raise UserError(
                     f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
-                    f"run `python -m pipeline prepare {name}` first."
+                    f"run `{command('prepare', name)}` first."
                 )
 
 

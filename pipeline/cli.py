@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-from pipeline import completion, launch
+from pipeline import __version__, completion, launch
+from pipeline.cli_app import LOOK, SHARE, TRAIN, USE, App, Result, Told, finish, show
 from pipeline.cli_use import Clip, Learned, Model, Then, add_verbs
-from pipeline.config import Recipe, load_recipe, load_run, recipe_kind, run_kind
+from pipeline.config import Recipe, load_recipe, load_run, one_kind, recipe_kind, run_kind
 from pipeline.deepspeed_config import accumulation
 from pipeline.devices import require_usable_gpus
-from pipeline.errors import (
-    EXIT_FAILURE,
-    EXIT_OK,
-    EXIT_RESUMABLE,
-    EXIT_USER,
-    UNWRITABLE,
-    Interrupted,
-    UserError,
-    unwritable,
-)
-from pipeline.stopping import STOP_SIGNALS
+from pipeline.errors import EXIT_USER, UserError
 from pipeline.tracking import passwords_to_environment
 
-Result = dict[str, Any]
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -55,45 +41,21 @@ Until = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
-class Verbs(TyperGroup):
-    """Turns what a verb raises into an exit code, and leaves word for the process that launched this one."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the chosen verb."""
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            outcome = launch.Outcome(EXIT_USER, str(error))
-        except Interrupted as error:
-            if launch.is_distributed():
-                # A launcher that ends the ranks when the first has left must not change this one's exit code.
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-            outcome = launch.Outcome(EXIT_RESUMABLE, str(error) or "stopped early; the same command goes on from here.")
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in UNWRITABLE:
-                _finish(launch.Outcome(EXIT_FAILURE, unwritable(error)))
-            if "typer" in type(error).__module__ or "click" in type(error).__module__:
-                raise  # its own usage errors, which it shows itself
-            traceback.print_exc()
-            launch.leave_outcome(launch.Outcome(EXIT_FAILURE, f"{type(error).__name__}: {error}"))
-            raise typer.Exit(EXIT_FAILURE) from None
-        _finish(outcome)
+app = App(help="Continual prompt learning on frozen vision-language models.")
 
 
-app = typer.Typer(
-    cls=Verbs,
-    help="Continual prompt learning on frozen vision-language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pipeline {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _before(
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Continual prompt learning on frozen vision-language models."""
     # The deepspeed launcher puts --local_rank before the verb; the environment says the same, so it is only accepted.
@@ -105,7 +67,7 @@ def _before(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher numbers the ranks in it, torch would take them for GPUs
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -124,30 +86,34 @@ def check(
         from pipeline.check import check as check_recipe
 
         findings = check_recipe(loaded, recipe, ranks)
-    if as_json:
-        _show(findings.to_json(), as_json)
+    told = findings.to_json()
     if findings.problems:
-        raise UserError(findings.sentence(recipe))
+        sentence = findings.sentence(recipe)
+        if as_json:
+            show({**told, "error": sentence, "exit_code": EXIT_USER}, as_json)
+        raise (Told if as_json else UserError)(sentence)
+    if as_json:
+        show(told, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def prepare(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
     if recipe_kind(recipe) == "clip":
         from pipeline.clip import verbs
 
-        _show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad)), as_json)
+        show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad)), as_json)
         return
     loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     from data_prep.prepare import prepare as prepare_recipe
 
-    _show(prepare_recipe(loaded, progress=True) or {"prepared": loaded.data.prepared}, as_json)
+    show(prepare_recipe(loaded, progress=True) or {"prepared": loaded.data.prepared}, as_json)
 
 
 def _add_training(verb: str, does: str) -> None:
     """Add a verb that trains a recipe."""
 
-    @app.command(verb, help=does)
+    @app.command(verb, help=does, rich_help_panel=TRAIN)
     def _(
         recipe: RecipeName,
         overrides: Overrides = None,
@@ -162,7 +128,7 @@ _add_training("run", "Train all stages, evaluate after each, and write the repor
 _add_training("train", "Train all stages without evaluating; `evaluate RUN` fills in the matrix later.")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
     launch.require_srun()
@@ -176,9 +142,38 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
         return evaluate_run(run)
 
     _on_ranks(["evaluate", str(run)], load_run(run), work, as_json)
+    _show_end(run, "evaluate", str(run), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="The run to report, then others to compare.", autocompletion=completion.runs
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write RUN/report.html (with the other runs beside it) and print the table."""
+    if one_kind(runs) == "clip":
+        from pipeline.clip.report import read_results, terminal_results, write_benchmark_report
+
+        page = write_benchmark_report(runs[0])
+        tables = [terminal_results(run) for run in runs]
+        result = {"report": str(page), "results": {str(run): read_results(run)["lines"] for run in runs}}
+    else:
+        from pipeline.report import comparison, terminal_table, write_report
+
+        page = write_report(runs[0], runs[1:])
+        tables = [terminal_table(runs)]
+        result = {"report": str(page), **comparison(runs)}
+    for table in tables:
+        Console().print(table)
+    show(result, as_json)
+
+
+@app.command(rich_help_panel=USE)
 def predict(
     run: Learned,
     question: Annotated[str, typer.Option(help="What to ask.")],
@@ -191,36 +186,10 @@ def predict(
     """Answer one question with a run's prompt sets and tell which sets were selected."""
     from pipeline.predict import predict as predict_one
 
-    _show(predict_one(run, image, question, task, model, clip), as_json)
+    show(predict_one(run, image, question, task, model, clip), as_json)
 
 
-@app.command()
-def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN...", help="The run to report, then others to compare.", autocompletion=completion.runs
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Write RUN/report.html (with the other runs beside it) and print the table."""
-    if run_kind(runs[0]) == "clip":
-        from pipeline.clip.report import terminal_results, write_benchmark_report
-
-        page = write_benchmark_report(runs[0])
-        for run in runs:
-            Console().print(terminal_results(run))
-        _show({"report": str(page)}, as_json)
-        return
-    from pipeline.report import terminal_table, write_report
-
-    page = write_report(runs[0], runs[1:])
-    Console().print(terminal_table(runs))
-    _show({"report": str(page)}, as_json)
-
-
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def export(
     run: RunFolder,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter.")],
@@ -237,12 +206,11 @@ def export(
         from pipeline.adapter_edit import push as push_adapter
 
         result["pushed"] = push_adapter(target, push, public)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 add_verbs(
     app,
-    lambda result, as_json: _show(result, as_json),
     lambda recipe, overrides, as_json, then: _sequence("run", recipe, overrides, None, as_json, then),
 )
 
@@ -266,10 +234,11 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
     told = passwords_to_environment(overrides)
     arguments = [verb, name, *(part for text in told for part in ("--set", text))]
     _on_ranks(arguments, recipe, lambda found: verbs.work(verb, found), as_json)
-    if not as_json and verb != "train" and launch.OUTCOMES not in os.environ and launch.rank() == 0:
-        from pipeline.clip.report import terminal_results
+    if _may_print(as_json) and verb != "train":
+        from pipeline.clip.report import REPORT, terminal_results
 
         Console().print(terminal_results(recipe.run_path))
+        print(f"report: {recipe.run_path / REPORT}")
 
 
 def _sequence(
@@ -304,6 +273,20 @@ def _sequence(
     told = passwords_to_environment(overrides)
     arguments = [verb, name, *(part for text in told for part in ("--set", text))]
     _on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
+    if then is None:  # `add` has its own last words
+        _show_end(recipe.run_path, verb, name, as_json)
+
+
+def _may_print(as_json: bool) -> bool:
+    """Whether this process is the one whose output the user sees, and wants words."""
+    return not as_json and launch.OUTCOMES not in os.environ and launch.rank() == 0
+
+
+def _show_end(run: Path, verb: str, name: str, as_json: bool) -> None:
+    if _may_print(as_json):
+        from pipeline.run_summary import show_end
+
+        show_end(run, verb, name)
 
 
 def _on_ranks(
@@ -321,30 +304,10 @@ def _on_ranks(
         if processes > 1:
             outcome = launch.launch(arguments, processes)
             if outcome.code:
-                _finish(outcome)
+                finish(outcome, as_json)
             result = outcome.result or {}
         else:
             result = work(recipe)
     if then is not None and launch.rank() == 0:
         result = then(result)
-    _show(result, as_json)
-
-
-def _show(result: Result, as_json: bool) -> None:
-    if launch.leave_outcome(launch.Outcome(EXIT_OK, result=result)) or launch.rank() != 0:
-        return
-    if as_json:
-        sys.stdout.flush()
-        print(json.dumps(result), flush=True)
-        return
-    for key, value in result.items():
-        if not isinstance(value, dict | list):
-            print(f"{key}: {value}")
-
-
-def _finish(outcome: launch.Outcome) -> None:
-    if not launch.leave_outcome(outcome) and outcome.error:
-        label = {EXIT_RESUMABLE: "stopped"}.get(outcome.code, "error")
-        who = f" (rank {launch.rank()})" if launch.rank() else ""
-        print(f"{label}{who}: {outcome.error}", file=sys.stderr, flush=True)
-    raise typer.Exit(outcome.code)
+    show(result, as_json)

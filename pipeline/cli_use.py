@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import completion
+from pipeline.cli_app import LOOK, OWN, SHARE, USE, show
+from pipeline.given_path import command
 
-Show = Callable[[dict[str, Any], bool], None]
 Then = Callable[[dict[str, Any]], dict[str, Any]]
 Train = Callable[[str, list[str], bool, Then], None]
 Learned = Annotated[
@@ -26,13 +27,13 @@ Clip = Annotated[str | None, typer.Option(help="Where the frozen CLIP is on this
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
-def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
-    """Add the verbs to the command line; `show` prints a result, `train` runs a recipe with overrides.
+def add_verbs(app: typer.Typer, train: Train) -> None:
+    """Add the verbs to the command line; `train` runs a recipe with overrides.
 
     The function that `train` is given last sees the result before it is shown.
     """
 
-    @app.command()
+    @app.command(rich_help_panel=USE)
     def serve(
         run: Learned,
         host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")] = (
@@ -53,7 +54,7 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
 
         serve_folder(run, host, port, batch, queue, max_tokens, max_pixels, max_body, name, model, clip)
 
-    @app.command()
+    @app.command(rich_help_panel=USE)
     def chat(
         run: Learned,
         image: Annotated[Path | None, typer.Option(help="Picture to begin with.")] = None,
@@ -72,7 +73,7 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
         # As Text: what stands in square brackets is not markup.
         converse(answerer, image, lambda asked: console.input(Text(asked)), lambda line: console.print(Text(line)))
 
-    @app.command("ls")
+    @app.command("ls", rich_help_panel=LOOK)
     def list_all(
         folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds the runs.")] = Path("runs"),
         as_json: AsJson = False,
@@ -90,9 +91,9 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
         if as_json:
             show({"runs": rows}, as_json)
 
-    @app.command()
+    @app.command(rich_help_panel=SHARE)
     def merge(
-        adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters of the same models.")],
+        adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Adapters of the same models.")],
         into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
         as_json: AsJson = False,
     ) -> None:
@@ -101,10 +102,10 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
 
         show(merge_adapters(adapters, into), as_json)
 
-    @app.command()
+    @app.command(rich_help_panel=SHARE)
     def prune(
         adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
-        tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks to drop.")],
+        tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="Tasks to drop.")],
         into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
         as_json: AsJson = False,
     ) -> None:
@@ -113,7 +114,7 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
 
         show(prune_adapter(adapter, tasks, into), as_json)
 
-    @app.command("new-task")
+    @app.command("new-task", rich_help_panel=OWN)
     def new_task(
         name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the task.")],
         images: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the image paths start at.")],
@@ -131,9 +132,9 @@ def add_verbs(app: typer.Typer, show: Show, train: Train) -> None:
         made = make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
         if not made["pictures"]:
             typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
-        show({**made, "next": f"python -m pipeline add RUN {name} --root {root}"}, as_json)
+        show({**made, "next": command("add", "RUN", name, "--root", root)}, as_json)
 
-    @app.command()
+    @app.command(rich_help_panel=OWN)
     def add(
         run: Annotated[
             Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", autocompletion=completion.runs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
-from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
+from pipeline.recipe_file import CONFIG, apply_overrides, find_recipe, read_recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -298,8 +298,19 @@ def recipe_kind(name_or_path: str | Path) -> str | None:
 
 def run_kind(run_path: Path) -> str | None:
     """Return the kind of recipe a run was made with; None also where there is no run, which its reader says."""
-    path = run_path / "config.yaml"
+    path = run_path / CONFIG
     return recipe_kind(path) if path.is_file() else None
+
+
+def one_kind(runs: Sequence[Path]) -> str | None:
+    """Return the kind of some runs, as `run_kind` does; UserError when some are benchmarks and some sequences."""
+    kinds = {path: run_kind(path) for path in runs if (path / CONFIG).is_file()}
+    if len(set(kinds.values())) > 1:
+        words = {"clip": "a benchmark of prompt methods on CLIP", None: "a task sequence"}
+        listed = ", ".join(f"'{path}' is {words[kind]}" for path, kind in kinds.items())
+        raise UserError(f"these runs are of different kinds, whose scores cannot stand in one table: {listed}; report "
+                        "those of one kind together.")  # fmt: skip
+    return run_kind(runs[0])
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -321,7 +332,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 
 def load_run(run_path: Path) -> Recipe:
     """Return the recipe a run folder was made with; UserError when the folder is no run."""
-    if not (run_path / "config.yaml").is_file():
+    if not (run_path / CONFIG).is_file():
         runs = [found.parent.name for found in run_path.parent.glob("*/config.yaml")]
         what = "is a file" if run_path.is_file() else "does not exist"
         found = "has no config.yaml" if run_path.is_dir() else what
@@ -334,7 +345,7 @@ def load_run(run_path: Path) -> Recipe:
             f"'{run_path}' is a benchmark of prompt methods on CLIP; expected the run of a task sequence. What it "
             f"learned is in {run_path / 'units'}; pipeline.clip.checkpoint.classifier_from loads it for any classes."
         )
-    return load_recipe(run_path / "config.yaml")
+    return load_recipe(run_path / CONFIG)
 
 
 def locate(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from rich.table import Table
 
 from pipeline.config import run_kind
 from pipeline.errors import UserError
+from pipeline.recipe_file import CONFIG
 from pipeline.run_contents import BenchmarkState, read_json
 from pipeline.run_folder import read_run
 
+LONG_NAME = 16  # a longer one is put on several lines, so that the numbers of six tasks fit on 80 columns
+RUN_WIDTH = 20  # in the list of runs, which has three numbers
 FIGURES = ("last", "average", "forgetting")
 
 
@@ -22,10 +26,12 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
     A run whose files are damaged is listed with what is wrong. Raises UserError when the folder is missing.
     """
+    if (folder / CONFIG).is_file():
+        raise UserError(f"'{folder}' is a run itself; expected the folder that holds the runs, here '{folder.parent}'.")
     if not folder.is_dir():
         raise UserError(f"'{folder}' is no folder; expected the one that holds the runs, by default runs.")
     rows = []
-    for path in sorted(found.parent for found in folder.glob("*/config.yaml")):
+    for path in sorted(found.parent for found in folder.glob(f"*/{CONFIG}")):
         row: dict[str, Any] = {"run": path.name, "method": "?", "status": "?", "stages": "", "updated": "", "note": ""}
         try:
             if run_kind(path) == "clip":
@@ -71,6 +77,26 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right" if numeric else "left", overflow="fold", no_wrap=not named)
     for row in rows:
         numbers = ["–" if row.get(name) is None else f"{row[name]:.1f}" for name in shown]
-        cells = [row["run"], row["method"], row["status"], row["stages"], *numbers, row["updated"].partition(" ")[0]]
+        cells = [
+            narrow(row["run"], RUN_WIDTH),
+            row["method"],
+            row["status"],
+            row["stages"],
+            *numbers,
+            row["updated"].partition(" ")[0],
+        ]
         table.add_row(*map(escape, cells))
     return table
+
+
+def narrow(name: str, width: int = LONG_NAME) -> str:
+    """Put a long name on several lines of at most `width` letters, broken behind its hyphens, underscores and blanks.
+
+    A table that had too little room would break it in the middle of a word.
+    """
+    lines = [""]
+    for part in re.findall(r"[^-_ ]+[-_ ]?|[-_ ]", name):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip(" ") for line in lines)

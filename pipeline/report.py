@@ -23,16 +23,16 @@ from pipeline.figures import (
     similarity_figure,
 )
 from pipeline.files import replacing
+from pipeline.listing import narrow
 from pipeline.metrics.continual import retention_per_task
 from pipeline.report_predictions import examples, routing_shares, similarity_distributions
 from pipeline.report_tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.run_folder import RunFolder, Scores, read_run
 
-__all__ = ["matrix_figure", "terminal_table", "write_report"]
+__all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
-LONG_NAME = 16
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
 FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
 
@@ -77,6 +77,29 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
     return page
 
 
+def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:
+    """Return what `terminal_table` shows as plain data: columns, a row per run, means over seeds, and all metrics.
+
+    Scores in percent, None where there is none. Raises UserError when a folder is missing or is not a run.
+    """
+    runs = [read_run(path) for path in run_paths]
+    columns = comparison_header(runs[0].tasks)
+    rows = [
+        {"name": row["name"], "note": row["note"], "values": dict(zip(columns, row["values"], strict=True))}
+        for row in comparison_rows(runs)
+    ]
+    seeds = [
+        {
+            "name": row["name"],
+            "seeds": row["seeds"],
+            "mean": {name: value and value[0] for name, value in zip(columns, row["values"], strict=True)},
+            "deviation": {name: value and value[1] for name, value in zip(columns, row["values"], strict=True)},
+        }
+        for row in seed_rows(runs)
+    ]
+    return {"columns": columns, "rows": rows, "seeds": seeds, "metrics": {run.name: run.metrics() for run in runs}}
+
+
 def terminal_table(run_paths: Sequence[Path]) -> Table:
     """Return the comparison of runs: zero-shot and one row per run; tasks, their mean, forgetting, routing in percent.
 
@@ -94,17 +117,11 @@ def terminal_table(run_paths: Sequence[Path]) -> Table:
     for title in comparison_header(runs[0].tasks):
         table.add_column(escape(SHORT_TITLES.get(title, title)), justify="right", no_wrap=True)
     for row in comparison_rows(runs):
-        label = _broken(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
+        label = narrow(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
         table.add_row(escape(label), *map(_percent, row["values"]))
     for row in seed_rows(runs):
         table.add_row(escape(f"mean of {row['name']}\n± over seeds {row['seeds']}"), *map(_stacked, row["values"]))
     return table
-
-
-def _broken(name: str) -> str:
-    """Put a long run name on two lines, recipe and rest, so that the numbers of six tasks fit on 80 columns."""
-    recipe, hyphen, rest = name.partition("-")
-    return f"{recipe}{hyphen}\n{rest}" if len(name) > LONG_NAME and rest else name
 
 
 def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:

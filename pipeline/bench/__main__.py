@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.bench.sizes import SIZES
-from pipeline.cli import Verbs
+from pipeline.cli_app import App
 from pipeline.errors import UserError, nearest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
@@ -21,7 +21,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Interleaved repeats; ratios ar
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 
-app = typer.Typer(cls=Verbs, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = App(help=__doc__, add_completion=False)
 
 
 @app.callback()

@@ -25,6 +25,7 @@ from pipeline.clip.verbs import load_benchmark, require_prepared
 from pipeline.deepspeed_config import deepspeed_file
 from pipeline.devices import require_usable_gpus, torch_build
 from pipeline.errors import UserError, UserErrors
+from pipeline.given_path import command
 
 
 def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
@@ -91,7 +92,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
         found.append(f"{len(unprepared)} datasets that `run` prepares first")
     elif unprepared:
         names = ", ".join(f"'{entry.name}'" for entry in unprepared)
-        wrong.append(f"datasets {names} are not prepared; run `python -m pipeline prepare {name}`"
+        wrong.append(f"datasets {names} are not prepared; run `{command('prepare', name)}`"
                      f"{' once the data is there' * bool(wrong)}.")  # fmt: skip
     if wrong:
         raise UserErrors(wrong)

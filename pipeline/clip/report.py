@@ -9,10 +9,11 @@ from typing import Any
 from pipeline.clip.results import UnitResult, results_json, results_table
 from pipeline.errors import UserError
 from pipeline.files import replacing
+from pipeline.given_path import command
 from pipeline.run_contents import BenchmarkState, LogLine, read_json
 from pipeline.run_folder import read_lines
 
-RESULTS = "results.json"
+RESULTS, REPORT = "results.json", "report.html"
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 
 
@@ -20,7 +21,7 @@ def read_results(run: Path) -> dict[str, Any]:
     """The content of a run's results.json; UserError when it is missing or damaged."""
     path = run / RESULTS
     if not path.is_file():
-        raise UserError(f"{run} has no {RESULTS} yet; evaluate it first with `python -m pipeline evaluate {run}`.")
+        raise UserError(f"{run} has no {RESULTS} yet; evaluate it first with `{command('evaluate', run)}`.")
     try:
         found = json.loads(path.read_text("utf-8"))
         # The means are made of the counts again: what is no number is found here.
@@ -48,7 +49,7 @@ def write_benchmark_report(run: Path) -> Path:
         classes=_by_class(content),
         losses=_losses(run, content),
     )
-    page = run / "report.html"
+    page = run / REPORT
     with replacing(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return page

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.clip.prepared import PreparedDataset
 from pipeline.clip.recipe import ClipRecipe, clip_recipe, datasets_of
 from pipeline.errors import UserError
+from pipeline.given_path import command
 from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
 
 
@@ -50,15 +51,14 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
         folder = Path(recipe.data.prepared) / entry.name
         if not folder.is_dir():
             raise UserError(
-                f"dataset '{entry.name}' is not prepared: there is no {folder}; run "
-                f"`python -m pipeline prepare {name}` first."
+                f"dataset '{entry.name}' is not prepared: there is no {folder}; run `{command('prepare', name)}` first."
             )
         found = PreparedDataset(folder)
         wanted = {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
         if trained and found.classes.sampling != wanted:
             raise UserError(
                 f"dataset '{entry.name}' in {folder} was prepared with {found.classes.sampling or 'no training'}, the "
-                f"recipe wants {wanted}; run `python -m pipeline prepare {name}`."
+                f"recipe wants {wanted}; run `{command('prepare', name)}`."
             )
         for seed in recipe.seeds if trained else ():
             found.few_shots(seed, "all")
