@@ -15,6 +15,7 @@ from pipeline import __version__, completion, launch
 from pipeline.cli_app import LOOK, SHARE, TRAIN, USE, App, Result, Told, finish, show
 from pipeline.cli_use import Clip, Learned, Model, Then, add_verbs
 from pipeline.config import Recipe, load_recipe, load_run, one_kind, recipe_kind, run_kind
+from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.deepspeed_config import accumulation
 from pipeline.devices import require_usable_gpus
 from pipeline.errors import EXIT_USER, UserError
@@ -99,6 +100,7 @@ def check(
 @app.command(rich_help_panel=TRAIN)
 def prepare(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
+    raise_descriptor_limit()
     if recipe_kind(recipe) == "clip":
         from pipeline.clip import verbs
 

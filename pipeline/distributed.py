@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -18,6 +19,7 @@ from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.devices import described, require_usable_gpus
 from pipeline.errors import UserError
 from pipeline.stopping import StopFlag as StopFlag
+from pipeline.stopping import leave_from_wait
 
 log = logging.getLogger("pipeline.distributed")
 T = TypeVar("T")
@@ -83,7 +85,8 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         # DeepSpeed makes groups without saying for how long they wait: they get torch's defaults, 10 minutes with NCCL.
         c10d = dist.distributed_c10d
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-        dist.init_process_group(backend, timeout=timeout)
+        with leave_from_wait("the other ranks") if size > 1 else contextlib.nullcontext():
+            dist.init_process_group(backend, timeout=timeout)
         if rank == 0:
             log.info("%s", described(device, size))
     return World(rank, size, local, device)

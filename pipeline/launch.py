@@ -66,6 +66,12 @@ def end_as_rank(work: Callable[[], object]) -> None:
     """
     code: list[int] = [EXIT_FAILURE]
 
+    def ended() -> None:
+        # Whatever ended the work, a launcher that ends the ranks because of it must not break off the exit handlers.
+        if is_distributed():
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def leave() -> None:
         if is_distributed():
             sys.stdout.flush()
@@ -79,6 +85,8 @@ def end_as_rank(work: Callable[[], object]) -> None:
     except SystemExit as leaving:
         code[0] = leaving.code if isinstance(leaving.code, int) else EXIT_FAILURE if leaving.code else EXIT_OK
         raise
+    finally:
+        ended()
 
 
 def local_processes(recipe: Recipe) -> int:

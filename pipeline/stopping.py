@@ -17,6 +17,8 @@ from types import FrameType
 from pipeline.errors import EXIT_RESUMABLE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+HEARD_S = 3.0  # in which a wait ends by itself, or the process that was told to stop meanwhile ends
+LEFT_S = 60.0  # in which a process that leaves has closed what it had open
 
 
 @dataclass
@@ -68,10 +70,62 @@ def leave_on_signals() -> None:
         message = "stopped by a signal before anything was trained; the same command goes on."
         if not leave_outcome(Outcome(EXIT_RESUMABLE, message)):
             print(f"stopped: {message}", file=sys.stderr, flush=True)
+        # A library that catches whatever its imports raise must not keep the process alive.
+        late = threading.Timer(LEFT_S, os._exit, [EXIT_RESUMABLE])
+        late.daemon = True
+        late.start()
         sys.exit(EXIT_RESUMABLE)
 
     for number in heeded(STOP_SIGNALS):
         signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def leave_from_wait(what: str) -> Iterator[None]:
+    """End the process with "the same command goes on" when it is told to stop while the block waits in C++.
+
+    Python runs its handlers between two of its own instructions, so a process that waits inside a library for peers
+    that never come would hear no signal for as long as that may take. The interpreter writes the signal's number to a
+    pipe at once, and a thread reads it from there. `what` says what the process waits for. Only the main thread can
+    wait like this; in others the block just runs.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    ended = threading.Event()
+    heard = {*heeded(STOP_SIGNALS), signal.SIGINT}
+
+    def listen() -> None:
+        while not ended.is_set():
+            number = os.read(reading, 1)
+            if number and number[0] in heard and not ended.wait(HEARD_S):
+                _leave_at_once(f"stopped by a signal while waiting for {what}; the same command goes on.")
+
+    listening = threading.Thread(target=listen, name="signals", daemon=True)
+    try:
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    except ValueError:  # not the main thread
+        before = None
+    else:
+        listening.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if before is not None:
+            signal.set_wakeup_fd(before)
+            os.write(writing, b"\0")
+            listening.join()
+        os.close(reading)
+        os.close(writing)
+
+
+def _leave_at_once(message: str) -> None:
+    from pipeline.launch import Outcome, leave_outcome
+
+    if not leave_outcome(Outcome(EXIT_RESUMABLE, message)):
+        print(f"stopped: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(EXIT_RESUMABLE)
 
 
 def heed_rank_alone(worker: int = 0) -> None:
