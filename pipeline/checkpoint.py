@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256, sync_folder, write_synced
+from pipeline.files import NFS_OPEN, empty_folder, remove_folder, replacing, sha256, sync_folder, write_synced
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.recipe_base import FileRecipe
 
@@ -56,10 +56,7 @@ def unfinished_folder(run: Path, index: int, name: str) -> Path:
 
 def start_stage_folder(run: Path, index: int, name: str) -> Path:
     """An empty folder for a stage that begins."""
-    folder = unfinished_folder(run, index, name)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    return empty_folder(unfinished_folder(run, index, name))
 
 
 def prototype_of(values: dict[str, Tensor]) -> Tensor:
@@ -90,12 +87,12 @@ def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dic
     (work / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / COMPLETE).write_text(sha256(work / META) + "\n")
     for path in work.iterdir():
-        if path.is_file():
+        if path.is_file() and not path.name.startswith(NFS_OPEN):  # it goes when whoever has it open closes it
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
     sync_folder(work)
     if final.exists():  # a damaged or incomplete one that was refused
-        shutil.rmtree(final)
+        remove_folder(final)
     work.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the folder has its name they are what there is

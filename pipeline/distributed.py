@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.devices import described, require_usable_gpus
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.stopping import StopFlag as StopFlag
-from pipeline.stopping import leave_from_wait
+from pipeline.stopping import leave_from_wait as leave_from_wait
 
 log = logging.getLogger("pipeline.distributed")
 T = TypeVar("T")
@@ -172,7 +172,8 @@ def on_main(world: World, work: Callable[[], T]) -> T:
         raise error
     if message[1] is not None:
         kind, text = message[1]
-        raise UserError(text) if issubclass(kind, UserError) else RuntimeError(f"Rank 0 failed: {text}")
+        told = next((known for known in (UserError, Interrupted) if issubclass(kind, known)), None)
+        raise RuntimeError(f"Rank 0 failed: {text}") if told is None else told(text)
     return message[0]  # type: ignore[return-value]
 
 

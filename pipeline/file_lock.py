@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("pipeline.file_lock")
 POLL_S = 0.2
@@ -57,11 +58,21 @@ class FileLock:
     def holder(self) -> str:
         """Who holds the lock, in words."""
         try:
-            told = json.loads(self.path.read_text("utf-8"))
+            told = self._content()
             job = f" (Slurm job {told['job']})" if told["job"] else ""
             return f"process {told['pid']} on {told['host']}{job}, since {told['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process, which has not said which"
+
+    def held_elsewhere(self) -> bool:
+        """Whether its holder says that it is on another machine."""
+        try:
+            return bool(self._content()["host"] != socket.gethostname())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _content(self) -> Any:
+        return json.loads(self.path.read_text("utf-8"))
 
     def release(self) -> None:
         """Give the lock up; nothing where it is not held."""

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
+NFS_OPEN = ".nfs"  # how the names of removed files begin that somebody has open
 OLD_S = 24 * 3600.0  # a temporary of another machine is taken for a dead process's when it is this old
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
 _counter = itertools.count()  # two threads may write one file
@@ -39,6 +42,27 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def empty_folder(path: Path) -> Path:
+    """Make an empty folder `path`, whatever is there; UserError when that cannot be removed.
+
+    Over NFS a file that somebody has open is only renamed to `.nfs*` when it is removed, and its folder stays with it
+    until it is closed. Such a file is nobody's content any more.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    left = sorted(found.name for found in path.iterdir() if not found.name.startswith(NFS_OPEN))
+    if left:
+        raise UserError(f"'{path}' is left of an earlier attempt and '{left[0]}' in it cannot be removed; remove it.")
+    return path
+
+
+def remove_folder(path: Path) -> None:
+    """Free the name of a folder and remove it, as far as nobody has files in it open (see `empty_folder`)."""
+    gone = temporary_of(path)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def temporary_of(path: Path) -> Path:

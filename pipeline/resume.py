@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import RESUME
 from pipeline.distributed import World, gather_objects, on_main
-from pipeline.files import sync_folder, write_synced
+from pipeline.files import empty_folder, sync_folder, write_synced
 from pipeline.moments import Moments, read_moments
 from pipeline.recipe_base import LoopConfig
 
@@ -133,7 +133,7 @@ def write_step(folder: Path, state: StepState, keep: int) -> Path:
     final = folder / f"step-{state.step:08d}"
     work = final.with_name(final.name + UNFINISHED)
     _sweep(folder)
-    work.mkdir(parents=True)
+    empty_folder(work)
     tensors = state.shared
     for rank, part in enumerate(state.random):
         tensors |= {f"random.{rank}.{name}": value for name, value in part.items()}

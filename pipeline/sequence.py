@@ -63,7 +63,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         limit_s = recipe.train.watchdog_s
         world = init_world(collective_timeout(limit_s))
         accumulation(recipe, world.size)
-        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world) as path:
+        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world, stop) as path:
             sequence = Sequence(recipe, path, world, stop, watchdog)
             return sequence.run(stages != "evaluate", stages != "train", until)
 

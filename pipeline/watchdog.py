@@ -33,6 +33,7 @@ MARGIN_S = 600.0  # by which the process group waits longer than the watchdog
 POLLS = 20  # looks at the clock within the limit, at least one every five seconds
 GRACE_S = 10.0  # for the other ranks to write their stacks too
 _BEATS, _HUNG, _WHERE = "pipeline/beats", "pipeline/hung", "pipeline/where/{}"
+_COLLECTED, _COLLECTORS = "pipeline/collected", "pipeline/collectors"
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -52,6 +53,7 @@ class Watchdog:
         self._beats, self._doing, self._slow = 0, "starting", True
         self._total = 0  # progress of all ranks
         self._hung: str | None = None  # what the first rank that gives up says
+        self._told = False  # whether the store has taken what this rank says
         self._main = threading.get_ident()
         self._ended = threading.Event()
 
@@ -131,6 +133,8 @@ class Watchdog:
         sharing = threading.Thread(target=self._share, args=(hung, place, places), daemon=True)
         sharing.start()
         sharing.join(GRACE_S)
+        if sharing.is_alive() and self._told:  # the store answers, so what the others say is still to come
+            sharing.join(2 * GRACE_S)
         places = dict(places)
         silent = [other for other in range(self.world.size) if other not in places]
         summary = "; ".join(f"rank {number} {text}" for number, text in sorted(places.items()))
@@ -147,17 +151,43 @@ class Watchdog:
         os._exit(EXIT_FAILURE)  # a rank that hangs in a collective cannot be asked to leave
 
     def _share(self, hung: str, place: str, places: dict[int, str]) -> None:
-        """Tell the other ranks and collect in `places` what they say, for as long as they may need to notice."""
+        """Tell the other ranks where this one is, and put in `places` what all of them say.
+
+        Rank 0 collects, and the others ask for what it has collected: were each to ask for each, 512 ranks would put a
+        quarter of a million questions to one store, and most would have no answer in time. Where rank 0 does not
+        answer but its store does, one of the others does it.
+        """
         if self._store is None:
             return
         with contextlib.suppress(Exception):  # what the others say is lost with rank 0
-            self._store.set(_HUNG, hung)
             self._store.set(_WHERE.format(self.world.rank), json.dumps(place))
-            while len(places) < self.world.size:
-                for rank in range(self.world.size):
-                    if rank not in places and self._store.check([_WHERE.format(rank)]):
-                        places[rank] = json.loads(self._store.get(_WHERE.format(rank)))
+            self._store.set(_HUNG, hung)
+            self._told = True
+            if self.world.main:
+                self._collect(places, GRACE_S)
+                return
+            try:  # for longer than rank 0 collects, which may have noticed later
+                self._store.wait([_COLLECTED], datetime.timedelta(seconds=1.7 * GRACE_S))
+            except Exception:
+                if self._store.add(_COLLECTORS, 1) == 1:
+                    self._collect(places, GRACE_S / 2)
+                    return
+                self._store.wait([_COLLECTED], datetime.timedelta(seconds=GRACE_S))
+            found = json.loads(self._store.get(_COLLECTED))
+            places.update({int(rank): text for rank, text in found.items()})
+
+    def _collect(self, places: dict[int, str], seconds: float) -> None:
+        """Put where the ranks are in `places`, for at most so long, and then into the store."""
+        until = time.monotonic() + seconds
+        missing = set(range(self.world.size)) - places.keys()
+        while missing and time.monotonic() < until:
+            for rank in sorted(missing):
+                if self._store.check([_WHERE.format(rank)]):
+                    places[rank] = json.loads(self._store.get(_WHERE.format(rank)))
+                    missing.discard(rank)
+            if missing:
                 time.sleep(0.2)
+        self._store.set(_COLLECTED, json.dumps(places))
 
 
 # ---------------------------------------------------------------------- reading stacks

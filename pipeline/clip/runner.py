@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +27,7 @@ from pipeline.clip.unit import Unit, regularisers_of, units_of
 from pipeline.config import TrainConfig
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.errors import Interrupted
+from pipeline.files import empty_folder
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
 from pipeline.run_lock import claimed
@@ -51,7 +51,7 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
     with stop_on_signals() as stop:
         limit_s = recipe.train.watchdog_s
         world = init_world(collective_timeout(limit_s))
-        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world) as path:
+        with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world, stop) as path:
             return Benchmark(recipe, path, world, stop, watchdog).run(train, evaluate)
 
 
@@ -146,8 +146,7 @@ class Benchmark:
         work = unfinished(unit.folder(self.path))
         found = newest(work)
         if found is None:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+            empty_folder(work)
             return None
         check_stage(work, found.meta, self._constants(unit))
         cut_log(work / "metrics.jsonl", found.step)

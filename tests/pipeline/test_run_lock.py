@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -14,10 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline import run_lock
-from pipeline.errors import UserError
+from pipeline import distributed, run_lock
+from pipeline.distributed import World, on_main
+from pipeline.errors import Interrupted, UserError
 from pipeline.run_lock import LOCK, locked
+from pipeline.stopping import StopFlag
 from tests.processes import PROJECT
 
 HOLDER = """
@@ -49,6 +53,7 @@ def holder(run: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "WAIT_S", 0.5)
+    monkeypatch.setattr(run_lock, "WAIT_ELSEWHERE_S", 1.5)
 
 
 def test_a_run_that_another_process_writes_to_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -81,3 +86,42 @@ def test_a_file_system_without_locks_costs_a_warning(
     with caplog.at_level(logging.WARNING, "pipeline"), locked(tmp_path):
         pass
     assert "knows no locks" in caplog.text
+
+
+def on_another_machine(run: Path) -> None:
+    told = json.loads((run / LOCK).read_text())
+    (run / LOCK).write_text(json.dumps({**told, "host": "node7", "job": "41"}))
+
+
+def test_a_holder_on_another_machine_may_have_failed_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Waited for longer, and the job is to be queued again: exit code 75 and not 2."""
+    with holder(tmp_path) as (process, _), caplog.at_level(logging.WARNING, "pipeline"):
+        on_another_machine(tmp_path)
+        said = f"in use by process {process.pid} on node7 .Slurm job 41.*goes on then"
+        with pytest.raises(Interrupted, match=said), locked(tmp_path):
+            pass
+    assert [record.getMessage().startswith("run folder in use by") for record in caplog.records] == [True]
+
+
+def test_its_lock_is_taken_when_the_file_server_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.0)
+    monkeypatch.setattr(run_lock, "WAIT_ELSEWHERE_S", 600.0)
+    with holder(tmp_path) as (process, _):
+        on_another_machine(tmp_path)
+        monkeypatch.setattr(run_lock.log, "warning", lambda *_: process.kill())
+        with locked(tmp_path):
+            assert process.wait(20)
+
+
+def test_waiting_for_a_lock_can_be_stopped(tmp_path: Path) -> None:
+    told, said = StopFlag(requested=True), "Stopped while waiting for process"
+    with holder(tmp_path), pytest.raises(Interrupted, match=said), locked(tmp_path, told):
+        pass
+
+
+def test_what_ends_rank_0_resumably_ends_every_rank_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is not the first learns of it through the broadcast."""
+    other = World(1, 2, 0, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: (None, (Interrupted, "in use elsewhere")))
+    with pytest.raises(Interrupted, match="in use elsewhere"):
+        on_main(other, lambda: None)

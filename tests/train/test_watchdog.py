@@ -66,6 +66,50 @@ def test_progress_keeps_a_job_alive(ends: list[int]) -> None:
     assert not ends
 
 
+class CountingStore:
+    """A store in this process that counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.store, self.asked = torch.distributed.HashStore(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked += 1
+        return getattr(self.store, name)
+
+
+def places_told(size: int, silent: set[int], store: CountingStore) -> dict[int, dict[int, str]]:
+    """What each rank that answers knows of all when all have given up at about the same time."""
+    found: dict[int, dict[int, str]] = {rank: {rank: f"place {rank}"} for rank in range(size) if rank not in silent}
+
+    def end(rank: int) -> None:
+        dog = Watchdog(World(rank, size, 0, torch.device("cpu")), None)
+        dog._store = store
+        dog._share("hung", f"place {rank}", found[rank])
+
+    threads = [threading.Thread(target=end, args=(rank,)) for rank in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_five_hundred_ranks_learn_where_all_are_with_few_questions() -> None:
+    store, size = CountingStore(), 512
+    everywhere = {rank: f"place {rank}" for rank in range(size)}
+    assert all(known == everywhere for known in places_told(size, set(), store).values())
+    assert store.asked < 20 * size  # were each to ask for each, 512 * 512 * 2
+
+
+@pytest.mark.parametrize("silent", [{3}, {0}], ids=["another", "rank 0"])
+def test_what_is_known_goes_to_all_where_a_rank_does_not_answer(
+    silent: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_S", 1.0)
+    expected = {rank: f"place {rank}" for rank in range(6) if rank not in silent}
+    assert all(known == expected for known in places_told(6, silent, CountingStore()).values())
+
+
 def test_what_begins_after_something_slow_has_its_own_time(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the progress of all ranks has not been added up again."""
     monkeypatch.setattr(watchdog, "SLOW_S", 60.0)
