@@ -72,7 +72,7 @@ def is_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> 
 def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> None:
     """Record that this content of a split has passed `verify_split`, with checksums of it."""
     shards = IndexedShards(folder)
-    records = (shards.checksum(row) for row in range(len(shards)))
+    records = (shards.checksums(row) for row in range(len(shards)))
     write_checksums(folder, fingerprint, records, (INDEX_FILE, KEYS_FILE))
     with replacing(folder / VERIFIED_FILE) as temporary:
         temporary.write_text(json.dumps(_mark(fingerprint, identity), indent=1) + "\n", "utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import KeysConfig, MethodConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Example
+from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.shards import Keys
 from pipeline.devices import choose_device
@@ -120,6 +121,19 @@ class SampleList(list[Sample]):
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.array([len(sample.question) + len(sample.answer) for sample in self], dtype=np.int64)
+
+    @property
+    def question_chars(self) -> npt.NDArray[np.int32]:
+        return np.array([len(sample.question) for sample in self], dtype=np.int32)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        headers = [None if sample.image is None else read_header(sample.image) for sample in self]
+        sizes = [(0, 0) if header is None else (header.width, header.height) for header in headers]
+        return np.array(sizes, dtype=np.int32).reshape(-1, 2)
+
+    def text(self, index: int) -> Sample:
+        return replace(self[index], image=None)
 
 
 class Answerer:

@@ -24,8 +24,9 @@ class Items(Protocol):
     def __getitem__(self, item: int, /) -> Any: ...
 
 
-def loaded(data: Items, numbers: Sequence[int], workers: int) -> Iterator[Any]:
-    """The items of `data` in the order of `numbers`, made by so many processes, or by this one without any.
+def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD) -> Iterator[Any]:
+    """The items of `data` in the order of `numbers`, made by so many processes, or by this one without any; each makes
+    up to `ahead` items before they are asked for.
 
     The processes are forked, whatever the interpreter's default is (Python 3.14: forkserver). Others would be sent
     `data` in a pickle: processors of some models have classes that cannot be pickled, and keys and records would be
@@ -37,7 +38,7 @@ def loaded(data: Items, numbers: Sequence[int], workers: int) -> Iterator[Any]:
     if workers:
         options = {
             "persistent_workers": True,
-            "prefetch_factor": AHEAD,
+            "prefetch_factor": ahead,
             "worker_init_fn": heed_rank_alone,
             "multiprocessing_context": "fork",
         }

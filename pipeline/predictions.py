@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pipeline.checkpoint import write_json
+from pipeline.files import replacing
 from pipeline.metrics.scoring import Answered, TaskScore, score_task
+from pipeline.prompts.pool import PromptPool, tensor_fingerprint
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Test
 
+SCORES_VERSION = 1  # higher when a metric gives other points to the same answers: then they are scored again
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
 UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
 PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
@@ -35,11 +40,11 @@ def scored_lines(
     """The lines of a task's prediction file, and its score."""
     lines: list[dict[str, Any]] = []
     answered: list[Answered] = []
-    for index, identity in enumerate(test.data.ids):
-        sample = test.data[index]
-        answered.append(Answered(answers[index], sample.answer, sample.meta, sample.image is not None))
+    pictured = test.data.keys.has_image.tolist()
+    for index, sample in enumerate(test.texts):
+        answered.append(Answered(answers[index], sample.answer, sample.meta, pictured[index]))
         lines.append({
-            "id": identity, "question": sample.question, "prediction": answers[index], "answer": sample.answer,
+            "id": sample.id, "question": sample.question, "prediction": answers[index], "answer": sample.answer,
             "selected": chosen[index], "similarity": [round(s, 6) for s in scores[index].tolist()],
         })  # fmt: skip
     scored = score_task(test.metric, answered, test.scoring)
@@ -48,13 +53,73 @@ def scored_lines(
     return lines, scored
 
 
+def identity_of(test: Test, pool: PromptPool, selected: Tensor, projector: str) -> str:
+    """A hash [hex] of what a task's predictions and score are a function of, beside what `made_with` says: the sets of
+    every sample [N, m], the sets' values and prototypes, the metric."""
+    facts = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names, list(selected.shape)]
+    facts += [pool.fingerprint(number) for number in range(len(pool))]
+    facts += [tensor_fingerprint(pool.prototypes), tensor_fingerprint(selected)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def write_score(folder: Path, test: Test, scored: TaskScore, made_with: Mapping[str, Any], identity: str) -> None:
+    """Write what a task scored, and what tells later that its predictions are still these."""
+    written = (folder / f"{test.name}.jsonl").read_bytes()
+    content = {
+        "metric": test.metric, "scoring": test.scoring, "samples": len(scored.points), "score": scored.percent,
+        "parts": scored.parts, "made_with": dict(made_with), "identity": identity,
+        "predictions": {"bytes": len(written), "crc32": zlib.crc32(written)},
+    }  # fmt: skip
+    write_json(folder / f"{test.name}.score.json", content)
+
+
+def finished_score(
+    folder: Path, test: Test, made_with: Mapping[str, Any], sets: Mapping[str, str], identity: str
+) -> float | None:
+    """The score that is there, if it and the predictions are those of these samples, sets and settings, and whole.
+
+    Nothing of them is parsed but the score file. None as well for what an earlier version wrote without an `identity`.
+    """
+    try:
+        told = json.loads((folder / f"{test.name}.score.json").read_text("utf-8"))
+        if told["made_with"] != dict(made_with) or told.get("identity") != identity:
+            return None
+        if json.loads((folder / SETS_FILE).read_text("utf-8")) != dict(sets) or not _as_written(
+            folder, test.name, told
+        ):
+            return None
+        return float(told["score"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _as_written(folder: Path, task: str, told: Mapping[str, Any]) -> bool:
+    """Whether the predictions are the file that the score file `told` describes; True where it does not describe it."""
+    if "predictions" not in told:
+        return True
+    content = (folder / f"{task}.jsonl").read_bytes()
+    return told["predictions"] == {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def write_if_other(path: Path, content: str) -> None:
+    """Write a file unless it has this content already."""
+    encoded = content.encode("utf-8")
+    try:
+        if path.stat().st_size == len(encoded) and path.read_bytes() == encoded:
+            return
+    except OSError:
+        pass
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
 def known_answers(
     task: str, folders: Iterable[Path], made_with: dict[str, Any]
 ) -> dict[tuple[str, tuple[str, ...]], str]:
     """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
 
-    Those that were made with other data, settings or model files than `made_with` are left alone; what a folder does
-    not say of its answers is trusted.
+    Those that were made with other data, settings or model files than `made_with`, or were changed since they were
+    written, are left alone; what a folder does not say of its answers is trusted.
     """
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
@@ -63,12 +128,15 @@ def known_answers(
             if unfinished["made_with"] == made_with:
                 known |= {(identity, tuple(used)): answer for identity, used, answer in unfinished["answers"]}
         try:
-            told = json.loads((folder / f"{task}.score.json").read_text("utf-8")).get("made_with", made_with)
+            written = json.loads((folder / f"{task}.score.json").read_text("utf-8"))
+            told = written.get("made_with", made_with)
         except (OSError, ValueError, AttributeError):
-            told = made_with
+            written, told = {}, made_with
         if any(told.get(name, value) != value for name, value in made_with.items()):
             continue
         try:
+            if not _as_written(folder, task, written):
+                continue
             prints = json.loads((folder / SETS_FILE).read_text("utf-8"))
             lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
             for line in lines:

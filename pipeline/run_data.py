@@ -84,7 +84,12 @@ def open_data(recipe: Recipe, world: World) -> RunData:
         ]
 
     tested = together(tests)
-    on_main(world, lambda: [require_upright(shards) for shards, *_ in (*train, *test)])
+
+    def upright() -> None:
+        for shards, *_ in (*train, *test):
+            require_upright(shards)
+
+    on_main(world, upright)
     return RunData(identity, train, tested, skipped)
 
 

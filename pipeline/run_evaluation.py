@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -11,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import write_json
 from pipeline.config import Recipe
 from pipeline.data.collate import StageData
 from pipeline.distributed import agree, on_main
 from pipeline.errors import Interrupted
-from pipeline.evaluate import Test, evaluate_task, task_similarity
+from pipeline.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
+from pipeline.generation import Conditions
 from pipeline.methods import Method
 from pipeline.metrics.blind import majority_score
 from pipeline.models import Models
+from pipeline.predictions import SCORES_VERSION, write_if_other
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.run_data import RunData
 from pipeline.stopping import StopFlag
 from pipeline.tracking import Tracker
 
 log = logging.getLogger("pipeline.sequence")
+MAJORITY_FILE = "majority.json"
 Projector = dict[str, Tensor]  # the trained projector's values; empty: the base model's own
 
 
@@ -61,17 +64,23 @@ class RunEvaluation:
 
     def majority(self) -> list[float]:
         """Scores [T] of each task's most frequent training answer, kept beside the predictions."""
-        path = self.path / "eval" / "majority.json"
+        path = self.path / "eval" / MAJORITY_FILE
 
         def work() -> list[float]:
-            if not path.is_file():
-                row = [
-                    majority_score(StageData([part]), test.data, test.metric, test.scoring)
-                    for part, test in zip(self.train, self.tests, strict=True)
-                ]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, row)
-            return json.loads(path.read_text("utf-8"))
+            known = _known_majority(path)
+            row = []
+            for part, test in zip(self.train, self.tests, strict=True):
+                training = StageData([part])
+                made_with = [training.fingerprint, len(training), test.data.fingerprint, len(test.data)]
+                made_with += [test.metric, test.scoring, SCORES_VERSION]
+                found = known.get(test.name)
+                if found is None or found["made_with"] != made_with:
+                    pictured = test.data.keys.has_image.tolist()
+                    score = majority_score(training, test.texts, test.metric, test.scoring, pictured)
+                    found = {"score": score, "made_with": made_with}
+                row.append({"task": test.name, **found})
+            write_if_other(path, json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+            return [float(found["score"]) for found in row]
 
         return on_main(self.world, work)
 
@@ -105,17 +114,24 @@ class RunEvaluation:
         self.models.watchdog.beat("during evaluation", slow=True)
         if self._told_to_stop():
             raise Interrupted("Stopped by a signal during evaluation. Run the same command again to go on.")
-        test, settings = self.tests[number], self.recipe.evaluate
+        test, recipe = self.tests[number], self.recipe
         began = time.perf_counter()
-        scores = task_similarity(test, pool, self.recipe.method.image_weight)
-        if len(pool):
-            selected = self.method.answering_sets(pool, number, scores, test.data.keys.has_image)
-        else:
-            selected = torch.zeros(len(test.data), 0, dtype=torch.long)
+
+        def route() -> tuple[Tensor, Tensor]:
+            scores = task_similarity(test, pool, recipe.method.image_weight)
+            if not len(pool):
+                return torch.zeros(len(test.data), 0, dtype=torch.long), scores
+            return self.method.answering_sets(pool, number, scores, test.data.keys.has_image), scores
+
+        settings = AnswerSettings(
+            recipe.evaluate.batch, recipe.method.insertion, fingerprint_of(projector), recipe.evaluate.share_images,
+            self.answering_model,
+        )  # fmt: skip
+        progress = self.models.watchdog.progress
+        conditions = Conditions(recipe.train.workers, go_on=lambda: not self._told_to_stop(), progress=progress)
         result = evaluate_task(
-            lambda: self.models.replica(projector), test, pool, selected, scores, self.world, folder,
-            settings.batch, earlier, self.recipe.method.insertion, fingerprint_of(projector),
-            settings.share_images, self.answering_model, self._told_to_stop,
+            lambda: self.models.replica(projector), test, pool, route, self.world, [folder, *earlier], settings,
+            conditions,
         )  # fmt: skip
         self.seconds += time.perf_counter() - began
         return result
@@ -126,3 +142,10 @@ class RunEvaluation:
 
 def _named(tests: list[Test], row: Any) -> str:
     return ", ".join(f"{t.name} {s:.1f}" for t, s in zip(tests, row, strict=True) if s is not None)
+
+
+def _known_majority(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier attempt computed, by task; nothing of a file that an earlier version wrote or that is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return {found["task"]: found for found in json.loads(path.read_text("utf-8"))}
+    return {}

@@ -23,7 +23,7 @@ from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.shards import IndexedShards
 from pipeline.distributed import World, init_world
 from pipeline.errors import UserError
-from pipeline.evaluate import Test, evaluate_task, task_similarity
+from pipeline.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
 from pipeline.generation import generate_once
 from pipeline.methods import make_method
 from pipeline.predictions import SETS_FILE
@@ -177,10 +177,10 @@ def _pipeline(
     earlier = [folder / str(before) for before in range(stage)] if reuse else []
     scores, selected = matrix.routed(stage, task)
     test, settings = matrix.tests[task], matrix.recipe
+    how = AnswerSettings(settings.evaluate.batch, settings.method.insertion, share_images=share)
     evaluate_task(
-        lambda: matrix.lmm, test, matrix.pools[stage], selected, scores, world, here, settings.evaluate.batch, earlier,
-        settings.method.insertion, share_images=share,
-    )  # fmt: skip
+        lambda: matrix.lmm, test, matrix.pools[stage], lambda: (selected, scores), world, [here, *earlier], how
+    )
     assert (here / SETS_FILE).is_file()
     return [json.loads(line)["prediction"] for line in (here / f"{test.name}.jsonl").read_text("utf-8").splitlines()]
 

@@ -31,6 +31,7 @@ class Checksums:
     """What the content of a split was when it was verified; empty where nobody knows."""
 
     records: npt.NDArray[np.uint32] | None = None  # [N] CRC-32 of each record, see `checksum`
+    texts: npt.NDArray[np.uint32] | None = None  # [N] the same without the image; None in splits of earlier versions
     tables: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the index and the keys by file name
 
     def check_table(self, path: Path, fix: str) -> None:
@@ -70,15 +71,19 @@ def read_checksums(folder: Path, fingerprint: str) -> Checksums:
             facts = file.metadata() or {}
             if facts.get("fingerprint") != fingerprint:
                 return Checksums()
-            return Checksums(file.get_tensor("records"), json.loads(facts["tables"]))
+            texts = file.get_tensor("texts") if "texts" in file.keys() else None  # noqa: SIM118 - not a dict
+            return Checksums(file.get_tensor("records"), texts, json.loads(facts["tables"]))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Remove it and run `python -m pipeline prepare RECIPE` to write it anew."
         ) from None
 
 
-def write_checksums(folder: Path, fingerprint: str, records: Iterable[int], tables: Iterable[str]) -> None:
-    """Keep the checksums of a split that was just verified; `tables` are file names in it."""
+def write_checksums(folder: Path, fingerprint: str, records: Iterable[tuple[int, int]], tables: Iterable[str]) -> None:
+    """Keep the checksums of a split that was just verified: of each record and of its text alone, and of the files
+    `tables` in it."""
     facts = {"fingerprint": fingerprint, "tables": json.dumps({name: sha256(folder / name) for name in tables})}
     with replacing(folder / CHECKSUMS_FILE) as temporary:
-        write_synced(temporary, save({"records": np.fromiter(records, dtype=np.uint32)}, metadata=facts))
+        found = np.fromiter(records, dtype=np.dtype((np.uint32, 2)))
+        tensors = {"records": found[:, 0].copy(), "texts": found[:, 1].copy()}
+        write_synced(temporary, save(tensors, metadata=facts))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.data.conversation import KEPT, Conversation, Example, ExampleCache
+from pipeline.data.conversation import KEPT, Conversation, Example
+from pipeline.data.example_cache import ExampleCache
 from pipeline.data.ids import Ids
 from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.keys import Keys, join_keys
@@ -26,13 +27,21 @@ __all__ = ["Batch", "Examples", "Keys", "MicroBatches", "StageData", "collate", 
 
 
 class Samples(Protocol):
-    """A list of samples with ids, such as `IndexedShards`."""
+    """A list of samples with ids, such as `IndexedShards`; what is known of them without reading them."""
 
     @property
     def ids(self) -> Sequence[str]: ...
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def question_chars(self) -> npt.NDArray[np.int32]: ...
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]: ...
+
+    def text(self, index: int, /) -> Sample: ...
 
     def __len__(self) -> int: ...
 
@@ -66,6 +75,16 @@ class Batch:
         moved["images"] = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
         return dataclasses.replace(self, **moved)
 
+    def pinned(self) -> Batch:
+        """The batch in memory that a GPU copies from while it computes."""
+        moved: dict[str, Any] = {
+            field.name: value.pin_memory()
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        moved["images"] = {name: value.pin_memory() for name, value in self.images.items()}
+        return dataclasses.replace(self, **moved)
+
     def counts(self) -> tuple[float, float]:
         """(answer tokens, samples) that count, duplicates left out."""
         tokens = ((self.labels[:, 1:] != -100).sum(1) * self.weights).sum()
@@ -84,30 +103,49 @@ class StageData:
         self.ids = Ids.joined([samples.ids[:count] for samples, count in zip(self._samples, counts, strict=True)])
         self.keys = join_keys([(keys, count) for (_, keys, _), count in zip(parts, counts, strict=True)])
 
+    def question_chars(self) -> npt.NDArray[np.int32]:
+        """Characters of each sample's question [N]."""
+        return np.concatenate([samples.question_chars[:count] for samples, count in self._counted()])
+
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Width and height of each sample's image [N, 2], 0 without one."""
+        return np.concatenate([samples.sizes[:count] for samples, count in self._counted()])
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """How long each sample is, to sort by [N]: characters of question and answer, behind all without an image
         those with one."""
-        characters = [
-            samples.lengths[: end - start]
-            for samples, start, end in zip(self._samples, self._starts, self._starts[1:], strict=False)
-        ]
+        characters = [samples.lengths[:count] for samples, count in self._counted()]
         longest = max(int(part.max(initial=0)) for part in characters) + 1
         return np.concatenate(characters) + longest * self.keys.has_image.numpy()
+
+    def _counted(self) -> list[tuple[Samples, int]]:
+        """Each part's samples, and how many of them are used."""
+        return list(zip(self._samples, np.diff(self._starts).tolist(), strict=True))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Sample:
+        samples, row = self._place(index)
+        return samples[row]
+
+    def text(self, index: int) -> Sample:
+        """A sample without the bytes of its image (`keys.has_image` tells whether it has one)."""
+        samples, row = self._place(index)
+        return samples.text(row)
+
+    def _place(self, index: int) -> tuple[Samples, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._samples[part][index - self._starts[part]]
+        return self._samples[part], index - self._starts[part]
 
 
 class Examples:
-    """Tokenised samples of a `StageData`, the small ones kept in memory.
+    """Tokenised samples of a `StageData`, kept in memory where all of them are small together.
 
     `sharing` says which samples of a batch share what they begin with (see `Batch.groups`): "none"; "image", those
     with the same image; "sets", of these those that get the same prompt sets. `ready` holds all samples where they are
-    tokenised already. With `kept` features the images are neither decoded nor seen by the vision tower.
+    tokenised already. With `kept` features the images are neither decoded nor seen by the vision tower. `once` is for
+    samples that are asked for only once, which are not kept.
     """
 
     def __init__(
@@ -117,13 +155,14 @@ class Examples:
         sharing: Literal["none", "image", "sets"] = "none",
         ready: Sequence[Example] | None = None,
         kept: KeptFeatures | None = None,
+        once: bool = False,
     ) -> None:
         self.data = data
         self.ready = ready
         self.conversation = conversation
         self.sharing = sharing
         self.kept = kept
-        self._cache = ExampleCache()
+        self._cache = ExampleCache(0 if once else len(data))
 
     @property
     def blank(self) -> dict[str, Tensor]:
@@ -147,7 +186,18 @@ def collate(
 
     With the answer the rows are padded on the right; without it (for generation) on the left.
     """
-    chosen = [examples[int(index)] for index in indices]
+    return collated(examples, [examples[int(index)] for index in indices], indices, weights, selected, with_answer)
+
+
+def collated(
+    examples: Examples,
+    chosen: Sequence[Example],
+    indices: Sequence[int],
+    weights: Sequence[float],
+    selected: Tensor,
+    with_answer: bool = True,
+) -> Batch:
+    """`collate` of samples whose examples are made already."""
     conversation, keys = examples.conversation, examples.data.keys
     pad = conversation.tokenizer.pad_token_id or 0
     rows = [example.prompt + (example.answer if with_answer else []) for example in chosen]
@@ -183,7 +233,7 @@ def collate(
     )
 
 
-def _groups(examples: Examples, chosen: list[Example], selected: list[list[int]]) -> list[int]:
+def _groups(examples: Examples, chosen: Sequence[Example], selected: list[list[int]]) -> list[int]:
     """The number of each sample's beginning: samples with the same tokens up to their image's end, and that image."""
     image, numbers = examples.conversation.image_number, dict[Any, int]()
     groups = []

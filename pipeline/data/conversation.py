@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,6 @@ from pipeline.data.sample import Sample
 from pipeline.data.truncation import cut_to_fit
 from pipeline.errors import UserError
 
-CACHE_BYTES = 256 << 20
 # What processors make of an image: pixels, and what some models have to know about them.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 # In their place, what the vision tower made of the image before (see `kept_features`).
@@ -361,25 +359,3 @@ def image_inputs(outputs: Any) -> dict[str, Tensor]:
     if "pixel_attention_mask" in found:
         found["pixel_attention_mask"] = found["pixel_attention_mask"].bool()
     return found
-
-
-class ExampleCache:
-    """The most recently used examples, up to a number of bytes: small images are decoded only once."""
-
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._examples: OrderedDict[int, Example] = OrderedDict()
-
-    def get(self, index: int) -> Example | None:
-        example = self._examples.get(index)
-        if example is not None:
-            self._examples.move_to_end(index)
-        return example
-
-    def put(self, index: int, example: Example) -> None:
-        self._examples[index] = example
-        self.bytes += example.nbytes
-        while self.bytes > self.limit and self._examples:
-            _, oldest = self._examples.popitem(last=False)
-            self.bytes -= oldest.nbytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,21 @@ class IndexedShards(Dataset[Sample]):
         record, image = self._record(index)
         expected = self._checksums.records
         if expected is not None and checksum(record, image) != expected[index]:
-            raise UserError(
-                f"Sample {self.ids[index]!r} in {self._shards[self._shard[index]]} was changed since it was verified "
-                f"(its CRC-32). Remove the folder {self.folder} and run `python -m pipeline prepare RECIPE`."
-            )
+            raise self._changed(index)
+        return self._sample(index, record, image)
+
+    def text(self, index: int) -> Sample:
+        """A sample without the bytes of its image, which are not read where the text has a checksum of its own."""
+        index = range(len(self))[index]
+        expected = self._checksums.texts
+        if expected is None and self._checksums.records is not None:
+            return replace(self[index], image=None)
+        record = self._read(int(self._shard[index]), *self._json[index])
+        if expected is not None and checksum(record, None) != expected[index]:
+            raise self._changed(index)
+        return self._sample(index, record, None)
+
+    def _sample(self, index: int, record: bytes, image: bytes | None) -> Sample:
         try:
             sample = Sample.from_json(record, image)
         except (ValueError, KeyError, TypeError) as error:
@@ -136,9 +148,10 @@ class IndexedShards(Dataset[Sample]):
         offset, size = self._image[index]
         return self._read(int(self._shard[index]), int(offset), int(size if most is None else min(size, most)))
 
-    def checksum(self, index: int) -> int:
-        """The CRC-32 of one sample's bytes as they are now."""
-        return checksum(*self._record(index))
+    def checksums(self, index: int) -> tuple[int, int]:
+        """The CRC-32 of one sample's bytes as they are now, and of its text alone."""
+        record, image = self._record(index)
+        return checksum(record, image), checksum(record, None)
 
     def _record(self, index: int) -> tuple[bytes, bytes | None]:
         """The bytes of one sample: its JSON and its image."""
@@ -168,6 +181,12 @@ class IndexedShards(Dataset[Sample]):
             found, expected = path.stat().st_size, shard["size"]
             if found != expected:
                 raise UserError(f"The shard {path} has {found} bytes, expected {expected}: it is not whole. {FIX}")
+
+    def _changed(self, index: int) -> UserError:
+        return UserError(
+            f"Sample {self.ids[index]!r} in {self._shards[self._shard[index]]} was changed since it was verified "
+            f"(its CRC-32). Remove the folder {self.folder} and run `python -m pipeline prepare RECIPE`."
+        )
 
     def _wrong_content(self, index: int) -> UserError:
         return UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,19 +14,29 @@ from pipeline.metrics.scoring import Answered, score_task
 MOST_READ = 10_000  # training samples read to find the most frequent answer; a large task is sampled evenly
 
 
-class Samples(Protocol):
-    """A list of samples."""
+def majority_score(
+    training: Texts,
+    test: Iterable[Sample],
+    metric: str,
+    scoring: str = "fixed",
+    has_image: Sequence[bool] | None = None,
+) -> float:
+    """Percent that the most frequent training answer scores as the answer to every test sample (ties: the first).
+
+    `has_image` says which test samples have an image; None where the samples themselves do.
+    """
+    places = np.linspace(0, len(training) - 1, min(len(training), MOST_READ)).round().astype(int)
+    counts = Counter(training.text(place).answer for place in places.tolist())
+    answer = counts.most_common(1)[0][0]
+    samples = list(test)
+    pictured = [sample.image is not None for sample in samples] if has_image is None else has_image
+    answered = [Answered(answer, item.answer, item.meta, has) for item, has in zip(samples, pictured, strict=True)]
+    return score_task(metric, answered, scoring).percent
+
+
+class Texts(Protocol):
+    """A list of samples that are read without their images."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Sample: ...
-
-
-def majority_score(training: Samples, test: Samples, metric: str, scoring: str = "fixed") -> float:
-    """Percent that the most frequent training answer scores as the answer to every test sample (ties: the first)."""
-    places = np.linspace(0, len(training) - 1, min(len(training), MOST_READ)).round().astype(int)
-    counts = Counter(training[place].answer for place in places.tolist())
-    answer = counts.most_common(1)[0][0]
-    samples = (test[place] for place in range(len(test)))
-    answered = [Answered(answer, sample.answer, sample.meta, sample.image is not None) for sample in samples]
-    return score_task(metric, answered, scoring).percent
+    def text(self, index: int, /) -> Sample: ...

@@ -20,7 +20,7 @@ from tests.faults.kills import wait_for
 FULL = {
     "checkpoint in a stage": ("pipeline.resume", "write_synced", 1),
     "stage's checkpoint": ("pipeline.checkpoint", "write_synced", 0),
-    "prediction file": ("pipeline.evaluate", "write_json", 0),
+    "prediction file": ("pipeline.predictions", "write_json", 0),
 }
 
 

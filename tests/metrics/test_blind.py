@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.answering import SampleList
 from pipeline.data.sample import Sample
 from pipeline.metrics import blind
 from pipeline.metrics.blind import majority_score
 
 
-def samples(*answers: str) -> list[Sample]:
-    return [Sample(f"s{number}", None, "what?", answer, {}) for number, answer in enumerate(answers)]
+def samples(*answers: str) -> SampleList:
+    return SampleList(Sample(f"s{number}", None, "what?", answer, {}) for number, answer in enumerate(answers))
 
 
 def test_the_most_frequent_training_answer_is_scored_on_the_test_samples() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from pipeline import evaluate
+from pipeline.checkpoint import write_json
 from pipeline.data.collate import StageData
 from pipeline.distributed import close_world, init_world
-from pipeline.evaluate import Test, evaluate_task
+from pipeline.evaluate import AnswerSettings, Test, evaluate_task
 from pipeline.launch import end_as_rank
 from tests.train.worlds import make_pool, make_samples
 
@@ -28,10 +29,11 @@ def main(folder: Path) -> None:
 
     def score(place: Path, earlier: list[Path]) -> float:
         chosen, scores = torch.zeros(SAMPLES, 1, dtype=torch.long), torch.zeros(SAMPLES, 1)
-        return evaluate_task(lambda: nothing, test, pool, chosen, scores, world, place, 4, earlier)
+        folders, settings = [place, *earlier], AnswerSettings(4)
+        return evaluate_task(lambda: nothing, test, pool, lambda: (chosen, scores), world, folders, settings)
 
     if world.main:
-        evaluate.write_json(folder / "before" / evaluate.SETS_FILE, {pool.names[0]: pool.fingerprint(0)})
+        write_json(folder / "before" / evaluate.SETS_FILE, {pool.names[0]: pool.fingerprint(0)})
         lines = [f'{{"id": "s{n}", "prediction": "red", "selected": ["{pool.names[0]}"]}}\n' for n in range(SAMPLES)]
         (folder / "before" / "a.jsonl").write_text("".join(lines))
     scored = score(folder / "now", [folder / "before" if world.main else folder / "stale"])

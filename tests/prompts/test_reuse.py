@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pipeline.config import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.distributed import init_world
 from pipeline.errors import Interrupted
-from pipeline.evaluate import Test, evaluate_task
+from pipeline.evaluate import AnswerSettings, Test, evaluate_task
+from pipeline.generation import Conditions
 from pipeline.prompts.pool import PromptPool
 from tests import tiny
 from tests.train.worlds import make_pool, make_samples
@@ -35,14 +37,25 @@ class Generated:
         return {index: f"{sets[selected[index]].sum():.3f}" for index in indices}
 
 
-def run(folder: Path, number: int, pool: PromptPool, chosen: list[list[int]], batch: int = 4, **more: Any) -> None:
+def run(
+    folder: Path,
+    number: int,
+    pool: PromptPool,
+    chosen: list[list[int]],
+    batch: int = 4,
+    go_on: Callable[[], bool] = lambda: True,
+    **more: Any,
+) -> float:
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
     test = Test("a", "exact", 8, StageData([(samples, keys, None)]))
-    selected, scores = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
+    routed = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
-    evaluate_task(lambda: lmm, test, pool, selected, scores, init_world(), folder / str(number), batch, earlier, **more)
+    folders, settings = [folder / str(number), *earlier], AnswerSettings(batch, **more)
+    return evaluate_task(
+        lambda: lmm, test, pool, lambda: routed, init_world(), folders, settings, Conditions(go_on=go_on)
+    )
 
 
 @pytest.fixture
@@ -63,13 +76,12 @@ def test_an_evaluation_that_is_stopped_keeps_the_answers_that_are_there(
     generated: Generated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(lmm: Any, examples: Any, indices: list[int], *given: Any) -> dict[int, str]:
-        go_on = given[-1]
-        return {index: "red" for index in indices if go_on()}
+        return {index: "red" for index in indices if given[-1].go_on()}
 
-    asked = iter([False, False, True])
+    asked = iter([True, True, False])
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="with 2 of 3 answers, which are kept"):
         patch.setattr(evaluate, "generate_answers", half)
-        run(tmp_path, 0, make_pool(1), [[0]] * 3, batch=1, told_to_stop=lambda: next(asked))
+        run(tmp_path, 0, make_pool(1), [[0]] * 3, batch=1, go_on=lambda: next(asked))
     assert not (tmp_path / "0" / "a.jsonl").exists()
     run(tmp_path, 0, make_pool(1), [[0]] * 3)
     assert generated.asked == [2]
@@ -81,7 +93,7 @@ def test_an_evaluation_that_is_stopped_keeps_the_answers_that_are_there(
 def test_ranks_ask_equally_often_whether_to_stop_however_many_batches_they_have(stops: bool) -> None:
     asked = []
     for batches in (4, 1, 0):
-        answers = [False, False, stops, False]
+        answers = [True, True, not stops, True]
         rounds = evaluate._Rounds(4, lambda answers=answers: answers.pop(0))  # type: ignore[misc]
         for _ in range(batches):
             if not rounds.go_on():

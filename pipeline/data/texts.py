@@ -1,0 +1,36 @@
+"""The texts of a test set in memory: scoring reads them after every stage, and needs no image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.data.collate import StageData
+from pipeline.data.sample import Sample
+
+READERS = 8  # threads, which wait for the file system most of the time
+AT_ONCE = 2048  # samples that they are given at a time
+
+
+class Texts:
+    """The samples of a `StageData` without their images, read when they are first asked for.
+
+    They are kept as JSON: as Python objects they would take several times the memory.
+    """
+
+    def __init__(self, data: StageData) -> None:
+        self.data = data
+        self._records: list[bytes] | None = None
+
+    def __iter__(self) -> Iterator[Sample]:
+        if self._records is None:
+            self._records = self._read()
+        return (Sample.from_json(record, None) for record in self._records)
+
+    def _read(self) -> list[bytes]:
+        records: list[bytes] = []
+        with ThreadPoolExecutor(READERS) as readers:
+            for start in range(0, len(self.data), AT_ONCE):
+                numbers = range(start, min(start + AT_ONCE, len(self.data)))
+                records += readers.map(lambda number: self.data.text(number).to_json(), numbers)
+        return records
