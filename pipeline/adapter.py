@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
+from pipeline.base_model import recorded_base_model
 from pipeline.checkpoint import check_stage, load_stage, stage_folder, write_json
 from pipeline.config import KeysConfig, MethodConfig, ModelConfig, Recipe, load_run
 from pipeline.data.shards import IDENTITY_FIELDS
@@ -68,7 +69,7 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     """
     identity = key_identity(*recipe.keys.source)
     expected = {
-        "base_model": base_fingerprint(recipe.model),
+        "base_model": base_fingerprint(recipe.model, recorded_base_model(run)),
         "clip": {name: identity[name] for name in IDENTITY_FIELDS},
     }
     pool = PromptPool()
@@ -119,7 +120,7 @@ def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any
         method=recipe.method,
         model=recipe.model,
         clip=recipe.keys,
-        base_model=base_fingerprint(recipe.model),
+        base_model=base_fingerprint(recipe.model, recorded_base_model(run)),
         keys=key_identity(*recipe.keys.source),
         max_new_tokens=max(task.max_new_tokens for task in recipe.data.tasks),
         projector=recipe.train.projector,
@@ -235,11 +236,11 @@ def _moved(config: Any, path: str | None) -> Any:
 
 
 def _require_same_models(folder: Path, meta: Meta, model: ModelConfig, keys: KeysConfig) -> None:
-    found = base_fingerprint(model)
+    found = base_fingerprint(model, meta.base_model)
     if found != meta.base_model:
         raise UserError(
-            f"{folder} belongs to another base model (fingerprint {meta.base_model[:12]}, {model.path} has "
-            f"{found[:12]}); give the model it was trained on ({meta.model.path}) as --model."
+            f"{folder} belongs to another base model (fingerprint {meta.base_model[:22]}, {model.path} has "
+            f"{found[:22]}); give the model it was trained on ({meta.model.path}) as --model."
         )
     identity = key_identity(*keys.source)
     differing = [name for name in IDENTITY_FIELDS if identity[name] != meta.keys.get(name)]

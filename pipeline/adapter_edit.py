@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from pipeline.adapter import META, Adapter, Meta, read_adapter, write_adapter
+from pipeline.backbones.lmm import base_fingerprint
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.errors import UserError, nearest
 from pipeline.prompts.pool import PromptPool
+from pipeline.weights import SCHEME
 
 
 def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
 def _differences(first: Adapter, other: Adapter) -> list[str]:
     """What keeps the sets of two adapters from standing in one pool."""
     one, two = first.meta, other.meta
-    found = [] if one.base_model == two.base_model else ["another base model"]
+    found = [] if _same_base(one, two) else ["another base model"]
     found += [f"another CLIP ({name})" for name in IDENTITY_FIELDS if one.keys.get(name) != two.keys.get(name)]
     found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
     selection = ("name", "selection", "k", "gate", "image_weight", "insertion", "text_only", "prompt_length")
@@ -112,6 +114,13 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
     if "trained" in (one.projector, two.projector):
         found.append("a trained projector, which belongs to one pool alone")
     return found
+
+
+def _same_base(one: Meta, two: Meta) -> bool:
+    """Whether two adapters belong to one model; of fingerprints by different schemes only the model itself can tell."""
+    if one.base_model == two.base_model or one.base_model.startswith(SCHEME) == two.base_model.startswith(SCHEME):
+        return one.base_model == two.base_model
+    return all(base_fingerprint(one.model, meta.base_model) == meta.base_model for meta in (one, two))
 
 
 def _differing(section: str, one: Meta, two: Meta, fields: Sequence[str]) -> list[str]:

@@ -150,16 +150,22 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: Ch
 
     if {"ranks", "deepspeed"} & findings.problems.keys():
         return "not planned: ranks or DeepSpeed file are wrong"
+    known = ""
     try:
-        built = meta_model(recipe) if model.config is not None else None
+        config = model.config
+    except UserError:
+        known = f"; by the sizes of {recipe.model.path} that this project knows, for it is not here"
+    try:
+        if known:
+            config = model.known()
+        built = meta_model(recipe, config)
     except (UserError, OSError, ValueError, KeyError, ImportError):
         return f"not planned: the configuration of '{recipe.model.path}' cannot be had here"
-    assert built is not None
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
     recipe, note = _fitted(recipe, ranks, width, built, tokens)
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
-    return peak(plan) + note
+    return peak(plan) + note + known
 
 
 def _fitted(recipe: Recipe, ranks: int, width: int, built: Any, tokens: Any) -> tuple[Recipe, str]:

@@ -14,12 +14,18 @@ from PIL import Image
 
 from pipeline import hub
 from pipeline.backbones.lmm import SUPPORTED, load_processor
-from pipeline.backbones.lmm_processor import check_image_size
+from pipeline.backbones.lmm_processor import check_image_size, source_of
+from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.config import Recipe
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, UserErrors
+from pipeline.frozen_models import emulated
+from pipeline.known_models import known_config, known_settings
 from pipeline.memory import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
+from pipeline.pickled import is_converted, with_safetensors
+from pipeline.snapshots import settings_folder
+from pipeline.weights import lacking, weights_of
 
 PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
 
@@ -33,12 +39,22 @@ class CheckedModel:
         self.online = online
 
     @cached_property
-    def folder(self) -> Path | None:
-        """The checkpoint's folder; None when it is still on the Hub, which can be reached."""
+    def folder(self) -> Path:
+        """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
+        if self.online and hub.is_repository(self.settings.location):
+            return settings_folder(source_of(self.settings))
         found = hub.local_folder(self.settings.location, self.settings.revision)
-        if found is None and not (self.online and hub.is_repository(self.settings.location)):
+        if found is None:
             raise UserError(not_here("model.path", self.settings.path, self.settings.revision))
         return found
+
+    @cached_property
+    def loadable(self) -> Path | None:
+        """The folder that a run would load from; None while weights have to be fetched or converted first."""
+        weights = weights_of(self.folder)
+        if weights.missing or (weights.pickled and not is_converted(self.folder)):
+            return None
+        return with_safetensors(self.folder)
 
     @cached_property
     def config(self) -> Any:
@@ -46,18 +62,21 @@ class CheckedModel:
         from transformers import AutoConfig
 
         folder = self.folder
-        if folder is not None and not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {folder} has no config.json; expected a checkpoint in Hugging Face format.")
         try:
-            return AutoConfig.from_pretrained(
-                self.settings.location, revision=self.settings.revision, trust_remote_code=False
-            )
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"model.path: the config.json of '{self.settings.path}' is of no model that transformers knows "
                 f"({first}). Give an image-text-to-text checkpoint."
             ) from error
+
+    def known(self) -> Any:
+        """The configuration of a model that the project knows the sizes of; OSError for others."""
+        self.config = known_config(self.settings.path)
+        return self.config
 
     @cached_property
     def processor(self) -> Any:
@@ -102,14 +121,11 @@ class CheckedModel:
 
 def check_model(model: CheckedModel) -> str:
     """Look at checkpoint, tokenizer and vision tower; raises UserErrors with everything that does not fit."""
-    folder, settings = model.folder, model.settings
-    wrong = []
-    weights = "weights on the Hub, fetched by the first run"
-    if folder is not None:
-        missing = hub.missing_weights(folder)
-        weights = "weights here" if not missing else weights
-        if missing and not (model.online and hub.is_repository(settings.location)):
-            wrong.append(_incomplete(settings.path, folder, missing))
+    settings, wrong = model.settings, []
+    try:
+        weights = weights_words(model)
+    except UserErrors as errors:
+        wrong += errors.sentences
     config = model.config
     if config.model_type not in SUPPORTED:
         wrong.append(
@@ -121,6 +137,8 @@ def check_model(model: CheckedModel) -> str:
     wrong += vision_problems(model)
     if not wrong:
         wrong += image_token_problems(model)
+    if not wrong and model.loadable is not None:
+        require_fitting_weights(settings, model.loadable)
     if wrong:
         raise UserErrors(wrong)
     stored = str(getattr(config, "dtype", None) or "unknown precision").removeprefix("torch.")
@@ -128,7 +146,23 @@ def check_model(model: CheckedModel) -> str:
     return (
         f"{settings.path}: {config.model_type}, {type(model.processor).__name__}, "
         f"{len(model.processor.tokenizer)} tokens, {settings.dtype}{cast}, {weights}"
+        + (f"; {note}" if (note := emulated(settings.dtype)) else "")
     )
+
+
+def weights_words(model: CheckedModel) -> str:
+    """Where the weights are and what becomes of them; UserErrors when they cannot be had."""
+    settings, weights = model.settings, weights_of(model.folder)
+    once = ".bin files, converted once into safetensors by the first run"
+    if weights.whole:
+        return "weights here" if not weights.pickled or model.loadable is not None else f"weights here as {once}"
+    if not (model.online and hub.is_repository(settings.location)):
+        raise UserErrors([_incomplete(settings.path, model.folder, weights.missing)])
+    offer = hub.offered_weights(settings.location, settings.revision)
+    if offer == "none":
+        raise UserErrors([f"model.path: '{settings.path}' has no weights on the Hub, neither safetensors nor .bin."])
+    form = f" as {once}" if offer == "pickled" else ""
+    return f"weights on the Hub{form}, fetched by the first run"
 
 
 def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
@@ -205,25 +239,34 @@ def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None
     folder = hub.local_folder(keys.location, keys.revision)
     on_the_hub = online and hub.is_repository(keys.location)
     if folder is None and not on_the_hub:
-        raise UserError(not_here("keys.path", keys.path, keys.revision, pickled=True))
-    if folder is None or (on_the_hub and hub.missing_weights(folder)):
-        if not hub.offers_safetensors(keys.path, keys.revision):
-            raise UserError(f"keys.path: '{keys.path}' has only pickled weights on the Hub." + safe_weights("keys"))
-        return f"{keys.path}: on the Hub, fetched by `prepare`", None
+        raise UserError(not_here("keys.path", keys.path, keys.revision))
+    weights = weights_of(folder) if folder is not None else None
+    if weights is None or weights.missing:
+        if not on_the_hub:
+            assert weights is not None
+            raise UserError(f"keys.path: {lacking(Path(str(folder)), weights.missing)}")
+        offer = hub.offered_weights(keys.location, keys.revision)
+        if offer == "none":
+            raise UserError(f"keys.path: '{keys.path}' has no weights on the Hub, neither safetensors nor .bin.")
+        once = " as .bin files, converted once into safetensors" if offer == "pickled" else ""
+        return f"{keys.path}: on the Hub{once}, fetched by `prepare`", None
+    assert folder is not None
+    if weights.pickled and not is_converted(folder):
+        return f"{keys.path}: .bin files, converted once into safetensors by `prepare`", None
     identity = key_identity(*keys.source)
     return f"{keys.path}: weights {identity['weights_sha256'][:12]}, {keys.text_feature} text", identity
 
 
 def clip_key_width(recipe: Recipe) -> int | None:
-    """Width of the keys the recipe's CLIP makes, by its configuration; None when that is not here."""
+    """Width of the keys the recipe's CLIP makes, by its configuration; None when that is not known here."""
     folder = hub.local_folder(recipe.keys.location, recipe.keys.revision)
     try:
         return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return (known_settings(recipe.keys.path) or {}).get("projection_dim")
 
 
-def not_here(field: str, path: str, revision: str | None, pickled: bool = False) -> str:
+def not_here(field: str, path: str, revision: str | None) -> str:
     """The sentence about a checkpoint that is neither a folder nor in the cache, with the Hub out of reach."""
     if not hub.is_repository(path):
         return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
@@ -232,20 +275,10 @@ def not_here(field: str, path: str, revision: str | None, pickled: bool = False)
         f"{field}: '{path}' is not on this machine and https://huggingface.co cannot be reached from it (or "
         f"HF_HUB_OFFLINE is set); run `hf download {path}{at}` where it can be, with the cache (HF_HOME) on a disk "
         f"that this machine sees, or copy the checkpoint here and set {field} to its folder."
-        + (safe_weights("keys") if pickled else "")
-    )
-
-
-def safe_weights(section: str) -> str:
-    """What to do about a repository without safetensors; `section` of the recipe has its path and revision."""
-    return (
-        " It needs model.safetensors, for pickled weights are never loaded: where the repository has only "
-        f"pytorch_model.bin, set {section}.revision to one that has it, or load and save it once with transformers' "
-        "save_pretrained."
     )
 
 
 def _incomplete(path: str, folder: Path, missing: list[str]) -> str:
     listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     fetch = f"run `hf download {path}` where the Hub can be reached" if hub.is_repository(path) else "copy them there"
-    return f"model.path: the checkpoint in {folder} lacks its weights ({listed}); {fetch}."
+    return f"model.path: the checkpoint in {folder} lacks weights ({listed}); {fetch}."

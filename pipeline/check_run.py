@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import hub
 from pipeline.backbones.lmm import base_fingerprint
+from pipeline.base_model import recorded_base_model
 from pipeline.check_model import CheckedModel
 from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run
 from pipeline.config import Recipe
@@ -27,8 +27,8 @@ def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[
     claim_run(recipe)  # writes nothing where something is
     status = str(read_run(path).state.get("status", "new"))
     expected: dict[str, Any] = {}
-    if model is not None and model.folder is not None and not hub.missing_weights(model.folder):
-        expected["base_model"] = base_fingerprint(recipe.model)
+    if model is not None and model.loadable is not None:
+        expected["base_model"] = base_fingerprint(recipe.model, recorded_base_model(path))
     if identity is not None:
         expected["clip"] = {field: identity[field] for field in IDENTITY_FIELDS}
     stages = sorted(found.parent for found in (path / "stages").glob(f"*/{COMPLETE}"))

@@ -7,24 +7,22 @@ found out once, in seconds, and then nothing is asked for.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from pipeline.errors import UserError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 PATIENCE_S = 5.0
 REPOSITORY = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")  # as the Hub names repositories: owner/name
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+Offer = Literal["safetensors", "pickled", "none"]
 
 
 def is_repository(path: str) -> bool:
@@ -56,48 +54,26 @@ def local_folder(path: str, revision: str | None) -> Path | None:
     """Return the folder of a checkpoint as far as it is on this machine; None when nothing of it is."""
     if Path(path).is_dir():
         return Path(path)
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError, ValueError):
+    if not is_repository(path):
         return None
-
-
-def fetched_folder(path: str, revision: str | None, field: str, wanted: str, patterns: Sequence[str]) -> Path:
-    """Return a checkpoint's folder here, fetching from the Hub the files of these patterns when `path` is no folder.
-
-    Raises UserError naming the recipe's `field` and what is `wanted` when the path is neither a folder nor to be had.
-    """
-    if Path(path).is_dir():
-        return Path(path)
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{field} is {path!r}, which is neither a folder here nor a model that could be fetched from the "
-            f"Hugging Face Hub ({(str(error).splitlines() or [''])[0]}). Give {wanted} folder or Hub id."
-        ) from error
+        config = try_to_load_from_cache(path, "config.json", revision=revision)
+    except (HFValidationError, OSError, ValueError):
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
-def missing_weights(folder: Path) -> list[str]:
-    """Return the names of the weight files (safetensors) that a checkpoint's folder lacks.
-
-    A checkpoint in several files lists them in its index; without an index it is one file.
-    """
-    if not (folder / INDEX).is_file():
-        return [] if any(folder.glob("*.safetensors")) else [SINGLE]
+def offered_weights(path: str, revision: str | None) -> Offer | None:
+    """Tell in which format a repository on the Hub has weights, without fetching them; None when it cannot be asked."""
     try:
-        names = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return [f"{INDEX} (damaged)"]
-    return sorted(name for name in names if not (folder / name).is_file())
-
-
-def offers_safetensors(path: str, revision: str | None) -> bool:
-    """Tell whether a repository on the Hub has weights as safetensors; True when it cannot be asked."""
-    try:
-        return any(name.endswith(".safetensors") for name in HfApi().list_repo_files(path, revision=revision))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return True
+        info = HfApi().model_info(path, revision=revision, timeout=PATIENCE_S)
+    # The client raises errors of its own and of its HTTP library, which is another one in each major version.
+    except Exception:
+        return None
+    names = [found.rfilename for found in info.siblings or []]
+    if any(name.endswith(".safetensors") for name in names):
+        return "safetensors"
+    return "pickled" if any(name.endswith(".bin") for name in names) else "none"
 
 
 @cache

@@ -12,7 +12,9 @@ from torch import nn
 from pipeline.backbones.gated import is_gated
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.lmm_families import family_of
+from pipeline.backbones.lmm_processor import source_of
 from pipeline.config import Recipe
+from pipeline.snapshots import settings_folder
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,16 @@ class ModelShape:
     gates_kept_once: bool = False  # see `pipeline.backbones.gated`
 
 
-def meta_model(recipe: Recipe) -> nn.Module:
-    """Build the recipe's frozen model on the meta device from its configuration.
+def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
+    """Build the recipe's frozen model on the meta device from its configuration, or from a given one.
 
-    Raises OSError or ValueError when the configuration cannot be had or is of no image-text-to-text model.
+    Raises UserError, OSError or ValueError when the configuration cannot be had or is of no image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     model = recipe.model
-    config = AutoConfig.from_pretrained(model.location, revision=model.revision, trust_remote_code=False)
+    if config is None:
+        config = AutoConfig.from_pretrained(settings_folder(source_of(model)), trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(
             config, dtype=DTYPES[model.dtype], attn_implementation=model.attn_implementation, trust_remote_code=False

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import settings_fingerprint
+from pipeline.base_model import recorded_base_model
 from pipeline.checkpoint import (
     check_stage,
     load_stage,
@@ -31,6 +32,7 @@ from pipeline.deepspeed_config import accumulation
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.engine import PROJECTOR, Engine, initial_values
 from pipeline.errors import Interrupted
+from pipeline.frozen_models import fetch_models
 from pipeline.keep_features import keep_features
 from pipeline.matrix import matrix, routing_accuracy
 from pipeline.methods import Method, Stage, make_method
@@ -81,6 +83,7 @@ class Sequence:
         """`path` is the run folder, claimed."""
         self.recipe, self.path, self.world, self.stop, self.watchdog = recipe, path, world, stop, watchdog
         self.method: Method = make_method(recipe.method)
+        fetch_models(recipe, world, lambda: self._stop_if_told("while models are fetched"))
         self.data = open_data(recipe, world)
         self.tests = self.data.tests
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
@@ -98,7 +101,7 @@ class Sequence:
     def _constants(self) -> dict[str, Any]:
         """What a stage's checkpoint must agree with for its sets to mean the same."""
         return {
-            "base_model": base_fingerprint(self.recipe.model),
+            "base_model": base_fingerprint(self.recipe.model, recorded_base_model(self.path)),
             "clip": {name: self.data.identity[name] for name in IDENTITY_FIELDS},
         }
 

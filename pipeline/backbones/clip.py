@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from pipeline.data.pictures import central
 from pipeline.devices import choose_device
 from pipeline.errors import UserError
 from pipeline.files import sha256
-from pipeline.hub import fetched_folder
+from pipeline.snapshots import Snapshot, Source, checkpoint
 
 TextFeature = Literal["projected", "pooled"]
 Truncation = Literal["head", "tail"]
@@ -26,7 +26,6 @@ Truncation = Literal["head", "tail"]
 # Raise it when this file feeds CLIP differently: keys computed before then count as those of another CLIP.
 ENCODING_VERSION = 1
 
-FILES = ("*.json", "*.txt", "model*.safetensors")
 _PREPROCESSING_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -57,7 +56,7 @@ class KeyEncoder:
         device: torch.device | str | None = None,
     ) -> None:
         self._source = (os.fspath(path), revision, text_feature, text_truncation)
-        folder = _checkpoint(os.fspath(path), revision)
+        folder = _checkpoint(os.fspath(path), revision).folder
         self.text_feature = text_feature
         self.device = torch.device(choose_device(device))
         self.model = _load_model(folder).to(self.device)
@@ -118,7 +117,8 @@ def key_identity(
     of the preprocessing. `clip`, `revision` and `text_truncation` tell a person where the keys came from. Raises
     UserError when the checkpoint cannot be found.
     """
-    folder = _checkpoint(os.fspath(path), revision)
+    found = _checkpoint(os.fspath(path), revision)
+    folder = found.folder
     preprocessing = hashlib.sha256(f"encoding {ENCODING_VERSION}\n".encode())
     for name in _PREPROCESSING_FILES:
         if (folder / name).is_file():
@@ -132,7 +132,7 @@ def key_identity(
     return {
         # Only the name of an absolute path: the same prepared data should not differ between two machines.
         "clip": location.name if location.is_absolute() else os.fspath(path),
-        "revision": folder.name if folder.parent.name == "snapshots" else revision or "",
+        "revision": found.commit or revision or "",
         "weights_sha256": weights.hexdigest(),
         "preprocessing_sha256": preprocessing.hexdigest(),
         "text_feature": text_feature,
@@ -140,20 +140,16 @@ def key_identity(
     }
 
 
-def _checkpoint(path: str, revision: str | None) -> Path:
-    return fetched_folder(path, revision, "keys.path", "a CLIP checkpoint's", FILES)
+def keys_source(path: str, revision: str | None = None) -> Source:
+    """The CLIP as `pipeline.snapshots` asks for it."""
+    return Source(path, revision, "keys.path", "a CLIP checkpoint's", ("clip",))
+
+
+def _checkpoint(path: str, revision: str | None) -> Snapshot:
+    return checkpoint(keys_source(path, revision))
 
 
 def _load_model(folder: Path) -> CLIPModel:
-    try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable config.json of a model: {error}") from error
-    if kind != "clip":
-        raise UserError(
-            f"{folder} holds a model of type {kind!r}, keys need one of type 'clip'. Set keys.path to a CLIP."
-        )
-    _weight_files(folder)
     try:
         model, report = CLIPModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -169,13 +165,7 @@ def _load_model(folder: Path) -> CLIPModel:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{folder} has no model*.safetensors; pickled weights are never loaded. Give a revision that has them, "
-            "or convert the checkpoint with transformers' save_pretrained."
-        )
-    return files
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def projected(output: object) -> torch.Tensor:

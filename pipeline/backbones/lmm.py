@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +14,25 @@ from torch.nn.functional import pad
 
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import FAMILIES, family_of
-from pipeline.backbones.lmm_processor import LOAD_ERRORS, check_image_size, load_processor, not_loadable
+from pipeline.backbones.lmm_processor import (
+    LOAD_ERRORS,
+    check_image_size,
+    load_processor,
+    not_loadable,
+    source_of,
+)
+from pipeline.backbones.lmm_weights import refuse_unfitting, require_fitting_weights
+from pipeline.base_model import fingerprint
 from pipeline.config import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
+from pipeline.distributed import together
 from pipeline.errors import UserError
+from pipeline.snapshots import checkpoint
 
 __all__ = ["LMM", "SUPPORTED", "base_fingerprint", "load_lmm", "load_processor"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SUPPORTED = tuple(FAMILIES)
-SAMPLED_BYTES = 1 << 20  # of each weight file's start and end; reading 14 GB for a fingerprint would take minutes
 
 
 class LMM(nn.Module):
@@ -257,24 +263,30 @@ def load_lmm(
     """Load model and processor; `zero3` is the DeepSpeed configuration when the weights are to be partitioned at load.
 
     With a `device` each weight goes there as it is read, so that host memory never holds the whole model; without one
-    the model is on the CPU. Raises UserError when the checkpoint is missing or is not an image-text-to-text model.
+    the model is on the CPU. Raises UserError when the checkpoint is missing, is not an image-text-to-text
+    model, or lacks weights of it.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import deepspeed as integration
     from transformers.utils import logging as progress
 
     progress.disable_progress_bar()
+    folder = checkpoint(source_of(config)).folder
     processor = load_processor(config)
+    if zero3 is not None:  # in whose loading transformers does not report what is missing
+        together(lambda: require_fitting_weights(config))
     # transformers holds the configuration by a weak reference only: `live` must stay until the weights are loaded.
     live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.location,
-            revision=config.revision,
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attn_implementation,
             device_map=None if device is None else {"": torch.device(device)},
             trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
     except LOAD_ERRORS as error:
         raise not_loadable(config, error) from error
@@ -282,6 +294,7 @@ def load_lmm(
         if live is not None:
             integration.unset_hf_deepspeed_config()
             del live
+    refuse_unfitting(config, report)
     if zero3 is not None:
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
@@ -289,23 +302,6 @@ def load_lmm(
     return LMM(model, processor, config)
 
 
-def base_fingerprint(config: ModelConfig) -> str:
-    """SHA-256 (hex) that tells base models apart: the configuration and size and samples of each weight file."""
-    from transformers.utils import cached_file
-
-    try:
-        folder = Path(cached_file(config.location, "config.json", revision=config.revision)).parent
-    except OSError as error:
-        raise not_loadable(config, error) from error
-    settings = json.loads((folder / "config.json").read_text("utf-8"))
-    for name in ("transformers_version", "_name_or_path"):
-        settings.pop(name, None)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
+def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
+    """What tells base models apart, see `pipeline.base_model.fingerprint`."""
+    return fingerprint(source_of(config), recorded)

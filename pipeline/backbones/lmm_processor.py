@@ -6,17 +6,22 @@ import hashlib
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError
 
-from pipeline import hub
 from pipeline.backbones.image_tokens import limit_image_tokens
-from pipeline.backbones.lmm_families import Family, family_of
+from pipeline.backbones.lmm_families import FAMILIES, Family, family_of
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.pickled import SETTINGS
+from pipeline.snapshots import Source, settings_folder
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 VIDEOS = "video_processor"
-# Tokenizer, chat template, image processor, rules of generation.
-SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def source_of(config: ModelConfig) -> Source:
+    """The model as `pipeline.snapshots` asks for it."""
+    return Source(config.location, config.revision, kinds=tuple(FAMILIES))
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -27,14 +32,14 @@ def load_processor(config: ModelConfig) -> Any:
     import transformers
 
     # One backend everywhere: torchvision resizes differently, so answers would depend on what is installed.
-    source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    folder = settings_folder(source_of(config))
     try:
-        model = transformers.AutoConfig.from_pretrained(config.location, **source)
+        model = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(model.model_type)
         reader = transformers.AutoProcessor
         if family.processor is not None:
             reader = without_videos(getattr(transformers, family.processor))
-        processor = reader.from_pretrained(config.location, **source, backend="pil")
+        processor = reader.from_pretrained(folder, trust_remote_code=False, backend="pil")
     except LOAD_ERRORS as error:
         raise not_loadable(config, error) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -52,7 +57,7 @@ def settings_fingerprint(config: ModelConfig) -> str:
 
     That one is part of `base_fingerprint`. Raises UserError when the checkpoint cannot be had.
     """
-    folder = hub.fetched_folder(config.location, config.revision, "model.path", "a multimodal model's", SETTINGS)
+    folder = settings_folder(source_of(config))
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SETTINGS for path in folder.glob(pattern)}):
         if path.name != "config.json" and not path.name.endswith(".index.json"):

@@ -18,10 +18,9 @@ from pipeline.clip.inject import image_prompts, text_prompts
 from pipeline.clip.schedule import PromptSchedule
 from pipeline.clip.text import Words
 from pipeline.errors import UserError, nearest
-from pipeline.hub import fetched_folder
+from pipeline.snapshots import Source, checkpoint
 
 SUPPORTED = ("clip", "siglip")
-FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,12 @@ def normalised(features: Tensor) -> Tensor:
 
 def backbone_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder of a backbone's checkpoint, fetched from the Hub where it is none here; UserError without one."""
-    return fetched_folder(os.fspath(path), revision, "model.path", "a CLIP's or SigLIP's", FILES)
+    return checkpoint(backbone_source(os.fspath(path), revision)).folder
+
+
+def backbone_source(path: str, revision: str | None = None) -> Source:
+    """The backbone as `pipeline.snapshots` asks for it."""
+    return Source(path, revision, wanted="a CLIP's or SigLIP's", kinds=SUPPORTED)
 
 
 def load_backbone(
@@ -133,8 +137,6 @@ def load_backbone(
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no readable config.json of a model: {error}") from error
     Sizes.of(config)
-    if not list(folder.glob("model*.safetensors")):
-        raise UserError(f"{folder} has no model*.safetensors; pickled weights are never loaded. Give such a revision.")
     try:
         model, report = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -26,6 +26,7 @@ from pipeline.deepspeed_config import deepspeed_file
 from pipeline.devices import require_usable_gpus, torch_build
 from pipeline.errors import UserError, UserErrors
 from pipeline.given_path import command
+from pipeline.known_models import known_config
 
 
 def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
@@ -154,16 +155,19 @@ def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
     if not all(learned):
         return "not planned: the number of classes is not known before the data is prepared"
     model = recipe.model
+    known = ""
     try:
         folder = hub.local_folder(model.location, model.revision)
-        config = AutoConfig.from_pretrained(folder or model.location, revision=model.revision)
+        if folder is None:
+            known = f"; by the sizes of {model.path} that this project knows, for it is not here"
+        config = known_config(model.path) if folder is None else AutoConfig.from_pretrained(folder)
         Sizes.of(config)
         with torch.device("meta"):
             built = AutoModel.from_config(config, dtype=getattr(torch, model.dtype))
         plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested))
     except (OSError, ValueError, UserError):
         return f"not planned: the configuration of '{model.path}' cannot be had here, or is of another kind"
-    return peak(plan)
+    return peak(plan) + known
 
 
 def _classes(recipe: ClipRecipe, dataset: str, group: Group) -> int:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from pipeline import hub
-from pipeline.check_model import safe_weights
-from pipeline.clip.backbone import Sizes
+from pipeline.clip.backbone import Sizes, backbone_source
 from pipeline.clip.methods import learner_of_sizes
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.text import Words
 from pipeline.errors import UserError, UserErrors
+from pipeline.snapshots import settings_folder
+from pipeline.weights import weights_of
 
 
 def check_backbone(recipe: ClipRecipe, online: bool) -> str:
@@ -27,15 +28,22 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
     model = recipe.model
     folder = _folder(recipe, online)
     try:
-        config = AutoConfig.from_pretrained(folder or model.location, revision=model.revision)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"'{model.path}' has no readable config.json of a model: {error}") from error
     sizes = Sizes.of(config)
-    if folder is not None and not online and hub.missing_weights(folder):
+    weights = weights_of(folder)
+    if weights.missing and not online:
         raise UserError(
-            f"model.path: {folder} lacks its weights ({', '.join(hub.missing_weights(folder))}); fetch them with "
+            f"model.path: {folder} lacks its weights ({', '.join(weights.missing)}); fetch them with "
             f"`hf download {model.path}`, or set model.path to a complete folder."
         )
+    once = weights.pickled
+    if weights.missing:
+        offer = hub.offered_weights(model.location, model.revision)
+        once = offer == "pickled"
+        if offer == "none":
+            raise UserError(f"model.path: '{model.path}' has no weights on the Hub, neither safetensors nor .bin.")
     words = _words(recipe, folder, config)
     learned, wrong = [], []
     for method in recipe.methods:
@@ -47,33 +55,32 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
         learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
     if wrong:
         raise UserErrors(wrong)
-    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}"
+    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}" + (
+        "; weights are .bin files, converted once into safetensors by the first run" if once else ""
+    )
 
 
-def _folder(recipe: ClipRecipe, online: bool) -> Path | None:
-    """The checkpoint's folder; None when it is still on the Hub, which can be reached and has weights to load."""
+def _folder(recipe: ClipRecipe, online: bool) -> Path:
+    """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
     model = recipe.model
+    if online and hub.is_repository(model.location):
+        return settings_folder(backbone_source(model.location, model.revision))
     folder = hub.local_folder(model.location, model.revision)
-    on_the_hub = online and hub.is_repository(model.location)
-    if folder is None and not on_the_hub:
+    if folder is None:
         revision = f" --revision {model.revision}" if model.revision else ""
         raise UserError(
             f"model.path: '{model.path}' is not on this machine; run `hf download {model.path}{revision}` where the "
             "Hugging Face Hub can be reached, or set model.path to the folder of a CLIP or SigLIP."
-            + (safe_weights("model") if hub.is_repository(model.location) else "")
         )
-    lacking = folder is None or bool(hub.missing_weights(folder))
-    if on_the_hub and lacking and not hub.offers_safetensors(model.location, model.revision):
-        raise UserError(f"model.path: '{model.path}' has only pickled weights on the Hub." + safe_weights("model"))
     return folder
 
 
-def _words(recipe: ClipRecipe, folder: Path | None, config: Any) -> Words:
+def _words(recipe: ClipRecipe, folder: Path, config: Any) -> Words:
     from transformers import AutoTokenizer
 
     model = recipe.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or model.location, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: '{model.path}' has no tokenizer that can be read: {error}") from error
     return Words(tokenizer, config.text_config.max_position_embeddings)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.backbones.lmm import base_fingerprint
-from pipeline.clip.backbone import backbone_folder, load_backbone
+from pipeline.base_model import fingerprint, recorded_base_model
+from pipeline.clip.backbone import backbone_folder, backbone_source, load_backbone
 from pipeline.clip.engine import ClipEngine
 from pipeline.clip.few_shot_batches import FewShotImages
 from pipeline.clip.images import Pixels
@@ -19,6 +19,7 @@ from pipeline.clip.model import PromptedCLIP
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.clip.unit import Unit, learner_of, regularisers_of
 from pipeline.distributed import World, on_main, together
+from pipeline.snapshots import share
 from pipeline.watchdog import Watchdog
 
 
@@ -31,6 +32,8 @@ class ClipModels:
     def __init__(self, recipe: ClipRecipe, world: World, watchdog: Watchdog) -> None:
         self.recipe, self.world, model = recipe, world, recipe.model
         dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+        source = backbone_source(model.location, model.revision)
+        share(world, [source], lambda: watchdog.beat("fetching", slow=True))
         backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
         self.backbone = backbone.to(world.device)
         for tower in (backbone.model.text_model, backbone.model.vision_model):
@@ -38,7 +41,8 @@ class ClipModels:
             tower.embeddings.register_forward_hook(lambda *_: watchdog.progress())
         self.words = self.backbone.words(tokenizer)
         self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
-        self.fingerprint = on_main(world, lambda: base_fingerprint(cast(Any, model)))
+        recorded = recorded_base_model(recipe.run_path)
+        self.fingerprint = on_main(world, lambda: fingerprint(source, recorded))
         self._engine: tuple[tuple[Any, ...], ClipEngine] | None = None
 
     def learner(self, unit: Unit, classes: int) -> PromptLearner:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
+from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.check_model import CheckedModel, check_model
 from pipeline.config import ModelConfig
 from pipeline.data.sample import Sample
@@ -94,3 +98,88 @@ def test_a_dropped_model_is_freed_at_once(checkpoint: Path) -> None:
         assert model() is None
     finally:
         gc.enable()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+
+
+def test_check_and_loading_refuse_a_checkpoint_that_lacks_weights(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path)
+    tensors = weights(folder)
+    joins = ("multi_modal_projector", "visual.merger", "connector")
+    gone = [name for name in tensors if any(part in name for part in joins)]
+    save_weights(folder, {name: value for name, value in tensors.items() if name not in gone})
+    expected = rf"lacks {len(gone)} of the model's weights, for example model\..*; they would be random"
+    with pytest.raises(UserError, match=expected):
+        load_lmm(ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match=expected):
+        check_model(CheckedModel(make_recipe(folder), online=False))
+
+
+def test_check_and_loading_refuse_weights_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path)
+    tensors = weights(folder)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_weights(folder, {**tensors, name: tensors[name][:-1].contiguous()})
+    with pytest.raises(UserError, match=r"1 weights of another shape .*q_proj\.weight: \[.*\], expected \["):
+        load_lmm(ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match="of another shape"):
+        require_fitting_weights(ModelConfig(path=str(folder)))
+
+
+def test_the_names_of_older_checkpoints_are_known(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path)
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    expected = load_lmm(ModelConfig(path=str(folder))).state_dict()
+    for rename in (older_name, newer_name):
+        save_weights(folder, {rename(kind, name): value for name, value in weights(checkpoint).items()})
+        require_fitting_weights(ModelConfig(path=str(folder)))
+        loaded = load_lmm(ModelConfig(path=str(folder))).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def older_name(kind: str, name: str) -> str:
+    """As the checkpoints on the Hub name it, before transformers' models were one module deeper."""
+    name = re.sub(r"^model\.(visual|vision_tower|multi_modal_projector|image_newline)", r"\1", name)
+    if kind == "qwen2_5_vl":
+        return re.sub(r"^model\.language_model\.", "model.", name)
+    if kind in ("idefics3", "smolvlm"):
+        return name
+    name = re.sub(r"^lm_head", "language_model.lm_head", name)
+    return re.sub(r"^model\.language_model\.", "language_model.model.", name)
+
+
+def newer_name(kind: str, name: str) -> str:
+    """As the modules of transformers are named."""
+    if kind in ("idefics3", "smolvlm"):
+        return name
+    if kind == "qwen2_5_vl":
+        name = re.sub(r"^model\.(?!visual|language_model)", "model.language_model.", name)
+    name = re.sub(r"^language_model\.lm_head", "lm_head", name)
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    return re.sub(r"^(visual|vision_tower|multi_modal_projector|image_newline)", r"model.\1", name)
+
+
+def test_a_head_that_is_the_embedding_need_not_be_stored(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path, tied=True)
+    assert not any("lm_head" in name for name in weights(folder))
+    require_fitting_weights(ModelConfig(path=str(folder)))
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        load_lmm(ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match=r"cut off or damaged"):
+        check_model(CheckedModel(make_recipe(folder), online=False))

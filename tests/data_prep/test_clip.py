@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
@@ -101,12 +103,34 @@ def test_a_path_that_is_nothing_is_refused(monkeypatch):
         KeyEncoder("no/such/clip here")
 
 
-def test_pickled_weights_are_never_loaded(clip, tmp_path):
+def test_weights_in_a_bin_file_make_the_same_keys_and_the_same_identity(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     folder = shutil.copytree(clip, tmp_path / "clip")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert {**key_identity(folder), "clip": ""} == {**key_identity(clip), "clip": ""}
+    assert torch.equal(KeyEncoder(folder).text(["a red thing"]), KeyEncoder(clip).text(["a red thing"]))
+
+
+def test_pickled_code_is_never_run(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Trap(tmp_path / "run")}, folder / "pytorch_model.bin")
     for use in (KeyEncoder, key_identity):
-        with pytest.raises(UserError, match=r"no model\*\.safetensors; pickled weights are never loaded"):
+        with pytest.raises(UserError, match=r"keys\.path: .*pytorch_model\.bin holds more than tensors: pickled code"):
             use(folder)
+    assert not (tmp_path / "run").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_missing_tensors_are_not_replaced_by_random_ones(clip, tmp_path):
@@ -128,5 +152,5 @@ def test_a_truncated_weight_file_is_refused(clip, tmp_path):
 
 def test_a_model_that_is_no_clip_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="model of type 'llama', keys need one of type 'clip'"):
+    with pytest.raises(UserError, match="is a model of type 'llama'; supported are clip"):
         KeyEncoder(tmp_path)

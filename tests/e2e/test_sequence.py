@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import snapshots
 from pipeline.backbones.lmm import LMM
 from pipeline.engine import Engine
 from pipeline.errors import Interrupted, UserError
 from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence import Sequence, evaluate_run, run_sequence
+from pipeline.snapshots import Source
 from pipeline.train import DivergedError
+from pipeline.weights import file_fingerprints
 from tests.e2e.conftest import MakeRecipe
 from tests.stopping import signal_in_forward
 
@@ -208,3 +211,40 @@ def test_sequential_goes_on_with_the_prompt_of_the_stage_before(make: MakeRecipe
     run_sequence(recipe, stages="train")
     prompts = [load_file(recipe.run_path / "stages" / f"0{n + 1}-T{n}" / "prompts.safetensors") for n in range(2)]
     torch.testing.assert_close(prompts[0]["prompt"], prompts[1]["prompt"], atol=1e-6, rtol=0)
+
+
+def test_a_run_whose_weights_were_fetched_by_its_first_start_goes_on(
+    make: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As for a model of the Hub: configuration and tokenizer are here, the weights come when they are asked for.
+    folder = Path(shutil.copytree(prepared / "llava", tmp_path / "llava"))
+    hidden = (folder / "model.safetensors").rename(tmp_path / "later")
+
+    def fetched(source: Source, weights: bool) -> Path:
+        if weights and hidden.exists():
+            hidden.rename(folder / "model.safetensors")
+        return folder if source.field == "model.path" else prepared / "clip"
+
+    monkeypatch.setattr(snapshots, "_fetched", fetched)
+    monkeypatch.setattr(snapshots, "_known", {})
+    recipe = make(tasks=2, model__path="owner/model", evaluate__zero_shot=False)
+    run_sequence(recipe, until=1)
+    monkeypatch.setattr(snapshots, "_known", {})
+    assert run_sequence(recipe)["stages"] == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_recorded(
+    make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make(tasks=2)
+    earlier = file_fingerprints(Path(recipe.model.path))[0]
+    with monkeypatch.context() as before:
+        before.setattr("pipeline.sequence.base_fingerprint", lambda *_: earlier)
+        run_sequence(recipe, until=1)
+    answered = (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text()
+    monkeypatch.setattr(LMM, "generate", None)  # the answers that are there are kept
+    with pytest.raises(TypeError):
+        run_sequence(recipe)
+    assert (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text() == answered
+    metas = [read(path)["base_model"] for path in sorted(recipe.run_path.glob("stages/*/meta.json"))]
+    assert metas == [earlier, earlier]

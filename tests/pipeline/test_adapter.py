@@ -14,11 +14,12 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pipeline.adapter import Adapter, load_adapter, read_adapter, write_adapter
+from pipeline.adapter import META, Adapter, load_adapter, read_adapter, write_adapter
 from pipeline.adapter_edit import merge, prune, push
 from pipeline.answering import Answerer
 from pipeline.cli import app
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.weights import file_fingerprints
 from tests import tiny, tiny_clip
 from tests.adapters import Models, question, save_adapter, save_models
 
@@ -84,6 +85,15 @@ def test_what_cannot_share_a_pool_is_not_merged(models: Models, whole: Path, tmp
     with pytest.raises(UserError, match="at least two"):
         merge([whole], tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_an_adapter_of_an_earlier_version_is_loaded_and_merged(models: Models, whole: Path, tmp_path: Path) -> None:
+    older = save_adapter(tmp_path / "older", models, (3,))
+    meta = json.loads((older / META).read_text())
+    (older / META).write_text(json.dumps({**meta, "base_model": file_fingerprints(models.llava)[0]}))
+    assert load_adapter(older).ask("what?").text is not None
+    merge([whole, older], tmp_path / "both")
+    assert read_adapter(tmp_path / "both").meta.sets == ["T0", "T1", "T2", "T3"]
 
 
 def test_pruning_names_what_it_has(whole: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from pipeline import hub
+from pipeline import hub, weights
 from pipeline.check import Findings, check
 from pipeline.checkpoint import COMPLETE, META, claim_run
 from pipeline.cli import app
@@ -131,7 +131,8 @@ def test_a_machine_with_nothing_is_told_all_that_is_missing_and_where_to_get_it(
         assert needed in done.stderr, needed
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["problems"].keys() == {"model", "keys", "data"}
-    assert "cannot be had here" in found["memory"]
+    assert found["memory"]["ranks"] == 8, "planned by the sizes that the project knows"
+    assert found["memory"]["bytes_per_gpu"]["evaluation"] > 13 << 30
     assert not any(tmp_path.rglob("*.yaml")), "a check makes no run folder"
 
 
@@ -205,8 +206,8 @@ def test_a_checkpoint_without_one_of_its_weight_files(here: Path, tmp_path: Path
     override = another_llava(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00002.safetensors")
     files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (tmp_path / "m" / hub.INDEX).write_text(json.dumps({"weight_map": files}))
-    assert "lacks its weights (model-00002-of-00002.safetensors)" in only_problem(findings(override), "model")
+    (tmp_path / "m" / weights.INDEX).write_text(json.dumps({"weight_map": files}))
+    assert "lacks weights (model-00002-of-00002.safetensors)" in only_problem(findings(override), "model")
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(here: Path) -> None:
@@ -381,7 +382,7 @@ def test_the_hub_is_not_tried_for_folders(online: None, here: Path, monkeypatch:
     assert not findings().problems
 
 
-def test_weights_that_are_still_on_the_hub_are_no_problem_but_pickled_ones_are(
+def test_weights_that_are_still_on_the_hub_are_no_problem_and_pickled_ones_will_be_converted(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.check_model import check_keys
@@ -389,10 +390,13 @@ def test_weights_that_are_still_on_the_hub_are_no_problem_but_pickled_ones_are(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     recipe = recipe_with("keys.path=owner/clip")
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
+    monkeypatch.setattr(hub, "offered_weights", lambda *_: "safetensors")
     assert check_keys(recipe, online=True) == ("owner/clip: on the Hub, fetched by `prepare`", None)
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: ["config.json", "pytorch_model.bin"])
-    with pytest.raises(UserError, match=r"only pickled weights.*keys\.revision"):
+    monkeypatch.setattr(hub, "offered_weights", lambda *_: "pickled")
+    expected = "owner/clip: on the Hub as .bin files, converted once into safetensors, fetched by `prepare`"
+    assert check_keys(recipe, online=True) == (expected, None)
+    monkeypatch.setattr(hub, "offered_weights", lambda *_: "none")
+    with pytest.raises(UserError, match=r"keys\.path: 'owner/clip' has no weights on the Hub"):
         check_keys(recipe, online=True)
 
 

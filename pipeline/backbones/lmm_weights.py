@@ -1,0 +1,64 @@
+"""Whether a checkpoint's weights are all of the model's and of its shapes: what is missing would be random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.snapshots import checkpoint
+from pipeline.weights import tensors_of
+
+
+def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> None:
+    """Raise UserError unless the checkpoint has each of the model's weights in the model's shape.
+
+    transformers renames the tensors of older checkpoints and ties heads to embeddings, so it is asked itself: it loads
+    tensors that have a shape and no content into a model that has no content either. Only headers are read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging as progress
+
+    progress.disable_progress_bar()
+    folder = folder or checkpoint(source_of(config)).folder
+    stored = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors_of(folder).items()}
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(settings, "quantization_config", None) is not None:
+            return  # stored in a form of its own, which only the quantiser knows
+        with torch.device("meta"):
+            model: Any = AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
+        _, report = type(model).from_pretrained(
+            None,
+            config=settings,
+            state_dict=stored,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        raise not_loadable(config, error) from error
+    refuse_unfitting(config, report)
+
+
+def refuse_unfitting(config: ModelConfig, report: Mapping[str, Iterable[Any]]) -> None:
+    """Raise UserError when transformers' report on a loading names weights that are missing or of another shape."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"The checkpoint of '{config.path}' lacks {len(missing)} of the model's weights, for example {missing[0]}; "
+            "they would be random, and others on each rank. Give the complete checkpoint of this architecture: not an "
+            "adapter, and not a part of a model."
+        )
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise UserError(
+            f"The checkpoint of '{config.path}' has {len(mismatched)} weights of another shape than its config.json "
+            f"says, for example {name}: {list(found)}, expected {list(expected)}. Give weights and config.json of the "
+            "same checkpoint."
+        )

@@ -1,0 +1,84 @@
+"""A Hub on the loopback: it serves one repository from a folder, or does not answer in one of several ways."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "a" * 40
+REPOSITORY = "owner/model"
+FAULTS = ("hangs", "429", "500", "closes")
+
+
+@dataclass
+class Stub:
+    """What was asked for so far; `fault` may be changed while the server runs."""
+
+    address: str
+    fault: str = ""
+    faulty: str = ""  # only requests with this in their path meet the fault
+    asked: list[str] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def hub_of(folder: Path, fault: str = "", faulty: str = "") -> Iterator[Stub]:
+    """Serve a folder's files as REPOSITORY at one commit; `fault` is one of FAULTS."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            stub.asked.append(f"{self.command} {self.path}")
+            if stub.fault and stub.faulty in self.path:
+                self.fail()
+            elif self.path.startswith(f"/api/models/{REPOSITORY}"):
+                siblings = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+                self.send(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
+            elif self.path.startswith(f"/{REPOSITORY}/resolve/") and (folder / self.path.split("/")[-1]).is_file():
+                self.send((folder / self.path.split("/")[-1]).read_bytes())
+            else:
+                self.send(b"", 404)
+
+        do_GET = do_HEAD = answer
+
+        def fail(self) -> None:
+            if stub.fault == "hangs":
+                stub.ended.wait()
+            if stub.fault.isdigit():
+                self.send(b"", int(stub.fault))
+            else:
+                self.close_connection = True
+                self.connection.close()
+
+        def send(self, content: bytes, status: int = 200) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on the terminal."""
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError, ValueError):
+                super().handle()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    stub = Stub(f"http://127.0.0.1:{server.server_address[1]}", fault, faulty)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield stub
+    finally:
+        stub.ended.set()
+        server.shutdown()
+        server.server_close()
