@@ -28,13 +28,16 @@ def prepare_command(
     skip_bad: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="leave out up to N bad records and list them")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="rewrite data that another recipe or a run depends on")
+    ] = False,
 ) -> None:
     """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
     from data_prep.prepare import prepare  # here: torch and transformers take seconds, --help should not
     from pipeline.config import load_recipe
 
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
-    for split in prepare(load_recipe(recipe, changes))["splits"]:
+    for split in prepare(load_recipe(recipe, changes), replace=replace)["splits"]:
         wrote = " and ".join(split["wrote"])
         typer.echo(
             f"{split['task']}/{split['split']}: {split['samples']} samples in {split['shards']} shards, "

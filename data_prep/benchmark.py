@@ -7,23 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from data_prep.bad_records import Tolerance
 from data_prep.prepare import progress_bars
-from data_prep.shards import write_shards
 from data_prep.sources import colour_shapes
 from data_prep.sources.class_folders import ImageSplit
 from data_prep.sources.split_zhou import missing, missing_images, missing_sentence, read_dataset
+from data_prep.split import Place, Rewriting, prepare_split
 from pipeline.clip.classes import LabelledImage, Splits
 from pipeline.clip.datasets import Dataset
 from pipeline.clip.few_shot import few_shot
 from pipeline.clip.prepared import ClassList
 from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserError
+from pipeline.file_lock import lock_of, waiting_for
 
 
-def prepare_benchmark(recipe: ClipRecipe, progress: bool = True) -> dict[str, Any]:
+def prepare_benchmark(recipe: ClipRecipe, progress: bool = True, replace: bool = False) -> dict[str, Any]:
     """Prepare all datasets of a recipe; what is there and up to date is kept.
+
+    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`).
 
     Only the images that some seed draws are written of a training split. Returns `{"prepared": folder, "splits":
     [{dataset, split, samples, fingerprint, wrote}], "skipped": [...]}`. Raises UserError for data that is missing, not
@@ -31,39 +37,48 @@ def prepare_benchmark(recipe: ClipRecipe, progress: bool = True) -> dict[str, An
     """
     root = Path(recipe.data.root)
     if recipe.data.source == "generated":
-        colour_shapes.draw(root, recipe.data.seed)
+        with waiting_for(lock_of(root), "the generated data"):
+            colour_shapes.draw(root, recipe.data.seed)
     tolerance = Tolerance(recipe.data.skip_bad)
     splits: list[dict[str, Any]] = []
     with progress_bars(progress) as bars:
         for entry, trained in datasets_of(recipe):
-            description = entry.description
-            if not (root / description.folder).is_dir():
-                raise UserError(missing(description, root)[0])
-            found = read_dataset(description, root)
-            seeds = (
-                few_shot_rows(recipe, found, description.name, _prepared_seeds(recipe, entry.name)) if trained else {}
-            )
-            drawn = sorted({row for rows in seeds.values() for row in rows})
-            parts = {"test": found.test} | ({"train": tuple(found.train[row] for row in drawn)} if trained else {})
-            images = root / description.folder / description.images
-            _refuse_missing(description, images, parts, recipe)
-            fingerprints: dict[str, str] = {}
-            for split, part in parts.items():
-                bar = bars.add_task(f"{entry.name}/{split}", total=len(part))
-                source = ImageSplit(part, images)
-                left_out = tolerance if split == "test" else Tolerance(0, may_grow=False)
-                written, wrote = write_shards(
-                    lambda start, source=source: source.records(start, recipe.data.workers),  # type: ignore[misc]
-                    recipe.data.split_path(entry.name, split), recipe.data.shard_samples, source.fingerprint(),
-                    entry.name, split, partial(bars.advance, bar), left_out,
-                )  # fmt: skip
-                fingerprints[split] = written["fingerprint"]
-                splits.append({
-                    "dataset": entry.name, "split": split, "samples": written["count"],
-                    "fingerprint": written["fingerprint"], "wrote": wrote,
-                })  # fmt: skip
-            _write_classes(recipe, entry.name, found, parts, seeds, drawn, fingerprints)
+            with waiting_for(lock_of(Path(recipe.data.prepared) / entry.name), entry.name):
+                splits += _prepare_dataset(recipe, entry, trained, tolerance, bars, replace)
     return {"prepared": recipe.data.prepared, "splits": splits, "skipped": [r.sentence() for r in tolerance.skipped]}
+
+
+def _prepare_dataset(
+    recipe: ClipRecipe, entry: DatasetConfig, trained: bool, tolerance: Tolerance, bars: Progress, replace: bool
+) -> list[dict[str, Any]]:
+    """Prepare one dataset, whose lock the caller holds; returns what `prepare_benchmark` says of its splits."""
+    data, root, description = recipe.data, Path(recipe.data.root), entry.description
+    if not (root / description.folder).is_dir():
+        raise UserError(missing(description, root)[0])
+    found = read_dataset(description, root)
+    seeds = few_shot_rows(recipe, found, description.name, _prepared_seeds(recipe, entry.name)) if trained else {}
+    drawn = sorted({row for rows in seeds.values() for row in rows})
+    parts = {"test": found.test} | ({"train": tuple(found.train[row] for row in drawn)} if trained else {})
+    images = root / description.folder / description.images
+    _refuse_missing(description, images, parts, recipe)
+    fingerprints: dict[str, str] = {}
+    splits: list[dict[str, Any]] = []
+    for split, part in parts.items():
+        bar = bars.add_task(f"{entry.name}/{split}", total=len(part))
+        place = Place(data.split_path(entry.name, split), entry.name, split, data.shard_samples, data.workers)
+        left_out = tolerance if split == "test" else Tolerance(0, may_grow=False)
+        rewriting = Rewriting(replace, recipe.run_path.parent, may_grow=split == "train")
+        written, wrote = prepare_split(
+            ImageSplit(part, images), data.split_settings(entry, split), place, left_out, rewriting,
+            partial(bars.advance, bar),
+        )  # fmt: skip
+        fingerprints[split] = written["fingerprint"]
+        splits.append({
+            "dataset": entry.name, "split": split, "samples": written["count"],
+            "fingerprint": written["fingerprint"], "wrote": wrote,
+        })  # fmt: skip
+    _write_classes(recipe, entry.name, found, parts, seeds, drawn, fingerprints)
+    return splits
 
 
 def _prepared_seeds(recipe: ClipRecipe, name: str) -> list[int]:

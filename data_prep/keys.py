@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_prep.parallel import ordered_map
+from pipeline.data.origin import REMEDY
 from pipeline.data.sample import decode_image
-from pipeline.data.shards import FINGERPRINT, KEYS_FILE, KEYS_TABLE, IndexedShards
+from pipeline.data.shards import FINGERPRINT, IDENTITY_FIELDS, KEYS_FILE, KEYS_TABLE, IndexedShards
 from pipeline.errors import UserError
 from pipeline.files import replacing
 
@@ -71,6 +72,22 @@ def write_keys(
     _save(folder / KEYS_FILE, keys, metadata)
     shutil.rmtree(folder / _PARTS)
     return True
+
+
+def refuse_keys_of_another(folder: Path, identity: dict[str, str]) -> None:
+    """Raise UserError when a split has keys of another CLIP, or of other features of it: another recipe needs them."""
+    shards = IndexedShards(folder)
+    try:
+        found = shards.keys().identity
+    except UserError:
+        return  # none, or damaged ones: nobody can use them
+    if all(found.get(name) == identity[name] for name in IDENTITY_FIELDS):
+        return
+    raise UserError(
+        f"{folder} has the keys of another CLIP ({found.get('clip')}, text {found.get('text_feature')}, "
+        f"{found.get('text_truncation', 'head')} of long questions); the recipe's is {identity['clip']}, text "
+        f"{identity['text_feature']}, {identity['text_truncation']}. {REMEDY}"
+    )
 
 
 def write_some_keys(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_prep.bad_records import Tolerance
-from data_prep.keys import KnownImages, write_keys
-from data_prep.shards import discard, write_shards
+from data_prep.bad_records import BadRecord, Tolerance
+from data_prep.keys import KnownImages, refuse_keys_of_another, write_keys
+from data_prep.shards import discard
 from data_prep.sources import generated
-from data_prep.sources.coin import coin_split
+from data_prep.sources.coin import CoinSplit, coin_split
+from data_prep.sources.image_states import remember, remembered_file, remembered_fingerprint
+from data_prep.split import Place, Rewriting, prepare_split
 from data_prep.verify import is_verified, mark_verified, unmark, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.data.origin import SOURCE_FILES
+from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_description
 from pipeline.errors import UserError
+from pipeline.file_lock import lock_of, waiting_for
 from pipeline.metrics.scoring import require_metrics
 
 if TYPE_CHECKING:
@@ -25,8 +31,10 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 
 
-def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
+def prepare(recipe: Recipe, progress: bool = True, replace: bool = False) -> dict[str, Any]:
     """Prepare the data of a recipe; what is there and up to date is kept, what was interrupted is continued.
+
+    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`).
 
     Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}], "skipped": [...]}`
     where `wrote` names what was new and `skipped` the bad records that `data.skip_bad` let be left out, one sentence
@@ -42,60 +50,107 @@ def prepare(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     def encoder() -> KeyEncoder:
         return KeyEncoder(*recipe.keys.source)
 
-    known_images: KnownImages = {}
+    rewriting = Rewriting(replace, recipe.run_path.parent)
+    clip = Clip(recipe, identity, encoder, rewriting)
     tolerance = Tolerance(recipe.data.skip_bad)
     splits = []
     with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
             for split in SPLITS:
                 known = len(tolerance.skipped)
-                splits.append(_prepare_split(recipe, task, split, identity, encoder, known_images, tolerance, bars))
+                splits.append(_prepare_split(recipe, task, split, clip, tolerance, bars))
                 for record in tolerance.skipped[known:] if progress else ():
                     bars.console.print(f"left out: {record.sentence()}", style="yellow", markup=False, soft_wrap=True)
     skipped = [record.sentence() for record in tolerance.skipped]
     return {"prepared": recipe.data.prepared, "splits": splits, "skipped": skipped}
 
 
+@dataclass
+class Clip:
+    """The frozen CLIP of a preparation, loaded when there is work for it, and the keys of images it has seen."""
+
+    recipe: Recipe
+    identity: dict[str, str]
+    encoder: Callable[[], KeyEncoder]
+    rewriting: Rewriting
+    known_images: KnownImages = field(default_factory=dict)
+
+    def write_keys(self, folder: Path, progress: Callable[[int], None]) -> bool:
+        """Write the keys of a split unless they are there; UserError for keys of another CLIP, which a recipe has."""
+        if not self.rewriting.replace:
+            refuse_keys_of_another(folder, self.identity)
+        batch, workers = self.recipe.keys.batch, self.recipe.data.workers
+        return write_keys(folder, self.identity, self.encoder, batch, workers, progress, self.known_images)
+
+
 def _prepare_split(
-    recipe: Recipe,
-    task: TaskConfig,
-    split: str,
-    identity: dict[str, str],
-    encoder: Callable[[], KeyEncoder],
-    known_images: KnownImages,
-    tolerance: Tolerance,
-    bars: Progress,
+    recipe: Recipe, task: TaskConfig, split: str, clip: Clip, tolerance: Tolerance, bars: Progress
 ) -> dict[str, Any]:
-    data, folder, name = recipe.data, recipe.data.split_path(task.name, split), f"{task.name}/{split}"
-    source = coin_split(data, task, split)
+    data, name = recipe.data, f"{task.name}/{split}"
+    source, folder = coin_split(data, task, split), recipe.data.split_path(task.name, split)
+    settings = data.split_settings(task, split)
+    place = Place(folder, task.name, split, data.shard_samples, data.workers)
     bar = bars.add_task(f"{name}: shards", total=None)
-    description, wrote_shards = write_shards(
-        lambda start: source.records(start, data.workers),
-        folder,
-        data.shard_samples,
-        source.fingerprint(),
-        task.name,
-        split,
-        partial(bars.advance, bar),
-        tolerance,
-    )
-    wrote = ["shards"] if wrote_shards else []
-    bars.reset(bar, description=f"{name}: keys", total=description["count"])
     advance = partial(bars.advance, bar)
-    if write_keys(folder, identity, encoder, recipe.keys.batch, data.workers, advance, known_images):
-        wrote.append("keys")
-    if wrote or not is_verified(folder, description["fingerprint"], identity):
-        bars.update(bar, description=f"{name}: verify")
-        _verify(folder, description["fingerprint"], identity)
+    ready = _ready(source, settings, place, clip.identity)
+    if ready is not None and not clip.rewriting.replace:  # nothing is written, so the folder may be read-only
+        description, wrote = _left_out_again(ready, tolerance), []
+        advance(description["count"])
+        bars.update(bar, description=f"{name}: up to date", total=description["count"])
+        return _result(description, wrote)
+    with waiting_for(lock_of(folder), name):
+        description, wrote_shards = prepare_split(source, settings, place, tolerance, clip.rewriting, advance)
+        wrote = ["shards"] if wrote_shards else []
+        bars.reset(bar, description=f"{name}: keys", total=description["count"])
+        if clip.write_keys(folder, advance):
+            wrote.append("keys")
+        if wrote or not is_verified(folder, description["fingerprint"], clip.identity):
+            bars.update(bar, description=f"{name}: verify")
+            _verify(folder, description["fingerprint"], clip.identity)
+        _remember(folder, source, description)
     bars.update(bar, description=f"{name}: {'ready' if wrote else 'up to date'}")
+    return _result(description, wrote)
+
+
+def _ready(
+    source: CoinSplit, settings: Mapping[str, Any], place: Place, identity: dict[str, str]
+) -> dict[str, Any] | None:
+    """dataset.json of a split that is whole, verified, and made from this source by these settings, else None."""
+    folder, made = place.folder, source.origin(settings)
+    try:
+        description = read_description(folder)
+        if any(description.get(name) != value for name, value in made.facts().items()):
+            return None
+        IndexedShards(folder).keys(identity)
+    except UserError:
+        return None
+    same = description["source_fingerprint"] == made.fingerprint
+    whole = is_verified(folder, description["fingerprint"], identity) and (folder / KEYS_TABLE).is_file()
+    return description if same and whole and remembered_file(folder).is_file() else None
+
+
+def _left_out_again(description: dict[str, Any], tolerance: Tolerance) -> dict[str, Any]:
+    for record in description.get("skipped", []):
+        tolerance.skip(BadRecord(**record))
+    return description
+
+
+def _result(description: dict[str, Any], wrote: list[str]) -> dict[str, Any]:
     return {
-        "task": task.name,
-        "split": split,
+        "task": description["task"],
+        "split": description["split"],
         "samples": description["count"],
         "shards": len(description["shards"]),
         "fingerprint": description["fingerprint"],
         "wrote": wrote,
     }
+
+
+def _remember(folder: Path, source: CoinSplit, description: dict[str, Any]) -> None:
+    """Keep the state of the source's images where it is not kept yet."""
+    fingerprint = description["source_fingerprint"]
+    if remembered_fingerprint(folder, source.root, source.text_names) != fingerprint:
+        remember(folder, fingerprint, description[SOURCE_FILES], source.images)
 
 
 def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:

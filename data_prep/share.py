@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from data_prep.keys import write_some_keys
 from data_prep.shards import write_shards, write_some_shards
 from data_prep.sources.coin import CoinSplit, coin_split
+from data_prep.sources.image_states import remember, remembered_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.data.shards import read_description
 from pipeline.errors import UserError
+from pipeline.file_lock import lock_of, waiting_for
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
@@ -53,16 +55,48 @@ def share_shards(recipe: Recipe, share: Share) -> int:
         samples = recipe.data.shard_samples
         numbers = share.of(-(-len(source) // samples))
         if numbers:
+            fingerprint = _fingerprint(source, folder)
+            _refuse_rewriting(folder, fingerprint)
             read = partial(source.records, workers=recipe.data.workers)
-            wrote += write_some_shards(read, folder, samples, source.fingerprint(), numbers)
+            wrote += write_some_shards(read, folder, samples, fingerprint, numbers)
     return wrote
+
+
+def _fingerprint(source: CoinSplit, folder: Path) -> str:
+    """The source's fingerprint: the first process asks for the state of every image, the others take what it kept.
+
+    An image that changes afterwards is noticed by the `prepare` that ends the work, which asks for all of them again.
+    """
+    known = remembered_fingerprint(folder, source.root, source.text_names)
+    if known is not None:
+        return known
+    with waiting_for(lock_of(folder), f"the fingerprint of {source.task}/{source.split}"):
+        known = remembered_fingerprint(folder, source.root, source.text_names)
+        if known is None:
+            known = source.fingerprint()
+            remember(folder, known, source.file_states(), source.images)
+    return known
+
+
+def _refuse_rewriting(folder: Path, fingerprint: str) -> None:
+    """Raise UserError when a split that is there was made from something else: no array rewrites one."""
+    try:
+        description = read_description(folder)
+    except UserError:
+        return
+    if description.get("source_fingerprint") != fingerprint:
+        raise UserError(
+            f"{folder} was prepared from another state of the source or by another recipe. Take it up with `python -m "
+            "pipeline prepare RECIPE`, which says what differs, or set data.prepared to a new folder."
+        )
 
 
 def join_shards(recipe: Recipe) -> int:
     """Write index and dataset.json of every split, and what is missing of its shards; returns the number of samples."""
     count = 0
     for source, folder in _splits(recipe):
-        read, fingerprint = partial(source.records, workers=recipe.data.workers), source.fingerprint()
+        read, fingerprint = partial(source.records, workers=recipe.data.workers), _fingerprint(source, folder)
+        _refuse_rewriting(folder, fingerprint)
         samples = recipe.data.shard_samples
         description, _ = write_shards(read, folder, samples, fingerprint, source.task, source.split)
         count += description["count"]

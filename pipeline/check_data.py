@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.check_prepared import other_data
 from pipeline.config import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.data_sources import Benchmark, benchmark_of, images_of
+from pipeline.data_use import recorded_fingerprint
 from pipeline.errors import UserError, UserErrors
 from pipeline.given_path import command
 from pipeline.metrics.scoring import Answered, score_task
@@ -82,6 +84,7 @@ class CheckedData:
                 self.key_width = shards.keys(identity).image.shape[1]
             except UserError as error:
                 wrong.append(str(error))
+            wrong += self._other_data(task, split, shards)
             samples = telling_samples(shards)
             wrong += self._samples(task, split, samples, conversation)
             if split == "train":
@@ -91,6 +94,12 @@ class CheckedData:
         if wrong:
             raise UserErrors(wrong)
         return f"{task.name} {'/'.join(counts)}"
+
+    def _other_data(self, task: TaskConfig, split: str, shards: IndexedShards) -> list[str]:
+        """Sentences about a split that was made by other settings, or whose source has changed."""
+        used = recorded_fingerprint(self.recipe.run_path, task.name, split)
+        look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` takes care, or goes on
+        return other_data(self.recipe.data, task, split, shards.description, source=look, images=True)
 
     def _samples(
         self, task: TaskConfig, split: str, samples: list[Sample], conversation: Callable[[], Conversation] | None

@@ -25,9 +25,11 @@ from pipeline.recipe_base import FileRecipe
 FORMAT_VERSION = 1
 TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"
 RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `pipeline.resume`)
-# Fields that a run may be continued with when they differ: where and how fast it runs, not what it computes.
+# Fields that a run may be continued with when they differ: where and how fast it runs, not what it computes. Places of
+# data and models are free because stages, answers and kept steps are compared with the fingerprints of what lies there.
 FREE_FIELDS = (
-    "run_dir", "data.workers", "data.shard_samples", "keys.batch", "train.log_every", "train.workers",
+    "run_dir", "data.prepared", "data.root", "model.path", "model.revision", "keys.path", "keys.revision",
+    "data.workers", "data.shard_samples", "keys.batch", "train.log_every", "train.workers",
     "train.micro_batch", "train.deepspeed", "train.processes", "train.save_minutes", "train.save_steps", "train.keep",
     "train.watchdog_s", "train.checkpointing", "evaluate", "evaluate_batch", "tracking",
 )  # fmt: skip

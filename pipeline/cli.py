@@ -98,18 +98,26 @@ def check(
 
 
 @app.command(rich_help_panel=TRAIN)
-def prepare(recipe: RecipeName, overrides: Overrides = None, skip_bad: SkipBad = None, as_json: AsJson = False) -> None:
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Rewrite prepared data that another recipe or a run depends on.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
     raise_descriptor_limit()
     if recipe_kind(recipe) == "clip":
         from pipeline.clip import verbs
 
-        show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad)), as_json)
+        show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad), replace), as_json)
         return
     loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     from data_prep.prepare import prepare as prepare_recipe
 
-    show(prepare_recipe(loaded, progress=True) or {"prepared": loaded.data.prepared}, as_json)
+    show(prepare_recipe(loaded, progress=True, replace=replace) or {"prepared": loaded.data.prepared}, as_json)
 
 
 def _add_training(verb: str, does: str) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pipeline.data.origin import LIMIT, shared_or_each
 from pipeline.errors import UserError, nearest
 from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
 from pipeline.recipe_file import CONFIG, apply_overrides, find_recipe, read_recipe
 
+_TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -52,7 +55,11 @@ class DataConfig(Section):
 
     source: Literal["coin", "generated"] = Field(description="coin: read root as it is; generated: draw it there first")
     root: GivenPath = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
-    prepared: GivenPath = Field(PREPARED, description="folder of the shards: <prepared>/<task>/<split>/")
+    prepared: GivenPath = Field(
+        PREPARED,
+        description="folder of the shards: <prepared>/<task>/<split>/; {settings} is filled in from what decides on "
+        "their content (source, root, limits, files, generator's seed, repeated ids, the CLIP of the keys)",
+    )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="the tasks in the order they are learned")
     prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
@@ -75,6 +82,18 @@ class DataConfig(Section):
     def split_path(self, task: str, split: str) -> Path:
         """Return the folder that holds one prepared split (train or test) of a task."""
         return Path(self.prepared) / task / split
+
+    def split_settings(self, task: TaskConfig, split: str) -> dict[str, Any]:
+        """What decides on the content of one split, beside the files under the root; see `pipeline.data.origin`."""
+        train = split == "train"
+        settings: dict[str, Any] = {"source": self.source, "repeated_ids": self.repeated_ids}
+        settings[LIMIT] = task.limit_train if train else task.limit_test
+        settings["files"] = list(task.train_files if train else task.test_files)
+        if not train:
+            settings["annotations"] = task.annotations
+        if self.source == "generated":
+            settings["seed"] = self.seed
+        return settings
 
 
 class ModelConfig(Section):
@@ -281,6 +300,23 @@ class Recipe(FileRecipe):
                 "never learn; expected train.projector frozen or another insertion"
             )
         return self
+
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that decide on the content of the prepared data; those at their defaults are left out.
+
+        Tasks count by what is said about them and not by their names: any choice of tasks in any order shares a folder
+        where all are read alike. `skip_bad` only allows what it allows, so it does not count.
+        """
+        data, keys = self.data, self.keys
+        said = {task.name: task.model_dump(mode="json", include=_TASK_CONTENT, exclude_defaults=True)
+                for task in data.tasks}  # fmt: skip
+        found = {
+            "source": data.source, "root": os.path.normpath(data.root), "tasks": shared_or_each(said),
+            "repeated_ids": data.repeated_ids if data.repeated_ids != "refuse" else None,
+            "seed": data.seed if data.source == "generated" else None,
+            "keys": keys.model_dump(mode="json", exclude={"batch"}, exclude_defaults=True),
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value not in (None, {})}
 
     @property
     def run_path(self) -> Path:

@@ -10,11 +10,16 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.data.origin import folder_label, settings_hash
 from pipeline.files import replacing
 from pipeline.given_path import GivenPath, GivenUri
 from pipeline.passwords import masked
 
-PREPARED = "data/{name}"  # where prepared data is unless a recipe says otherwise; {name} is filled in
+# Where prepared data is unless a recipe says otherwise; {name} and {settings} are filled in. The latter follows from
+# what decides on the data's content alone, so recipes share a folder where they can and nowhere else.
+PREPARED = "data/prepared/{settings}"
+
+SETTINGS_MARK = "{settings}"
 
 # A name becomes a folder and a part of MLflow's metric names, hence the letters and the length.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$"
@@ -95,6 +100,23 @@ class FileRecipe(Section):
                 filled = prepared.replace("{name}", fields["name"])
                 fields = {**fields, "data": {**fields["data"], "prepared": filled}}
         return fields
+
+    @model_validator(mode="after")
+    def _fill_settings(self) -> FileRecipe:
+        data = getattr(self, "data", None)
+        if data is not None and SETTINGS_MARK in data.prepared:
+            filled = data.prepared.replace(SETTINGS_MARK, self.settings_name())
+            object.__setattr__(self, "data", data.model_copy(update={"prepared": filled}))
+        return self
+
+    def settings_name(self) -> str:
+        """What {settings} in data.prepared stands for: the last part of the root, and a hash of `data_settings`."""
+        settings = self.data_settings()
+        return f"{folder_label(settings.get('root', ''))}-{settings_hash(settings)}"
+
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that decide on the content of the prepared data; those at their defaults are left out."""
+        return {}
 
     @property
     def run_path(self) -> Path:

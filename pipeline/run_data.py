@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.check_data import telling_samples
+from pipeline.check_prepared import refuse_other_data
 from pipeline.config import Recipe
 from pipeline.data.collate import Keys, StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
@@ -13,6 +15,7 @@ from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import require_upright
+from pipeline.data_use import data_record
 from pipeline.distributed import World, on_main, together
 from pipeline.errors import UserError
 from pipeline.evaluate import Test
@@ -29,6 +32,7 @@ class RunData:
     train: list[Part]
     tests: list[Test]
     skipped: list[dict[str, str]]  # bad records that `prepare` left out
+    record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.data_use`
 
     def fingerprints(self, tasks: list[int]) -> list[str]:
         """What tells the training data of these tasks from any other."""
@@ -57,6 +61,7 @@ def open_data(recipe: Recipe, world: World) -> RunData:
         return clip.key_identity(*recipe.keys.source)
 
     identity = on_main(world, key_identity)
+    on_main(world, lambda: refuse_other_data(recipe))
 
     def parts(split: str) -> list[Part]:
         # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
@@ -90,7 +95,11 @@ def open_data(recipe: Recipe, world: World) -> RunData:
             require_upright(shards)
 
     on_main(world, upright)
-    return RunData(identity, train, tested, skipped)
+    splits = [(split, part) for split, parts_of in (("train", train), ("test", test)) for part in parts_of]
+    names = [task.name for task in recipe.data.tasks] * 2
+    record = data_record([(name, split, shards, limit) for name, (split, (shards, _, limit))
+                          in zip(names, splits, strict=True)])  # fmt: skip
+    return RunData(identity, train, tested, skipped, record)
 
 
 def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:

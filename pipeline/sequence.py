@@ -330,5 +330,6 @@ class Sequence:
             "started": previous.get("started", now), "updated": now, "world_size": self.world.size,
             "mlflow": self.tracker.run_ids(), "versions": package_versions(),
             "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.data.skipped,
+            "data": self.data.record,
         })  # fmt: skip
         previous.setdefault("started", now)

@@ -12,12 +12,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.bad_records import BadRecord
 from data_prep.parallel import ordered_map
 from data_prep.sources.image_files import IMAGE_SUFFIXES, UnreadableError, read_image, why_missing
+from data_prep.sources.image_states import image_states
 from data_prep.sources.text_files import Fault, csv_rows
 from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
+from pipeline.data.origin import Origin
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, nearest
 
@@ -132,12 +135,20 @@ class ImageSplit:
     def fingerprint(self) -> str:
         """Return a hash that changes when the list, or size or time of change of an image, changes."""
         digest = hashlib.sha256()
+        states = image_states((image.path for image in self.images), [self.folder])
         for image in self.images:
-            file = self.folder / image.path
-            status = file.stat() if os.path.isfile(file) else None
-            state = (status.st_size, status.st_mtime_ns) if status else None
-            digest.update(json.dumps([image.path, image.label, image.name, state]).encode() + b"\n")
+            state = states[image.path]
+            found = (state.size, state.mtime_ns) if state else None
+            digest.update(json.dumps([image.path, image.label, image.name, found]).encode() + b"\n")
         return digest.hexdigest()
+
+    def origin(self, settings: Mapping[str, Any]) -> Origin:
+        """What dataset.json keeps of this source, read with these settings of the recipe."""
+        return Origin(self.fingerprint(), settings, len(self.images))
+
+    def with_limit(self, limit: int | None) -> ImageSplit:
+        """The split itself: which images it has is decided elsewhere."""
+        return self
 
     def _sample(self, image: LabelledImage) -> Sample | BadRecord:
         path = self.folder / image.path

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,9 @@ from data_prep.sources.annotations import read_annotations
 from data_prep.sources.coin_entries import Entry, UnusableError, read_entry, record_name
 from data_prep.sources.coin_files import IMAGE_ROOTS, annotation_file, image_path, split_files
 from data_prep.sources.image_files import UnreadableError, read_image, why_missing
+from data_prep.sources.image_states import ImageState, image_states
 from data_prep.sources.text_files import read_json
+from pipeline.data.origin import Origin, file_state
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
@@ -58,26 +60,61 @@ class CoinSplit:
         for entry in self._entries:
             if isinstance(entry, BadRecord):
                 yield entry
-            elif entry.image and not os.path.isfile(image_path(self.root, entry.image)):
+            elif entry.image and self.images[entry.image] is None:
                 record = self._sample(entry)
                 if isinstance(record, BadRecord):
                     yield record
 
     def fingerprint(self) -> str:
         """Return a hash that changes when a JSON file, the limit, or size or time of change of an image changes."""
-        first, *more = self._paths
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        first, *more = self.text_files
         digest = hashlib.sha256(first.read_bytes())
-        for path in [*more, *([self._annotation_path] if self._annotation_path else [])]:
+        for path in more:
             digest.update(f"\n{path.name} ".encode() + path.read_bytes())
         digest.update(f"\nlimit {self.limit}\n".encode())
         if self.number_repeated:
             digest.update(b"repeated ids numbered\n")
-        for image in sorted({entry.image for entry in self._entries if isinstance(entry, Entry) and entry.image}):
-            file = image_path(self.root, image)
+        for image in sorted(self.images):
+            state = self.images[image]
             # A missing image is reported, with its record, when the records are read.
-            status = file.stat() if file.is_file() else None
-            digest.update(f"{image} {(status.st_size, status.st_mtime_ns) if status else None}\n".encode())
+            found = None if state is None else (state.size, state.mtime_ns)
+            digest.update(f"{image} {found}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+    def origin(self, settings: Mapping[str, Any]) -> Origin:
+        """What dataset.json keeps of this source, read with these settings of the recipe."""
+        return Origin(self.fingerprint(), settings, self._count, self.file_states())
+
+    def file_states(self) -> dict[str, dict[str, Any]]:
+        """Size, time of change and hash of the text files, by their paths relative to the root."""
+        return {self._relative(path): file_state(path) for path in self.text_files}
+
+    def with_limit(self, limit: int | None) -> CoinSplit:
+        """The same split with another limit."""
+        return dataclasses.replace(self, limit=limit)
+
+    @cached_property
+    def text_files(self) -> list[Path]:
+        """The files that are read beside the images."""
+        return [*self._paths, *([self._annotation_path] if self._annotation_path else [])]
+
+    @property
+    def text_names(self) -> list[str]:
+        """Their paths relative to the root."""
+        return [self._relative(path) for path in self.text_files]
+
+    def _relative(self, path: Path) -> str:
+        return os.path.relpath(path, self.root)
+
+    @cached_property
+    def images(self) -> dict[str, ImageState | None]:
+        """Every distinct image and where it is, None for one that is missing."""
+        named = (entry.image for entry in self._entries if isinstance(entry, Entry) and entry.image)
+        return image_states(named, [self.root / folder if folder else self.root for folder in IMAGE_ROOTS])
 
     @cached_property
     def _paths(self) -> list[Path]:
@@ -87,8 +124,16 @@ class CoinSplit:
     def _annotation_path(self) -> Path | None:
         return annotation_file(self.root, self.task, self.annotations) if self.split == "test" else None
 
-    @cached_property
+    @property
     def _entries(self) -> list[Entry | BadRecord]:
+        return self._all_entries if self.limit is None else self._all_entries[: self.limit]
+
+    @property
+    def _count(self) -> int:
+        return len(self._all_entries)
+
+    @cached_property
+    def _all_entries(self) -> list[Entry | BadRecord]:
         known = read_annotations(self._annotation_path) if self._annotation_path else None
         first: dict[str, str] = {}  # id -> the record that used it first
         times: dict[str, int] = {}
@@ -109,16 +154,29 @@ class CoinSplit:
                     entries.append(dataclasses.replace(entry, id=f"{entry.id}#{count}"))
                 else:
                     entries.append(entry.bad(_repeated(earlier)))
-        return entries[: self.limit]
+        return entries
 
     def _sample(self, entry: Entry | BadRecord) -> Sample | BadRecord:
         if isinstance(entry, BadRecord):
             return entry
         try:
-            image = None if entry.image is None else _image(self.root, entry.image)
+            image = None if entry.image is None else self._image(entry.image)
         except UnusableError as error:
             return entry.bad(error)
         return Sample(id=entry.id, image=image, question=entry.question, answer=entry.answer, meta=entry.meta)
+
+    def _image(self, image: str) -> bytes:
+        known = self.__dict__.get("images", {}).get(image)  # asked for already: no more calls for this image
+        path = image_path(self.root, image) if known is None else Path(known.path)
+        if known is None and not os.path.isfile(path):  # False too for a name that no file can have
+            missing = why_missing([self.root / folder for folder in IMAGE_ROOTS], image)
+            if missing is not None:
+                raise UnusableError(f"the image {image!r} {missing}")
+            raise UnusableError(f"the image {path} does not exist. Put it there or set data.root to its root folder.")
+        try:
+            return read_image(path)
+        except UnreadableError as error:
+            raise UnusableError(f"the image {path} {error}") from error
 
 
 def coin_split(data: DataConfig, task: TaskConfig, split: str) -> CoinSplit:
@@ -157,16 +215,3 @@ def _repeated(earlier: str) -> str:
         f"its id is that of {earlier}; expected every id once. Correct it, or set data.repeated_ids to number if "
         "ids are meant to repeat."
     )
-
-
-def _image(root: Path, image: str) -> bytes:
-    path = image_path(root, image)
-    if not os.path.isfile(path):  # False too for a name that no file can have
-        missing = why_missing([root / folder for folder in IMAGE_ROOTS], image)
-        if missing is not None:
-            raise UnusableError(f"the image {image!r} {missing}")
-        raise UnusableError(f"the image {path} does not exist. Put it there or set data.root to its root folder.")
-    try:
-        return read_image(path)
-    except UnreadableError as error:
-        raise UnusableError(f"the image {path} {error}") from error

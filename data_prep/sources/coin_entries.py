@@ -24,7 +24,7 @@ class UnusableError(Exception):
     """Says of one record why it cannot be used."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One JSON entry, checked, its image not yet read."""
 

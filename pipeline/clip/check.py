@@ -21,7 +21,7 @@ from pipeline.clip.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.unit import units_of
-from pipeline.clip.verbs import load_benchmark, require_prepared
+from pipeline.clip.verbs import load_benchmark, refuse_other_settings, require_prepared
 from pipeline.deepspeed_config import deepspeed_file
 from pipeline.devices import require_usable_gpus, torch_build
 from pipeline.errors import UserError, UserErrors
@@ -77,6 +77,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
         if (folder / CLASSES_FILE).is_file():
             try:
                 data = PreparedDataset(folder)
+                refuse_other_settings(recipe, entry, trained, data)
             except UserError as error:
                 wrong.append(str(error))
                 continue

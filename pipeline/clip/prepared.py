@@ -85,6 +85,10 @@ class PreparedDataset:
         require_upright(shards)
         return shards
 
+    def splits(self) -> list[tuple[str, IndexedShards]]:
+        """The shards by the names of their splits."""
+        return [("test", self.test), *([("train", self.train)] if self.train is not None else [])]
+
     def identity(self, seed: int, group: Group) -> str:
         """What a seed learns from, as a hash of names and files: another seed being prepared does not change it."""
         shots = self.few_shots(seed, group)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.clip.methods import METHODS, refuse_options
-from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
+from pipeline.clip.recipe_data import DATASET_CONTENT, ClipDataConfig, DatasetConfig
 from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.text import MARK
 from pipeline.config import locate
@@ -152,6 +153,22 @@ class ClipRecipe(FileRecipe):
             for dataset in (None, *method.train_on):
                 self.train_of(method, dataset)
         return self
+
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that decide on the content of the prepared data; those at their defaults are left out.
+
+        Seeds do not count, for a prepared dataset keeps the few shots of every seed that asked for them.
+        """
+        data = self.data
+        said = {entry.name: entry.model_dump(mode="json", include=DATASET_CONTENT, exclude_defaults=True)
+                for entry in (*data.datasets, *data.targets)}  # fmt: skip
+        found = {
+            "kind": self.kind, "source": data.source, "root": os.path.normpath(data.root), "shots": data.shots or "all",
+            "fewer": data.fewer if data.fewer != "refuse" else None,
+            "datasets": {name: fields for name, fields in sorted(said.items()) if fields},
+            "seed": data.seed if data.source == "generated" else None,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value not in (None, {})}
 
     def template_of(self, dataset: str) -> str:
         """What a text about one of the datasets says."""

@@ -17,6 +17,7 @@ from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, Name, Section, each_once
 
 Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
+DATASET_CONTENT = {"layout", "folder", "images", "split"}
 _WITH_SPLIT = ("split_zhou", "csv")  # layouts that read their splits from a file the recipe names
 
 
@@ -71,7 +72,11 @@ class ClipDataConfig(Section):
         "folders", description="folders: read root as it is; generated: draw coloured shapes there first"
     )
     root: GivenPath = Field(description="folder that holds one folder per dataset")
-    prepared: GivenPath = Field(PREPARED, description="folder of the shards: <prepared>/<dataset>/<split>/")
+    prepared: GivenPath = Field(
+        PREPARED,
+        description="folder of the shards: <prepared>/<dataset>/<split>/; {settings} is filled in from what decides "
+        "on their content (source, root, shots, generator's seed, layouts)",
+    )
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="what is trained on, each by itself")
     protocol: Protocol = Field(
         "base_to_new",
@@ -104,3 +109,12 @@ class ClipDataConfig(Section):
     def split_path(self, dataset: str, split: str) -> Path:
         """The folder that holds one prepared split of a dataset."""
         return Path(self.prepared) / dataset / split
+
+    def split_settings(self, entry: DatasetConfig, split: str) -> dict[str, Any]:
+        """What decides on the content of one split, beside the files under the root; see `pipeline.data.origin`."""
+        settings = {"source": self.source, **entry.model_dump(mode="json", include=DATASET_CONTENT)}
+        if split == "train":
+            settings |= {"shots": self.shots, "fewer": self.fewer}
+        if self.source == "generated":
+            settings["seed"] = self.seed
+        return settings

@@ -25,6 +25,7 @@ from pipeline.clip.results import UnitResult, results_json
 from pipeline.clip.tracking import make_benchmark_tracker
 from pipeline.clip.unit import Unit, regularisers_of, units_of
 from pipeline.config import TrainConfig
+from pipeline.data_use import data_record
 from pipeline.distributed import World, agree, barrier, init_world, on_main, together
 from pipeline.errors import Interrupted
 from pipeline.files import empty_folder
@@ -278,4 +279,6 @@ class Benchmark:
             "units": [unit.label for unit in self.units], "units_done": previous["done"],
             "started": previous["started"], "updated": now, "world_size": self.world.size,
             "mlflow": self.tracker.run_ids(), "versions": package_versions(), "timing": {"total_s": self.seconds},
+            "data": data_record((name, split, shards, None) for name, data in self.data.items()
+                                for split, shards in data.splits()),
         })  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline.clip.prepared import PreparedDataset
 from pipeline.clip.recipe import ClipRecipe, clip_recipe, datasets_of
+from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.data.origin import REMEDY, other_settings
 from pipeline.errors import UserError
 from pipeline.given_path import command
 from pipeline.recipe_file import apply_overrides, find_recipe, read_recipe
@@ -26,11 +28,11 @@ def load_benchmark(name: str, overrides: Iterable[str] = ()) -> ClipRecipe:
     return clip_recipe(apply_overrides(read_recipe(find_recipe(name)), overrides), name)
 
 
-def prepare(name: str, overrides: Iterable[str]) -> dict[str, Any]:
-    """Prepare a recipe's datasets."""
+def prepare(name: str, overrides: Iterable[str], replace: bool = False) -> dict[str, Any]:
+    """Prepare a recipe's datasets; `replace`: also over data that another recipe or a run depends on."""
     from data_prep.benchmark import prepare_benchmark
 
-    return prepare_benchmark(load_benchmark(name, overrides))
+    return prepare_benchmark(load_benchmark(name, overrides), replace=replace)
 
 
 def before_ranks(recipe: ClipRecipe, name: str) -> None:
@@ -54,6 +56,7 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
                 f"dataset '{entry.name}' is not prepared: there is no {folder}; run `{command('prepare', name)}` first."
             )
         found = PreparedDataset(folder)
+        refuse_other_settings(recipe, entry, trained, found)
         wanted = {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
         if trained and found.classes.sampling != wanted:
             raise UserError(
@@ -62,6 +65,15 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
             )
         for seed in recipe.seeds if trained else ():
             found.few_shots(seed, "all")
+
+
+def refuse_other_settings(recipe: ClipRecipe, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
+    """Raise UserError when a prepared dataset was made by other settings than the recipe's."""
+    for split, shards in (("test", found.test), ("train", found.train if trained else None)):
+        if shards is not None:
+            clause = other_settings(shards.description, recipe.data.split_settings(entry, split))
+            if clause is not None:
+                raise UserError(f"{shards.folder} {clause}. {REMEDY}")
 
 
 def work(verb: str, recipe: ClipRecipe) -> dict[str, Any]:

@@ -159,7 +159,10 @@ def test_keys_of_another_clip_are_refused_and_computed_anew(recipe, prepared, ot
     with pytest.raises(UserError, match=r"come from another CLIP: weights_sha256 is .*python -m pipeline prepare"):
         _train(prepared).keys(expected)
     built = recipe(keys={"path": str(other_clip)})
-    assert [split["wrote"] for split in prepare(built, progress=False)["splits"]] == [["keys"], ["keys"]]
+    with pytest.raises(UserError, match=r"has the keys of another CLIP .*--replace"):
+        prepare(built, progress=False)
+    wrote = [split["wrote"] for split in prepare(built, progress=False, replace=True)["splits"]]
+    assert wrote == [["shards", "keys"], ["shards", "keys"]]
     assert _train(built).keys(expected).identity["weights_sha256"] == expected["weights_sha256"]
 
 
@@ -172,7 +175,7 @@ def test_keys_of_the_other_truncation_are_refused_and_computed_anew(recipe, prep
     built = recipe(keys={"text_truncation": "tail"})
     with pytest.raises(UserError, match=r"keep the head of long questions, keys\.text_truncation says tail"):
         _train(prepared).keys(key_identity(*built.keys.source))
-    assert [split["wrote"] for split in prepare(built, progress=False)["splits"]] == [["keys"], ["keys"]]
+    prepare(built, progress=False, replace=True)
     assert _train(built).keys(key_identity(*built.keys.source)).identity["text_truncation"] == "tail"
 
 
@@ -194,10 +197,13 @@ def test_missing_or_damaged_keys_are_refused(prepared, size, sentence):
         _train(prepared).keys()
 
 
-def test_limits_are_applied_and_changing_them_writes_anew(recipe, prepared):
+def test_limits_are_applied_and_changing_them_writes_anew_where_that_is_said(recipe, prepared):
     built = recipe(tasks=[{"name": "Shapes", "limit_train": 4, "limit_test": 5}])
-    splits = prepare(built, progress=False)["splits"]
-    assert [(split["samples"], split["wrote"]) for split in splits] == [(4, ["shards", "keys"]), (5, ["shards"])]
+    splits = prepare(built, progress=False, replace=True)["splits"]
+    assert [(split["samples"], split["wrote"]) for split in splits] == [
+        (4, ["shards", "keys"]),
+        (5, ["shards", "keys"]),
+    ]
     assert verify_all(Path(built.data.prepared))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from data_prep.prepare import prepare
 from data_prep.share import Share, join_shards, share_keys, share_shards
+from data_prep.sources import image_states
 from pipeline.config import Recipe
-from pipeline.data.shards import DATASET_FILE, INDEX_FILE, KEYS_FILE, SHARD_NAME
+from pipeline.data.shards import DATASET_FILE, INDEX_FILE, KEYS_FILE, SHARD_NAME, IndexedShards
 from pipeline.errors import UserError
+from tests.tiny_clip import picture
 
 EXACT = (DATASET_FILE, INDEX_FILE, *(SHARD_NAME.format(number) for number in range(3)))
 MakeRecipe = Callable[..., Recipe]
@@ -75,9 +77,49 @@ def test_a_repeated_share_writes_nothing_and_a_missing_one_is_made_up_for(recipe
 def test_a_shard_of_another_source_is_written_again(recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = recipe()
     share_shards(shared, Share(1, 1))
-    image = next((tmp_path / "coin" / "images").iterdir())
-    image.write_bytes(image.read_bytes() + b"\n")
+    table = tmp_path / "coin" / "instructions" / "Shapes" / "train.json"
+    table.write_bytes(table.read_bytes() + b"\n")
     assert share_shards(shared, Share(1, 1)) > 0
+
+
+def test_the_first_process_asks_for_every_image_and_the_others_take_its_word(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ask = image_states.image_states
+
+    def counted(images: Iterable[str], folders: Sequence[Path]) -> dict[str, image_states.ImageState | None]:
+        found = ask(images, folders)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr("data_prep.sources.coin.image_states", counted)
+    shared = recipe()
+    for number in (1, 2, 3):
+        share_shards(shared, Share(number, 3))
+    join_shards(shared)
+    assert len(asked) == 2  # splits
+
+
+def test_an_image_that_changes_under_an_array_is_noticed_by_the_prepare_that_ends_it(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    shared = recipe()
+    share_shards(shared, Share(1, 1))
+    for path in (tmp_path / "coin" / "images").glob("Shapes-train-*.png"):
+        path.write_bytes(picture(77))
+    join_shards(shared)
+    train, test = prepare(shared, progress=False)["splits"]
+    assert (train["wrote"], test["wrote"]) == (["shards", "keys"], ["keys"])
+    assert IndexedShards(shared.data.split_path("Shapes", "train"))[1].image == picture(77)
+
+
+def test_an_array_does_not_rewrite_what_is_prepared(recipe: MakeRecipe, tmp_path: Path) -> None:
+    prepare(recipe(), progress=False)
+    table = tmp_path / "coin" / "instructions" / "Shapes" / "train.json"
+    table.write_bytes(table.read_bytes() + b"\n")
+    with pytest.raises(UserError, match="was prepared from another state of the source or by another recipe"):
+        share_shards(recipe(), Share(1, 1))
 
 
 def test_a_bad_record_cannot_be_left_out_by_one_of_several(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from data_prep.__main__ import app as data_prep_app
 from pipeline import recipe_file
 from pipeline.bench.__main__ import app as bench
 from pipeline.cli import app
-from pipeline.config import PROJECT
+from pipeline.config import PROJECT, load_recipe
 from tests.docs.test_commands import PAGES, SHOWN, commands
 from tests.serve.conftest import address_of, start
 from tests.tiny_clip import picture
@@ -155,7 +155,7 @@ def test_the_benchmark_of_evaluation_takes_a_finished_run(outcomes: dict[str, tu
 
 def test_prepared_data_is_verified(outcomes: dict[str, tuple[int, str]]) -> None:
     assert outcomes  # the data is there
-    done = CliRunner().invoke(data_prep_app, ["verify", "data/nano"])
+    done = CliRunner().invoke(data_prep_app, ["verify", load_recipe("nano").data.prepared])
     assert done.exit_code == 0 and "Colours/test: whole" in done.output, done.output
 
 

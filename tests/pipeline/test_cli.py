@@ -156,7 +156,7 @@ def test_anything_else_ends_with_1_and_a_traceback(monkeypatch: pytest.MonkeyPat
 
 
 def test_json_is_one_object_on_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.prepare.prepare", lambda recipe, progress: print("noise") or {"splits": [1, 2]})
+    monkeypatch.setattr("data_prep.prepare.prepare", lambda recipe, **options: print("noise") or {"splits": [1, 2]})
     result = run("prepare", "nano", "--json")
     assert result.exit_code == EXIT_OK
     assert json.loads(result.stdout.splitlines()[-1]) == {"splits": [1, 2]}

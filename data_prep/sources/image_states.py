@@ -1,0 +1,95 @@
+"""Where image files are, their sizes and times of change: asked for once per distinct image, by many threads.
+
+On a network file system a call takes a millisecond and nobody minds many at a time; a million calls one after the other
+take a quarter of an hour. What was found is kept beside the prepared split (`<split>.source.parquet`), so that `check`
+and the many processes of an array need not read the source's text files, or ask for every image, again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.files import replacing
+
+THREADS, CHUNK = 32, 500  # calls under way at a time, and images per piece of work
+
+
+class ImageState(NamedTuple):
+    """An image file: its path, size in bytes, and time of change."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def image_states(images: Iterable[str], folders: Sequence[Path]) -> dict[str, ImageState | None]:
+    """Return for each path the first of these folders' files of that name; None where none has one."""
+    names, bases = list(dict.fromkeys(images)), [str(folder) for folder in folders]
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        found = pool.map(lambda chunk: [_state(bases, name) for name in chunk], chunks)
+        return {name: state for chunk, states in zip(chunks, found, strict=True)
+                for name, state in zip(chunk, states, strict=True)}  # fmt: skip
+
+
+def _state(bases: list[str], name: str) -> ImageState | None:
+    for base in bases:
+        path = os.path.join(base, name)
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # ValueError: a null byte
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return ImageState(path, status.st_size, status.st_mtime_ns)
+    return None
+
+
+def remembered_file(folder: Path) -> Path:
+    """The file beside a prepared split that keeps the state of its source."""
+    return folder.with_name(f"{folder.name}.source.parquet")
+
+
+def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: Mapping[str, ImageState | None]) -> None:
+    """Keep the state of a split's source: its fingerprint, its text files, and its images' sizes."""
+    there = {name: state for name, state in states.items() if state is not None}
+    table = pa.table({
+        "image": pa.array(list(there), pa.string()),
+        "size": pa.array([state.size for state in there.values()], pa.int64()),
+    })  # fmt: skip
+    facts = {"fingerprint": fingerprint, "files": json.dumps(dict(files))}
+    with replacing(remembered_file(folder)) as temporary:
+        pq.write_table(table.replace_schema_metadata(facts), temporary)
+
+
+def remembered_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> str | None:
+    """The source's fingerprint as it was kept, where the text files `names` are those of then by size and time."""
+    try:
+        facts = pq.read_schema(remembered_file(folder)).metadata or {}
+        files, fingerprint = json.loads(facts[b"files"]), facts[b"fingerprint"].decode()
+        for name in names:
+            status, kept = os.stat(root / name), files.pop(name)
+            if (status.st_size, status.st_mtime_ns) != (kept["size"], kept["mtime_ns"]):
+                return None
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    return None if files else fingerprint
+
+
+def resized_images(folder: Path, folders: Sequence[Path]) -> list[str]:
+    """Images of a split's source that have another size than when it was prepared; those that are gone do not count."""
+    try:
+        table = pq.read_table(remembered_file(folder))
+    except (OSError, pa.ArrowInvalid):
+        return []
+    sizes = dict(zip(table["image"].to_pylist(), table["size"].to_pylist(), strict=True))
+    now = image_states(sizes, folders)
+    return [name for name, state in now.items() if state is not None and state.size != sizes[name]]

@@ -1,0 +1,224 @@
+"""One prepared split and its source: whether it is up to date, what may be rewritten, and rewriting without a loss.
+
+A split that is there is only rewritten when its samples would change, when it was made by the same settings, and when
+no run uses it; `--replace` allows it in the other cases. The new split is written beside the old one and takes its
+place when it is whole, so a call that fails or is stopped leaves what there was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_prep.bad_records import BadRecord, Tolerance
+from data_prep.shards import write_shards
+from pipeline.data.origin import LIMIT, REMEDY, SETTINGS, Origin, other_settings
+from pipeline.data.sample import Sample
+from pipeline.data.shards import DATASET_FILE, IndexedShards, read_description
+from pipeline.data.stored_pictures import require_upright
+from pipeline.data_use import dependants, named
+from pipeline.errors import UserError
+from pipeline.files import replacing, sweep_temporaries
+
+NEXT, LAST = ".next", ".last"  # beside a split: its successor while that is written, itself while they change places
+REPLACE = "run `python -m pipeline prepare RECIPE --replace`"
+
+
+class Source(Protocol):
+    """What a split is read from."""
+
+    def records(self, start: int = 0, workers: int = 1) -> Iterable[Sample | BadRecord]:
+        """The records from the `start`-th on."""
+        ...
+
+    def origin(self, settings: Mapping[str, Any]) -> Origin:
+        """What dataset.json keeps of this source, read with these settings."""
+        ...
+
+    def with_limit(self, limit: int | None) -> Source:
+        """The same source with another limit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a split goes, and how it is written there."""
+
+    folder: Path
+    task: str
+    split: str
+    shard_samples: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What may become of a split that is there and holds something else."""
+
+    replace: bool = False  # --replace
+    runs: Path = Path("runs")  # where runs are looked for that use it
+    may_grow: bool = False  # other rows may join those that are there
+
+    def refuse_settings(self, folder: Path, description: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """Raise UserError when a split was made by other settings, which another recipe has."""
+        clause = other_settings(description, wanted)
+        if clause is None and description.get(SETTINGS, wanted).get(LIMIT) != wanted.get(LIMIT):
+            clause = "holds more records than the recipe's limit, and its source has changed"
+        if clause is not None and not self.replace:
+            raise UserError(f"{folder} {clause}. {REMEDY}")
+
+    def refuse_runs(self, folder: Path) -> None:
+        """Raise UserError naming the runs that use a split as it is."""
+        used = [] if self.replace else dependants(folder, self.runs)
+        if used:
+            raise UserError(
+                f"The source of {folder} has changed, and {named(used)} used what was prepared from it: those runs "
+                f"could not go on or be evaluated. To rewrite it all the same, {REPLACE}; to keep both, set "
+                "data.prepared to a new folder."
+            )
+
+
+def prepare_split(
+    source: Source,
+    settings: Mapping[str, Any],
+    place: Place,
+    tolerance: Tolerance,
+    rewriting: Rewriting = Rewriting(),
+    progress: Callable[[int], None] = lambda samples: None,
+) -> tuple[dict[str, Any], bool]:
+    """Make the shards of a split what its source says; return dataset.json and whether any shard was written.
+
+    What holds more than the recipe's limit is kept: a run uses the first samples only. The caller holds the split's
+    lock. Raises UserError for what must not be rewritten, and as `write_shards` does.
+    """
+    folder = place.folder
+    _finish_swap(folder)
+    sweep_temporaries(folder)
+    origin, target = source.origin(settings), folder
+    there = _description(folder)
+    if there is not None and not rewriting.replace:
+        kept = _kept(source, settings, origin, place, there)
+        if kept is not None:
+            return _up_to_date(folder, kept, tolerance, progress), False
+        if there.get("source_fingerprint") != origin.fingerprint:
+            rewriting.refuse_settings(folder, there, settings)
+    if there is not None and (there.get("source_fingerprint") != origin.fingerprint or rewriting.replace):
+        if not (rewriting.may_grow and _grows(source, folder)):
+            rewriting.refuse_runs(folder)
+        target = folder.with_name(folder.name + NEXT)
+    description, wrote = write_shards(
+        lambda start: source.records(start, place.workers), target, place.shard_samples, origin.fingerprint,
+        place.task, place.split, progress, tolerance,
+    )  # fmt: skip
+    _describe(target, origin.facts())
+    if target != folder:
+        folder.rename(folder.with_name(folder.name + LAST))
+        _finish_swap(folder)
+    return {**description, **origin.facts()}, wrote
+
+
+def _kept(
+    source: Source, settings: Mapping[str, Any], origin: Origin, place: Place, there: Mapping[str, Any]
+) -> Origin | None:
+    """What the split that is there was made from, where it is whole and holds what is wanted; None where it does not.
+
+    Settings decide first, then the source's fingerprint with the recipe's limit or the larger one of the split, and
+    where that is another (files were copied or written anew) the samples themselves.
+    """
+    if other_settings(there, settings) is not None or not _is_whole(place.folder):
+        return None
+    found = there.get("source_fingerprint")
+    if found == origin.fingerprint:
+        return origin
+    for limit in _larger_limits(there, settings.get(LIMIT)):
+        larger = source.with_limit(limit)
+        known = larger.origin({**settings, LIMIT: limit})
+        if found == known.fingerprint or _same_samples(larger, place):
+            return known
+    return origin if _same_samples(source, place) else None
+
+
+def _larger_limits(there: Mapping[str, Any], wanted: int | None) -> list[int | None]:
+    """Limits with which a split may have been made that hold more than `wanted`."""
+    if wanted is None:
+        return []
+    taken = there["count"] + len(there.get("skipped", []))
+    recorded = there.get(SETTINGS)
+    candidates = [recorded.get(LIMIT)] if recorded else [None, taken]
+    return [limit for limit in candidates if limit is None or limit > wanted] if taken > wanted else []
+
+
+def _up_to_date(folder: Path, origin: Origin, tolerance: Tolerance, progress: Callable[[int], None]) -> dict[str, Any]:
+    _describe(folder, {"source_fingerprint": origin.fingerprint, **origin.facts()})
+    description = read_description(folder)
+    for record in description.get("skipped", []):
+        tolerance.skip(BadRecord(**record))
+    progress(description["count"])
+    return description
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        require_upright(IndexedShards(folder))
+    except UserError:
+        return False
+    return True
+
+
+def _finish_swap(folder: Path) -> None:
+    """Give a whole successor the folder's name, also where a killed call left off, and remove what it succeeds."""
+    following, last = folder.with_name(folder.name + NEXT), folder.with_name(folder.name + LAST)
+    if not folder.exists():
+        if (following / DATASET_FILE).is_file():
+            following.rename(folder)
+        elif last.exists():
+            last.rename(folder)
+    if folder.exists() and last.exists():
+        shutil.rmtree(last, ignore_errors=True)
+
+
+def _description(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_description(folder)
+    except UserError:
+        return None
+
+
+def _same_samples(source: Source, place: Place) -> bool:
+    """Whether a split holds what its source would give now: reads both up to the first difference."""
+    try:
+        shards, row = IndexedShards(place.folder), 0
+        skipped = iter(shards.description.get("skipped", []))
+        for record in source.records(0, place.workers):
+            if isinstance(record, BadRecord):
+                if next(skipped, None) != record.as_json():
+                    return False
+            elif row >= len(shards) or shards[row] != record:
+                return False
+            else:
+                row += 1
+        return row == len(shards) and next(skipped, None) is None
+    except UserError:  # damaged: it is mended by writing it anew
+        return False
+
+
+def _grows(source: Source, folder: Path) -> bool:
+    """Whether all samples of a split are among its source's images still."""
+    try:
+        ids = set(map(str, IndexedShards(folder).ids))
+    except UserError:
+        return False
+    return ids <= {image.path for image in getattr(source, "images", ())}
+
+
+def _describe(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Put facts into a split's dataset.json."""
+    description = read_description(folder)
+    if any(description.get(name) != value for name, value in facts.items()):
+        with replacing(folder / DATASET_FILE) as temporary:
+            content = json.dumps({**description, **facts}, indent=1, ensure_ascii=False)
+            temporary.write_text(content + "\n", "utf-8")
