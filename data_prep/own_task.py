@@ -13,10 +13,10 @@ from typing import Any
 
 from data_prep.sources.image_files import UnreadableError, read_image, why_missing
 from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read_text
-from pipeline.add_task import TASK_FILE
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError, UserErrors, nearest
 from pipeline.recipe_base import NAME_LETTERS, NAME_PATTERN
+from pipeline.task_file import TASK_FILE
 
 COLUMNS = ("image", "question", "answer")
 LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called

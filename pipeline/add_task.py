@@ -8,9 +8,7 @@ from pathlib import Path
 from pipeline.config import Recipe, TaskConfig, load_run
 from pipeline.errors import UserError, nearest
 from pipeline.given_path import command
-from pipeline.strict_text import load_json
-
-TASK_FILE = "task.json"  # beside train.json and test.json: how the task is scored
+from pipeline.task_file import TASK_FILE, read_task_file
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,7 @@ def _task(root: Path, name: str) -> TaskConfig:
             + nearest(name, there)
         )
     try:
-        fields = load_json((folder / TASK_FILE).read_text(encoding="utf-8"))
-        return TaskConfig.model_validate({**fields, "name": name})
-    except FileNotFoundError:
-        return TaskConfig(name=name)
-    except UserError as error:
-        raise UserError(f"{folder / TASK_FILE}: {error}.") from None
+        return TaskConfig.model_validate({**read_task_file(folder), "name": name})
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder / TASK_FILE} is not as `new-task` writes it ({first}); mend or remove it.") from None

@@ -17,6 +17,7 @@ from pipeline.devices import require_usable_gpus, settle_accelerator, torch_buil
 from pipeline.errors import UserError, UserErrors
 from pipeline.launch import is_distributed, local_processes
 from pipeline.memory import BESIDE, GIB, MemoryPlan
+from pipeline.task_file import contradictions
 
 __all__ = ["Findings", "check", "require_prepared"]
 
@@ -113,7 +114,9 @@ def _metrics(recipe: Recipe) -> str:
 
     tasks = recipe.data.tasks
     require_metrics([task.metric for task in tasks])
-    return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring})"
+    other = contradictions(recipe)
+    note = f"; note: {'; '.join(other)}" if other else ""
+    return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring}){note}"
 
 
 def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:

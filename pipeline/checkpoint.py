@@ -192,7 +192,18 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, An
             for key in dict.fromkeys([*old, *new])
             for difference in differing_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
+    if prefix and _names(old) and _names(new):  # tasks, datasets: named item by item, for two long lists look alike
+        if _names(old) != _names(new):
+            return [(prefix, ", ".join(_names(old)), ", ".join(_names(new)))]
+        pairs = zip(_names(old), old, new, strict=True)
+        return [found for name, one, other in pairs for found in differing_fields(one, other, f"{prefix}.{name}")]
     return [] if old == new else [(prefix, old, new)]
+
+
+def _names(items: Any) -> list[str]:
+    """The names of a list of named things; empty for anything else."""
+    named = isinstance(items, list) and all(isinstance(item, dict) and "name" in item for item in items)
+    return [str(item["name"]) for item in items] if named else []
 
 
 def read_state(run: Path) -> dict[str, Any]:

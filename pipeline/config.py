@@ -15,6 +15,7 @@ from pipeline.given_path import GivenPath
 from pipeline.recipe_base import PREPARED, FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.recipe_errors import sentence
 from pipeline.recipe_file import CONFIG, apply_overrides, find_recipe, read_recipe
+from pipeline.task_file import with_task_files
 
 _TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
 PROJECT = Path(__file__).resolve().parent.parent
@@ -359,7 +360,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
             f"recipe '{name_or_path}' is a benchmark of prompt methods on CLIP; expected a task sequence. A benchmark "
             "is prepared and run whole, by `python -m pipeline prepare` and `run`."
         )
-    fields = apply_overrides(read_recipe(find_recipe(str(name_or_path))), overrides)
+    fields = with_task_files(apply_overrides(read_recipe(find_recipe(str(name_or_path))), overrides))
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -52,16 +52,17 @@ UCIT = Benchmark(
 
 def benchmark_of(tasks: Iterable[str]) -> Benchmark | None:
     """Return the benchmark that all these tasks belong to, None when there is no such one."""
-    wanted = {_plain(task) for task in tasks}
-    return next((found for found in (COIN, UCIT) if wanted <= {_plain(task) for task in found.images}), None)
+    wanted = {plain_name(task) for task in tasks}
+    return next((found for found in (COIN, UCIT) if wanted <= {plain_name(task) for task in found.images}), None)
 
 
 def images_of(benchmark: Benchmark | None, task: str) -> str | None:
     """Return where the images of a task are, None when that is not known."""
-    by_plain_name = {_plain(name): source for name, source in (benchmark.images if benchmark else {}).items()}
-    return by_plain_name.get(_plain(task))
+    by_plain_name = {plain_name(name): source for name, source in (benchmark.images if benchmark else {}).items()}
+    return by_plain_name.get(plain_name(task))
 
 
-def _plain(task: str) -> str:
+def plain_name(task: str) -> str:
+    """A task's name as all its spellings have it."""
     # OCRVQA, OCR-VQA and ocr_vqa are one task, and so are VizWiz and VizWiz-caption, Flickr30k and Flickr30k-cap.
     return "".join(filter(str.isalnum, task)).lower().removesuffix("caption").removesuffix("cap")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data_sources import plain_name
 from pipeline.errors import UserError, nearest
 
 INSTRUCTIONS = "instructions"
@@ -14,14 +15,16 @@ INSTRUCTIONS = "instructions"
 STEMS = {"train": ("train",), "test": ("test", "val")}
 # CoIN's own image paths start below this folder.
 IMAGE_ROOTS = ("", "datasets")
-# Files beside the benchmarks' test splits that hold more answers, as their scripts name them (spec 7.1).
-ANNOTATIONS = (
-    "TextVQA_0.5.1_val.json",
-    "problems.json",
-    "testdev_balanced_questions.json",
-    "v2_mscoco_val2014_annotations.json",
-    "val_coco_type_3000.json",
-)
+# Files beside the benchmarks' test splits that hold more answers, as their scripts name them (spec 7.1), and the tasks
+# they belong to. In a task's own folder a file of any of these names is the task's; in `datasets`, which all tasks
+# share, its own task's alone: equal question ids or image names would give another task foreign answers.
+ANNOTATIONS = {
+    "TextVQA_0.5.1_val.json": ("textvqa",),
+    "problems.json": ("scienceqa",),
+    "testdev_balanced_questions.json": ("gqa",),
+    "v2_mscoco_val2014_annotations.json": ("vqav2",),
+    "val_coco_type_3000.json": ("vizwiz", "flickr30k"),
+}
 
 
 def split_files(root: Path, task: str, split: str, named: Sequence[str] = ()) -> list[Path]:
@@ -65,8 +68,10 @@ def annotation_file(root: Path, task: str, named: str | None = None) -> Path | N
                 "or leave the field out."
             )
         return root / named
-    folders = (root / INSTRUCTIONS / task, root / "datasets" / task, root / task, root / "datasets")
-    return next((folder / name for folder in folders for name in ANNOTATIONS if (folder / name).is_file()), None)
+    own = (root / INSTRUCTIONS / task, root / "datasets" / task, root / task)
+    candidates = [folder / name for folder in own for name in ANNOTATIONS]
+    candidates += [root / "datasets" / name for name, tasks in ANNOTATIONS.items() if plain_name(task) in tasks]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def image_path(root: Path, image: str) -> Path:

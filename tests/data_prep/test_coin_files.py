@@ -116,7 +116,15 @@ def test_scienceqa_problems_give_choices_and_the_letter_of_the_answer(tmp_path):
     assert (sample.answer, sample.meta) == ("B", {"options": ["iron", "gold"]})
 
 
-@pytest.mark.parametrize("folder", ["instructions/T", "datasets/T", "T", "datasets"])
+@pytest.mark.parametrize(("task", "found"), [("TextVQA", True), ("Text-VQA", True), ("GQA", False), ("VizWiz", False)])
+def test_an_annotation_file_in_the_folder_of_all_tasks_is_its_own_tasks_alone(tmp_path, task, found):
+    _write(tmp_path, f"instructions/{task}/val.json", [_question(7)])
+    _write(tmp_path, "datasets/TextVQA_0.5.1_val.json", TEXTVQA)
+    (sample,) = CoinSplit(tmp_path, task, "test").records()
+    assert ("answers" in sample.meta) == found
+
+
+@pytest.mark.parametrize("folder", ["instructions/T", "datasets/T", "T"])
 def test_the_benchmarks_own_annotation_files_are_found(tmp_path, folder):
     _write(tmp_path, "instructions/T/val.json", [_question(7)])
     _write(tmp_path, f"{folder}/TextVQA_0.5.1_val.json", TEXTVQA)

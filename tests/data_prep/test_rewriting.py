@@ -14,6 +14,7 @@ from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
 from pipeline.check_data import CheckedData
 from pipeline.check_prepared import refuse_other_data
+from pipeline.checkpoint import claim_run
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.origin import RECORDS, SETTINGS, SOURCE_FILES
 from pipeline.data.shards import DATASET_FILE, IndexedShards
@@ -289,3 +290,24 @@ def test_a_second_prepare_waits_and_finds_everything_done(
     monkeypatch.setattr(FileLock, "acquire", other_process_first)
     monkeypatch.setattr("pipeline.file_lock.POLL_S", 0.0)
     assert wrote(built) == [[], []]
+
+
+# ---------------------------------------------------------------------- going on with a run elsewhere
+
+
+def test_places_of_data_and_models_may_be_others_when_a_run_goes_on(own: Recipe, tmp_path: Path) -> None:
+    run = claim_run(own)
+    elsewhere = own.model_copy(update={
+        "data": own.data.model_copy(update={"prepared": "copied", "root": "moved"}),
+        "model": own.model.model_copy(update={"path": str(tmp_path / "model")}),
+        "keys": own.keys.model_copy(update={"path": str(tmp_path / "clip")}),
+    })  # fmt: skip
+    assert claim_run(elsewhere) == run
+
+
+def test_a_task_that_differs_is_named_with_its_field(own: Recipe, recipe: MakeRecipe) -> None:
+    claim_run(own)
+    with pytest.raises(UserError, match=r"data\.tasks\.Shapes\.metric: exact there, iou now"):
+        claim_run(recipe(tasks=[{"name": "Shapes", "metric": "iou"}]))
+    with pytest.raises(UserError, match=r"data\.tasks: Shapes there, Shapes, More now"):
+        claim_run(recipe(tasks=[{"name": "Shapes"}, {"name": "More"}]))
