@@ -37,10 +37,12 @@ usage() {
 
 # ---------------------------------------------------------------------------------------------------- inside a job
 
-# Sets `per_node`: one task per GPU, or what --ntasks-per-node said, or one task per node.
+# Sets `per_node`: one task per GPU, or what --ntasks-per-node said, or one task per node; `cpus` of a task, and all of a
+# node, `on_node`.
 count_tasks() {
     # Only batch jobs know what is on a node; the shell of salloc has "16(x2)" and what was asked for.
-    local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}} on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}}
+    local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}
+    on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}}
     gpus=${gpus##*:} on_node=${on_node%%[(,]*}
     [[ $gpus =~ ^[0-9]+$ ]] || gpus=1
     per_node=${SLURM_NTASKS_PER_NODE:-$gpus}
@@ -130,7 +132,7 @@ requeue() {
 }
 
 in_job() {
-    local code=0 common
+    local code=0 threads=${OMP_NUM_THREADS:-} common
     [ -d "${SLURM_SUBMIT_DIR:?}" ] || fail "the folder the job was submitted from, $SLURM_SUBMIT_DIR, is not on this" \
         "node; submit from a folder that all nodes see."
     count_tasks
@@ -139,15 +141,18 @@ in_job() {
     export LOCAL_WORLD_SIZE=$per_node OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
     # --export: also for a job that was submitted with --export=NONE. --input: no task may wait for a keyboard.
     # --distribution: the ranks of a node are neighbours, as hpZ takes them to be, whatever the site's default is.
-    common=(--export=ALL --input=none --distribution=block --cpus-per-task="$cpus" "${srun_options[@]}")
+    common=(--export=ALL --input=none --distribution=block "${srun_options[@]}")
     unset SLURM_CPUS_PER_GPU # srun takes it for a second answer to --cpus-per-task
     if [ "$prepare" = 1 ]; then
-        run_step srun --nodes=1 --ntasks=1 "${common[@]}" "${python[@]}" -m pipeline prepare "${arguments[@]}" || code=$?
+        # Alone on its node, it decodes and computes with all of its processors.
+        OMP_NUM_THREADS=${threads:-$on_node} run_step srun --nodes=1 --ntasks=1 --cpus-per-task="$on_node" "${common[@]}" \
+            "${python[@]}" -m pipeline prepare "${arguments[@]}" || code=$?
     fi
     if [ "$code" = 0 ]; then
         # A rank that fails ends the others at once. --wait=0: rank 0 may write its report after the others have left.
         run_step srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$per_node" \
-            --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --kill-on-bad-exit=1 --wait=0 "${common[@]}" \
+            --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --kill-on-bad-exit=1 --wait=0 \
+            --cpus-per-task="$cpus" "${common[@]}" \
             "${python[@]}" -m pipeline "$verb" "${arguments[@]}" "${until[@]}" || code=$?
     fi
     case $code:$signalled in

@@ -24,7 +24,7 @@ load_site() {
     if [ -e "$file" ]; then
         set +u # a site's `module` function may read variables that are not set
         # shellcheck source=slurm/site.env.example
-        . "$file"
+        . <(tr -d '\r' <"$file") # an editor on Windows ends lines with a carriage return, which would be part of values
         set -u
     elif [ -n "${SITE_ENV:-}" ]; then
         fail "SITE_ENV names $SITE_ENV, which does not exist; copy slurm/site.env.example there."

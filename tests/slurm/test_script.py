@@ -127,6 +127,16 @@ def test_prepare_is_a_step_of_one_task_before_the_others(shell: Shell) -> None:
     assert second.endswith("-m pipeline run nano")
 
 
+def test_the_task_that_prepares_has_all_processors_of_its_node(shell: Shell) -> None:
+    del shell.environment["OMP_NUM_THREADS"]
+    done = shell.job("--prepare", "nano", SRUN='echo "$OMP_NUM_THREADS"')
+    first, second = shell.calls("srun")
+    assert "--cpus-per-task=16 " in first and "--cpus-per-task=4 " in second
+    assert done.stdout.split() == ["16", "4"]
+    chosen = shell.job("--prepare", "nano", SRUN='echo "$OMP_NUM_THREADS"', OMP_NUM_THREADS="2")
+    assert chosen.stdout.split() == ["2", "2"]
+
+
 @pytest.mark.parametrize(("option", "call"), [("--train", "train nano"), ("--evaluate", "evaluate nano")])
 def test_training_and_evaluation_may_be_jobs_of_their_own(shell: Shell, option: str, call: str) -> None:
     shell.job(option, "nano")
@@ -293,6 +303,22 @@ def test_options_of_site_env_may_take_several_lines(shell: Shell, tmp_path: Path
     calls = shell.calls("sbatch")
     assert calls[0].startswith("--parsable --nodes=2 --time=1 slurm/")
     assert all(" --mem=1G --time=2 " in call for call in calls[1:])
+
+
+def test_site_env_may_end_its_lines_as_windows_does(shell: Shell, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_bytes(b'SBATCH_OPTIONS="--nodes=2\r\n --time=1"\r\nPYTHON=python-stand-in\r\n')
+    del shell.environment["PYTHON"]
+    shell("--submit", "nano", SITE_ENV=str(site))
+    shell.job("nano", SITE_ENV=str(site))
+    assert shell.calls("sbatch")[0].startswith("--parsable --nodes=2 --time=1 slurm/")
+    assert " python-stand-in -m pipeline run nano" in shell.calls("srun")[0]
+    assert "\r" not in shell.calls_file.read_bytes().decode()
+
+
+def test_what_bash_and_make_read_keeps_its_line_ends_in_a_clone_on_windows() -> None:
+    rules = (PROJECT / ".gitattributes").read_text().splitlines()
+    assert {"*.sh text eol=lf", "Makefile text eol=lf", "slurm/site.env.example text eol=lf"} <= set(rules)
 
 
 def test_site_env_may_read_what_is_not_set(shell: Shell, tmp_path: Path) -> None:
