@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -19,10 +20,12 @@ from pipeline.data_use import recorded_fingerprint
 from pipeline.errors import UserError, UserErrors
 from pipeline.given_path import command
 from pipeline.metrics.scoring import Answered, score_task
+from pipeline.sample_lengths import long_answers, measure
+from pipeline.too_long import limit_of, told
 
 SPLITS = ("train", "test")
 NAMED = 5  # bad records named per split
-LOOKED_AT = 3  # samples per split: decoding all would be preparing
+LOOKED_AT = 3  # samples per split that is not prepared: decoding all would be preparing
 
 
 class CheckedData:
@@ -33,6 +36,8 @@ class CheckedData:
         self.name = name
         self.samples: list[Sample] = []  # of training: what the memory plan takes its lengths from
         self.key_width: int | None = None
+        self.notes: list[str] = []  # what is not wrong, and yet to be known
+        self.misfits: dict[str, set[str]] = {}  # ids of samples that the model cannot be given as they are
         self.bad = 0  # records that `prepare` will have to leave out
 
     def check(self, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None) -> str:
@@ -67,7 +72,8 @@ class CheckedData:
             )
         if wrong:
             raise UserErrors(wrong)
-        return f"{data.prepared} (train/test): {', '.join(found)}"
+        notes = "".join(f"; {note}" for note in self.notes if note)
+        return f"{data.prepared} (train/test): {', '.join(found)}{notes}"
 
     def _prepared(self, task: TaskConfig) -> bool:
         return all((self.recipe.data.split_path(task.name, split) / DATASET_FILE).is_file() for split in SPLITS)
@@ -85,7 +91,9 @@ class CheckedData:
             except UserError as error:
                 wrong.append(str(error))
             wrong += self._other_data(task, split, shards)
-            samples = telling_samples(shards)
+            rows, sentences = self._lengths(task, split, shards, conversation)
+            wrong += sentences
+            samples = telling_samples(shards, rows)
             wrong += self._samples(task, split, samples, conversation)
             if split == "train":
                 self.samples += samples
@@ -101,12 +109,37 @@ class CheckedData:
         look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` takes care, or goes on
         return other_data(self.recipe.data, task, split, shards.description, source=look, images=True)
 
+    def _lengths(
+        self, task: TaskConfig, split: str, shards: IndexedShards, conversation: Callable[[], Conversation] | None
+    ) -> tuple[list[int], list[str]]:
+        """Rows that tell what the split needs, and sentences about samples that the model cannot be given."""
+        if conversation is None:
+            return [], []
+        limit, too_long = limit_of(task, split), self.recipe.data.too_long
+        name = f"{task.name}/{split}"
+        try:
+            lengths = measure(shards, conversation(), name, limit, answered=split == "train")
+            if split == "test":
+                self.notes.append(long_answers(shards, conversation(), name, task.max_new_tokens, limit))
+        except UserError as error:
+            return [], [str(error)]
+        sentences = lengths.sentences(too_long)
+        self.misfits[name] = {shards.ids[row] for row in lengths.misfits}
+        if not sentences:
+            self.notes.append(told(lengths, too_long))
+        return list(lengths.telling), sentences
+
     def _samples(
         self, task: TaskConfig, split: str, samples: list[Sample], conversation: Callable[[], Conversation] | None
     ) -> list[str]:
         """Sentences about samples whose image does not decode or which are too long for the model."""
         wrong = []
+        counted = self.misfits.get(f"{task.name}/{split}", set())
         for sample in samples:
+            if sample.id in counted:  # it is among those that were counted
+                continue
+            if split == "test":
+                sample = dataclasses.replace(sample, answer="", meta={})  # which no model is given
             try:
                 if conversation is not None:
                     conversation().example(sample)
@@ -188,10 +221,11 @@ def require_prepared(recipe: Recipe, name: str) -> None:
                 )
 
 
-def telling_samples(shards: IndexedShards) -> list[Sample]:
-    """The first sample, the longest and the last of a split, by characters."""
-    longest = int(np.argmax(shards.lengths)) if len(shards) else 0
-    return [shards[index] for index in sorted({0, longest, len(shards) - 1})[:LOOKED_AT]] if len(shards) else []
+def telling_samples(shards: IndexedShards, rows: list[int]) -> list[Sample]:
+    """The first and last sample of a split and those of `rows`, where there are none the one of most characters."""
+    if not len(shards):
+        return []
+    return [shards[row] for row in sorted({0, len(shards) - 1, *(rows or [int(np.argmax(shards.lengths))])})]
 
 
 def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:

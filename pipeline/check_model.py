@@ -88,7 +88,8 @@ class CheckedModel:
     def conversation(self) -> Conversation:
         """What turns a sample into the model's tokens."""
         settings = self.settings
-        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding)
+        cuts = self.recipe.data.too_long == "truncate"
+        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding, cuts)
 
     @cached_property
     def image_tokens(self) -> int:

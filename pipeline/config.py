@@ -70,6 +70,12 @@ class DataConfig(Section):
         "fixed", description="compat: score as the official scripts do, faults included (pipeline/metrics/compat.py)"
     )
     skip_bad: int = Field(0, ge=0, description="leave out up to so many bad records of all tasks together")
+    too_long: Literal["refuse", "skip", "truncate"] = Field(
+        "refuse",
+        description="samples of more tokens than model.max_length, and images that the model's processor cannot use, "
+        "both counted before training. refuse: the start ends with a sentence; skip: training leaves them out, tests "
+        "count them as wrong; truncate: the beginning of the question is cut off, further turns before it",
+    )
     repeated_ids: Literal["refuse", "number"] = Field(
         "refuse", description="number: a record whose id was used before is kept as id#2, id#3, ..."
     )

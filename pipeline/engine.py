@@ -51,6 +51,7 @@ class Engine:
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         whole = self.zero_stage != 3
         lmm = load_lmm(recipe.model, None if whole else config, world.device if whole else None)
+        lmm.cuts = recipe.data.too_long == "truncate"
         method, train = recipe.method, recipe.train
         if train.vision_features == "kept":
             require_kept_features(lmm.family.kind)

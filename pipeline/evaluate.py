@@ -46,6 +46,7 @@ class Test:
     max_new_tokens: int
     data: StageData
     scoring: str = "fixed"
+    unanswered: frozenset[int] = frozenset()  # indices of samples too long for the model, see data.too_long
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -112,13 +113,14 @@ def evaluate_task(
         known = known_answers(test.name, folders, made_with)
         wants = [(identity, wanted[index]) for index, identity in enumerate(test.data.ids)]
         answers.update({index: known[want] for index, want in enumerate(wants) if want in known})
+        answers.update(dict.fromkeys(test.unanswered, ""))
         return [index for index in range(len(wants)) if index not in answers]
 
     missing = on_main(world, look)
     if missing:
         model = lmm()
         sharing = _sharing(model, settings.insertion, settings.share_images)
-        examples = Examples(test.data, model.conversation, sharing, once=True)
+        examples = Examples(test.data, model.conversation, sharing, once=True, answered=False)
         share = _share_of(missing, examples, world)
         rounds = _Rounds(max(gather_objects(-(-len(share) // settings.batch))), conditions.go_on)
         bar = f"answering {test.name}" if world.main else None

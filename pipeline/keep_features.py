@@ -7,6 +7,7 @@ and run the same modules, so that it goes under ZeRO-3 too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -183,7 +184,8 @@ def _pixels(lmm: LMM, samples: Samples, indices: Sequence[int], threads: int = 1
         return [lmm.conversation.blank["pixel_values"]]
 
     def pixels(index: int) -> Tensor:
-        images = lmm.conversation.example(samples[index]).images
+        alone = dataclasses.replace(samples[index], question="", answer="", meta={})  # of any length
+        images = lmm.conversation.example(alone).images
         assert images is not None
         return images["pixel_values"]
 

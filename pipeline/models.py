@@ -51,6 +51,7 @@ class Models:
         if lmm is None:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
             lmm = load_lmm(self.recipe.model, device=self.world.device)
+            lmm.cuts = self.recipe.data.too_long == "truncate"
             size = sum(parameter.nbytes for parameter in lmm.parameters())
             if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
                 self._replica = lmm

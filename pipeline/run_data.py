@@ -6,7 +6,6 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.check_data import telling_samples
 from pipeline.check_prepared import refuse_other_data
 from pipeline.config import Recipe
 from pipeline.data.collate import Keys, StageData
@@ -20,6 +19,7 @@ from pipeline.distributed import World, on_main, together
 from pipeline.errors import UserError
 from pipeline.evaluate import Test
 from pipeline.metrics.scoring import require_metrics
+from pipeline.too_long import Decision, decide
 
 Part = tuple[IndexedShards, Keys, int | None]  # the samples of a task, their keys, how many of them are used
 
@@ -33,23 +33,31 @@ class RunData:
     tests: list[Test]
     skipped: list[dict[str, str]]  # bad records that `prepare` left out
     record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.data_use`
+    telling_rows: list[list[int]] = field(default_factory=list)  # of each task's training samples
+    left_out: dict[str, int] = field(default_factory=dict)  # by task and split, see data.too_long
 
     def fingerprints(self, tasks: list[int]) -> list[str]:
         """What tells the training data of these tasks from any other."""
         return [self.train[task][0].fingerprint for task in tasks]
 
     def telling(self) -> list[Sample]:
-        """Training samples, the longest of each task among them: those that `check` plans the memory with."""
-        return [sample for shards, *_ in self.train for sample in telling_samples(shards)]
+        """Training samples, the longest and largest of each task: those that `check` plans the memory with."""
+        return [shards[row] for (shards, *_), rows in zip(self.train, self.telling_rows, strict=True) for row in rows]
 
 
 def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
     """Which samples form which batch of the stage `index` (0-based), by the recipe's way of putting them together."""
     together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
+    used = slice(None) if data.used is None else data.used
+    order: Order
     if together == 1:
-        lengths = data.lengths() if recipe.train.length_buckets else None
-        return Order(len(data), recipe.train.global_batch, recipe.seed, index, lengths)
-    return GroupedOrder(image_groups(data.keys), together, recipe.train.global_batch, recipe.seed, index)
+        lengths = data.lengths()[used] if recipe.train.length_buckets else None
+        count = len(data) if data.used is None else len(data.used)
+        order = Order(count, recipe.train.global_batch, recipe.seed, index, lengths)
+    else:
+        order = GroupedOrder(image_groups(data.keys)[used], together, recipe.train.global_batch, recipe.seed, index)
+    order.rows = data.used
+    return order
 
 
 def open_data(recipe: Recipe, world: World) -> RunData:
@@ -81,25 +89,31 @@ def open_data(recipe: Recipe, world: World) -> RunData:
     train, test = parts("train"), parts("test")
     skipped = [record for shards, *_ in (*train, *test) for record in shards.description.get("skipped", [])]
 
+    def decided() -> Decision:
+        for shards, *_ in (*train, *test):
+            require_upright(shards)
+        return decide(recipe, {"train": [part[0] for part in train], "test": [part[0] for part in test]})
+
+    # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
+    decision = on_main(world, decided)
+    for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
+        shards.left_out = rows
+
     def tests() -> list[Test]:
         require_metrics([task.metric for task in recipe.data.tasks])
         return [
-            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring)
-            for task, part in zip(recipe.data.tasks, test, strict=True)
-        ]
+            Test(
+                task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring, frozenset(rows)
+            )
+            for task, part, rows in zip(recipe.data.tasks, test, decision.left_out["test"], strict=True)
+        ]  # fmt: skip
 
-    tested = together(tests)
-
-    def upright() -> None:
-        for shards, *_ in (*train, *test):
-            require_upright(shards)
-
-    on_main(world, upright)
     splits = [(split, part) for split, parts_of in (("train", train), ("test", test)) for part in parts_of]
     names = [task.name for task in recipe.data.tasks] * 2
     record = data_record([(name, split, shards, limit) for name, (split, (shards, _, limit))
                           in zip(names, splits, strict=True)])  # fmt: skip
-    return RunData(identity, train, tested, skipped, record)
+    counts = decision.counts(recipe.data.tasks)
+    return RunData(identity, train, together(tests), skipped, record, decision.telling, counts)
 
 
 def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:

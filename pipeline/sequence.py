@@ -331,5 +331,6 @@ class Sequence:
             "mlflow": self.tracker.run_ids(), "versions": package_versions(),
             "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.data.skipped,
             "data": self.data.record,
+            "left_out": self.data.left_out,
         })  # fmt: skip
         previous.setdefault("started", now)

@@ -52,6 +52,7 @@ class LMM(nn.Module):
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
+        self.cuts = False  # whether samples that are too long lose text, see `Conversation`
         if config is not None and config.image_tokens is not None:
             self.family.adopt(processor)
         self.freeze()
@@ -61,7 +62,7 @@ class LMM(nn.Module):
         """How samples become tokens for this model, by the settings it was loaded with."""
         assert self.config is not None
         config = self.config
-        return Conversation(self.processor, config.max_length, config.template, config.image_padding)
+        return Conversation(self.processor, config.max_length, config.template, config.image_padding, self.cuts)
 
     @property
     def tokenizer(self) -> Any:

@@ -98,6 +98,16 @@ class StageData:
         counts = [min(len(samples), limit or len(samples)) for samples, _, limit in parts]
         self._samples = [samples for samples, _, _ in parts]
         self._starts = [0, *accumulate(counts)]
+        left_out = [
+            start + row
+            for samples, start, count in zip(self._samples, self._starts, counts, strict=False)
+            for row in getattr(samples, "left_out", ())
+            if row < count
+        ]
+        # Indices of the samples that training uses, None: all of them. See data.too_long.
+        self.used: npt.NDArray[np.int64] | None = None
+        if left_out:
+            self.used = np.setdiff1d(np.arange(self._starts[-1]), left_out)
         # Says which data this is, where the parts say it: SHA-256 of their shards.
         self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples in self._samples)
         self.ids = Ids.joined([samples.ids[:count] for samples, count in zip(self._samples, counts, strict=True)])
@@ -156,8 +166,11 @@ class Examples:
         ready: Sequence[Example] | None = None,
         kept: KeptFeatures | None = None,
         once: bool = False,
+        answered: bool = True,
     ) -> None:
+        """`answered` False: the answers are not part of the examples, as where they are to be generated."""
         self.data = data
+        self._answered = answered
         self.ready = ready
         self.conversation = conversation
         self.sharing = sharing
@@ -174,7 +187,10 @@ class Examples:
             return self.ready[index]
         example = self._cache.get(index)
         if example is None:
-            example = self.conversation.example(self.data[index], None if self.kept is None else self.kept[index])
+            sample = self.data[index]
+            if not self._answered:  # nor do they count for what fits
+                sample = dataclasses.replace(sample, answer="", meta={})
+            example = self.conversation.example(sample, None if self.kept is None else self.kept[index])
             self._cache.put(index, example)
         return example
 

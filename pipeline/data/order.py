@@ -50,6 +50,8 @@ class Order:
         self.task = task
         self.bucket_window = bucket_window
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
+        # Where some samples are left out: the indices [count] of those that are not.
+        self.rows: Indices | None = None
         self._epoch: tuple[int, Indices] | None = None
 
     @property
@@ -65,7 +67,8 @@ class Order:
         order = self.epoch(epoch)  # [count]
         positions = np.arange(index * self.global_batch, (index + 1) * self.global_batch)
         weights = (positions < self.count).astype(np.float32)
-        return order[positions % self.count], weights
+        picked = order[positions % self.count]
+        return (picked if self.rows is None else self.rows[picked]), weights
 
     def epoch(self, epoch: int) -> Indices:
         """Return all sample indices [count] of one epoch in the order of use."""

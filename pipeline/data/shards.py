@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class IndexedShards(Dataset[Sample]):
         self.sizes: npt.NDArray[np.int32] = np.stack(
             [index[side].fill_null(0).to_numpy() for side in ("width", "height")], axis=1
         )
+        self.left_out: Sequence[int] = ()  # rows that training does not use, see data.too_long
         self._files = ShardFiles(self._shards)
 
     @property
@@ -138,6 +139,11 @@ class IndexedShards(Dataset[Sample]):
         if self._check:
             self._checksums.check_table(self.folder / KEYS_FILE, FIX)
         return keys
+
+    @property
+    def json_sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each sample's record [N]: its texts and what else is known of it."""
+        return self._json[:, 1]
 
     def has_image(self, index: int) -> bool:
         """Whether a sample has an image."""
