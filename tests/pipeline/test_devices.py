@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,14 @@ def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     distributed.share_cores(4)
     assert torch.get_num_threads() == 8
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_processor_to_others(given: dict[str, str], expected: str) -> None:
+    """Said before torch is loaded, which is when it is read; what the user said stays."""
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    program = "import os, sys, pipeline; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, env={**outside, **given}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{expected} False\n"
