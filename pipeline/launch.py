@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.config import Recipe
-from pipeline.devices import GIVEN, given_devices
+from pipeline.devices import GIVEN, NUMBERED, given_devices
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, UserError
 from pipeline.stopping import STOP_SIGNALS, heeded
 
@@ -155,7 +155,9 @@ def launcher_environment(processes: int, outcomes: str) -> dict[str, str]:
     """Return the launcher's environment: ours, plus what DeepSpeed needs to count ranks on a machine without GPUs."""
     import torch
 
-    env = {**os.environ, OUTCOMES: outcomes, GIVEN: given_devices()}
+    # Without what the ranks get back, of which the launcher would say that it ignores it.
+    env = {name: value for name, value in os.environ.items() if name not in NUMBERED}
+    env |= {OUTCOMES: outcomes, GIVEN: given_devices()}
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
         env["LOCAL_SIZE"] = str(processes)  # without it DeepSpeed takes the number of NUMA nodes for that of the ranks
