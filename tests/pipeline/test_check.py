@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
@@ -149,6 +150,23 @@ def test_several_problems_are_listed_by_check(here: Path) -> None:
     lines = found.sentence("tiny.yaml").splitlines()
     assert lines[0] == "check tiny.yaml found 3 problems:"
     assert lines[2].startswith("- deepspeed: train.deepspeed: no file 'zero9.json'")
+
+
+def test_the_ranks_are_told_with_their_torch_and_memory_with_the_ranks(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The DeepSpeed of a machine without GPUs does not warn of that, and nothing is said of GPUs."""
+    monkeypatch.delenv("DS_ACCELERATOR")
+    found = findings().found
+    assert f"; torch {torch.__version__}" in (found["ranks"] or "")
+    said = "".join(capfd.readouterr())
+    assert "Setting accelerator" not in said and "per GPU" not in said
+
+
+def test_gpus_that_torch_cannot_use_are_a_problem_of_the_ranks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert "There are GPUs (SLURM_GPUS_ON_NODE=8) and torch" in " ".join(findings().problems["ranks"])
 
 
 def test_a_launch_is_checked_for_its_own_ranks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.deepspeed_config import deepspeed_file, with_recipe
 from pipeline.distributed import init_world
-from pipeline.engine import start_deepspeed
+from pipeline.engine import start_deepspeed, warn_of_emulation
 
 STEPS = 64
 SMALL = 2.0**-9  # half of what bfloat16 can still add to 1
@@ -71,3 +72,24 @@ def test_a_file_that_says_otherwise_is_heeded() -> None:
     built = engine("zero2", communication_data_type="bf16", data_types={"grad_accum_dtype": "bf16"})
     assert built.communication_data_type == torch.bfloat16
     assert step(built) == pytest.approx(1, rel=1e-6)
+
+
+def test_deepspeed_says_nothing_of_optimizers_that_it_does_not_list(caplog: pytest.LogCaptureFixture) -> None:
+    """As the benchmarks' SGD; what else it warns of is shown."""
+    with caplog.at_level(logging.WARNING, "DeepSpeed"):
+        engine("zero2")
+        logger = logging.getLogger("DeepSpeed")
+        for line in ("**** You are using ZeRO with an untested optimizer, proceed with caution *****", "something new"):
+            logger.handle(logger.makeRecord("DeepSpeed", logging.WARNING, "", 0, line, (), None))
+    assert "untested" not in caplog.text and "something new" in caplog.text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_is_named(
+    native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        warn_of_emulation()
+    assert ("Tesla V100-SXM2-32GB only emulates" in caplog.text) == (not native)
