@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.data_sources import COIN, UCIT, benchmark_of, images_of
 from pipeline.errors import EXIT_OK, EXIT_USER
 from tests import tiny, tiny_clip
+from tests.processes import PROJECT
 
 RECIPE = """
 name: tiny
@@ -152,15 +156,15 @@ def test_several_problems_are_listed_by_check(here: Path) -> None:
     assert lines[2].startswith("- deepspeed: train.deepspeed: no file 'zero9.json'")
 
 
-def test_the_ranks_are_told_with_their_torch_and_memory_with_the_ranks(
-    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The DeepSpeed of a machine without GPUs does not warn of that, and nothing is said of GPUs."""
-    monkeypatch.delenv("DS_ACCELERATOR")
-    found = findings().found
-    assert f"; torch {torch.__version__}" in (found["ranks"] or "")
-    said = "".join(capfd.readouterr())
-    assert "Setting accelerator" not in said and "per GPU" not in said
+def test_the_ranks_are_told_with_their_torch_and_memory_with_the_ranks(here: Path) -> None:
+    """The DeepSpeed of a machine without GPUs does not warn of that, and nothing is said of memory per GPU."""
+    outside = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "pipeline", "check", "tiny.yaml"]
+    env = {**outside, "PYTHONPATH": str(PROJECT), "COLUMNS": "400"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_OK, done.stderr
+    assert f"; torch {torch.__version__}" in done.stdout
+    assert "memory per rank" in done.stdout and "Setting accelerator" not in done.stdout + done.stderr
 
 
 def test_gpus_that_torch_cannot_use_are_a_problem_of_the_ranks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
