@@ -30,8 +30,9 @@ class Addition:
 def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:
     """Prepare task `name` of the CoIN folder `root` as the run's next stage; the run is not touched yet.
 
-    `gate` replaces the run's `method.gate`. Called again it goes on. Raises UserError for a method without further
-    stages, a run that is not finished, and data that cannot be used.
+    `gate` is the run's `method.gate` from this stage on; what was measured after earlier stages keeps theirs. Called
+    again it goes on. Raises UserError for a method without further stages, a run that is not finished, and data that
+    cannot be used.
     """
     recipe = load_run(run)
     if recipe.method.name in ("joint", "zero_shot"):
@@ -53,7 +54,8 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
             update={"data": recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})}
         )
     if gate is not None:
-        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"gate": gate})})
+        earlier = len(recipe.data.tasks) - 1
+        recipe = recipe.model_copy(update={"method": recipe.method.with_gate(gate, earlier)})
     return Addition(run, recipe, name, name not in names)
 
 

@@ -175,9 +175,9 @@ def claim_run(recipe: FileRecipe) -> Path:
 
 
 def _with_defaults(found: Any, kind: type[FileRecipe]) -> Any:
-    """A resolved recipe with today's defaults for fields that did not exist when it was written."""
+    """A resolved recipe with what it meant by fields that did not exist when it was written."""
     try:
-        return kind.model_validate(found).model_dump(mode="json")
+        return kind.model_validate(kind.as_a_run_meant(found)).model_dump(mode="json")
     except ValidationError:
         return found  # a field is gone or has other values now: the comparison will name it
 

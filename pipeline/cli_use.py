@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,7 +141,8 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         task: Annotated[str, typer.Argument(metavar="TASK", help="A task in the folder that --root names.")],
         root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
         gate: Annotated[
-            float | None, typer.Option(min=0, help="From now on the run's method.gate: a smaller one mixes fewer sets.")
+            float | None,
+            typer.Option(min=0, help="The run's method.gate from this stage on: a smaller one mixes fewer sets."),
         ] = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Only say which earlier tasks' questions would get the new set.")
@@ -152,33 +152,31 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         """Learn one more task as the next stage of a run; what it has learned stays as it is."""
         from rich.console import Console
 
-        from pipeline.add_effect import Effect, advice, counted, effect_table, foretell
+        from pipeline.add_effect import Interference, advice, basis, counted, effect_table, foretell
         from pipeline.add_task import prepare_addition
 
         addition = prepare_addition(run, task, root, gate)
 
-        def tell(effects: list[Effect], title: str) -> None:
-            if effects:
-                typer.echo(
-                    f"{title}: percent of their test questions that get the set of {task}, and for which it is the "
-                    "most similar."
-                )
-                Console().print(effect_table(effects, task))
-                for sentence in advice(effects, addition.recipe, run, task):
+        def tell(found: Interference, title: str) -> None:
+            if found.effects:
+                typer.echo(f"{title}: {basis(found.effects, task)}")
+                Console().print(effect_table(found.effects, task))
+                for sentence in advice(found, run, task):
                     typer.echo(sentence)
 
         if addition.is_new or dry_run:
             foretold = foretell(run, addition.recipe)
             tell(foretold, "What the earlier tasks are to expect, by their keys")
             if dry_run:
-                show({"run": str(run), "task": task, "foretold": list(map(asdict, foretold))}, as_json)
+                told = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
+                show({"run": str(run), "task": task, **told}, as_json)
                 return
         addition.write()
 
         def with_effects(result: dict[str, Any]) -> dict[str, Any]:
-            effects = counted(run, task)
-            tell(effects, "What became of the earlier tasks")
-            return {**result, "earlier": list(map(asdict, effects))}
+            found = counted(run, addition.recipe)
+            tell(found, "What became of the earlier tasks")
+            return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
 
         train(str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], as_json, with_effects)
 

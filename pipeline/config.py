@@ -27,7 +27,12 @@ class TaskConfig(Section):
     name: Name = Field(description="folder of the task under the data's instructions/")
     metric: str = Field("exact", description="how answers are scored; a name that pipeline.metrics.scoring knows")
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
-    limit_train: int | None = Field(None, ge=1, description="use only the first so many training samples")
+    limit_train: int | None = Field(
+        None,
+        ge=1,
+        description="use only the first so many training samples; those that data.validation_share holds out are "
+        "among them",
+    )
     limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
     train_files: tuple[GivenPath, ...] = Field(
         (), description="files of the training split in the task's folder; empty: train.json and its numbered parts"
@@ -66,6 +71,14 @@ class DataConfig(Section):
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
     workers: int = Field(2, ge=1, description="threads that decode images while preparing")
     seed: int = Field(0, ge=0, description="seed of the generator; the run's own seed does not change the data")
+    validation_share: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="share of each task's training samples that no stage learns from: choices such as the gate are "
+        "made with them, never with test samples; chosen by a hash of their ids; 0: none",
+    )
+    validation_most: int = Field(500, ge=1, description="most samples of one task that are held out")
     scoring: Literal["fixed", "compat"] = Field(
         "fixed", description="compat: score as the official scripts do, faults included (pipeline/metrics/compat.py)"
     )
@@ -157,6 +170,13 @@ class KeysConfig(Section):
         return self.location, self.revision, self.text_feature, self.text_truncation
 
 
+class EarlierGate(Section):
+    """A gate that a run had before another one was chosen: what was measured with it stays as it was."""
+
+    stages: int = Field(ge=0, description="after so many stages and fewer the gate was this one, for training and rows")
+    gate: float | None = Field(ge=0, description="see method.gate")
+
+
 class MethodConfig(Section):
     """What is learned per task and which sets are inserted."""
 
@@ -184,8 +204,24 @@ class MethodConfig(Section):
         ge=0,
         description="insert a set only if its similarity is at least the best minus this; null: always k (paper)",
     )
+    earlier_gates: tuple[EarlierGate, ...] = Field(
+        (), description="the gates before it was changed, which `add --gate` writes here"
+    )
     image_weight: float = Field(0.5, ge=0, le=1, description="share of the image in the similarity")
     prototype_weight: float = Field(1.0, ge=0, description="weight of the two prototype terms in the loss")
+
+    def after(self, stages: int) -> MethodConfig:
+        """The method as it is after so many stages, with the gate of that time."""
+        gates = [earlier.gate for earlier in self.earlier_gates if stages <= earlier.stages]
+        return self.model_copy(update={"gate": gates[0] if gates else self.gate, "earlier_gates": ()})
+
+    def with_gate(self, gate: float | None, stages: int) -> MethodConfig:
+        """The method with another gate from the stage behind the first `stages` on."""
+        if gate == self.after(stages + 1).gate:
+            return self
+        kept = [earlier for earlier in self.earlier_gates if earlier.stages < stages]
+        before = EarlierGate(stages=stages, gate=self.after(stages).gate)
+        return self.model_copy(update={"gate": gate, "earlier_gates": (*kept, before)})
 
 
 class TrainConfig(LoopConfig):
@@ -325,6 +361,14 @@ class Recipe(FileRecipe):
         }  # fmt: skip
         return {name: value for name, value in found.items() if value not in (None, {})}
 
+    @classmethod
+    def as_a_run_meant(cls, fields: Any) -> Any:
+        """The fields of a run's config.yaml, completed where it was written before a field that changes results."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("data"), dict):
+            return fields
+        # Runs from before samples were held out have trained on all of them.
+        return {**fields, "data": {"validation_share": 0.0, **fields["data"]}}
+
     @property
     def run_path(self) -> Path:
         """Folder of this run."""
@@ -366,7 +410,11 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
             f"recipe '{name_or_path}' is a benchmark of prompt methods on CLIP; expected a task sequence. A benchmark "
             "is prepared and run whole, by `python -m pipeline prepare` and `run`."
         )
-    fields = with_task_files(apply_overrides(read_recipe(find_recipe(str(name_or_path))), overrides))
+    path = find_recipe(str(name_or_path))
+    fields = read_recipe(path)
+    if path.name == CONFIG and (path.parent / "run.json").is_file():
+        fields = Recipe.as_a_run_meant(fields)
+    fields = with_task_files(apply_overrides(fields, overrides))
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

@@ -25,6 +25,7 @@ from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Samples
 from pipeline.data.conversation import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
+from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import UPRIGHT, changed_pictures
 from pipeline.distributed import World, gather_objects, on_main, together
 from pipeline.errors import UserError
@@ -53,14 +54,16 @@ def keep_features(
     """
     identity = _identity(lmm, base_model)
     shape = _tower(lmm, [lmm.conversation.blank["pixel_values"]], world).shape[1:]
-    found = []
-    for samples, _, limit in parts:
-        count = min(limit or len(samples), len(samples))
+    found, used = [], []
+    for part in parts:
+        samples, count, rows = together(lambda part=part: _whole(part))  # type: ignore[misc]
         own = _identity_in(samples, identity)
         split = SplitFeatures(samples.folder / f"vision-{own[:12]}", own)
-        found.append((split, _keep_split(lmm, split, samples, count, shape, world, watchdog, threads)))
-    kept = KeptFeatures(found, shape)
-    for (samples, _, _), (split, numbers) in zip(parts, found, strict=True):
+        numbers = _keep_split(lmm, split, samples, count, shape, world, watchdog, threads)
+        found.append((split, samples, numbers))
+        used.append((split, numbers if rows is None else numbers[rows]))
+    kept = KeptFeatures(used, shape)
+    for split, samples, numbers in found:
         first = _firsts(numbers)[:PICTURES]
         if first:
             _check(lmm, split, samples, first, world)
@@ -68,7 +71,7 @@ def keep_features(
 
 
 def _keep_split(
-    lmm: LMM, split: SplitFeatures, samples: Samples, count: int, shape: torch.Size,
+    lmm: LMM, split: SplitFeatures, samples: IndexedShards, count: int, shape: torch.Size,
     world: World, watchdog: Watchdog, threads: int,
 ) -> npt.NDArray[np.int64]:  # fmt: skip
     """Make the features of one split whole and return which picture each of its first `count` samples has."""
@@ -99,6 +102,18 @@ def _alone_in(folder: Path, world: World, watchdog: Watchdog) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _whole(part: Part) -> tuple[IndexedShards, int, npt.NDArray[np.int64] | None]:
+    """The split that a part is of, how many of its first samples are looked at, and which of these the part has.
+
+    Pictures are numbered over all of these, held out or not, so that what is kept does not depend on which are.
+    """
+    samples, _, limit = part
+    rows = getattr(samples, "rows", None)
+    if rows is None:
+        return samples, min(limit or len(samples), len(samples)), None
+    return samples.whole(), int(rows[-1]) + 1, rows
 
 
 def _identity(lmm: LMM, base_model: str) -> str:

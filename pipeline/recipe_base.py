@@ -118,6 +118,11 @@ class FileRecipe(Section):
         """The settings that decide on the content of the prepared data; those at their defaults are left out."""
         return {}
 
+    @classmethod
+    def as_a_run_meant(cls, fields: Any) -> Any:
+        """The fields of a run's config.yaml, completed where it was written before a field that changes results."""
+        return fields
+
     @property
     def run_path(self) -> Path:
         """Folder of the run."""

@@ -1,4 +1,7 @@
-"""The prepared data of a run: the training parts and test sets of its tasks, checked against the recipe's CLIP."""
+"""The prepared data of a run: what its tasks train on, hold out and are tested with, checked against the recipe's CLIP.
+
+Test sets are opened by who scores answers, and by nobody else; choices are made with the samples that are held out.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import socket
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pipeline.check_prepared import refuse_other_data
 from pipeline.config import Recipe
-from pipeline.data.collate import Keys, StageData
+from pipeline.data.collate import StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.held_out import Rows, held_out_rows, other_rows
+from pipeline.data.keys import Keys, PickedKeys
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
@@ -21,7 +28,7 @@ from pipeline.evaluate import Test
 from pipeline.metrics.scoring import require_metrics
 from pipeline.too_long import Decision, decide
 
-Part = tuple[IndexedShards, Keys, int | None]  # the samples of a task, their keys, how many of them are used
+Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, how many of them are used
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,32 @@ class RunData:
     """What a run trains on and is tested with, one entry per task."""
 
     identity: dict[str, str]  # of the CLIP that made the keys
-    train: list[Part]
-    tests: list[Test]
+    train: list[Part]  # without what is held out
+    validation: list[Part]  # held out of training; empty ones where the recipe holds none out
+    most: int  # samples of a task that choices are made with
+    scoring: list[Test] | None  # None where nothing is to be scored
     skipped: list[dict[str, str]]  # bad records that `prepare` left out
     record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.data_use`
     telling_rows: list[list[int]] = field(default_factory=list)  # of each task's training samples
     left_out: dict[str, int] = field(default_factory=dict)  # by task and split, see data.too_long
+
+    @property
+    def tests(self) -> list[Test]:
+        """The test sets; RuntimeError where the data was not opened to score answers."""
+        if self.scoring is None:
+            raise RuntimeError("test sets are for scoring alone, and this data was opened without them")
+        return self.scoring
+
+    def for_choices(self, task: int) -> tuple[Part, bool]:
+        """The samples of a task that choices are made with, and whether those are held out.
+
+        Where none are, because the recipe holds none out or the task has too few, training samples stand in.
+        """
+        held_out, (shards, keys, limit) = self.validation[task], self.train[task]
+        if len(held_out[0]):
+            return held_out, True
+        ids = shards.ids[:limit]
+        return _only((shards, keys, limit), held_out_rows(ids, 1.0, self.most)), False
 
     def fingerprints(self, tasks: list[int]) -> list[str]:
         """What tells the training data of these tasks from any other."""
@@ -42,7 +69,8 @@ class RunData:
 
     def telling(self) -> list[Sample]:
         """Training samples, the longest and largest of each task: those that `check` plans the memory with."""
-        return [shards[row] for (shards, *_), rows in zip(self.train, self.telling_rows, strict=True) for row in rows]
+        wholes = ((shards.whole(), rows) for (shards, *_), rows in zip(self.train, self.telling_rows, strict=True))
+        return [whole[row] for whole, rows in wholes for row in rows]
 
 
 def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
@@ -60,8 +88,11 @@ def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
     return order
 
 
-def open_data(recipe: Recipe, world: World) -> RunData:
-    """Open the data of a recipe on every rank; raises UserError, on all, for what is missing or damaged on any."""
+def open_data(recipe: Recipe, world: World, scoring: bool = False) -> RunData:
+    """Open the data of a recipe on every rank, its test sets only where answers are to be scored.
+
+    Raises UserError, on all ranks, for what is missing or damaged on any.
+    """
 
     def key_identity() -> dict[str, str]:
         from pipeline.backbones import clip
@@ -86,16 +117,17 @@ def open_data(recipe: Recipe, world: World) -> RunData:
 
         return together(mine)
 
-    train, test = parts("train"), parts("test")
+    train, test = parts("train"), parts("test") if scoring else []
     skipped = [record for shards, *_ in (*train, *test) for record in shards.description.get("skipped", [])]
 
-    def decided() -> Decision:
+    def decided() -> Decision | None:
         for shards, *_ in (*train, *test):
             require_upright(shards)
-        return decide(recipe, {"train": [part[0] for part in train], "test": [part[0] for part in test]})
+        opened = {"train": [part[0] for part in train], "test": [part[0] for part in test]}
+        return decide(recipe, opened) if scoring else None  # who only compares keys needs no lengths
 
     # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
-    decision = on_main(world, decided)
+    decision = on_main(world, decided) or Decision({"train": [[] for _ in train], "test": []}, [])
     for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
         shards.left_out = rows
 
@@ -108,12 +140,33 @@ def open_data(recipe: Recipe, world: World) -> RunData:
             for task, part, rows in zip(recipe.data.tasks, test, decision.left_out["test"], strict=True)
         ]  # fmt: skip
 
+    tested = together(tests) if scoring else None
     splits = [(split, part) for split, parts_of in (("train", train), ("test", test)) for part in parts_of]
-    names = [task.name for task in recipe.data.tasks] * 2
+    names = [task.name for task in recipe.data.tasks] * (2 if scoring else 1)
     record = data_record([(name, split, shards, limit) for name, (split, (shards, _, limit))
                           in zip(names, splits, strict=True)])  # fmt: skip
-    counts = decision.counts(recipe.data.tasks)
-    return RunData(identity, train, together(tests), skipped, record, decision.telling, counts)
+    counts = decision.counts(recipe.data.tasks) if scoring else {}
+    share, most = recipe.data.validation_share, recipe.data.validation_most
+    divided = [_held_out(part, share, most) for part in train]
+    kept, held_out = [kept for kept, _ in divided], [held for _, held in divided]
+    return RunData(identity, kept, held_out, most, tested, skipped, record, decision.telling, counts)
+
+
+def _held_out(part: Part, share: float, most: int) -> tuple[Part, Part]:
+    """What is left of a task's training samples, and what is held out of them; see `held_out_rows`.
+
+    The limit counts both.
+    """
+    shards, _, limit = part
+    ids = shards.ids[:limit]
+    rows = held_out_rows(ids, share, most) if share else np.empty(0, dtype=np.int64)
+    return _only(part, other_rows(len(ids), rows)) if len(rows) else part, _only(part, rows)
+
+
+def _only(part: Part, rows: Rows) -> Part:
+    """Some samples of a whole part, by their places in it."""
+    shards, keys, _ = part
+    return shards.only(rows), keys.only(rows), None
 
 
 def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:

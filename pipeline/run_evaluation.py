@@ -18,7 +18,7 @@ from pipeline.distributed import agree, on_main
 from pipeline.errors import Interrupted
 from pipeline.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
 from pipeline.generation import Conditions
-from pipeline.methods import Method
+from pipeline.methods import Method, make_method
 from pipeline.metrics.blind import majority_score
 from pipeline.models import Models
 from pipeline.predictions import SCORES_VERSION, write_if_other
@@ -121,7 +121,8 @@ class RunEvaluation:
             scores = task_similarity(test, pool, recipe.method.image_weight)
             if not len(pool):
                 return torch.zeros(len(test.data), 0, dtype=torch.long), scores
-            return self.method.answering_sets(pool, number, scores, test.data.keys.has_image), scores
+            method = make_method(recipe.method.after(len(pool)))
+            return method.answering_sets(pool, number, scores, test.data.keys.has_image), scores
 
         settings = AnswerSettings(
             recipe.evaluate.batch, recipe.method.insertion, fingerprint_of(projector), recipe.evaluate.share_images,

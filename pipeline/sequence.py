@@ -84,7 +84,7 @@ class Sequence:
         self.recipe, self.path, self.world, self.stop, self.watchdog = recipe, path, world, stop, watchdog
         self.method: Method = make_method(recipe.method)
         fetch_models(recipe, world, lambda: self._stop_if_told("while models are fetched"))
-        self.data = open_data(recipe, world)
+        self.data = open_data(recipe, world, scoring=True)
         self.tests = self.data.tests
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()
@@ -189,7 +189,7 @@ class Sequence:
         data = StageData(parts)
         order = stage_order(recipe, data, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
-        selected = self.method.training_sets(self.pool, data.keys)
+        selected = make_method(recipe.method.after(index + 1)).training_sets(self.pool, data.keys)
         sharing: Literal["image", "none"] = "image" if engine.module.in_two_passes else "none"
         kept = None
         if recipe.train.vision_features == "kept":

@@ -42,7 +42,7 @@ def prepare(recipe_path: str) -> dict[str, Any]:
             spent[place] += clock() - began[place]
         return True
 
-    verb.write_keys = generated  # type: ignore[assignment]
+    verb.write_keys = generated
     began = time.perf_counter(), time.process_time()
     result = verb.prepare(load_recipe(recipe_path), progress=False)
     seconds, processor = time.perf_counter() - began[0], time.process_time() - began[1]
@@ -80,7 +80,7 @@ def fill(recipe_path: str) -> dict[str, Any]:
         indices = named["indices"] if "indices" in named else arguments[2]
         return dict.fromkeys(indices, "thing 1")
 
-    pipeline.evaluate.generate_answers = answers  # type: ignore[assignment]
+    pipeline.evaluate.generate_answers = answers
     run_sequence(load_recipe(recipe_path), until=STAGES_BEFORE)
     return {}
 

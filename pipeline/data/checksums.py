@@ -34,6 +34,11 @@ class Checksums:
     texts: npt.NDArray[np.uint32] | None = None  # [N] the same without the image; None in splits of earlier versions
     tables: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the index and the keys by file name
 
+    def only(self, rows: npt.NDArray[np.int64]) -> Checksums:
+        """Those of some of the records, by their places."""
+        records, texts = (None if known is None else known[rows] for known in (self.records, self.texts))
+        return Checksums(records, texts, self.tables)
+
     def check_table(self, path: Path, fix: str) -> None:
         """Raise UserError when a table is not the one that was verified."""
         expected = self.tables.get(path.name)

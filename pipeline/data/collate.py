@@ -18,7 +18,7 @@ from pipeline.data.conversation import KEPT, Conversation, Example
 from pipeline.data.example_cache import ExampleCache
 from pipeline.data.ids import Ids
 from pipeline.data.kept_features import KeptFeatures
-from pipeline.data.keys import Keys, join_keys
+from pipeline.data.keys import Keys, PickedKeys, join_keys
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
 from pipeline.prompts.routing import NO_SET
@@ -94,7 +94,7 @@ class Batch:
 class StageData:
     """Samples of one or more tasks, one after the other, with their keys."""
 
-    def __init__(self, parts: Sequence[tuple[Samples, Keys, int | None]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Samples, Keys | PickedKeys, int | None]]) -> None:
         counts = [min(len(samples), limit or len(samples)) for samples, _, limit in parts]
         self._samples = [samples for samples, _, _ in parts]
         self._starts = [0, *accumulate(counts)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 AT_ONCE = 1 << 16  # ids that exist as Python strings while all are gone through
@@ -25,6 +27,10 @@ class Ids(Sequence[str]):
         """The ids of several lists, one after the other; those of `Ids` are not copied."""
         chunks = [chunk for part in parts for chunk in Ids(part)._strings.chunks]
         return cls(pa.chunked_array(chunks, pa.string()))
+
+    def only(self, rows: npt.NDArray[np.int64]) -> Ids:
+        """Some of the ids, by their places."""
+        return Ids(self._strings.take(pa.array(rows)))
 
     def __len__(self) -> int:
         return len(self._strings)

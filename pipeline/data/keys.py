@@ -12,6 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,7 +31,7 @@ FIX = "Run `python -m pipeline prepare RECIPE` to write it anew."
 class ChainedRows:
     """The rows [N, K] of several tensors, one behind the other, without a copy of them."""
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Tensor | PickedRows]) -> None:
         self._parts = list(parts)
         self._starts = torch.tensor([0, *accumulate(len(part) for part in parts)])
         self.shape = torch.Size([int(self._starts[-1]), *parts[0].shape[1:]])
@@ -57,7 +59,35 @@ class ChainedRows:
             yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-Rows = Tensor | ChainedRows
+class PickedRows:
+    """Some rows [N, K] of a tensor, without a copy of them."""
+
+    def __init__(self, source: Tensor, rows: Tensor) -> None:
+        """`rows` [N] are the numbers of these rows in `source`."""
+        self._source, self._rows = source, rows
+        self.shape = torch.Size([len(rows), *source.shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """The rows [B, K] of the numbers `index` [B] among these rows."""
+        return self._source[self._rows[index]]
+
+    def only(self, rows: Tensor) -> PickedRows:
+        """Some of these rows."""
+        return PickedRows(self._source, self._rows[rows])
+
+    def new_empty(self, shape: Sequence[int]) -> Tensor:
+        """An empty tensor of the same type, see `Tensor.new_empty`."""
+        return self._source.new_empty(tuple(shape))
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """All rows in turn, `rows` at a time (fewer at the end), as `Tensor.split` cuts them."""
+        return (self[start : start + rows] for start in range(0, len(self), rows))
+
+
+Rows = Tensor | ChainedRows | PickedRows
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,28 @@ class Keys:
     has_image: Tensor  # [N] bool
     identity: dict[str, str]
 
+    def only(self, rows: npt.NDArray[np.int64]) -> PickedKeys:
+        """The keys of some samples."""
+        picked = torch.from_numpy(rows)
+        return PickedKeys(
+            PickedRows(self.image, picked), PickedRows(self.text, picked), self.has_image[picked], self.identity
+        )
+
+
+@dataclass(frozen=True)
+class PickedKeys:
+    """`Keys` of some of a split's samples."""
+
+    image: PickedRows  # [N, K]
+    text: PickedRows  # [N, K]
+    has_image: Tensor  # [N] bool
+    identity: dict[str, str]
+
+    def only(self, rows: npt.NDArray[np.int64]) -> PickedKeys:
+        """The keys of some of these samples."""
+        picked = torch.from_numpy(rows)
+        return PickedKeys(self.image.only(picked), self.text.only(picked), self.has_image[picked], self.identity)
+
 
 @dataclass(frozen=True)
 class JoinedKeys:
@@ -83,17 +135,24 @@ class JoinedKeys:
     identity: dict[str, str]
 
 
-AnyKeys = Keys | JoinedKeys
+AnyKeys = Keys | PickedKeys | JoinedKeys
 
 
-def join_keys(parts: Sequence[tuple[Keys, int]]) -> AnyKeys:
+def join_keys(parts: Sequence[tuple[Keys | PickedKeys, int]]) -> AnyKeys:
     """The keys of the first `count` samples of each part, one part behind the other, without a copy of them."""
-    images, texts = [keys.image[:count] for keys, count in parts], [keys.text[:count] for keys, count in parts]
+    first, count = parts[0]
+    if len(parts) == 1 and isinstance(first, PickedKeys) and count == len(first.image):
+        return first
+    images, texts = [_first(keys.image, count) for keys, count in parts], [_first(keys.text, n) for keys, n in parts]
     flags = torch.cat([keys.has_image[:count] for keys, count in parts]).bool()
-    identity = dict(parts[0][0].identity)
-    if len(parts) == 1:
+    identity = dict(first.identity)
+    if len(parts) == 1 and isinstance(images[0], Tensor) and isinstance(texts[0], Tensor):
         return Keys(images[0], texts[0], flags, identity)
     return JoinedKeys(ChainedRows(images), ChainedRows(texts), flags, identity)
+
+
+def _first(rows: Tensor | PickedRows, count: int) -> Tensor | PickedRows:
+    return rows if count == len(rows) else rows[:count]
 
 
 def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: Mapping[str, str] | None = None) -> Keys:

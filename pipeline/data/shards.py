@@ -7,6 +7,7 @@ Spec: engineering.md C3, C4; design.md decision 6.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -88,6 +89,22 @@ class IndexedShards(Dataset[Sample]):
         )
         self.left_out: Sequence[int] = ()  # rows that training does not use, see data.too_long
         self._files = ShardFiles(self._shards)
+        self.rows: npt.NDArray[np.int64] | None = None  # [N] places in the split; None: all of it
+
+    def only(self, rows: npt.NDArray[np.int64]) -> IndexedShards:
+        """Some samples of the split, by their places in it, as a list of their own."""
+        picked = copy.copy(self)
+        picked.rows = rows if self.rows is None else self.rows[rows]
+        picked.ids = self.ids.only(rows)
+        picked.left_out = np.flatnonzero(np.isin(rows, self.left_out)).tolist()
+        for name in ("_shard", "_json", "_image", "question_chars", "answer_chars", "sizes"):
+            setattr(picked, name, getattr(self, name)[rows])
+        picked._checksums = self._checksums.only(rows)
+        return picked
+
+    def whole(self) -> IndexedShards:
+        """The split that these samples are of, with all its samples."""
+        return self if self.rows is None else IndexedShards(self.folder, check=False)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

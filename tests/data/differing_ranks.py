@@ -30,7 +30,7 @@ def main(recipe: Path, folder: Path, name: str) -> None:
     checksums.sha256 = counted
     said = ""
     try:
-        open_data(loaded, world)
+        open_data(loaded, world, scoring=True)
     except UserError as error:
         said = str(error)
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps({"said": said, "hashed": hashed}))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
 from pipeline.cli import app
-from pipeline.config import Recipe
+from pipeline.config import EarlierGate, Recipe, load_run
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.sequence import run_sequence
 from tests.tiny_clip import picture
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make(tasks=2, method__gate=0.0)
+    recipe = make(tasks=2, method__gate=0.0, data__validation_share=0.5)
     run_sequence(recipe)
     run = recipe.run_path
     before = {path.relative_to(run): path.read_bytes() for path in run.glob("stages/*/*") if "lock" not in path.name}
@@ -37,6 +37,7 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert asked.exit_code == EXIT_OK, asked.stderr
     foretold = json.loads(asked.stdout.splitlines()[-1])["foretold"]
     assert [effect["task"] for effect in foretold] == ["T0", "T1"] and foretold[0]["after"] is None
+    assert [(effect["samples"], effect["held_out"]) for effect in foretold] == [(3, True)] * 2
     assert (run / "config.yaml").read_bytes() == recipe_before and not (run / "stages" / "03-Mine").exists()
     done = CliRunner().invoke(app, ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--json"])
     assert done.exit_code == EXIT_OK, done.stderr
@@ -46,15 +47,23 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert {path: (run / path).read_bytes() for path in before} == before
     assert len(result["majority"]) == 3
     for number, effect in enumerate(result["earlier"]):
-        lines = [json.loads(line) for line in (run / "eval" / "after-03" / f"T{number}.jsonl").open()]
-        assert effect["inserted"] == 100.0 * sum("Mine" in line["selected"] for line in lines) / len(lines)
+        assert (effect["samples"], effect["held_out"]) == (3, True)
         assert (effect["before"], effect["after"]) == (result["accuracy"][1][number], result["accuracy"][2][number])
     assert "Mine" in (run / "report.html").read_text(encoding="utf-8")
+    rows = result["accuracy"][:2]
+    answers = {path: path.read_bytes() for path in (run / "eval").glob("after-0[12]/*.jsonl")}
     gated = ["add", str(run), "Mine", "--root", str(tmp_path / "own"), "--gate", "2", "--json"]
     done = CliRunner().invoke(app, gated)
     assert done.exit_code == EXIT_OK, done.stderr
-    # A gate of 2 leaves nothing out; what was trained stays.
-    assert [effect["inserted"] for effect in json.loads(done.stdout.splitlines()[-1])["earlier"]] == [100.0, 100.0]
+    # A gate of 2 leaves nothing out; what was trained stays, and so does what was measured before.
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [effect["inserted"] for effect in result["earlier"]] == [100.0, 100.0]
+    last = [json.loads(line) for line in (run / "eval" / "after-03" / "T0.jsonl").open()]
+    assert all(len(line["selected"]) == 3 for line in last)
+    assert result["accuracy"][:2] == rows
+    assert {path: path.read_bytes() for path in answers} == answers
+    config = load_run(run)
+    assert (config.method.gate, config.method.earlier_gates) == (2.0, (EarlierGate(stages=2, gate=0.0),))
     assert {path: (run / path).read_bytes() for path in before} == before
     again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])
     assert again.exit_code == EXIT_USER

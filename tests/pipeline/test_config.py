@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Recipe, load_recipe, load_run, locate, recipe_kind
+from pipeline.config import MethodConfig, Recipe, load_recipe, load_run, locate, recipe_kind
 from pipeline.deepspeed_config import RECIPE_OWNS, accumulation, deepspeed_config
 from pipeline.errors import UserError, nearest
 from pipeline.recipe_file import recipe_names
@@ -270,3 +270,13 @@ def _with_train(**train) -> Recipe:
             "train": {"lr_prompt": 1e-2, "lr_head": 1e-3, **train},
         }
     )
+
+
+def test_a_gate_that_is_changed_leaves_the_stages_before_it_theirs() -> None:
+    method = MethodConfig(gate=0.1)
+    changed = method.with_gate(0.05, stages=6)
+    assert [changed.after(stages).gate for stages in (1, 6, 7, 9)] == [0.1, 0.1, 0.05, 0.05]
+    again = changed.with_gate(None, stages=6).with_gate(0.2, stages=7)
+    assert [again.after(stages).gate for stages in (6, 7, 8)] == [0.1, None, 0.2]
+    assert method.with_gate(0.1, stages=6) == method and again.after(8).earlier_gates == ()
+    assert MethodConfig.model_validate(again.model_dump(mode="json")) == again

@@ -265,6 +265,21 @@ def test_training_with_kept_features_never_runs_the_tower(
     assert all(torch.equal(value, sets(recipe, 1)[name]) for name, value in sets(again, 1).items())
 
 
+@pytest.mark.e2e
+def test_what_is_held_out_changes_nothing_of_what_is_kept(
+    prepared: Path, lmm: LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_sequence(on(prepared, tmp_path / "all"), stages="train")
+    seen = towers(lmm, monkeypatch)
+    kept = on(prepared, tmp_path / "kept", data__validation_share=0.34)
+    run_sequence(kept, stages="train")
+    assert len(seen) == 2 * 2
+    computed = on(prepared, tmp_path / "computed", data__validation_share=0.34, train__vision_features="computed")
+    run_sequence(computed, stages="train")
+    for name, value in sets(computed, 1).items():
+        assert torch.allclose(sets(kept, 1)[name], value, atol=1e-3)
+
+
 @pytest.mark.gloo
 def test_two_ranks_under_zero3_share_the_work_and_learn_what_one_learns(prepared: Path, tmp_path: Path) -> None:
     runs = []
@@ -282,7 +297,7 @@ def test_two_ranks_under_zero3_share_the_work_and_learn_what_one_learns(prepared
 
 
 def on(prepared: Path, runs: Path, **changes: Any) -> Recipe:
-    return recipe_on(prepared, runs, 2, train__vision_features="kept", **changes)
+    return recipe_on(prepared, runs, 2, **{"train__vision_features": "kept", **changes})
 
 
 def sets(recipe: Recipe, number: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,100 @@
+"""Test sets are read by who scores answers and by nobody else: choices are made with held-out training samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from data_prep.own_task import make_task
+from pipeline.cli import app
+from pipeline.config import Recipe
+from pipeline.data.shards import IndexedShards
+from pipeline.distributed import init_world
+from pipeline.errors import EXIT_OK
+from pipeline.run_data import open_data
+from pipeline.sequence import run_sequence
+from tests.tiny_clip import picture
+
+pytestmark = pytest.mark.e2e
+
+# Who may look at a test sample: the answers and their scores, the score of the constant answer, the pictures on the
+# report's page, and `prepare`, which writes and verifies them.
+SCORING = {"run_evaluation", "evaluate", "generation", "predictions", "matrix", "blind", "report_predictions"}
+SCORING |= {"texts"}  # questions and answers of a test set, read by threads; evaluations alone ask for them
+SCORING |= {"sample_lengths"}  # whether a test sample fits into the model; nothing is set by it
+PREPARING = {"prepare", "shards", "keys", "verify"}
+OPENING = {"run_data"}  # of a run, whose evaluation it is handed to
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The modules that read samples or keys of a test split: of each read the outermost that is not of the reader's."""
+    seen: set[str] = set()
+
+    def spied(name: str) -> None:
+        true = getattr(IndexedShards, name)
+
+        def spy(shards: IndexedShards, *arguments: object, **named: object) -> object:
+            if shards.folder.name == "test":
+                seen.add(reader())
+            return true(shards, *arguments, **named)
+
+        monkeypatch.setattr(IndexedShards, name, spy)
+
+    for name in ("__getitem__", "text", "keys", "image_bytes", "checksums"):
+        spied(name)
+    yield seen
+
+
+def reader() -> str:
+    """The innermost module that is not of pipeline.data; in a thread of a reader, that reader's."""
+    frame, name = sys._getframe(2), "?"
+    while True:
+        module = frame.f_globals.get("__name__", "?")
+        if module.startswith(("pipeline.", "data_prep.")):
+            name = module.rpartition(".")[2]
+            if not module.startswith("pipeline.data."):
+                return name
+        if frame.f_back is None:
+            return name
+        frame = frame.f_back
+
+
+def invoked(*arguments: str) -> dict[str, object]:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == EXIT_OK, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_only_scoring_reads_the_test_sets(make: Callable[..., Recipe], tmp_path: Path, readers: set[str]) -> None:
+    recipe = make(tasks=2, data__validation_share=0.5)
+    run_sequence(recipe)
+    assert "run_data" in readers and readers <= SCORING | OPENING
+    run = recipe.run_path
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
+    table = tmp_path / "mine.csv"
+    table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
+    make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
+    add = ("add", str(run), "Mine", "--root", str(tmp_path / "own"))
+    readers.clear()
+    invoked(*add, "--dry-run")
+    assert readers <= PREPARING  # its own test set, which it prepares
+    readers.clear()
+    invoked(*add, "--dry-run")
+    invoked("export", str(run), str(tmp_path / "adapter"))
+    assert readers <= PREPARING
+    invoked(*add)
+    assert readers <= PREPARING | SCORING | OPENING
+
+
+def test_what_chooses_is_given_no_test_set(make: Callable[..., Recipe]) -> None:
+    data = open_data(make(tasks=1), init_world())
+    with pytest.raises(RuntimeError, match="for scoring alone"):
+        _ = data.tests
