@@ -31,13 +31,16 @@ def prepare_command(
     replace: Annotated[
         bool, typer.Option("--replace", help="rewrite data that another recipe or a run depends on")
     ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="processes that compute keys, each on a GPU of its own")
+    ] = 1,
 ) -> None:
     """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
     from data_prep.prepare import prepare  # here: torch and transformers take seconds, --help should not
     from pipeline.config import load_recipe
 
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
-    for split in prepare(load_recipe(recipe, changes), replace=replace)["splits"]:
+    for split in prepare(load_recipe(recipe, changes), replace=replace, gpus=gpus)["splits"]:
         wrote = " and ".join(split["wrote"])
         typer.echo(
             f"{split['task']}/{split['split']}: {split['samples']} samples in {split['shards']} shards, "

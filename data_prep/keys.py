@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from pipeline.backbones.clip import KeyEncoder
 
 _PARTS = "keys-parts"
+PIXEL_BYTES = 1 << 30  # preprocessed images that wait for the CLIP; a batch of 64 of 336 x 336 pixels has 87 MB
+# In the keys' metadata: how they were computed, "float32" or "tf32". It tells a person and is no part of the identity:
+# keys of both precisions may be compared, for they differ by twice what rounding to float16 costs.
+PRECISION = "precision"
 
 Tensors = dict[str, torch.Tensor]
 KnownImages = dict[bytes, torch.Tensor]  # SHA-256 of the image file -> image key [K] float16
@@ -58,16 +62,19 @@ def write_keys(
         progress(len(shards))
         return False
     (folder / KEYS_FILE).unlink(missing_ok=True)
-    metadata, parts = _metadata(shards, identity), []
+    metadata, parts, precisions = _metadata(shards, identity), list[Tensors](), set[str]()
     for number, rows in enumerate(_rows_of_shards(shards)):
         path = _part_file(folder, number)
         part = _read_part(path, metadata, len(rows))
         if part is None:
-            part = _encode(shards, rows, encoder(), batch, workers, known_images)
-            _save(path, part, metadata)
-        parts.append(part)
+            tensors = _encode(shards, rows, encoder(), batch, workers, known_images)
+            part = tensors, encoder().precision
+            _save(path, tensors, {**metadata, PRECISION: part[1]})
+        parts.append(part[0])
+        precisions.add(part[1])
         progress(len(rows))
     keys = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    metadata[PRECISION] = "+".join(sorted(precisions))
     _write_table(folder / KEYS_TABLE, shards.ids, keys, metadata)
     _save(folder / KEYS_FILE, keys, metadata)
     shutil.rmtree(folder / _PARTS)
@@ -97,6 +104,7 @@ def write_some_keys(
     batch: int,
     workers: int,
     numbers: Iterable[int],
+    known_images: KnownImages | None = None,
 ) -> int:
     """Compute the keys of the shards of these numbers that are not there yet and return how many shards that was.
 
@@ -106,12 +114,13 @@ def write_some_keys(
     if _up_to_date(shards, identity):
         return 0
     metadata, rows_of_shards = _metadata(shards, identity), _rows_of_shards(shards)
-    known_images: KnownImages = {}
+    known_images = {} if known_images is None else known_images
     wrote = 0
     for number in numbers:
         path, rows = _part_file(folder, number), rows_of_shards[number]
         if _read_part(path, metadata, len(rows)) is None:
-            _save(path, _encode(shards, rows, encoder(), batch, workers, known_images), metadata)
+            tensors = _encode(shards, rows, encoder(), batch, workers, known_images)
+            _save(path, tensors, {**metadata, PRECISION: encoder().precision})
             wrote += 1
     return wrote
 
@@ -158,7 +167,8 @@ def _encode(
 
     where = {digest: row for digest, row in zip(digests, rows, strict=True) if digest and digest not in known_images}
     names = iter(where)
-    for tensor in ordered_map(pixels, _chunks(list(where.items()), batch), workers):
+    chunks = _chunks(list(where.items()), batch)
+    for tensor in ordered_map(pixels, chunks, workers, PIXEL_BYTES, lambda tensor: tensor.nbytes):
         known_images.update(zip(islice(names, len(tensor)), encoder.image(tensor).half(), strict=True))
     blank = torch.zeros(encoder.width, dtype=torch.float16)
 
@@ -184,15 +194,18 @@ def _chunks(items: list[Part], size: int) -> Iterable[list[Part]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _read_part(path: Path, metadata: dict[str, str], count: int) -> Tensors | None:
+def _read_part(path: Path, metadata: dict[str, str], count: int) -> tuple[Tensors, str] | None:
+    """The keys of a part file of this dataset and CLIP, and their precision; None where there are no such."""
     try:
         with safe_open(path, framework="pt") as file:
-            if file.metadata() != metadata:
+            found = dict(file.metadata() or {})
+            precision = found.pop(PRECISION, "float32")
+            if found != metadata:
                 return None
             part = {name: file.get_tensor(name) for name in ("image", "text", "has_image")}
     except (OSError, SafetensorError):
         return None
-    return part if all(len(tensor) == count for tensor in part.values()) else None
+    return (part, precision) if all(len(tensor) == count for tensor in part.values()) else None
 
 
 def _save(path: Path, keys: Tensors, metadata: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_prep.bad_records import BadRecord, Tolerance
+from data_prep.key_processes import keys_by_processes
 from data_prep.keys import KnownImages, refuse_keys_of_another, write_keys
 from data_prep.shards import discard
 from data_prep.sources import generated
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 
 
-def prepare(recipe: Recipe, progress: bool = True, replace: bool = False) -> dict[str, Any]:
+def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: int = 1) -> dict[str, Any]:
     """Prepare the data of a recipe; what is there and up to date is kept, what was interrupted is continued.
 
-    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`).
+    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`). With
+    `gpus` over 1 so many processes compute the keys, each on a GPU of its own.
 
     Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}], "skipped": [...]}`
     where `wrote` names what was new and `skipped` the bad records that `data.skip_bad` let be left out, one sentence
@@ -48,12 +50,15 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False) -> dic
 
     @cache
     def encoder() -> KeyEncoder:
-        return KeyEncoder(*recipe.keys.source)
+        return KeyEncoder(*recipe.keys.source, tf32=True)
 
     rewriting = Rewriting(replace, recipe.run_path.parent)
     clip = Clip(recipe, identity, encoder, rewriting)
     tolerance = Tolerance(recipe.data.skip_bad)
     splits = []
+    if gpus > 1:
+        _write_shards_first(recipe, clip, progress)
+        keys_by_processes(recipe, gpus)
     with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
             for split in SPLITS:
@@ -110,6 +115,22 @@ def _prepare_split(
         _remember(folder, source, description)
     bars.update(bar, description=f"{name}: {'ready' if wrote else 'up to date'}")
     return _result(description, wrote)
+
+
+def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
+    """The shards of all splits, so that several processes can share the keys; what follows finds them up to date."""
+    tolerance = Tolerance(recipe.data.skip_bad)
+    with progress_bars(progress) as bars:
+        for task in recipe.data.tasks:
+            for split in SPLITS:
+                source, folder = coin_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
+                place = Place(folder, task.name, split, recipe.data.shard_samples, recipe.data.workers)
+                bar = bars.add_task(f"{task.name}/{split}: shards", total=None)
+                with waiting_for(lock_of(folder), f"{task.name}/{split}"):
+                    settings, advance = recipe.data.split_settings(task, split), partial(bars.advance, bar)
+                    prepare_split(source, settings, place, tolerance, clip.rewriting, advance)
+                if not clip.rewriting.replace:
+                    refuse_keys_of_another(folder, clip.identity)
 
 
 def _ready(

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.keys import write_some_keys
+from data_prep.keys import KnownImages, write_some_keys
 from data_prep.shards import write_shards, write_some_shards
 from data_prep.sources.coin import CoinSplit, coin_split
 from data_prep.sources.image_states import remember, remembered_fingerprint
@@ -109,15 +109,18 @@ def share_keys(recipe: Recipe, share: Share) -> int:
 
     @cache
     def encoder() -> KeyEncoder:
-        return KeyEncoder(*recipe.keys.source)
+        return KeyEncoder(*recipe.keys.source, tf32=True)
 
+    known_images: KnownImages = {}  # an image of several splits is encoded once
     wrote = 0
     for task in recipe.data.tasks:
         for split in SPLITS:
             folder = recipe.data.split_path(task.name, split)
             numbers = share.of(len(read_description(folder)["shards"]))
             if numbers:
-                wrote += write_some_keys(folder, identity, encoder, recipe.keys.batch, recipe.data.workers, numbers)
+                wrote += write_some_keys(
+                    folder, identity, encoder, recipe.keys.batch, recipe.data.workers, numbers, known_images
+                )
     return wrote
 
 

@@ -105,6 +105,9 @@ def prepare(
     replace: Annotated[
         bool, typer.Option("--replace", help="Rewrite prepared data that another recipe or a run depends on.")
     ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that compute keys, each on a GPU of its own.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
@@ -117,7 +120,9 @@ def prepare(
     loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     from data_prep.prepare import prepare as prepare_recipe
 
-    show(prepare_recipe(loaded, progress=True, replace=replace) or {"prepared": loaded.data.prepared}, as_json)
+    show(
+        prepare_recipe(loaded, progress=True, replace=replace, gpus=gpus) or {"prepared": loaded.data.prepared}, as_json
+    )
 
 
 def _add_training(verb: str, does: str) -> None:

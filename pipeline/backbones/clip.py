@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -54,11 +55,18 @@ class KeyEncoder:
         text_feature: TextFeature = "projected",
         text_truncation: Truncation = "head",
         device: torch.device | str | None = None,
+        tf32: bool = False,
     ) -> None:
+        """`tf32` lets GPUs of compute capability 8 and up multiply in TensorFloat-32, at several times the speed.
+
+        Its relative error of a key is 4e-4 (emulated with the embedded CLIP), that of the float16 which keys are kept
+        in 2e-4.
+        """
         self._source = (os.fspath(path), revision, text_feature, text_truncation)
         folder = _checkpoint(os.fspath(path), revision).folder
         self.text_feature = text_feature
         self.device = torch.device(choose_device(device))
+        self.precision = "tf32" if tf32 and _has_tf32(self.device) else "float32"
         self.model = _load_model(folder).to(self.device)
         config = self.model.config
         self.width: int = config.projection_dim
@@ -86,7 +94,7 @@ class KeyEncoder:
     def image(self, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Return the image keys [B, K] float32 on the CPU of RGB images or of what `pixels` made of them."""
         pixels = images if isinstance(images, torch.Tensor) else self.pixels(images)
-        with torch.no_grad():
+        with torch.no_grad(), self._matmuls():
             return projected(self.model.get_image_features(pixel_values=pixels.to(self.device))).float().cpu()
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
@@ -95,14 +103,29 @@ class KeyEncoder:
             list(texts), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
         ).to(self.device)
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-        with torch.no_grad():
+        with torch.no_grad(), self._matmuls():
             if self.text_feature == "pooled":
                 return self.model.text_model(**inputs).pooler_output.float().cpu()
             return projected(self.model.get_text_features(**inputs)).float().cpu()
 
+    @contextlib.contextmanager
+    def _matmuls(self) -> Iterator[None]:
+        """Matrix products in the encoder's precision while the block runs; the rest of the process keeps its own."""
+        before = torch.get_float32_matmul_precision()
+        try:
+            if self.precision == "tf32":
+                torch.set_float32_matmul_precision("high")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def identity(self) -> dict[str, str]:
         """Return what tells these keys from those of another CLIP; see `key_identity`."""
         return key_identity(*self._source)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def key_identity(

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from data_prep import key_processes
 from data_prep import keys as keys_module
 from data_prep.__main__ import main
+from data_prep.parallel import ordered_map
 from data_prep.prepare import prepare
 from data_prep.verify import verify_all, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
@@ -264,3 +266,71 @@ def test_the_command_line_ends_wrong_input_with_one_sentence_and_exit_code_2(pre
     assert _command_line(monkeypatch, "verify", prepared.data.prepared) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("error: The shard ")
+
+
+# ---------------------------------------------------------------------- how keys are computed
+
+
+def test_preprocessed_images_that_wait_are_bounded_in_bytes():
+    done: list[int] = []
+
+    def work(item: int) -> bytes:
+        done.append(item)
+        return bytes(100)
+
+    most = 0
+    for number, _ in enumerate(ordered_map(work, range(60), 8, most_bytes=300, size=len)):
+        if number > 8:  # the first ones were under way before their size was known
+            most = max(most, len(done) - number)
+    assert most <= 300 // 100 + 1
+
+
+def test_results_come_in_order_whatever_the_bound():
+    assert list(ordered_map(lambda n: n, range(50), 4, most_bytes=1, size=lambda n: 10)) == list(range(50))
+
+
+def test_keys_say_in_which_precision_they_were_computed_and_it_is_no_other_clip(prepared, monkeypatch):
+    folder = _train(prepared).folder
+    assert _train(prepared).keys().identity["precision"] == "float32"
+    (folder / "keys.safetensors").unlink()
+    monkeypatch.setattr("pipeline.backbones.clip._has_tf32", lambda device: True)
+    assert prepare(prepared, progress=False)["splits"][0]["wrote"] == ["keys"]
+    assert _train(prepared).keys(key_identity(prepared.keys.path)).identity["precision"] == "tf32"
+
+
+def test_tf32_is_allowed_while_keys_are_computed_and_not_before_or_after(clip, monkeypatch):
+    monkeypatch.setattr("pipeline.backbones.clip._has_tf32", lambda device: True)
+    seen: list[str] = []
+    fast, exact = KeyEncoder(clip, tf32=True), KeyEncoder(clip)
+    for encoder in (fast, exact):
+        tower = encoder.model.get_text_features
+        monkeypatch.setattr(encoder.model, "get_text_features", lambda tower=tower, **inputs: (
+            seen.append(torch.get_float32_matmul_precision()), tower(**inputs))[1])  # fmt: skip
+        encoder.text(["what?"])
+    assert seen == ["high", "highest"] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_more_processes_than_gpus_are_refused_and_each_gets_a_device_as_it_was_given(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,GPU-bb")
+    assert key_processes._devices(2) == ["GPU-aa", "GPU-bb"]
+    with pytest.raises(UserError, match="--gpus is 3, and 2 GPUs are visible"):
+        key_processes._devices(3)
+
+
+@pytest.mark.slow
+def test_several_processes_compute_the_keys_of_one(recipe, prepared, tmp_path):
+    shared = recipe(prepared=str(tmp_path / "shared"))
+    assert [split["wrote"] for split in prepare(shared, progress=False, gpus=2)["splits"]] == [["keys"], ["keys"]]
+    assert torch.equal(_train(shared).keys().image, _train(prepared).keys().image)
+    assert torch.equal(_train(shared).keys().text, _train(prepared).keys().text)
+
+
+@pytest.mark.slow
+def test_what_a_process_cannot_use_is_one_sentence(recipe, tmp_path):
+    built = recipe()
+    prepare(built, progress=False)
+    (_train(built).folder / "keys.safetensors").unlink()
+    (_train(built).folder / "shard-000000.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="it is not whole"):
+        key_processes.keys_by_processes(built, 2)

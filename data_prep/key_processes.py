@@ -1,0 +1,74 @@
+"""CLIP keys by several processes of one machine, each on a GPU of its own, or all on the CPUs where there is none.
+
+One process cannot feed several GPUs: its threads share an interpreter. The processes are those of an array
+(`data_prep keys --share 3/8`), which write the keys shard by shard; whoever started them puts the shards together.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import EXIT_USER, UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+
+PROJECT = Path(__file__).resolve().parents[1]
+SAID = 2000  # characters of a failed process's last words
+
+
+def keys_by_processes(recipe: Recipe, processes: int) -> None:
+    """Compute the keys of a recipe's shards that are not there yet; all of its shards have to be.
+
+    Raises UserError when a process meets wrong input, or more processes than GPUs are asked for; RuntimeError for any
+    other end. What the others computed until then stays.
+    """
+    devices = _devices(processes)
+    workers = max(1, recipe.data.workers // processes)
+    with tempfile.TemporaryDirectory(prefix="pipeline-keys-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        recipe.dump_yaml(path)
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "data_prep", "keys", str(path), "--share", f"{number + 1}/{processes}",
+                 "--set", f"data.workers={workers}"],
+                env=_environment(device), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            )
+            for number, device in enumerate(devices)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate()[1] for process in started]
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+    for process, words in zip(started, said, strict=True):
+        if process.returncode == EXIT_USER:
+            raise UserError(words.strip().splitlines()[-1].removeprefix("error: "))
+        if process.returncode:
+            raise RuntimeError(f"A process that computed keys ended with {process.returncode}: {words[-SAID:]}")
+
+
+def _devices(processes: int) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each process: one of the devices that this process has, in its own words."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return [None] * processes
+    if processes > count:
+        raise UserError(f"--gpus is {processes}, and {count} GPUs are visible here; expected at most so many.")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [name.strip() for name in names[:processes]]
+
+
+def _environment(device: str | None) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
