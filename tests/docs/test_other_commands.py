@@ -40,6 +40,7 @@ BENCHES = {
 # The file that runs it, and words of it that do.
 ELSEWHERE = {
     "python -m pipeline.bench evaluate RUN": ("tests/docs/test_executed.py", "bench, [\"evaluate\", NANO"),
+    "python -m pipeline.bench data --records 958000": ("tests/bench/test_data.py", "bench_data(200"),
     "python -m pipeline.bench gpu --out gpu.json": ("tests/bench/test_bench.py", "bench_gpu("),
     "python -m pipeline.bench serve RUN_OR_ADAPTER": ("tests/bench/test_serve.py", "[\"serve\", str(adapter)"),
     "python -m pipeline.bench serve ADAPTER --clients 16 --requests 256": (
