@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -46,6 +46,7 @@ class Meta(BaseModel):
     keys: dict[str, str]  # identity of the CLIP
     max_new_tokens: int
     projector: str = "frozen"
+    repetition_penalty: float | Literal["checkpoint"] = "checkpoint"  # which adapters of earlier versions had
     scores: dict[str, float | None] = {}  # task -> last score in percent
     metrics: dict[str, Any] = {}
     licence: str | None = None
@@ -124,6 +125,7 @@ def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any
         keys=key_identity(*recipe.keys.source),
         max_new_tokens=max(task.max_new_tokens for task in recipe.data.tasks),
         projector=recipe.train.projector,
+        repetition_penalty=recipe.evaluate.repetition_penalty,
         scores=dict(zip(scored.tasks, scored.last_scores, strict=True)),
         metrics={name: value for name, value in scored.metrics().items() if value is not None},
         licence=licence,
@@ -208,14 +210,16 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None) -> 
         meta, pool, projector = adapter.meta, adapter.pool, adapter.projector
         model_config, keys = _moved(meta.model, model), _moved(meta.clip, clip)
         _require_same_models(path, meta, model_config, keys)
-        return Source(pool, meta.tasks, meta.method, model_config, keys, meta.max_new_tokens, projector)
+        longest, penalty = meta.max_new_tokens, meta.repetition_penalty
+        return Source(pool, meta.tasks, meta.method, model_config, keys, longest, projector, penalty)
     recipe = load_run(path)
     recipe = recipe.model_copy(update={"model": _moved(recipe.model, model), "keys": _moved(recipe.keys, clip)})
     pool = read_pool(path, recipe)
     projector = read_projector(path, recipe) if recipe.train.projector == "trained" else {}
     longest = max(task.max_new_tokens for task in recipe.data.tasks)
     tasks = [task.name for task in recipe.data.tasks]
-    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, projector)
+    penalty = recipe.evaluate.repetition_penalty
+    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, projector, penalty)
 
 
 def load_adapter(

@@ -81,6 +81,7 @@ class Source:
     keys: KeysConfig
     max_new_tokens: int
     projector: dict[str, Tensor] = field(default_factory=dict)
+    repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
 
     def task_number(self, task: str | None) -> int:
         """Number of the named task; raises UserError for an unknown one, or for none where one is needed."""
@@ -144,6 +145,7 @@ class Answerer:
         self.method = make_method(source.method)
         device = choose_device(device)
         self.lmm: LMM = load_lmm(source.model, device=device)
+        self.lmm.use_repetition_penalty(source.repetition_penalty)
         if source.projector:
             self.lmm.load_projector(source.projector)
         self.encoder = KeyEncoder(*source.keys.source, device=device)

@@ -222,7 +222,10 @@ def image_token_problems(model: CheckedModel) -> list[str]:
         return []
     tower = config.vision_config
     wanted = (tower.image_size // tower.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-    found = model.image_tokens
+    try:
+        found = model.image_tokens
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        return [f"model.path: the processor of '{model.settings.path}' fails on a plain image ({error})."]
     if found == wanted:
         return []
     return [

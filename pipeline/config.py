@@ -301,6 +301,11 @@ class EvaluateConfig(Section):
     ahead: bool = Field(
         False, description="also score each task just before its own stage, for forward transfer; costs a test set each"
     )
+    repetition_penalty: Annotated[float, Field(gt=0)] | Literal["checkpoint"] = Field(
+        1.0,
+        description="factor on the scores of tokens that the answer has already; 1: none, so that boxes and numbers "
+        "may repeat digits; checkpoint: what the model's generation_config.json says",
+    )
     reuse: bool = Field(True, description="keep an answer when a later stage selects the same sets")
     share_images: bool = Field(
         False,
@@ -436,7 +441,17 @@ def load_run(run_path: Path) -> Recipe:
             f"'{run_path}' is a benchmark of prompt methods on CLIP; expected the run of a task sequence. What it "
             f"learned is in {run_path / 'units'}; pipeline.clip.checkpoint.classifier_from loads it for any classes."
         )
-    return load_recipe(run_path / CONFIG)
+    return as_recorded(load_recipe(run_path / CONFIG), run_path)
+
+
+def as_recorded(recipe: Recipe, run_path: Path) -> Recipe:
+    """The recipe with what a run meant that was begun before one of its fields existed; others stay as they are."""
+    path, field = run_path / CONFIG, "repetition_penalty"
+    if field in recipe.evaluate.model_fields_set or not path.is_file():
+        return recipe
+    if field in (read_recipe(path).get("evaluate") or {}):
+        return recipe
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={field: "checkpoint"})})
 
 
 def locate(path: str) -> str:

@@ -62,6 +62,7 @@ class Models:
     def _show_progress(self, lmm: LMM) -> LMM:
         """Let the watchdog see that answers are generated: nothing can be without looking up tokens."""
         self.watchdog.beat("evaluating", slow=True)
+        lmm.use_repetition_penalty(self.recipe.evaluate.repetition_penalty)
         if lmm not in self._watched:
             self._watched.add(lmm)
             lmm.model.get_input_embeddings().register_forward_hook(lambda *_: self.watchdog.progress())

@@ -25,7 +25,7 @@ from pipeline.checkpoint import (
     unfinished_folder,
     write_json,
 )
-from pipeline.config import Recipe, load_run
+from pipeline.config import Recipe, as_recorded, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.deepspeed_config import accumulation
@@ -66,6 +66,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         world = init_world(collective_timeout(limit_s))
         accumulation(recipe, world.size)
         with Watchdog(world, limit_s).watching() as watchdog, claimed(recipe, world, stop) as path:
+            recipe = on_main(world, lambda: as_recorded(recipe, path))
             sequence = Sequence(recipe, path, world, stop, watchdog)
             return sequence.run(stages != "evaluate", stages != "train", until)
 
@@ -90,7 +91,9 @@ class Sequence:
         self.pool = PromptPool()
         self.projector: dict[str, torch.Tensor] = {}  # as the last stage in the pool left it; empty: the base model's
         self.constants = on_main(world, self._constants)
-        files = on_main(world, lambda: settings_fingerprint(recipe.model))  # answers depend on them, stages do not
+        penalty = recipe.evaluate.repetition_penalty
+        # Answers depend on these, stages do not.
+        files = on_main(world, lambda: settings_fingerprint(recipe.model, penalty))
         self.answering_model = {"base_model": self.constants["base_model"], "model_files": files}
         self.timing: dict[str, float] = {}
         self.tracker: Tracker

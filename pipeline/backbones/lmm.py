@@ -233,6 +233,11 @@ class LMM(nn.Module):
         )
         return output.tolist()
 
+    def use_repetition_penalty(self, penalty: float | str) -> None:
+        """Punish tokens that an answer has already by this factor, "checkpoint": by the checkpoint's own, as loaded."""
+        if penalty != "checkpoint":
+            self.model.generation_config.repetition_penalty = penalty
+
     def generation_rules(self, max_new_tokens: int) -> Any:
         """The checkpoint's changes to the scores [B, V] of the next token, given those generated [B, n]."""
         settings = copy.deepcopy(self.model.generation_config)

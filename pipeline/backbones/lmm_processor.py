@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -47,15 +49,17 @@ def load_processor(config: ModelConfig) -> Any:
             f"model.path '{config.path}' has no image processor or no tokenizer. Expected an "
             "image-text-to-text checkpoint with processor_config.json or preprocessor_config.json and tokenizer files."
         )
+    _complete(processor, model, folder)
     _check_template(config, family, processor)
     limit_image_tokens(processor, config.image_tokens)
     return processor
 
 
-def settings_fingerprint(config: ModelConfig) -> str:
+def settings_fingerprint(config: ModelConfig, repetition_penalty: float | str = "checkpoint") -> str:
     """SHA-256 (hex) of the files beside the weights that an answer depends on, all but config.json.
 
-    That one is part of `base_fingerprint`. Raises UserError when the checkpoint cannot be had.
+    That one is part of `base_fingerprint`. A `repetition_penalty` counts where it is not the checkpoint's own, which
+    is in these files. Raises UserError when the checkpoint cannot be had.
     """
     folder = settings_folder(source_of(config))
     digest = hashlib.sha256()
@@ -65,7 +69,17 @@ def settings_fingerprint(config: ModelConfig) -> str:
             digest.update(f"{path.name}:{len(content)}:".encode() + content)
     if config.image_tokens is not None:
         digest.update(f"image_tokens:{config.image_tokens}".encode())
+    if repetition_penalty not in ("checkpoint", _own_penalty(folder)):
+        digest.update(f"repetition_penalty:{repetition_penalty}".encode())
     return digest.hexdigest()
+
+
+def _own_penalty(folder: Path) -> float:
+    """The penalty for repetition that a checkpoint comes with; 1: none."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            return float(json.loads((folder / name).read_text("utf-8")).get("repetition_penalty") or 1.0)
+    return 1.0
 
 
 def without_videos(processor: Any) -> Any:
@@ -99,7 +113,26 @@ def not_loadable(config: ModelConfig, error: BaseException) -> UserError:
     )
 
 
+def _complete(processor: Any, model: Any, folder: Path) -> None:
+    """Take from config.json what processors of LLaVA's kind need and checkpoints from before 2025 do not say."""
+    if not hasattr(processor, "num_additional_image_tokens"):
+        return
+    path = folder / "processor_config.json"
+    named = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    tower = model.vision_config
+    needed = {
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": model.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(tower.model_type == "clip_vision_model"),  # the class token
+    }
+    for name, value in needed.items():
+        if named.get(name) is None:
+            setattr(processor, name, value)
+
+
 def _check_template(config: ModelConfig, family: type[Family], processor: Any) -> None:
+    if getattr(processor, "chat_template", None) and config.template == "auto":
+        _require_pictures(config, family, processor)
     if family.vicuna:
         return
     if config.template == "vicuna_v1":
@@ -112,6 +145,36 @@ def _check_template(config: ModelConfig, family: type[Family], processor: Any) -
             f"model.path '{config.path}' has no chat template; a model of type '{family.kind}' needs one to mark "
             "images and turns. Put the checkpoint's chat_template.jinja beside it."
         )
+
+
+def _require_pictures(config: ModelConfig, family: type[Family], processor: Any) -> None:
+    """Raise UserError for a chat template that takes a turn as text, as language models' do, and loses the picture."""
+    asked = "Is it there?"
+    parts = [{"type": "image"}, {"type": "text", "text": asked}]
+    image = getattr(processor.tokenizer, "image_token", None) or processor.image_token
+    try:
+        plain, pictured = (
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            for content in (parts[1:], parts)
+        )
+        inputs = processor(images=Image.new("RGB", (32, 32)), text=pictured, return_tensors="pt")
+        placed = processor.tokenizer.convert_tokens_to_ids(image) in inputs["input_ids"][0].tolist()
+    # A template is a program of the checkpoint's, and the processors complain about what it gives in their own ways.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        found = f"it fails with {type(error).__name__}: {reason}"
+    else:
+        if placed and asked in plain and "'type'" not in plain + pictured:
+            return
+        found = f"it makes {plain.strip()[:80]!r} of a question"
+    otherwise = "set model.template to vicuna_v1 if the model is a LLaVA-1.5, or " if family.vicuna else ""
+    raise UserError(
+        f"model.path: the chat template of '{config.path}' does not place pictures and text ({found}); expected a "
+        f"multimodal one, whose turns are lists of parts. To use the checkpoint {otherwise}put the chat_template.jinja "
+        "of a multimodal checkpoint of its kind beside it."
+    )
 
 
 def check_image_size(config: ModelConfig, model: Any, processor: Any) -> None:

@@ -20,6 +20,7 @@ from pipeline.check_model import CheckedModel, check_model
 from pipeline.config import ModelConfig
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
+from pipeline.frozen_models import emulated
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES
 from tests.train.worlds import make_recipe
@@ -183,3 +184,63 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
         load_lmm(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=r"cut off or damaged"):
         check_model(CheckedModel(make_recipe(folder), online=False))
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ("patch_size",),
+        ("vision_feature_select_strategy",),
+        ("num_additional_image_tokens",),
+        ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"),
+    ],
+)
+def test_what_older_processors_do_not_say_is_taken_from_the_model(
+    kind: str, gone: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = FAMILIES[kind](tmp_path)
+    expected = load_processor(ModelConfig(path=str(folder)))
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in gone}))
+    found = load_processor(ModelConfig(path=str(folder)))
+    assert all(getattr(found, name) == getattr(expected, name) for name in gone)
+    check_model(CheckedModel(make_recipe(folder), online=False))
+
+
+def test_a_folder_of_2024_has_no_processor_config(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    images = {**settings["image_processor"], "processor_class": "LlavaProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").unlink()
+    check_model(CheckedModel(make_recipe(folder), online=False))
+
+
+LINES = "{% for m in messages %}USER{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ m['role'] + ': ' + m['content'] }}",  # fails on a list of parts
+        "{{ m['role'] }}: {{ m['content'] }}",  # writes the list as Python spells it
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}",  # has no place for the picture
+        "{{ raise_exception('only text') }}",
+    ],
+)
+def test_a_chat_template_that_does_not_place_pictures_is_refused(tmp_path: Path, turn: str) -> None:
+    folder = tiny.save_llava(tmp_path)
+    (folder / "chat_template.jinja").write_text(LINES.replace("USER", turn))
+    with pytest.raises(UserError, match=r"does not place pictures .*set model\.template to vicuna_v1"):
+        load_processor(ModelConfig(path=str(folder)))
+    load_processor(ModelConfig(path=str(folder), template="vicuna_v1"))
+
+
+def test_a_gpu_that_emulates_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not emulated("bfloat16"), "without a GPU there is nothing to say"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert "Tesla T4 emulates bfloat16" in emulated("bfloat16")
+    assert not emulated("float32")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline import snapshots
 from pipeline.backbones.lmm import LMM
+from pipeline.config import load_run
 from pipeline.engine import Engine
 from pipeline.errors import Interrupted, UserError
 from pipeline.prompts.model import PromptedLMM
@@ -248,3 +249,27 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
     assert (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text() == answered
     metas = [read(path)["base_model"] for path in sorted(recipe.run_path.glob("stages/*/meta.json"))]
     assert metas == [earlier, earlier]
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_the_checkpoints_penalty(
+    make: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(prepared / "llava", tmp_path / "llava"))
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    used: list[float] = []
+    generate = LMM.generate
+
+    def watched(self: LMM, *args: Any, **options: Any) -> Any:
+        used.append(self.model.generation_config.repetition_penalty)
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(LMM, "generate", watched)
+    recipe = make(tasks=1, model__path=str(folder))
+    run_sequence(recipe)
+    assert set(used) == {1.0}, "a new run has none"
+    config = recipe.run_path / "config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "repetition_penalty" not in line))
+    used.clear()
+    assert load_run(recipe.run_path).evaluate.repetition_penalty == "checkpoint"
+    run_sequence(recipe)
+    assert set(used) == {1.3}, "answers without it are not taken for answers with it"

@@ -169,6 +169,14 @@ def test_what_stands_beside_the_weights_is_part_of_the_fingerprint(tmp_path: Pat
     assert settings_fingerprint(config) in seen
 
 
+def test_a_penalty_for_repetition_counts_where_it_is_not_the_checkpoints_own(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path / "llava")
+    config = ModelConfig(path=str(folder))
+    assert settings_fingerprint(config, 1.0) == settings_fingerprint(config) != settings_fingerprint(config, 1.1)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
+    assert settings_fingerprint(config, 1.05) == settings_fingerprint(config) != settings_fingerprint(config, 1.0)
+
+
 def test_a_fingerprint_follows_the_values_it_was_taken_of() -> None:
     pool = make_pool(2)
     before = pool.fingerprint(1)
