@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -82,3 +83,9 @@ def hub_of(folder: Path, fault: str = "", faulty: str = "") -> Iterator[Stub]:
         stub.ended.set()
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    with hub_of(Path(sys.argv[1]), sys.argv[2]) as served:
+        print(served.address, flush=True)
+        sys.stdin.read()

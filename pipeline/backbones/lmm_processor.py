@@ -151,7 +151,10 @@ def _require_pictures(config: ModelConfig, family: type[Family], processor: Any)
     """Raise UserError for a chat template that takes a turn as text, as language models' do, and loses the picture."""
     asked = "Is it there?"
     parts = [{"type": "image"}, {"type": "text", "text": asked}]
-    image = getattr(processor.tokenizer, "image_token", None) or processor.image_token
+    tokenizer = processor.tokenizer
+    image = getattr(tokenizer, "image_token", None) or processor.image_token
+    if tokenizer.convert_tokens_to_ids(processor.image_token) in (None, tokenizer.unk_token_id):
+        return  # which is the tokenizer's fault, and said by `check`
     try:
         plain, pictured = (
             processor.apply_chat_template(
@@ -160,7 +163,7 @@ def _require_pictures(config: ModelConfig, family: type[Family], processor: Any)
             for content in (parts[1:], parts)
         )
         inputs = processor(images=Image.new("RGB", (32, 32)), text=pictured, return_tensors="pt")
-        placed = processor.tokenizer.convert_tokens_to_ids(image) in inputs["input_ids"][0].tolist()
+        placed = tokenizer.convert_tokens_to_ids(image) in inputs["input_ids"][0].tolist()
     # A template is a program of the checkpoint's, and the processors complain about what it gives in their own ways.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]

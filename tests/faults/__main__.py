@@ -18,7 +18,7 @@ os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM
 os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
 os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
 
-from tests.faults import damage, hanging, kills, limits, sharing, surroundings
+from tests.faults import damage, hanging, kills, limits, models, sharing, surroundings
 from tests.faults.bench import Bench, Row, bench
 
 FAST = ("kills", "signals", "asleep", "diverges", "full-disk")
@@ -45,6 +45,8 @@ def rows(kill: int, kill_ranks: int, fast: bool = False) -> dict[str, Callable[[
         "data": damage.damaged_data,
         "bomb": damage.image_bomb,
         "shared-data": sharing.one_prepared_folder,
+        "hub": models.silent_hub,
+        "weights": models.changed_weights,
         "full-disk": partial(surroundings.full_disk, kinds=disks),
         "full-disk-shards": surroundings.full_disk_for_shards,
         "full-disk-mlflow": surroundings.full_disk_for_mlflow,
