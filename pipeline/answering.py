@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.backbones.clip import KeyEncoder
@@ -200,19 +201,33 @@ class Answerer:
         bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
         return embed_with_sets(self.lmm, batch, bank, self.source.method.insertion)[0][0].cpu()
 
-    def tokenise(self, question: Question, number: int = 1) -> Tokenised:
+    def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
         """Decode and tokenise a question, which messages call by its number; raises UserError as `answer`.
 
+        `picture` is the image where it is decoded already.
         The models themselves are not run: questions may be tokenised in several threads.
         """
         task = self.source.task_number(question.task)
         sample = Sample(f"question {number}", question.image, question.text, answer="")
         try:
-            picture = sample.picture()
+            picture = sample.picture() if picture is None else picture
         except Exception as error:  # Pillow raises many kinds for damaged files
             raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
         example = self.lmm.conversation.example_of(sample, picture)
         return Tokenised(question.text, task, example, None if picture is None else self.encoder.pixels([picture]))
+
+    def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
+        """Raise UserError where a question about an image of this size has more tokens than the model may get.
+
+        What `tokenise` would say too, after it has made the image's pixels: hundreds of megabytes for some models.
+        """
+        conversation, sample = self.lmm.conversation, Sample("question 1", None, question.text, answer="")
+        if conversation.cuts:
+            return
+        # Which way the image is turned is not known before it is decoded.
+        fewest = min(conversation.length(sample, sides).all for sides in (size, size[::-1]))
+        if fewest > conversation.max_length:
+            raise conversation.too_long(sample.id, fewest)
 
     def route(self, questions: Sequence[Question | Tokenised]) -> Routed:
         """Find the sets of each question as for test samples; raises UserError as `answer`."""

@@ -44,14 +44,27 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 256,
         max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 4096 * 4096,
         max_body: Annotated[int, typer.Option(min=1024, help="Largest request in bytes.")] = 8 << 20,
+        memory: Annotated[
+            float | None, typer.Option(min=0.001, help="Most GiB for keys and values; by default what the device has.")
+        ] = None,
         name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder.")] = None,
+        origin: Annotated[
+            list[str] | None, typer.Option(help="Origin of pages that may ask from a browser; may be repeated.")
+        ] = None,
+        ignore_system: Annotated[
+            bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
+        ] = False,
         model: Model = None,
         clip: Clip = None,
     ) -> None:
         """Answer questions over HTTP as OpenAI's chat API does; a key is read from PIPELINE_API_KEY."""
+        from pipeline.serve.server import Options
         from pipeline.serve.server import serve as serve_folder
 
-        serve_folder(run, host, port, batch, queue, max_tokens, max_pixels, max_body, name, model, clip)
+        options = Options(
+            host, port, batch, queue, memory, max_tokens, max_pixels, max_body, name, tuple(origin or ()), ignore_system
+        )
+        serve_folder(run, options, model, clip)
 
     @app.command(rich_help_panel=USE)
     def chat(

@@ -75,7 +75,20 @@ def question(row: dict[str, Any], opens_files: bool = False) -> Question:
             hint = "" if opens_files else '; paths need load_model(..., model_config={"files": True})'
             expected = "a path, bytes or base64 text" if opens_files else "bytes or base64 text"
             raise UserError(f"{found}; expected {expected}{hint}.") from None
+    if encoded is not None and not opens_files:
+        _check(encoded)
     return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
+
+
+def _check(encoded: bytes) -> None:
+    """Refuse an image that may not be decoded for callers who are not trusted: as the service does, by its header."""
+    from pipeline.serve.images import ImageLimits, plan_image
+    from pipeline.serve.refusal import RefusedError
+
+    try:
+        plan_image(encoded, ImageLimits())
+    except RefusedError as error:
+        raise UserError(str(error)) from None
 
 
 def _is_file(text: str) -> bool:

@@ -48,16 +48,16 @@ def decode_image(encoded: bytes) -> Image.Image:
     Pillow reads (179 million).
     """
     with Image.open(io.BytesIO(encoded)) as image:
-        orientation = _orientation(image, encoded)
-        picture = _rgb(image)
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+        orientation = orientation_of(image, encoded)
+        picture = opaque(image)
+    return upright(picture, orientation)
 
 
 def read_header(encoded: bytes) -> ImageHeader:
     """Read format and upright size, decoding no pixels; errors as `decode_image`."""
     with Image.open(io.BytesIO(encoded)) as image:
         width, height = image.size
-        if _orientation(image, encoded) in SWAPPING:
+        if orientation_of(image, encoded) in SWAPPING:
             width, height = height, width
         return ImageHeader(image.format or "img", width, height)
 
@@ -65,7 +65,7 @@ def read_header(encoded: bytes) -> ImageHeader:
 def is_plain(encoded: bytes) -> bool:
     """Whether the picture is what is stored: not turned, nothing transparent, 8 bits; errors as `decode_image`."""
     with Image.open(io.BytesIO(encoded)) as image:
-        if _orientation(image, encoded) in TURNS or image.mode.startswith(DEEP):
+        if orientation_of(image, encoded) in TURNS or image.mode.startswith(DEEP):
             return False
         return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
 
@@ -108,7 +108,12 @@ def _within(length: int, most: int) -> int:
     return length if length <= most else most - (length - most) % 2
 
 
-def _orientation(image: Image.Image, encoded: bytes) -> int:
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture turned as its orientation says."""
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+
+
+def orientation_of(image: Image.Image, encoded: bytes) -> int:
     """The EXIF orientation of an opened file, 1 where it says none that is known."""
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
@@ -121,7 +126,8 @@ def _orientation(image: Image.Image, encoded: bytes) -> int:
     return found if found in TURNS else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
+    """An opened file, or a part of one, as RGB: transparency laid on white, more than 8 bits divided down."""
     if image.mode.startswith(DEEP):
         return _eight_bits(image).convert("RGB")
     if not image.has_transparency_data:

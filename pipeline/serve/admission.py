@@ -9,7 +9,7 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from pipeline.serve.chat import RefusedError
+from pipeline.serve.refusal import RefusedError
 
 Result = TypeVar("Result")
 MIB = 1 << 20
@@ -46,7 +46,7 @@ class Share:
         self.hold(0)
 
 
-async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share) -> bytes:
+async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share) -> bytearray:
     """The request's body, which has to be JSON, at most `limit` bytes, and there in time; `share` holds what came.
 
     Raises RefusedError with a sentence: what was found, what was expected.
@@ -59,14 +59,14 @@ async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share)
     if announced.isdecimal() and int(announced) > limit:
         raise too_large
 
-    async def whole() -> bytes:
-        parts = []
+    async def whole() -> bytearray:
+        body = bytearray()  # one piece: a body that comes byte by byte would take fifty times its size as a list
         async for part in http.stream():
-            if share.size + len(part) > limit:
+            if len(body) + len(part) > limit:
                 raise too_large
-            share.hold(share.size + len(part))
-            parts.append(part)
-        return b"".join(parts)
+            share.hold(len(body) + len(part))
+            body += part
+        return body
 
     try:
         return await asyncio.wait_for(whole(), seconds)

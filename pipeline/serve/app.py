@@ -10,27 +10,34 @@ import os
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pipeline.answering import Tokenised
+from pipeline.data.smaller_pictures import Decoding, decode_smaller
 from pipeline.errors import UserError
 from pipeline.serve.admission import Budget, Share, read_body, unless_gone
-from pipeline.serve.chat import ChatRequest, Limits, RefusedError, completion, error_body, read_chat, unknown_model
+from pipeline.serve.chat import ChatRequest, Limits, Offer, read_chat, unknown_model
+from pipeline.serve.completion import completion, error_body
+from pipeline.serve.images import WORK_SIDE, DecodingSpace
 from pipeline.serve.metrics import Metrics
+from pipeline.serve.refusal import RefusedError
 from pipeline.serve.reply import EventStream, Reply
-from pipeline.serve.worker import FullError, StoppedError, Update, Worker
+from pipeline.serve.request import FullError, StoppedError, Update
+from pipeline.serve.worker import Worker
 
 logger = logging.getLogger("pipeline.serve")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Images decoded at once. The largest take 50 MB each as pixels, and processor time that the model needs too.
+# Requests read at once: it takes processor time that the model needs too. For memory see DecodingSpace.
 READERS = min(4, os.cpu_count() or 1)
 
 
@@ -45,6 +52,7 @@ class Settings:
     body_seconds: float = 20.0  # for the whole body of a request to arrive
     waiting_bytes: int = 512 << 20  # of all requests together, from their bodies to the beginning of their answers
     limits: Limits = field(default_factory=Limits)
+    origins: tuple[str, ...] = ()  # of pages that may ask from a browser
 
 
 class Service:
@@ -53,6 +61,13 @@ class Service:
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self.worker, self.settings = worker, settings
         self.metrics, self.budget = Metrics(), Budget(settings.waiting_bytes)
+        answerer, limits = worker.answerer, settings.limits
+        if answerer.lmm.conversation.padded:  # an elongated image becomes a square
+            limits = replace(limits, image=replace(limits.image, side=WORK_SIDE))
+        self._limits, self._decoding = limits, DecodingSpace(limits.image.decode_bytes)
+        self._offer = Offer(
+            [settings.model], answerer.source.max_new_tokens, answerer.source.method.name, answerer.method.needs_task
+        )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self.began = int(time.time())
 
@@ -80,31 +95,41 @@ class Service:
         return Starlette(
             routes=routes,
             lifespan=lifespan,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers={RefusedError: _refusal, 404: _unknown, 405: _unknown},
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), *self._cross_origin()],
+            exception_handlers={RefusedError: _refusal, 404: _unknown, 405: _other_method},
         )
+
+    def _cross_origin(self) -> list[Middleware]:
+        """What lets pages of the named origins ask from a browser, which otherwise it does not."""
+        if not self.settings.origins:
+            return []
+        headers = ["authorization", "content-type"]
+        allowed = {"allow_origins": list(self.settings.origins), "allow_methods": ["GET", "POST"]}
+        return [Middleware(CORSMiddleware, **allowed, allow_headers=headers)]
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions"""
-        began = time.perf_counter()
+        began, asked = time.perf_counter(), list[ChatRequest]()
 
-        def done(status: int, update: Update) -> None:
-            self.metrics.finished(status, time.perf_counter() - began)
+        def done(status: int, update: Update, why: str = "") -> None:
+            seconds = time.perf_counter() - began
+            self.metrics.finished(status, seconds)
             self.metrics.sets.update(update.selected if status == 200 else [])
+            logger.info(line_of(http.client, status, seconds, asked[0] if asked else None, update, why))
 
         try:
             self._authorise(http)
-            reply = await self._begin(http)
+            reply = await self._begin(http, asked)
             if reply.stream:
                 return EventStream(reply, done)
             with reply:
                 update = await unless_gone(http, reply.last())
         except (RefusedError, FullError, StoppedError) as error:
             refused = self._refused(error)
-            done(refused.status, Update())
+            done(refused.status, Update(), refused.code)
             raise refused from None
         done(200, update)
-        return JSONResponse(completion(reply.identity, reply.model, update))
+        return JSONResponse(completion(reply.identity, reply.model, update, reply.ignored))
 
     async def models(self, http: HttpRequest) -> Response:
         """GET /v1/models"""
@@ -147,11 +172,16 @@ class Service:
                 "the API key is missing or wrong; expected it as Authorization: Bearer KEY.", 401, "invalid_api_key"
             )
 
-    async def _begin(self, http: HttpRequest) -> Reply:
-        """The reply to a request, once its first token is there; raises RefusedError, FullError and StoppedError."""
+    async def _begin(self, http: HttpRequest, known: list[ChatRequest]) -> Reply:
+        """The reply to a request, once its first token is there; `known` gets what was asked, once that is read.
+
+        Raises RefusedError, FullError and StoppedError.
+        """
         self.worker.check()  # before a body is read for nothing
         with Share(self.budget) as share:
-            reply = Reply(self.worker, *await self._read(http, share))
+            asked, question = await self._read(http, share)
+            known.append(asked)
+            reply = Reply(self.worker, asked, question)
             # Only now it is known whether there is an answer, and with it the status of a stream.
             try:
                 await unless_gone(http, reply.begun())
@@ -166,10 +196,17 @@ class Service:
         body = [await read_body(http, settings.body_bytes, settings.body_seconds, share)]
 
         def read() -> tuple[ChatRequest, Tokenised]:
-            longest = answerer.source.max_new_tokens
-            asked, question = read_chat(body.pop(), [settings.model], longest, settings.limits)
+            asked, question = read_chat(body.pop(), self._offer, self._limits)
             try:
-                return asked, answerer.tokenise(question)
+                if asked.image is not None:
+                    answerer.require_fitting(question, asked.image.smaller)
+                with self._decoding.hold(asked.image.nbytes if asked.image else 0):
+                    smaller = None
+                    if question.image is not None and asked.image is not None and not asked.image.is_whole:
+                        smaller = _decoded(question.image, asked.image)
+                    return asked, answerer.tokenise(question, picture=smaller)
+            except RefusedError:
+                raise
             except UserError as error:
                 raise RefusedError(str(error)) from None
             except Exception as error:
@@ -189,12 +226,39 @@ class Service:
         return RefusedError(str(error), 503, "server_error") if isinstance(error, StoppedError) else error
 
 
+def _decoded(encoded: bytes, plan: Decoding) -> Image.Image:
+    try:
+        return decode_smaller(encoded, plan)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise RefusedError(f"the image is not readable ({error}); expected PNG or JPEG.") from None
+
+
 async def _refusal(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     headers = {"retry-after": "1"} if error.status == 429 else {}
     if error.status in (408, 413, 415):  # what is left of a refused body is not read: the connection ends instead
         headers["connection"] = "close"
     return JSONResponse(error_body(str(error), error.code), error.status, headers)
+
+
+def line_of(client: Any, status: int, seconds: float, asked: ChatRequest | None, update: Update, why: str) -> str:
+    """A request in one line, without anything of what was asked or answered."""
+    parts = [client.host if client else "-", f"{status} {why}".rstrip(), f"{seconds:.2f} s"]
+    if asked is not None and asked.image is not None:
+        image = asked.image
+        parts.append(f"{image.format} {image.width}x{image.height}")
+    if update.completion_tokens:
+        parts.append(f"{update.prompt_tokens}+{update.completion_tokens} tokens")
+    if update.selected:
+        parts.append("+".join(f"{name} {update.similarity.get(name, 0.0):.2f}" for name in update.selected))
+    return ", ".join(parts)
+
+
+async def _other_method(http: HttpRequest, error: Exception) -> Response:
+    headers = getattr(error, "headers", None) or {}
+    allowed = headers.get("allow", headers.get("Allow", "another method"))
+    message = f"{http.url.path[:100]} does not take {http.method[:20]}; expected {allowed}."
+    return JSONResponse(error_body(message, "method_not_allowed"), 405, headers)
 
 
 async def _unknown(http: HttpRequest, error: Exception) -> Response:

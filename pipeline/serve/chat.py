@@ -1,4 +1,4 @@
-"""What a chat request asks, checked field by field, and the replies: the OpenAI protocol as far as it applies here.
+"""What a chat request asks, checked field by field: the OpenAI protocol as far as it applies here.
 
 The models answer one question about at most one image, greedily. Of a conversation the last user message is answered,
 about its own image or, when it has none, the latest one before it.
@@ -6,45 +6,41 @@ about its own image or, when it has none, the latest one before it.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import json
-import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
 from pipeline.answering import Question
+from pipeline.data.smaller_pictures import Decoding
 from pipeline.errors import nearest
-from pipeline.serve.worker import Update
+from pipeline.serve import fields as checked
+from pipeline.serve.images import ImageLimits, plan_image, read_image
+from pipeline.serve.json_body import JsonBody
+from pipeline.serve.refusal import RefusedError, kind_of, shown
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# Fields that change what a reply means and that nothing here could honour.
-REFUSED = ("tools", "functions", "tool_choice", "logprobs", "audio", "modalities", "response_format", "stop")
-# What some clients write out of what is the case anyway.
-HARMLESS: dict[str, Any] = {"tool_choice": "none", "modalities": ["text"], "response_format": {"type": "text"}}
-
-
-class RefusedError(Exception):
-    """A request is not answered; `status` is the HTTP status, `code` a word for programs."""
-
-    def __init__(self, message: str, status: int = 400, code: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
+INSTRUCTING = ("system", "developer")
+ROLES = ("user", "assistant", *INSTRUCTING)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a single request may ask for."""
+    """What a single request may ask for; `ignores_system` answers requests with system messages all the same."""
 
-    image_pixels: int = 4096 * 4096
+    image: ImageLimits = field(default_factory=ImageLimits)
     question_characters: int = 8192
     tokens: int = 256
     messages: int = 256
+    ignores_system: bool = False
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What is served: the model's names, its method's, and how long an answer is when a request does not say."""
+
+    models: Sequence[str]
+    longest: int
+    method: str = "modalprompt"
+    needs_task: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,92 +51,101 @@ class ChatRequest:
     longest: int
     stream: bool
     include_usage: bool
+    stops: tuple[str, ...] = ()
+    image: Decoding | None = None
+    ignored: tuple[str, ...] = ()  # what of the request has no effect
 
 
-def read_chat(body: bytes, models: Sequence[str], longest: int, limits: Limits) -> tuple[ChatRequest, Question]:
-    """Return what a request body asks; `longest` is the number of tokens when it does not say.
-
-    Raises RefusedError with a sentence: what was found, what was expected.
-    """
+def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[ChatRequest, Question]:
+    """Return what a request body asks; raises RefusedError with a sentence: what was found, what was expected."""
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        whole = JsonBody(body)
+    except OverflowError as error:
+        raise RefusedError(f"the body is too much to read: {error}; expected a chat request.", 413) from None
+    except ValueError as error:
         raise RefusedError(f"the body is not JSON ({str(error)[:100]}); expected a chat request.") from None
+    fields = whole.value
     if not isinstance(fields, dict):
-        raise RefusedError(f"the body is {_kind(fields)}; expected an object with model and messages.")
+        raise RefusedError(f"the body is {kind_of(fields)}; expected an object with model and messages.")
     model = fields.get("model")
-    if model not in models:
-        raise unknown_model(model, models)
-    for name in REFUSED:
-        if fields.get(name) not in (None, [], {}, False, HARMLESS.get(name)):
-            raise RefusedError(f"{name} is set; expected it to be left out: answers are short plain texts.")
-    if fields.get("n") not in (None, 1):
-        raise RefusedError(f"n is {str(fields['n'])[:20]}; expected 1: answers are greedy, so all would be equal.")
-    asked = fields.get("max_completion_tokens")
-    if asked is None:  # null is as good as left out
-        asked = fields.get("max_tokens")
-    if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= limits.tokens):
-        raise RefusedError(f"max_tokens is {str(asked)[:20]}; expected a number from 1 to {limits.tokens}.")
-    task = fields.get("task")
-    if task is not None and not isinstance(task, str):
-        raise RefusedError(f"task is {_kind(task)}; expected the name of a task.")
-    stream = fields.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise RefusedError(f"stream is {_kind(stream)}; expected true or false.")
-    text, image = _last_question(fields.get("messages"), limits)
-    options = fields.get("stream_options")
-    include_usage = bool(options.get("include_usage")) if isinstance(options, dict) else False
-    request = ChatRequest(str(model), asked or min(longest, limits.tokens), stream is True, include_usage)
+    if model not in offer.models:
+        raise unknown_model(model, offer.models)
+    checked.refuse_what_is_not_done(fields)
+    longest = checked.longest_answer(fields, limits.tokens) or min(offer.longest, limits.tokens)
+    task = checked.task_of(fields, offer.method, offer.needs_task)
+    stream, stops = checked.flag(fields, "stream"), checked.stops(fields)
+    text, image, ignored = _last_question(fields.get("messages"), whole, limits)
+    plan = None if image is None else plan_image(image, limits.image)
+    request = ChatRequest(str(model), longest, stream, checked.includes_usage(fields), stops, plan, ignored)
     return request, Question(text, image, task)
 
 
 def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:
     """What is said of a model that is not served."""
-    found = str(model)[:100]
+    found = model[:100] if isinstance(model, str) else kind_of(model)
     return RefusedError(
         f"model is {found!r}; expected {' or '.join(models)}.{nearest(found, models)}", 404, "model_not_found"
     )
 
 
-def _last_question(messages: Any, limits: Limits) -> tuple[str, bytes | None]:
-    """The text of the last user message and the image it is about."""
+def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, bytes | None, tuple[str, ...]]:
+    """The text of the last user message, the image it is about, and the roles of messages that have no effect."""
     if not isinstance(messages, list) or not messages:
-        raise RefusedError(f"messages is {_kind(messages)}; expected a list with at least one user message.")
+        raise RefusedError(f"messages is {kind_of(messages)}; expected a list with at least one user message.")
     if len(messages) > limits.messages:
         raise RefusedError(f"there are {len(messages)} messages; expected at most {limits.messages}.")
-    asked = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+    asked, ignored = [], dict[str, None]()
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            found = f"has the role {shown(role)}" if isinstance(message, dict) else f"is {kind_of(message)}"
+            raise RefusedError(f"messages[{number}] {found}; expected a message with role {', '.join(ROLES)}.")
+        if role in INSTRUCTING:
+            if not limits.ignores_system:
+                raise RefusedError(
+                    f"messages[{number}] has the role {shown(role)}, which would have no effect: how questions are "
+                    "answered was learned with the prompt sets. Leave it out, or serve with --ignore-system."
+                )
+            ignored[f"messages with role {role}"] = None
+        elif role == "user":
+            asked.append(message)
     if not asked or messages[-1] is not asked[-1]:
         raise RefusedError("the last message is not from the user; expected a question, role user.")
     text, image = "", None
     for place, message in enumerate(reversed(asked)):
         found, address = _parts(message.get("content"))
         if place == 0:
-            text = found
+            text = _checked_text(found, body, limits.question_characters)
         if address is not None:
-            image = read_image(address, limits)
+            image = read_image(address, body)
             break
+    return text, image, tuple(ignored)
+
+
+def _checked_text(texts: Sequence[str], body: JsonBody, most: int) -> str:
+    if any(body.is_long(text) for text in texts):
+        raise RefusedError(f"the question is too long; expected at most {most} characters.", 413)
+    text = "\n".join(texts)
     if not text.strip():
         raise RefusedError("the last user message has no text; expected a question.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise RefusedError("the question holds half a surrogate pair; expected valid Unicode text.") from None
-    if len(text) > limits.question_characters:
-        raise RefusedError(
-            f"the question has {len(text)} characters; expected at most {limits.question_characters}.", 413
-        )
-    return text, image
+    if len(text) > most:
+        raise RefusedError(f"the question has {len(text)} characters; expected at most {most}.", 413)
+    return text
 
 
-def _parts(content: Any) -> tuple[str, str | None]:
-    """Text and image address of a message's content."""
+def _parts(content: Any) -> tuple[list[str], str | None]:
+    """Texts and image address of a message's content."""
     if isinstance(content, str):
-        return content, None
+        return [content], None
     expected = (
         "expected text, or a list of parts {type: text, text} and at most one {type: image_url, image_url: {url}}"
     )
     if not isinstance(content, list):
-        raise RefusedError(f"content is {_kind(content)}; {expected}.")
+        raise RefusedError(f"content is {kind_of(content)}; {expected}.")
     texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -148,94 +153,16 @@ def _parts(content: Any) -> tuple[str, str | None]:
             texts.append(part["text"])
         elif kind == "image_url":
             address = part.get("image_url")
-            address = address.get("url") if isinstance(address, dict) else address
+            if isinstance(address, dict):
+                address = address.get("url")
             if not isinstance(address, str):
                 raise RefusedError(f"image_url has no url; {expected}.")
             images.append(address)
         else:
-            raise RefusedError(f"a part of content has the type {str(kind)[:40]!r}; {expected}.")
+            found = f"the type {shown(kind)}" if isinstance(part, dict) else f"{kind_of(part)} in its place"
+            raise RefusedError(f"a part of content has {found}; {expected}.")
     if len(images) > 1:
-        raise RefusedError(f"a message has {len(images)} images; {expected}.")
-    return "\n".join(texts), images[0] if images else None
-
-
-def read_image(address: str, limits: Limits) -> bytes:
-    """The file bytes in a data URI, once its header shows an image of a size that may be decoded.
-
-    Nothing is ever fetched: an http address would let a caller look into this machine's network.
-    """
-    head, comma, data = address.partition(",")
-    if not head.startswith("data:") or not comma:
         raise RefusedError(
-            f"the image's url begins with {address[:20]!r}; expected a data URI, data:image/png;base64,... "
-            "(addresses are not fetched)."
+            f"a message has {len(images)} images, and the models learned questions about one; {expected}."
         )
-    if not head.endswith(";base64"):
-        raise RefusedError("the image's data URI is not base64; expected data:image/png;base64,...")
-    try:
-        encoded = base64.b64decode("".join(data.split()), validate=True)  # many encoders break lines
-    except (binascii.Error, ValueError) as error:
-        raise RefusedError(f"the image's data URI is not base64 ({error}); encode the file's bytes.") from None
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-            width, height = picture.size
-    except Image.DecompressionBombError:
-        raise RefusedError(f"the image is huge; expected at most {limits.image_pixels} pixels.", 413) from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise RefusedError(
-            f"the image is not readable ({type(error).__name__}); expected {', '.join(FORMATS)}."
-        ) from None
-    if width * height > limits.image_pixels:
-        raise RefusedError(
-            f"the image has {width} x {height} pixels; expected at most {limits.image_pixels} in all.", 413
-        )
-    return encoded
-
-
-def new_id() -> str:
-    """An id for a reply."""
-    return f"chatcmpl-{uuid.uuid4().hex[:24]}"
-
-
-def completion(identity: str, model: str, update: Update) -> dict[str, Any]:
-    """The whole reply."""
-    message = {"role": "assistant", "content": update.text}
-    return {
-        **_envelope(identity, model, "chat.completion"),
-        "choices": [{"index": 0, "message": message, "finish_reason": update.finish, "logprobs": None}],
-        "usage": usage(update),
-        "prompt_sets": prompt_sets(update),
-    }
-
-
-def chunk(identity: str, model: str, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    """One event of a streamed reply."""
-    choices = [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
-    return {**_envelope(identity, model, "chat.completion.chunk"), "choices": choices}
-
-
-def usage(update: Update) -> dict[str, int]:
-    """Numbers of tokens; those of the prompt count image and prompt vectors."""
-    whole = update.prompt_tokens + update.completion_tokens
-    return {
-        "prompt_tokens": update.prompt_tokens, "completion_tokens": update.completion_tokens, "total_tokens": whole,
-    }  # fmt: skip
-
-
-def prompt_sets(update: Update) -> dict[str, Any]:
-    """Which prompt sets answered, and how similar the question is to each."""
-    return {"selected": update.selected, "similarity": update.similarity}
-
-
-def error_body(message: str, code: str) -> dict[str, Any]:
-    """An error as the protocol has it."""
-    return {"error": {"message": message, "type": code, "param": None, "code": code}}
-
-
-def _envelope(identity: str, model: str, kind: str) -> dict[str, Any]:
-    return {"id": identity, "object": kind, "created": int(time.time()), "model": model}
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", type(None): "missing", bool: "true or false"}
-    return names.get(type(value), "a number")
+    return texts, images[0] if images else None

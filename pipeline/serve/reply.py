@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -13,10 +13,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pipeline.answering import Tokenised
-from pipeline.serve.chat import ChatRequest, RefusedError, chunk, error_body, new_id, prompt_sets, usage
-from pipeline.serve.worker import Request, Update, Worker
+from pipeline.serve.chat import ChatRequest
+from pipeline.serve.completion import about, chunk, error_body, new_id, usage
+from pipeline.serve.refusal import RefusedError
+from pipeline.serve.request import Request, Update
+from pipeline.serve.worker import Worker
 
-STATUS = {"refused": 400, "failed": 500, "stopped": 503}
+STATUS = {"refused": 400, "too_large": 413, "failed": 500, "stopped": 503}
 # A proxy that buffers or keeps events would make one piece of a stream.
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 JOINED = 3  # most characters behind a space that tokenizers tidying up spaces join with what precedes it: " n't"
@@ -29,6 +32,7 @@ class Reply:
         """Submit the question; raises FullError and StoppedError."""
         self.identity, self.model = new_id(), asked.model
         self.stream, self.include_usage = asked.stream, asked.include_usage
+        self.stops, self.ignored = asked.stops, asked.ignored
         self._worker, self._latest, self._changed = worker, Update(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -36,7 +40,7 @@ class Reply:
             with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
                 loop.call_soon_threadsafe(self._take, update)
 
-        self._request = Request(question, asked.longest, tell)
+        self._request = Request(question, asked.longest, tell, asked.stops)
         worker.submit(self._request)
 
     def __enter__(self) -> Reply:
@@ -110,9 +114,9 @@ class EventStream(StreamingResponse):
         try:
             async for update in reply.updates():
                 if not self._update.completion_tokens:
-                    yield _event({**opening, "prompt_sets": prompt_sets(update)})
+                    yield _event({**opening, **about(update, reply.ignored)})
                 self._update = update
-                piece = following(sent, update)
+                piece = following(sent, update, reply.stops)
                 if piece:
                     yield _event(chunk(identity, model, {"content": piece}))
                     sent += piece
@@ -127,8 +131,10 @@ class EventStream(StreamingResponse):
         yield "data: [DONE]\n\n"
 
 
-def following(sent: str, update: Update) -> str:
+def following(sent: str, update: Update, stops: Sequence[str] = ()) -> str:
     """What can be sent of the answer so far, `sent` being out: only what further tokens leave as it is.
+
+    What may be the beginning of a stop is kept back until it is seen not to be one.
 
     The end of an answer gives all that is missing of it, should an earlier character have changed all the same.
     """
@@ -140,7 +146,13 @@ def following(sent: str, update: Update) -> str:
     space = text.rfind(" ")
     if space >= 0 and len(text) - space - 1 <= JOINED:
         text = text[:space]
+    text = text[: len(text) - max((_begun(text, stop) for stop in stops), default=0)]
     return text[len(sent) :] if text.startswith(sent) else ""
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of the text may be the beginning of a stop."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import logging
 import os
+import re
 import signal
 import socket
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -16,26 +21,36 @@ KEEP_ALIVE_S = 15
 GRACE_S = 10
 TOLD_S = 3  # for those who are told that the server stops to hear it
 CONNECTIONS = 1024
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
-def serve(
-    path: Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    batch: int = 32,
-    queue: int = 256,
-    max_tokens: int = 256,
-    max_pixels: int = 4096 * 4096,
-    max_body: int = 8 << 20,
-    name: str | None = None,
-    model: str | None = None,
-    clip: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """How a service is offered; `batch` rows are decoded together, `queue` requests may wait.
+
+    `memory_gib` bounds keys and values, `name` is what clients call the model, `origins` are those of pages that may
+    ask from a browser, `ignore_system` answers requests with system messages, without heeding these.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    batch: int = 32
+    queue: int = 256
+    memory_gib: float | None = None
+    max_tokens: int = 256
+    max_pixels: int = 4096 * 4096
+    max_body: int = 8 << 20
+    name: str | None = None
+    origins: tuple[str, ...] = ()
+    ignore_system: bool = False
+
+
+def serve(path: Path, options: Options, model: str | None = None, clip: str | None = None) -> None:
     """Serve a run or an adapter until SIGINT or SIGTERM.
 
-    `batch` rows are decoded together, `queue` requests may wait; `name` is what clients call the model. The key that
-    clients have to send is in the environment, PIPELINE_API_KEY. Raises UserError for a folder that cannot be served,
-    a port that is taken, and an address beyond this machine without a key.
+    The key that clients have to send is in the environment, PIPELINE_API_KEY. Raises UserError for a folder that cannot
+    be served, a port that is taken, and an address beyond this machine, or any page of any origin, without a key.
     """
     try:
         import starlette  # noqa: F401
@@ -49,19 +64,26 @@ def serve(
     from pipeline.serve.app import LOOPBACK, Service, Settings
     from pipeline.serve.chat import Limits
     from pipeline.serve.connection import ImpatientProtocol
+    from pipeline.serve.images import ImageLimits
     from pipeline.serve.worker import Worker
 
-    key = os.environ.get(KEY_VARIABLE, "").strip() or None
+    host, key = options.host, os.environ.get(KEY_VARIABLE, "").strip() or None
     if host not in LOOPBACK and key is None:
         raise UserError(
             f"--host {host} lets other machines ask, and there is no key; set {KEY_VARIABLE} to one that clients have "
             "to send, or leave --host at 127.0.0.1."
         )
-    listener = _listen(host, port)
-    worker = Worker(Answerer(source_of(path, model, clip)), batch, queue)
-    limits = Limits(image_pixels=max_pixels, tokens=max_tokens)
-    waiting = max(Settings.waiting_bytes, 2 * max_body)
-    settings = Settings(name or path.resolve().name, host, key, max_body, waiting_bytes=waiting, limits=limits)
+    _check_origins(options.origins, key)
+    listener = _listen(host, options.port)
+    memory = None if options.memory_gib is None else int(options.memory_gib * (1 << 30))
+    worker = Worker(Answerer(source_of(path, model, clip)), options.batch, options.queue, memory)
+    limits = Limits(ImageLimits(options.max_pixels), tokens=options.max_tokens, ignores_system=options.ignore_system)
+    waiting, name = max(Settings.waiting_bytes, 2 * options.max_body), options.name or path.resolve().name
+    settings = Settings(
+        name, host, key, options.max_body, waiting_bytes=waiting, limits=limits, origins=options.origins
+    )
+    _log_requests()
+    return_large_blocks()
     config = uvicorn.Config(
         Service(worker, settings).app(),
         http=ImpatientProtocol,
@@ -94,6 +116,42 @@ def serve(
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
     server.run(sockets=[listener])
+
+
+def _check_origins(origins: tuple[str, ...], key: str | None) -> None:
+    for origin in origins:
+        if origin == "*" and key is None:
+            raise UserError(
+                f"--origin * lets every page in a browser ask, and there is no key; set {KEY_VARIABLE}, or name the "
+                "origins, such as http://localhost:3000."
+            )
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise UserError(
+                f"--origin {origin} is no origin of a page; expected scheme and host without a path, such as "
+                "http://localhost:3000."
+            )
+
+
+def _log_requests() -> None:
+    """One line per request on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("pipeline.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def return_large_blocks() -> None:
+    """Let the C library give blocks of a megabyte and more back to the system as soon as they are freed.
+
+    glibc raises that limit to 32 MB once such a block was freed, and keeps one heap per thread: after some large images
+    in each reader the process would hold hundreds of megabytes that nobody uses.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 20), (M_TRIM_THRESHOLD, 4 << 20), (M_ARENA_MAX, 2)):
+            library.mallopt(option, value)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -215,7 +217,8 @@ def test_a_frame_may_hold_pictures_as_base64_that_looks_like_no_path() -> None:
     from pipeline.mlflow_pyfunc import question as question_in
 
     for encoded in (b"\xff" * 300, b"\xff" * 6000, bytes(3)):
-        assert question_in({"question": "what?", "image": base64.b64encode(encoded).decode()}).image == encoded
+        row = {"question": "what?", "image": base64.b64encode(encoded).decode()}
+        assert question_in(row, opens_files=True).image == encoded
     with pytest.raises(UserError, match="is not base64"):
         question_in({"question": "what?", "image": "no\0picture.png"})
     with pytest.raises(UserError, match="neither a file here nor base64"):
@@ -235,3 +238,17 @@ def test_a_frame_names_files_of_this_machine_only_where_model_config_says_so(tmp
         question_in({**row, "image": str(picture.with_name("absent.png"))})
     assert str(there.value).replace("secret", "absent") == str(missing.value)  # nor is it told that the file exists
     assert 'model_config={"files": True}' in str(there.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "sentence"), [("PNG", 5000, "has 5000 x 5000 pixels"), ("TIFF", 8, "expected PNG, JPEG")]
+)
+def test_a_frame_s_picture_is_looked_at_before_it_is_decoded(kind: str, side: int, sentence: str) -> None:
+    from pipeline.mlflow_pyfunc import question as question_in
+
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, kind)
+    with pytest.raises(UserError, match=sentence):
+        question_in({"question": "what?", "image": buffer.getvalue()})
+    assert question_in({"question": "what?", "image": buffer.getvalue()}, opens_files=True).image == buffer.getvalue()
+    assert question_in({"question": "what?", "image": tiny.png((9, 9, 9))}).image == tiny.png((9, 9, 9))

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.answering import Answerer
 from pipeline.serve.app import Service
-from pipeline.serve.worker import Request, Update, Worker
+from pipeline.serve.request import Request, Update
+from pipeline.serve.worker import Worker
 
 LEAVES: dict[str, Any] = {"type": "http.disconnect"}
 SILENCE: dict[str, Any] = {}  # nothing comes any more, until the caller is gone

@@ -10,7 +10,8 @@ import pytest
 from pipeline.answering import Answerer, Tokenised
 from pipeline.data import sample
 from pipeline.serve.app import Service, Settings
-from pipeline.serve.worker import Request, Update, Worker
+from pipeline.serve.request import Request, Update
+from pipeline.serve.worker import Worker
 from tests import tiny
 from tests.adapters import COLOURS, question
 from tests.serve.asgi import LEAVES, SILENCE, Caller, Scripted, chat, part, post
@@ -105,7 +106,7 @@ def test_a_question_gives_its_pixels_back_when_its_answer_begins(answerer: Answe
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"task": "T9"}, "unknown task 'T9'"),
+        ({"task": "T9"}, "which has no effect"),
         ({"text": "a" * 3000}, "model.max_length"),
         ({"image": tiny.png(COLOURS[0])[:-30]}, "the image is not readable"),
     ],

@@ -160,7 +160,7 @@ def test_a_bad_image_is_refused_in_a_sentence(
         ({"n": 2}, "expected 1"),
         ({"max_tokens": 100000}, "from 1 to 256"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is set"),
-        ({"extra_body": {"task": "T9"}}, "unknown task 'T9'"),
+        ({"extra_body": {"task": "T9"}}, "task is the text 'T9', which has no effect"),
     ],
 )
 def test_a_request_that_cannot_be_honoured_is_refused(

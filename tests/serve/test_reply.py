@@ -10,7 +10,7 @@ import pytest
 from pipeline.answering import Answerer
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.reply import following
-from pipeline.serve.worker import Update
+from pipeline.serve.request import Update
 from tests.serve.asgi import Caller, Scripted, chat, post
 
 

@@ -15,7 +15,8 @@ from pipeline.cli import app
 from pipeline.errors import EXIT_USER
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.decoder import Running, RunningBatch
-from pipeline.serve.worker import FullError, Request, StoppedError, Update, Worker
+from pipeline.serve.request import FullError, Request, StoppedError, Update
+from pipeline.serve.worker import Worker
 from tests.adapters import question
 from tests.serve.asgi import Caller, chat, post
 
@@ -58,7 +59,7 @@ def test_a_failing_batch_is_told_and_the_next_one_is_answered(
     worker, updates = Worker(answerer, 2, 4), list[Update]()
 
     def broken(*arguments: Any) -> Any:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("a kernel failed")
 
     with monkeypatch.context() as patched:
         patched.setattr(RunningBatch, "join", broken)

@@ -1,0 +1,92 @@
+"""Fields of a chat request beside its messages, each checked: what was found, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.serve.refusal import RefusedError, kind_of, shown
+
+# Fields that change what a reply means and that nothing here could honour.
+REFUSED = ("tools", "functions", "tool_choice", "logprobs", "logit_bias", "audio", "modalities", "response_format")
+# What some clients write out of what is the case anyway.
+HARMLESS: dict[str, Any] = {"tool_choice": "none", "modalities": ["text"], "response_format": {"type": "text"}}
+STOPS = 16
+STOP_CHARACTERS = 256
+
+
+def refuse_what_is_not_done(fields: Mapping[str, Any]) -> None:
+    """Raise RefusedError for fields that ask for more than a short plain text."""
+    for name in REFUSED:
+        if fields.get(name) not in (None, [], {}, False, HARMLESS.get(name)):
+            raise RefusedError(f"{name} is set; expected it to be left out: answers are short plain texts.")
+    number = fields.get("n")
+    if number is not None and _whole(number) != 1:
+        raise RefusedError(f"n is {shown(number)}; expected the number 1: answers are greedy, so all would be equal.")
+
+
+def longest_answer(fields: Mapping[str, Any], most: int) -> int | None:
+    """`max_completion_tokens`, else `max_tokens`, from 1 to `most`; None when neither is given."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        asked = fields.get(name)
+        if asked is None:  # null is as good as left out
+            continue
+        number = _whole(asked)
+        if number is None or not 1 <= number <= most:
+            raise RefusedError(f"{name} is {shown(asked)}; expected a whole number from 1 to {most}.")
+        return number
+    return None
+
+
+def flag(fields: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, false when it is left out."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RefusedError(f"{name} is {kind_of(value)}; expected true or false.")
+    return value is True
+
+
+def includes_usage(fields: Mapping[str, Any]) -> bool:
+    """Whether a streamed reply ends with its numbers of tokens."""
+    options = fields.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise RefusedError(f"stream_options is {kind_of(options)}; expected an object.")
+    return flag(options or {}, "include_usage")
+
+
+def stops(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts before which an answer ends: `stop`, one or a list of them."""
+    given = fields.get("stop")
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str) else given
+    expected = f"expected a text, or a list of at most {STOPS} texts, of 1 to {STOP_CHARACTERS} characters each"
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RefusedError(f"stop is {kind_of(given)}{' with other than texts' * isinstance(given, list)}; {expected}.")
+    if len(texts) > STOPS or not all(1 <= len(text) <= STOP_CHARACTERS for text in texts):
+        lengths = [len(text) for text in texts]
+        found = f"{len(texts)} texts of {min(lengths)} to {max(lengths)} characters"
+        raise RefusedError(f"stop has {found}; {expected}.")
+    return tuple(texts)
+
+
+def task_of(fields: Mapping[str, Any], method: str, needs_task: bool) -> str | None:
+    """`task`, which only some methods are told: refused where it would change nothing."""
+    task = fields.get("task")
+    if task is None:
+        return None
+    if not isinstance(task, str):
+        raise RefusedError(f"task is {kind_of(task)}; expected the name of a task.")
+    if not needs_task:
+        raise RefusedError(
+            f"task is {shown(task)}, which has no effect: method {method} finds the prompt sets by itself. Leave it "
+            "out."
+        )
+    return task
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a JSON number is, 10 or 10.0; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if value == value // 1 and abs(value) < 1 << 53 else None

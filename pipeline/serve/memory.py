@@ -1,0 +1,97 @@
+"""Memory of the running batch: what an answer will take, how much there is, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from pipeline.backbones.lmm import LMM
+
+GIB = 1 << 30
+SHARE_OF_HOST = 0.5  # of what is available at the start, where nothing else is said and the model is on the CPU
+RESERVE = 0.05  # of a device's memory, for what is not foreseen; grows where it did not do
+MOST_RESERVE = 0.5
+SAYINGS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The tokens of one row: those it has, and those that may follow."""
+
+    tokens: int
+    following: int
+
+
+class KeyValueMemory:
+    """Bytes for keys and values on the model's device; `limit` bytes at most, None: what the device has.
+
+    On a GPU the free memory is asked for at every admission, since other processes may use it too. On the CPU the limit
+    holds, half of what is available at the start unless another is given.
+    """
+
+    def __init__(self, lmm: LMM, limit: int | None = None) -> None:
+        self.device = lmm.model.device
+        text = lmm.model.config.text_config
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        element = torch.empty(0, dtype=lmm.dtype).element_size()
+        pairs = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
+        self.token_bytes = text.num_hidden_layers * pairs * element
+        # While a prompt is read, a layer's activations: the widest are the MLP's.
+        self.prompt_bytes = (12 * text.hidden_size + 3 * text.intermediate_size) * element
+        if limit is None and self.device.type != "cuda":
+            limit = int(SHARE_OF_HOST * psutil.virtual_memory().available)
+        self.limit = limit
+        self.reserve = RESERVE
+
+    def needed(self, running: Sequence[Extent], joining: Sequence[Extent]) -> int:
+        """Bytes that these rows will take at most, all in columns of the longest."""
+        rows = [*running, *joining]
+        if not rows:
+            return 0
+        columns = max(row.tokens for row in rows) + max(row.following for row in rows)
+        prompt = len(joining) * max((row.tokens for row in joining), default=0) * self.prompt_bytes
+        return len(rows) * columns * self.token_bytes + prompt
+
+    def room(self, held: int) -> int:
+        """Bytes that the batch may take, of which it holds so many already."""
+        room = self.limit
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            on_device = held + free + unused - int(self.reserve * total)
+            room = on_device if room is None else min(room, on_device)
+        assert room is not None
+        return room
+
+    def admitted(self, running: Sequence[Extent], waiting: Sequence[Extent], held: int) -> int:
+        """How many of those that wait, in their order, may join the running rows."""
+        room, number = self.room(held), 0
+        while number < len(waiting) and self.needed(running, waiting[: number + 1]) <= room:
+            number += 1
+        return number
+
+    def ran_out(self) -> None:
+        """Less is admitted from now on: what was reckoned with did not do. What can be given back is."""
+        self.reserve = min(MOST_RESERVE, 2 * self.reserve)
+        if self.limit is not None:
+            self.limit = int(0.9 * self.limit)
+        release()
+
+
+def release() -> None:
+    """Give unused memory back to the device."""
+    gc.collect()  # an error's traceback holds tensors in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
