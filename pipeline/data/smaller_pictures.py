@@ -1,7 +1,7 @@
 """Pictures decoded to fewer pixels than they have, in memory that their header foretells.
 
 For services, whose callers choose the picture. A JPEG is decoded at a half, quarter or eighth by its own decoder. What
-is decoded whole is made opaque and smaller in bands, so that the one large copy is the decoder's.
+is decoded whole is made opaque and smaller tile by tile, so that the one large copy is the decoder's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.data.pictures import opaque, orientation_of, upright
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose memory is known; Pillow reads some fifty
-BAND = 64  # rows made at once
-MARGIN = 4  # further rows of the original on either side, which the filter reads
+TILE = (1024, 64)  # columns and rows made at once
+MARGIN = 4  # further pixels of the smaller picture's size on either side, which the filter reads
 # Bytes per pixel that Pillow takes for an image: by mode, and by format where its decoder needs more.
 MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 FORMAT_BYTES = {"WEBP": 16, "GIF": 6}
@@ -72,7 +72,7 @@ def decode_smaller(encoded: bytes, plan: Decoding) -> Image.Image:
             reduced = _draft(plan.width, plan.height, plan.smaller)
             image.draft(None, (plan.width // reduced, plan.height // reduced))
         image.load()
-        picture = _in_bands(image, plan.smaller)
+        picture = _in_tiles(image, plan.smaller)
     return upright(picture, orientation)
 
 
@@ -91,17 +91,26 @@ def _draft(width: int, height: int, smaller: tuple[int, int]) -> int:
     return next(power for power in (8, 4, 2, 1) if power <= most)
 
 
-def _in_bands(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _in_tiles(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return opaque(image)
-    (width, height), (wide, high) = image.size, size
     picture = Image.new("RGB", size)
-    for first in range(0, high, BAND):
-        last = min(high, first + BAND)
-        upper, lower = first * height / high, last * height / high
-        margin = ceil(MARGIN * height / high)
-        top, bottom = max(0, floor(upper) - margin), min(height, ceil(lower) + margin)
-        band = opaque(image.crop((0, top, width, bottom)))
-        box = (0, upper - top, width, lower - top)
-        picture.paste(band.resize((wide, last - first), Image.Resampling.BICUBIC, box=box), (0, first))
+    for left, columns in _spans(size[0], TILE[0]):
+        for top, rows in _spans(size[1], TILE[1]):
+            across, wide = _source(left, columns, size[0], image.width)
+            down, high = _source(top, rows, size[1], image.height)
+            tile = opaque(image.crop((across[0], down[0], across[1], down[1])))
+            box = (wide[0] - across[0], high[0] - down[0], wide[1] - across[0], high[1] - down[0])
+            picture.paste(tile.resize((columns, rows), Image.Resampling.BICUBIC, box=box), (left, top))
     return picture
+
+
+def _spans(length: int, most: int) -> list[tuple[int, int]]:
+    return [(first, min(most, length - first)) for first in range(0, length, most)]
+
+
+def _source(first: int, number: int, smaller: int, length: int) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Which pixels of the original a tile is made of: the whole ones with a margin, and where exactly in them."""
+    begin, end = first * length / smaller, (first + number) * length / smaller
+    margin = ceil(MARGIN * length / smaller)
+    return (max(0, floor(begin) - margin), min(length, ceil(end) + margin)), (begin, end)

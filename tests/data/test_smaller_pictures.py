@@ -37,6 +37,14 @@ def test_a_smaller_picture_is_the_whole_one_resized(kind: str, pixels: int) -> N
     assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= (6 if kind == "JPEG" else 2)
 
 
+@pytest.mark.parametrize("size", [(9000, 20), (20, 9000), (2500, 1300)])
+def test_tiles_have_no_seams(size: tuple[int, int]) -> None:
+    file = encoded(ramps(*size))
+    smaller = decode_smaller(file, plan_decoding(file, size[0] * size[1] // 2))
+    expected = decode_image(file).resize(smaller.size, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(smaller, int) - np.asarray(expected, int)).max() <= 2  # order of rounding
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "I;16"])
 def test_every_mode_is_opaque_and_as_bright_as_the_whole_one(mode: str) -> None:
     grey = ramps().convert("L")

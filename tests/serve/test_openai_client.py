@@ -67,6 +67,16 @@ def test_max_tokens_cuts_the_answer_and_says_so(client: openai.OpenAI) -> None:
     assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (1, "length")
 
 
+def test_an_answer_ends_at_a_stop_streamed_or_not(served: Served, client: openai.OpenAI) -> None:
+    full = served.answerer.answer([question(0)])[0].text
+    stop = full[2:4]
+    whole = ask(client, question(0), stop=stop)
+    events = list(ask(client, question(0), stop=[stop, "never"], stream=True))
+    streamed = "".join(event.choices[0].delta.content or "" for event in events)
+    assert whole.choices[0].message.content == streamed == full[: full.index(stop)]
+    assert whole.choices[0].finish_reason == events[-1].choices[0].finish_reason == "stop"
+
+
 def test_the_last_question_of_a_conversation_is_about_its_latest_image(served: Served, client: openai.OpenAI) -> None:
     asked = question(2)
     talk = [*messages(asked), {"role": "assistant", "content": "red"}, {"role": "user", "content": "and its size?"}]
@@ -157,7 +167,7 @@ def test_a_bad_image_is_refused_in_a_sentence(
     ("options", "sentence"),
     [
         ({"model": "tiny-adaptor"}, "Did you mean 'tiny-adapter'"),
-        ({"n": 2}, "expected 1"),
+        ({"n": 2}, "expected the number 1"),
         ({"max_tokens": 100000}, "from 1 to 256"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is set"),
         ({"extra_body": {"task": "T9"}}, "task is the text 'T9', which has no effect"),
@@ -228,8 +238,8 @@ def test_callers_who_leave_do_not_keep_their_place_in_the_batch(served: Served, 
 def test_what_is_not_json_or_not_chat_is_refused(served: Served) -> None:
     cases = {
         b"{": "not JSON", b"[]": "expected an object", b'{"model": "tiny-adapter"}': "messages is missing",
-        b'{"model": "tiny-adapter", "messages": [{"role": "system", "content": "x"}]}': "not from the user",
-        b"[" * 100000: "not JSON",
+        b'{"model": "tiny-adapter", "messages": [{"role": "assistant", "content": "x"}]}': "not from the user",
+        b"[" * 100000: "too much to read",
         b'{"model": "tiny-adapter", "messages": [{"role": "user", "content": "\\ud800"}]}': "surrogate",
     }  # fmt: skip
     for body, sentence in cases.items():
