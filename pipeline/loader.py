@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,14 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
     # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
     own = torch.Generator()
     source = cast(Dataset[Any], _Telling(data))
-    found = iter(DataLoader(source, batch_size=None, sampler=numbers, num_workers=workers, generator=own, **options))
+    # With SIGTERM blocked from their first moment: threads that torch starts in a process before `heed_rank_alone` runs
+    # there (where the rank called torch.set_num_threads) would take the signal, and the process die of it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if workers else ())
+    try:
+        loading = DataLoader(source, batch_size=None, sampler=numbers, num_workers=workers, generator=own, **options)
+        found = iter(loading)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for _ in range(len(numbers)):
         try:
             item = next(found)

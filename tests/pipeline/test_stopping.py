@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from pipeline import launch
 from pipeline.errors import EXIT_RESUMABLE, UserError
@@ -82,6 +84,24 @@ def test_the_workers_of_a_loader_leave_signals_to_their_rank_and_end_with_the_lo
     found += loader
     assert found == [[number] for number in range(Numbers.steps)]
     worker.wait(20)
+
+
+def test_no_thread_of_a_worker_but_the_listening_one_takes_a_signal() -> None:
+    """Where the rank has set its threads, torch starts as many in each forked process before anything of ours runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        before = psutil.Process().children()
+        loader = loaded_steps(Numbers(), workers=1)
+        next(loader)
+        (worker,) = [child for child in psutil.Process().children() if child not in before]
+        blocked = [
+            int(re.findall(r"SigBlk:\s*(\w+)", path.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1
+            for path in Path(f"/proc/{worker.pid}/task").glob("*/status")
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(blocked) > 8 and blocked.count(0) <= 1
 
 
 def test_a_rank_that_fails_ends_although_its_loader_is_still_there(tmp_path: Path) -> None:
