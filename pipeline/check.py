@@ -192,8 +192,8 @@ def _fitted(recipe: Recipe, ranks: int, width: int, built: Any, tokens: Any) -> 
 
 def peak(plan: MemoryPlan) -> str:
     """What a memory plan comes down to."""
-    most = max(plan.training, plan.evaluation)
-    return f"{_amount(most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}"
+    waiting = f"; {_amount(plan.waiting)} of the host's memory per rank for pixels that wait" * (plan.waiting >= GIB)
+    return f"{_amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
 
 
 def show(findings: Findings, name: str) -> None:

@@ -17,7 +17,7 @@ from pipeline.backbones.lmm import SUPPORTED, load_processor
 from pipeline.backbones.lmm_processor import check_image_size, source_of
 from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.config import Recipe
-from pipeline.data.conversation import Conversation
+from pipeline.data.conversation import Conversation, Example
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, UserErrors
 from pipeline.frozen_models import emulated
@@ -110,14 +110,25 @@ class CheckedModel:
         if examples:
             longest = max(examples, key=lambda example: len(example.prompt) + len(example.answer))
             image = longest.prompt.count(self.config.image_token_id)
-            return Tokens(image, len(longest.prompt) - image, len(longest.answer), "the longest sample looked at")
-        image = self.image_tokens
-        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, f"{image} of an image, the others assumed")
+            crops, patches, values = _most_of_images(examples)
+            text = len(longest.prompt) - image
+            return Tokens(image, text, len(longest.answer), "the longest sample looked at", crops, patches, values)
+        image, shape = self.image_tokens, self.conversation.image_shape(*PROBE_SIZE)
+        source = f"{image} of an image, the others assumed"
+        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, source, shape.crops, shape.tower_tokens, shape.values)
 
     def assumed_tokens(self) -> Tokens:
         """Lengths by config.json alone, for a model whose processor cannot be used."""
         image = getattr(self.config, "image_seq_length", None) or 0
         return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
+
+
+def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
+    """The most crops, patches and numbers that any one example's image has."""
+    pixels = [example.images["pixel_values"] for example in examples if example.images is not None]
+    crops = max((len(image) for image in pixels if image.dim() == 4), default=1)
+    patches = max((len(image) for image in pixels if image.dim() == 2), default=0)
+    return crops, patches, max((image.numel() for image in pixels), default=0)
 
 
 def check_model(model: CheckedModel) -> str:

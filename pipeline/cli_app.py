@@ -22,6 +22,7 @@ from pipeline.errors import (
     EXIT_USER,
     UNWRITABLE,
     Interrupted,
+    OutOfMemory,
     UserError,
     unwritable,
 )
@@ -99,6 +100,8 @@ class Verbs(_PlainHelp, TyperGroup):
             finish(launch.Outcome(EXIT_RESUMABLE, sentence), as_json)
         except (typer.Exit, typer.Abort):
             raise
+        except OutOfMemory as error:
+            finish(launch.Outcome(EXIT_FAILURE, str(error)), as_json)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in UNWRITABLE:
                 finish(launch.Outcome(EXIT_FAILURE, unwritable(error)), as_json)

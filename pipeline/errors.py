@@ -28,6 +28,10 @@ class UserErrors(UserError):
         super().__init__(" ".join(self.sentences))
 
 
+class OutOfMemory(Exception):
+    """A GPU's memory was not enough; the message says which fields of the recipe help."""
+
+
 class Interrupted(Exception):
     """The run stopped early with its state saved; the same command resumes it."""
 

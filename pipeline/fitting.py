@@ -17,6 +17,7 @@ from pipeline.hpz import ranks_per_node, several_nodes
 from pipeline.memory import GIB, Tokens, plan_memory
 from pipeline.model_shape import meta_model
 
+log = logging.getLogger(__name__)
 POLICIES = ("none", "selective", "full")  # cheapest first
 # What is left to CUDA itself, and to what the plan's estimates and the allocator's gaps may add.
 KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
@@ -62,12 +63,16 @@ def fitting(
     spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
     files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
     policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
-    candidate = recipe
-    for file in files:
-        for policy in policies:
-            candidate = _with(recipe, file, policy)
-            if plan_memory(candidate, ranks, key_width, model, tokens, node).training <= allowed:
-                return candidate
+    for candidate in (_with(recipe, file, policy) for file in files for policy in policies):
+        plan = plan_memory(candidate, ranks, key_width, model, tokens, node)
+        if plan.training <= allowed:
+            break
+    if plan.evaluation > allowed:
+        # Nothing that is chosen here changes this: answers need a whole model on each GPU under every ZeRO stage.
+        log.warning(
+            "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that can be "
+            "counted on; lower evaluate.batch.", recipe.evaluate.batch, plan.evaluation / GIB, allowed / GIB,
+        )  # fmt: skip
     return candidate
 
 

@@ -23,6 +23,7 @@ from pipeline.prompts.heads import ProjectionHead
 
 FLOAT32 = 4
 GIB = 1 << 30
+AHEAD = 4  # micro-batches that each loader process prepares ahead, see `pipeline.loader`
 BESIDE = "plus about 1 GiB for CUDA and what its allocator cannot reuse"
 # A question and its answer where no sample could be looked at: CoIN's are mostly shorter.
 ASSUMED_TEXT, ASSUMED_ANSWER = 128, 16
@@ -36,6 +37,10 @@ class Tokens:
     text: int  # the question with its template
     answer: int
     source: str
+    # Of the images with most of each, which need not be the longest sample's:
+    crops: int = 1  # images that the vision tower sees
+    patches: int = 0  # of all of it, where the tower takes images of any size
+    values: int = 0  # numbers that the processor hands over
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,13 @@ class MemoryPlan:
     ranks: int
     zero_stage: int
     entries: tuple[Entry, ...]
+    # Bytes of the host's memory per rank for the pixels of batches that wait in loader processes.
+    waiting: int = 0
+
+    @property
+    def most(self) -> int:
+        """Bytes per GPU at the peak of the run."""
+        return max(self.training, self.evaluation)
 
     @property
     def training(self) -> int:
@@ -74,7 +86,8 @@ class MemoryPlan:
         """The plan as JSON, in bytes."""
         totals = {"training": self.training, "evaluation": self.evaluation}
         parts = {entry.name: {k: v for k, v in asdict(entry).items() if k != "name"} for entry in self.entries}
-        return {"ranks": self.ranks, "zero_stage": self.zero_stage, "bytes_per_gpu": totals, "parts": parts}
+        return {"ranks": self.ranks, "zero_stage": self.zero_stage, "bytes_per_gpu": totals, "parts": parts,
+                "waiting_pixels": self.waiting}
 
 
 def plan_memory(
@@ -104,7 +117,7 @@ def plan_memory(
     activations = training_activations(recipe, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     replica = whole if stage == 3 else 0
-    generation = generation_memory(recipe, shape, length, element)
+    generation = generation_memory(recipe, shape, length, tokens, element)
     trained = sum(map(sum, groups))
     return MemoryPlan(ranks, stage, (
         Entry("weights", weights, weights, weights_note),
@@ -116,7 +129,7 @@ def plan_memory(
         Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
         Entry("evaluation replica", replica if _replica_stays(whole) else 0, replica,
               "the whole frozen model" if replica else "the trained model itself generates"),
-    ))  # fmt: skip
+    ), waiting=_waiting(recipe, micro, tokens))  # fmt: skip
 
 
 def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projector_learns: bool) -> list[list[int]]:
@@ -165,16 +178,16 @@ def training_activations(
         kept += batch * tokens.image * 2 * key_value_width(text) * text.num_hidden_layers * element
     logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
     projected = batch * tokens.image * 3 * width * element if shape.projector else 0
-    return kept + logits + projected + _vision(shape, batch, element)
+    return kept + logits + projected + _vision(shape, batch, tokens, element)
 
 
-def generation_memory(recipe: Recipe, shape: ModelShape, length: int, element: int) -> int:
+def generation_memory(recipe: Recipe, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
     """Bytes of the key-value cache at the end of the longest answers, and of one layer of the prefill."""
     text, batch = shape.text, recipe.evaluate.batch
     answer = max(task.max_new_tokens for task in recipe.data.tasks)
     cache = batch * (length + answer) * 2 * key_value_width(text) * text.num_hidden_layers * element
     layer = batch * length * (6 * text.hidden_size + 3 * intermediate_size(text)) * element
-    return cache + layer + _vision(shape, batch, element)
+    return cache + layer + _vision(shape, batch, tokens, element)
 
 
 def _weights(shape: ModelShape, zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
@@ -247,12 +260,21 @@ def _window(shape: ModelShape, trained: list[int], zero: Any, stage: int, ranks:
     return (live + copied) * element, f"at most: layers of {_count(layer)}, {_count(kept)} kept for reuse, prefetched"
 
 
-def _vision(shape: ModelShape, batch: int, element: int) -> int:
+def _waiting(recipe: Recipe, micro: int, tokens: Tokens) -> int:
+    """Bytes of pixels that the loader processes of a rank hold at once, in float32."""
+    training = recipe.train.workers * AHEAD * micro
+    return max(training, recipe.evaluate.batch) * tokens.values * FLOAT32
+
+
+def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:
+    """Bytes while the vision tower runs: pixels in float32 and as it takes them, and all layers' hidden states."""
     vision = shape.vision
     size, patch = number_in(vision, "image_size"), number_in(vision, "patch_size")
     width, layers = number_in(vision, "hidden_size"), number_in(vision, "num_hidden_layers", "depth")
+    seen = tokens.crops * ((size // patch) ** 2 + 1) if size and patch else tokens.patches
+    pixels = tokens.values * (FLOAT32 + element)
     # All hidden states, and about ten vectors of the layer at work.
-    return batch * ((size // patch) ** 2 + 1) * width * (layers + 10) * element if size and patch else 0
+    return batch * (seen * width * (layers + 10) * element + pixels)
 
 
 def _sets_inserted(recipe: Recipe) -> int:

@@ -21,6 +21,7 @@ from pipeline.generation import Conditions
 from pipeline.methods import Method, make_method
 from pipeline.metrics.blind import majority_score
 from pipeline.models import Models
+from pipeline.out_of_memory import told_what_helps
 from pipeline.predictions import SCORES_VERSION, write_if_other
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.run_data import RunData
@@ -130,10 +131,11 @@ class RunEvaluation:
         )  # fmt: skip
         progress = self.models.watchdog.progress
         conditions = Conditions(recipe.train.workers, go_on=lambda: not self._told_to_stop(), progress=progress)
-        result = evaluate_task(
-            lambda: self.models.replica(projector), test, pool, route, self.world, [folder, *earlier], settings,
-            conditions,
-        )  # fmt: skip
+        with told_what_helps(self.recipe, "evaluation"):
+            result = evaluate_task(
+                lambda: self.models.replica(projector), test, pool, route, self.world, [folder, *earlier], settings,
+                conditions,
+            )  # fmt: skip
         self.seconds += time.perf_counter() - began
         return result
 

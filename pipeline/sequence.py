@@ -38,6 +38,7 @@ from pipeline.matrix import matrix, routing_accuracy
 from pipeline.methods import Method, Stage, make_method
 from pipeline.metrics.continual import after_stage
 from pipeline.models import Models
+from pipeline.out_of_memory import told_what_helps
 from pipeline.prompts.pool import PromptPool, fingerprint_of
 from pipeline.provenance import package_versions
 from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_random_state
@@ -224,10 +225,11 @@ class Sequence:
             self._write_state("running")  # with the stage's MLflow run, so that a restart continues it
             self.tracker.metrics(set_shares(selected, self.pool.names), 0)
             numbers = StepNumbers(batches, self.pool.names, start)
-            history = train_stage(
-                engine, batches, recipe.train, world, folder, self.stop,
-                lambda p: self.tracker.metrics(numbers(p), p.step), None, saver, self.watchdog, start,
-            )  # fmt: skip
+            with told_what_helps(recipe, "training"):
+                history = train_stage(
+                    engine, batches, recipe.train, world, folder, self.stop,
+                    lambda p: self.tracker.metrics(numbers(p), p.step), None, saver, self.watchdog, start,
+                )  # fmt: skip
             self.watchdog.beat(f"saving stage {stage.name}", slow=True)
             values = engine.values()
             seconds = round(time.perf_counter() - began + facts.get("seconds", 0.0), 1)
