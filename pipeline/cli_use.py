@@ -54,6 +54,7 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         ignore_system: Annotated[
             bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
         ] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", help="Print no line per request.")] = False,
         model: Model = None,
         clip: Clip = None,
     ) -> None:
@@ -62,8 +63,9 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         from pipeline.serve.server import serve as serve_folder
 
         options = Options(
-            host, port, batch, queue, memory, max_tokens, max_pixels, max_body, name, tuple(origin or ()), ignore_system
-        )
+            host, port, batch, queue, memory, max_tokens, max_pixels, max_body, name, tuple(origin or ()),
+            ignore_system, quiet,
+        )  # fmt: skip
         serve_folder(run, options, model, clip)
 
     @app.command(rich_help_panel=USE)

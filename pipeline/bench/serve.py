@@ -89,7 +89,7 @@ def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[st
 @contextmanager
 def _service(folder: Path) -> Iterator[int]:
     """Port on loopback at which a service of its own process listens until the block is left."""
-    command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL]
+    command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL, "--quiet"]
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
     process = subprocess.Popen(

@@ -19,8 +19,7 @@ MIB = 1 << 20
 WORK_SIDE = 2048
 WORK_PIXELS = WORK_SIDE**2  # larger images are made smaller before models' processors, which copy them several times
 DECODE_BYTES = 10  # per pixel of the largest image that is accepted: 160 MiB for 4096 x 4096
-# Compressed texts of a PNG, which Pillow unpacks up to 64 MiB of.
-PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, 4 * MIB)
+PNG_TEXTS = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,11 @@ class DecodingSpace:
             with self._changed:
                 self.held -= size
                 self._changed.notify_all()
+
+
+def bound_png_texts() -> None:
+    """Let this process unpack 4 MiB of a PNG's compressed texts, of which Pillow's own limit is 64 MiB."""
+    PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, PNG_TEXTS)
 
 
 def read_image(address: str, body: JsonBody) -> bytes:

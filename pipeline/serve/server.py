@@ -30,7 +30,8 @@ class Options:
     """How a service is offered; `batch` rows are decoded together, `queue` requests may wait.
 
     `memory_gib` bounds keys and values, `name` is what clients call the model, `origins` are those of pages that may
-    ask from a browser, `ignore_system` answers requests with system messages, without heeding these.
+    ask from a browser, `ignore_system` answers requests with system messages, without heeding these, `quiet` leaves out
+    the line per request.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +45,7 @@ class Options:
     name: str | None = None
     origins: tuple[str, ...] = ()
     ignore_system: bool = False
+    quiet: bool = False
 
 
 def serve(path: Path, options: Options, model: str | None = None, clip: str | None = None) -> None:
@@ -64,7 +66,7 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     from pipeline.serve.app import LOOPBACK, Service, Settings
     from pipeline.serve.chat import Limits
     from pipeline.serve.connection import ImpatientProtocol
-    from pipeline.serve.images import ImageLimits
+    from pipeline.serve.images import ImageLimits, bound_png_texts
     from pipeline.serve.worker import Worker
 
     host, key = options.host, os.environ.get(KEY_VARIABLE, "").strip() or None
@@ -82,8 +84,9 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     settings = Settings(
         name, host, key, options.max_body, waiting_bytes=waiting, limits=limits, origins=options.origins
     )
-    _log_requests()
+    _log_to_terminal(logging.WARNING if options.quiet else logging.INFO)
     return_large_blocks()
+    bound_png_texts()
     config = uvicorn.Config(
         Service(worker, settings).app(),
         http=ImpatientProtocol,
@@ -132,13 +135,13 @@ def _check_origins(origins: tuple[str, ...], key: str | None) -> None:
             )
 
 
-def _log_requests() -> None:
-    """One line per request on standard error."""
+def _log_to_terminal(level: int) -> None:
+    """Lines of the service on standard error: at level INFO one per request."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("pipeline.serve")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 

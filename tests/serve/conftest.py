@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ def answerer(adapter: Path) -> Answerer:
 def served(adapter: Path, answerer: Answerer) -> Iterator[Served]:
     process = start(adapter)
     try:
-        yield Served(process, address_of(process), adapter.name, answerer)
+        url = address_of(process)
+        drain(process)
+        yield Served(process, url, adapter.name, answerer)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -68,3 +71,9 @@ def address_of(process: subprocess.Popen[str]) -> str:
     found = re.search(r"http://\S+?:\d+", line)
     assert found, line + process.stderr.read()
     return found.group(0)
+
+
+def drain(process: subprocess.Popen[str]) -> None:
+    """Read what a service logs from now on: a pipe that is full would stop it in the middle of a line."""
+    assert process.stderr is not None
+    threading.Thread(target=process.stderr.read, daemon=True).start()

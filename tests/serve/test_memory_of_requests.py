@@ -18,7 +18,7 @@ from pipeline.answering import Question
 from tests import tiny, tiny_clip
 from tests.adapters import question, save_adapter, save_models
 from tests.serve import hostile
-from tests.serve.conftest import address_of, start
+from tests.serve.conftest import address_of, drain, start
 from tests.serve.test_openai_client import messages
 
 pytestmark = [
@@ -82,13 +82,14 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     process = start(adapter, "--max-body", str(hostile.BODY))
     try:
         service = Watched(process, int(address_of(process).rpartition(":")[2]))
+        drain(process)
         for number in range(6):
             status, reply = service.ask(ordinary(question(number % 3, variant=number)))
             assert status == 200, reply
         yield service
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.wait(30)
 
 
 def check(watched: Watched, seed: int, number: int) -> None:

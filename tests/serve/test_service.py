@@ -137,3 +137,16 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(adapter: Path) -> None:
         done = CliRunner().invoke(app, ["serve", str(adapter), "--port", str(taken.getsockname()[1])])
     assert done.exit_code == EXIT_USER
     assert "choose another --port" in done.stderr
+
+
+def test_the_penalty_on_repeated_tokens_is_that_of_the_adapter(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = answerer.answer([question(0)])[0].text
+    monkeypatch.setattr(answerer.lmm.model.generation_config, "repetition_penalty", None)
+    answerer.lmm.use_repetition_penalty(30.0)
+    batch, row = RunningBatch(answerer), Running(0, 6)
+    batch.join(answerer.route([question(0)]), [row])
+    while batch.rows:
+        batch.step()
+    assert row.text == answerer.answer([question(0)])[0].text != plain
