@@ -62,13 +62,14 @@ def note(run: RunFolder) -> str:
     lines = [
         f"{run.method}: {', '.join(figures)}", "",
         f"| {' | '.join(header)} |", f"|{'---|' * len(header)}",
-        *(f"| {name} | {' | '.join(_score(value) for value in row)} |" for name, row in rows if _has_any(row)),
+        *(f"| {name} | {' | '.join(_score(value) for value in row)} |" for name, row in rows if row and any_known(row)),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _has_any(row: Scores | None) -> bool:
-    return row is not None and any(value is not None for value in row)
+def any_known(row: Scores) -> bool:
+    """Whether anything was scored in a row of the matrix."""
+    return any(value is not None for value in row)
 
 
 def _score(value: float | None) -> str:

@@ -103,9 +103,9 @@ class Service:
         """What lets pages of the named origins ask from a browser, which otherwise it does not."""
         if not self.settings.origins:
             return []
-        headers = ["authorization", "content-type"]
-        allowed = {"allow_origins": list(self.settings.origins), "allow_methods": ["GET", "POST"]}
-        return [Middleware(CORSMiddleware, **allowed, allow_headers=headers)]
+        origins, headers = list(self.settings.origins), ["authorization", "content-type"]
+        methods = ["GET", "POST"]
+        return [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)]
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions"""

@@ -20,6 +20,9 @@ ROOM = 64  # columns for further tokens in a buffer that is made anew
 class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, S, d] of one layer of the decoder; all rows end in the last column."""
 
+    keys: Any  # Tensor; None in the base class before the first tokens
+    values: Any
+
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
         self._buffers: tuple[Tensor, Tensor] | None = None  # [rows, heads, columns, d], keys and values
@@ -121,4 +124,4 @@ def cache_of(layers: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> C
 
 def layers_of(cache: Cache) -> list[GrowingLayer]:
     """The layers of such a cache."""
-    return cache.layers  # type: ignore[return-value]
+    return cache.layers

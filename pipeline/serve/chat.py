@@ -113,9 +113,9 @@ def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, 
         raise RefusedError("the last message is not from the user; expected a question, role user.")
     text, image = "", None
     for place, message in enumerate(reversed(asked)):
-        found, address = _parts(message.get("content"))
+        texts, address = _parts(message.get("content"))
         if place == 0:
-            text = _checked_text(found, body, limits.question_characters)
+            text = _checked_text(texts, body, limits.question_characters)
         if address is not None:
             image = read_image(address, body)
             break

@@ -36,8 +36,8 @@ class Allocator:
 def allocator(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocator]:
     """The decoder's memory; it fails in the last layer, when the cache of the others has the token already."""
     found = Allocator(1 << 30)
-    layers = list(answerer.lmm.decoder.layers)
-    last = layers[-1]
+    decoder: Any = answerer.lmm.decoder
+    last = decoder.layers[-1]
     hook = last.register_forward_pre_hook(lambda _, inputs: found(len(inputs[0])))
     yield found
     hook.remove()
