@@ -99,10 +99,10 @@ def _prepare_split(
     advance = partial(bars.advance, bar)
     ready = _ready(source, settings, place, clip.identity)
     if ready is not None and not clip.rewriting.replace:  # nothing is written, so the folder may be read-only
-        description, wrote = _left_out_again(ready, tolerance), []
+        description = _left_out_again(ready, tolerance)
         advance(description["count"])
         bars.update(bar, description=f"{name}: up to date", total=description["count"])
-        return _result(description, wrote)
+        return _result(description, [])
     with waiting_for(lock_of(folder), name):
         description, wrote_shards = prepare_split(source, settings, place, tolerance, clip.rewriting, advance)
         wrote = ["shards"] if wrote_shards else []

@@ -75,9 +75,14 @@ def _keep_split(
     world: World, watchdog: Watchdog, threads: int,
 ) -> npt.NDArray[np.int64]:  # fmt: skip
     """Make the features of one split whole and return which picture each of its first `count` samples has."""
-    numbers = on_main(world, lambda: split.read_numbers(count))
-    if numbers is not None and not on_main(world, lambda: _missing(split, numbers)):
-        return numbers  # nothing is written, so the folder may be read-only
+
+    def whole() -> npt.NDArray[np.int64] | None:
+        numbers = split.read_numbers(count)
+        return None if numbers is None or _missing(split, numbers) else numbers
+
+    known = on_main(world, whole)
+    if known is not None:
+        return known  # nothing is written, so the folder may be read-only
     with _alone_in(samples.folder, world, watchdog):
         on_main(world, lambda: sweep_temporaries(split.folder))
         numbers = on_main(world, lambda: split.read_numbers(count))  # another job may have made them meanwhile

@@ -121,7 +121,7 @@ def test_an_annotation_file_in_the_folder_of_all_tasks_is_its_own_tasks_alone(tm
     _write(tmp_path, f"instructions/{task}/val.json", [_question(7)])
     _write(tmp_path, "datasets/TextVQA_0.5.1_val.json", TEXTVQA)
     (sample,) = CoinSplit(tmp_path, task, "test").records()
-    assert ("answers" in sample.meta) == found
+    assert isinstance(sample, Sample) and ("answers" in sample.meta) == found
 
 
 @pytest.mark.parametrize("folder", ["instructions/T", "datasets/T", "T"])

@@ -304,8 +304,12 @@ def test_tf32_is_allowed_while_keys_are_computed_and_not_before_or_after(clip, m
     fast, exact = KeyEncoder(clip, tf32=True), KeyEncoder(clip)
     for encoder in (fast, exact):
         tower = encoder.model.get_text_features
-        monkeypatch.setattr(encoder.model, "get_text_features", lambda tower=tower, **inputs: (
-            seen.append(torch.get_float32_matmul_precision()), tower(**inputs))[1])  # fmt: skip
+
+        def watched(tower=tower, **inputs):
+            seen.append(torch.get_float32_matmul_precision())
+            return tower(**inputs)
+
+        monkeypatch.setattr(encoder.model, "get_text_features", watched)
         encoder.text(["what?"])
     assert seen == ["high", "highest"] and torch.get_float32_matmul_precision() == "highest"
 

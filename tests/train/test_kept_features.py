@@ -246,7 +246,12 @@ def test_a_second_job_waits_for_the_first_and_computes_nothing_again(
     monkeypatch.setattr(FileLock, "acquire", other_job_ends)
     written: list[int] = []
     write = SplitFeatures.write
-    monkeypatch.setattr(SplitFeatures, "write", lambda *given: (written.append(given[1]), write(*given))[1])
+
+    def counted(split: SplitFeatures, number: int, features: torch.Tensor) -> None:
+        written.append(number)
+        write(split, number, features)
+
+    monkeypatch.setattr(SplitFeatures, "write", counted)
     keep(lmm, tmp_path)
     assert len(tries) == 3 and len(written) == len(set(written)) > 0
 
