@@ -11,19 +11,27 @@ from pipeline.clip.images import Pixels
 from pipeline.clip.model import PromptedCLIP
 from pipeline.clip.predict import predictions
 from pipeline.clip.prepared import ClassGroup
+from pipeline.clip.ready_pixels import ReadyPixels, Room, decoding_threads
 from pipeline.clip.scores import Counts
 from pipeline.data.shards import IndexedShards
 from pipeline.distributed import World, sum_over_ranks
 
 
 class TestImages:
-    """The test images of one dataset on this rank: every so-many-th row, their features kept once they are computed."""
+    """The test images of one dataset on this rank: every so-many-th row, their features kept once they are computed.
+
+    `room` is for the pixels that methods which change images need again; without one none are kept.
+    """
 
     __test__ = False  # not a test, whatever its name begins with
 
-    def __init__(self, shards: IndexedShards, pixels: Pixels, world: World, batch: int) -> None:
-        self.shards, self.pixels, self.world, self.batch = shards, pixels, world, batch
-        self._features: dict[int, Tensor] = {}  # row -> [J], of the frozen image tower
+    def __init__(
+        self, shards: IndexedShards, pixels: Pixels, world: World, batch: int, room: Room | None = None
+    ) -> None:
+        self.world, self.batch = world, batch
+        self._pixels = ReadyPixels(shards, pixels, room or Room(0), decoding_threads(world))
+        self._places: dict[int, int] = {}  # row -> its place in the features
+        self._features: list[Tensor] = []  # [n, J] each, of the frozen image tower
 
     def mine(self, group: ClassGroup) -> list[tuple[int, int]]:
         """(row, label) of this rank's share of a group."""
@@ -31,19 +39,17 @@ class TestImages:
 
     def pixel_batches(self, rows: list[int]) -> Iterator[Tensor]:
         """Pixels [B, 3, H, W] of the rows in turn, on this rank's device."""
-        for start in range(0, len(rows), self.batch):
-            pictures = [self.shards[row].picture() for row in rows[start : start + self.batch]]
-            batch = [self.pixels.plain(picture) for picture in pictures if picture is not None]
-            yield torch.stack(batch).to(self.world.device)
+        return self._pixels.batches(rows, self.batch, self.world.device)
 
     def features(self, module: PromptedCLIP, rows: list[int]) -> Tensor:
         """Features [N, J] of the frozen image tower, the same for every method that leaves images alone."""
-        new = [row for row in rows if row not in self._features]
-        with torch.no_grad():
-            for start, pixels in zip(range(0, len(new), self.batch), self.pixel_batches(new), strict=True):
-                found = module.image_features(pixels).cpu()
-                self._features |= dict(zip(new[start : start + self.batch], found, strict=True))
-        return torch.stack([self._features[row] for row in rows])
+        new = [row for row in rows if row not in self._places]
+        if new:
+            with torch.no_grad():
+                self._features += [module.image_features(pixels).cpu() for pixels in self.pixel_batches(new)]
+            self._features = [torch.cat(self._features)]
+            self._places |= {row: len(self._places) + place for place, row in enumerate(new)}
+        return self._features[0][torch.tensor([self._places[row] for row in rows], dtype=torch.long)]
 
 
 def evaluate_group(module: PromptedCLIP, images: TestImages, group: ClassGroup) -> Counts:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from pipeline.data.pictures import central
 from pipeline.errors import UserError
@@ -28,6 +27,8 @@ class Pixels:
     """
 
     def __init__(self, folder: Path) -> None:
+        from transformers import AutoImageProcessor
+
         try:
             # The PIL backend everywhere: with torchvision installed the default one gives other numbers.
             self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -35,10 +36,46 @@ class Pixels:
             raise UserError(f"{folder} has no usable image processor: {error}") from error
         size = getattr(self.processor, "crop_size", None) or self.processor.size
         self.height, self.width = int(size["height"]), int(size["width"])
+        self._table = self._normalisation()
 
     def plain(self, picture: Image.Image) -> Tensor:
         """Pixels [3, H, W] as in evaluation: resized, the centre cropped, normalised."""
         return torch.as_tensor(self.processor(images=[central(picture)], return_tensors="pt")["pixel_values"][0])
+
+    def cropped(self, picture: Image.Image) -> np.ndarray:
+        """What `normalised` makes `plain` pixels of: [3, H, W], as 8-bit values where the processor allows it."""
+        if self._table is None:
+            return self.plain(picture).numpy()
+        return self._bytes(central(picture))
+
+    def normalised(self, cropped: Tensor) -> Tensor:
+        """The pixels [B, 3, H, W] of `cropped` ones, on their device and the same to the bit as `plain` ones."""
+        if self._table is None:
+            return cropped
+        if self._table.device != cropped.device:
+            self._table = self._table.to(cropped.device)
+        channels = [self._table[channel][cropped[:, channel].long()] for channel in range(3)]
+        return torch.stack(channels, dim=1)
+
+    def _bytes(self, picture: Image.Image) -> np.ndarray:
+        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+        return np.ascontiguousarray(self.processor(images=[picture], **options)["pixel_values"][0])
+
+    def _normalisation(self) -> Tensor | None:
+        """The value [3, 256] that each 8-bit one becomes; None for a processor that does more than that to a pixel."""
+        ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
+        options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        noise = np.random.default_rng(0).integers(0, 256, (self.height + 5, self.width + 9, 3)).astype(np.uint8)
+        probe = Image.fromarray(noise)
+        try:
+            table = torch.as_tensor(self.processor(images=[ramp], **options)["pixel_values"][0])[:, 0]
+            found = self._bytes(probe)
+        except (ValueError, TypeError, KeyError):
+            return None
+        if table.shape != (3, 256) or found.dtype != np.uint8 or found.shape[0] != 3:
+            return None
+        looked_up = torch.stack([table[channel][torch.from_numpy(found[channel]).long()] for channel in range(3)])
+        return table.contiguous() if torch.equal(looked_up, self.plain(probe)) else None
 
     def augmented(self, picture: Image.Image, seed: int, epoch: int, image: str) -> Tensor:
         """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time.

@@ -16,6 +16,7 @@ from pipeline.clip.few_shot_batches import FewShotImages
 from pipeline.clip.images import Pixels
 from pipeline.clip.methods import PromptLearner
 from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.ready_pixels import ReadyPixels, Room, decoding_threads
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.clip.unit import Unit, learner_of, regularisers_of
 from pipeline.distributed import World, on_main, together
@@ -54,15 +55,17 @@ class ClipModels:
         chunk = self.recipe.model.text_chunk
         return PromptedCLIP(self.backbone, learner.to(self.world.device), self.words, names, text_chunk=chunk)
 
+    def some_change_images(self, units: Sequence[Unit]) -> bool:
+        """Whether the image features of some method depend on what it learns, so that pixels are needed again."""
+        firsts = {unit.method.name: unit for unit in units}
+        return any(learner_of(unit, self.backbone, self.words, 1).changes_images for unit in firsts.values())
+
     def features(self, images: FewShotImages, learner: PromptLearner) -> Tensor:
         """Features [N, J] of images that no prompt changes."""
-        batch, found = self.recipe.evaluate_batch, []
+        ready = ReadyPixels(images.shards, images.pixels, Room(0), decoding_threads(self.world))
+        batches = ready.batches(images.group.rows, self.recipe.evaluate_batch, self.world.device)
         with torch.no_grad():
-            for start in range(0, len(images), batch):
-                numbers = range(start, min(start + batch, len(images)))
-                pixels = torch.stack([images.image(index, 0) for index in numbers]).to(self.world.device)
-                found.append(self.backbone.image(pixels, learner.schedule, {}).cpu())
-        return torch.cat(found)
+            return torch.cat([self.backbone.image(pixels, learner.schedule, {}).cpu() for pixels in batches])
 
     def engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
         """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""

@@ -20,6 +20,7 @@ from pipeline.clip.few_shot_batches import FewShotBatches, FewShotImages
 from pipeline.clip.models import ClipModels
 from pipeline.clip.prepared import PreparedDataset
 from pipeline.clip.protocol import epoch_rates, small_set_warning
+from pipeline.clip.ready_pixels import Room
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.results import UnitResult, results_json
 from pipeline.clip.tracking import make_benchmark_tracker
@@ -67,7 +68,9 @@ class Benchmark:
         self.data = together(lambda: {n: PreparedDataset(Path(recipe.data.prepared) / n) for n in names})
         self.models = ClipModels(recipe, world, watchdog)
         pixels = self.models.pixels
-        self.tests = {n: TestImages(d.test, pixels, world, recipe.evaluate_batch) for n, d in self.data.items()}
+        room = together(lambda: Room.of(world) if self.models.some_change_images(self.units) else None)
+        batch = recipe.evaluate_batch
+        self.tests = {n: TestImages(d.test, pixels, world, batch, room) for n, d in self.data.items()}
         self.tracker: Tracker
         self.results: list[UnitResult] = []
         self.seconds = 0.0
