@@ -8,18 +8,20 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from pipeline.data.pictures import central
 from pipeline.devices import choose_device
 from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.snapshots import Snapshot, Source, checkpoint
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 TextFeature = Literal["projected", "pooled"]
 Truncation = Literal["head", "tail"]
@@ -76,6 +78,8 @@ class KeyEncoder:
                 f"{config.text_config.hidden_size} and image keys of width {self.width}, which cannot share a "
                 "prototype. Set keys.text_feature to projected."
             )
+        from transformers import AutoImageProcessor, AutoTokenizer
+
         try:
             # The PIL backend everywhere, so that a machine with torchvision computes the same keys as one without.
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -173,6 +177,8 @@ def _checkpoint(path: str, revision: str | None) -> Snapshot:
 
 
 def _load_model(folder: Path) -> CLIPModel:
+    from transformers import CLIPModel  # here: it takes seconds, and what only names a CLIP loads none
+
     try:
         model, report = CLIPModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import webdataset as wds
 from torch.utils.data import Dataset
 
 from pipeline.data.checksums import checksum, read_checksums, table_mark
@@ -267,6 +266,8 @@ def stream(urls: str | Iterable[str]) -> Iterator[Sample]:
 
     For very large or remote data: shards are split over ranks and workers, so it is not exactly-once on several ranks.
     """
+    import webdataset as wds  # here: it takes a second, and shards with an index are read without it
+
     dataset = wds.WebDataset(
         urls if isinstance(urls, str) else list(urls),
         shardshuffle=False,
