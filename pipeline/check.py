@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.check_data import CheckedData, require_prepared
@@ -26,17 +27,19 @@ ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
 
 @dataclass
 class Findings:
-    """What `check` saw: a line for each check, the sentences of what is wrong, and the memory plan."""
+    """What `check` saw: a line for each check, the sentences of what is wrong or doubtful, and the memory plan."""
 
     found: dict[str, str | None] = field(default_factory=dict)  # None: see the problems
     problems: dict[str, list[str]] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
     memory: MemoryPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as one JSON object."""
         memory = {"memory": self.memory.to_json()} if self.memory else {}
         found = {title: text for title, text in self.found.items() if text is not None}
-        return {**found, **memory, "ok": not self.problems, "problems": self.problems}
+        said = {"problems": self.problems, "warnings": self.warnings}
+        return {**found, **memory, "ok": not self.problems, **said}
 
     def sentence(self, name: str) -> str:
         """What the user is told when something is wrong: a line per problem if there are several."""
@@ -81,7 +84,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         return "model" not in findings.problems
 
     checks: dict[str, Callable[[], str]] = {
-        "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {len(recipe.data.tasks)} tasks",
+        "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}",
         "metrics": lambda: _metrics(recipe),
         "ranks": lambda: _ranks(recipe, ranks),
         "deepspeed": lambda: _deepspeed(recipe),
@@ -196,17 +199,26 @@ def peak(plan: MemoryPlan) -> str:
     return f"{_amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with what it counts: 1 task, 2 tasks."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def show(findings: Findings, name: str) -> None:
     """Print what was found as tables."""
     console = Console()
     table = Table("check", "", "found", title=f"check {name}")
     for title, text in findings.found.items():
         wrong = findings.problems.get(title, [])
-        mark = "[red]no[/red]" if wrong else "[green]ok[/green]"
+        doubtful = "[yellow]![/yellow]" if findings.warnings.get(title) else "[green]ok[/green]"
+        mark = "[red]no[/red]" if wrong else doubtful
         if title == "memory" and findings.memory is None:
             mark = "--"
-        table.add_row(title, mark, text or f"{len(wrong)} problem{'s' * (len(wrong) > 1)}, named below")
+        table.add_row(title, mark, escape(text) if text else f"{counted(len(wrong), 'problem')}, named below")
     console.print(table)
+    for title, sentences in findings.warnings.items():
+        for sentence in sentences:
+            console.print(f"[yellow]warning[/yellow]: {escape(f'{title}: {sentence}')}", highlight=False)
     if findings.memory is None:
         return
     plan = findings.memory

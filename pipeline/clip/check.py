@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from pipeline import hub
-from pipeline.check import Findings, look_at_all, peak, ranks_here, show
+from pipeline.check import Findings, counted, look_at_all, peak, ranks_here, show
 from pipeline.checkpoint import COMPLETE, claim_run
 from pipeline.clip.backbone import Sizes
 from pipeline.clip.check_backbone import check_backbone
@@ -28,6 +29,8 @@ from pipeline.errors import UserError, UserErrors
 from pipeline.given_path import command
 from pipeline.known_models import known_config
 
+FEW = 4  # datasets with a number of steps of their own that are still named
+
 
 def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
     """Check a benchmark recipe against this machine and print what was found; problems are in the result."""
@@ -40,7 +43,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "deepspeed": lambda: _deepspeed(recipe),
             "model": lambda: check_backbone(recipe, online),
             "data": lambda: _data(recipe, name),
-            "steps": lambda: _steps(recipe),
+            "steps": lambda: _steps(findings, recipe),
             "run folder": lambda: _run_folder(recipe),
             "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
         }
@@ -50,19 +53,21 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
 
 
 def _recipe(recipe: ClipRecipe) -> str:
-    counts = f"{len(recipe.methods)} methods, {len(recipe.data.datasets)} datasets, {len(recipe.seeds)} seeds"
-    targets = f", {len(recipe.data.targets)} targets" if recipe.data.targets else ""
-    return f"{recipe.name}: {recipe.data.protocol}, {counts}{targets}: {len(units_of(recipe))} units"
+    parts = {"method": recipe.methods, "dataset": recipe.data.datasets, "seed": recipe.seeds}
+    counts = [counted(len(entries), what) for what, entries in parts.items()]
+    counts += [counted(len(recipe.data.targets), "target")] if recipe.data.targets else []
+    return f"{recipe.name}: {recipe.data.protocol}, {', '.join(counts)}: {counted(len(units_of(recipe)), 'unit')}"
 
 
 def _ranks(recipe: ClipRecipe, ranks: int) -> str:
     require_usable_gpus()
-    parts = []
+    parts: dict[str, list[str]] = {}
     for method in recipe.methods:
         train = recipe.train_of(method)
         micro, steps = micro_batches(train.global_batch, train.micro_batch, ranks)
-        parts.append(f"{method.name} {micro} x {steps} of {train.global_batch}")
-    return f"{ranks}, images of each per forward and step: {', '.join(parts)}; {torch_build()}"
+        parts.setdefault(f"{micro} x {steps} of {train.global_batch}", []).append(method.name)
+    listed = "; ".join(f"{sizes}: {', '.join(methods)}" for sizes, methods in parts.items())
+    return f"{ranks}, images per forward and step {listed}; {torch_build()}"
 
 
 def _deepspeed(recipe: ClipRecipe) -> str:
@@ -98,7 +103,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
                      f"{' once the data is there' * bool(wrong)}.")  # fmt: skip
     if wrong:
         raise UserErrors(wrong)
-    return f"{recipe.data.prepared}: {'; '.join(found)}"
+    return "\n".join([f"{recipe.data.prepared}:", *found])
 
 
 def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
@@ -118,20 +123,40 @@ def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[li
     return problems, altered(description, root)
 
 
-def _steps(recipe: ClipRecipe) -> str:
-    """Optimizer steps by method and dataset, as far as the number of classes is known, and batches that are too big."""
-    found = []
+def _steps(findings: Findings, recipe: ClipRecipe) -> str:
+    """Optimizer steps by method, as far as the numbers of classes are known; batches that are too big are warned of."""
+    steps: dict[str, dict[str, int]] = {}
+    large: dict[str, list[str]] = {}
     for unit in units_of(recipe):
         if not unit.learns or unit.seed != recipe.seeds[0]:
             continue
         images = _images(recipe, unit.dataset, unit.group == "base")
         if images is None:
             continue
-        train = recipe.train_of(unit.method, unit.dataset.name)
-        steps = train.epochs * steps_per_epoch(images, train.global_batch)
-        warning = small_set_warning(images, train.global_batch, train.epochs)
-        found.append(f"{unit.method.name}-{unit.dataset.name} {steps}" + (f" ({warning})" if warning else ""))
-    return ", ".join(found) or "not known before the data is prepared"
+        train, dataset = recipe.train_of(unit.method, unit.dataset.name), unit.dataset.name
+        steps.setdefault(unit.method.name, {})[dataset] = train.epochs * steps_per_epoch(images, train.global_batch)
+        if small_set_warning(images, train.global_batch, train.epochs):
+            sets = f"{dataset} ({counted(images, 'image')}, {counted(train.epochs, 'step')} in all)"
+            large.setdefault(f"the batch of {train.global_batch} of {unit.method.name}", []).append(sets)
+    if large:
+        findings.warnings["steps"] = [
+            f"{batch} is larger than the training set of {', '.join(sets)}, where an epoch is one step; set a smaller "
+            "train.global_batch, or more epochs."
+            for batch, sets in large.items()
+        ]
+    return "\n".join(_in_short(method, by_dataset) for method, by_dataset in steps.items()) or (
+        "not known before the data is prepared"
+    )
+
+
+def _in_short(method: str, steps: dict[str, int]) -> str:
+    """The steps of a method: one number where most datasets have it, with those that have another; else their range."""
+    (usual, times), *_ = Counter(steps.values()).most_common()
+    others = [f"{dataset} {count}" for dataset, count in steps.items() if count != usual]
+    if len(others) <= min(times, FEW):
+        return f"{method} {usual}" + (f", but {', '.join(others)}" if others else "")
+    least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+    return f"{method} {steps[least]} ({least}) to {steps[most]} ({most})"
 
 
 def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:

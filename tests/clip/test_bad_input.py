@@ -102,8 +102,10 @@ def test_a_batch_larger_than_the_few_shot_set_is_said_with_the_steps_that_remain
     prepare_benchmark(prepared, progress=False)
     done = CliRunner().invoke(app, ["check", str(recipe_file(folder, big, seeds=[1])), "--json"])
     assert done.exit_code == EXIT_OK, done.output
-    steps = json.loads(done.stdout.splitlines()[-1])["steps"]
-    assert "coop-toys 3 (The batch of 64 is larger than the 12 training images" in steps
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["steps"] == "coop 3"
+    (warning,) = told["warnings"]["steps"]
+    assert "the batch of 64 of coop is larger than the training set of toys (12 images, 3 steps in all)" in warning
     with caplog.at_level(logging.WARNING, logger="pipeline"):
         run_benchmark(prepared)
     assert "one step of 12 images, the whole training 3 steps. Set a smaller batch" in caplog.text
