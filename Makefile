@@ -2,11 +2,12 @@
 # make docs   the API reference, from the docstrings
 # VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.10 or newer)
 # TORCH=cpu   or cuda, or an index of PyTorch's such as cu126, for machines with an older driver; by default by nvidia-smi
-# WORKERS=2   processes that share the tests
+# WORKERS=2   processes that share the tests                        PORT=5000  where `make ui` listens
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 WORKERS ?= 2
+PORT ?= 5000
 DOCS ?= build/api
 RECIPES = nano nano_paper nano_sequential nano_independent
 
@@ -108,10 +109,10 @@ docs: venv
 	  $$(ls pipeline/methods/*.py pipeline/clip/methods/*.py | grep -v __init__ | sed -e 's|\.py$$||' -e 's|/|.|g')
 	@echo "$(DOCS)/index.html"
 
-# The tracked runs in a browser, at http://127.0.0.1:5000. One user needs one process, which starts four times as fast.
+# The tracked runs in a browser, at http://127.0.0.1:5000 or another PORT (macOS has AirPlay at 5000). One user needs one process, which starts four times as fast.
 ui: export MLFLOW_DISABLE_TELEMETRY = true
 ui: export DO_NOT_TRACK = true
 ui: export PYTHONWARNINGS = ignore
 ui: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION = false
 ui: venv
-	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1
+	$(PY) -m mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port $(PORT)

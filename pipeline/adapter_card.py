@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 SHOWN = ("last", "average", "forgetting", "retention")
 
+SHIPPED = "data_prep/nano/checkpoints"  # models that are in the repository itself
+
 
 def card(meta: Meta, shape: tuple[int, ...]) -> str:
     """Return the model card in Markdown; `shape` is that of the prompts [T, L, D]."""
@@ -29,8 +31,9 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
     return "\n".join([
         *front, "",
         f"# Prompt sets for {', '.join(meta.sets)}", "",
-        f"{sets} prompt sets of {length} vectors (width {width}) for the frozen model `{meta.model.path}`, learned one "
-        f"after the other with the method {method.name}. A question gets the sets whose prototypes are most similar to "
+        f"{sets} prompt sets of {length} vectors (width {width}) for the frozen model "
+        f"{_named(meta.model.path)}, learned one after the other with the method {method.name}. A question gets the "
+        f"sets whose prototypes are most similar to "
         f"its image and its text as the CLIP `{meta.clip.path}` sees them: at most {method.k}"
         + (f", those within {method.gate} of the best." if method.gate is not None else "."), "",
         "## Scores", "",
@@ -49,3 +52,9 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
         f"* The model and the CLIP they steer: the licences of `{meta.model.path}` and `{meta.clip.path}`.",
         "* The data they were learned from: the licences of the tasks' data sets.", "",
     ])  # fmt: skip
+
+
+def _named(path: str) -> str:
+    """The model as somebody knows it who has no copy of this repository."""
+    shipped = path.startswith(f"{SHIPPED}/")
+    return f"`{path}`" + " (a small model that the source of continual-prompts has in that folder)" * shipped

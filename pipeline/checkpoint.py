@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +165,8 @@ def claim_run(recipe: FileRecipe) -> Path:
         if differing:
             listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in differing)
             raise UserError(
-                f"The run folder {run} belongs to another recipe ({listed}). Set run_dir to a new folder, or go "
-                "back to the values there to continue it."
+                f"The run folder {run} belongs to another recipe ({listed}). Set run_dir to a new folder "
+                f"(`--set {shlex.quote(f'run_dir={_free_name(run)}')}`), or go back to the values there to continue it."
             )
         return run
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -172,6 +174,11 @@ def claim_run(recipe: FileRecipe) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     recipe.dump_yaml(path)
     return run
+
+
+def _free_name(run: Path) -> Path:
+    """A folder beside a run that is not there yet."""
+    return next(free for number in count(2) if not (free := run.with_name(f"{run.name}-{number}")).exists())
 
 
 def _with_defaults(found: Any, kind: type[FileRecipe]) -> Any:

@@ -31,7 +31,13 @@ RecipeName = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", autocompletion=completion.runs)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Override a field of the recipe; repeatable.",
+        autocompletion=completion.fields,
+    ),
 ]
 SkipBad = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Leave out up to N bad records of the data; sets data.skip_bad.")
@@ -193,7 +199,9 @@ def predict(
     run: Learned,
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
-    task: Annotated[str | None, typer.Option(help="For methods that have to be told the task.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="For methods that have to be told the task.", autocompletion=completion.sets)
+    ] = None,
     model: Model = None,
     clip: Clip = None,
     as_json: AsJson = False,
@@ -208,7 +216,10 @@ def predict(
 def export(
     run: RunFolder,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter.")],
-    licence: Annotated[str | None, typer.Option(help="Licence of the prompt sets, for the model card.")] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--licence", "--license", help="Licence of the prompt sets, for the model card."),
+    ] = None,
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub too.")] = None,
     public: Annotated[bool, typer.Option(help="Let everybody see the repository that --push makes.")] = False,
     as_json: AsJson = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +85,12 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
 
         console = Console()
         answerer = load_adapter(run, model, clip)
-        # As Text: what stands in square brackets is not markup.
-        converse(answerer, image, lambda asked: console.input(Text(asked)), lambda line: console.print(Text(line)))
+
+        def ask(prompt: str) -> str:
+            # Piped questions need no prompt. As Text: what stands in square brackets is not markup.
+            return console.input(Text(prompt)) if sys.stdin.isatty() else input()
+
+        converse(answerer, image, ask, lambda line: console.print(Text(line)))
 
     @app.command("ls", rich_help_panel=LOOK)
     def list_all(
@@ -119,7 +124,9 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
     @app.command(rich_help_panel=SHARE)
     def prune(
         adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
-        tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="Tasks to drop.")],
+        tasks: Annotated[
+            list[str], typer.Argument(metavar="TASK", help="Tasks to drop.", autocompletion=completion.sets)
+        ],
         into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
         as_json: AsJson = False,
     ) -> None:
@@ -153,7 +160,12 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         run: Annotated[
             Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", autocompletion=completion.runs)
         ],
-        task: Annotated[str, typer.Argument(metavar="TASK", help="A task in the folder that --root names.")],
+        task: Annotated[
+            str,
+            typer.Argument(
+                metavar="TASK", help="A task in the folder that --root names.", autocompletion=completion.own_tasks
+            ),
+        ],
         root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
         gate: Annotated[
             float | None,

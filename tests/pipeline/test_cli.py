@@ -87,6 +87,12 @@ def completed(*words: str, folder: Path) -> list[str]:
         (("report", "runs/a1", "runs/a2"), ["runs/a2"]),
         (("chat", "ru"), ["runs/a1", "runs/a2", "runs/b"]),
         (("add", "elsewhere/"), ["elsewhere/c"]),
+        (("run", "nano", "--set", "train.lr_p"), ["train.lr_prompt=", "train.lr_projector="]),
+        (("run", "nano", "--set", "data.tasks.Count.limit_te"), ["data.tasks.Count.limit_test="]),
+        (("run", "nano", "--set", "train.schedule=c"), ["train.schedule=constant", "train.schedule=cosine"]),
+        (("check", "base2new_nano", "--set", "data.protocol=b"), ["data.protocol=base_to_new"]),
+        (("add", "runs/a1", "Sh"), ["Shelf"]),
+        (("prune", "elsewhere/c", "Co"), ["Colours", "Count"]),
     ],
     ids=" ".join,
 )
@@ -95,6 +101,8 @@ def test_a_shell_completes_verbs_recipes_and_runs(tmp_path: Path, words: tuple[s
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "config.yaml").write_text("name: a")
     (tmp_path / "runs" / "no-run").mkdir()
+    (tmp_path / "data" / "own" / "instructions" / "Shelf").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "c" / "adapter.json").write_text('{"sets": ["Colours", "Count", "Boxes"]}')
     assert completed(*words, folder=tmp_path) == offered
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipeline.checkpoint import claim_run
 from pipeline.cli import app
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
@@ -237,3 +238,13 @@ def test_the_verbs_that_score_a_run_show_its_end(tmp_path: Path, monkeypatch: py
     arguments = ["nano", "--set", f"run_dir={path}"] if verb == "run" else [str(path)]
     assert "after boxes" in run(verb, *arguments).stdout
     assert run(verb, *arguments, "--json").stdout == ""  # the result alone, which the work has shown
+
+
+def test_a_run_folder_that_is_taken_is_said_with_a_free_one(tmp_path: Path) -> None:
+    taken = [f"run_dir={tmp_path / 'a run'}"]
+    claim_run(load_recipe("nano", taken))
+    (tmp_path / "a run-2").mkdir()
+    with pytest.raises(UserError) as caught:
+        claim_run(load_recipe("nano", [*taken, "data.tasks=[Count, Digits]"]))
+    assert f"`--set 'run_dir={tmp_path}/a run-3'`" in str(caught.value)
+    assert "Count, Digits now" in str(caught.value)

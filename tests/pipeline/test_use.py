@@ -109,3 +109,10 @@ def test_a_task_is_added_to_the_folder_that_was_named_whatever_it_is_called(
     done = CliRunner().invoke(app, ["add", name, "Mine"])
     assert done.exit_code == EXIT_OK, done.output
     assert trained == [Path(name)]
+
+
+def test_piped_questions_get_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.adapter.load_adapter", lambda *_: None)
+    monkeypatch.setattr("pipeline.chat.chat", lambda answerer, image, read, write: write(f"asked {read('[x] > ')}"))
+    done = CliRunner().invoke(app, ["chat", str(tmp_path)], input="why?\n")
+    assert done.stdout == "asked why?\n", done.output

@@ -1,0 +1,20 @@
+"""What installing the project asks for."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.config import PROJECT
+
+
+def test_the_build_asks_for_a_setuptools_that_reads_the_licence() -> None:
+    """A licence as an SPDX expression is read since setuptools 77; older ones refuse the whole file."""
+    text = (PROJECT / "pyproject.toml").read_text("utf-8")
+    assert re.search(r'^license = "Apache-2.0"$', text, re.MULTILINE)
+    (least,) = re.findall(r'requires = \["setuptools>=(\d+)"\]', text)
+    assert int(least) >= 77
+
+
+def test_what_the_shown_commands_write_is_ignored() -> None:
+    ignored = (PROJECT / ".gitignore").read_text("utf-8").splitlines()
+    assert {"/adapter/", "/smaller/", "/scene.png", "first-steps/"} <= set(ignored)
