@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Recipe, TaskConfig, load_run
 from pipeline.errors import UserError, nearest
+from pipeline.files import replacing
 from pipeline.given_path import command
 from pipeline.task_file import TASK_FILE, read_task_file
 
@@ -20,11 +23,21 @@ class Addition:
     task: str
     is_new: bool  # not in the run's recipe already
 
-    def write(self) -> None:
-        """Make it the run's recipe; what was counted over the tasks so far is counted anew."""
-        if self.is_new:
-            (self.run / "eval" / "majority.json").unlink(missing_ok=True)
-        self.recipe.dump_yaml(self.run / "config.yaml")
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Make it the run's recipe while the block trains it; where that fails before its stage has begun, the run is
+        again what it was: finished, with the tasks that it has learned."""
+        path = self.run / "config.yaml"
+        before = path.read_bytes()
+        self.recipe.dump_yaml(path)
+        try:
+            yield
+        except BaseException:
+            begun = (self.run / "stages").glob(f"{len(self.recipe.data.tasks):02d}-*")
+            if self.is_new and not any(begun):
+                with replacing(path) as temporary:
+                    temporary.write_bytes(before)
+            raise
 
 
 def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:

@@ -198,14 +198,13 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
                 told = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
                 show({"run": str(run), "task": task, **told}, as_json)
                 return
-        addition.write()
-
         def with_effects(result: dict[str, Any]) -> dict[str, Any]:
             found = counted(run, addition.recipe)
             tell(found, "What became of the earlier tasks")
             return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
 
-        train(str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], as_json, with_effects)
+        with addition.written():
+            train(str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], as_json, with_effects)
 
 
 def _run_dir(run: Path) -> str:

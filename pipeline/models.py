@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import Recipe
 from pipeline.data.sample import Sample
+from pipeline.deepspeed_config import deepspeed_config
 from pipeline.distributed import World
 from pipeline.engine import Engine
+from pipeline.fitting import fitted
+from pipeline.hpz import agreed_node_size
 from pipeline.watchdog import Watchdog
 
-KEEP_REPLICA_BYTES = 2 << 30  # a smaller evaluation replica stays in memory between stages, a larger one is loaded anew
+KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica gives its GPU's memory to training, and is loaded anew later
 
 
 class Models:
@@ -34,30 +39,52 @@ class Models:
         self._replica: LMM | None = None
         self._watched: WeakSet[LMM] = WeakSet()
 
+    def prepare_to_train(self) -> None:
+        """Before an evaluation that training follows: make the engine now if it can answer (ZeRO-0 or ZeRO-2), for
+        then nothing else has to be loaded. All ranks call it."""
+        if self._engine is None and not self._trains_projector:
+            node = agreed_node_size()
+            self.recipe = fitted(self.recipe, self.world, self.key_width, self._samples, node)
+            config = deepspeed_config(self.recipe, self.world.size, node)
+            if int(config.get("zero_optimization", {}).get("stage", 0)) != 3:
+                self.engine()
+
     def engine(self) -> Engine:
-        """The training engine, one for all stages."""
+        """The training engine, one for all stages; a large replica on a GPU makes room for it."""
+        if self._replica is not None and self._must_go(self._replica):
+            self._replica = None
+            gc.collect()  # modules of some models are in reference cycles
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._engine is None:
             self.watchdog.beat("loading the model", slow=True)
             self._engine = Engine(self.recipe, self.world, self.key_width, self._samples)
         return self._engine
 
     def replica(self, projector: dict[str, Tensor]) -> LMM:
-        """A whole model on this rank with this projector (empty: its own): the engine's where whole, else a copy."""
-        trains_projector = self.recipe.train.projector == "trained"
-        if self._engine is not None and self._engine.replica is not None and not trains_projector:
+        """A whole model on this rank with this projector (empty: its own): the engine's where whole, else a copy.
+
+        A copy stays for all tasks that are evaluated before the next stage is trained.
+        """
+        if self._engine is not None and self._engine.replica is not None and not self._trains_projector:
             self._replica = None
             return self._show_progress(self._engine.replica)
-        lmm = self._replica
-        if lmm is None:
+        if self._replica is None:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
-            lmm = load_lmm(self.recipe.model, device=self.world.device)
-            lmm.cuts = self.recipe.data.too_long == "truncate"
-            size = sum(parameter.nbytes for parameter in lmm.parameters())
-            if self.world.device.type == "cpu" or size < KEEP_REPLICA_BYTES:
-                self._replica = lmm
+            self._replica = load_lmm(self.recipe.model, device=self.world.device)
+            self._replica.cuts = self.recipe.data.too_long == "truncate"
         if projector:
-            lmm.load_projector(projector)
-        return self._show_progress(lmm)
+            self._replica.load_projector(projector)
+        return self._show_progress(self._replica)
+
+    @property
+    def _trains_projector(self) -> bool:
+        return self.recipe.train.projector == "trained"
+
+    def _must_go(self, lmm: LMM) -> bool:
+        """Whether a replica's memory is needed for training."""
+        size = sum(parameter.nbytes for parameter in lmm.parameters())
+        return self.world.device.type == "cuda" and size >= KEEP_REPLICA_BYTES
 
     def _show_progress(self, lmm: LMM) -> LMM:
         """Let the watchdog see that answers are generated: nothing can be without looking up tokens."""

@@ -57,6 +57,7 @@ def identity_of(test: Test, pool: PromptPool, selected: Tensor, projector: str) 
     """A hash [hex] of what a task's predictions and score are a function of, beside what `made_with` says: the sets of
     every sample [N, m], the sets' values and prototypes, the metric."""
     facts = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names, list(selected.shape)]
+    facts.append(sorted(test.unanswered))
     facts += [pool.fingerprint(number) for number in range(len(pool))]
     facts += [tensor_fingerprint(pool.prototypes), tensor_fingerprint(selected)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

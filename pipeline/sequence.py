@@ -18,12 +18,10 @@ from pipeline.base_model import recorded_base_model
 from pipeline.checkpoint import (
     check_stage,
     load_stage,
-    read_state,
     save_stage,
     stage_folder,
     start_stage_folder,
     unfinished_folder,
-    write_json,
 )
 from pipeline.config import Recipe, as_recorded, load_run
 from pipeline.data.collate import Examples, MicroBatches, StageData
@@ -45,6 +43,7 @@ from pipeline.resume import StepSaver, StepState, cut_log, newest, restore_rando
 from pipeline.run_data import open_data, stage_order
 from pipeline.run_evaluation import RunEvaluation
 from pipeline.run_lock import claimed
+from pipeline.run_results import RunResults
 from pipeline.stopping import StopFlag, stop_on_signals
 from pipeline.terminal import log_to_terminal
 from pipeline.tracking import StepNumbers, Tracker, make_tracker, set_shares
@@ -99,7 +98,7 @@ class Sequence:
         self.timing: dict[str, float] = {}
         self.tracker: Tracker
         self.evaluation: RunEvaluation
-        self.state: dict[str, Any] = {}  # of run.json, as an earlier attempt left it
+        self.results = RunResults(path)
         self.models = Models(recipe, world, self.data.train[0][1].image.shape[1], watchdog, self.data.telling)
 
     def _constants(self) -> dict[str, Any]:
@@ -113,7 +112,8 @@ class Sequence:
 
     def run(self, train: bool = True, evaluate: bool = True, until: int | None = None) -> dict[str, Any]:
         """All stages in order, or those up to `until`; see `run_sequence`."""
-        self.state = on_main(self.world, lambda: read_state(self.path))
+        # Everything that can be refused is looked at before anything is written.
+        finished = on_main(self.world, lambda: self._finished(until))
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
         began = time.perf_counter()
         if self._trains_projector:
@@ -126,8 +126,10 @@ class Sequence:
             tracker=self.tracker, stop=self.stop, answering_model=self.answering_model,
         )  # fmt: skip
         try:
-            with self.tracker.sequence(self.state):
+            with self.tracker.sequence(self.results.state):
                 self._write_state("running")
+                if train and evaluate and not all(finished):
+                    self.models.prepare_to_train()
                 zero_shot = evaluation.zero_shot() if evaluate else None
                 majority = evaluation.majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
@@ -150,10 +152,10 @@ class Sequence:
                         # Joint training knows all tasks after its only stage: rows above the last have nothing to say.
                         accuracy += [[None] * len(row) for _ in range(seen - 1 - len(accuracy))]
                         accuracy.append(row)
-                        last = index == len(self.stages) - 1
-                        result = self._write_matrix(zero_shot, accuracy, majority, ahead, last)
-                if evaluate and not result:
-                    result = self._write_matrix(zero_shot, accuracy, majority, ahead, last=False)
+                        if index + 1 < len(finished):
+                            self._write_matrix(zero_shot, accuracy, majority, ahead, last=False)
+                if evaluate:
+                    result = self._write_matrix(zero_shot, accuracy, majority, ahead, last=True)
                 self.timing["total_s"] = round(time.perf_counter() - began, 1)
                 self._write_state(self._status(evaluate))
                 if evaluate:
@@ -166,18 +168,22 @@ class Sequence:
             raise
         return {"run": str(self.path), "method": self.method.name, "stages": len(self.pool), **result}
 
+    def _finished(self, until: int | None) -> list[bool]:
+        """Which stages are finished; raises UserError for one that is damaged or of other data or models."""
+        return [self._load(index, stage) is not None for index, stage in enumerate(self.stages[:until])]
+
+    def _load(self, index: int, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None:
+        """Prompt set, prototype and projector of a stage; None when it still has to be trained."""
+        checkpoint = load_stage(self.path, index, stage.name)
+        if checkpoint is None:
+            return None
+        folder = stage_folder(self.path, index, stage.name)
+        check_stage(folder, checkpoint.meta, {**self.constants, "data": self._fingerprints(stage)})
+        return checkpoint.prompt, checkpoint.prototype, checkpoint.projector
+
     def _restore(self, index: int, stage: Stage) -> bool:
         """Take a finished stage from its checkpoint; False when it still has to be trained."""
-
-        def load() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None:
-            checkpoint = load_stage(self.path, index, stage.name)
-            if checkpoint is None:
-                return None
-            folder = stage_folder(self.path, index, stage.name)
-            check_stage(folder, checkpoint.meta, {**self.constants, "data": self._fingerprints(stage)})
-            return checkpoint.prompt, checkpoint.prototype, checkpoint.projector
-
-        found = on_main(self.world, load)
+        found = on_main(self.world, lambda: self._load(index, stage))
         if found is None:
             return False
         prompt, prototype, self.projector = found
@@ -222,6 +228,8 @@ class Sequence:
         log.info("stage %d/%d %s: %d samples, %d steps%s", index + 1, len(self.stages), stage.name, len(data), steps,
                  f", going on after step {start}" if start else "")  # fmt: skip
         with self.tracker.stage(index, stage.name):
+            if world.main:
+                self.results.begins(index, max(stage.tasks))
             self._write_state("running")  # with the stage's MLflow run, so that a restart continues it
             self.tracker.metrics(set_shares(selected, self.pool.names), 0)
             numbers = StepNumbers(batches, self.pool.names, start)
@@ -245,6 +253,7 @@ class Sequence:
         self.timing[f"train.{stage.name}_s"] = seconds
         if not self._restore(index, stage):
             raise RuntimeError(f"the checkpoint of stage {stage.name} is not there after it was saved")
+        self.results.trained()
 
     def _begin(self, index: int, stage: Stage, facts: dict[str, Any]) -> StepState | None:
         """The newest checkpoint of a stage that an earlier attempt did not finish; without one, clear away what that
@@ -285,12 +294,11 @@ class Sequence:
         last: bool,
     ) -> dict[str, Any]:
         routing = None
-        if last and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
+        if last and accuracy and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
             routing = routing_accuracy(self.tests, self.pool, self.recipe.method.image_weight)
         given = ahead if self.recipe.evaluate.ahead else None
         content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, given, majority)
-        if self.world.main:
-            write_json(self.path / "matrix.json", content)
+        on_main(self.world, lambda: self.results.write_matrix(content, last))
         numbers: dict[str, float | None] = dict(after_stage(accuracy, len(accuracy) - 1)) if accuracy else {}
         for name, row in (routing or {}).items():
             numbers[f"routing.{name}"] = sum(row) / len(row)
@@ -325,11 +333,11 @@ class Sequence:
     def _write_state(self, status: str) -> None:
         if not self.world.main:
             return
-        previous = self.state
+        previous = self.results.state
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if self.evaluation.seconds:
             self.timing["evaluate_s"] = round(self.evaluation.seconds, 1)
-        write_json(self.path / "run.json", {
+        self.results.write_state(status, {
             "recipe": self.recipe.name, "method": self.method.name, "status": status, "seed": self.recipe.seed,
             "stage": len(self.pool), "stages": [stage.name for stage in self.stages],
             "started": previous.get("started", now), "updated": now, "world_size": self.world.size,

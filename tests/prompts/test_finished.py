@@ -113,6 +113,6 @@ def test_an_evaluation_of_an_earlier_version_is_taken_over_without_generating(
 
 def test_the_same_selection_has_the_same_identity_however_it_is_stored() -> None:
     pool = make_pool(2)
-    test: Any = type("Test", (), {"metric": "exact", "scoring": "fixed", "data": [0, 0]})
+    test: Any = type("Test", (), {"metric": "exact", "scoring": "fixed", "data": [0, 0], "unanswered": ()})
     one = evaluate.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]), "")
     assert one == evaluate.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]).T.contiguous().T, "")
