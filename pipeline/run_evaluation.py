@@ -52,6 +52,7 @@ class RunEvaluation:
         self.world, self.tests, self.train = models.world, data.tests, data.train
         self.stop, self.answering_model = stop, answering_model
         self.seconds = 0.0  # spent on evaluation so far
+        self._majority: list[float] | None = None
 
     def zero_shot(self) -> list[float] | None:
         """Scores [T] of the frozen model alone; None where the recipe leaves them out."""
@@ -83,7 +84,9 @@ class RunEvaluation:
             write_if_other(path, json.dumps(row, indent=2, ensure_ascii=False) + "\n")
             return [float(found["score"]) for found in row]
 
-        return on_main(self.world, work)
+        if self._majority is None:
+            self._majority = on_main(self.world, work)
+        return self._majority
 
     def after(self, seen: int, stage: str, pool: PromptPool, projector: Projector) -> list[float | None]:
         """Row of the accuracy matrix after the stage of this name: the first `seen` tasks, None for the others."""

@@ -131,7 +131,6 @@ class Sequence:
                 if train and evaluate and not all(finished):
                     self.models.prepare_to_train()
                 zero_shot = evaluation.zero_shot() if evaluate else None
-                majority = evaluation.majority() if evaluate else None
                 accuracy: list[list[float | None]] = []
                 ahead: list[float | None] = [None] * len(self.tests)  # [T] scores of tasks just before their stages
                 result: dict[str, Any] = {}
@@ -153,9 +152,9 @@ class Sequence:
                         accuracy += [[None] * len(row) for _ in range(seen - 1 - len(accuracy))]
                         accuracy.append(row)
                         if index + 1 < len(finished):
-                            self._write_matrix(zero_shot, accuracy, majority, ahead, last=False)
+                            self._write_matrix(zero_shot, accuracy, ahead, last=False)
                 if evaluate:
-                    result = self._write_matrix(zero_shot, accuracy, majority, ahead, last=True)
+                    result = self._write_matrix(zero_shot, accuracy, ahead, last=True)
                 self.timing["total_s"] = round(time.perf_counter() - began, 1)
                 self._write_state(self._status(evaluate))
                 if evaluate:
@@ -289,7 +288,6 @@ class Sequence:
         self,
         zero_shot: list[float] | None,
         accuracy: list[list[float | None]],
-        majority: list[float] | None,
         ahead: list[float | None],
         last: bool,
     ) -> dict[str, Any]:
@@ -297,6 +295,8 @@ class Sequence:
         if last and accuracy and len(self.pool) == len(self.tests) and self.method.learns_prototypes:
             routing = routing_accuracy(self.tests, self.pool, self.recipe.method.image_weight)
         given = ahead if self.recipe.evaluate.ahead else None
+        # Not before the first stage: it reads the texts of all tasks.
+        majority = self.evaluation.majority()
         content = matrix([test.name for test in self.tests], zero_shot, accuracy, routing, given, majority)
         on_main(self.world, lambda: self.results.write_matrix(content, last))
         numbers: dict[str, float | None] = dict(after_stage(accuracy, len(accuracy) - 1)) if accuracy else {}

@@ -126,7 +126,7 @@ FAILING = {
     "other_test_data": {"run", "train", "evaluate", "check"},
     "no_weights": {"run", "train", "evaluate", "predict", "serve", "check"},
     "damaged_stage": {"run", "train", "evaluate", "add", "export", "predict", "serve"},
-    "unreadable_predictions": {"run", "evaluate", "report"},
+    "unreadable_predictions": {"run", "evaluate"},
     "full_disk": {"run", "evaluate", "report"},
 }
 

@@ -43,6 +43,7 @@ def rows(kill: int, kill_ranks: int, fast: bool = False) -> dict[str, Callable[[
         "stages": damage.damaged_stages,
         "results": damage.damaged_results,
         "data": damage.damaged_data,
+        "changed-data": damage.changed_data,
         "bomb": damage.image_bomb,
         "shared-data": sharing.one_prepared_folder,
         "hub": models.silent_hub,

@@ -96,6 +96,27 @@ def damaged_results(bench: Bench) -> Iterator[Row]:
         )
 
 
+def changed_data(bench: Bench) -> Row:
+    """A data folder is changed under a finished run: every verb that needs it refuses, and the run stays finished."""
+    recipe = bench.recipe("changed-data")
+    run = run_of(recipe)
+    shutil.copytree(run_of(bench.whole), run)
+    shutil.copy(bench.folder / "recipes" / f"{recipe.stem}.yaml", run / "config.yaml")
+    before = {name: (run / name).read_bytes() for name in ("matrix.json", "run.json")}
+    split, other = (bench.folder / "data" / task / "train" for task in ("T1", "T0"))
+    kept = split.rename(bench.folder / "kept")
+    shutil.copytree(other, split)
+    process = bench.start(["evaluate", str(run)])
+    codes = [process.wait(), bench.run(recipe)[0]]
+    unchanged = all((run / name).read_bytes() == content for name, content in before.items())
+    shutil.rmtree(split)
+    kept.rename(split)
+    codes.append(bench.start(["evaluate", str(run)]).wait())
+    passed = codes == [2, 2, 0] and unchanged and not bench.differences(recipe)
+    happens = "refused; matrix and state stay those of the finished run, and all is well when the data is back"
+    return Row("a data folder changed under a finished run", happens, "nothing", str(codes[0]), passed, process.said())
+
+
 def image_bomb(bench: Bench) -> Row:
     """A small file that would decode to 400 million pixels."""
     from PIL import Image
