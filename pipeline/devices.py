@@ -119,7 +119,7 @@ def torch_build() -> str:
     """Which torch this is: "torch 2.13.0+cpu", "torch 2.13.0, CUDA 13.0"."""
     import torch
 
-    build = torch.__version__
+    build = str(torch.__version__)
     if torch.version.cuda and "+cu" not in build:
         build += f", CUDA {torch.version.cuda}"
     elif torch.version.cuda is None and torch.version.hip is None and "+" not in build:
@@ -127,7 +127,7 @@ def torch_build() -> str:
     return f"torch {build}"
 
 
-def choose_device(name: str | None = None) -> str:
+def choose_device(name: torch.device | str | None = None) -> torch.device | str:
     """The device that one process computes on: `name`, else a GPU where there is one.
 
     Raises UserError where GPUs are to be expected and torch cannot use them.

@@ -178,6 +178,7 @@ class Watchdog:
 
     def _collect(self, places: dict[int, str], seconds: float) -> None:
         """Put where the ranks are in `places`, for at most so long, and then into the store."""
+        assert self._store is not None
         until = time.monotonic() + seconds
         missing = set(range(self.world.size)) - places.keys()
         while missing and time.monotonic() < until:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 from tests.faults.bench import Bench, Row
 
@@ -17,7 +18,7 @@ def few_descriptors(bench: Bench) -> Row:
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
 
     tiny_clip.save_coin(bench.folder / "many", "T0", train=RECORDS, test=RECORDS)
-    changes = {
+    changes: dict[str, Any] = {
         "tasks": 1, "data__root": str(bench.folder / "many"), "data__prepared": str(bench.folder / "many-data"),
         "data__shard_samples": 1, "train__steps": RECORDS // 4, "train__save_steps": 50, "evaluate__zero_shot": False,
     }  # fmt: skip
