@@ -144,12 +144,12 @@ class Answerer:
     def __init__(self, source: Source, device: str | None = None) -> None:
         self.source = source
         self.method = make_method(source.method)
-        device = choose_device(device)
-        self.lmm: LMM = load_lmm(source.model, device=device)
+        place = choose_device(device)
+        self.lmm: LMM = load_lmm(source.model, device=place)
         self.lmm.use_repetition_penalty(source.repetition_penalty)
         if source.projector:
             self.lmm.load_projector(source.projector)
-        self.encoder = KeyEncoder(*source.keys.source, device=device)
+        self.encoder = KeyEncoder(*source.keys.source, device=place)
 
     @property
     def pool(self) -> PromptPool:
