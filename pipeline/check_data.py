@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.check_prepared import other_data
+from pipeline.check_prepared import earlier_folder, other_data
 from pipeline.config import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
@@ -68,7 +68,7 @@ class CheckedData:
                 f"task{'s' * (len(unprepared) > 1)} {names} not prepared: there is no "
                 f"{data.split_path(unprepared[0].name, SPLITS[0]) / DATASET_FILE}"
                 f"{' and so on' * (len(unprepared) > 1)}; run `{command('prepare', self.name)}`"
-                f"{' once the data is there' * (len(wrong) > 0)}."
+                f"{' once the data is there' * (len(wrong) > 0)}.{earlier_folder(data, unprepared[0].name)}"
             )
         if wrong:
             raise UserErrors(wrong)
@@ -217,7 +217,7 @@ def require_prepared(recipe: Recipe, name: str) -> None:
             if not (folder / DATASET_FILE).is_file():
                 raise UserError(
                     f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
-                    f"run `{command('prepare', name)}` first."
+                    f"run `{command('prepare', name)}` first.{earlier_folder(recipe.data, task.name)}"
                 )
 
 

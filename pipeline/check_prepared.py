@@ -7,9 +7,10 @@ from typing import Any
 
 from pipeline.config import DataConfig, Recipe, TaskConfig
 from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
-from pipeline.data.shards import read_description
+from pipeline.data.shards import DATASET_FILE, read_description
 from pipeline.data_use import recorded_fingerprint
 from pipeline.errors import UserError, UserErrors
+from pipeline.recipe_base import PREPARED
 
 SPLITS = ("train", "test")
 
@@ -47,6 +48,21 @@ def other_data(
     if not source or data.source == "generated":  # what a seed draws does not change
         return []
     return _changed(data, task, split, description, images)
+
+
+def earlier_folder(data: DataConfig, task: str) -> str:
+    """A sentence naming a folder in which an earlier version prepared a task of that name; empty where none is seen.
+
+    Those versions used `data/<recipe's name>` where now a folder follows from the data's settings.
+    """
+    place = Path(data.prepared).parent
+    if place.name != Path(PREPARED).parent.name:
+        return ""
+    found = sorted(place.parent.glob(f"*/{task}/{SPLITS[0]}/{DATASET_FILE}"))
+    if not found:
+        return ""
+    folder = found[0].parents[2]
+    return f" {folder} has a prepared task '{task}'; `--set data.prepared={folder}` uses that one if it is the same."
 
 
 def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], images: bool) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
-from pipeline.check_data import CheckedData
+from pipeline.check_data import CheckedData, require_prepared
 from pipeline.check_prepared import refuse_other_data
 from pipeline.checkpoint import claim_run
 from pipeline.config import Recipe, load_recipe
@@ -111,6 +111,17 @@ def test_tasks_with_unlike_limits_never_share_with_tasks_that_have_them_the_othe
 def test_a_recipe_may_name_a_folder_with_the_settings_in_it() -> None:
     named = load_recipe("nano", ["data.prepared=/scratch/{settings}"]).data.prepared
     assert named == f"/scratch/{Path(load_recipe('nano').data.prepared).name}"
+
+
+def test_a_folder_of_an_earlier_version_is_named_where_the_default_one_is_empty(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(recipe(prepared="data/tiny"), progress=False)
+    with pytest.raises(UserError, match=r"data/tiny has a prepared task 'Shapes'; `--set data\.prepared=data/tiny`"):
+        require_prepared(recipe(prepared="data/prepared/{settings}"), "tiny")
+    with pytest.raises(UserError, match=r"prepare tiny` first\.$"):
+        require_prepared(recipe(prepared="elsewhere"), "tiny")
 
 
 def test_benchmarks_of_the_same_shots_share_a_folder() -> None:
