@@ -125,7 +125,7 @@ def _recipe(root: Path, size: int, name: str, prepared: Path, prepare_first: boo
     work.mkdir(exist_ok=True)
     shutil.copy(root / GENERATED, work / GENERATED)
     data = {"source": "coin", "root": str(root / f"data-{size}" / "coin"), "prepared": str(prepared)}
-    tasks = [{"name": task, "max_new_tokens": 4} for task in counts_of(size)]
+    tasks = [{"name": task, "max_new_tokens": 8} for task in counts_of(size)]
     train = {"steps": 2, "global_batch": 8, "lr_prompt": 0.01, "lr_head": 0.001, "log_every": 1, "processes": 1}
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump({
