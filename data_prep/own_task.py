@@ -85,8 +85,20 @@ def make_task(
     return {
         "task": name, "root": str(root), "train": len(splits["train"]), "test": len(splits["test"]),
         "pictures": len({row.image for row in rows} - {None}), "answers": len({row.answer for row in rows}),
-        "metric": metric, "sheet": str(sheet),
+        "metric": metric, "sheet": str(sheet), **_long_answers(splits["test"], max_new_tokens),
     }  # fmt: skip
+
+
+def _long_answers(test: list[Row], most: int) -> dict[str, str]:
+    """A sentence about test answers that surely have more tokens than `most`: a word is one at least."""
+    words = [len(row.answer.split()) for row in test]
+    over = sum(count > most for count in words)
+    if not over:
+        return {}
+    return {"long_answers": (
+        f"{over} of {len(words)} test answers have more words than the {most} tokens of max_new_tokens (the longest "
+        f"{max(words)} words), so they cannot be answered in full; set --max-new-tokens higher."
+    )}  # fmt: skip
 
 
 def _checked(images: Path, table: Path) -> list[Row]:

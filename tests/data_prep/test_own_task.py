@@ -152,3 +152,12 @@ def test_a_path_that_no_file_can_have_is_a_line_that_cannot_be_used(folder: Path
 def test_a_field_that_is_too_long_for_a_table_is_a_sentence(folder: Path) -> None:
     with pytest.raises(UserError, match=r"line 12 cannot be read .*field larger"):
         make(folder, [*TABLE, f"deep/1.png,{'long ' * 40_000},x"])
+
+
+def test_test_answers_that_cannot_be_generated_whole_are_told(folder: Path) -> None:
+    lines = [json.dumps({"question": f"what is {n}?", "answer": "a word " * 10}) for n in range(6)]
+    made = make(folder, lines, "samples.jsonl", max_new_tokens=16)
+    count = made["test"]
+    assert f"{count} of {count} test answers have more words than the 16 tokens" in made["long_answers"]
+    assert "long_answers" not in make_task("Other", folder / "photos", folder / "samples.jsonl", folder / "own",
+                                           max_new_tokens=20)  # fmt: skip
