@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 WHITE = (255, 255, 255)
@@ -144,7 +145,7 @@ def opaque(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 or 32 bits, or floating point, as 8 bits: by the type's range where it is known."""
     values = image.convert("F") if image.mode != "F" else image.copy()
-    low, high = values.getextrema()
+    low, high = np.asarray(values).min().item(), np.asarray(values).max().item()
     if image.mode == "F" or not 0 <= low <= high <= 65535:  # any range: from the darkest to the brightest
         span = high - low
         unit = low >= 0.0 and high <= 1.0

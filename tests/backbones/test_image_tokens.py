@@ -121,6 +121,7 @@ def test_a_model_takes_in_what_its_limited_processor_hands_over(tmp_path, kind, 
     lmm = load_lmm(config)
     for size in ((200, 40), (48, 200), (64, 64)):
         example = lmm.conversation.example_of(Sample("s", None, "What?", "A cat"), Image.new("RGB", size, (9, 8, 7)))
+        assert example.images is not None
         assert example.prompt.count(lmm.image_token) == len(lmm.image_features(example.images)) <= most
 
 

@@ -54,7 +54,13 @@ def seen(monkeypatch) -> list[str]:
 
     ids: list[str] = []
     make = collate.collate
-    monkeypatch.setattr(collate, "collate", lambda *args, **kwargs: ids.extend((b := make(*args, **kwargs)).ids) or b)
+
+    def noted(*args, **kwargs):
+        batch = make(*args, **kwargs)
+        ids.extend(batch.ids)
+        return batch
+
+    monkeypatch.setattr(collate, "collate", noted)
     return ids
 
 

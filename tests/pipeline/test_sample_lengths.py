@@ -65,7 +65,12 @@ def test_samples_that_surely_fit_are_not_read(tmp_path, qwen, monkeypatch):
     monkeypatch.setattr(sample_lengths, "READ_FOR_LONGEST", 1)
     read = []
     text = shards.text
-    monkeypatch.setattr(shards, "text", lambda row: read.append(row) or text(row))
+
+    def noted(row):
+        read.append(row)
+        return text(row)
+
+    monkeypatch.setattr(shards, "text", noted)
     measure(shards, Conversation(qwen, 2048), "T/train")
     assert len(read) == 1
 
