@@ -53,6 +53,7 @@ class Snapshot:
 
 # What this process has resolved: a branch that moves during a run must not give its parts different models.
 _known: dict[tuple[str, str | None], Snapshot] = {}
+_settings: dict[tuple[str, str | None], Path] = {}  # folders that may lack the weights
 
 
 def checkpoint(source: Source) -> Snapshot:
@@ -74,10 +75,13 @@ def checkpoint(source: Source) -> Snapshot:
 
 def settings_folder(source: Source) -> Path:
     """A folder with the checkpoint's configuration, tokenizer and processor; weights are not fetched for it."""
-    known = _known.get((source.path, source.revision))
-    if known is not None and known.folder.is_dir():
-        return known.folder
-    return Path(source.path) if Path(source.path).is_dir() else _fetched(source, weights=False)
+    key = source.path, source.revision
+    if Path(source.path).is_dir() and key not in _known:
+        return Path(source.path)
+    folder = _known[key].folder if key in _known else _settings.get(key)
+    if folder is None or not folder.is_dir():
+        folder = _settings[key] = _fetched(source, weights=False)
+    return folder
 
 
 def share(world: World, sources: Iterable[Source], each_round: Callable[[], object] = lambda: None) -> None:

@@ -300,8 +300,9 @@ def load_lmm(
         if live is not None:
             integration.unset_hf_deepspeed_config()
             del live
-    refuse_unfitting(config, report)
-    if zero3 is not None:
+    if zero3 is None:
+        refuse_unfitting(config, report)
+    else:
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
     check_image_size(config, model.config, processor)

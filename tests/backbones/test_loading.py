@@ -123,6 +123,8 @@ def test_check_and_loading_refuse_a_checkpoint_that_lacks_weights(checkpoint: Pa
     with pytest.raises(UserError, match=expected):
         load_lmm(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=expected):
+        load_lmm(ModelConfig(path=str(folder)), zero3={"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match=expected):
         check_model(CheckedModel(make_recipe(folder), online=False))
 
 

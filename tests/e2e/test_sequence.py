@@ -228,6 +228,7 @@ def test_a_run_whose_weights_were_fetched_by_its_first_start_goes_on(
 
     monkeypatch.setattr(snapshots, "_fetched", fetched)
     monkeypatch.setattr(snapshots, "_known", {})
+    monkeypatch.setattr(snapshots, "_settings", {})
     recipe = make(tasks=2, model__path="owner/model", evaluate__zero_shot=False)
     run_sequence(recipe, until=1)
     monkeypatch.setattr(snapshots, "_known", {})

@@ -40,6 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(snapshots, "_known", {})
+    monkeypatch.setattr(snapshots, "_settings", {})
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     hub._connects.cache_clear()
@@ -55,6 +56,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Stub], None]:
         monkeypatch.setattr(constants, "ENDPOINT", stub.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.address + RESOLVE)
         snapshots._known.clear()
+        snapshots._settings.clear()
         hub._connects.cache_clear()
 
     return turn
@@ -119,6 +121,9 @@ def test_a_check_fetches_no_weights(llava: Path, cache: Path, at: Callable[[Stub
         folder = settings_folder(SOURCE)
         assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
         assert not any("safetensors" in asked for asked in stub.asked)
+        asked = len(stub.asked)
+        settings_folder(SOURCE)
+        assert len(stub.asked) == asked, "the Hub is asked once, however many parts of a check look there"
 
 
 def test_weights_that_the_repository_does_not_have_are_an_error(
