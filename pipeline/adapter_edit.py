@@ -95,10 +95,10 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Prompt sets from {META}")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{repository} could not be uploaded to ({reason}); expected user/name, a token that may write there "
-            "(`hf auth login` or HF_TOKEN), and a network."
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")
+        raise UserError(  # the reason stands in no brackets, for the Hub's own sentences have some
+            f"{repository} could not be uploaded to: {reason}. Expected user/name, a network, and a token that may "
+            "write there, from `hf auth login` or HF_TOKEN."
         ) from error
     return f"https://huggingface.co/{repository}"
 

@@ -100,6 +100,10 @@ def test_utf_16_and_spreadsheets_are_named(photos: Path) -> None:
         new_task(photos, b"PK\x03\x04rest", "t.xlsx")
 
 
+def test_a_table_is_read_by_its_content_whatever_its_name(photos: Path) -> None:
+    assert new_task(photos, "image,question,answer\n" + "\n".join(ROWS), "t.xlsx") == READ
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u000b", "\u001c"])
 def test_a_line_of_jsonl_ends_at_a_line_feed_only(photos: Path, separator: str) -> None:
     lines = [json.dumps({"image": f"{n}.png", "question": f"q{separator}{n}", "answer": "a"}, ensure_ascii=False)
@@ -134,6 +138,8 @@ def test_a_row_of_a_class_table_with_a_comma_too_many_is_a_fault(tmp_path: Path)
     ("content", "sentence"),
     [
         ("image;question;answer\n1.png;q;a\n", "is separated by semicolons; expected commas"),
+        ("sep=;\nimage;question;answer\n1.png;q;a\n", "is separated by semicolons; expected commas"),
+        ('"image";"question";"answer"\n1.png;"q, r";a\n', "is separated by semicolons; expected commas"),
         ("image\tquestion\tanswer\n1.png\tq\ta\n", "is separated by tabs; expected commas"),
         ("image,question,answer,answer\n1.png,q,a,b\n", "has the column answer more than once"),
         ("image,questions,answer\n1.png,q,a\n", "Write question in place of questions"),

@@ -160,9 +160,23 @@ def test_pushing_makes_a_private_repository_unless_told_otherwise(whole: Path, m
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: calls.append(options["repo_id"]))
     assert push(whole, "me/sets") == "https://huggingface.co/me/sets"
     assert calls == [("me/sets", True), "me/sets"]
-    with pytest.raises(UserError, match=r"could not be uploaded to .* expected user/name"):
-        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+
+
+def test_a_refused_upload_is_one_sentence_without_nested_brackets(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("403 Forbidden: None. (Request ID: Root=1-2;3)\nCannot access content at: https://hub/api.")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(UserError) as raised:
         push(whole, "me/sets")
+    assert str(raised.value) == (
+        "me/sets could not be uploaded to: 403 Forbidden: None. (Request ID: Root=1-2;3). Expected user/name, "
+        "a network, and a token that may write there, from `hf auth login` or HF_TOKEN."
+    )
 
 
 def with_projector(whole: Path, target: Path) -> Path:
