@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from pipeline.mlflow_description import dataset_inputs, flatten, note
 from pipeline.mlflow_store import first_line, open_store, store_in_use
 from pipeline.passwords import masked
 from pipeline.run_folder import RunFolder, read_run
-from pipeline.tracking import tracking_uri
+from pipeline.tracking import never, tracking_uri
+from pipeline.waiting_metrics import HEADLINE, WaitingMetrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -26,15 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FINISHED = "FINISHED"
 RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
 BATCH = 100  # MLflow takes at most 100 parameters in one call
-METRIC_BATCH = 1000
 PREDICTIONS = 20  # per task, as a sample
 PARAM_CHARS = 6000
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
 SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the numbers of the last stage
-# MLflow's pages begin with the number that a run logged first: that of the whole sequence, not a task's.
-HEADLINE = "last"
 
 
 class MlflowTracker:
@@ -49,15 +48,17 @@ class MlflowTracker:
         self._open: list[str | None] = []  # the runs that are open, innermost last
         self._stages: dict[str, str] = {}
         self._models: dict[str, str] = {}
-        self._waiting: dict[str, list[Metric]] = {}
-        self._before_headline: list[Metric] = []
-        self._has_headline = False
+        self._waiting = WaitingMetrics()
+        self._stays_finished: Callable[[bool], bool] = never
+        self._has_all_numbers = False  # an earlier call left a whole matrix
+        self._left_finished = False  # the parent is, as an earlier call left it
         self._retry_at = 0.0
         self._warned = False
 
     @contextmanager
-    def sequence(self, state: Mapping[str, Any]) -> Iterator[None]:
+    def sequence(self, state: Mapping[str, Any], stays_finished: Callable[[bool], bool] = never) -> Iterator[None]:
         known = state.get("mlflow") or {}
+        self._stays_finished, self._has_all_numbers = stays_finished, state.get("status") == "done"
         if known.get("experiment") == self.experiment_id:
             self._stages = dict(known.get("stages", {}))
             self._models = dict(known.get("models", {}))
@@ -70,7 +71,7 @@ class MlflowTracker:
                 f"MLflow at {masked(self.uri)} refused a new run ({first_line(error)}); mend the store or set "
                 "tracking.enabled=false."
             ) from error
-        self._parent = run_id
+        self._parent = self._waiting.parent = run_id
         with self._running(run_id):
             self._describe(state, is_new)
             yield
@@ -83,6 +84,9 @@ class MlflowTracker:
             tags = {"kind": "stage", "stage": str(index + 1), "task": name}
             if self._parent is not None:
                 tags["mlflow.parentRunId"] = self._parent
+                if self._left_finished:
+                    self.client.update_run(self._parent, status="RUNNING")
+                    self._left_finished = False
             run_id, is_new = self._start(self._stages.get(label), label, tags)
             self._stages[label] = run_id
             if is_new:
@@ -95,15 +99,7 @@ class MlflowTracker:
         if run_id is None:
             return
         with self._tolerant("collecting metrics"):
-            entries = self._entries(values, step)
-            # Behind `last`, which comes with the first finished stage, stand the numbers from before any training.
-            if run_id == self._parent and HEADLINE not in values and not self._has_headline:
-                self._before_headline += entries
-                return
-            if HEADLINE in values and not self._has_headline:
-                entries.sort(key=lambda entry: entry.key != HEADLINE)
-                entries, self._has_headline = [*entries, *self._release()], True
-            self._waiting.setdefault(run_id, []).extend(entries)
+            self._waiting.add(run_id, self._entries(values, step))
         if time.monotonic() >= self._retry_at:
             self._flush()
 
@@ -147,14 +143,16 @@ class MlflowTracker:
             self.client.finalize_logged_model(model.model_id, "READY")
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
             self._models[name] = model.model_id
-            self._log_model_metrics(run_id, model.model_id, metrics, 0)
+            self.client.log_batch(run_id, metrics=self._entries(metrics, 0, model.model_id))
 
     def model_metrics(self, name: str, metrics: Mapping[str, float | None], step: int) -> None:
         model_id, run_id = self._models.get(name), self._current()
         if model_id is None or run_id is None:
             return
         with self._tolerant(f"logging the scores of {name}"):
-            self._log_model_metrics(run_id, model_id, metrics, step)
+            self._waiting.add(run_id, self._entries(metrics, step, model_id))
+        if time.monotonic() >= self._retry_at:
+            self._flush()
 
     def results(self, run_path: Path, complete: bool) -> None:
         run_id = self._current()
@@ -215,7 +213,11 @@ class MlflowTracker:
                 run = self.client.get_run(run_id)
                 if run.info.lifecycle_stage == "active":
                     self.client.set_tag(run_id, "requeue", str(int(run.data.tags.get("requeue", "0")) + 1))
-                    self.client.update_run(run_id, status="RUNNING")
+                    # Of a finished run nothing is trained until a stage is opened, whatever becomes of this process.
+                    is_parent = tags.get("kind") == "sequence"
+                    self._left_finished |= is_parent and run.info.status == FINISHED and self._stays_finished(False)
+                    if not (is_parent and self._left_finished):
+                        self.client.update_run(run_id, status="RUNNING")
                     return run_id, False
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -230,24 +232,28 @@ class MlflowTracker:
         status = "FAILED"
         try:
             yield
-            status = "FINISHED"
+            status = FINISHED
         except (Interrupted, KeyboardInterrupt):
             status = "KILLED"
             raise
         except SystemExit as leaving:
             if leaving.code in (None, EXIT_OK):
-                status = "FINISHED"
+                status = FINISHED
             elif leaving.code == EXIT_RESUMABLE:
                 status = "KILLED"
             raise
         finally:
             self._open.pop()
-            if run_id is not None and run_id == self._parent:
-                self._waiting.setdefault(run_id, []).extend(self._release())
-            self._flush()
-            if run_id is not None:
+            is_parent = run_id is not None and run_id == self._parent
+            kept = is_parent and status != FINISHED and self._stays_finished(status == "KILLED")
+            if kept and self._has_all_numbers:
+                self._waiting.drop()
+            elif is_parent:
+                self._waiting.release()
+            self._flush(at_the_end=is_parent)
+            if run_id is not None and not (kept and self._left_finished):
                 with self._tolerant("closing a run"):
-                    self.client.set_terminated(run_id, status)
+                    self.client.set_terminated(run_id, FINISHED if kept else status)
 
     def _describe(self, state: Mapping[str, Any], is_new: bool) -> None:
         """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
@@ -313,20 +319,13 @@ class MlflowTracker:
         known = {key: float(value) for key, value in values.items() if value is not None}
         return [Metric(key, value, now, step, model_id=model_id) for key, value in known.items()]
 
-    def _log_model_metrics(self, run_id: str, model_id: str, metrics: Mapping[str, float | None], step: int) -> None:
-        self.client.log_batch(run_id, metrics=self._entries(metrics, step, model_id))
-
-    def _flush(self) -> None:
+    def _flush(self, at_the_end: bool = False) -> None:
+        """Send what waits; numbers beside those of a whole matrix only at the end of a call that did not fail."""
         with self._tolerant("logging metrics"):
-            for run_id, entries in list(self._waiting.items()):
-                while entries:
-                    self.client.log_batch(run_id, metrics=entries[:METRIC_BATCH])
-                    del entries[:METRIC_BATCH]
-                del self._waiting[run_id]
-
-    def _release(self) -> list[Metric]:
-        entries, self._before_headline = self._before_headline, []
-        return entries
+            waits = self._has_all_numbers and not at_the_end and self._stays_finished(False)
+            self._waiting.send(
+                lambda run_id, entries: self.client.log_batch(run_id, metrics=entries), self._parent if waits else None
+            )
 
     def _current(self) -> str | None:
         return self._open[-1] if self._open else None

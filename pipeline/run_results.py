@@ -41,6 +41,10 @@ class RunResults:
         """That stage is saved: the run is further than it was."""
         self._trained = True
 
+    def stay_finished(self, stopped: bool) -> bool:
+        """Whether run.json still calls the run finished when a stop, or an error, ends the call now."""
+        return self._finished and not self._trained and not (stopped and self._trains)
+
     def write_state(self, status: str, facts: Mapping[str, Any]) -> None:
         """Write run.json with this status, unless what it says is more and still true.
 

@@ -126,7 +126,7 @@ class Sequence:
             tracker=self.tracker, stop=self.stop, answering_model=self.answering_model,
         )  # fmt: skip
         try:
-            with self.tracker.sequence(self.results.state):
+            with self.tracker.sequence(self.results.state, self.results.stay_finished):
                 self._write_state("running")
                 if train and evaluate and not all(finished):
                     self.models.prepare_to_train()

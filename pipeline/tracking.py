@@ -8,7 +8,7 @@ and nothing else: metrics wait in memory and are sent when the store answers aga
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,11 +29,22 @@ STORE_VARIABLE = "MLFLOW_TRACKING_URI"
 ARTIFACTS = "mlartifacts"
 
 
+def never(_: bool) -> bool:
+    """Of a run that is not finished: whatever ends the call is what the run ends with."""
+    return False
+
+
 class Tracker(Protocol):
     """What the sequence and the training loop tell about a run."""
 
-    def sequence(self, state: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Open the parent run; `state` is the content of run.json, whose "mlflow" entry names the runs to continue."""
+    def sequence(
+        self, state: Mapping[str, Any], stays_finished: Callable[[bool], bool] = never
+    ) -> AbstractContextManager[None]:
+        """Open the parent run; `state` is the content of run.json, whose "mlflow" entry names the runs to continue.
+
+        `stays_finished` says, whether a stop (True) or an error ends the call now, that the run was finished before and
+        is so still: its parent run then keeps its end, and its numbers those of the matrix.
+        """
 
     def stage(self, index: int, name: str) -> AbstractContextManager[None]:
         """Open the child run of one stage (index is 0-based); inside, everything below goes to this run."""
@@ -64,7 +75,7 @@ class NullTracker:
     """Tracks nothing."""
 
     @contextmanager
-    def sequence(self, state: Mapping[str, Any]) -> Iterator[None]:
+    def sequence(self, state: Mapping[str, Any], stays_finished: Callable[[bool], bool] = never) -> Iterator[None]:
         yield
 
     @contextmanager

@@ -239,3 +239,21 @@ def test_a_damaged_input_is_told_as_the_users(finished: Finished) -> None:
         done = CliRunner().invoke(app, ["evaluate", str(finished.run)])
     assert done.exit_code == EXIT_USER
     assert "trained with another data" in done.output
+
+
+def test_the_tracked_run_is_as_finished_as_the_run_folder(make: MakeRecipe, prepared: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    recipe = make(tasks=2)
+    recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"enabled": True, "uri": store})})
+    run_sequence(recipe)
+    run, client = recipe.run_path, MlflowClient(store)
+    parent = json.loads((run / "run.json").read_text())["mlflow"]["parent"]
+    before = client.get_run(parent)
+    assert before.info.status == "FINISHED"
+    finished = Finished(prepared, run, run, run)
+    with unreadable_predictions(finished):
+        assert CliRunner().invoke(app, ["evaluate", str(run)]).exit_code != EXIT_OK
+    after = client.get_run(parent)
+    assert (after.info.status, after.data.metrics) == ("FINISHED", before.data.metrics)

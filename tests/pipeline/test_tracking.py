@@ -189,6 +189,63 @@ def test_a_run_ends_with_what_happened(store: Path, tmp_path: Path, error: BaseE
     assert client.get_run(ids["stages"]["01-colour"]).info.status == status
 
 
+@pytest.mark.parametrize(
+    "error", [UserError("damaged"), Interrupted("stop"), SystemExit(2)], ids=lambda e: type(e).__name__
+)
+def test_a_call_that_fails_on_a_finished_run_leaves_its_end_and_its_numbers(
+    store: Path, tmp_path: Path, error: BaseException
+) -> None:
+    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    with tracker.sequence({}), tracker.stage(0, "colour"):
+        tracker.stage_model(checkpoint(tmp_path / "stage"), "colour", {})
+    state = {"status": "done", "mlflow": tracker.run_ids()}
+    client, parent = client_of(store), tracker.run_ids()["parent"]
+    during = []
+
+    def evaluates(fails: bool) -> None:
+        again = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+        with again.sequence(state, stays_finished=lambda stopped: True):
+            again.metrics({"zero_shot.colour": 7.0}, 0)
+            again.metrics({"accuracy.colour": 8.0}, 1)
+            again.model_metrics("colour", {"accuracy.colour": 8.0}, 1)
+            during.append(client.get_run(parent).info.status)
+            if fails:
+                raise error
+            again.metrics({"last": 8.0}, 1)
+
+    ended = client.get_run(parent).info.end_time
+    with pytest.raises(type(error)):
+        evaluates(fails=True)
+    found = client.get_run(parent)
+    assert (found.info.status, found.info.end_time, found.data.metrics) == ("FINISHED", ended, {})
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    assert not model.metrics
+    evaluates(fails=False)
+    found = client.get_run(parent)
+    assert (found.info.status, found.data.metrics["accuracy.colour"]) == ("FINISHED", 8.0)
+    assert found.data.metrics.keys() == {"last", "zero_shot.colour", "accuracy.colour"}
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("accuracy.colour", 8.0)]
+    assert during == ["FINISHED", "FINISHED"]  # what ends the process without a word leaves no run that runs for ever
+
+
+def test_a_finished_run_runs_while_it_learns_another_task_and_ends_with_what_the_folder_says(
+    store: Path, tmp_path: Path
+) -> None:
+    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    with tracker.sequence({}), tracker.stage(0, "colour"):
+        pass
+    state = {"status": "done", "mlflow": tracker.run_ids()}
+    client, parent = client_of(store), tracker.run_ids()["parent"]
+    for error, status in ((RuntimeError("boom"), "FINISHED"), (Interrupted("stop"), "KILLED")):
+        again = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+        sequence = again.sequence(state, stays_finished=lambda stopped: not stopped)
+        with pytest.raises(type(error)), sequence, again.stage(1, "count"):
+            assert client.get_run(parent).info.status == "RUNNING"
+            raise error
+        assert client.get_run(parent).info.status == status
+
+
 def test_a_store_that_fails_while_training_costs_one_warning_and_no_metric(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
