@@ -30,7 +30,8 @@ class _Descriptors:
     """The open shards of this process, the least recently used one first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: what is allocated while it is held may start the garbage collector, which ends `ShardFiles`.
+        self._lock = threading.RLock()
         self._open: OrderedDict[tuple[int, int], _Descriptor] = OrderedDict()
         # A fork while another thread holds the lock would leave the child with a lock that nobody releases.
         os.register_at_fork(
@@ -62,7 +63,7 @@ class _Descriptors:
     def close(self, owner: int) -> None:
         """Close the shards of one owner."""
         with self._lock:
-            for key in [key for key in self._open if key[0] == owner]:
+            for key in [key for key in list(self._open) if key[0] == owner]:
                 os.close(self._open.pop(key).number)
 
     def _new(self, path: Path) -> int:
@@ -78,8 +79,10 @@ class _Descriptors:
         for key in list(self._open):
             if len(self._open) <= kept:
                 break
-            if not self._open[key].readers:
-                os.close(self._open.pop(key).number)
+            descriptor = self._open.get(key)  # None: the garbage collector has closed it meanwhile
+            if descriptor is not None and not descriptor.readers:
+                del self._open[key]
+                os.close(descriptor.number)
 
 
 _DESCRIPTORS = _Descriptors()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+from pipeline.data import shard_files as shard_files_module
 from pipeline.data.shard_files import MOST_OPEN, ShardFiles
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,27 @@ def test_a_shard_that_a_thread_reads_from_is_not_closed_under_it(tmp_path: Path)
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_the_garbage_collector_may_end_a_split_while_another_is_opened(tmp_path: Path, monkeypatch) -> None:
+    gone = shard_files(tmp_path / "gone", MOST_OPEN)
+    for number in range(MOST_OPEN):
+        gone.read(number, 8, 0)
+    gone.itself = gone  # type: ignore[attr-defined]  # a cycle, which only the collector ends
+    del gone
+    opens = shard_files_module._Descriptors._new
+
+    def opened_and_collected(descriptors: object, path: Path) -> int:
+        gc.collect()
+        return opens(descriptors, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_files_module._Descriptors, "_new", opened_and_collected)
+    read: list[bytes] = []
+    files = shard_files(tmp_path / "read", 1)
+    reading = threading.Thread(target=lambda: read.append(files.read(0, 8, 0)), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert read == [b"00000000"]
 
 
 def test_a_folder_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
