@@ -75,6 +75,23 @@ def test_samples_that_surely_fit_are_not_read(tmp_path, qwen, monkeypatch):
     assert len(read) == 1
 
 
+def test_ascii_is_not_tokenised_where_only_a_normaliser_could_make_it_too_long(tmp_path, qwen, monkeypatch):
+    samples = [Sample(f"s{number}", png(24, 24), "x" * 200, "red") for number in range(9)]
+    samples[4] = Sample("s4", png(24, 24), EMOJI * 120, "red")
+    conversation, tokenised = Conversation(qwen, 460), []
+    length = conversation.length
+
+    def noted(sample, size):
+        tokenised.append(sample.id)
+        return length(sample, size)
+
+    monkeypatch.setattr(sample_lengths, "READ_FOR_LONGEST", 1)
+    monkeypatch.setattr(sample_lengths, "_growth", lambda _: 3)
+    monkeypatch.setattr(conversation, "length", noted)
+    found = measure(split(tmp_path, samples), conversation, "T/train")
+    assert list(found.too_long) == [4] and len({*tokenised} - {"", "s4"}) == 1
+
+
 def test_bytes_bound_the_tokens_of_every_sample(tmp_path, qwen):
     turns = {"turns": [{"question": "and?", "answer": "b"}] * 9}
     samples = [
