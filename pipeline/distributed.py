@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ log = logging.getLogger("pipeline.distributed")
 T = TypeVar("T")
 # Longer than the watchdog waits, which can say more; what is asked for is `watchdog.collective_timeout`.
 TIMEOUT = datetime.timedelta(minutes=40)
+ROUND_S = 10.0  # after so many seconds of work in a thread all ranks look whether the run was told to stop
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,47 @@ def on_main(world: World, work: Callable[[], T]) -> T:
         told = next((known for known in (UserError, Interrupted) if issubclass(kind, known)), None)
         raise RuntimeError(f"Rank 0 failed: {text}") if told is None else told(text)
     return message[0]  # type: ignore[return-value]
+
+
+def in_rounds(world: World, thread: threading.Thread | None, each_round: Callable[[], object], seconds: float) -> None:
+    """Start this rank's `thread`, if it has one, and return when those of all ranks have ended.
+
+    All ranks call it, and together `each_round` about every so many seconds meanwhile, so that none waits in a
+    collective for as long as the work takes.
+    """
+    if thread is not None:
+        thread.start()
+    running = True
+    while running:
+        if thread is not None:
+            thread.join(seconds)
+        running = agree(thread is not None and thread.is_alive(), world.device)
+        each_round()
+
+
+def on_main_in_rounds(world: World, work: Callable[[], T], each_round: Callable[[], object]) -> T:
+    """`on_main` for work that may take long: all ranks call `each_round` together every few seconds meanwhile.
+
+    When that raises, the work is left behind in its thread, which does not keep the process.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="work", daemon=True) if world.main else None
+    in_rounds(world, thread, each_round, ROUND_S)
+
+    def result() -> T:
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return on_main(world, result)
 
 
 def together(work: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ Test sets are opened by who scores answers, and by nobody else; choices are made
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.data_use import data_record
-from pipeline.distributed import World, on_main, together
+from pipeline.distributed import World, on_main, on_main_in_rounds, together
 from pipeline.errors import UserError
 from pipeline.evaluate import Test
 from pipeline.metrics.scoring import require_metrics
@@ -88,10 +89,13 @@ def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
     return order
 
 
-def open_data(recipe: Recipe, world: World, scoring: bool = False) -> RunData:
+def open_data(
+    recipe: Recipe, world: World, scoring: bool = False, each_round: Callable[[], object] = lambda: None
+) -> RunData:
     """Open the data of a recipe on every rank, its test sets only where answers are to be scored.
 
-    Raises UserError, on all ranks, for what is missing or damaged on any.
+    The first rank may have to look through every sample. Meanwhile all ranks call `each_round` together every few
+    seconds. Raises UserError, on all ranks, for what is missing or damaged on any.
     """
 
     def key_identity() -> dict[str, str]:
@@ -127,7 +131,7 @@ def open_data(recipe: Recipe, world: World, scoring: bool = False) -> RunData:
         return decide(recipe, opened) if scoring else None  # who only compares keys needs no lengths
 
     # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
-    decision = on_main(world, decided) or Decision({"train": [[] for _ in train], "test": []}, [])
+    decision = on_main_in_rounds(world, decided, each_round) or Decision({"train": [[] for _ in train], "test": []}, [])
     for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
         shards.left_out = rows
 

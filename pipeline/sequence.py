@@ -85,7 +85,7 @@ class Sequence:
         self.recipe, self.path, self.world, self.stop, self.watchdog = recipe, path, world, stop, watchdog
         self.method: Method = make_method(recipe.method)
         fetch_models(recipe, world, lambda: self._stop_if_told("while models are fetched"))
-        self.data = open_data(recipe, world, scoring=True)
+        self.data = open_data(recipe, world, True, lambda: self._stop_if_told("while the data was looked through"))
         self.tests = self.data.tests
         self.stages = self.method.stages([task.name for task in recipe.data.tasks])
         self.pool = PromptPool()

@@ -20,7 +20,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 
 from pipeline import hub
-from pipeline.distributed import World, agree, broadcast_object, together
+from pipeline.distributed import ROUND_S, World, broadcast_object, in_rounds, together
 from pipeline.errors import UserError
 from pipeline.files import replacing
 from pipeline.pickled import SETTINGS, with_safetensors
@@ -29,7 +29,6 @@ from pipeline.weights import weights_of
 log = logging.getLogger("pipeline.snapshots")
 SAFE_WEIGHTS, PICKLED_WEIGHTS = ("model*.safetensors",), ("pytorch_model*.bin",)
 CONNECTIONS, FETCHING = 4, "fetching"
-ROUND_S = 10.0  # after so many seconds of fetching all ranks look whether the run was told to stop
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,7 @@ def _while_others_wait(
 
     # A thread that does not keep the process: a download may be waiting for a network that has gone.
     thread = threading.Thread(target=run, name=FETCHING, daemon=True) if mine else None
-    if thread is not None:
-        thread.start()
-    while True:
-        if thread is not None:
-            thread.join(ROUND_S)
-        running = agree(thread is not None and thread.is_alive(), world.device)
-        each_round()
-        if not running:
-            break
+    in_rounds(world, thread, each_round, ROUND_S)
 
     def result() -> Snapshot | None:
         if errors:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
+from pipeline.sample_lengths import measure
 from pipeline.sequence import Sequence, run_sequence
 from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
@@ -71,6 +75,22 @@ def test_refuse_ends_the_start_before_anything_is_trained(project, tmp_path, mon
     for split in ("train", "test"):
         assert f"T0/{split}: 1 of" in str(refused.value)
     assert "'emoji'" in str(refused.value) and "data.too_long" in str(refused.value)
+
+
+def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.distributed.ROUND_S", 0.05)
+    monkeypatch.setattr(Sequence, "run", lambda *_: pytest.fail("went on"))
+    leave = threading.Event()
+
+    def told_to_stop(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        leave.wait(20)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr("pipeline.too_long.measure", told_to_stop)
+    with pytest.raises(Interrupted, match="looked through"):
+        run_sequence(recipe(project, tmp_path, "skip"))
+    leave.set()
 
 
 def test_skip_leaves_it_out_of_training_and_counts_it_wrong_in_the_test(project, tmp_path, monkeypatch):
