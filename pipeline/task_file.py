@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.given_path import expanded
 from pipeline.strict_text import load_json
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
     tasks = data.get("tasks")
     if not isinstance(tasks, list):
         return fields
-    root = Path(data["root"]).expanduser()
+    try:
+        root = Path(expanded(data["root"]))
+    except UserError:  # the field's own validation says so, with its name
+        return fields
     return {**fields, "data": {**data, "tasks": [_filled(root, task) for task in tasks]}}
 
 

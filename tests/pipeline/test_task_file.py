@@ -25,6 +25,19 @@ def test_a_recipe_that_names_the_task_scores_it_as_its_task_file_says(overrides:
     assert (task.metric, task.max_new_tokens) == ("exact_ci", 40)
 
 
+def test_it_is_found_where_the_root_is_a_variable(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHELVES", str(tmp_path))
+    (task,) = load_recipe("real6_nano", [*overrides, "data.root=$SHELVES"]).data.tasks
+    assert (task.metric, task.max_new_tokens) == ("exact_ci", 40)
+
+
+def test_a_root_in_the_home_of_nobody_is_one_sentence(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.root: .*home folder of a user that this machine does not know"):
+        load_recipe("real6_nano", [*overrides, "data.root=~no-such-user/data"])
+
+
 def test_what_the_recipe_says_itself_holds_and_the_difference_is_told(overrides: list[str]) -> None:
     recipe = load_recipe("real6_nano", [*overrides, "data.tasks.Shelf.metric=iou"])
     assert recipe.data.tasks[0].metric == "iou" and recipe.data.tasks[0].max_new_tokens == 40
