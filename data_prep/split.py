@@ -8,7 +8,6 @@ place when it is whole, so a call that fails or is stopped leaves what there was
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipeline.data.shards import DATASET_FILE, IndexedShards, read_description
 from pipeline.data.stored_pictures import require_upright
 from pipeline.data_use import dependants, named
 from pipeline.errors import UserError
-from pipeline.files import replacing, sweep_temporaries
+from pipeline.files import remove_folder, replacing, sweep_temporaries
 
 NEXT, LAST = ".next", ".last"  # beside a split: its successor while that is written, itself while they change places
 REPLACE = "run `python -m pipeline prepare RECIPE --replace`"
@@ -97,7 +96,8 @@ def prepare_split(
     """
     folder = place.folder
     _finish_swap(folder)
-    sweep_temporaries(folder)
+    for swept in (folder, folder.parent):  # what stands beside a split belongs to it too
+        sweep_temporaries(swept)
     origin, target = source.origin(settings), folder
     there = _description(folder)
     if there is not None and not rewriting.replace:
@@ -178,7 +178,7 @@ def _finish_swap(folder: Path) -> None:
         elif last.exists():
             last.rename(folder)
     if folder.exists() and last.exists():
-        shutil.rmtree(last, ignore_errors=True)
+        remove_folder(last)  # its name is free then, also where somebody has a shard open over NFS
 
 
 def _description(folder: Path) -> dict[str, Any] | None:

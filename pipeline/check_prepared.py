@@ -13,6 +13,7 @@ from pipeline.errors import UserError, UserErrors
 from pipeline.recipe_base import PREPARED
 
 SPLITS = ("train", "test")
+SOURCE = "source"  # the setting that tells generated data from what was read as it is
 
 
 def refuse_other_data(recipe: Recipe) -> None:
@@ -42,12 +43,22 @@ def other_data(
     `images` also compares the size of every image with what it was.
     """
     folder = data.split_path(task.name, split)
-    clause = other_settings(description, data.split_settings(task, split))
+    wanted = data.split_settings(task, split)
+    if _was_added(data, task, description):
+        wanted = {name: value for name, value in wanted.items() if name != SOURCE}
+    clause = other_settings(description, wanted)
     if clause is not None:
         return [f"{folder} {clause}. {REMEDY}"]
     if not source or data.source == "generated":  # what a seed draws does not change
         return []
     return _changed(data, task, split, description, images)
+
+
+def _was_added(data: DataConfig, task: TaskConfig, description: dict[str, Any]) -> bool:
+    """Whether `add` has put a task of the user's own beside those that are generated: it was read from another root."""
+    made_from = (description.get(SETTINGS) or {}).get(SOURCE)
+    drawn = (Path(data.root) / "instructions" / task.name).is_dir()
+    return data.source == "generated" and made_from == "coin" and not drawn
 
 
 def earlier_folder(data: DataConfig, task: str) -> str:

@@ -194,6 +194,16 @@ def test_a_rewrite_that_fails_leaves_what_there_was(own: Recipe) -> None:
     assert IndexedShards(train(own))[6].answer == "full"
 
 
+def test_data_of_which_a_shard_is_open_over_nfs_is_rewritten_again_and_again(
+    own: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a file that is open keeps its folder
+    for answer in ("one", "two", "three"):
+        edit(own, answer)
+        prepare(own, progress=False, replace=True)
+        assert IndexedShards(train(own))[0].answer == answer
+
+
 @pytest.mark.parametrize("left", [(NEXT,), (LAST,), (NEXT, LAST)])
 def test_a_rewrite_that_is_killed_while_folders_change_places_is_finished(own: Recipe, left: tuple[str, ...]) -> None:
     folder = train(own)
@@ -242,6 +252,16 @@ def test_a_source_that_was_edited_since_is_said(own: Recipe, verb: int, earlier:
     edit(own)
     with pytest.raises(UserError, match=r"was prepared (before .*train\.json changed|from another state)"):
         look(own)[verb]()
+
+
+@pytest.mark.parametrize("verb", [0, 1], ids=["run", "check"])
+def test_a_task_that_was_added_to_a_run_on_generated_tasks_is_that_tasks_data(
+    own: Recipe, recipe: MakeRecipe, tmp_path: Path, verb: int
+) -> None:
+    look(recipe(source="generated", root=str(tmp_path / "drawn")))[verb]()
+    drawn = recipe(source="generated")  # a root in which the generator has drawn a task of this name
+    with pytest.raises(UserError, match="was made with source coin, the recipe has generated"):
+        look(drawn)[verb]()
 
 
 def test_check_says_that_an_image_has_another_size_than_when_it_was_prepared(own: Recipe) -> None:
