@@ -56,7 +56,7 @@ def share_shards(recipe: Recipe, share: Share) -> int:
         numbers = share.of(-(-len(source) // samples))
         if numbers:
             fingerprint = _fingerprint(source, folder)
-            _refuse_rewriting(folder, fingerprint)
+            _refuse_rewriting(folder, fingerprint, samples)
             read = partial(source.records, workers=recipe.data.workers)
             wrote += write_some_shards(read, folder, samples, fingerprint, numbers)
     return wrote
@@ -78,7 +78,7 @@ def _fingerprint(source: CoinSplit, folder: Path) -> str:
     return known
 
 
-def _refuse_rewriting(folder: Path, fingerprint: str) -> None:
+def _refuse_rewriting(folder: Path, fingerprint: str, samples: int) -> None:
     """Raise UserError when a split that is there was made from something else: no array rewrites one."""
     try:
         description = read_description(folder)
@@ -89,6 +89,11 @@ def _refuse_rewriting(folder: Path, fingerprint: str) -> None:
             f"{folder} was prepared from another state of the source or by another recipe. Take it up with `python -m "
             "pipeline prepare RECIPE`, which says what differs, or set data.prepared to a new folder."
         )
+    if description.get("shard_samples") != samples:
+        raise UserError(
+            f"{folder} was prepared in shards of {description.get('shard_samples')} samples, and data.shard_samples is "
+            f"{samples}. Set that to {description.get('shard_samples')}, or data.prepared to a new folder."
+        )
 
 
 def join_shards(recipe: Recipe) -> int:
@@ -96,8 +101,8 @@ def join_shards(recipe: Recipe) -> int:
     count = 0
     for source, folder in _splits(recipe):
         read, fingerprint = partial(source.records, workers=recipe.data.workers), _fingerprint(source, folder)
-        _refuse_rewriting(folder, fingerprint)
         samples = recipe.data.shard_samples
+        _refuse_rewriting(folder, fingerprint, samples)
         description, _ = write_shards(read, folder, samples, fingerprint, source.task, source.split)
         count += description["count"]
     return count

@@ -122,6 +122,16 @@ def test_an_array_does_not_rewrite_what_is_prepared(recipe: MakeRecipe, tmp_path
         share_shards(recipe(), Share(1, 1))
 
 
+def test_an_array_with_shards_of_another_size_does_not_touch_those_that_are_there(recipe: MakeRecipe) -> None:
+    whole = recipe()
+    prepare(whole, progress=False)
+    folder = whole.data.split_path("Shapes", "train")
+    before = content(folder)
+    with pytest.raises(UserError, match=r"in shards of 3 samples, and data\.shard_samples is 2"):
+        share_shards(recipe(shard_samples=2), Share(1, 1))
+    assert content(folder) == before
+
+
 def test_a_bad_record_cannot_be_left_out_by_one_of_several(recipe: MakeRecipe, tmp_path: Path) -> None:
     for image in (tmp_path / "coin" / "images").iterdir():
         image.unlink()
