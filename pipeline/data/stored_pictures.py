@@ -56,7 +56,7 @@ def require_upright(shards: IndexedShards) -> None:
         )
     shards.description[CHANGED] = 0
     with contextlib.suppress(OSError):  # a folder that can only be read is looked through every time
-        _note(shards.folder / DATASET_FILE)
+        _note(shards.folder / DATASET_FILE, shards.fingerprint)
 
 
 def _plain(shards: IndexedShards, row: int, name: str) -> bool:
@@ -71,8 +71,10 @@ def _plain(shards: IndexedShards, row: int, name: str) -> bool:
         return True
 
 
-def _note(path: Path) -> None:
+def _note(path: Path, fingerprint: str) -> None:
     description = json.loads(path.read_text("utf-8"))
+    if CHANGED in description or description["fingerprint"] != fingerprint:
+        return  # it was prepared anew while this process looked
     description[CHANGED] = 0
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.shards import dataset_fingerprint, write_shards
+from pipeline.data import stored_pictures
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.data.stored_pictures import CHANGED, require_upright
@@ -69,3 +70,13 @@ def test_data_of_an_earlier_version_with_turned_pictures_is_refused_by_name_and_
         require_upright(IndexedShards(tmp_path))
     description, wrote = split(tmp_path, 6)
     assert wrote and description[CHANGED] == 1
+
+
+def test_what_was_found_of_old_data_is_not_noted_in_data_that_took_its_place_meanwhile(tmp_path):
+    split(tmp_path, 1)
+    made_before(tmp_path)
+    old = IndexedShards(tmp_path)
+    (tmp_path / DATASET_FILE).unlink()
+    split(tmp_path, 6)  # another process: the pictures of the source were replaced
+    stored_pictures._note(tmp_path / DATASET_FILE, old.fingerprint)
+    assert IndexedShards(tmp_path).description[CHANGED] == 1
