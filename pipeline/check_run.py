@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.base_model import recorded_base_model
 from pipeline.check_model import CheckedModel
-from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run
+from pipeline.checkpoint import COMPLETE, META, check_stage, claim_run, is_empty
 from pipeline.config import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.errors import UserError
@@ -22,7 +22,7 @@ LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in f
 def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[str, str] | None) -> str:
     """Look at what is in the run folder: is it a run of this recipe, on this base model, with this CLIP."""
     path = recipe.run_path
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or is_empty(path):
         return f"{path} (new, {_free(path)} free)"
     claim_run(recipe)  # writes nothing where something is
     status = str(read_run(path).state.get("status", "new"))

@@ -20,7 +20,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import NFS_OPEN, empty_folder, remove_folder, replacing, sha256, sync_folder, write_synced
+from pipeline.files import (
+    NFS_OPEN,
+    TEMPORARY_SUFFIX,
+    empty_folder,
+    remove_folder,
+    replacing,
+    sha256,
+    sync_folder,
+    write_synced,
+)
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.recipe_base import FileRecipe
 
@@ -169,11 +178,17 @@ def claim_run(recipe: FileRecipe) -> Path:
                 f"(`--set {shlex.quote(f'run_dir={_free_name(run)}')}`), or go back to the values there to continue it."
             )
         return run
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and not is_empty(run):
         raise UserError(f"{run} exists and is not a run (no config.yaml). Set run_dir to a new or empty folder.")
     run.mkdir(parents=True, exist_ok=True)
     recipe.dump_yaml(path)
     return run
+
+
+def is_empty(run: Path) -> bool:
+    """Whether a folder can become a run's: what a process that writes config.yaml, or was killed then, has in it does
+    not count."""
+    return run.is_dir() and all(path.name.endswith(TEMPORARY_SUFFIX) for path in run.iterdir())
 
 
 def _free_name(run: Path) -> Path:

@@ -12,8 +12,9 @@ EXIT_USER = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
 
 
-# A disk that is full or read-only: no bug, so the user gets a sentence and no traceback.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# A disk that is full or read-only, a file of somebody else's: no bug, so the user gets a sentence and no traceback.
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *FORBIDDEN)
 
 
 class UserError(Exception):
@@ -37,10 +38,11 @@ class Interrupted(Exception):
 
 
 def unwritable(error: OSError) -> str:
-    """The sentence for a disk that is full or read-only."""
+    """The sentence for a disk that is full or read-only, and for a file that this user may not read or write."""
     place = f" '{error.filename}'" if error.filename else ""
+    done = "may not be read or written by this user" if error.errno in FORBIDDEN else "could not be written"
     return (
-        f"A file{place} could not be written ({error.strerror}). What was finished is kept; once this is mended the "
+        f"A file{place} {done} ({error.strerror}). What was finished is kept; once this is mended the "
         "same command goes on from there."
     )
 

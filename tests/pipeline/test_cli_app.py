@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -248,3 +249,21 @@ def test_a_run_folder_that_is_taken_is_said_with_a_free_one(tmp_path: Path) -> N
         claim_run(load_recipe("nano", [*taken, "data.tasks=[Count, Digits]"]))
     assert f"`--set 'run_dir={tmp_path}/a run-3'`" in str(caught.value)
     assert "Count, Digits now" in str(caught.value)
+
+
+def test_a_run_folder_in_which_config_yaml_was_only_begun_is_still_free(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml.elsewhere.1.0.tmp").write_text("name: na")  # its writer is at work, or was killed
+    claim_run(load_recipe("nano", [f"run_dir={run_dir}"]))
+    assert load_recipe(run_dir / "config.yaml").name == "nano"
+
+
+def test_a_folder_of_somebody_else_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "train.lock"))
+
+    monkeypatch.setattr("data_prep.prepare.prepare", refused)
+    done = run("prepare", "nano")
+    assert done.exit_code == EXIT_FAILURE and "Traceback" not in done.stderr
+    assert f"'{tmp_path / 'train.lock'}' may not be read or written by this user (Permission denied)" in done.stderr
