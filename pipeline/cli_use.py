@@ -50,7 +50,8 @@ def add_verbs(app: typer.Typer, train: Train) -> None:
         ] = None,
         name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder.")] = None,
         origin: Annotated[
-            list[str] | None, typer.Option(help="Origin of pages that may ask from a browser; may be repeated.")
+            list[str] | None,
+            typer.Option(metavar="ORIGIN", help="Origin of pages that may ask from a browser; may be repeated."),
         ] = None,
         ignore_system: Annotated[
             bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
