@@ -10,9 +10,12 @@ from pathlib import Path
 
 from PIL import UnidentifiedImageError
 
-from pipeline.data.pictures import decode_image
+from pipeline.data.pictures import decode_image, is_heic
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
+# Those of HEIC too, which cannot be read: such a photograph is named, and not left out without a word.
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif")
+)
 _LONGEST_NAME = 255  # bytes of one part of a path on the usual file systems
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -30,10 +33,9 @@ def read_image(path: Path) -> bytes:
     try:
         decode_image(encoded)
     except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
-        # PIL would name an unknown format by a memory address, and dataset.json should not depend on that.
-        unknown = isinstance(error, UnidentifiedImageError)
-        found = "no known image format" if unknown else f"{type(error).__name__}: {error}"
-        raise UnreadableError(f"cannot be decoded ({found}). Fetch the file again.") from error
+        found = str(error) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        advice = "Save it as JPEG." if is_heic(encoded) else "Fetch the file again."
+        raise UnreadableError(f"cannot be decoded ({found}). {advice}") from error
     return encoded
 
 

@@ -12,7 +12,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # EXIF tag
@@ -28,6 +28,8 @@ TURNS = {
 SWAPPING = (5, 6, 7, 8)  # orientations whose upright picture is as wide as the stored one is high
 # Without one of these a PNG has no orientation; Pillow would decode it whole to look behind its pixels.
 PNG_ORIENTED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+# What bytes 4 to 12 of a HEIC file are, as which phones save photographs; Pillow reads none.
+HEIC = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 DEEP = ("I", "F")  # first letters of modes with more than 8 bits a channel
 MOST_RATIO = 50  # of a picture's sides, beyond which `central` cuts its ends off
 SQUARE_SIDE = 4096  # longest side that is padded to a square as it is; a phone's 12 megapixels have 4032
@@ -48,7 +50,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises OSError, or one of Pillow's other errors, when the bytes are not a whole image or hold more pixels than
     Pillow reads (179 million).
     """
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _opened(encoded) as image:
         orientation = orientation_of(image, encoded)
         picture = opaque(image)
     return upright(picture, orientation)
@@ -56,7 +58,7 @@ def decode_image(encoded: bytes) -> Image.Image:
 
 def read_header(encoded: bytes) -> ImageHeader:
     """Read format and upright size, decoding no pixels; errors as `decode_image`."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _opened(encoded) as image:
         width, height = image.size
         if orientation_of(image, encoded) in SWAPPING:
             width, height = height, width
@@ -65,10 +67,23 @@ def read_header(encoded: bytes) -> ImageHeader:
 
 def is_plain(encoded: bytes) -> bool:
     """Whether the picture is what is stored: not turned, nothing transparent, 8 bits; errors as `decode_image`."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _opened(encoded) as image:
         if orientation_of(image, encoded) in TURNS or image.mode.startswith(DEEP):
             return False
         return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:  # names the place in memory where the bytes lie
+        kind = "HEIC, as phones save photographs" if is_heic(encoded) else "no known image format"
+        raise UnidentifiedImageError(kind) from None
+
+
+def is_heic(encoded: bytes) -> bool:
+    """Whether a file is a HEIC picture, which has to be saved as JPEG first."""
+    return encoded[4:12] in HEIC
 
 
 def central(picture: Image.Image) -> Image.Image:

@@ -243,6 +243,18 @@ def test_what_is_kept_of_an_undecodable_image_holds_no_memory_address(tmp_path: 
     assert isinstance(record, BadRecord) and "no known image format" in record.reason and "0x" not in record.reason
 
 
+def test_a_phones_heic_photograph_is_named_and_told_how_to_be_saved(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(picture(1))
+    (tmp_path / "train" / "cat" / "1.HEIC").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + b"\0" * 16)
+    found = [image for image in read_class_folders(tmp_path).train if image.path.endswith(".HEIC")]
+    (record,) = ImageSplit(tuple(found), tmp_path).records()
+    assert isinstance(record, BadRecord)
+    assert "cannot be decoded (HEIC, as phones save photographs). Save it as JPEG." in record.reason
+
+
 @pytest.mark.parametrize("other", ["sea lake", "Sea_Lake", "sea  lake"])
 def test_two_classes_of_one_text_are_refused(other: str) -> None:
     with pytest.raises(UserError, match=f"the classes 'sea_lake' and '{other}', which are one text to CLIP"):
