@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_app import Verb
+from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.errors import EXIT_USER, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -21,7 +23,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a f
 ShareOption = Annotated[str, typer.Option("--share", metavar="NUMBER/COUNT", help="which of how many processes")]
 
 
-@app.command("prepare")
+@app.command("prepare", cls=Verb)
 def prepare_command(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -48,7 +50,7 @@ def prepare_command(
         )
 
 
-@app.command("shards")
+@app.command("shards", cls=Verb)
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Write this process's share of the shards; `join` follows when all have ended."""
     from data_prep.share import Share, share_shards
@@ -57,7 +59,7 @@ def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Ov
     typer.echo(f"share {share}: wrote {share_shards(load_recipe(recipe, overrides or []), Share.parse(share))} shards")
 
 
-@app.command("join")
+@app.command("join", cls=Verb)
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Put the index beside the shards that `shards` wrote, and write those that are missing."""
     from data_prep.share import join_shards
@@ -66,7 +68,7 @@ def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     typer.echo(f"{join_shards(load_recipe(recipe, overrides or []))} samples")
 
 
-@app.command("keys")
+@app.command("keys", cls=Verb)
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
     from data_prep.share import Share, share_keys
@@ -76,7 +78,7 @@ def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Over
     typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
 
-@app.command("verify")
+@app.command("verify", cls=Verb)
 def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split, or a folder of them")]) -> None:
     """Check every prepared split under FOLDER: hashes, index, images and keys."""
     from data_prep.verify import verify_all
@@ -87,6 +89,7 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split
 
 def main() -> None:
     """Run the command line; wrong input ends with one sentence and exit code 2."""
+    raise_descriptor_limit()
     try:
         app()
     except UserError as error:

@@ -119,6 +119,11 @@ def prepare(
     """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
     raise_descriptor_limit()
     if recipe_kind(recipe) == "clip":
+        if gpus > 1:
+            raise UserError(
+                f"--gpus is {gpus}, and '{recipe}' is a benchmark, whose preparation computes no keys; leave --gpus "
+                "out."
+            )
         from pipeline.clip import verbs
 
         show(verbs.prepare(recipe, _with_skip_bad(overrides, skip_bad), replace), as_json)

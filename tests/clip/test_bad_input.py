@@ -43,6 +43,12 @@ def test_a_class_list_that_differs_from_the_checkpoints_method(folder: Path) -> 
         classifier_from(unit, backbone, words, NAMES[:4])
 
 
+def test_processes_for_keys_that_a_benchmark_has_none_of(folder: Path) -> None:
+    file = str(recipe_file(folder, COOP))
+    assert "is a benchmark, whose preparation computes no keys; leave --gpus out" in said("prepare", file, "--gpus", "2")
+    assert not (folder / "prepared").exists()
+
+
 def test_a_run_whose_classes_were_changed(folder: Path) -> None:
     file, trained = str(recipe_file(folder, COOP, seeds=[1])), recipe(folder, COOP, seeds=[1])
     prepare_benchmark(trained, progress=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -266,6 +267,25 @@ def test_the_command_line_ends_wrong_input_with_one_sentence_and_exit_code_2(pre
     assert _command_line(monkeypatch, "verify", prepared.data.prepared) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("error: The shard ")
+
+
+def test_the_command_line_takes_a_home_folder_as_a_shell_would(prepared, monkeypatch, capsys):
+    folder = Path(prepared.data.prepared)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert _command_line(monkeypatch, "verify", f"~/{folder.name}") == 0
+    monkeypatch.setenv("DATA", str(folder.parent))
+    assert _command_line(monkeypatch, "verify", f"$DATA/{folder.name}") == 0
+    assert capsys.readouterr().out.count("whole") == 4
+
+
+def test_the_command_line_may_open_as_many_files_as_a_verb(prepared, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert _command_line(monkeypatch, "verify", prepared.data.prepared) == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---------------------------------------------------------------------- how keys are computed
