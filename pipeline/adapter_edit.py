@@ -10,9 +10,11 @@ import torch
 
 from pipeline.adapter import META, Adapter, Meta, read_adapter, write_adapter
 from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.lmm_processor import own_penalty, source_of
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.errors import UserError, nearest
 from pipeline.prompts.pool import PromptPool
+from pipeline.snapshots import settings_folder
 from pipeline.weights import SCHEME
 
 
@@ -111,9 +113,18 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
     found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
     selection = ("name", "selection", "k", "gate", "image_weight", "insertion", "text_only", "prompt_length")
     found += _differing("method", one, two, selection)
+    if one.repetition_penalty != two.repetition_penalty and _penalty(one) != _penalty(two):
+        found.append(f"repetition_penalty {two.repetition_penalty!r} instead of {one.repetition_penalty!r}")
     if "trained" in (one.projector, two.projector):
         found.append("a trained projector, which belongs to one pool alone")
     return found
+
+
+def _penalty(meta: Meta) -> float:
+    """The penalty on repeated tokens as a number; UserError where it is the checkpoint's, which cannot be had."""
+    if meta.repetition_penalty == "checkpoint":
+        return own_penalty(settings_folder(source_of(meta.model)))
+    return meta.repetition_penalty
 
 
 def _same_base(one: Meta, two: Meta) -> bool:

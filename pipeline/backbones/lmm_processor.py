@@ -69,12 +69,12 @@ def settings_fingerprint(config: ModelConfig, repetition_penalty: float | str = 
             digest.update(f"{path.name}:{len(content)}:".encode() + content)
     if config.image_tokens is not None:
         digest.update(f"image_tokens:{config.image_tokens}".encode())
-    if repetition_penalty not in ("checkpoint", _own_penalty(folder)):
+    if repetition_penalty not in ("checkpoint", own_penalty(folder)):
         digest.update(f"repetition_penalty:{repetition_penalty}".encode())
     return digest.hexdigest()
 
 
-def _own_penalty(folder: Path) -> float:
+def own_penalty(folder: Path) -> float:
     """The penalty for repetition that a checkpoint comes with; 1: none."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline import snapshots
+from pipeline.adapter import export
 from pipeline.backbones.lmm import LMM
 from pipeline.config import load_run
 from pipeline.engine import Engine
 from pipeline.errors import Interrupted, UserError
+from pipeline.predict import predict
 from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence import Sequence, evaluate_run, run_sequence
 from pipeline.snapshots import Source
@@ -252,11 +255,8 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
     assert metas == [earlier, earlier]
 
 
-def test_a_run_from_before_there_was_a_choice_keeps_the_checkpoints_penalty(
-    make: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(prepared / "llava", tmp_path / "llava"))
-    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+def penalties_used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The penalty on repeated tokens of every generation from now on."""
     used: list[float] = []
     generate = LMM.generate
 
@@ -265,6 +265,35 @@ def test_a_run_from_before_there_was_a_choice_keeps_the_checkpoints_penalty(
         return generate(self, *args, **options)
 
     monkeypatch.setattr(LMM, "generate", watched)
+    return used
+
+
+def test_predict_and_an_exported_adapter_have_the_penalty_of_the_run(
+    make: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(prepared / "llava", tmp_path / "llava"))
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    recipe = make(tasks=1, model__path=str(folder))
+    run_sequence(recipe, stages="train")
+    used = penalties_used(monkeypatch)
+    config = recipe.run_path / "config.yaml"
+    fields = yaml.safe_load(config.read_text())
+    for said, expected in ((1.0, 1.0), (1.7, 1.7), ("checkpoint", 1.3)):
+        fields["evaluate"]["repetition_penalty"] = said
+        config.write_text(yaml.safe_dump(fields))
+        export(recipe.run_path, tmp_path / f"adapter-{said}")
+        for place in (recipe.run_path, tmp_path / f"adapter-{said}"):
+            used.clear()
+            predict(place, None, "what is this?")
+            assert used == [expected], f"{said} in {place.name}"
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_the_checkpoints_penalty(
+    make: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(prepared / "llava", tmp_path / "llava"))
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    used = penalties_used(monkeypatch)
     recipe = make(tasks=1, model__path=str(folder))
     run_sequence(recipe)
     assert set(used) == {1.0}, "a new run has none"

@@ -89,6 +89,18 @@ def test_what_cannot_share_a_pool_is_not_merged(models: Models, whole: Path, tmp
     assert not (tmp_path / "both").exists()
 
 
+def test_adapters_are_merged_if_their_penalties_on_repeated_tokens_are_the_same(
+    models: Models, whole: Path, tmp_path: Path
+) -> None:
+    other = save_adapter(tmp_path / "other", models, (3,))
+    none = edited(other, tmp_path / "none", repetition_penalty=1.0)  # as the checkpoint's own is
+    strong = edited(other, tmp_path / "strong", repetition_penalty=1.7)
+    with pytest.raises(UserError, match=r"repetition_penalty 1.7 instead of 'checkpoint'"):
+        merge([whole, strong], tmp_path / "both")
+    merge([whole, none], tmp_path / "both")
+    assert read_adapter(tmp_path / "both").meta.repetition_penalty == "checkpoint"
+
+
 def test_an_adapter_of_an_earlier_version_is_loaded_and_merged(models: Models, whole: Path, tmp_path: Path) -> None:
     older = save_adapter(tmp_path / "older", models, (3,))
     meta = json.loads((older / META).read_text())
