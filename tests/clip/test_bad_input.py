@@ -45,7 +45,8 @@ def test_a_class_list_that_differs_from_the_checkpoints_method(folder: Path) -> 
 
 def test_processes_for_keys_that_a_benchmark_has_none_of(folder: Path) -> None:
     file = str(recipe_file(folder, COOP))
-    assert "is a benchmark, whose preparation computes no keys; leave --gpus out" in said("prepare", file, "--gpus", "2")
+    sentence = said("prepare", file, "--gpus", "2")
+    assert "is a benchmark, whose preparation computes no keys; leave --gpus out" in sentence
     assert not (folder / "prepared").exists()
 
 
