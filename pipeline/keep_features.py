@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,16 @@ POLL_S, TOLD_EVERY = 1.0, 60  # between two tries to get a lock, and tries betwe
 FAR = 0.01  # of the largest feature: more than another card or library version rounds differently
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Who does it: these ranks, each with so many threads that decode."""
+
+    world: World
+    watchdog: Watchdog
+    threads: int
+    each_round: Callable[[], object]  # called by all ranks together
+
+
 def keep_features(
     lmm: LMM,
     parts: Sequence[Part],
@@ -46,12 +57,16 @@ def keep_features(
     world: World,
     watchdog: Watchdog,
     threads: int = 1,
+    each_round: Callable[[], object] | None = None,
 ) -> KeptFeatures:
     """The kept features of a stage's parts, beside their prepared data, computed where they are not there yet.
 
     `base_model` is the fingerprint of the frozen model. What is there is compared with what the tower gives here for
     the first pictures: other bits are told, features of another model are a UserError.
+    All ranks call `each_round` together while they compute or wait for another job; when it raises, what is computed
+    so far is kept.
     """
+    work = _Work(world, watchdog, threads, each_round or watchdog.progress)
     identity = _identity(lmm, base_model)
     shape = _tower(lmm, [lmm.conversation.blank["pixel_values"]], world).shape[1:]
     found, used = [], []
@@ -59,7 +74,7 @@ def keep_features(
         samples, count, rows = together(lambda part=part: _whole(part))  # type: ignore[misc]
         own = _identity_in(samples, identity)
         split = SplitFeatures(samples.folder / f"vision-{own[:12]}", own)
-        numbers = _keep_split(lmm, split, samples, count, shape, world, watchdog, threads)
+        numbers = _keep_split(lmm, split, samples, count, shape, work)
         found.append((split, samples, numbers))
         used.append((split, numbers if rows is None else numbers[rows]))
     kept = KeptFeatures(used, shape)
@@ -71,38 +86,38 @@ def keep_features(
 
 
 def _keep_split(
-    lmm: LMM, split: SplitFeatures, samples: IndexedShards, count: int, shape: torch.Size,
-    world: World, watchdog: Watchdog, threads: int,
-) -> npt.NDArray[np.int64]:  # fmt: skip
+    lmm: LMM, split: SplitFeatures, samples: IndexedShards, count: int, shape: torch.Size, work: _Work
+) -> npt.NDArray[np.int64]:
     """Make the features of one split whole and return which picture each of its first `count` samples has."""
 
     def whole() -> npt.NDArray[np.int64] | None:
         numbers = split.read_numbers(count)
         return None if numbers is None or _missing(split, numbers) else numbers
 
+    world = work.world
     known = on_main(world, whole)
     if known is not None:
         return known  # nothing is written, so the folder may be read-only
-    with _alone_in(samples.folder, world, watchdog):
+    with _alone_in(samples.folder, work):
         on_main(world, lambda: sweep_temporaries(split.folder))
         numbers = on_main(world, lambda: split.read_numbers(count))  # another job may have made them meanwhile
         if numbers is None:
-            numbers = _number(samples, count, world, watchdog)
+            numbers = _number(samples, count, world, work.watchdog)
             on_main(world, lambda: split.write_numbers(numbers))
-        _compute(lmm, split, samples, numbers, shape, world, watchdog, threads)
+        _compute(lmm, split, samples, numbers, shape, work)
     return numbers
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, world: World, watchdog: Watchdog) -> Iterator[None]:
+def _alone_in(folder: Path, work: _Work) -> Iterator[None]:
     """Hold the lock of a split's folder; while another job has it all ranks ask again together, so that none hangs."""
     lock, tries = FileLock(lock_of(folder)), 0
     try:
-        while not on_main(world, lock.acquire):
-            if world.main and tries % TOLD_EVERY == 0:
+        while not on_main(work.world, lock.acquire):
+            if work.world.main and tries % TOLD_EVERY == 0:
                 log.warning("waiting for %s, which is at work on %s", lock.holder(), folder)
             tries += 1
-            watchdog.progress()
+            work.each_round()
             time.sleep(POLL_S)
         yield
     finally:
@@ -175,10 +190,9 @@ def _compute(
     samples: Samples,
     numbers: npt.NDArray[np.int64],
     shape: torch.Size,
-    world: World,
-    watchdog: Watchdog,
-    threads: int,
+    work: _Work,
 ) -> None:
+    world = work.world
     firsts, files = _firsts(numbers), _files(numbers)
     missing = on_main(world, lambda: _missing(split, numbers))
     if missing:
@@ -190,10 +204,10 @@ def _compute(
         turn = start + world.rank
         number = missing[turn] if turn < len(missing) else None
         # A rank that has nothing left runs the tower over a blank: under ZeRO-3 the others wait for it.
-        pixels = together(lambda: _pixels(lmm, samples, [] if number is None else files[number], threads))  # noqa: B023
+        pixels = together(lambda: _pixels(lmm, samples, [] if number is None else files[number], work.threads))  # noqa: B023
         features = _tower(lmm, pixels, world)
         together(lambda: None if number is None else split.write(number, features))  # noqa: B023 - called at once
-        watchdog.progress()
+        work.each_round()
     if missing:
         on_main(world, lambda: split.describe(len(firsts), shape))
 

@@ -203,7 +203,10 @@ class Sequence:
         kept = None
         if recipe.train.vision_features == "kept":
             base, threads = self.constants["base_model"], recipe.data.workers
-            kept = keep_features(engine.module.lmm, parts, base, world, self.watchdog, threads)
+            kept = keep_features(
+                engine.module.lmm, parts, base, world, self.watchdog, threads,
+                lambda: self._stop_if_told("while vision features were kept"),
+            )  # fmt: skip
         examples = Examples(data, engine.module.lmm.conversation, sharing, kept=kept)
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
         previous = self.pool.prompts[-1] if len(self.pool) else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from pipeline.data.conversation import KEPT
 from pipeline.data.kept_features import KeptFeatures, SplitFeatures
 from pipeline.data.sample import Sample
 from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.file_lock import FileLock
 from pipeline.keep_features import keep_features
 from pipeline.prompts.model import Normaliser, PromptedLMM
@@ -257,6 +259,46 @@ def test_a_second_job_waits_for_the_first_and_computes_nothing_again(
 
 
 @pytest.mark.e2e
+def test_a_run_can_be_stopped_while_features_are_computed(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(prepared, tmp_path / "own")
+    for kept in root.glob("data/*/train/vision-*"):
+        shutil.rmtree(kept)
+    write, written = SplitFeatures.write, []
+
+    def told_to_stop(split: SplitFeatures, number: int, features: torch.Tensor) -> None:
+        write(split, number, features)
+        written.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SplitFeatures, "write", told_to_stop)
+    with pytest.raises(Interrupted, match="features"):
+        run_sequence(on(root, tmp_path / "runs", train__vision_features="kept"))
+    assert written == [0]
+
+
+def test_a_run_can_be_stopped_while_another_job_computes_features(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(prepared, tmp_path / "own")
+    for kept in root.glob("data/*/train/vision-*"):
+        shutil.rmtree(kept)
+    acquire, tries = FileLock.acquire, []
+
+    def held(lock: FileLock) -> bool:
+        if "runs" in lock.path.parts or tries:
+            return acquire(lock)
+        tries.append(lock.path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr(FileLock, "acquire", held)
+    monkeypatch.setattr("pipeline.keep_features.POLL_S", 0.0)
+    with pytest.raises(Interrupted, match="features"):
+        run_sequence(on(root, tmp_path / "runs", train__vision_features="kept"))
+
+
 def test_training_with_kept_features_never_runs_the_tower(
     prepared: Path, lmm: LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
