@@ -222,6 +222,15 @@ def test_the_card_names_the_given_licence_as_a_hub_reads_it(whole: Path, tmp_pat
     assert yaml.safe_load(front)["license"] == "cc-by-4.0"
 
 
+def test_the_card_says_where_the_small_model_of_this_repository_is(whole: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(whole)
+    model = adapter.meta.model.model_copy(update={"path": "data_prep/nano/checkpoints/llava"})
+    write_adapter(Adapter(adapter.meta.model_copy(update={"model": model}), adapter.pool), tmp_path / "a")
+    where = "(a small model that the source of continual-prompts has in that folder)"
+    assert f"`data_prep/nano/checkpoints/llava` {where}" in (tmp_path / "a" / "README.md").read_text()
+    assert where not in (whole / "README.md").read_text()
+
+
 def test_predict_takes_models_that_lie_elsewhere(models: Models, whole: Path, tmp_path: Path) -> None:
     moved = edited(whole, tmp_path / "moved")
     meta = json.loads((moved / "adapter.json").read_text())

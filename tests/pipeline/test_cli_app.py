@@ -54,6 +54,14 @@ def test_the_verbs_stand_in_groups_in_the_order_of_their_use() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("option", ["--licence", "--license"])
+def test_the_licence_is_given_in_either_spelling(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+    monkeypatch.setattr("pipeline.adapter.export", lambda run, target, licence: given.append(licence) or {})
+    assert run("export", str(tmp_path), str(tmp_path / "adapter"), option, "cc-by-4.0").exit_code == EXIT_OK
+    assert given == ["cc-by-4.0"]
+
+
 def test_a_wrong_input_is_one_object_beside_its_sentence() -> None:
     done = run("run", "nanno", "--json")
     told = last_object(done.stdout)

@@ -1,8 +1,9 @@
-"""What installing the project asks for."""
+"""What installing the project asks for, and what its Makefile offers."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 
 from pipeline.config import PROJECT
 
@@ -18,3 +19,9 @@ def test_the_build_asks_for_a_setuptools_that_reads_the_licence() -> None:
 def test_what_the_shown_commands_write_is_ignored() -> None:
     ignored = (PROJECT / ".gitignore").read_text("utf-8").splitlines()
     assert {"/adapter/", "/smaller/", "/scene.png", "first-steps/"} <= set(ignored)
+
+
+def test_the_port_of_the_tracking_pages_can_be_chosen() -> None:
+    shown = ["make", "--dry-run", "-C", str(PROJECT), "ui"]
+    assert "--port 5000" in subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+    assert "--port 5999" in subprocess.run([*shown, "PORT=5999"], capture_output=True, text=True, check=True).stdout
