@@ -205,7 +205,8 @@ class CheckedData:
         wrong = self._credit(task, samples) if split == "test" else []
         if self.bad > self.recipe.data.skip_bad:
             wrong += [f"{task.name}/{split}: {sentence}" for sentence in list(bad)[:NAMED]]
-            wrong += [f"{task.name}/{split}: {len(bad) - NAMED} more bad records."] * (len(bad) > NAMED)
+            more = len(bad) - NAMED
+            wrong += [f"{task.name}/{split}: {more} more bad record{'s' * (more > 1)}."] * (more > 0)
         return wrong
 
 

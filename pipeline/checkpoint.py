@@ -35,6 +35,8 @@ from pipeline.recipe_base import FileRecipe
 
 FORMAT_VERSION = 1
 TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"
+CONFIG, LOCK = "config.yaml", "LOCK"  # of a run folder: its resolved recipe; what its writer holds a lock on
+LENGTHS_FILE = "lengths.json"  # of a run folder: what was decided about long samples, and of which data and settings
 RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `pipeline.resume`)
 # Fields that a run may be continued with when they differ: where and how fast it runs, not what it computes. Places of
 # data and models are free because stages, answers and kept steps are compared with the fingerprints of what lies there.
@@ -162,16 +164,19 @@ def check_stage(folder: Path, meta: dict[str, Any], expected: dict[str, Any]) ->
 
 
 def claim_run(recipe: FileRecipe) -> Path:
-    """Make the run folder, or check that it belongs to this recipe; the UserError lists the fields that differ."""
+    """Make the run folder, or check that it belongs to this recipe; the UserError lists the fields that differ.
+
+    A folder in which nothing was begun (see `unbegun`) may be that of any recipe; it is left as it is here.
+    """
     run = recipe.run_path
-    path = run / "config.yaml"
+    path = run / CONFIG
     if path.is_file():
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({error}); restore it or remove the run folder.") from error
         differing = differing_fields(_with_defaults(found, type(recipe)), recipe.model_dump(mode="json"))
-        if differing:
+        if differing and not unbegun(run):
             listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in differing)
             raise UserError(
                 f"The run folder {run} belongs to another recipe ({listed}). Set run_dir to a new folder "
@@ -189,6 +194,15 @@ def is_empty(run: Path) -> bool:
     """Whether a folder can become a run's: what a process that writes config.yaml, or was killed then, has in it does
     not count."""
     return run.is_dir() and all(path.name.endswith(TEMPORARY_SUFFIX) for path in run.iterdir())
+
+
+def unbegun(run: Path) -> bool:
+    """Whether a run folder is that of starts which were all refused: it was locked, and nothing was written since.
+
+    What such a refusal advises is mostly another value of a field, which must not be refused for the old one.
+    """
+    names = {path.name for path in run.iterdir() if not path.name.endswith(TEMPORARY_SUFFIX)}
+    return {CONFIG, LOCK} <= names <= {CONFIG, LOCK, LENGTHS_FILE}
 
 
 def _free_name(run: Path) -> Path:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.checkpoint import claim_run
+from pipeline.checkpoint import CONFIG, LOCK, claim_run, unbegun
 from pipeline.distributed import World, on_main
 from pipeline.errors import Interrupted, UserError
 from pipeline.file_lock import POLL_S, FileLock
@@ -17,7 +17,6 @@ from pipeline.recipe_base import FileRecipe
 from pipeline.stopping import StopFlag
 
 log = logging.getLogger("pipeline.run_lock")
-LOCK = "LOCK"  # in the run folder: who holds it, for people; the lock itself is not in its content
 WAIT_S = 20.0  # for a holder that is just ending
 # For a holder on another machine, which may have failed: file servers keep the locks of a client that does not answer
 # for its lease (NFS: 90 s) or until they give it up (Lustre: 100 s and more).
@@ -35,6 +34,9 @@ def claimed(recipe: FileRecipe, world: World, stop: StopFlag | None = None) -> I
         def claim() -> Path:
             run = claim_run(recipe)
             held.enter_context(locked(run, stop))
+            claim_run(recipe)  # once more: whoever held the lock meanwhile may have begun something
+            if unbegun(run):
+                recipe.dump_yaml(run / CONFIG)
             return run
 
         yield on_main(world, claim)
@@ -50,6 +52,7 @@ def locked(run: Path, stop: StopFlag | None = None) -> Iterator[None]:
 
     Where the file system knows no locks a warning says so, and the block runs all the same.
     """
+    # The file says who holds it, for people; the lock itself is not in its content.
     lock, began, told = FileLock(run / LOCK), time.monotonic(), False
     try:
         while not lock.acquire():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import load_processor, settings_fingerprint
-from pipeline.checkpoint import write_json
+from pipeline.checkpoint import LENGTHS_FILE, write_json
 from pipeline.config import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.shards import IndexedShards
@@ -23,7 +23,6 @@ from pipeline.errors import UserErrors
 from pipeline.sample_lengths import SplitLengths, long_answers, measure
 
 log = logging.getLogger("pipeline.too_long")
-LENGTHS_FILE = "lengths.json"  # in the run folder: what was decided, and of which data and settings
 SPLITS = ("train", "test")
 
 

@@ -93,6 +93,14 @@ def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, 
     leave.set()
 
 
+def test_what_the_refusal_advises_goes_on_in_the_same_folder(project, tmp_path):
+    with pytest.raises(UserError):
+        run_sequence(recipe(project, tmp_path, "refuse"))
+    run_sequence(recipe(project, tmp_path, "truncate"))
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        run_sequence(recipe(project, tmp_path, "refuse"))
+
+
 def test_skip_leaves_it_out_of_training_and_counts_it_wrong_in_the_test(project, tmp_path, monkeypatch):
     ids = seen(monkeypatch)
     settings = recipe(project, tmp_path, "skip")

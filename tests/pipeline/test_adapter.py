@@ -174,9 +174,7 @@ def test_pushing_makes_a_private_repository_unless_told_otherwise(whole: Path, m
     assert calls == [("me/sets", True), "me/sets"]
 
 
-def test_a_refused_upload_is_one_sentence_without_nested_brackets(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_upload_is_one_sentence_without_nested_brackets(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 
     def refuse(*_: Any, **__: Any) -> None:

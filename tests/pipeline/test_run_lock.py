@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from pipeline import distributed, run_lock
+from pipeline.checkpoint import CONFIG, LOCK, claim_run
+from pipeline.config import Recipe, load_recipe
 from pipeline.distributed import World, on_main
 from pipeline.errors import Interrupted, UserError
-from pipeline.run_lock import LOCK, locked
+from pipeline.run_lock import claimed, locked
 from pipeline.stopping import StopFlag
 from tests.processes import PROJECT
 
@@ -125,3 +127,54 @@ def test_what_ends_rank_0_resumably_ends_every_rank_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(distributed, "broadcast_object", lambda value: (None, (Interrupted, "in use elsewhere")))
     with pytest.raises(Interrupted, match="in use elsewhere"):
         on_main(other, lambda: None)
+
+
+# ---------------------------------------------------------------------- starts that were refused
+
+
+def started(recipe: Recipe) -> None:
+    with claimed(recipe, World(0, 1, 0, torch.device("cpu"))):
+        pass
+
+
+def nano(tmp_path: Path, *overrides: str) -> Recipe:
+    return load_recipe("nano", [f"run_dir={tmp_path / 'run'}", *overrides])
+
+
+def test_a_folder_whose_starts_were_all_refused_is_taken_by_another_recipe(tmp_path: Path) -> None:
+    started(nano(tmp_path))
+    other = nano(tmp_path, "data.too_long=skip")
+    assert (claim_run(other) / CONFIG).read_text().count("too_long: refuse") == 1  # nothing is written without the lock
+    started(other)
+    assert load_recipe(tmp_path / "run" / CONFIG) == other
+
+
+@pytest.mark.parametrize("there", ["stages", "run.json", "lost+found"])
+def test_a_folder_in_which_something_was_begun_keeps_its_recipe(tmp_path: Path, there: str) -> None:
+    started(nano(tmp_path))
+    (tmp_path / "run" / there).mkdir()
+    with pytest.raises(UserError, match=r"belongs to another recipe \(data.too_long: refuse there, skip now\)"):
+        started(nano(tmp_path, "data.too_long=skip"))
+
+
+def test_a_recipe_that_somebody_put_into_a_folder_is_not_written_over(tmp_path: Path) -> None:
+    claim_run(nano(tmp_path))
+    assert not (tmp_path / "run" / LOCK).exists()
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        started(nano(tmp_path, "data.too_long=skip"))
+
+
+def test_what_was_begun_while_the_lock_was_waited_for_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(nano(tmp_path))
+    acquire = run_lock.FileLock.acquire
+
+    def other_process_first(lock: run_lock.FileLock) -> bool:
+        (tmp_path / "run" / "run.json").write_text("{}")
+        return acquire(lock)
+
+    monkeypatch.setattr(run_lock.FileLock, "acquire", other_process_first)
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        started(nano(tmp_path, "data.too_long=skip"))
+    assert "too_long: refuse" in (tmp_path / "run" / CONFIG).read_text()
