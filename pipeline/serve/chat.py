@@ -88,6 +88,11 @@ def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:
     )
 
 
+def _quoted(role: Any) -> str:
+    """A role as it was written; that it is a text goes without saying."""
+    return shown(role).removeprefix("the text ")
+
+
 def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, bytes | None, tuple[str, ...]]:
     """The text of the last user message, the image it is about, and the roles of messages that have no effect."""
     if not isinstance(messages, list) or not messages:
@@ -98,12 +103,12 @@ def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, 
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            found = f"has the role {shown(role)}" if isinstance(message, dict) else f"is {kind_of(message)}"
+            found = f"has the role {_quoted(role)}" if isinstance(message, dict) else f"is {kind_of(message)}"
             raise RefusedError(f"messages[{number}] {found}; expected a message with role {', '.join(ROLES)}.")
         if role in INSTRUCTING:
             if not limits.ignores_system:
                 raise RefusedError(
-                    f"messages[{number}] has the role {shown(role)}, which would have no effect: how questions are "
+                    f"messages[{number}] has the role {_quoted(role)}, which would have no effect: how questions are "
                     "answered was learned with the prompt sets. Leave it out, or serve with --ignore-system."
                 )
             ignored[f"messages with role {role}"] = None

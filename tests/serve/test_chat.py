@@ -116,7 +116,7 @@ def test_stops_are_a_text_or_a_list(stop: Any) -> None:
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_message_is_refused_or_said_to_be_ignored(role: str) -> None:
     messages = [{"role": role, "content": "Answer only in French."}, USER]
-    with pytest.raises(RefusedError, match=rf"messages\[0\] has the role the text '{role}', .* --ignore-system"):
+    with pytest.raises(RefusedError, match=rf"messages\[0\] has the role '{role}', .* --ignore-system"):
         read(messages=messages)
     asked, question = read(Limits(ignores_system=True), messages=messages)
     assert asked.ignored == (f"messages with role {role}",)
@@ -126,8 +126,8 @@ def test_a_system_message_is_refused_or_said_to_be_ignored(role: str) -> None:
 @pytest.mark.parametrize(
     ("message", "found"),
     [
-        ({"role": "robot", "content": "?"}, "the text 'robot'"),
-        ({"role": "tool", "content": "?"}, "the text 'tool'"),
+        ({"role": "robot", "content": "?"}, "the role 'robot'"),
+        ({"role": "tool", "content": "?"}, "the role 'tool'"),
         ({"content": "?"}, "the role null"),
         ("what?", "is text"),
     ],
