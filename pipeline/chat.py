@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.answering import Answerer, read_picture
 from pipeline.errors import UserError
+from pipeline.given_path import expanded
 
 HELP = "/image FILE (or /image alone for none), /task NAME, /quit; anything else is a question"
 
@@ -28,7 +29,7 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
             if command in ("/quit", "/exit"):
                 return answered
             if command == "/image":
-                chosen = Path(rest.strip()) if rest.strip() else None
+                chosen = Path(expanded(rest.strip())) if rest.strip() else None
                 encoded, image = read_picture(chosen), chosen
             elif command == "/task":
                 answerer.source.task_number(rest.strip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -91,6 +92,21 @@ def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.Monke
     assert answers[-1] == answers[-2]  # still about the picture
     errors = [line for line in shown if line.startswith("error:")]
     assert "is not a readable image" in errors[0] and "unknown task 'T7'" in errors[1]
+
+
+def test_a_picture_in_the_home_folder_is_found_while_chatting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "red.png").write_bytes(question(0).image or b"")
+    lines, shown, prompts = iter(["/image ~/red.png", "/quit"]), list[str](), list[str]()
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(lines)
+
+    chat(Mock(), None, read, shown.append)
+    assert prompts[-1] == "[red.png] > " and not any("error" in line for line in shown)
 
 
 @pytest.mark.parametrize("name", ["2024", "x #1", "on", "a: b", "{name}", "Größe"])
