@@ -12,6 +12,7 @@ import yaml
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 
 DATA = "data"  # in run.json
+STAGES = "stages/*/meta.json"
 NAMED = 5  # runs that a message names
 
 
@@ -32,7 +33,20 @@ def data_record(splits: Iterable[tuple[str, str, IndexedShards, int | None]]) ->
 
 def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
     """The fingerprint of the data that a run has used for a split; None where it has used none yet."""
-    return (_state(run).get(DATA) or {}).get(task, {}).get(split, {}).get("fingerprint")
+    used = _state(run).get(DATA)
+    if used is None:
+        return _recorded_before(run, task, split)
+    return used.get(task, {}).get(split, {}).get("fingerprint")
+
+
+def _recorded_before(run: Path, task: str, split: str) -> str | None:
+    """The same of a run of an earlier version: its stages name the training data, its scores the test data."""
+    if split == "train":
+        learned = [data for meta in _contents(run, STAGES) if isinstance(data := meta.get(DATA), dict)]
+        return next((data[task] for data in learned if task in data), None)
+    scored = [made for score in _contents(run, f"eval/*/{task}.score.json")
+              if isinstance(made := score.get("made_with"), dict)]  # fmt: skip
+    return next((made[DATA] for made in scored if isinstance(made.get(DATA), str)), None)
 
 
 def dependants(folder: Path, runs: Path) -> list[str]:
@@ -71,18 +85,21 @@ def _depended(run: Path, folder: Path, fingerprint: str) -> bool:
         return False
     if folder.parent.parent != Path(prepared).resolve():
         return False
-    learned = [value for meta in _metas(run) if isinstance(value := meta.get(DATA), dict)]
+    learned = [value for meta in _contents(run, STAGES) if isinstance(value := meta.get(DATA), dict)]
     if folder.name == "train" and learned:
         return any(fingerprint in data.values() for data in learned)
     return (run / "run.json").is_file()
 
 
-def _metas(run: Path) -> Iterator[dict[str, Any]]:
-    for path in run.glob("stages/*/meta.json"):
+def _contents(run: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    """What stands in some of a run's JSON files, without those that hold no object."""
+    for path in sorted(run.glob(pattern)):
         try:
-            yield json.loads(path.read_text("utf-8"))
+            content = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             continue
+        if isinstance(content, dict):
+            yield content
 
 
 def _state(run: Path) -> dict[str, Any]:

@@ -264,6 +264,25 @@ def test_a_task_that_was_added_to_a_run_on_generated_tasks_is_that_tasks_data(
         look(drawn)[verb]()
 
 
+@pytest.mark.parametrize("verb", [0, 1], ids=["run", "check"])
+def test_a_begun_run_of_an_earlier_version_goes_on_with_its_data_when_the_source_was_edited(
+    own: Recipe, verb: int
+) -> None:
+    forget_settings(own)
+    run = own.run_path
+    splits = ("train", "test")
+    fingerprints = {split: IndexedShards(own.data.split_path("Shapes", split)).fingerprint for split in splits}
+    for path, content in (
+        ("run.json", {"status": "stopped"}),
+        ("stages/01-Shapes/meta.json", {"data": {"Shapes": fingerprints["train"]}}),
+        ("eval/after-01/Shapes.score.json", {"made_with": {"data": fingerprints["test"]}}),
+    ):
+        (run / path).parent.mkdir(parents=True, exist_ok=True)
+        (run / path).write_text(json.dumps(content))
+    edit(own)
+    look(own)[verb]()
+
+
 def test_check_says_that_an_image_has_another_size_than_when_it_was_prepared(own: Recipe) -> None:
     next((Path(own.data.root) / "images").glob("Shapes-train-*.png")).write_bytes(picture(50, (40, 30)))
     with pytest.raises(UserError, match=r"was prepared before images/Shapes-train-\d\.png changed"):
