@@ -114,8 +114,9 @@ def test_a_task_is_added_to_the_folder_that_was_named_whatever_it_is_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path(name).mkdir()
-    addition = Addition(Path(name), load_recipe("nano"), "Mine", is_new=False)
+    recipe = load_recipe("nano")
+    recipe.dump_yaml(Path(name) / "config.yaml")
+    addition = Addition(Path(name), recipe, "Mine", is_new=False)
     monkeypatch.setattr("pipeline.add_task.prepare_addition", lambda *_: addition)
     trained: list[Path] = []
     monkeypatch.setattr(
