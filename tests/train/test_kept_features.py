@@ -284,7 +284,7 @@ def test_a_run_can_be_stopped_while_another_job_computes_features(
     root = shutil.copytree(prepared, tmp_path / "own")
     for kept in root.glob("data/*/train/vision-*"):
         shutil.rmtree(kept)
-    acquire, tries = FileLock.acquire, []
+    acquire, tries = FileLock.acquire, list[Path]()
 
     def held(lock: FileLock) -> bool:
         if "runs" in lock.path.parts or tries:
