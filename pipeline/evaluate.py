@@ -146,7 +146,7 @@ def evaluate_task(
         write_if_other(folder / SETS_FILE, json.dumps(sets, indent=2, ensure_ascii=False) + "\n")
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_if_other(path, content)
-        write_score(folder, test, scored, made_with, identity_of(test, pool, selected, settings.projector))
+        write_score(folder, test, scored, made_with, sets, identity_of(test, pool, selected, settings.projector))
         (folder / UNFINISHED_FILE.format(test.name)).unlink(missing_ok=True)
         return scored.percent
 

@@ -63,12 +63,17 @@ def identity_of(test: Test, pool: PromptPool, selected: Tensor, projector: str) 
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def write_score(folder: Path, test: Test, scored: TaskScore, made_with: Mapping[str, Any], identity: str) -> None:
-    """Write what a task scored, and what tells later that its predictions are still these."""
+def write_score(
+    folder: Path, test: Test, scored: TaskScore, made_with: Mapping[str, Any], sets: Mapping[str, str], identity: str
+) -> None:
+    """Write what a task scored, and what tells later that its predictions are still these.
+
+    `sets` as in SETS_FILE, which is one for all tasks of the folder: another of them may be answered with other sets.
+    """
     written = (folder / f"{test.name}.jsonl").read_bytes()
     content = {
         "metric": test.metric, "scoring": test.scoring, "samples": len(scored.points), "score": scored.percent,
-        "parts": scored.parts, "made_with": dict(made_with), "identity": identity,
+        "parts": scored.parts, "made_with": dict(made_with), "sets": dict(sets), "identity": identity,
         "predictions": {"bytes": len(written), "crc32": zlib.crc32(written)},
     }  # fmt: skip
     write_json(folder / f"{test.name}.score.json", content)
@@ -138,11 +143,11 @@ def known_answers(
         try:
             if not _as_written(folder, task, written):
                 continue
-            prints = json.loads((folder / SETS_FILE).read_text("utf-8"))
+            prints = written["sets"] if "sets" in written else json.loads((folder / SETS_FILE).read_text("utf-8"))
             lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
             for line in lines:
                 used = (prints.get(PROJECTOR, ""), *(prints[name] for name in line["selected"]))
                 known[line["id"], used] = line["prediction"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not there, or not whole: it is generated anew
     return known

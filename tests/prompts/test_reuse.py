@@ -44,11 +44,12 @@ def run(
     chosen: list[list[int]],
     batch: int = 4,
     go_on: Callable[[], bool] = lambda: True,
+    task: str = "a",
     **more: Any,
 ) -> float:
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
-    test = Test("a", "exact", 8, StageData([(samples, keys, None)]))
+    test = Test(task, "exact", 8, StageData([(samples, keys, None)]))
     routed = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
@@ -70,6 +71,23 @@ def test_only_questions_with_other_sets_are_asked_again(generated: Generated, tm
     assert sorted(generated.asked) == [0, 1, 1, 2]
     run(tmp_path, 2, make_pool(3), [[0], [1], [2]])  # the second's answer is that of the stage before
     assert sorted(generated.asked) == [0, 1, 1, 2, 2]
+
+
+def test_what_another_task_was_answered_with_says_nothing_of_this_one(generated: Generated, tmp_path: Path) -> None:
+    for task in ("a", "b"):
+        run(tmp_path, 0, make_pool(1), [[0]], task=task)
+    other = make_pool(1)
+    other.prompts[0, 0, 0] += 1.0
+    asked = len(generated.asked)
+    for task in ("a", "b"):  # the first of them writes what sets the folder's answers have
+        run(tmp_path, 0, other, [[0]], task=task)
+    assert len(generated.asked) == asked + 2
+
+
+def test_lines_that_are_no_predictions_are_not_reused(tmp_path: Path) -> None:
+    (tmp_path / "sets.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text("null\n")
+    assert evaluate.known_answers("a", [tmp_path], {}) == {}
 
 
 def test_an_evaluation_that_is_stopped_keeps_the_answers_that_are_there(
