@@ -34,6 +34,9 @@ def _outside_any_launch() -> None:
         os.environ.pop(name, None)
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        # A shell starts what it puts into the background with SIGINT ignored, and what the tests start inherits that.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -91,7 +91,9 @@ def test_check_finds_everything_in_place(run: dict[str, Any], call: Call) -> Non
     done = call("check", "tiny.yaml", "--json")
     assert done.exit_code == EXIT_OK, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["data"] == "prepared (train/test): Shapes 7/5, Colours 7/5"
+    counts, *answers = found["data"].split("; ")
+    assert counts == "prepared (train/test): Shapes 7/5, Colours 7/5"
+    assert "5 of 5 test answers are longer than the task's max_new_tokens 3" in answers[0]
     assert "ZeRO stage 3" in found["deepspeed"]
 
 

@@ -31,6 +31,9 @@ class Replica:
     def load_projector(self, values: Any) -> None:
         self.projectors.append(values)
 
+    def use_repetition_penalty(self, penalty: Any) -> None:
+        """Answers are not asked for here."""
+
 
 class Loads:
     """Counts what is loaded; `whole` says whether the engine's model is whole on each rank."""
