@@ -16,6 +16,7 @@ log = logging.getLogger("pipeline.sequence")
 STATE, MATRIX = "run.json", "matrix.json"
 FINISHED = ("trained", "done")  # what a call that trains nothing does not take back; the second says more
 OF_THE_RUN = ("status", "stage", "stages")  # of run.json: how far the run is
+OF_ALL_CALLS = ("evaluate_s", "total_s")  # of its timing: what every call adds to; others are of the last that did it
 
 
 class RunResults:
@@ -59,6 +60,12 @@ class RunResults:
             content |= {name: self.state[name] for name in OF_THE_RUN if name in self.state}
         content["stage"] = max(int(content["stage"]), int(self.state.get("stage") or 0) if self._finished else 0)
         write_json(self.path / STATE, content)
+
+    def times(self, now: Mapping[str, float]) -> dict[str, float]:
+        """The seconds that run.json is to name: those of this call so far, `now`, with those of the calls before it."""
+        before: dict[str, float] = self.state.get("timing") or {}
+        added = {name: round(before.get(name, 0.0) + now[name], 1) for name in OF_ALL_CALLS if name in now}
+        return {**before, **now, **added}
 
     def write_matrix(self, content: Mapping[str, Any], last: bool) -> None:
         """Write matrix.json, in the middle of a call (not `last`) only if it has more rows than the one that is there.

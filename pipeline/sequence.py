@@ -96,6 +96,7 @@ class Sequence:
         files = on_main(world, lambda: settings_fingerprint(recipe.model, penalty))
         self.answering_model = {"base_model": self.constants["base_model"], "model_files": files}
         self.timing: dict[str, float] = {}
+        self.began = time.perf_counter()
         self.tracker: Tracker
         self.evaluation: RunEvaluation
         self.results = RunResults(path)
@@ -115,7 +116,6 @@ class Sequence:
         # Everything that can be refused is looked at before anything is written.
         finished = on_main(self.world, lambda: self._finished(until))
         self.tracker = together(lambda: make_tracker(self.recipe, self.path, self.world.rank))
-        began = time.perf_counter()
         if self._trains_projector:
             log.warning(
                 "train.projector is 'trained': every stage changes the model for all tasks, so earlier answers may "
@@ -155,7 +155,6 @@ class Sequence:
                             self._write_matrix(zero_shot, accuracy, ahead, last=False)
                 if evaluate:
                     result = self._write_matrix(zero_shot, accuracy, ahead, last=True)
-                self.timing["total_s"] = round(time.perf_counter() - began, 1)
                 self._write_state(self._status(evaluate))
                 if evaluate:
                     self._report()
@@ -340,12 +339,14 @@ class Sequence:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if self.evaluation.seconds:
             self.timing["evaluate_s"] = round(self.evaluation.seconds, 1)
+        if status != "running":
+            self.timing["total_s"] = round(time.perf_counter() - self.began, 1)
         self.results.write_state(status, {
             "recipe": self.recipe.name, "method": self.method.name, "status": status, "seed": self.recipe.seed,
             "stage": len(self.pool), "stages": [stage.name for stage in self.stages],
             "started": previous.get("started", now), "updated": now, "world_size": self.world.size,
             "mlflow": self.tracker.run_ids(), "versions": package_versions(),
-            "timing": {**previous.get("timing", {}), **self.timing}, "skipped": self.data.skipped,
+            "timing": self.results.times(self.timing), "skipped": self.data.skipped,
             "data": self.data.record,
             "left_out": self.data.left_out,
         })  # fmt: skip
