@@ -54,6 +54,14 @@ class Place:
     workers: int
 
 
+class NotRewritten(UserError):
+    """A split that is there holds something else and stays; `found` is the message without what a recipe can do."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found} {remedy}")
+        self.found = found
+
+
 @dataclass(frozen=True)
 class Rewriting:
     """What may become of a split that is there and holds something else."""
@@ -68,16 +76,16 @@ class Rewriting:
         if clause is None and description.get(SETTINGS, wanted).get(LIMIT) != wanted.get(LIMIT):
             clause = "holds more records than the recipe's limit, and its source has changed"
         if clause is not None and not self.replace:
-            raise UserError(f"{folder} {clause}. {REMEDY}")
+            raise NotRewritten(f"{folder} {clause}.", REMEDY)
 
     def refuse_runs(self, folder: Path) -> None:
         """Raise UserError naming the runs that use a split as it is."""
         used = [] if self.replace else dependants(folder, self.runs)
         if used:
-            raise UserError(
+            raise NotRewritten(
                 f"The source of {folder} has changed, and {named(used)} used what was prepared from it: those runs "
-                f"could not go on or be evaluated. To rewrite it all the same, {REPLACE}; to keep both, set "
-                "data.prepared to a new folder."
+                "could not go on or be evaluated.",
+                f"To rewrite it all the same, {REPLACE}; to keep both, set data.prepared to a new folder.",
             )
 
 

@@ -57,10 +57,14 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
     if name not in names:
         _require_finished(run, recipe)
     from data_prep.prepare import prepare
+    from data_prep.split import NotRewritten
 
     # The new task may lie elsewhere than the others, which are prepared already.
     changes = {"source": "coin", "root": str(root), "tasks": (task,)}
-    prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
+    try:
+        prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
+    except NotRewritten as error:
+        raise UserError(f"{error.found} Give the task another name with `new-task`, and add it under that.") from None
     if name not in names:
         tasks = (*recipe.data.tasks, task)
         recipe = recipe.model_copy(

@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
+from pipeline.add_task import prepare_addition
 from pipeline.check_data import CheckedData, require_prepared
 from pipeline.check_prepared import refuse_other_data
 from pipeline.checkpoint import claim_run
@@ -361,3 +362,16 @@ def test_a_task_that_differs_is_named_with_its_field(own: Recipe, recipe: MakeRe
         claim_run(recipe(tasks=[{"name": "Shapes", "metric": "iou"}]))
     with pytest.raises(UserError, match=r"data\.tasks: Shapes there, Shapes, More now"):
         claim_run(recipe(tasks=[{"name": "Shapes"}, {"name": "More"}]))
+
+
+def test_a_name_that_another_run_s_task_has_is_refused_with_what_add_can_do(
+    own: Recipe, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.add_task._require_finished", lambda run, recipe: None)
+    used_by_a_run(own)
+    other = recipe(tasks=[{"name": "Another"}]).model_copy(update={"run_dir": "runs/other"})
+    other.run_path.mkdir(parents=True)
+    other.dump_yaml(other.run_path / "config.yaml")
+    edit(own)
+    with pytest.raises(UserError, match=r"used what was prepared .*\. Give the task another name with `new-task`"):
+        prepare_addition(other.run_path, "Shapes", Path(own.data.root))
