@@ -122,7 +122,7 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
 
 def _penalty(meta: Meta) -> float:
     """The penalty on repeated tokens as a number; UserError where it is the checkpoint's, which cannot be had."""
-    if meta.repetition_penalty == "checkpoint":
+    if isinstance(meta.repetition_penalty, str):
         return own_penalty(settings_folder(source_of(meta.model)))
     return meta.repetition_penalty
 

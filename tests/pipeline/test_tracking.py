@@ -200,7 +200,7 @@ def test_a_call_that_fails_on_a_finished_run_leaves_its_end_and_its_numbers(
         tracker.stage_model(checkpoint(tmp_path / "stage"), "colour", {})
     state = {"status": "done", "mlflow": tracker.run_ids()}
     client, parent = client_of(store), tracker.run_ids()["parent"]
-    during = []
+    during: list[str] = []
 
     def evaluates(fails: bool) -> None:
         again = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
