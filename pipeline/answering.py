@@ -17,9 +17,9 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config import KeysConfig, MethodConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Example
+from pipeline.data.keys import Keys
 from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
-from pipeline.data.shards import Keys
 from pipeline.devices import choose_device
 from pipeline.errors import UserError, nearest
 from pipeline.generation import generate_answers

@@ -11,6 +11,9 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.run_folder import RunFolder
 
+# Methods that learn none; named here because the methods themselves import torch, which takes seconds.
+WITHOUT_PROTOTYPES = ("independent", "joint", "sequential", "zero_shot")
+
 EXAMPLES = 3  # right ones and wrong ones per task on the page
 RIGHT = 0.5  # a soft score from here on is shown among the right ones
 THUMBNAIL = 128  # pixels of the longer side
@@ -92,7 +95,7 @@ def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str
     prepared = run.config.get("data", {}).get("prepared")
     if not prepared or not (Path(prepared) / task / "test").is_dir():
         return {}
-    from pipeline.data.shards import IndexedShards  # here: it imports torch, needless for a page without pictures
+    from pipeline.data.shards import IndexedShards  # here: it imports pyarrow, needless for a page without pictures
 
     try:
         shards = IndexedShards(Path(prepared) / task / "test")
@@ -118,9 +121,7 @@ def _thumbnail(encoded: bytes) -> str | None:
 
 def _learns_prototypes(method: str) -> bool:
     """Tell whether similarities mean something: without trained prototypes they are those of a random head."""
-    from pipeline.methods import METHODS
-
-    return method not in METHODS or METHODS[method].learns_prototypes
+    return method not in WITHOUT_PROTOTYPES
 
 
 def _count(table: dict[str, dict[str, float]], task: str, name: str, samples: int) -> None:

@@ -17,7 +17,7 @@ from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
 from pipeline.config import MethodConfig
 from pipeline.data.collate import Batch
-from pipeline.data.shards import Keys
+from pipeline.data.keys import Keys
 from pipeline.generation import generate_once
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool

@@ -18,14 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.data.key_file import FINGERPRINT, FIX, IDENTITY_FIELDS, KEYS_FILE, first_line
 from pipeline.errors import UserError
-
-KEYS_FILE = "keys.safetensors"
-# In the metadata of index.parquet and keys.safetensors: the dataset they were made for.
-FINGERPRINT = "dataset_fingerprint"
-# What makes two key files comparable; the other metadata (id, revision, dtype) only tells a person where they are from.
-IDENTITY_FIELDS = ("weights_sha256", "preprocessing_sha256", "text_feature")
-FIX = "Run `python -m pipeline prepare RECIPE` to write it anew."
 
 
 class ChainedRows:
@@ -190,8 +184,3 @@ def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: M
                 f"{expected_identity[name]}. Run `python -m pipeline prepare RECIPE` to compute them anew."
             )
     return Keys(image, text, has_image.bool(), identity)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says first."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,22 +13,24 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import Dataset
 
 from pipeline.data.checksums import checksum, read_checksums, table_mark
 from pipeline.data.ids import Ids
-from pipeline.data.keys import FINGERPRINT, FIX, IDENTITY_FIELDS, KEYS_FILE, Keys, first_line, read_keys
+from pipeline.data.key_file import FINGERPRINT, FIX, IDENTITY_FIELDS, KEYS_FILE, first_line
 from pipeline.data.sample import Sample
 from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import UserError
 
-__all__ = ["FINGERPRINT", "FIX", "IDENTITY_FIELDS", "KEYS_FILE", "IndexedShards", "Keys", "read_index", "stream"]
+if TYPE_CHECKING:
+    from pipeline.data.keys import Keys
+
+__all__ = ["FINGERPRINT", "FIX", "IDENTITY_FIELDS", "KEYS_FILE", "IndexedShards", "read_index", "stream"]
 
 FORMAT_VERSION = 1
 SHARD_NAME = "shard-{:06d}.tar"
@@ -57,7 +59,7 @@ INDEX_SCHEMA = pa.schema(
 READ_COLUMNS = [name for name in INDEX_SCHEMA.names if name not in ("key", "image_format")]
 
 
-class IndexedShards(Dataset[Sample]):
+class IndexedShards:
     """Random access to one prepared split; opens shards on first use; may be forked and pickled.
 
     Raises UserError when the split is not prepared, incomplete, or its parts do not belong together.
@@ -151,6 +153,8 @@ class IndexedShards(Dataset[Sample]):
     def keys(self, expected_identity: Mapping[str, str] | None = None) -> Keys:
         """Return the CLIP keys of all samples; raises UserError when they are missing, or belong to another dataset
         or (given `expected_identity`, see `pipeline.backbones.clip.key_identity`) to another CLIP."""
+        from pipeline.data.keys import read_keys  # here: it imports torch, and who looks at samples needs no keys
+
         keys = read_keys(self.folder, self.description, expected_identity)
         if self._check:
             self._checksums.check_table(self.folder / KEYS_FILE, FIX)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.keys import Keys
 from pipeline.data.order import rank_slice
-from pipeline.data.shards import Keys
 
 GROUPS = np.array([0, 1, 2, 0, 1, 3, 0, 1, 4, 0, 1, 5, 0, 6, 7, 8], dtype=np.int64)  # five of 0, four of 1
 

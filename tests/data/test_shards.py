@@ -7,10 +7,11 @@ import pickle
 import shutil
 import threading
 from pathlib import Path
+from typing import cast
 
 import pyarrow.parquet as pq
 import pytest
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import write_shards
 from pipeline.data.sample import Sample
@@ -66,7 +67,8 @@ def test_streaming_http_gives_the_same_samples(prepared, samples):
 def test_reading_survives_forked_workers_after_a_read_in_the_parent(prepared, samples):
     shards = IndexedShards(prepared)
     assert shards[0] == samples[0]
-    loader: DataLoader[Sample] = DataLoader(shards, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    data = cast("Dataset[Sample]", shards)  # which needs no base class for that
+    loader: DataLoader[Sample] = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert list(loader) == samples
     assert shards[5] == samples[5]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import MethodConfig
-from pipeline.data.shards import Keys
+from pipeline.data.keys import Keys
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, make_method
 from pipeline.prompts.pool import PromptPool

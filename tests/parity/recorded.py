@@ -17,8 +17,8 @@ from torch import Tensor
 from pipeline.answering import SampleList
 from pipeline.data.collate import Examples, StageData
 from pipeline.data.conversation import Conversation, Example
+from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
-from pipeline.data.shards import Keys
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 from tests import tiny

@@ -12,9 +12,9 @@ import torch
 from pipeline.answering import SampleList
 from pipeline.config import Recipe
 from pipeline.data.collate import Examples, MicroBatches, StageData
+from pipeline.data.keys import Keys
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
-from pipeline.data.shards import Keys
 from pipeline.distributed import StopFlag, World, close_world, init_world
 from pipeline.engine import Engine, initial_values
 from pipeline.launch import end_as_rank
