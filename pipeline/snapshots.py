@@ -97,10 +97,23 @@ def share(world: World, sources: Iterable[Source], each_round: Callable[[], obje
         def here(told: Snapshot = found, same: Source = same) -> Snapshot:
             return told if weights_of(told.folder).files and weights_of(told.folder).whole else checkpoint(same)
 
+        def by_now(told: Snapshot = found, same: Source = same, here: Callable[[], Snapshot] = here) -> Snapshot:
+            return _fetched_beside(told, same) or here()
+
         _while_others_wait(world, world.local_rank == 0, here, each_round)
-        resolved = together(here)
+        resolved = together(by_now)
         if resolved.commit:  # a folder of the user's is looked at anew each time
             _known[source.path, source.revision] = resolved
+
+
+def _fetched_beside(told: Snapshot, source: Source) -> Snapshot | None:
+    """What a process of this node has fetched by now, where rank 0's folder is not seen; the Hub is not asked."""
+    if not told.commit or weights_of(told.folder).whole:
+        return None
+    folder = hub.local_folder(source.path, told.commit)
+    if folder is None or not weights_of(folder).whole:
+        return None
+    return Snapshot(_whole(source, folder), told.commit)
 
 
 def _while_others_wait(

@@ -25,6 +25,8 @@ class Stub:
     fault: str = ""
     faulty: str = ""  # only requests with this in their path meet the fault
     asked: list[str] = field(default_factory=list)
+    # Which process asked for each: what its HF_HUB_USER_AGENT_ORIGIN says, "" where that is not set.
+    askers: list[str] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -35,6 +37,7 @@ def hub_of(folder: Path, fault: str = "", faulty: str = "") -> Iterator[Stub]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             stub.asked.append(f"{self.command} {self.path}")
+            stub.askers.append(self.headers.get("User-Agent", "").partition("origin/")[2])
             if stub.fault and stub.faulty in self.path:
                 self.fail()
             elif self.path.startswith(f"/api/models/{REPOSITORY}"):

@@ -190,3 +190,17 @@ def test_a_node_that_does_not_see_rank_0s_cache_fetches_the_same_commit(
         share(World(1, 2, 0, torch.device("cpu")), [SOURCE])
         assert checkpoint(SOURCE).folder.is_relative_to(cache)
         assert f"GET /api/models/{REPOSITORY}/revision/{COMMIT}" in stub.asked
+
+
+def test_the_other_ranks_of_such_a_node_take_what_one_of_them_fetched(
+    llava: Path, cache: Path, at: Callable[[Stub], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere = snapshots.Snapshot(tmp_path / "on another node", COMMIT)
+    monkeypatch.setattr(snapshots, "broadcast_object", lambda _: elsewhere)
+    with hub_of(llava) as stub:
+        at(stub)
+        share(World(8, 16, 0, torch.device("cpu")), [SOURCE])
+        at(stub)  # another process
+        stub.asked.clear()
+        share(World(9, 16, 1, torch.device("cpu")), [SOURCE])
+        assert (checkpoint(SOURCE).commit, stub.asked) == (COMMIT, [])
