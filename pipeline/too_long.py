@@ -7,6 +7,7 @@ empty answer: a test set keeps its size. `truncate` cuts questions when they are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import load_processor, settings_fingerprint
-from pipeline.checkpoint import LENGTHS_FILE, write_json
+from pipeline.checkpoint import COMPLETE, LENGTHS_FILE, META, write_json
 from pipeline.config import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.shards import IndexedShards
@@ -69,8 +70,15 @@ def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
             found[split].append(measure(part, conversation, name, limit, answered=split == "train"))
             if split == "test":
                 notes.append(long_answers(part, conversation, name, task.max_new_tokens, limit))
-    sentences = [sentence for lengths in _all(found) for sentence in lengths.sentences(too_long)]
-    sentences += [sentence for lengths in found["train"] for sentence in _nothing_left(lengths, too_long)]
+    learned = _learned(recipe.run_path)
+    sentences = []
+    for split in SPLITS:
+        for task, lengths in zip(recipe.data.tasks, found[split], strict=True):
+            wrong = lengths.sentences(too_long) + (_nothing_left(lengths, too_long) if split == "train" else [])
+            if split == "train" and task.name in learned:
+                notes += [f"{sentence} Its stage is finished: what was learned stays." for sentence in wrong]
+            else:
+                sentences += wrong
     if sentences:
         raise UserErrors(sentences)
     left_out = {split: [lengths.misfits if too_long == "skip" else [] for lengths in found[split]] for split in SPLITS}
@@ -96,6 +104,16 @@ def told(lengths: SplitLengths, too_long: str) -> str:
 def limit_of(task: TaskConfig, split: str) -> int | None:
     """How many samples of a task's split the recipe uses; None: all."""
     return task.limit_train if split == "train" else task.limit_test
+
+
+def _learned(run: Path) -> set[str]:
+    """Tasks of finished stages: an earlier version trained them without looking at every sample's length, and a run
+    that is finished has to stay one that can be evaluated and added to."""
+    tasks: set[str] = set()
+    for finished in (run / "stages").glob(f"*/{COMPLETE}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged stage is said by its reader
+            tasks |= set(json.loads((finished.parent / META).read_text("utf-8"))["data"])
+    return tasks
 
 
 def _nothing_left(lengths: SplitLengths, too_long: str) -> list[str]:

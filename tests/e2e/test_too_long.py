@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.shards import IndexedShards
 from pipeline.errors import Interrupted, UserError
 from pipeline.sample_lengths import measure
 from pipeline.sequence import Sequence, run_sequence
+from pipeline.too_long import decide
 from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
 
@@ -75,6 +77,17 @@ def test_refuse_ends_the_start_before_anything_is_trained(project, tmp_path, mon
     for split in ("train", "test"):
         assert f"T0/{split}: 1 of" in str(refused.value)
     assert "'emoji'" in str(refused.value) and "data.too_long" in str(refused.value)
+
+
+def test_a_stage_that_an_earlier_version_finished_is_not_refused_for_a_sample_it_never_reached(project, tmp_path):
+    """Earlier versions looked at a training sample's length when its turn came; a stage may have ended before that."""
+    run_sequence(recipe(project, tmp_path, "skip"), stages="train")
+    refusing = recipe(project, tmp_path, "refuse")
+    (refusing.run_path / "lengths.json").unlink()
+    shards = {split: [IndexedShards(refusing.data.split_path("T0", split))] for split in ("train", "test")}
+    with pytest.raises(UserError) as refused:
+        decide(refusing, shards)
+    assert "T0/test: 1 of" in str(refused.value) and "T0/train" not in str(refused.value)
 
 
 def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, monkeypatch):
