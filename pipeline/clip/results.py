@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.clip.scores import BaseToNew, Counts, Spread, average, base_to_new
 
 BASE, NEW = "base", "new"
+Row = tuple[str, str, int]  # method, dataset and seed of a unit
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class UnitResult:
     seed: int
     groups: dict[str, Counts]
     names: dict[str, tuple[str, ...]]
+
+    @property
+    def row(self) -> Row:
+        """Which unit it is of."""
+        return self.method, self.dataset, self.seed
 
     @property
     def target_mean(self) -> float | None:

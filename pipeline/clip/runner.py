@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint import check_stage, read_state, write_json
+from pipeline.checkpoint import check_stage, write_json
 from pipeline.clip.averaging import WeightAverage
 from pipeline.clip.checkpoint import load_prompts, save_prompts, unfinished
 from pipeline.clip.evaluate import TestImages, evaluate_group
@@ -23,6 +23,7 @@ from pipeline.clip.protocol import epoch_rates, small_set_warning
 from pipeline.clip.ready_pixels import Room
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.results import UnitResult, results_json
+from pipeline.clip.run_results import RESULTS, BenchmarkResults
 from pipeline.clip.tracking import make_benchmark_tracker
 from pipeline.clip.unit import Unit, regularisers_of, units_of
 from pipeline.config import TrainConfig
@@ -40,7 +41,7 @@ from pipeline.train import train_stage
 from pipeline.watchdog import Watchdog, collective_timeout
 
 log = logging.getLogger("pipeline.clip")
-RESULT, RESULTS = "result.json", "results.json"
+RESULT = "result.json"
 
 
 def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
@@ -73,27 +74,29 @@ class Benchmark:
         self.tests = {n: TestImages(d.test, pixels, world, batch, room) for n, d in self.data.items()}
         self.tracker: Tracker
         self.results: list[UnitResult] = []
-        self.seconds = 0.0
+        self.files = on_main(world, lambda: BenchmarkResults(path, [unit.row for unit in self.units]))
+        self.began = time.perf_counter()
 
     def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
         """All units in order; see `run_benchmark`."""
-        state = on_main(self.world, lambda: read_state(self.path))
+        state = dict(self.files.state)
         self.tracker = together(lambda: make_benchmark_tracker(self.recipe, self.path, self.world.rank))
-        began = time.perf_counter()
         content: dict[str, Any] = {}
         missing = 0
         try:
-            with self.tracker.sequence(state):
+            with self.tracker.sequence(state, self.files.stay_finished):
                 for index, unit in enumerate(self.units):
                     self._write_state("running", index, state)
                     missing += not self._unit(index, unit, train, evaluate, state)
                     if evaluate:
                         content = self._write_results()
-                self.seconds = round(time.perf_counter() - began, 1)
+                if missing:
+                    log.warning("%d of %d units not trained; `run` trains them.", missing, len(self.units))
+                whole = not evaluate or self._whole(content)
                 done = "stopped" if missing else "done" if evaluate else "trained"
                 self._write_state(done, len(self.units) - missing, state)  # before the report, which says it
                 if evaluate:
-                    self._finish(content)
+                    self._finish(content if whole else {})
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self._write_state("stopped" if isinstance(error, Interrupted) else "failed", None, state)
@@ -118,6 +121,8 @@ class Benchmark:
         if values is not None and not evaluate:
             return True
         with self.tracker.stage(index, unit.label):
+            if values is None:
+                self.files.trains(unit.row)
             self._write_state("running", index, state)  # with the unit's MLflow run, so that a restart continues it
             self.tracker.params({"method": unit.method.kind, "dataset": unit.dataset.name, "seed": unit.seed})
             if values is None:
@@ -247,8 +252,12 @@ class Benchmark:
     def _write_results(self) -> dict[str, Any]:
         content = results_json(self.recipe.data.protocol, self.results)
         if self.world.main:
-            write_json(self.path / RESULTS, content)
+            self.files.write_results(content, self.results, last=False)
         return content
+
+    def _whole(self, content: dict[str, Any]) -> bool:
+        """Whether the results have all that results.json had; for rank 0, the others have nothing to tell."""
+        return not self.world.main or self.files.write_results(content, self.results, last=True)
 
     def _finish(self, content: dict[str, Any]) -> None:
         """Tell the tracker the means and draw the report; a run is worth keeping even if its page cannot be drawn."""
@@ -277,11 +286,12 @@ class Benchmark:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         previous.setdefault("started", now)
         previous["done"] = previous.get("done", 0) if done is None else done
-        write_json(self.path / "run.json", {
+        seconds = self.files.seconds(time.perf_counter() - self.began)
+        self.files.write_state(status, {
             "kind": "clip", "recipe": self.recipe.name, "status": status, "seeds": list(self.recipe.seeds),
             "units": [unit.label for unit in self.units], "units_done": previous["done"],
             "started": previous["started"], "updated": now, "world_size": self.world.size,
-            "mlflow": self.tracker.run_ids(), "versions": package_versions(), "timing": {"total_s": self.seconds},
+            "mlflow": self.tracker.run_ids(), "versions": package_versions(), "timing": {"total_s": seconds},
             "data": data_record((name, split, shards, None) for name, data in self.data.items()
                                 for split, shards in data.splits()),
         })  # fmt: skip

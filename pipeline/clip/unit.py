@@ -13,6 +13,7 @@ from pipeline.clip.methods import METHODS, PromptLearner, make_learner
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.regularisers import Consistency, KnowledgeGuided, Regulariser
+from pipeline.clip.results import Row
 from pipeline.clip.text import Words
 
 
@@ -30,6 +31,11 @@ class Unit:
     def label(self) -> str:
         """The unit's name in the log, in MLflow and of its folder."""
         return f"{self.method.name}-{self.dataset.name}-s{self.seed}"
+
+    @property
+    def row(self) -> Row:
+        """The unit's row of the results."""
+        return self.method.name, self.dataset.name, self.seed
 
     @property
     def learns(self) -> bool:
