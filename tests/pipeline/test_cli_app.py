@@ -57,7 +57,12 @@ def test_the_verbs_stand_in_groups_in_the_order_of_their_use() -> None:
 @pytest.mark.parametrize("option", ["--licence", "--license"])
 def test_the_licence_is_given_in_either_spelling(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str | None] = []
-    monkeypatch.setattr("pipeline.adapter.export", lambda run, target, licence: given.append(licence) or {})
+
+    def export(run: Path, target: Path, licence: str | None) -> dict[str, str]:
+        given.append(licence)
+        return {}
+
+    monkeypatch.setattr("pipeline.adapter.export", export)
     assert run("export", str(tmp_path), str(tmp_path / "adapter"), option, "cc-by-4.0").exit_code == EXIT_OK
     assert given == ["cc-by-4.0"]
 
