@@ -45,8 +45,6 @@ class Engine:
         node = agreed_node_size()
         recipe = fitted(recipe, world, key_width, samples, node)
         config = deepspeed_config(recipe, world.size, node)
-        if recipe.model.dtype == "bfloat16" and world.device.type == "cuda":
-            warn_of_emulation()
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         whole = self.zero_stage != 3
@@ -177,15 +175,6 @@ class Engine:
         give_parts(parameter, value)
         with _whole(parameter, write=True):
             parameter.data.copy_(value)
-
-
-def warn_of_emulation() -> None:
-    """Say that a GPU computes bfloat16 in float32, as those before Ampere do (V100, T4, RTX 20)."""
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        log.warning(
-            "model.dtype is bfloat16, which %s only emulates: as much memory, and no faster than float32.",
-            torch.cuda.get_device_name(),
-        )
 
 
 def start_deepspeed() -> Any:

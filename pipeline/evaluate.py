@@ -84,7 +84,7 @@ def evaluate_task(
     """Score a test set after a stage, write its predictions, and return its score in percent.
 
     `route` gives the samples' sets [N, m] and similarities [N, T]. The first of the `folders` takes the predictions;
-    answers that an evaluation in the others got with the same sets are taken from there (design.md decision 8). What is
+    answers that an evaluation in the others got with the same sets are taken from there. What is
     there and whole is neither read nor computed again. `lmm` is called only if something has to be generated.
     `conditions.go_on` is asked before every batch, by all ranks together, and has to tell all of them the same: after a
     no the answers that are there are kept for the next attempt, and Interrupted is raised.

@@ -65,11 +65,6 @@ def weights_of(folder: Path) -> Weights:
     return Weights([SINGLE], [SINGLE])
 
 
-def missing_weights(folder: Path) -> list[str]:
-    """Return the names of the weight files that a checkpoint's folder lacks."""
-    return weights_of(folder).missing
-
-
 def _indexed(index: Path) -> list[str] | None:
     try:
         return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import re
 import shutil
 import weakref
@@ -14,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import frozen_models
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
 from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.check_model import CheckedModel, check_model
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, load_recipe
 from pipeline.data.sample import Sample
+from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.frozen_models import emulated
 from tests import tiny
@@ -246,3 +249,18 @@ def test_a_gpu_that_emulates_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert "Tesla T4 emulates bfloat16" in emulated("bfloat16")
     assert not emulated("float32")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_start_names_a_gpu_that_only_emulates_bfloat16_once(
+    native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(frozen_models, "share", lambda *_: None)
+    monkeypatch.setattr(frozen_models, "require_fitting_weights", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        recipe = load_recipe("nano", ["model.dtype=bfloat16"])
+        frozen_models.fetch_models(recipe, World(0, 1, 0, torch.device("cuda", 0)), lambda: None)
+    assert caplog.text.count("Tesla V100-SXM2-32GB") == (not native)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -21,6 +19,7 @@ from pipeline.cli import app
 from pipeline.clip.runner import run_benchmark
 from pipeline.errors import EXIT_OK
 from tests.clip.project import make_project, recipe, recipe_file, split_file
+from tests.wrong_inputs import flipped, full_disk_of, replaced
 
 COOP: dict[str, Any] = {"name": "coop", "options": {"length": 2}, "train": {"augment": "none"}}
 KEPT = ("run.json", "results.json", "report.html", "config.yaml")
@@ -73,21 +72,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Take a file or folder away while the block runs; what stands there then goes."""
-    kept = path.with_name(path.name + ".kept")
-    path.rename(kept)
-    try:
-        yield kept
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        kept.rename(path)
-
-
-@contextlib.contextmanager
 def other_data(finished: Finished) -> Iterator[None]:
     """Which zero-shot, the first unit, does not mind."""
     with replaced(finished.project / "prepared" / "toys") as kept:
@@ -103,11 +87,7 @@ def no_weights(finished: Finished) -> Iterator[None]:
 
 @contextlib.contextmanager
 def damaged_unit(finished: Finished) -> Iterator[None]:
-    path = finished.run / "units" / "coop-toys-s2" / "prompts.safetensors"
-    with replaced(path) as kept:
-        content = bytearray(kept.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+    with flipped(finished.run / "units" / "coop-toys-s2" / "prompts.safetensors"):
         yield
 
 
@@ -143,15 +123,7 @@ def damaged_results_and_unit(finished: Finished) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(finished: Finished) -> Iterator[None]:
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if Path(target).is_relative_to(finished.run):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        replace(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.files.os.replace", full)
+    with full_disk_of(finished.run):
         yield
 
 

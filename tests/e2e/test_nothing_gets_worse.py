@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,6 +18,7 @@ from pipeline.cli import app
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.sequence import evaluate_run, run_sequence
 from tests.e2e.conftest import MakeRecipe, prepare_project, recipe_on
+from tests.wrong_inputs import flipped, full_disk_of, replaced
 
 pytestmark = pytest.mark.e2e
 KEPT = ("matrix.json", "run.json", "report.html", "config.yaml")
@@ -51,21 +50,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Take a file or folder away while the block runs; what stands there then goes."""
-    kept = path.with_name(path.name + ".kept")
-    path.rename(kept)
-    try:
-        yield kept
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        kept.rename(path)
-
-
-@contextlib.contextmanager
 def other_data(finished: Finished) -> Iterator[None]:
     with replaced(finished.project / "data" / "T1" / "train") as split:
         shutil.copytree(finished.project / "data" / "T2" / "train", split.parent / "train")
@@ -89,11 +73,7 @@ def no_weights(finished: Finished) -> Iterator[None]:
 
 @contextlib.contextmanager
 def damaged_stage(finished: Finished) -> Iterator[None]:
-    path = finished.run / "stages" / "02-T1" / "prompts.safetensors"
-    with replaced(path) as kept:
-        content = bytearray(kept.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+    with flipped(finished.run / "stages" / "02-T1" / "prompts.safetensors"):
         yield
 
 
@@ -107,15 +87,7 @@ def unreadable_predictions(finished: Finished) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(finished: Finished) -> Iterator[None]:
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if Path(target).is_relative_to(finished.run):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        replace(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.files.os.replace", full)
+    with full_disk_of(finished.run):
         yield
 
 

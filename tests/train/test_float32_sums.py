@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.deepspeed_config import deepspeed_file, with_recipe
 from pipeline.distributed import init_world
-from pipeline.engine import start_deepspeed, warn_of_emulation
+from pipeline.engine import start_deepspeed
 
 STEPS = 64
 SMALL = 2.0**-9  # half of what bfloat16 can still add to 1
@@ -83,13 +83,3 @@ def test_deepspeed_says_nothing_of_optimizers_that_it_does_not_list(caplog: pyte
             logger.handle(logger.makeRecord("DeepSpeed", logging.WARNING, "", 0, line, (), None))
     assert "untested" not in caplog.text and "something new" in caplog.text
 
-
-@pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_that_only_emulates_bfloat16_is_named(
-    native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
-    with caplog.at_level(logging.WARNING, "pipeline"):
-        warn_of_emulation()
-    assert ("Tesla V100-SXM2-32GB only emulates" in caplog.text) == (not native)
