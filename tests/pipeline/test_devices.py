@@ -210,16 +210,17 @@ def test_deepspeed_is_told_of_a_machine_without_gpus_and_of_no_other(monkeypatch
 
 
 @pytest.fixture
-def _threads() -> Any:
+def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A process that may use eight cores and was told nothing of threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_threads")
-def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+@pytest.mark.usefixtures("_eight_cores")
+def test_processes_of_one_machine_share_its_cores() -> None:
     torch.set_num_threads(8)
     distributed.share_cores(1)
     assert torch.get_num_threads() == 8
@@ -227,10 +228,8 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_eight_cores")
 def test_threads_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(7)
     distributed.share_cores(4)
     assert torch.get_num_threads() == 7

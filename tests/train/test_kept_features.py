@@ -258,13 +258,19 @@ def test_a_second_job_waits_for_the_first_and_computes_nothing_again(
     assert len(tries) == 3 and len(written) == len(set(written)) > 0
 
 
+def without_features(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared project in which no features are kept yet."""
+    root = shutil.copytree(prepared, tmp_path / "own")
+    for kept in root.glob("data/*/train/vision-*"):
+        shutil.rmtree(kept)
+    return Path(root)
+
+
 @pytest.mark.e2e
 def test_a_run_can_be_stopped_while_features_are_computed(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(prepared, tmp_path / "own")
-    for kept in root.glob("data/*/train/vision-*"):
-        shutil.rmtree(kept)
+    root = without_features(prepared, tmp_path)
     write, written = SplitFeatures.write, []
 
     def told_to_stop(split: SplitFeatures, number: int, features: torch.Tensor) -> None:
@@ -281,9 +287,7 @@ def test_a_run_can_be_stopped_while_features_are_computed(
 def test_a_run_can_be_stopped_while_another_job_computes_features(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(prepared, tmp_path / "own")
-    for kept in root.glob("data/*/train/vision-*"):
-        shutil.rmtree(kept)
+    root = without_features(prepared, tmp_path)
     acquire, tries = FileLock.acquire, list[Path]()
 
     def held(lock: FileLock) -> bool:
