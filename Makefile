@@ -1,6 +1,6 @@
 # make demo   the embedded default from nothing to a report        make test   the tests
 # make docs   the API reference, from the docstrings
-# VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.10 or newer)
+# VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.11 or newer)
 # TORCH=cpu   or cuda, or an index of PyTorch's such as cu126, for machines with an older driver; by default by nvidia-smi
 # WORKERS=2   processes that share the tests                        PORT=5000  where `make ui` listens
 PYTHON ?= python3
@@ -26,8 +26,8 @@ venv:
 	if [ ! -x "$(PY)" ] || [ -e "$(VENV)/.incomplete" ] || [ -n "$$other" ] || \
 	    { [ -e "$(VENV)/.requirements" ] && ! cat $(REQUIREMENTS) | cmp -s - "$(VENV)/.requirements"; }; then \
 	  set -e; \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "error: $(PYTHON) is older than Python 3.10; run make with PYTHON=python3.11 or another newer one." >&2; exit 2; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than Python 3.11, which the pinned versions need; run make with PYTHON=python3.12 or another newer one." >&2; exit 2; }; \
 	  build="$(TORCH)"; why="as TORCH says"; \
 	  if [ -z "$$build" ] && [ -s "$(VENV)/.torch" ]; then build=$$(cat "$(VENV)/.torch"); why="as before"; fi; \
 	  if [ -z "$$build" ] && command -v nvidia-smi >/dev/null; then build=cuda; why="nvidia-smi is here"; fi; \
