@@ -15,15 +15,15 @@ from data_prep.sources import colour_shapes
 from data_prep.sources.class_folders import ImageSplit
 from data_prep.sources.split_zhou import missing, missing_images, missing_sentence, read_dataset
 from data_prep.split import Place, Rewriting, prepare_split
-from pipeline.clip.classes import LabelledImage, Splits
-from pipeline.clip.datasets import Dataset
-from pipeline.clip.few_shot import few_shot
-from pipeline.clip.prepared import ClassList
+from pipeline.clip.images.classes import LabelledImage, Splits
+from pipeline.clip.images.datasets import Dataset
+from pipeline.clip.images.few_shot import few_shot
+from pipeline.clip.images.prepared import ClassList
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserError
-from pipeline.file_lock import lock_of, waiting_for
+from pipeline.files.lock import lock_of, waiting_for
 
 
 def prepare_benchmark(recipe: ClipRecipe, progress: bool = True, replace: bool = False) -> dict[str, Any]:
@@ -69,14 +69,23 @@ def _prepare_dataset(
         left_out = tolerance if split == "test" else Tolerance(0, may_grow=False)
         rewriting = Rewriting(replace, recipe.run_path.parent, may_grow=split == "train")
         written, wrote = prepare_split(
-            ImageSplit(part, images), data.split_settings(entry, split), place, left_out, rewriting,
+            ImageSplit(part, images),
+            data.split_settings(entry, split),
+            place,
+            left_out,
+            rewriting,
             partial(bars.advance, bar),
-        )  # fmt: skip
+        )
         fingerprints[split] = written["fingerprint"]
-        splits.append({
-            "dataset": entry.name, "split": split, "samples": written["count"],
-            "fingerprint": written["fingerprint"], "wrote": wrote,
-        })  # fmt: skip
+        splits.append(
+            {
+                "dataset": entry.name,
+                "split": split,
+                "samples": written["count"],
+                "fingerprint": written["fingerprint"],
+                "wrote": wrote,
+            }
+        )
     _write_classes(recipe, entry.name, found, parts, seeds, drawn, fingerprints)
     return splits
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import EXIT_USER, UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
+    from pipeline.config.recipe import Recipe
 
 PROJECT = Path(__file__).resolve().parents[1]
 SAID = 2000  # characters of a failed process's last words
@@ -35,12 +35,24 @@ def keys_by_processes(recipe: Recipe, processes: int) -> None:
         recipe.dump_yaml(path)
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "data_prep", "keys", str(path), "--share", f"{number + 1}/{processes}",
-                 "--set", f"data.workers={workers}"],
-                env=_environment(device), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                [
+                    sys.executable,
+                    "-m",
+                    "data_prep",
+                    "keys",
+                    str(path),
+                    "--share",
+                    f"{number + 1}/{processes}",
+                    "--set",
+                    f"data.workers={workers}",
+                ],
+                env=_environment(device),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
             )
             for number, device in enumerate(devices)
-        ]  # fmt: skip
+        ]
         try:
             said = [process.communicate()[1] for process in started]
         finally:

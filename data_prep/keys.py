@@ -25,7 +25,7 @@ from pipeline.data.origin import REMEDY
 from pipeline.data.sample import decode_image
 from pipeline.data.shards import FINGERPRINT, IDENTITY_FIELDS, KEYS_FILE, KEYS_TABLE, IndexedShards
 from pipeline.errors import UserError
-from pipeline.files import replacing
+from pipeline.files.atomic import replacing
 
 if TYPE_CHECKING:
     from pipeline.backbones.clip import KeyEncoder

@@ -13,10 +13,10 @@ from typing import Any
 
 from data_prep.sources.image_files import UnreadableError, read_image, why_missing
 from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read_text
-from pipeline.checkpoint import write_json
+from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
+from pipeline.config.task_file import TASK_FILE
 from pipeline.errors import UserError, UserErrors, nearest
-from pipeline.recipe_base import NAME_LETTERS, NAME_PATTERN
-from pipeline.task_file import TASK_FILE
+from pipeline.runs.finished import write_json
 
 COLUMNS = ("image", "question", "answer")
 LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called
@@ -83,10 +83,16 @@ def make_task(
         root / "sheets" / f"{name}.png",
     )
     return {
-        "task": name, "root": str(root), "train": len(splits["train"]), "test": len(splits["test"]),
-        "pictures": len({row.image for row in rows} - {None}), "answers": len({row.answer for row in rows}),
-        "metric": metric, "sheet": str(sheet), **_long_answers(splits["test"], max_new_tokens),
-    }  # fmt: skip
+        "task": name,
+        "root": str(root),
+        "train": len(splits["train"]),
+        "test": len(splits["test"]),
+        "pictures": len({row.image for row in rows} - {None}),
+        "answers": len({row.answer for row in rows}),
+        "metric": metric,
+        "sheet": str(sheet),
+        **_long_answers(splits["test"], max_new_tokens),
+    }
 
 
 def _long_answers(test: list[Row], most: int) -> dict[str, str]:
@@ -95,10 +101,12 @@ def _long_answers(test: list[Row], most: int) -> dict[str, str]:
     over = sum(count > most for count in words)
     if not over:
         return {}
-    return {"long_answers": (
-        f"{over} of {len(words)} test answers have more words than the {most} tokens of max_new_tokens (the longest "
-        f"{max(words)} words), so they cannot be answered in full; set --max-new-tokens higher."
-    )}  # fmt: skip
+    return {
+        "long_answers": (
+            f"{over} of {len(words)} test answers have more words than the {most} tokens of max_new_tokens (the "
+            f"longest {max(words)} words), so they cannot be answered in full; set --max-new-tokens higher."
+        )
+    }
 
 
 def _checked(images: Path, table: Path) -> list[Row]:

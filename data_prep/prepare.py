@@ -23,11 +23,11 @@ from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.data.origin import SOURCE_FILES
 from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_description
 from pipeline.errors import UserError
-from pipeline.file_lock import lock_of, waiting_for
+from pipeline.files.lock import lock_of, waiting_for
 from pipeline.metrics.scoring import require_metrics
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe, TaskConfig
+    from pipeline.config.recipe import Recipe, TaskConfig
 
 SPLITS = ("train", "test")
 

@@ -37,7 +37,7 @@ from pipeline.data.shards import (
 )
 from pipeline.data.stored_pictures import CHANGED, UPRIGHT, require_upright
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256
+from pipeline.files.atomic import replacing, sha256
 
 Row = dict[str, Any]
 # Yields the records of a source from the n-th on: a resumed write does not read what it has written.

@@ -20,10 +20,10 @@ from data_prep.sources.image_states import remember, remembered_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.data.shards import read_description
 from pipeline.errors import UserError
-from pipeline.file_lock import lock_of, waiting_for
+from pipeline.files.lock import lock_of, waiting_for
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
+    from pipeline.config.recipe import Recipe
 
 SPLITS = ("train", "test")
 

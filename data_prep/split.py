@@ -19,9 +19,9 @@ from pipeline.data.origin import LIMIT, REMEDY, SETTINGS, Origin, other_settings
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards, read_description
 from pipeline.data.stored_pictures import require_upright
-from pipeline.data_use import dependants, named
 from pipeline.errors import UserError
-from pipeline.files import remove_folder, replacing, sweep_temporaries
+from pipeline.files.atomic import remove_folder, replacing, sweep_temporaries
+from pipeline.runs.data_use import dependants, named
 
 NEXT, LAST = ".next", ".last"  # beside a split: its successor while that is written, itself while they change places
 REPLACE = "run `python -m pipeline prepare RECIPE --replace`"
@@ -119,9 +119,15 @@ def prepare_split(
             rewriting.refuse_runs(folder)
         target = folder.with_name(folder.name + NEXT)
     description, wrote = write_shards(
-        lambda start: source.records(start, place.workers), target, place.shard_samples, origin.fingerprint,
-        place.task, place.split, progress, tolerance,
-    )  # fmt: skip
+        lambda start: source.records(start, place.workers),
+        target,
+        place.shard_samples,
+        origin.fingerprint,
+        place.task,
+        place.split,
+        progress,
+        tolerance,
+    )
     _describe(target, origin.facts())
     if target != folder:
         folder.rename(folder.with_name(folder.name + LAST))

@@ -32,7 +32,7 @@ from pipeline.data.shards import (
 )
 from pipeline.data.stored_pictures import changed_pictures
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256
+from pipeline.files.atomic import replacing, sha256
 
 VERIFIED_FILE = "verified.json"
 ROWS_AT_ONCE = 1 << 16  # of the keys, which may be larger than the memory

@@ -14,7 +14,7 @@ os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
 
 import pytest
 
-from pipeline.stopping import STOP_SIGNALS
+from pipeline.ranks.shutdown import STOP_SIGNALS
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MLFLOW_TRACKING_URI")
 

@@ -48,5 +48,5 @@ def full_disk_of(run: Path) -> Iterator[None]:
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.files.os.replace", full)
+        patch.setattr("pipeline.files.atomic.os.replace", full)
         yield

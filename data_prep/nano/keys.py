@@ -22,10 +22,18 @@ JOINT = 64
 
 def clip_config(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=JOINT, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=77, hidden_act="relu", projection_dim=JOINT, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=JOINT,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act="relu",
+        projection_dim=JOINT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return CLIPConfig(text_config=text.to_dict(), vision_config=vision.config.to_dict(), projection_dim=JOINT)
 
 
@@ -85,9 +93,15 @@ class Directions(nn.Module):
 
 
 def train_keys(
-    vision: CLIPVisionModel, pooled: torch.Tensor, scenes: list[Scene], tokenizer: PreTrainedTokenizerFast,
-    minutes: float, device: str, batch: int = 192, lr: float = 2e-3,
-) -> CLIPModel:  # fmt: skip
+    vision: CLIPVisionModel,
+    pooled: torch.Tensor,
+    scenes: list[Scene],
+    tokenizer: PreTrainedTokenizerFast,
+    minutes: float,
+    device: str,
+    batch: int = 192,
+    lr: float = 2e-3,
+) -> CLIPModel:
     """Trains projections and text tower for `minutes`; `pooled` [N, D] are the frozen tower's picture vectors."""
     torch.manual_seed(0)
     clip = CLIPModel(clip_config(vision, tokenizer))

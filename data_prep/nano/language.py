@@ -34,15 +34,29 @@ BINDING = np.array([2.0 if skill in ("colour_of", "shape_of", "box_of") else 1.0
 def llava_config(vision: CLIPVisionModel, vocabulary: int, image_token: int) -> LlavaConfig:
     """LLaVA architecture at nano size: the decoder has 4 layers of width 192."""
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, hidden_act="relu", max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
-    return LlavaConfig(
-        vision_config=vision.config, text_config=text, image_token_index=image_token, projector_hidden_act="gelu",
-        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=IMAGE_TOKENS,
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        hidden_act="relu",
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
-    )  # fmt: skip
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return LlavaConfig(
+        vision_config=vision.config,
+        text_config=text,
+        image_token_index=image_token,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+    )
 
 
 def build_llava(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
@@ -120,9 +134,11 @@ class Speaker(nn.Module):
         same = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
         causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=device).tril()
         hidden = self.llava.model.language_model(
-            inputs_embeds=torch.cat(pieces, dim=1), attention_mask=(same & causal)[:, None],
-            position_ids=torch.from_numpy(batch.position).to(device), use_cache=False,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=torch.cat(pieces, dim=1),
+            attention_mask=(same & causal)[:, None],
+            position_ids=torch.from_numpy(batch.position).to(device),
+            use_cache=False,
+        ).last_hidden_state
         target = torch.from_numpy(batch.target).to(device)
         where = (target != -100).nonzero()
         at = (where[:, 0], where[:, 1])
@@ -156,9 +172,14 @@ def measure(speaker: Speaker, maker: RowMaker, batches: int = 6, rows: int = 24)
 
 
 def train_language(
-    speaker: Speaker, maker: RowMaker, fresh: tuple[RowMaker, torch.Tensor], minutes: float, rows: int = 12,
-    lr: float = 2e-3, save: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+    speaker: Speaker,
+    maker: RowMaker,
+    fresh: tuple[RowMaker, torch.Tensor],
+    minutes: float,
+    rows: int = 12,
+    lr: float = 2e-3,
+    save: Callable[[], None] | None = None,
+) -> None:
     """Trains for `minutes` of wall clock, hard skills more often; `fresh` = (maker, features) of unseen scenes."""
     trained = [
         *speaker.llava.model.language_model.parameters(),

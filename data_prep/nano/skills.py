@@ -74,7 +74,7 @@ WORDINGS = {
     "tallest": ("which bar is the tallest?", "what colour is the highest bar?", "the colour of the longest bar?"),
     "shortest": ("which bar is the shortest?", "what colour is the lowest bar?", "the colour of the smallest bar?"),
     "bar_count": ("how many bars are there?", "count the bars.", "what is the number of bars in the chart?"),
-}  # fmt: skip
+}
 SKILLS = tuple(WORDINGS)
 # Words that say nothing about the skill: the base model learns to hear them without being led astray.
 FILLER = (

@@ -60,9 +60,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = _byte_level(["<unk>", "<s>", "</s>", "<pad>", "<image>"], VOCABULARY)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<image>"], padding_side="right", model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="right",
+        model_max_length=512,
+    )
     for a, b in product(LETTERS, LETTERS):
         for pair in (a + b, (a + b).lower()):
             if len(wrapped(pair, add_special_tokens=False).input_ids) != 2 and pair.upper() not in MERGED_PAIRS:
@@ -81,9 +87,13 @@ def build_image_processor() -> CLIPImageProcessorPil:
 
 def build_processor() -> LlavaProcessor:
     return LlavaProcessor(
-        image_processor=build_image_processor(), tokenizer=build_tokenizer(), patch_size=PATCH,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        image_processor=build_image_processor(),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_clip_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,9 +103,13 @@ def build_clip_tokenizer() -> PreTrainedTokenizerFast:
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 2), ("<|endoftext|>", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|startoftext|>", eos_token="<|endoftext|>",
-        pad_token="<pad>", model_max_length=77,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<pad>",
+        model_max_length=77,
+    )
 
 
 def save_processors(llava: Path, clip: Path) -> None:

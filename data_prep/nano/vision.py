@@ -39,9 +39,16 @@ POOLED_HEADS = (
 
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE,
-        patch_size=PATCH, hidden_act="relu", projection_dim=64, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_act="relu",
+        projection_dim=64,
+        attn_implementation="eager",
+    )
 
 
 @dataclass

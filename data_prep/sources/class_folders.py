@@ -19,7 +19,7 @@ from data_prep.parallel import ordered_map
 from data_prep.sources.image_files import IMAGE_SUFFIXES, UnreadableError, read_image, why_missing
 from data_prep.sources.image_states import image_states
 from data_prep.sources.text_files import Fault, csv_rows
-from pipeline.clip.classes import LabelledImage, Splits, refuse_twice
+from pipeline.clip.images.classes import LabelledImage, Splits, refuse_twice
 from pipeline.data.origin import Origin
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError, nearest

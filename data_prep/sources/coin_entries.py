@@ -15,9 +15,21 @@ IMAGE_TAG = "<image>"
 SPEAKERS = ("human", "gpt")
 # What other projects call the image of an entry; an entry that has one of them would silently lose its image.
 OTHER_IMAGE_KEYS = frozenset(
-    ("images", "img", "imgs", "image_path", "image_paths", "image_file", "image_files", "image_name", "img_path",
-     "picture", "photo", "pic")
-)  # fmt: skip
+    (
+        "images",
+        "img",
+        "imgs",
+        "image_path",
+        "image_paths",
+        "image_file",
+        "image_files",
+        "image_name",
+        "img_path",
+        "picture",
+        "photo",
+        "pic",
+    )
+)
 
 
 class UnusableError(Exception):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data_sources import plain_name
+from data_prep.sources.addresses import plain_name
 from pipeline.errors import UserError, nearest
 
 INSTRUCTIONS = "instructions"

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.nano.scenes import COLOURS, SHAPES, SIZE
-from pipeline.files import replacing
+from pipeline.files.atomic import replacing
 
 NAME, SPLIT_FILE = "colour_shapes", "split_zhou_ColourShapes.json"
 FINGERPRINT_FILE = "made_from.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.file_lock import lock_of, waiting_for
+from pipeline.files.lock import lock_of, waiting_for
 
 STAMP = "GENERATED.txt"  # in the root: what was drawn
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import replacing
+from pipeline.files.atomic import replacing
 
 THREADS, CHUNK = 32, 500  # calls under way at a time, and images per piece of work
 
@@ -37,8 +37,11 @@ def image_states(images: Iterable[str], folders: Sequence[Path]) -> dict[str, Im
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         found = pool.map(lambda chunk: [_state(bases, name) for name in chunk], chunks)
-        return {name: state for chunk, states in zip(chunks, found, strict=True)
-                for name, state in zip(chunk, states, strict=True)}  # fmt: skip
+        return {
+            name: state
+            for chunk, states in zip(chunks, found, strict=True)
+            for name, state in zip(chunk, states, strict=True)
+        }
 
 
 def _state(bases: list[str], name: str) -> ImageState | None:
@@ -61,10 +64,12 @@ def remembered_file(folder: Path) -> Path:
 def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: Mapping[str, ImageState | None]) -> None:
     """Keep the state of a split's source: its fingerprint, its text files, and its images' sizes."""
     there = {name: state for name, state in states.items() if state is not None}
-    table = pa.table({
-        "image": pa.array(list(there), pa.string()),
-        "size": pa.array([state.size for state in there.values()], pa.int64()),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "image": pa.array(list(there), pa.string()),
+            "size": pa.array([state.size for state in there.values()], pa.int64()),
+        }
+    )
     facts = {"fingerprint": fingerprint, "files": json.dumps(dict(files))}
     with replacing(remembered_file(folder)) as temporary:
         pq.write_table(table.replace_schema_metadata(facts), temporary)

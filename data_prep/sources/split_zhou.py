@@ -15,10 +15,10 @@ from typing import Any
 from data_prep.sources.class_folders import labelled_folders, read_class_folders, read_csv
 from data_prep.sources.image_files import why_missing
 from data_prep.sources.text_files import lines_of, read_json
-from pipeline.clip.classes import LabelledImage, Splits, refuse_one_text, refuse_twice
-from pipeline.clip.datasets import Dataset
+from pipeline.clip.images.classes import LabelledImage, Splits, refuse_one_text, refuse_twice
+from pipeline.clip.images.datasets import Dataset
 from pipeline.errors import UserError
-from pipeline.files import sha256
+from pipeline.files.atomic import sha256
 
 NAMED = 3  # missing images that a message names; it counts the others
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from pipeline.data.pictures import central
-from pipeline.devices import choose_device
 from pipeline.errors import UserError
-from pipeline.files import sha256
-from pipeline.snapshots import Snapshot, Source, checkpoint
+from pipeline.files.atomic import sha256
+from pipeline.hub.snapshots import Snapshot, Source, checkpoint
+from pipeline.ranks.devices import choose_device
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -168,7 +168,7 @@ def key_identity(
 
 
 def keys_source(path: str, revision: str | None = None) -> Source:
-    """The CLIP as `pipeline.snapshots` asks for it."""
+    """The CLIP as `pipeline.hub.snapshots` asks for it."""
     return Source(path, revision, "keys.path", "a CLIP checkpoint's", ("clip",))
 
 

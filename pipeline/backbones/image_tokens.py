@@ -232,10 +232,14 @@ class Gemma3Sizes(ImageSizes):
     def limit(self, most: int) -> int:
         crops = most // int(self.processor.image_seq_length)
         if crops > 2:  # the processor cuts into two or more, beside the whole
-            self.options = {"images_kwargs": {
-                "do_pan_and_scan": True, "pan_and_scan_max_num_crops": crops - 1, "pan_and_scan_min_crop_size": 256,
-                "pan_and_scan_min_ratio_to_activate": 1.2,
-            }}  # fmt: skip
+            self.options = {
+                "images_kwargs": {
+                    "do_pan_and_scan": True,
+                    "pan_and_scan_max_num_crops": crops - 1,
+                    "pan_and_scan_min_crop_size": 256,
+                    "pan_and_scan_min_ratio_to_activate": 1.2,
+                }
+            }
         return int(self.processor.image_seq_length)
 
 

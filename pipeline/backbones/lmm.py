@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import FAMILIES, family_of
 from pipeline.backbones.lmm_processor import (
@@ -22,12 +23,11 @@ from pipeline.backbones.lmm_processor import (
     source_of,
 )
 from pipeline.backbones.lmm_weights import refuse_unfitting, require_fitting_weights
-from pipeline.base_model import fingerprint
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
-from pipeline.distributed import together
 from pipeline.errors import UserError
-from pipeline.snapshots import checkpoint
+from pipeline.hub.snapshots import checkpoint
+from pipeline.ranks.world import together
 
 __all__ = ["LMM", "SUPPORTED", "base_fingerprint", "load_lmm", "load_processor"]
 
@@ -263,9 +263,7 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
         yield
 
 
-def load_lmm(
-    config: ModelConfig, zero3: dict[str, Any] | None = None, device: torch.device | str | None = None
-) -> LMM:
+def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: torch.device | str | None = None) -> LMM:
     """Load model and processor; `zero3` is the DeepSpeed configuration when the weights are to be partitioned at load.
 
     With a `device` each weight goes there as it is read, so that host memory never holds the whole model; without one
@@ -310,5 +308,5 @@ def load_lmm(
 
 
 def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
-    """What tells base models apart, see `pipeline.base_model.fingerprint`."""
+    """What tells base models apart, see `pipeline.backbones.base_model.fingerprint`."""
     return fingerprint(source_of(config), recorded)

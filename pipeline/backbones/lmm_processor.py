@@ -12,17 +12,17 @@ from safetensors import SafetensorError
 
 from pipeline.backbones.image_tokens import limit_image_tokens
 from pipeline.backbones.lmm_families import FAMILIES, Family, family_of
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.errors import UserError
-from pipeline.pickled import SETTINGS
-from pipeline.snapshots import Source, settings_folder
+from pipeline.hub.pickled import SETTINGS
+from pipeline.hub.snapshots import Source, settings_folder
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 VIDEOS = "video_processor"
 
 
 def source_of(config: ModelConfig) -> Source:
-    """The model as `pipeline.snapshots` asks for it."""
+    """The model as `pipeline.hub.snapshots` asks for it."""
     return Source(config.location, config.revision, kinds=tuple(FAMILIES))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.errors import UserError
-from pipeline.snapshots import checkpoint
-from pipeline.weights import tensors_of
+from pipeline.hub.snapshots import checkpoint
+from pipeline.hub.weights import tensors_of
 
 
 def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> None:

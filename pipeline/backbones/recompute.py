@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-# Every so many-th layer is recomputed, none at 0. What auto stands for is chosen for a run (`pipeline.fitting`); where
-# nothing has been chosen, as in a plan without GPUs, it is none.
+# Every so many-th layer is recomputed, none at 0. What auto stands for is chosen for a run (`pipeline.planning.auto`);
+# where nothing has been chosen, as in a plan without GPUs, it is none.
 SHARES = {"auto": 0, "none": 0, "selective": 2, "full": 1}
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.bench.sizes import SIZES
-from pipeline.cli_app import App
+from pipeline.cli.outcome import App
 from pipeline.errors import UserError, nearest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
@@ -148,8 +148,8 @@ def clip(
     as_json: AsJson = False,
 ) -> None:
     """The exact speed-ups of prompt learning for CLIP, each against the plain path."""
-    from pipeline.clip.benchmark import SIZES as SHAPES
-    from pipeline.clip.benchmark import bench_clip
+    from pipeline.bench.clip import SIZES as SHAPES
+    from pipeline.bench.clip import bench_clip
 
     if size not in SHAPES:
         raise UserError(f"No size '{size}'; expected one of {', '.join(SHAPES)}.{nearest(size, list(SHAPES))}")

@@ -19,7 +19,7 @@ from pipeline.bench.data_source import counts_of, write_coin, write_prepared
 from pipeline.bench.data_watch import MIB, Watched, watch
 from pipeline.bench.keys import save_clip
 from pipeline.bench.sizes import SIZES
-from pipeline.config import PROJECT
+from pipeline.config.recipe import PROJECT
 from pipeline.errors import UserError
 
 GENERATED = "generated.json"  # in the folder: what was generated there
@@ -60,30 +60,42 @@ def bench_data(
     key_width = key_width or (16 if index_only else 768)
     codes = {"this": PROJECT}
     if against is not None:
-        if not (against / "pipeline" / "sequence.py").is_file():
-            raise UserError(f"{against} has no pipeline/sequence.py; expected the folder of a version of this project.")
+        if not (against / "pipeline").is_dir():
+            raise UserError(f"{against} has no folder pipeline; expected the folder of a version of this project.")
         codes["against"] = against.resolve()
     with ExitStack() as stack:
         root = folder or Path(stack.enter_context(TemporaryDirectory(prefix="bench-data-")))
         root = root.resolve()
         facts = _generate(root, records, key_width, index_only)
         found = {name: _measure(code, root, name, index_only) for name, code in codes.items()}
-    variants = {(phase if name == "this" else f"{phase} ({name})"): seen.to_json()
-                for name, (phases, _) in found.items() for phase, seen in phases.items()}  # fmt: skip
+    variants = {
+        (phase if name == "this" else f"{phase} ({name})"): seen.to_json()
+        for name, (phases, _) in found.items()
+        for phase, seen in phases.items()
+    }
     goals = INDEX_GOALS if index_only else GOALS
     result = {
-        "records": facts["records"], "images": facts["images"], "key_width": key_width, "index_only": index_only,
-        "machine": measure.machine(), "variants": variants,
+        "records": facts["records"],
+        "images": facts["images"],
+        "key_width": key_width,
+        "index_only": index_only,
+        "machine": measure.machine(),
+        "variants": variants,
         "goals": {name: _compared(goals[name], found["this"][1][name]) for name in goals},
         "memory_bytes_per_record": {name: round(numbers["bytes_per_record"]) for name, (_, numbers) in found.items()},
-    }  # fmt: skip
+    }
     if against is not None:
         ours, theirs = found["this"][1], found["against"][1]
-        result["ratios"] = {"against": {
-            name: {"this": round(ours[name], 3), "against": round(theirs[name], 3),
-                   "ratio": round(theirs[name] / max(ours[name], 1e-9), 2)}
-            for name in (*goals, "bytes_per_record")
-        }}  # fmt: skip
+        result["ratios"] = {
+            "against": {
+                name: {
+                    "this": round(ours[name], 3),
+                    "against": round(theirs[name], 3),
+                    "ratio": round(theirs[name] / max(ours[name], 1e-9), 2),
+                }
+                for name in (*goals, "bytes_per_record")
+            }
+        }
     return result
 
 
@@ -128,12 +140,21 @@ def _recipe(root: Path, size: int, name: str, prepared: Path, prepare_first: boo
     tasks = [{"name": task, "max_new_tokens": 8} for task in counts_of(size)]
     train = {"steps": 2, "global_batch": 8, "lr_prompt": 0.01, "lr_head": 0.001, "log_every": 1, "processes": 1}
     path = work / "recipe.yaml"
-    path.write_text(yaml.safe_dump({
-        "name": "bench", "data": {**data, "tasks": tasks, "workers": 2, "prepare_first": prepare_first},
-        "model": {"path": str(PROJECT / "data_prep/nano/checkpoints/llava")}, "keys": {"path": str(root / "clip")},
-        "train": {**train, "deepspeed": "ds_configs/zero0.json"}, "evaluate": {"zero_shot": False},
-        "tracking": {"enabled": False}, "run_dir": str(work / "run"),
-    }), "utf-8")  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "bench",
+                "data": {**data, "tasks": tasks, "workers": 2, "prepare_first": prepare_first},
+                "model": {"path": str(PROJECT / "data_prep/nano/checkpoints/llava")},
+                "keys": {"path": str(root / "clip")},
+                "train": {**train, "deepspeed": "ds_configs/zero0.json"},
+                "evaluate": {"zero_shot": False},
+                "tracking": {"enabled": False},
+                "run_dir": str(work / "run"),
+            }
+        ),
+        "utf-8",
+    )
     return path
 
 
@@ -190,8 +211,9 @@ def _measure(code: Path, root: Path, name: str, index_only: bool) -> tuple[dict[
         if title in phases:
             numbers[title] = phases[title].seconds
     numbers |= {
-        "memory beside the model": beside / (1024 * MIB), "bytes_per_record": beside / records,
+        "memory beside the model": beside / (1024 * MIB),
+        "bytes_per_record": beside / records,
         "open files": max(seen.open_files for seen in phases.values()),
-    }  # fmt: skip
+    }
     phases[f"run to its first step, {BASELINE_RECORDS} records"] = baseline
     return phases, numbers

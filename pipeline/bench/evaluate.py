@@ -17,18 +17,18 @@ from torch.nn.functional import cosine_similarity
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.bench import measure
-from pipeline.checkpoint import load_stage
-from pipeline.config import Recipe, load_run
+from pipeline.config.recipe import Recipe, load_run
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.shards import IndexedShards
-from pipeline.distributed import World, init_world
 from pipeline.errors import UserError
-from pipeline.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
-from pipeline.generation import generate_once
 from pipeline.methods import make_method
-from pipeline.predictions import SETS_FILE
+from pipeline.prompts.generation import generate_once
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
+from pipeline.ranks.world import World, init_world
+from pipeline.runs.finished import load_stage
+from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
+from pipeline.sequence.predictions import SETS_FILE
 
 REFERENCE = "reference"
 
@@ -136,17 +136,26 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
         "answers": sum(map(len, reference.answers.values())),
         "machine": measure.machine(),
         "variants": {
-            name: {"seconds": round(cost.seconds, 2), "of_it_keys_s": round(cost.key_seconds, 2),
-                   "gflop": round(cost.operations / 1e9, 6), "of_it_keys_gflop": round(cost.key_operations / 1e9, 6),
-                   "same_answers": round(_agreement(reference, cost), 4)}
+            name: {
+                "seconds": round(cost.seconds, 2),
+                "of_it_keys_s": round(cost.key_seconds, 2),
+                "gflop": round(cost.operations / 1e9, 6),
+                "of_it_keys_gflop": round(cost.key_operations / 1e9, 6),
+                "same_answers": round(_agreement(reference, cost), 4),
+            }
             for name, cost in costs.items()
         },
-        "ratios": {REFERENCE: {
-            name: {"wall_clock": round(reference.seconds / cost.seconds, 2),
-                   "operations": round(reference.operations / max(cost.operations, 1), 2)}
-            for name, cost in costs.items() if name != REFERENCE
-        }},
-    }  # fmt: skip
+        "ratios": {
+            REFERENCE: {
+                name: {
+                    "wall_clock": round(reference.seconds / cost.seconds, 2),
+                    "operations": round(reference.operations / max(cost.operations, 1), 2),
+                }
+                for name, cost in costs.items()
+                if name != REFERENCE
+            }
+        },
+    }
 
 
 def _time(cost: _Cost, call: Callable[[int, int], list[str]], cell: tuple[int, int]) -> None:

@@ -21,14 +21,14 @@ from pipeline.bench.keys import make_clip
 from pipeline.bench.operations import SHARED, TASKS, step_operations
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep
-from pipeline.checkpoint import write_json
-from pipeline.config import PROJECT
+from pipeline.config.recipe import PROJECT
 from pipeline.data.collate import Batch
-from pipeline.distributed import init_world
-from pipeline.engine import gather_layer_by_layer, start_deepspeed
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.routing import select_for_inference, similarity
+from pipeline.ranks.world import init_world
+from pipeline.runs.finished import write_json
+from pipeline.sequence.engine import gather_layer_by_layer, start_deepspeed
 
 NEW_TOKENS = 64
 POLICIES = ("none", "selective", "full")
@@ -42,9 +42,14 @@ NOT_MEASURED = {"result": "not measured: the time was over"}
 
 
 def bench_gpu(
-    size_name: str = "7b", samples: int = 8, answers: int = 16, rounds: int = 5, device: str = "cuda",
-    out: Path | None = None, deadline_s: float = DEADLINE_S,
-) -> dict[str, Any]:  # fmt: skip
+    size_name: str = "7b",
+    samples: int = 8,
+    answers: int = 16,
+    rounds: int = 5,
+    device: str = "cuda",
+    out: Path | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> dict[str, Any]:
     """Steps in every layout and with every policy of checkpointing, answers, and the step under ZeRO-2 and ZeRO-3.
 
     The most important comes first. What fails says how and the rest goes on; what would begin too late to end within
@@ -196,10 +201,13 @@ def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int,
     config = json.loads((PROJECT / "ds_configs" / f"{stage}.json").read_text("utf-8"))
     lmm = model.take() if stage == "zero3" else model.get()
     config |= {
-        "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        "bf16": {"enabled": lmm.dtype == torch.bfloat16}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": samples,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": lmm.dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
+    }
     sets = _sets(size)
     module = PromptedLMM(lmm, size.prompt_length, size.key_width).to(device)
     module.start_stage(sets[:-1], 1.0)
@@ -225,5 +233,8 @@ def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int,
     finally:
         engine.destroy()
     middle = times[len(times) // 2]
-    return {"seconds": round(middle, 4), "samples_per_s": round(samples / middle, 3),
-            "peak_mib": round(peak / measure.MIB, 1)}  # fmt: skip
+    return {
+        "seconds": round(middle, 4),
+        "samples_per_s": round(samples / middle, 3),
+        "peak_mib": round(peak / measure.MIB, 1),
+    }

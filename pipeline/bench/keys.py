@@ -15,7 +15,7 @@ import torch
 from pipeline.bench import measure
 from pipeline.bench.noise import write_noise
 from pipeline.bench.sizes import SIZES, Size
-from pipeline.config import PROJECT
+from pipeline.config.recipe import PROJECT
 
 TOKENIZER = "data_prep/nano/checkpoints/clip"
 
@@ -43,12 +43,15 @@ def bench_keys(
         whole = measure.seconds(lambda: write_keys(split, identity, lambda: encoder, batch, workers))
     towers = sum(spent.values())
     return {
-        "size": size_name, "samples": samples, "batch": batch, "workers": workers,
+        "size": size_name,
+        "samples": samples,
+        "batch": batch,
+        "workers": workers,
         "machine": measure.machine(device),
         "samples_per_s": round(samples / whole, 2),
         "seconds": {"whole": round(whole, 3), **{name: round(value, 3) for name, value in spent.items()}},
         "share_in_towers": round(towers / whole, 3),
-    }  # fmt: skip
+    }
 
 
 def save_clip(folder: Path, size: Size) -> Path:
@@ -71,17 +74,26 @@ def make_clip(size: Size) -> Any:
 
     config = CLIPConfig(
         vision_config={
-            "hidden_size": size.vision_width, "intermediate_size": 4 * size.vision_width, "patch_size": size.patch,
-            "num_hidden_layers": size.vision_layers, "num_attention_heads": size.vision_heads,
+            "hidden_size": size.vision_width,
+            "intermediate_size": 4 * size.vision_width,
+            "patch_size": size.patch,
+            "num_hidden_layers": size.vision_layers,
+            "num_attention_heads": size.vision_heads,
             "image_size": size.image_side,
         },
         text_config={
-            "hidden_size": size.text_width, "intermediate_size": 4 * size.text_width, "vocab_size": 8192,
-            "num_hidden_layers": size.text_layers, "num_attention_heads": max(1, size.text_width // 32),
-            "max_position_embeddings": 77, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "hidden_size": size.text_width,
+            "intermediate_size": 4 * size.text_width,
+            "vocab_size": 8192,
+            "num_hidden_layers": size.text_layers,
+            "num_attention_heads": max(1, size.text_width // 32),
+            "max_position_embeddings": 77,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
         },
         projection_dim=size.key_width,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return CLIPModel(config).eval().requires_grad_(False)

@@ -39,17 +39,26 @@ def bench_loader(folder: Path | None = None, samples: int = 2000, rounds: int = 
             for name, call in variants.items():
                 times[name].append(measure.seconds(call))
     count = len(order)
-    rows = {name: {"samples_per_s": round(count / statistics.median(found)),
-                   "mib_per_s": round(sizes[name] / measure.MIB / statistics.median(found), 1)}
-            for name, found in times.items()}  # fmt: skip
+    rows = {
+        name: {
+            "samples_per_s": round(count / statistics.median(found)),
+            "mib_per_s": round(sizes[name] / measure.MIB / statistics.median(found), 1),
+        }
+        for name, found in times.items()
+    }
     ratios = {
         name: {
             "speed": round(statistics.median(a / b for a, b in zip(times["sequential"], times[name], strict=True)), 3)
         }
         for name in ("indexed", "permuted")
     }
-    return {"samples": count, "rounds": rounds, "machine": measure.machine(), "variants": rows,
-            "ratios": {"sequential": ratios}}  # fmt: skip
+    return {
+        "samples": count,
+        "rounds": rounds,
+        "machine": measure.machine(),
+        "variants": rows,
+        "ratios": {"sequential": ratios},
+    }
 
 
 def _bytes(samples: Iterator[Sample]) -> int:

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.adapter import load_adapter
-from pipeline.answering import Answerer, Question
+from pipeline.adapter.answering import Answerer, Question
+from pipeline.adapter.load import load_adapter
 from pipeline.bench import measure
 from pipeline.bench.noise import draw_jpeg
-from pipeline.config import PROJECT
+from pipeline.config.recipe import PROJECT
 from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.serve.server import KEY_VARIABLE
@@ -152,9 +152,11 @@ def _numbers(rounds: Sequence[_Asked]) -> dict[str, float]:
     latencies = [latency for asked in rounds for latency in asked.latencies]
     p50, p95 = np.percentile(latencies, [50, 95])
     return {
-        "seconds": round(seconds, 3), "requests_per_s": round(len(latencies) / seconds, 2),
-        "latency_p50_s": round(float(p50), 4), "latency_p95_s": round(float(p95), 4),
-    }  # fmt: skip
+        "seconds": round(seconds, 3),
+        "requests_per_s": round(len(latencies) / seconds, 2),
+        "latency_p50_s": round(float(p50), 4),
+        "latency_p95_s": round(float(p95), 4),
+    }
 
 
 def _body(question: Question) -> bytes:

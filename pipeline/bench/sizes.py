@@ -46,14 +46,28 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        64, 172, 2, 4, 32, 2, 2, 32, 2, 32,
-        vocabulary=512, image_side=56, system_tokens=6, question_tokens=8, answer_tokens=4, prompt_length=4,
+        64,
+        172,
+        2,
+        4,
+        32,
+        2,
+        2,
+        32,
+        2,
+        32,
+        vocabulary=512,
+        image_side=56,
+        system_tokens=6,
+        question_tokens=8,
+        answer_tokens=4,
+        prompt_length=4,
     ),
     "small": Size(512, 1376, 8, 8, 128, 4, 2, 96, 4, 96),
     "base": Size(768, 2048, 12, 12, 256, 8, 4, 192, 6, 192),
     "1b": Size(2048, 5632, 22, 32, 1024, 24, 16, 768, 12, 768),
     "7b": Size(4096, 11008, 32, 32, 1024, 24, 16, 768, 12, 768),
-}  # fmt: skip
+}
 
 
 class _Words:

@@ -86,9 +86,14 @@ class PeftStep:
 
 
 def bench_step(
-    size_name: str, samples: int = 4, rounds: int = 3, variants: tuple[str, ...] = VARIANTS, device: str = "cpu",
-    dtype: str = "float32", layers: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    size_name: str,
+    samples: int = 4,
+    rounds: int = 3,
+    variants: tuple[str, ...] = VARIANTS,
+    device: str = "cpu",
+    dtype: str = "float32",
+    layers: int | None = None,
+) -> dict[str, Any]:
     """Measure the variants on the same weights and samples; ratios are told against `reference` and `peft`.
 
     Each sample has an image of its own, but in after_image_shared, where `SHARED` samples ask about each image; in
@@ -178,5 +183,8 @@ def _agreement(steps: dict[str, Any]) -> dict[str, float]:
     with torch.no_grad():
         expected = reference.terms(batch)
         found = ours.module(batch, Normaliser(*batch.counts()))[1]
-    return {"reference": round(float(expected[0]), 6), "after_bos": round(float(found[0]), 6),
-            "difference": float((expected - found).abs().max())}  # fmt: skip
+    return {
+        "reference": round(float(expected[0]), 6),
+        "after_bos": round(float(found[0]), 6),
+        "difference": float((expected - found).abs().max()),
+    }

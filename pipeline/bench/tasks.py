@@ -15,11 +15,11 @@ from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
-from pipeline.config import MethodConfig
+from pipeline.config.recipe import MethodConfig
 from pipeline.data.collate import Batch
 from pipeline.data.keys import Keys
-from pipeline.generation import generate_once
 from pipeline.methods import make_method
+from pipeline.prompts.generation import generate_once
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import select_for_inference, similarity
 
@@ -27,9 +27,16 @@ STAGE_SAMPLES = 2_000  # for the time that a stage's selection takes
 
 
 def bench_tasks(
-    size_name: str = "small", few: int = 8, many: int = 1024, samples: int = 2, rounds: int = 5,
-    insertion: str = "after_bos", new_tokens: int = 12, device: str = "cpu", dtype: str = "float32",
-) -> dict[str, Any]:  # fmt: skip
+    size_name: str = "small",
+    few: int = 8,
+    many: int = 1024,
+    samples: int = 2,
+    rounds: int = 5,
+    insertion: str = "after_bos",
+    new_tokens: int = 12,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """Measure training steps and answers with `few` and with `many` tasks in the pool; ratios are many / few.
 
     Training holds the pool in memory, which is counted. Answers take it from its file, as from an exported adapter: the

@@ -11,12 +11,12 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.clip.methods import METHODS, refuse_options
 from pipeline.clip.recipe_data import DATASET_CONTENT, ClipDataConfig, DatasetConfig
 from pipeline.clip.templates import PROMPTSRC
-from pipeline.clip.text import MARK
-from pipeline.config import locate
+from pipeline.clip.towers.text import MARK
+from pipeline.config.base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
+from pipeline.config.messages import sentence
+from pipeline.config.recipe import locate
 from pipeline.errors import UserError, nearest
-from pipeline.given_path import GivenPath
-from pipeline.recipe_base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
-from pipeline.recipe_errors import sentence
+from pipeline.files.paths import GivenPath
 
 KIND = "clip"  # what a recipe file says in its field `kind`
 
@@ -109,8 +109,9 @@ class ClipMethodConfig(Section):
     @model_validator(mode="after")
     def _options_of_the_method(self) -> ClipMethodConfig:
         if self.kind not in METHODS:
-            raise ValueError(f"there is no method '{self.kind}'; expected one of {', '.join(METHODS)}."
-                             + nearest(self.kind, METHODS))  # fmt: skip
+            raise ValueError(
+                f"there is no method '{self.kind}'; expected one of {', '.join(METHODS)}." + nearest(self.kind, METHODS)
+            )
         try:
             refuse_options(self.kind, self.options, hidden=("classes",))  # those are the dataset's: per_class
         except UserError as error:
@@ -160,14 +161,19 @@ class ClipRecipe(FileRecipe):
         Seeds do not count, for a prepared dataset keeps the few shots of every seed that asked for them.
         """
         data = self.data
-        said = {entry.name: entry.model_dump(mode="json", include=DATASET_CONTENT, exclude_defaults=True)
-                for entry in (*data.datasets, *data.targets)}  # fmt: skip
+        said = {
+            entry.name: entry.model_dump(mode="json", include=DATASET_CONTENT, exclude_defaults=True)
+            for entry in (*data.datasets, *data.targets)
+        }
         found = {
-            "kind": self.kind, "source": data.source, "root": os.path.normpath(data.root), "shots": data.shots or "all",
+            "kind": self.kind,
+            "source": data.source,
+            "root": os.path.normpath(data.root),
+            "shots": data.shots or "all",
             "fewer": data.fewer if data.fewer != "refuse" else None,
             "datasets": {name: fields for name, fields in sorted(said.items()) if fields},
             "seed": data.seed if data.source == "generated" else None,
-        }  # fmt: skip
+        }
         return {name: value for name, value in found.items() if value not in (None, {})}
 
     def template_of(self, dataset: str) -> str:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.clip.datasets import DATASETS, Dataset, Layout
-from pipeline.clip.few_shot import Fewer
+from pipeline.clip.images.datasets import DATASETS, Dataset, Layout
+from pipeline.clip.images.few_shot import Fewer
 from pipeline.clip.methods.base import TEMPLATE
-from pipeline.clip.text import MARK
+from pipeline.clip.towers.text import MARK
+from pipeline.config.base import PREPARED, Name, Section, each_once
 from pipeline.errors import nearest
-from pipeline.given_path import GivenPath
-from pipeline.recipe_base import PREPARED, Name, Section, each_once
+from pipeline.files.paths import GivenPath
 
 Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
 DATASET_CONTENT = {"layout", "folder", "images", "split"}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256, write_synced
+from pipeline.files.atomic import replacing, sha256, write_synced
 
 CHECKSUMS_FILE = "checksums.safetensors"
 MARK_BLOCKS, MARK_BYTES = 32, 4096  # what `table_mark` reads of a table

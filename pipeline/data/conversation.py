@@ -171,9 +171,7 @@ class Conversation:
             given = self._given(picture)
 
             def with_image(text: str, **options: Any) -> Any:
-                return self.processor(
-                    images=given, text=text, return_tensors="pt", **self.sizes.options, **options
-                )
+                return self.processor(images=given, text=text, return_tensors="pt", **self.sizes.options, **options)
 
             try:
                 prompt, inputs = self._prompt_and_inputs(sample.question, with_image)

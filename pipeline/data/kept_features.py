@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, write_synced
+from pipeline.files.atomic import replacing, write_synced
 
 FORMAT_VERSION = 1
 PICTURES = 32  # per file, which is one forward pass: computed again it gives the same bits

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import sha256
+from pipeline.files.atomic import sha256
 
 SETTINGS, RECORDS, SOURCE_FILES = "settings", "records", "source_files"
 LIMIT = "limit"

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.data.pictures import is_plain
 from pipeline.data.shards import DATASET_FILE, IndexedShards, read_index
 from pipeline.errors import UserError
-from pipeline.files import replacing
+from pipeline.files.atomic import replacing
 
 CHANGED = "changed_pictures"  # in dataset.json: how many pictures are not used as they are stored
 UPRIGHT = "pictures upright and on white"  # in the fingerprint, where there are any

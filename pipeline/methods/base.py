@@ -13,7 +13,7 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET
 
 if TYPE_CHECKING:
-    from pipeline.config import MethodConfig
+    from pipeline.config.recipe import MethodConfig
     from pipeline.data.keys import AnyKeys
 
 

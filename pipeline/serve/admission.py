@@ -35,8 +35,9 @@ class Share:
             raise RefusedError(
                 f"the requests that wait hold {self.budget.held // MIB} MiB of the {self.budget.limit // MIB} MiB that "
                 "they may; ask again in a second.",
-                429, "rate_limit_exceeded",
-            )  # fmt: skip
+                429,
+                "rate_limit_exceeded",
+            )
         self.budget.held, self.size = held, size
 
     def __enter__(self) -> Share:

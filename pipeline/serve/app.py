@@ -22,7 +22,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from pipeline.answering import Tokenised
+from pipeline.adapter.answering import Tokenised
 from pipeline.data.smaller_pictures import Decoding, decode_smaller
 from pipeline.errors import UserError
 from pipeline.serve.admission import Budget, Share, read_body, unless_gone
@@ -158,9 +158,12 @@ class Service:
 
     def _model(self) -> dict[str, Any]:
         return {
-            "id": self.settings.model, "object": "model", "created": self.began, "owned_by": "continual-prompts",
+            "id": self.settings.model,
+            "object": "model",
+            "created": self.began,
+            "owned_by": "continual-prompts",
             "prompt_sets": self.worker.answerer.pool.names,
-        }  # fmt: skip
+        }
 
     def _authorise(self, http: HttpRequest) -> None:
         key = self.settings.api_key

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.answering import Question
+from pipeline.adapter.answering import Question
 from pipeline.data.smaller_pictures import Decoding
 from pipeline.errors import nearest
 from pipeline.serve import fields as checked

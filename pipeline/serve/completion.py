@@ -36,8 +36,10 @@ def usage(update: Update) -> dict[str, int]:
     """Numbers of tokens; those of the prompt count image and prompt vectors."""
     whole = update.prompt_tokens + update.completion_tokens
     return {
-        "prompt_tokens": update.prompt_tokens, "completion_tokens": update.completion_tokens, "total_tokens": whole,
-    }  # fmt: skip
+        "prompt_tokens": update.prompt_tokens,
+        "completion_tokens": update.completion_tokens,
+        "total_tokens": whole,
+    }
 
 
 def about(update: Update, ignored: Sequence[str]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from pipeline.answering import Answerer, Routed
+from pipeline.adapter.answering import Answerer, Routed
 from pipeline.data.collate import collate_prompts
-from pipeline.generation import generate_answers
 from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.generation import generate_answers
 from pipeline.serve.cache import cache_of, layers_of, new_cache
 from pipeline.serve.memory import Extent
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from pipeline.answering import Tokenised
+from pipeline.adapter.answering import Tokenised
 from pipeline.serve.chat import ChatRequest
 from pipeline.serve.completion import about, chunk, error_body, new_id, usage
 from pipeline.serve.refusal import RefusedError

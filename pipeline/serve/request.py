@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.answering import Question, Tokenised
+from pipeline.adapter.answering import Question, Tokenised
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
         raise UserError(
             f"{error.name} is not installed; serving needs starlette and uvicorn (`pip install starlette uvicorn`)."
         ) from error
-    from pipeline.adapter import source_of
-    from pipeline.answering import Answerer
+    from pipeline.adapter.answering import Answerer
+    from pipeline.adapter.load import source_of
     from pipeline.serve.app import LOOPBACK, Service, Settings
     from pipeline.serve.chat import Limits
     from pipeline.serve.connection import ImpatientProtocol

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 
-from pipeline.answering import Answerer, Tokenised
+from pipeline.adapter.answering import Answerer, Tokenised
 from pipeline.errors import UserError
 from pipeline.serve.decoder import Parked, Running, RunningBatch
 from pipeline.serve.memory import GIB, Extent, KeyValueMemory, is_out_of_memory
@@ -197,8 +197,9 @@ class Worker:
         self.memory.ran_out()
         logger.warning(
             "memory ran out with %d answers in progress (%.2f GiB of keys and values); fewer are generated together",
-            rows, self.running.nbytes / GIB,
-        )  # fmt: skip
+            rows,
+            self.running.nbytes / GIB,
+        )
 
     def _join(self, requests: list[Request]) -> None:
         """Begin requests together; if one of them is wrong, each alone, so that it spoils no other.

@@ -13,14 +13,21 @@ from tests.backbones.tiny_families import FAMILIES
 REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava_next": (
         {
-            "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
             "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         },
         {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     ),
     "qwen2_5_vl": (
-        {"size": None, "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-         "merge_size": 2},
+        {
+            "size": None,
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+        },
         {},
     ),
     "internvl": (
@@ -30,7 +37,7 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "idefics3": ({"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}}, {"image_seq_len": 169}),
     "smolvlm": ({"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, {"image_seq_len": 64}),
     "gemma3": ({"size": {"height": 896, "width": 896}}, {"image_seq_length": 256}),
-}  # fmt: skip
+}
 
 
 def with_real_settings(folder: Path, kind: str) -> Path:

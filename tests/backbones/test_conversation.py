@@ -9,25 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.answering import SampleList
+from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import load_processor
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import Conversation, Example
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES
-from tests.train.worlds import make_samples
+from tests.training.worlds import make_samples
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TURNS = Sample(
-    "a", tiny.png((9, 8, 7)), "what?", "red",
+    "a",
+    tiny.png((9, 8, 7)),
+    "what?",
+    "red",
     {"turns": [{"question": "and this?", "answer": "blue"}, {"question": "why?", "answer": "so"}]},
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.answering import SampleList
+from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate, collate_prompts
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
-from pipeline.distributed import init_world
-from pipeline.engine import Engine, initial_values
-from pipeline.generation import generate_answers
+from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
-from tests.train.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
+from pipeline.ranks.world import init_world
+from pipeline.sequence.engine import Engine, initial_values
+from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
 NEW = 6  # tokens generated
 
@@ -37,14 +37,16 @@ def photo(width: int, height: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-SAMPLES = SampleList([
-    Sample("wide", photo(60, 40, 0), "what is this?", "red"),
-    Sample("text", None, "why?", "so"),
-    Sample("tall", photo(33, 90, 1), "how many stripes are there?", "seven"),
-    Sample("small", photo(24, 24, 2), "and?", "no"),
-    Sample("more text", None, "where to?", "home"),
-    Sample("other text", None, "when?", "now"),
-])  # fmt: skip
+SAMPLES = SampleList(
+    [
+        Sample("wide", photo(60, 40, 0), "what is this?", "red"),
+        Sample("text", None, "why?", "so"),
+        Sample("tall", photo(33, 90, 1), "how many stripes are there?", "seven"),
+        Sample("small", photo(24, 24, 2), "and?", "no"),
+        Sample("more text", None, "where to?", "home"),
+        Sample("other text", None, "when?", "now"),
+    ]
+)
 EVERY = list(range(len(SAMPLES)))
 NONE = torch.zeros(len(SAMPLES), 0, dtype=torch.long)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.backbones.image_tokens import image_sizes, limit_image_tokens
 from pipeline.backbones.lmm import load_lmm
 from pipeline.backbones.lmm_processor import load_processor
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
@@ -16,9 +16,26 @@ from tests.backbones.real_processors import save_real
 from tests.backbones.tiny_families import FAMILIES
 
 SIZES = [
-    (8, 8), (1, 1), (64, 64), (27, 29), (28, 28), (336, 336), (640, 480), (480, 640), (333, 500), (1000, 251),
-    (150, 1), (1, 150), (199, 1), (2000, 40), (40, 2000), (1024, 256), (900, 901), (365, 364), (1457, 729),
-]  # fmt: skip
+    (8, 8),
+    (1, 1),
+    (64, 64),
+    (27, 29),
+    (28, 28),
+    (336, 336),
+    (640, 480),
+    (480, 640),
+    (333, 500),
+    (1000, 251),
+    (150, 1),
+    (1, 150),
+    (199, 1),
+    (2000, 40),
+    (40, 2000),
+    (1024, 256),
+    (900, 901),
+    (365, 364),
+    (1457, 729),
+]
 LARGE = [(4032, 3024), (12000, 1500), (9248, 6944)]  # a phone's photograph, a panorama, 64 megapixels
 
 
@@ -74,8 +91,15 @@ def test_the_known_numbers_of_real_photographs(folders):
     assert internvl.image_shape(640, 480).tokens == 3328 and internvl.image_shape(640, 480).crops == 13
 
 
-LIMITS = {"llava": 576, "llava_next": 1800, "qwen2_5_vl": 64, "internvl": 1000, "idefics3": 900, "smolvlm": 320,
-          "gemma3": 1024}  # fmt: skip
+LIMITS = {
+    "llava": 576,
+    "llava_next": 1800,
+    "qwen2_5_vl": 64,
+    "internvl": 1000,
+    "idefics3": 900,
+    "smolvlm": 320,
+    "gemma3": 1024,
+}
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -94,8 +118,16 @@ def test_gemma_with_room_for_crops_pans_and_scans(folders):
     compare(conversation, (1600, 400))
 
 
-@pytest.mark.parametrize(("kind", "most", "least"), [("llava", 575, 576), ("internvl", 100, 256), ("smolvlm", 63, 64),
-                                                     ("gemma3", 255, 256), ("llava_next", 1000, 1752)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "most", "least"),
+    [
+        ("llava", 575, 576),
+        ("internvl", 100, 256),
+        ("smolvlm", 63, 64),
+        ("gemma3", 255, 256),
+        ("llava_next", 1000, 1752),
+    ],
+)
 def test_a_limit_that_a_model_cannot_keep_is_refused(folders, kind, most, least):
     with pytest.raises(UserError, match=f"model.image_tokens is {most}, .* {least} tokens"):
         load_processor(ModelConfig(path=str(folders(kind)), image_tokens=most))
@@ -114,8 +146,9 @@ def test_qwen_refuses_strips(folders):
         sizes.of(300, 1)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("llava_next", 60), ("qwen2_5_vl", 9), ("internvl", 12), ("idefics3", 8),
-                                            ("gemma3", 16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "most"), [("llava_next", 60), ("qwen2_5_vl", 9), ("internvl", 12), ("idefics3", 8), ("gemma3", 16)]
+)
 def test_a_model_takes_in_what_its_limited_processor_hands_over(tmp_path, kind, most):
     config = ModelConfig(path=str(FAMILIES[kind](tmp_path)), image_tokens=most)
     lmm = load_lmm(config)

@@ -17,7 +17,7 @@ from pipeline.data.collate import collate
 from pipeline.prompts import model as prompted
 from pipeline.prompts.model import Normaliser, PromptedLMM, answers_of
 from tests.backbones.test_two_passes import EVERY, SELECTED, examples_of
-from tests.train.worlds import KEY_WIDTH, make_pool
+from tests.training.worlds import KEY_WIDTH, make_pool
 
 WHOLE = ("gemma3",)  # its attention norms the keys, and its layers more
 

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import frozen_models
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
 from pipeline.backbones.lmm_weights import require_fitting_weights
-from pipeline.check_model import CheckedModel, check_model
-from pipeline.config import ModelConfig, load_recipe
+from pipeline.check.model import CheckedModel, check_model
+from pipeline.config.recipe import ModelConfig, load_recipe
 from pipeline.data.sample import Sample
-from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.frozen_models import emulated
+from pipeline.planning import frozen_models
+from pipeline.planning.frozen_models import emulated
+from pipeline.ranks.world import World
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES
-from tests.train.worlds import make_recipe
+from tests.training.worlds import make_recipe
 
 
 def change(folder: Path, file: str, **fields: Any) -> None:

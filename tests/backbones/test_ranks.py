@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_worlds import flat, launch
+from tests.training.test_worlds import flat, launch
 
 ZERO3 = {"train__deepspeed": "ds_configs/zero3.json"}
 

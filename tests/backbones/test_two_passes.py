@@ -9,23 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.answering import SampleList
+from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.errors import UserError
-from pipeline.generation import generate_answers
+from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.insertion import insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.backbones.test_families import SAMPLES, photo
-from tests.train.worlds import KEY_WIDTH, make_pool, make_samples
+from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
 
 # Two questions on one picture that are not neighbours, the same question on another, and questions without one.
-SHARED = SampleList([
-    *SAMPLES[:3],
-    dataclasses.replace(SAMPLES[0], id="wide again", question="and how many of them are there in all?", answer="two"),
-    *SAMPLES[3:5],
-    dataclasses.replace(SAMPLES[0], id="other picture", image=photo(60, 40, 5)),
-])  # fmt: skip
+SHARED = SampleList(
+    [
+        *SAMPLES[:3],
+        dataclasses.replace(
+            SAMPLES[0], id="wide again", question="and how many of them are there in all?", answer="two"
+        ),
+        *SAMPLES[3:5],
+        dataclasses.replace(SAMPLES[0], id="other picture", image=photo(60, 40, 5)),
+    ]
+)
 EVERY = list(range(len(SHARED)))
 SELECTED = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [2, 1], [0, 2], [1, 2]])
 CANNOT = ("gemma3",)

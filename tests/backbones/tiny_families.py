@@ -39,11 +39,20 @@ def byte_tokenizer(special: list[str], bos: str | None, eos: str, pad: str, adds
 def text_config(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     """A decoder of two layers, 32 wide, four heads of which two have keys."""
     return {
-        "vocab_size": len(tokenizer), "hidden_size": tiny.HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.15,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": tiny.HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.15,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+        **changes,
+    }
 
 
 def save(
@@ -97,9 +106,11 @@ def save_llava_next(folder: Path) -> Path:
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=grid
     )
     processor = {
-        "processor_class": "LlavaNextProcessor", "patch_size": PATCH, "vision_feature_select_strategy": "default",
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
-    }  # fmt: skip
+    }
     return save(folder, LlavaNextForConditionalGeneration, config, tokenizer, images, processor, tiny.LLAVA_TEMPLATE)
 
 
@@ -119,9 +130,16 @@ def save_qwen2_5_vl(folder: Path) -> Path:
     special.append("<|video_pad|>")
     tokenizer = byte_tokenizer(special, None, "<|im_end|>", "<|endoftext|>", adds_bos=False)
     vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": tiny.HIDDEN,
-        "patch_size": PATCH, "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1],
-    }  # fmt: skip
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": tiny.HIDDEN,
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    }
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         vision_config=vision,
@@ -147,9 +165,16 @@ def save_internvl(folder: Path) -> Path:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     tokenizer = byte_tokenizer(
-        special, None, "<|im_end|>", "<|endoftext|>", adds_bos=False, start_image_token="<img>",
-        end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
-    )  # fmt: skip
+        special,
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        adds_bos=False,
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
     config = InternVLConfig(
         vision_config={"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], **VISION},
         text_config=Qwen2Config(**text_config(tokenizer)),
@@ -225,16 +250,30 @@ def save_gemma3(folder: Path) -> Path:
 
     special = ["<pad>", "<eos>", "<bos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     tokenizer = byte_tokenizer(
-        [*special, "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", "<pad>", adds_bos=True,
-        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
-    )  # fmt: skip
+        [*special, "<start_of_turn>", "<end_of_turn>"],
+        "<bos>",
+        "<eos>",
+        "<pad>",
+        adds_bos=True,
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+        image_token="<image_soft_token>",
+    )
     text = text_config(
-        tokenizer, head_dim=8, query_pre_attn_scalar=8, sliding_window=12,
+        tokenizer,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=12,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     config = Gemma3Config(
-        vision_config={"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH, **VISION,
-                       "vision_use_head": False},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            **VISION,
+            "vision_use_head": False,
+        },
         text_config=text,
         mm_tokens_per_image=4,
         boi_token_index=3,
@@ -242,7 +281,7 @@ def save_gemma3(folder: Path) -> Path:
         image_token_index=5,
         initializer_range=0.15,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
     processor = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
     return save(folder, Gemma3ForConditionalGeneration, config, tokenizer, images, processor, GEMMA_CHAT)

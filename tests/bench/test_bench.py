@@ -21,7 +21,7 @@ from pipeline.bench.loader import bench_loader
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
 from pipeline.bench.tasks import bench_tasks
-from pipeline.sequence import run_sequence
+from pipeline.sequence.run import run_sequence
 from tests.e2e.conftest import prepare_project, recipe_on
 
 

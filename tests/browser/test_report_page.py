@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report import write_report
+from pipeline.report.page import write_report
 from tests.browser.chromium import DESKTOP, PHONE, Page, chromium
-from tests.pipeline.test_report import make_run
+from tests.report.test_report import make_run
 
 pytestmark = pytest.mark.browser
 FIGURES = ("course", "forgetting", "routing", "similarity", "losses")

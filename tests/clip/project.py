@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.commands import app
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.errors import EXIT_USER
 from tests.clip.tiny import byte_tokenizer, clip_model
@@ -60,14 +60,19 @@ def fields(folder: Path, *methods: Any, name: str = "tiny", train: Any = None, d
         "seeds": list(SEEDS),
         "run_dir": str(folder / "runs" / name),
         "data": {
-            "root": str(folder / "data"), "prepared": str(folder / "prepared"), "datasets": [toys], "shots": SHOTS,
-            "workers": 1, "prepare_first": True, **(data or {}),
+            "root": str(folder / "data"),
+            "prepared": str(folder / "prepared"),
+            "datasets": [toys],
+            "shots": SHOTS,
+            "workers": 1,
+            "prepare_first": True,
+            **(data or {}),
         },
         "model": {"path": str(folder / "model")},
         "methods": list(methods),
         "train": {"epochs": 2, "global_batch": 4, "lr": 0.01, "log_every": 1, "processes": 1, **(train or {})},
         "tracking": {"enabled": False},
-    }  # fmt: skip
+    }
     return {**base, **changes}
 
 

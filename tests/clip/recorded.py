@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from pipeline.clip.backbone import Backbone
+from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from pipeline.clip.methods import learner_of_sizes
-from pipeline.clip.model import ImageBatch, PromptedCLIP
-from pipeline.clip.text import Words
+from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.towers.text import Words
 from tests.clip.tiny import byte_tokenizer
 
 NAMES = {

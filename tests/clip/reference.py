@@ -51,13 +51,22 @@ class Towers:
         parts = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
         y = self._norm(x, f"{name}.layer_norm1")
         y, _ = multi_head_attention_forward(
-            y, y, y, x.shape[-1], self.heads[tower],
+            y,
+            y,
+            y,
+            x.shape[-1],
+            self.heads[tower],
             torch.cat([self.weights[f"{p}.weight"] for p in parts]),
             torch.cat([self.weights[f"{p}.bias"] for p in parts]),
-            None, None, False, 0.0,
-            self.weights[f"{name}.self_attn.out_proj.weight"], self.weights[f"{name}.self_attn.out_proj.bias"],
-            need_weights=False, attn_mask=mask,
-        )  # fmt: skip
+            None,
+            None,
+            False,
+            0.0,
+            self.weights[f"{name}.self_attn.out_proj.weight"],
+            self.weights[f"{name}.self_attn.out_proj.bias"],
+            need_weights=False,
+            attn_mask=mask,
+        )
         x = x + y
         y = self._linear(self._norm(x, f"{name}.layer_norm2"), f"{name}.mlp.fc1")
         return x + self._linear(y * torch.sigmoid(1.702 * y), f"{name}.mlp.fc2")

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.cli import app
-from pipeline.clip.backbone import load_backbone
-from pipeline.clip.checkpoint import classifier_from
-from pipeline.clip.runner import run_benchmark
+from pipeline.cli.commands import app
+from pipeline.clip.benchmark.checkpoint import classifier_from
+from pipeline.clip.benchmark.run import run_benchmark
+from pipeline.clip.towers.backbone import load_backbone
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from tests.clip.project import NAMES, make_project, recipe, recipe_file, said, save_dataset, split_file
 

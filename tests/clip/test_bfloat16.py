@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from data_prep.benchmark import prepare_benchmark
+from pipeline.clip.benchmark.run import run_benchmark
 from pipeline.clip.methods import METHODS
-from pipeline.clip.runner import run_benchmark
 from tests.clip.project import make_project, recipe
 
 METHODS_HERE: list[Any] = [
@@ -26,10 +26,13 @@ METHODS_HERE: list[Any] = [
     {"name": "maple", "options": {"length": 2, "depth": 3}},
     {"name": "mpl", "options": {"length": 1, "depth": 3}},
     {
-        "name": "promptsrc", "method": "ivlp", "options": {"length": 2, "length_vision": 2, "depth": 2},
-        "consistency": {"templates": ["a {}."]}, "average": {"mean": 2, "deviation": 1},
+        "name": "promptsrc",
+        "method": "ivlp",
+        "options": {"length": 2, "length_vision": 2, "depth": 2},
+        "consistency": {"templates": ["a {}."]},
+        "average": {"mean": 2, "deviation": 1},
     },
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])

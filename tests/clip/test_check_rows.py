@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.check import Findings, counted, show
-from pipeline.clip.check import _in_short, _ranks, _recipe, _steps
-from pipeline.clip.verbs import load_benchmark
+from pipeline.check.clip import _in_short, _ranks, _recipe, _steps
+from pipeline.check.sequence import Findings, counted, show
+from pipeline.cli.benchmark import load_benchmark
 
 
 def test_the_steps_of_many_datasets_are_a_line_for_each_method() -> None:

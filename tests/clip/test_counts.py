@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.clip.backbone import Backbone
+from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.methods import learner_of_sizes
-from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.towers.backbone import Backbone
 from tests.clip.tiny import byte_tokenizer
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from data_prep.sources.split_zhou import read_split_file
-from pipeline.clip.classes import LabelledImage, Splits, class_names, group_of_classes
-from pipeline.clip.few_shot import few_shot
+from pipeline.clip.images.classes import LabelledImage, Splits, class_names, group_of_classes
+from pipeline.clip.images.few_shot import few_shot
 from pipeline.errors import UserError
 from tests.clip import base2new
 

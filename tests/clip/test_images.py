@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.clip.images import Pixels, crop_box, number_of, uniform
+from pipeline.clip.images.pixels import Pixels, crop_box, number_of, uniform
 from pipeline.errors import UserError
 from tests.clip.project import save_model
 
@@ -33,8 +33,8 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(pixels: Pixels) -> N
 
 
 def test_the_whole_picture_is_what_the_plain_path_makes(pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.clip.images.crop_box", lambda width, height, draws: (0, 0, width, height))
-    monkeypatch.setattr("pipeline.clip.images.uniform", lambda *_: [0.9] * 41)
+    monkeypatch.setattr("pipeline.clip.images.pixels.crop_box", lambda width, height, draws: (0, 0, width, height))
+    monkeypatch.setattr("pipeline.clip.images.pixels.uniform", lambda *_: [0.9] * 41)
     torch.testing.assert_close(pixels.augmented(picture(40, 40), 0, 0, "0.png"), pixels.plain(picture(40, 40)))
 
 

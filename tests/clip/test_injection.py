@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.clip.backbone import Backbone, Sizes
-from pipeline.clip.inject import image_prompts
 from pipeline.clip.methods.base import PromptLearner
 from pipeline.clip.methods.cocoop import CoCoOp
+from pipeline.clip.towers.backbone import Backbone, Sizes
+from pipeline.clip.towers.inject import image_prompts
 from pipeline.errors import UserError
 from tests.clip.tiny import batch, classifier, clip_model, images, siglip_model
 
 DEEP: dict[str, dict[str, Any]] = {
-    "coop": {"length": 2}, "cocoop": {}, "kgcoop": {},
-    "vpt": {"depth": 3}, "ivlp": {"depth": 3}, "maple": {"depth": 3}, "mpl": {"depth": 3},
-}  # fmt: skip
+    "coop": {"length": 2},
+    "cocoop": {},
+    "kgcoop": {},
+    "vpt": {"depth": 3},
+    "ivlp": {"depth": 3},
+    "maple": {"depth": 3},
+    "mpl": {"depth": 3},
+}
 
 
 def lengths(learner: PromptLearner, backbone: Backbone) -> list[int]:
@@ -93,8 +98,9 @@ def test_autocast_keeps_float32_masters(method: str, dtype: torch.dtype) -> None
         loss, _ = module(batch())
         found = module.logits(images())
     loss.backward()
-    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all()
-               for p in module.learner.parameters())  # fmt: skip
+    assert all(
+        p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all() for p in module.learner.parameters()
+    )
     torch.testing.assert_close(found.float(), expected, atol=0.3, rtol=0.05)
 
 
@@ -104,8 +110,10 @@ def test_a_backbone_in_bfloat16_takes_float32_masters(method: str) -> None:
     loss, _ = module(batch())
     loss.backward()
     assert loss.dtype == torch.float32
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32
-               for parameter in module.learner.parameters())  # fmt: skip
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32
+        for parameter in module.learner.parameters()
+    )
 
 
 def test_siglip_pools_over_patches_and_not_over_prompts() -> None:

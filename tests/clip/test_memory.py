@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.clip.backbone import Backbone
-from pipeline.clip.check import check_benchmark
-from pipeline.clip.memory import image_tokens, kept_bytes, plan_benchmark
+from pipeline.check.clip import check_benchmark
+from pipeline.clip.learning.memory_plan import image_tokens, kept_bytes, plan_benchmark
+from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.methods import make_learner
-from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.towers.backbone import Backbone
 from tests.clip.project import make_project, recipe, recipe_file
 from tests.clip.tiny import batch, byte_tokenizer, clip_model
 

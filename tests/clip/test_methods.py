@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.clip.averaging import WeightAverage, gaussian_weights
-from pipeline.clip.backbone import normalised
+from pipeline.clip.learning.averaging import WeightAverage, gaussian_weights
+from pipeline.clip.learning.model import ImageBatch
+from pipeline.clip.learning.regularisers import Consistency, KnowledgeGuided
 from pipeline.clip.methods import METHODS, learner_of_sizes, refuse_options
-from pipeline.clip.model import ImageBatch
-from pipeline.clip.regularisers import Consistency, KnowledgeGuided
-from pipeline.clip.text import class_texts
+from pipeline.clip.towers.backbone import normalised
+from pipeline.clip.towers.text import class_texts
 from pipeline.errors import UserError
 from tests.clip.tiny import NAMES, batch, byte_tokenizer, classifier, images
 

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.cli import app
-from pipeline.clip.runner import run_benchmark
+from pipeline.cli.commands import app
+from pipeline.clip.benchmark.run import run_benchmark
 from pipeline.errors import EXIT_OK
 from tests.clip.project import make_project, recipe, recipe_file, split_file
 from tests.wrong_inputs import flipped, full_disk_of, replaced
@@ -52,8 +52,9 @@ def make(folder: Path) -> Finished:
     """The benchmark, and beside its prepared data the same with another class name."""
     make_project(folder)
     changes: dict[str, Any] = {
-        "data": {"prepare_first": False}, "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-    }  # fmt: skip
+        "data": {"prepare_first": False},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
     recipe_file(folder, "zero_shot", COOP, **changes)
     made = recipe(folder, "zero_shot", COOP, **changes)
     prepare_benchmark(made, progress=False)
@@ -101,7 +102,7 @@ def failing_evaluation(finished: Finished) -> Iterator[None]:
     path = finished.run / "units" / "coop-toys-s1" / "result.json"
     with replaced(path), pytest.MonkeyPatch.context() as patch:
         path.write_text("{")
-        patch.setattr("pipeline.clip.runner.evaluate_group", fail)
+        patch.setattr("pipeline.clip.benchmark.run.evaluate_group", fail)
         yield
 
 

@@ -11,12 +11,12 @@ import torch
 
 from data_prep.benchmark import prepare_benchmark
 from data_prep.sources import colour_shapes
-from pipeline.clip.few_shot import few_shot
-from pipeline.clip.few_shot_batches import FewShotBatches, FewShotImages
-from pipeline.clip.images import Pixels
-from pipeline.clip.prepared import CLASSES_FILE, PreparedDataset
+from pipeline.cli.benchmark import require_prepared
+from pipeline.clip.images.few_shot import few_shot
+from pipeline.clip.images.pixels import Pixels
+from pipeline.clip.images.prepared import CLASSES_FILE, PreparedDataset
+from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
 from pipeline.clip.recipe import ClipTrainConfig
-from pipeline.clip.verbs import require_prepared
 from pipeline.errors import UserError
 from tests.clip.project import IMAGES, NAMES, SHOTS, fields, make_project, recipe, save_dataset, split_file
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.clip.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, DOMAIN_TARGETS, dataset
-from pipeline.clip.protocol import epoch_rates, small_set_warning, steps_per_epoch
-from pipeline.clip.scores import average, base_to_new, count, harmonic_mean
+from pipeline.clip.benchmark.scores import average, base_to_new, count, harmonic_mean
+from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, DOMAIN_TARGETS, dataset
+from pipeline.clip.learning.protocol import epoch_rates, small_set_warning, steps_per_epoch
 from pipeline.errors import UserError
 
 
@@ -18,10 +18,18 @@ def test_eleven_datasets_and_four_variants_of_imagenet() -> None:
 
 # clip_prompts.md 7.1.
 HALVES = {
-    "imagenet": (500, 500), "caltech101": (50, 50), "oxford_pets": (19, 18), "stanford_cars": (98, 98),
-    "oxford_flowers": (51, 51), "food101": (51, 50), "fgvc_aircraft": (50, 50), "sun397": (199, 198), "dtd": (24, 23),
-    "eurosat": (5, 5), "ucf101": (51, 50),
-}  # fmt: skip
+    "imagenet": (500, 500),
+    "caltech101": (50, 50),
+    "oxford_pets": (19, 18),
+    "stanford_cars": (98, 98),
+    "oxford_flowers": (51, 51),
+    "food101": (51, 50),
+    "fgvc_aircraft": (50, 50),
+    "sun397": (199, 198),
+    "dtd": (24, 23),
+    "eurosat": (5, 5),
+    "ucf101": (51, 50),
+}
 
 
 def test_base_and_new_classes_are_as_many_as_published() -> None:
@@ -29,8 +37,19 @@ def test_base_and_new_classes_are_as_many_as_published() -> None:
 
 
 # clip_prompts.md 2.7: steps of 5 epochs of 16 shots on the base half, batch 4.
-STEPS = {"imagenet": 2000, "sun397": 796, "stanford_cars": 392, "oxford_flowers": 204, "food101": 204, "ucf101": 204,
-         "caltech101": 200, "fgvc_aircraft": 200, "dtd": 96, "oxford_pets": 76, "eurosat": 20}  # fmt: skip
+STEPS = {
+    "imagenet": 2000,
+    "sun397": 796,
+    "stanford_cars": 392,
+    "oxford_flowers": 204,
+    "food101": 204,
+    "ucf101": 204,
+    "caltech101": 200,
+    "fgvc_aircraft": 200,
+    "dtd": 96,
+    "oxford_pets": 76,
+    "eurosat": 20,
+}
 
 
 def test_steps_are_as_many_as_published() -> None:

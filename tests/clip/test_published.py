@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.clip.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
+from pipeline.cli.benchmark import load_benchmark
+from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
 from pipeline.clip.methods import METHODS
 from pipeline.clip.recipe import AverageConfig, ConsistencyConfig
 from pipeline.clip.templates import PROMPTSRC
-from pipeline.clip.verbs import load_benchmark
 
 
 class Row(NamedTuple):
@@ -106,6 +106,8 @@ def test_promptsrc_averages_sixty_templates() -> None:
     assert len(PROMPTSRC) == len(set(PROMPTSRC)) == 60
     assert all(template.count("{}") == 1 and template.endswith(".") for template in PROMPTSRC)
     assert (PROMPTSRC[0], PROMPTSRC[1], PROMPTSRC[59]) == (
-        "a photo of a {}.", "a bad photo of a {}.", "itap of the {}."
-    )  # fmt: skip
+        "a photo of a {}.",
+        "a bad photo of a {}.",
+        "itap of the {}.",
+    )
     assert ConsistencyConfig().templates == PROMPTSRC

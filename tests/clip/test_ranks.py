@@ -22,10 +22,13 @@ METHODS: list[Any] = [
     {"name": "maple", "options": {"length": 2, "depth": 3}},
     {"name": "mpl", "options": {"length": 1, "depth": 3}},
     {
-        "name": "promptsrc", "method": "ivlp", "options": {"length": 2, "length_vision": 2, "depth": 2},
-        "consistency": {"templates": ["a {}."]}, "average": {"mean": 2, "deviation": 1},
+        "name": "promptsrc",
+        "method": "ivlp",
+        "options": {"length": 2, "length_vision": 2, "depth": 2},
+        "consistency": {"templates": ["a {}."]},
+        "average": {"mean": 2, "deviation": 1},
     },
-]  # fmt: skip
+]
 ONE_SEED: dict[str, Any] = {"seeds": [1]}
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.clip.images import Pixels
-from pipeline.clip.ready_pixels import ReadyPixels, Room, ranks_here
+from pipeline.clip.images.pixels import Pixels
+from pipeline.clip.images.ready_pixels import ReadyPixels, Room, ranks_here
 from pipeline.data.sample import Sample
-from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.ranks.world import World
 from tests.clip.project import save_model
 
 SIZES = [(40, 30), (17, 90), (16, 16), (300, 5), (1, 1), (33, 32), (64, 64)]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.clip.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, Dataset
+from pipeline.cli.benchmark import load_benchmark
+from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, Dataset
+from pipeline.clip.learning.unit import units_of
 from pipeline.clip.recipe import clip_recipe
-from pipeline.clip.unit import units_of
-from pipeline.clip.verbs import load_benchmark
-from pipeline.config import load_recipe, recipe_kind
+from pipeline.config.recipe import load_recipe, recipe_kind
+from pipeline.config.yaml_file import recipe_names
 from pipeline.errors import UserError
-from pipeline.recipe_file import recipe_names
 from tests.clip.project import fields
 
 SHIPPED = [name for name in recipe_names() if recipe_kind(name) == "clip"]
@@ -107,8 +107,11 @@ def test_a_sequence_recipe_has_no_kind_and_is_not_taken_for_a_benchmark() -> Non
 def test_what_learns_nothing_is_one_unit_for_all_seeds() -> None:
     recipe = clip_recipe(fields(Path(), "zero_shot", "coop", seeds=[1, 2, 3]), "tiny")
     assert [unit.label for unit in units_of(recipe)] == [
-        "zero_shot-toys-s1", "coop-toys-s1", "coop-toys-s2", "coop-toys-s3"
-    ]  # fmt: skip
+        "zero_shot-toys-s1",
+        "coop-toys-s1",
+        "coop-toys-s2",
+        "coop-toys-s3",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.clip import runner
-from pipeline.clip.evaluate import evaluate_group
+from pipeline.clip.benchmark import run as runner
+from pipeline.clip.benchmark.evaluate import evaluate_group
+from pipeline.clip.benchmark.report import write_benchmark_report
+from pipeline.clip.benchmark.results import UnitResult, results_json, results_table
+from pipeline.clip.benchmark.run import run_benchmark
+from pipeline.clip.benchmark.scores import Counts
 from pipeline.clip.recipe import ClipRecipe
-from pipeline.clip.report import write_benchmark_report
-from pipeline.clip.results import UnitResult, results_json, results_table
-from pipeline.clip.runner import run_benchmark
-from pipeline.clip.scores import Counts
 from tests.clip.project import NAMES, fields, make_project, recipe, save_dataset
 
 OTHERS = {"figs": ("fig", "nut"), "pens": ("pen", "ink", "nib")}
@@ -67,9 +67,15 @@ def crossed(tmp_path: Path) -> ClipRecipe:
     for name, names in OTHERS.items():
         save_dataset(folder / "data", name, names)
     targets = [
-        {"name": name, "layout": "split_zhou", "images": "images", "split": f"split_zhou_{name}.json",
-         "template": f"the {name} {{}}."} for name in OTHERS
-    ]  # fmt: skip
+        {
+            "name": name,
+            "layout": "split_zhou",
+            "images": "images",
+            "split": f"split_zhou_{name}.json",
+            "template": f"the {name} {{}}.",
+        }
+        for name in OTHERS
+    ]
     data: dict[str, Any] = {"protocol": "cross_dataset", "targets": targets}
     assert "template" not in fields(folder)["data"]["datasets"][0]
     own = {"name": "own", "method": "zero_shot", "options": {"template": "my {}."}}

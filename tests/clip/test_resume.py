@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.cli import app
-from pipeline.clip.model import PromptedCLIP
+from pipeline.cli.commands import app
+from pipeline.clip.benchmark.run import run_benchmark
+from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.recipe import ClipRecipe
-from pipeline.clip.runner import run_benchmark
+from pipeline.console.progress import SPEEDS
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted
-from pipeline.files import sha256
-from pipeline.progress import SPEEDS
+from pipeline.files.atomic import sha256
 from tests.clip.project import fields, make_project, recipe, recipe_file
 from tests.processes import torchrun
 from tests.stopping import signal_in_forward
@@ -27,9 +27,12 @@ LIMIT_S = 300
 COOP: dict[str, Any] = {"name": "coop", "options": {"length": 2}, "train": {"augment": "none"}}
 MPL: dict[str, Any] = {"name": "mpl", "options": {"depth": 3}}
 AVERAGED: dict[str, Any] = {
-    "name": "promptsrc", "method": "ivlp", "options": {"length": 2, "length_vision": 2, "depth": 2},
-    "consistency": {"templates": ["a {}."]}, "average": {"mean": 1, "deviation": 1},
-}  # fmt: skip
+    "name": "promptsrc",
+    "method": "ivlp",
+    "options": {"length": 2, "length_vision": 2, "depth": 2},
+    "consistency": {"templates": ["a {}."]},
+    "average": {"mean": 1, "deviation": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_a_damaged_checkpoint_inside_a_unit_is_passed_over(
 
 
 def test_the_watchdog_follows_a_benchmark(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.watchdog import Watchdog
+    from pipeline.ranks.watchdog import Watchdog
 
     beat, progress, seen, counted = Watchdog.beat, Watchdog.progress, [], []
 
@@ -157,9 +160,17 @@ def test_two_ranks_stop_together_and_go_on_on_two_and_on_one(folder: Path, tmp_p
     def job(ranks: int, stop: int | None, *names: str) -> None:
         file = tmp_path / "job.json"
         recipes = [
-            fields(folder, MPL, AVERAGED, name=name, seeds=[1], run_dir=str(tmp_path / name),
-                   train={"deepspeed": "ds_configs/zero3.json"}) for name in names
-        ]  # fmt: skip
+            fields(
+                folder,
+                MPL,
+                AVERAGED,
+                name=name,
+                seeds=[1],
+                run_dir=str(tmp_path / name),
+                train={"deepspeed": "ds_configs/zero3.json"},
+            )
+            for name in names
+        ]
         file.write_text(json.dumps({"recipes": recipes, "stop": stop}))
         torchrun(["-m", "tests.clip.worlds", str(file)], ranks, LIMIT_S)
 

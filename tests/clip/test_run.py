@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.clip.backbone import load_backbone
-from pipeline.clip.checkpoint import classifier_from, load_prompts
-from pipeline.clip.protocol import epoch_rates
-from pipeline.config import PROJECT
+from pipeline.cli.commands import app
+from pipeline.clip.benchmark.checkpoint import classifier_from, load_prompts
+from pipeline.clip.learning.protocol import epoch_rates
+from pipeline.clip.towers.backbone import load_backbone
+from pipeline.config.recipe import PROJECT
 from pipeline.errors import EXIT_OK, UserError
-from pipeline.listing import list_runs
+from pipeline.report.listing import list_runs
 from tests.clip.project import NAMES, SEEDS, SHOTS, fields, make_project, recipe_file, said, save_model
 from tests.clip.tiny import images
 

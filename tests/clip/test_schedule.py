@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.clip import schedule
-from pipeline.clip.schedule import Op
+from pipeline.clip.towers import schedule
+from pipeline.clip.towers.schedule import Op
 from pipeline.errors import UserError
 
 VIT = (12, 12)

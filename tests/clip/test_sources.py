@@ -12,8 +12,8 @@ import pytest
 from data_prep.bad_records import BadRecord
 from data_prep.sources.class_folders import ImageSplit, read_class_folders, read_csv
 from data_prep.sources.split_zhou import findings, missing_images, read_dataset, read_split_file
-from pipeline.clip.classes import LabelledImage
-from pipeline.clip.datasets import DATASETS, Dataset
+from pipeline.clip.images.classes import LabelledImage
+from pipeline.clip.images.datasets import DATASETS, Dataset
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from tests.clip import base2new
@@ -125,8 +125,10 @@ def test_imagenet_is_read_in_sorted_order_with_two_classes_of_one_name(tmp_path:
             write(tmp_path / "imagenet" / "images" / split / name)
     splits = read_dataset(DATASETS["imagenet"], tmp_path)
     assert [(image.path, image.label) for image in splits.test] == [
-        ("val/n01/c.JPEG", 0), ("val/n02/a.JPEG", 1), ("val/n02/b.JPEG", 1)
-    ]  # fmt: skip
+        ("val/n01/c.JPEG", 0),
+        ("val/n02/a.JPEG", 1),
+        ("val/n02/b.JPEG", 1),
+    ]
     assert splits.names() == ["sunglasses", "sunglasses"]
     assert splits.val == ()
 

@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.clip.model import ImageBatch, PromptedCLIP
-from pipeline.clip.predict import predictions
+from pipeline.clip.benchmark.predict import predictions
+from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from tests.clip.tiny import CONTEXT, batch, classifier, images
 
 METHODS: dict[str, dict[str, Any]] = {
-    "coop": {"length": 2}, "cocoop": {}, "kgcoop": {}, "ivlp": {"depth": 3}, "maple": {"depth": 3}, "mpl": {"depth": 3}
-}  # fmt: skip
+    "coop": {"length": 2},
+    "cocoop": {},
+    "kgcoop": {},
+    "ivlp": {"depth": 3},
+    "maple": {"depth": 3},
+    "mpl": {"depth": 3},
+}
 EXACT: Any = {"atol": 1e-6, "rtol": 1e-6}
 
 
@@ -68,7 +73,7 @@ def test_many_texts_go_in_parts_where_nothing_is_learned(monkeypatch: pytest.Mon
     module.backbone.model.text_model.register_forward_hook(lambda *seen: texts.append(len(seen[2].pooler_output)))
     with torch.no_grad():
         whole = module.logits(pixels)
-        monkeypatch.setattr("pipeline.clip.encode.AT_ONCE", 5)
+        monkeypatch.setattr("pipeline.clip.towers.encode.AT_ONCE", 5)
         torch.testing.assert_close(module.logits(pixels), whole, **EXACT)
     assert texts == [12, 5, 5, 2]  # 3 images x 4 classes
     module.logits(pixels)

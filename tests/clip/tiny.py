@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.clip.backbone import Backbone
+from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from pipeline.clip.methods import make_learner
-from pipeline.clip.model import ImageBatch, PromptedCLIP
+from pipeline.clip.towers.backbone import Backbone
 
 CONTEXT = 77
 START, END = 256, 257
@@ -93,9 +93,14 @@ def _random(kind: Any, config: Any, seed: int) -> Any:
 
 
 def classifier(
-    method: str, model: Any = None, names: Any = NAMES, chunk: int | None = None, regularisers: Any = (),
-    shorten: bool | None = None, **options: Any,
-) -> PromptedCLIP:  # fmt: skip
+    method: str,
+    model: Any = None,
+    names: Any = NAMES,
+    chunk: int | None = None,
+    regularisers: Any = (),
+    shorten: bool | None = None,
+    **options: Any,
+) -> PromptedCLIP:
     """A method on a tiny model, with random contexts; methods of random weights differ in every number."""
     backbone = Backbone(clip_model() if model is None else model)
     words = backbone.words(byte_tokenizer(), shorten)

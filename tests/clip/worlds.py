@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.clip.model import PromptedCLIP
+from pipeline.clip.benchmark.run import run_benchmark
+from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.recipe import ClipRecipe
-from pipeline.clip.runner import run_benchmark
-from pipeline.distributed import init_world
 from pipeline.errors import Interrupted
+from pipeline.ranks.world import init_world
 from tests.stopping import signal_in_forward
 
 

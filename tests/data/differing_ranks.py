@@ -6,12 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data import checksums
-from pipeline.distributed import close_world, init_world
 from pipeline.errors import UserError
-from pipeline.launch import end_as_rank
-from pipeline.run_data import open_data
+from pipeline.ranks.launch import end_as_rank
+from pipeline.ranks.world import close_world, init_world
+from pipeline.sequence.data import open_data
 
 
 def main(recipe: Path, folder: Path, name: str) -> None:

@@ -21,7 +21,7 @@ from pipeline.data.grouped_order import image_groups
 from pipeline.data.ids import Ids
 from pipeline.data.keys import AnyKeys, ChainedRows, Keys, join_keys, read_keys
 from pipeline.prompts.pool import PromptPool
-from tests.train.worlds import make_recipe, make_samples
+from tests.training.worlds import make_recipe, make_samples
 
 PROJECT = Path(__file__).resolve().parents[2]
 WIDTH = 160

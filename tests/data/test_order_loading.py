@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.data import collate
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
-from pipeline.train import loaded_steps
+from pipeline.training.loop import loaded_steps
 
 # Starting worker processes takes a while, and more so while other tests run.
 slowly = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])

@@ -12,10 +12,14 @@ from pipeline.data.pictures import SQUARE_SIDE, central, decode_image, is_plain,
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 STORED = {  # orientation -> how an upright picture is stored with it
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+}
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -74,9 +78,15 @@ def drawing(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("mode", "kind", "options"),
-    [("RGBA", "PNG", {}), ("LA", "PNG", {}), ("RGBA", "WEBP", {"lossless": True}), ("P", "PNG", {"transparency": 0}),
-     ("P", "GIF", {"transparency": 0}), ("RGBA", "TIFF", {})],
-)  # fmt: skip
+    [
+        ("RGBA", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("RGBA", "WEBP", {"lossless": True}),
+        ("P", "PNG", {"transparency": 0}),
+        ("P", "GIF", {"transparency": 0}),
+        ("RGBA", "TIFF", {}),
+    ],
+)
 def test_what_is_transparent_is_white_in_every_format(mode, kind, options):
     file = encoded(drawing(mode), kind, **options)
     picture = decode_image(file)
@@ -96,8 +106,10 @@ def test_a_colour_named_transparent_is_white():
     assert decode_image(file).getpixel((0, 0)) == (255, 255, 255) and decode_image(file).getpixel((5, 0)) == BLUE
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"),
-                                            ("CMYK", "JPEG"), ("RGBA", "PNG")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")],
+)
 def test_ordinary_pictures_are_what_they_always_were(mode, kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
     file = encoded(noise.convert(mode), kind)
@@ -140,7 +152,7 @@ def test_squares_of_ordinary_pictures_are_not_resized_and_those_of_long_ones_are
 
 def test_clip_gets_the_middle_of_elongated_pictures_in_routing_and_in_benchmarks(tmp_path):
     from pipeline.backbones.clip import KeyEncoder
-    from pipeline.clip.images import Pixels
+    from pipeline.clip.images.pixels import Pixels
     from tests.tiny_clip import save_clip
 
     class Seen:

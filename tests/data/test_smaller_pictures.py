@@ -49,10 +49,12 @@ def test_tiles_have_no_seams(size: tuple[int, int]) -> None:
 def test_every_mode_is_opaque_and_as_bright_as_the_whole_one(mode: str) -> None:
     grey = ramps().convert("L")
     picture = {
-        "RGBA": lambda: Image.merge("RGBA", (*ramps().split(), grey)), "LA": lambda: Image.merge("LA", (grey, grey)),
-        "P": lambda: ramps().quantize(64), "1": lambda: grey.point(lambda value: 255 * (value > 99), "1"),
+        "RGBA": lambda: Image.merge("RGBA", (*ramps().split(), grey)),
+        "LA": lambda: Image.merge("LA", (grey, grey)),
+        "P": lambda: ramps().quantize(64),
+        "1": lambda: grey.point(lambda value: 255 * (value > 99), "1"),
         "I;16": lambda: Image.fromarray(np.asarray(grey, "uint16") * 257),
-    }[mode]()  # fmt: skip
+    }[mode]()
     file = encoded(picture)
     smaller = decode_smaller(file, plan_decoding(file, 60_000))
     expected = decode_image(file).resize(smaller.size, Image.Resampling.BICUBIC)

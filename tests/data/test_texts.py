@@ -17,7 +17,7 @@ from pipeline.data.shard_files import ShardFiles
 from pipeline.data.shards import IndexedShards
 from pipeline.data.texts import Texts
 from pipeline.errors import UserError
-from tests.train.worlds import make_samples
+from tests.training.worlds import make_samples
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from tests.tiny_clip import save_clip, save_coin
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.prepare import prepare
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.checksums import CHECKSUMS_FILE
 from pipeline.data.shards import INDEX_FILE, KEYS_FILE, IndexedShards
 from pipeline.errors import UserError
 from tests import tiny_clip
-from tests.train.worlds import make_recipe
+from tests.training.worlds import make_recipe
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
 from data_prep.sources.coin import read_task
-from pipeline.cli import app
+from pipeline.cli.commands import app
 from pipeline.errors import EXIT_OK, UserError
 from tests.tiny_clip import picture
 
@@ -134,8 +134,13 @@ def test_a_name_that_a_run_would_refuse_is_refused_at_once(folder: Path, name: s
 
 
 def test_copies_of_the_images_stay_in_the_tasks_folder(folder: Path) -> None:
-    lines = [TABLE[0], "deep/../deep/1.png,a?,x", "../photos/deep/2.png,b?,x", f"{folder}/photos/deep/3.png,c?,x",
-             f"../../{folder.name}/photos/deep/0.png,d?,x"]  # fmt: skip
+    lines = [
+        TABLE[0],
+        "deep/../deep/1.png,a?,x",
+        "../photos/deep/2.png,b?,x",
+        f"{folder}/photos/deep/3.png,c?,x",
+        f"../../{folder.name}/photos/deep/0.png,d?,x",
+    ]
     make(folder, lines)
     copies = {str(path.relative_to(folder / "own")) for path in (folder / "own").rglob("*.png")}
     assert copies == {f"images/Mine/deep/{n}.png" for n in range(4)} | {"sheets/Mine.png"}
@@ -159,5 +164,6 @@ def test_test_answers_that_cannot_be_generated_whole_are_told(folder: Path) -> N
     made = make(folder, lines, "samples.jsonl", max_new_tokens=16)
     count = made["test"]
     assert f"{count} of {count} test answers have more words than the 16 tokens" in made["long_answers"]
-    assert "long_answers" not in make_task("Other", folder / "photos", folder / "samples.jsonl", folder / "own",
-                                           max_new_tokens=20)  # fmt: skip
+    assert "long_answers" not in make_task(
+        "Other", folder / "photos", folder / "samples.jsonl", folder / "own", max_new_tokens=20
+    )

@@ -12,15 +12,15 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
-from pipeline.add_task import prepare_addition
-from pipeline.check_data import CheckedData, require_prepared
-from pipeline.check_prepared import refuse_other_data
-from pipeline.checkpoint import claim_run
-from pipeline.config import Recipe, load_recipe
+from pipeline.check.data import CheckedData, require_prepared
+from pipeline.check.prepared import refuse_other_data
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.data.origin import RECORDS, SETTINGS, SOURCE_FILES
 from pipeline.data.shards import DATASET_FILE, IndexedShards
-from pipeline.data_use import data_record
 from pipeline.errors import UserError
+from pipeline.runs.data_use import data_record
+from pipeline.runs.finished import claim_run
+from pipeline.sequence.add_task import prepare_addition
 from tests.tiny_clip import picture
 
 MakeRecipe = Callable[..., Recipe]
@@ -65,8 +65,9 @@ def used_by_a_run(recipe: Recipe) -> Path:
     run = recipe.run_path
     run.mkdir(parents=True)
     recipe.dump_yaml(run / "config.yaml")
-    splits = [("Shapes", split, IndexedShards(recipe.data.split_path("Shapes", split)), None)
-              for split in ("train", "test")]  # fmt: skip
+    splits = [
+        ("Shapes", split, IndexedShards(recipe.data.split_path("Shapes", split)), None) for split in ("train", "test")
+    ]
     (run / "run.json").write_text(json.dumps({"data": data_record(splits)}))
     return run
 
@@ -87,8 +88,13 @@ def test_recipes_that_differ_in_method_share_a_folder_and_other_limits_never_do(
     nano = load_recipe("nano").data.prepared
     for same in ("nano_paper", "nano_sequential", "nano_independent"):
         assert load_recipe(same).data.prepared == nano
-    changes = ("data.tasks.Count.limit_train=200", "data.seed=1", "data.root=elsewhere", "keys.text_truncation=tail",
-               "data.repeated_ids=number")  # fmt: skip
+    changes = (
+        "data.tasks.Count.limit_train=200",
+        "data.seed=1",
+        "data.root=elsewhere",
+        "keys.text_truncation=tail",
+        "data.repeated_ids=number",
+    )
     others = {load_recipe("nano", [change]).data.prepared for change in changes}
     assert len(others | {nano}) == len(changes) + 1
 
@@ -126,7 +132,7 @@ def test_a_folder_of_an_earlier_version_is_named_where_the_default_one_is_empty(
 
 
 def test_benchmarks_of_the_same_shots_share_a_folder() -> None:
-    from pipeline.clip.verbs import load_benchmark
+    from pipeline.cli.benchmark import load_benchmark
 
     folders = {name: load_benchmark(name).data.prepared for name in ("base2new_vitb16", "cross_vitb16")}
     assert len(set(folders.values())) == 1
@@ -325,7 +331,7 @@ def test_data_whose_source_is_gone_is_as_good(own: Recipe, gone: str) -> None:
 def test_a_second_prepare_waits_and_finds_everything_done(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.file_lock import FileLock
+    from pipeline.files.lock import FileLock
 
     built, tries, acquire = recipe(), list[Path](), FileLock.acquire
 
@@ -339,7 +345,7 @@ def test_a_second_prepare_waits_and_finds_everything_done(
         return acquire(lock)
 
     monkeypatch.setattr(FileLock, "acquire", other_process_first)
-    monkeypatch.setattr("pipeline.file_lock.POLL_S", 0.0)
+    monkeypatch.setattr("pipeline.files.lock.POLL_S", 0.0)
     assert wrote(built) == [[], []]
 
 
@@ -348,11 +354,13 @@ def test_a_second_prepare_waits_and_finds_everything_done(
 
 def test_places_of_data_and_models_may_be_others_when_a_run_goes_on(own: Recipe, tmp_path: Path) -> None:
     run = claim_run(own)
-    elsewhere = own.model_copy(update={
-        "data": own.data.model_copy(update={"prepared": "copied", "root": "moved"}),
-        "model": own.model.model_copy(update={"path": str(tmp_path / "model")}),
-        "keys": own.keys.model_copy(update={"path": str(tmp_path / "clip")}),
-    })  # fmt: skip
+    elsewhere = own.model_copy(
+        update={
+            "data": own.data.model_copy(update={"prepared": "copied", "root": "moved"}),
+            "model": own.model.model_copy(update={"path": str(tmp_path / "model")}),
+            "keys": own.keys.model_copy(update={"path": str(tmp_path / "clip")}),
+        }
+    )
     assert claim_run(elsewhere) == run
 
 
@@ -367,7 +375,7 @@ def test_a_task_that_differs_is_named_with_its_field(own: Recipe, recipe: MakeRe
 def test_a_name_that_another_run_s_task_has_is_refused_with_what_add_can_do(
     own: Recipe, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.add_task._require_finished", lambda run, recipe: None)
+    monkeypatch.setattr("pipeline.sequence.add_task._require_finished", lambda run, recipe: None)
     used_by_a_run(own)
     other = recipe(tasks=[{"name": "Another"}]).model_copy(update={"run_dir": "runs/other"})
     other.run_path.mkdir(parents=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data_prep.prepare import prepare
 from data_prep.share import Share, join_shards, share_keys, share_shards
 from data_prep.sources import image_states
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.shards import DATASET_FILE, INDEX_FILE, KEYS_FILE, SHARD_NAME, IndexedShards
 from pipeline.errors import UserError
 from tests.tiny_clip import picture

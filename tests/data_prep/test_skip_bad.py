@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from data_prep import prepare as prepare_module
 from data_prep.prepare import prepare
 from data_prep.verify import VERIFIED_FILE, verify_split
-from pipeline.cli import app
+from pipeline.cli.commands import app
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import EXIT_USER, UserError
 from tests.tiny_clip import picture

@@ -15,7 +15,7 @@ from data_prep.sources.annotations import read_annotations
 from data_prep.sources.class_folders import ImageSplit, read_class_folders, read_csv
 from data_prep.sources.coin import CoinSplit, read_task
 from data_prep.sources.split_zhou import read_class_names, read_split_file
-from pipeline.clip.classes import LabelledImage, refuse_one_text
+from pipeline.clip.images.classes import LabelledImage, refuse_one_text
 from pipeline.errors import UserError
 from tests.tiny_clip import picture
 
@@ -106,8 +106,10 @@ def test_a_table_is_read_by_its_content_whatever_its_name(photos: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u000b", "\u001c"])
 def test_a_line_of_jsonl_ends_at_a_line_feed_only(photos: Path, separator: str) -> None:
-    lines = [json.dumps({"image": f"{n}.png", "question": f"q{separator}{n}", "answer": "a"}, ensure_ascii=False)
-             for n in range(5)]  # fmt: skip
+    lines = [
+        json.dumps({"image": f"{n}.png", "question": f"q{separator}{n}", "answer": "a"}, ensure_ascii=False)
+        for n in range(5)
+    ]
     if separator < " ":
         lines = [line.replace(f"\\u{ord(separator):04x}", " ") for line in lines]  # JSON has these escaped only
     assert len(new_task(photos, "\r\n".join(lines), "t.jsonl")) == 5

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import typer
 
-from pipeline.cli import app
-from pipeline.config import PROJECT
+from pipeline.cli.commands import app
+from pipeline.config.recipe import PROJECT
 
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
 COMMAND = re.compile(r"python -m pipeline +([^`\n]*)")

@@ -19,10 +19,10 @@ import yaml
 from typer.testing import CliRunner
 
 from data_prep.__main__ import app as data_prep_app
-from pipeline import recipe_file
 from pipeline.bench.__main__ import app as bench
-from pipeline.cli import app
-from pipeline.config import PROJECT, load_recipe
+from pipeline.cli.commands import app
+from pipeline.config import yaml_file as recipe_file
+from pipeline.config.recipe import PROJECT, load_recipe
 from tests.docs.test_commands import PAGES, SHOWN, commands
 from tests.serve.conftest import address_of, start
 from tests.tiny_clip import picture
@@ -35,8 +35,12 @@ SMALL_TASKS = [
 SMALL_TRAINING = {"steps": 2, "processes": 1, "deepspeed": "ds_configs/zero0.json"}
 NANO = "runs/nano-modalprompt-s0"
 STANDS_FOR = {
-    "RECIPE": "nano_paper", "RUN": NANO, "TASK": "Shelf", "A": "smaller", "B": "another-adapter",
-}  # fmt: skip
+    "RECIPE": "nano_paper",
+    "RUN": NANO,
+    "TASK": "Shelf",
+    "A": "smaller",
+    "B": "another-adapter",
+}
 CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
 NOT_EXECUTED = {
     "run base2new_nano": "minutes; tests/clip/test_recipe.py runs the recipe's parts",
@@ -57,8 +61,18 @@ MADE_BEFORE = [
     ("merge", "prune adapter Colours Charts Shelf --into another-adapter", "another-adapter"),
 ]
 # What has to be there before others; the rest follows in the order of the pages.
-FIRST = ["prepare nano", "check nano", "run nano --set seed=1", "new-task", "add", "export",
-         "prune adapter", "merge smaller", "merge A", "prune C"]  # fmt: skip
+FIRST = [
+    "prepare nano",
+    "check nano",
+    "run nano --set seed=1",
+    "new-task",
+    "add",
+    "export",
+    "prune adapter",
+    "merge smaller",
+    "merge A",
+    "prune C",
+]
 
 
 def executed() -> list[str]:
@@ -80,8 +94,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "photos" / "shelf").mkdir(parents=True)
     for number in range(1, 13):
         (folder / "photos" / "shelf" / f"{number:03d}.jpg").write_bytes(picture(number))
-    rows = [f"shelf/{number:03d}.jpg,Which article is missing?,{'milk' if number % 2 else 'bread'}\n"
-            for number in range(1, 13)]  # fmt: skip
+    rows = [
+        f"shelf/{number:03d}.jpg,Which article is missing?,{'milk' if number % 2 else 'bread'}\n"
+        for number in range(1, 13)
+    ]
     (folder / "shelf.csv").write_text("image,question,answer\n" + "".join(rows))
     for name in ("nano", "nano_paper", "real6_nano"):
         fields = {"extends": str(recipe_file.RECIPES / f"{name}.yaml"), "name": name, "train": SMALL_TRAINING}
@@ -181,7 +197,7 @@ def test_the_python_runs(outcomes: dict[str, tuple[int, str]], block: str) -> No
             process.terminate()
             process.wait(60)
     else:
-        prelude = "from pipeline.adapter import load_adapter\nadapter = load_adapter('adapter')\n"
+        prelude = "from pipeline.adapter.load import load_adapter\nadapter = load_adapter('adapter')\n"
         _run_python(block if "load_adapter(" in block else prelude + block)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import PROJECT, load_recipe
+from pipeline.config.recipe import PROJECT, load_recipe
 
 NOTEBOOK = PROJECT / "examples" / "first_steps.ipynb"
 

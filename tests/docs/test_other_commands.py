@@ -14,9 +14,9 @@ from importlib.util import find_spec
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import scaling
 from pipeline.bench.__main__ import app as bench
-from pipeline.config import PROJECT
+from pipeline.config.recipe import PROJECT
+from pipeline.planning import scaling
 from tests.docs.test_commands import PAGES
 
 PROGRAM = re.compile(
@@ -39,54 +39,64 @@ BENCHES = {
 }
 # The file that runs it, and words of it that do.
 ELSEWHERE = {
-    "python -m pipeline.bench evaluate RUN": ("tests/docs/test_executed.py", "bench, [\"evaluate\", NANO"),
+    "python -m pipeline.bench evaluate RUN": ("tests/docs/test_executed.py", 'bench, ["evaluate", NANO'),
     "python -m pipeline.bench data --records 958000": ("tests/bench/test_data.py", "bench_data(200"),
     "python -m pipeline.bench gpu --out gpu.json": ("tests/bench/test_bench.py", "bench_gpu("),
-    "python -m pipeline.bench serve RUN_OR_ADAPTER": ("tests/bench/test_serve.py", "[\"serve\", str(adapter)"),
+    "python -m pipeline.bench serve RUN_OR_ADAPTER": ("tests/bench/test_serve.py", '["serve", str(adapter)'),
     "python -m pipeline.bench serve ADAPTER --clients 16 --requests 256": (
-        "tests/bench/test_serve.py", "\"--clients\", \"4\", \"--requests\""),
-    "python -m data_prep verify FOLDER": ("tests/docs/test_executed.py", "data_prep_app, [\"verify\""),
-    "python -m pipeline.scaling": ("tests/docs/test_other_commands.py", "scaling.main()"),
-    "python -m pipeline.recipe_docs": ("tests/docs/test_recipes.py", "page()"),
+        "tests/bench/test_serve.py",
+        '"--clients", "4", "--requests"',
+    ),
+    "python -m data_prep verify FOLDER": ("tests/docs/test_executed.py", 'data_prep_app, ["verify"'),
+    "python -m pipeline.planning.scaling": ("tests/docs/test_other_commands.py", "scaling.main()"),
+    "python -m pipeline.cli.recipe_docs": ("tests/docs/test_recipes.py", "page()"),
     "python -m tests.faults": ("tests/faults/test_faults.py", "tests.faults"),
     "cp data/nano-coin/images/shapes/test-00003.png scene.png": ("tests/docs/test_executed.py", "scene"),
     "sbatch slurm/run_sequence.sh": ("tests/slurm/test_script.py", "without_a_recipe_the_embedded_default"),
     "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE": (
-        "tests/slurm/test_script.py", "one_task_per_gpu"),
+        "tests/slurm/test_script.py",
+        "one_task_per_gpu",
+    ),
     "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE --set seed=1": (
-        "tests/slurm/test_script.py", "one_task_per_gpu"),
+        "tests/slurm/test_script.py",
+        "one_task_per_gpu",
+    ),
     "slurm/run_sequence.sh --train": ("tests/slurm/test_script.py", "--train"),
     "slurm/run_sequence.sh --dry-run $trial": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
     "sbatch --nodes=2 slurm/run_sequence.sh --prepare --train $trial": ("tests/slurm/test_script.py", "--prepare"),
     "sbatch --nodes=1 slurm/run_sequence.sh --train $trial": ("tests/slurm/test_sequence.py", "one_node_instead"),
     "sbatch --nodes=2 slurm/run_sequence.sh --evaluate runs/trial": ("tests/slurm/test_sequence.py", "--evaluate"),
     "SBATCH_OPTIONS=--nodes=2 slurm/run_sequence.sh --chain --dry-run $trial": (
-        "tests/slurm/test_script.py", "--chain"),
+        "tests/slurm/test_script.py",
+        "--chain",
+    ),
     "slurm/prepare_array.sh --tasks 2 $trial": ("tests/slurm/test_sequence.py", "prepare_array"),
     "slurm/prepare_array.sh --tasks 100 RECIPE": ("tests/slurm/test_script.py", "prepare_array"),
     "scancel --signal=USR1 1": ("tests/slurm/test_sequence.py", "--signal="),
     "scancel 1": ("tests/slurm/test_sequence.py", "scancel"),
     "tests/slurm/cluster.sh install": ("Makefile", "tests/slurm/cluster.sh install"),
-    "tests/slurm/cluster.sh start /tmp/cluster": ("tests/slurm/conftest.py", "[script, \"start\""),
-    "tests/slurm/cluster.sh stop /tmp/cluster": ("tests/slurm/conftest.py", "[script, \"stop\""),
+    "tests/slurm/cluster.sh start /tmp/cluster": ("tests/slurm/conftest.py", '[script, "start"'),
+    "tests/slurm/cluster.sh stop /tmp/cluster": ("tests/slurm/conftest.py", '[script, "stop"'),
     "export SLURM_CONF=/tmp/cluster/slurm.conf": ("tests/slurm/conftest.py", "SLURM_CONF"),
     "torchrun -m pipeline run ...": ("tests/processes.py", "torch.distributed.run"),
-    "deepspeed --module pipeline run ...": ("pipeline/launch.py", "deepspeed.launcher"),
+    "deepspeed --module pipeline run ...": ("pipeline/ranks/launch.py", "deepspeed.launcher"),
     "srun python -m pipeline run ...": ("slurm/run_sequence.sh", "srun"),
-    "pytest tests/parity/test_clip_prompts.py --fixtures DIR": ("tests/conftest.py", "\"--fixtures\""),
-    "pytest tests/clip --data DIR": ("tests/conftest.py", "\"--data\""),
-}  # fmt: skip
+    "pytest tests/parity/test_clip_prompts.py --fixtures DIR": ("tests/conftest.py", '"--fixtures"'),
+    "pytest tests/clip --data DIR": ("tests/conftest.py", '"--data"'),
+}
 NOT_EXECUTED = {
     "source .venv/bin/activate": "what `make venv` makes",
-    "pip install -e . --no-deps": "asks a package index for what builds it; tests/pipeline/test_cli.py has the command",
+    "pip install -e . --no-deps": "asks a package index for what builds it; tests/cli/test_cli.py has the command",
     "scancel --signal=USR1 JOB": "with a number it is in ELSEWHERE",
     "scancel JOB": "with a number it is in ELSEWHERE",
     "sbatch --signal=B:USR1@900 ...": "an option of Slurm",
-    "squeue": "only looks", "sinfo": "only looks", "tail -f sequence-1.out": "only looks",
+    "squeue": "only looks",
+    "sinfo": "only looks",
+    "tail -f sequence-1.out": "only looks",
     'trial="nano --set data.tasks=[Colours,Digits] --set train.steps=20 --set run_dir=runs/trial"': "a variable",
     "pip install": "named, not shown",
     "python -m pipeline.bench": "named; its verbs are in BENCHES and ELSEWHERE",
-}  # fmt: skip
+}
 
 
 def shown() -> list[str]:

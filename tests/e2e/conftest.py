@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from tests import tiny, tiny_clip
-from tests.train.worlds import make_recipe
+from tests.training.worlds import make_recipe
 
 MakeRecipe = Callable[..., Recipe]
 

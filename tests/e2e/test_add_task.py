@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
-from pipeline.cli import app
-from pipeline.config import EarlierGate, Recipe, load_run
+from pipeline.cli.commands import app
+from pipeline.config.recipe import EarlierGate, Recipe, load_run
 from pipeline.errors import EXIT_OK, EXIT_USER
-from pipeline.sequence import run_sequence
+from pipeline.sequence.run import run_sequence
 from tests.tiny_clip import picture
 
 pytestmark = pytest.mark.e2e

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.check import check
-from pipeline.config import Recipe
+from pipeline.check.sequence import check
+from pipeline.config.recipe import Recipe
 from pipeline.data import collate
 from pipeline.errors import Interrupted
-from pipeline.sequence import run_sequence
+from pipeline.sequence.run import run_sequence
 from tests import tiny_clip
 from tests.backbones import tiny_families
 from tests.backbones.real_processors import with_real_settings
@@ -53,19 +53,24 @@ def project(root: Path, kind: str, photographs: list[tuple[int, int]], monkeypat
         for split in ("train", "test"):
             entries = [
                 {
-                    "id": f"{task}-{number}", "image": f"images/{number}.jpg",
-                    "conversations": [{"from": "human", "value": f"<image>\nwhat is {number}?"},
-                                      {"from": "gpt", "value": "red"}],
+                    "id": f"{task}-{number}",
+                    "image": f"images/{number}.jpg",
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\nwhat is {number}?"},
+                        {"from": "gpt", "value": "red"},
+                    ],
                 }
                 for number in range(len(files))
-            ]  # fmt: skip
+            ]
             (folder / f"{split}.json").write_text(json.dumps(entries))
     recipe = recipe_on(root, root / "runs", 2, train__steps=3, train__global_batch=2, train__save_steps=1)
-    recipe = recipe.model_copy(update={
-        "model": recipe.model.model_copy(update={"image_tokens": LIMITS[kind], "max_length": 900}),
-        "data": recipe.data.model_copy(update={"too_long": "skip"}),
-        "evaluate": recipe.evaluate.model_copy(update={"batch": 4, "zero_shot": False}),
-    })  # fmt: skip
+    recipe = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"image_tokens": LIMITS[kind], "max_length": 900}),
+            "data": recipe.data.model_copy(update={"too_long": "skip"}),
+            "evaluate": recipe.evaluate.model_copy(update={"batch": 4, "zero_shot": False}),
+        }
+    )
     prepare(recipe, progress=False)
     return recipe
 

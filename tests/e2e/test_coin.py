@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from data_prep.prepare import prepare
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.data.shards import IndexedShards
-from pipeline.sequence import run_sequence
+from pipeline.sequence.run import run_sequence
 from tests.tiny import save_llava
 from tests.tiny_clip import picture, save_clip
 
@@ -86,13 +86,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(project: Path, name: str = "coin_llava15_7b", *overrides: str) -> Recipe:
     """The shipped recipe with the user's paths, and sizes for a test of seconds."""
-    return load_recipe(name, [
-        f"data.root={project / 'CoIN'}", f"model.path={project / 'llava'}", f"keys.path={project / 'clip'}",
-        f"data.prepared={project / name}", f"run_dir={project / 'runs' / name}", "data.workers=1",
-        "model.dtype=float32", "train.steps=1", "train.global_batch=2", "train.micro_batch=2", "train.workers=0",
-        "train.deepspeed=ds_configs/zero0.json", "tracking.enabled=false",
-        *overrides,
-    ])  # fmt: skip
+    return load_recipe(
+        name,
+        [
+            f"data.root={project / 'CoIN'}",
+            f"model.path={project / 'llava'}",
+            f"keys.path={project / 'clip'}",
+            f"data.prepared={project / name}",
+            f"run_dir={project / 'runs' / name}",
+            "data.workers=1",
+            "model.dtype=float32",
+            "train.steps=1",
+            "train.global_batch=2",
+            "train.micro_batch=2",
+            "train.workers=0",
+            "train.deepspeed=ds_configs/zero0.json",
+            "tracking.enabled=false",
+            *overrides,
+        ],
+    )
 
 
 @pytest.fixture(scope="module")

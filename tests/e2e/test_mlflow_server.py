@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Recipe
-from pipeline.distributed import free_port
+from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
-from pipeline.sequence import run_sequence
+from pipeline.ranks.world import free_port
+from pipeline.sequence.run import run_sequence
 from tests.browser.chromium import DESKTOP, chromium
 from tests.e2e.conftest import recipe_on
 
@@ -92,7 +92,7 @@ def test_the_registered_adapter_answers_a_frame_as_predict_does(
     import pandas
     from mlflow import pyfunc
 
-    from pipeline.predict import predict
+    from pipeline.adapter.predict import predict
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", server)

@@ -13,18 +13,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline import snapshots
-from pipeline.adapter import export
+from pipeline.adapter.load import export
+from pipeline.adapter.predict import predict
 from pipeline.backbones.lmm import LMM
-from pipeline.config import load_run
-from pipeline.engine import Engine
+from pipeline.config.recipe import load_run
 from pipeline.errors import Interrupted, UserError
-from pipeline.predict import predict
+from pipeline.hub import snapshots
+from pipeline.hub.snapshots import Source
+from pipeline.hub.weights import file_fingerprints
 from pipeline.prompts.model import PromptedLMM
-from pipeline.sequence import Sequence, evaluate_run, run_sequence
-from pipeline.snapshots import Source
-from pipeline.train import DivergedError
-from pipeline.weights import file_fingerprints
+from pipeline.sequence.engine import Engine
+from pipeline.sequence.run import Sequence, evaluate_run, run_sequence
+from pipeline.training.loop import DivergedError
 from tests.e2e.conftest import MakeRecipe
 from tests.stopping import signal_in_forward
 
@@ -244,7 +244,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
     recipe = make(tasks=2)
     earlier = file_fingerprints(Path(recipe.model.path))[0]
     with monkeypatch.context() as before:
-        before.setattr("pipeline.sequence.base_fingerprint", lambda *_: earlier)
+        before.setattr("pipeline.sequence.run.base_fingerprint", lambda *_: earlier)
         run_sequence(recipe, until=1)
     answered = (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text()
     monkeypatch.setattr(LMM, "generate", None)  # the answers that are there are kept

@@ -13,18 +13,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import pipeline.evaluate
 import pipeline.prompts.embedding
 import pipeline.prompts.model
-from pipeline.adapter import export
+import pipeline.sequence.evaluate
+from pipeline.adapter.load import export
+from pipeline.adapter.predict import predict
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config import Recipe
-from pipeline.engine import Engine
+from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
-from pipeline.generation import generate_answers
-from pipeline.predict import predict
+from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.pool import fingerprint_of
-from pipeline.sequence import Sequence, evaluate_run, run_sequence
+from pipeline.sequence.engine import Engine
+from pipeline.sequence.run import Sequence, evaluate_run, run_sequence
 from tests.e2e.conftest import MakeRecipe
 
 pytestmark = pytest.mark.e2e
@@ -94,7 +94,7 @@ def test_every_row_of_the_matrix_is_answered_with_the_projector_of_its_stage(
         used.append(fingerprint_of(lmm.projector().state_dict()))
         return generate_answers(lmm, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline.evaluate, "generate_answers", watched)
+    monkeypatch.setattr(pipeline.sequence.evaluate, "generate_answers", watched)
     recipe = make(tasks=2, **TRAINED)
     run_sequence(recipe)
     base = fingerprint_of(load_lmm(recipe.model).projector().state_dict())
@@ -177,8 +177,11 @@ def test_each_group_has_its_own_learning_rate(make: MakeRecipe, group: str) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "start_stage", remembered)
         run_sequence(recipe, stages="train")
-    moved = {name.partition(".")[0] for name, value in stage(recipe, 0).items() if name != "prototype"
-             and (value - start[name]).abs().max() > 1e-3}  # fmt: skip
+    moved = {
+        name.partition(".")[0]
+        for name, value in stage(recipe, 0).items()
+        if name != "prototype" and (value - start[name]).abs().max() > 1e-3
+    }
     assert moved == {group}
 
 

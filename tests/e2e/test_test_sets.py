@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
-from pipeline.cli import app
-from pipeline.config import Recipe
+from pipeline.cli.commands import app
+from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IndexedShards
-from pipeline.distributed import init_world
 from pipeline.errors import EXIT_OK
-from pipeline.run_data import open_data
-from pipeline.sequence import run_sequence
+from pipeline.ranks.world import init_world
+from pipeline.sequence.data import open_data
+from pipeline.sequence.run import run_sequence
 from tests.tiny_clip import picture
 
 pytestmark = pytest.mark.e2e

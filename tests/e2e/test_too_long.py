@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import Interrupted, UserError
-from pipeline.sample_lengths import measure
-from pipeline.sequence import Sequence, run_sequence
-from pipeline.too_long import decide
+from pipeline.planning.sample_lengths import measure
+from pipeline.planning.too_long import decide
+from pipeline.sequence.run import Sequence, run_sequence
 from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
 
@@ -48,10 +48,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(project: Path, runs: Path, too_long: str, **changes):
     made = recipe_on(project, runs, 1, train__steps=4, train__global_batch=2, **changes)
-    return made.model_copy(update={
-        "data": made.data.model_copy(update={"too_long": too_long}),
-        "model": made.model.model_copy(update={"max_length": 300}),
-    })  # fmt: skip
+    return made.model_copy(
+        update={
+            "data": made.data.model_copy(update={"too_long": too_long}),
+            "model": made.model.model_copy(update={"max_length": 300}),
+        }
+    )
 
 
 def seen(monkeypatch) -> list[str]:
@@ -91,7 +93,7 @@ def test_a_stage_that_an_earlier_version_finished_is_not_refused_for_a_sample_it
 
 
 def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.distributed.ROUND_S", 0.05)
+    monkeypatch.setattr("pipeline.ranks.world.ROUND_S", 0.05)
     monkeypatch.setattr(Sequence, "run", lambda *_: pytest.fail("went on"))
     leave = threading.Event()
 
@@ -100,7 +102,7 @@ def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, 
         leave.wait(20)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr("pipeline.too_long.measure", told_to_stop)
+    monkeypatch.setattr("pipeline.planning.too_long.measure", told_to_stop)
     with pytest.raises(Interrupted, match="looked through"):
         run_sequence(recipe(project, tmp_path, "skip"))
     leave.set()
@@ -131,7 +133,7 @@ def test_skip_leaves_it_out_of_training_and_counts_it_wrong_in_the_test(project,
 def test_what_was_left_out_stays_so_when_a_run_goes_on(project, tmp_path, monkeypatch):
     settings = recipe(project, tmp_path, "skip")
     run_sequence(settings, stages="train")
-    monkeypatch.setattr("pipeline.too_long.measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("pipeline.planning.too_long.measure", lambda *_, **__: pytest.fail("measured again"))
     run_sequence(settings)
     assert json.loads((settings.run_path / "run.json").read_text())["left_out"]["T0/train"] == 1
 

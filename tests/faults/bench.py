@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.progress import SPEEDS
+from pipeline.console.progress import SPEEDS
 
 LIMIT_S = 600  # a command that takes longer hangs
 STEPS, TASKS = 6, 2
@@ -99,7 +99,7 @@ class Bench:
         """Run `python -m pipeline ARGUMENTS` in a process of its own; `sabotage` is called in it first."""
 
         def work() -> None:
-            from pipeline import cli
+            from pipeline.cli import commands as cli
 
             sys.argv = ["pipeline", *arguments]
             if sabotage is not None:
@@ -121,12 +121,17 @@ class Bench:
             port = server.getsockname()[1]
         return [
             self.start(
-                ["train", str(recipe)], functools.partial(sabotage, rank) if sabotage else None, RANK=str(rank),
-                WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                ["train", str(recipe)],
+                functools.partial(sabotage, rank) if sabotage else None,
+                RANK=str(rank),
+                WORLD_SIZE=str(size),
+                LOCAL_RANK=str(rank),
+                LOCAL_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
             for rank in range(size)
-        ]  # fmt: skip
+        ]
 
     def _fork(self, work: Callable[[], object], log: Path, env: dict[str, str]) -> Process:
         began = time.monotonic()
@@ -165,7 +170,7 @@ class Bench:
 
 def run_of(recipe: Path) -> Path:
     """The run folder of a recipe's file."""
-    from pipeline.config import load_recipe
+    from pipeline.config.recipe import load_recipe
 
     return load_recipe(recipe).run_path
 
@@ -187,9 +192,14 @@ def results(recipe: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def bench() -> Iterator[Bench]:
     """A bench in a folder that goes away."""
-    for module in ("deepspeed", "transformers.models.llava.modeling_llava", "pipeline.cli", "pipeline.check"):
+    for module in (
+        "deepspeed",
+        "transformers.models.llava.modeling_llava",
+        "pipeline.cli.commands",
+        "pipeline.check.sequence",
+    ):
         importlib.import_module(module)  # once, see above
-    from pipeline.sequence import Sequence
+    from pipeline.sequence.run import Sequence
 
     Sequence._report = lambda self: None  # type: ignore[method-assign]  # drawing takes as long as all the rest
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

@@ -88,5 +88,11 @@ def stopped_process(bench: Bench) -> Row:
     processes[1].wait()
     said = processes[0].said("error: The job hung")
     passed = code == 1 and "rank 1 does not answer" in said and "rank 0" in said
-    return Row("a rank's process is stopped", f"the other ends after the limit of {LIMIT_S:.0f} s and names it",
-               "steps since the last checkpoint", str(code), passed, said)  # fmt: skip
+    return Row(
+        "a rank's process is stopped",
+        f"the other ends after the limit of {LIMIT_S:.0f} s and names it",
+        "steps since the last checkpoint",
+        str(code),
+        passed,
+        said,
+    )

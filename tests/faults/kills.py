@@ -15,9 +15,12 @@ from tests.faults.bench import Bench, Process, Row
 # What a run writes through these, by (module, name): killed before, in the middle of, or after one of the calls; and
 # how many there are at least.
 WRITERS = {
-    "checkpoint in a stage": ([("pipeline.resume", "write_synced"), ("pipeline.resume", "sync_folder")], 16),
-    "stage's checkpoint": ([("pipeline.checkpoint", "write_synced"), ("pipeline.checkpoint", "sync_folder")], 6),
-    "any file": ([("pipeline.files", "os.replace"), ("pathlib", "Path.rename")], 16),
+    "checkpoint in a stage": (
+        [("pipeline.training.resume", "write_synced"), ("pipeline.training.resume", "sync_folder")],
+        16,
+    ),
+    "stage's checkpoint": ([("pipeline.runs.finished", "write_synced"), ("pipeline.runs.finished", "sync_folder")], 6),
+    "any file": ([("pipeline.files.atomic", "os.replace"), ("pathlib", "Path.rename")], 16),
 }
 ATTEMPTS = 6  # at a kill that came too late, each twice as early as the one before
 

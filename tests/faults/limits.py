@@ -19,9 +19,14 @@ def few_descriptors(bench: Bench) -> Row:
 
     tiny_clip.save_coin(bench.folder / "many", "T0", train=RECORDS, test=RECORDS)
     changes: dict[str, Any] = {
-        "tasks": 1, "data__root": str(bench.folder / "many"), "data__prepared": str(bench.folder / "many-data"),
-        "data__shard_samples": 1, "train__steps": RECORDS // 4, "train__save_steps": 50, "evaluate__zero_shot": False,
-    }  # fmt: skip
+        "tasks": 1,
+        "data__root": str(bench.folder / "many"),
+        "data__prepared": str(bench.folder / "many-data"),
+        "data__shard_samples": 1,
+        "train__steps": RECORDS // 4,
+        "train__save_steps": 50,
+        "evaluate__zero_shot": False,
+    }
     recipe, whole = bench.recipe("few-descriptors", **changes), bench.recipe("many-descriptors", **changes)
     prepared = bench.start(["prepare", str(recipe)], limited)
     code = prepared.wait()

@@ -18,8 +18,14 @@ def one_prepared_folder(bench: Bench) -> Iterator[Row]:
     codes = [process.wait() for process in both]
     temporary = _temporaries(Path(shared))
     said = next((process.said() for process in both if process.said()), "")
-    yield Row("two processes prepare one folder", "one works, the other waits and takes what is there", "nothing",
-              str(codes), codes == [0, 0] and not temporary, said or ", ".join(temporary))  # fmt: skip
+    yield Row(
+        "two processes prepare one folder",
+        "one works, the other waits and takes what is there",
+        "nothing",
+        str(codes),
+        codes == [0, 0] and not temporary,
+        said or ", ".join(temporary),
+    )
     both = [bench.start(["run", str(recipe)]) for recipe in recipes]
     codes = [process.wait() for process in both]
     alone = bench.recipe("shared-alone", data__prepared=shared, train__vision_features="kept")
@@ -29,8 +35,14 @@ def one_prepared_folder(bench: Bench) -> Iterator[Row]:
     kept = list(Path(shared).glob("*/train/vision-*/features-*.safetensors"))
     passed = codes == [0, 0, 0] and len(sets[0]) == TASKS and sets[0] == sets[1] == sets[2] and bool(kept)
     said = next((process.said() for process in both if process.said()), "")
-    yield Row("two runs on one prepared folder", f"both keep features there and learn the same in {STEPS} steps",
-              "nothing", str(codes), passed and not _temporaries(Path(shared)), said)  # fmt: skip
+    yield Row(
+        "two runs on one prepared folder",
+        f"both keep features there and learn the same in {STEPS} steps",
+        "nothing",
+        str(codes),
+        passed and not _temporaries(Path(shared)),
+        said,
+    )
 
 
 def _sets(run: Path) -> list[bytes]:

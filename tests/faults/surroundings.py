@@ -18,9 +18,9 @@ from tests.faults.kills import wait_for
 
 # What is written when the disk is full: (module, function, call after which nothing more fits).
 FULL = {
-    "checkpoint in a stage": ("pipeline.resume", "write_synced", 1),
-    "stage's checkpoint": ("pipeline.checkpoint", "write_synced", 0),
-    "prediction file": ("pipeline.predictions", "write_json", 0),
+    "checkpoint in a stage": ("pipeline.training.resume", "write_synced", 1),
+    "stage's checkpoint": ("pipeline.runs.finished", "write_synced", 0),
+    "prediction file": ("pipeline.sequence.predictions", "write_json", 0),
 }
 
 
@@ -73,8 +73,14 @@ def full_disk_for_shards(bench: Bench) -> Row:
         (disk / "block").unlink()
         again = bench.start(["prepare", str(recipe)]).wait()
         passed = code == 1 and again == 0 and bench.run(recipe)[0] == 0 and not bench.differences(recipe)
-    return Row("disk full: shard", "`prepare` ends with a message and goes on once there is room", "nothing finished",
-               str(code), passed, process.said())  # fmt: skip
+    return Row(
+        "disk full: shard",
+        "`prepare` ends with a message and goes on once there is room",
+        "nothing finished",
+        str(code),
+        passed,
+        process.said(),
+    )
 
 
 def full_disk_for_mlflow(bench: Bench) -> Row:
@@ -85,8 +91,14 @@ def full_disk_for_mlflow(bench: Bench) -> Row:
         code, process = bench.run(recipe, lambda: at_step(3, lambda: fill(disk)))
         passed = code == 0 and not bench.differences(recipe)
     said = process.said("MLflow at")
-    return Row("disk full: MLflow's database", "a warning, the run goes on", "numbers in MLflow, not in the run folder",
-               str(code), passed and bool(said), said)  # fmt: skip
+    return Row(
+        "disk full: MLflow's database",
+        "a warning, the run goes on",
+        "numbers in MLflow, not in the run folder",
+        str(code),
+        passed and bool(said),
+        said,
+    )
 
 
 def read_only(bench: Bench) -> Row:
@@ -100,8 +112,14 @@ def read_only(bench: Bench) -> Row:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         again, _ = bench.run(recipe)
         passed = code == 1 and again == 0 and not bench.differences(recipe)
-    return Row("read-only run folder", "ends with a message; goes on once it can write", "nothing", str(code), passed,
-               process.said())  # fmt: skip
+    return Row(
+        "read-only run folder",
+        "ends with a message; goes on once it can write",
+        "nothing",
+        str(code),
+        passed,
+        process.said(),
+    )
 
 
 def not_a_number(bench: Bench) -> Row:
@@ -123,8 +141,14 @@ def not_a_number(bench: Bench) -> Row:
     again, _ = bench.run(recipe)
     said = process.said("DivergedError: ")
     passed = code == 1 and "step 4 is not a finite number" in said and again == 0 and not bench.differences(recipe)
-    return Row("NaN loss", "names step and samples; goes on from the checkpoint before", "steps since the checkpoint",
-               str(code), passed, said)  # fmt: skip
+    return Row(
+        "NaN loss",
+        "names step and samples; goes on from the checkpoint before",
+        "steps since the checkpoint",
+        str(code),
+        passed,
+        said,
+    )
 
 
 def jumping_clock(bench: Bench) -> Row:
@@ -134,12 +158,19 @@ def jumping_clock(bench: Bench) -> Row:
         real, start = time.time, time.time()
         time.time = lambda: real() + (-86400.0 if real() - start < 2 else 864000.0)
 
-    recipe = bench.recipe("clock", train__save_minutes=10, tracking__enabled=True,
-                          tracking__uri=f"sqlite:///{bench.folder}/clock.db")  # fmt: skip
+    recipe = bench.recipe(
+        "clock", train__save_minutes=10, tracking__enabled=True, tracking__uri=f"sqlite:///{bench.folder}/clock.db"
+    )
     code, process = bench.run(recipe, jump)
     passed = code == 0 and not bench.differences(recipe)
-    return Row("the clock jumps", "nothing: intervals are not taken from the time of day", "nothing", str(code), passed,
-               process.said())  # fmt: skip
+    return Row(
+        "the clock jumps",
+        "nothing: intervals are not taken from the time of day",
+        "nothing",
+        str(code),
+        passed,
+        process.said(),
+    )
 
 
 def vanishing_mlflow(bench: Bench) -> Row:
@@ -175,9 +206,9 @@ def vanishing_mlflow(bench: Bench) -> Row:
 
 def _hurry(gone: Path) -> None:
     """Sabotage: ask the store again soon, and train slowly enough for it to be away in the meantime."""
-    import pipeline.mlflow_tracker
+    import pipeline.tracking.mlflow_tracker
 
-    pipeline.mlflow_tracker.RETRY_AFTER_S = 1.0
+    pipeline.tracking.mlflow_tracker.RETRY_AFTER_S = 1.0
     at_step(30, lambda: _until(lambda: gone.exists()))
     at_step(40, lambda: _until(lambda: not gone.exists()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.answering import SampleList
+from pipeline.adapter.answering import SampleList
 from pipeline.data.sample import Sample
 from pipeline.metrics import blind
 from pipeline.metrics.blind import majority_score

@@ -20,13 +20,15 @@ def package() -> None:
     [
         ("A man's dog isn't running, it's sleeping.", "a man 's dog is n't running it 's sleeping"),
         ("Two t-shirts - red & blue -- hang on a line!", "two t-shirts red & blue hang on a line"),
-        ("A bottle of 7up costs $5.50, 50% off; 1,000 left at 3:30 p.m.",
-         "a bottle of 7up costs $ 5.50 50 % off 1,000 left at 3:30 p.m."),
+        (
+            "A bottle of 7up costs $5.50, 50% off; 1,000 left at 3:30 p.m.",
+            "a bottle of 7up costs $ 5.50 50 % off 1,000 left at 3:30 p.m.",
+        ),
         ("He can't, won't, couldn't've; they cannot.", "he ca n't wo n't could n't 've they can not"),
         ("The sign says 'STOP' and/or \"go\"...", "the sign says stop and/or go"),
         ("  ", ""),
     ],
-)  # fmt: skip
+)
 def test_captions_are_split_as_the_penn_treebank_does(text: str, words: str) -> None:
     assert tokenise(text) == words
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from pipeline.config import MethodConfig
+from pipeline.config.recipe import MethodConfig
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
-from pipeline.distributed import StopFlag, close_world, init_world
-from pipeline.engine import Engine
-from pipeline.launch import end_as_rank
 from pipeline.methods import make_method
-from pipeline.train import train_stage
+from pipeline.ranks.launch import end_as_rank
+from pipeline.ranks.shutdown import StopFlag
+from pipeline.ranks.world import close_world, init_world
+from pipeline.sequence.engine import Engine
+from pipeline.training.loop import train_stage
 from tests.parity.recorded import Recorded
-from tests.train.worlds import make_recipe
+from tests.training.worlds import make_recipe
 
 
 def main(job_file: str) -> None:
@@ -34,14 +35,22 @@ def main(job_file: str) -> None:
     steps = len(next(iter(recorded.train.values()))["trajectory"])
     rate = recorded.meta["lr"]
     recipe = make_recipe(
-        job["model"], model__max_length=1 << 20, method={"prompt_length": recorded.prompt_length},
+        job["model"],
+        model__max_length=1 << 20,
+        method={"prompt_length": recorded.prompt_length},
         train={
             # The last batch is filled up with samples of weight zero where the ranks do not divide the samples.
-            "steps": steps, "global_batch": recorded.samples + recorded.samples % job["ranks"], "lr_prompt": rate,
-            "lr_head": rate, "schedule": "constant", "warmup": 0.0, "clip": None, "log_every": 1,
+            "steps": steps,
+            "global_batch": recorded.samples + recorded.samples % job["ranks"],
+            "lr_prompt": rate,
+            "lr_head": rate,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "clip": None,
+            "log_every": 1,
             "deepspeed": "ds_configs/zero3.json",
         },
-    )  # fmt: skip
+    )
     engine = Engine(recipe, world, recorded.key_width)
     lmm = engine.module.lmm
     vision = lmm.model.config.vision_config

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.answering import SampleList
+from pipeline.adapter.answering import SampleList
 from pipeline.data.collate import Examples, StageData
 from pipeline.data.conversation import Conversation, Example
 from pipeline.data.keys import Keys

@@ -139,8 +139,11 @@ def _infer(model: Any, samples: list[_Sample], sets: dict[str, Tensor], tasks: i
             answer.append(int(logits.argmax()))
         generated.append(answer + [PAD] * (NEW_TOKENS - len(answer)))
     return {
-        "similarity": scores, "top": top, "first_logits": torch.stack(first), "generated": torch.tensor(generated),
-    }  # fmt: skip
+        "similarity": scores,
+        "top": top,
+        "first_logits": torch.stack(first),
+        "generated": torch.tensor(generated),
+    }
 
 
 def _save_inputs(folder: Path, samples: list[_Sample]) -> None:

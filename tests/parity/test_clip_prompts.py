@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.clip.model import ImageBatch, PromptedCLIP
+from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from tests.clip import reference
 from tests.clip.recorded import Recorded
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config import MethodConfig, ModelConfig, load_recipe
+from pipeline.config.recipe import MethodConfig, ModelConfig, load_recipe
 from pipeline.data.collate import Batch, Examples, collate
-from pipeline.generation import generate_answers
 from pipeline.methods import Method, make_method
+from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import similarities
@@ -214,9 +214,15 @@ def test_greedy_answers_and_their_first_logits(
             torch.testing.assert_close(first[0][0], case["first_logits"][number], atol=LOGITS, rtol=0)
             check_tokens(module, json.loads(alone[number]), case["generated"][number].tolist())
         together = generate_answers(
-            module.lmm, examples, range(recorded.samples), selected, pool.prompts, new, recorded.samples,
+            module.lmm,
+            examples,
+            range(recorded.samples),
+            selected,
+            pool.prompts,
+            new,
+            recorded.samples,
             method.config.insertion,
-        )  # fmt: skip
+        )
         for number, answer in together.items():
             check_tokens(module, json.loads(answer), case["generated"][number].tolist())
     handle.remove()
@@ -247,11 +253,14 @@ def test_two_processes_under_zero3_equal_one_process_and_the_recorded_steps(
 
 
 def on_ranks(recorded: Recorded, model: Path, methods: dict[str, MethodConfig], folder: Path, ranks: int) -> Any:
-    """The recorded steps of every training case by `pipeline.train` under ZeRO-3 on so many processes."""
+    """The recorded steps of every training case by `pipeline.training.loop` under ZeRO-3 on so many processes."""
     job = {
-        "folder": str(recorded.folder), "model": str(model), "out": str(folder / "result.json"), "ranks": ranks,
+        "folder": str(recorded.folder),
+        "model": str(model),
+        "out": str(folder / "result.json"),
+        "ranks": ranks,
         "methods": {mode: config.model_dump(mode="json") for mode, config in methods.items()},
-    }  # fmt: skip
+    }
     (folder / "job.json").write_text(json.dumps(job))
     torchrun(["-m", "tests.parity.ranks", str(folder / "job.json")], ranks, LIMIT_S)
     return json.loads((folder / "result.json").read_text())

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from pipeline import evaluate
-from pipeline.checkpoint import write_json
 from pipeline.data.collate import StageData
-from pipeline.distributed import close_world, init_world
-from pipeline.evaluate import AnswerSettings, Test, evaluate_task
-from pipeline.launch import end_as_rank
-from tests.train.worlds import make_pool, make_samples
+from pipeline.ranks.launch import end_as_rank
+from pipeline.ranks.world import close_world, init_world
+from pipeline.runs.finished import write_json
+from pipeline.sequence import evaluate
+from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task
+from tests.training.worlds import make_pool, make_samples
 
 SAMPLES = 3
 

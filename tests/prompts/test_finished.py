@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import evaluate
 from pipeline.data.collate import StageData
 from pipeline.errors import UserError
+from pipeline.sequence import evaluate
 from tests.prompts.test_reuse import Generated, run
-from tests.train.worlds import make_pool
+from tests.training.worlds import make_pool
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_answers_outlive_a_metric_that_fails(
         raise UserError("no such package")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr("pipeline.predictions.score_task", failing)
+        patch.setattr("pipeline.sequence.predictions.score_task", failing)
         run(tmp_path, 0, make_pool(1), [[0], [0]])
     assert sorted(generated.asked) == [0, 1]
     run(tmp_path, 0, make_pool(1), [[0], [0]])

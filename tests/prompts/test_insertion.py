@@ -41,8 +41,9 @@ def test_samples_may_have_different_numbers_of_sets_and_tokens() -> None:
     embeddings, attention = tokens([[1, 2, 0], [1, 2, 3]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     mixed, mask, _ = insert_prompts(embeddings, attention, vectors, valid)
     assert [row[keep.bool(), 0].tolist() for row, keep in zip(mixed, mask, strict=True)] == [
-        [1, 100, 101, 102, 103, 2], [1, 104, 105, 2, 3],
-    ]  # fmt: skip
+        [1, 100, 101, 102, 103, 2],
+        [1, 104, 105, 2, 3],
+    ]
     assert mask.tolist() == [[1] * 6 + [0], [1] * 5 + [0, 0]]
 
 
@@ -51,8 +52,9 @@ def test_a_batch_padded_on_the_left_stays_so() -> None:
     embeddings, attention = tokens([[0, 1, 2], [1, 2, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
     mixed, mask, _ = insert_prompts(embeddings, attention, vectors, valid, left=True)
     assert [row[keep.bool(), 0].tolist() for row, keep in zip(mixed, mask, strict=True)] == [
-        [1, 100, 101, 102, 103, 2], [1, 104, 105, 2, 3],
-    ]  # fmt: skip
+        [1, 100, 101, 102, 103, 2],
+        [1, 104, 105, 2, 3],
+    ]
     assert mask.tolist() == [[0] + [1] * 6, [0, 0] + [1] * 5]
 
 
@@ -78,14 +80,16 @@ def test_sets_stand_directly_before_the_first_image_token() -> None:
 
 def test_without_an_image_sets_before_the_image_follow_the_first_token() -> None:
     assert inserted([[1, 2, 3, 0], [1, 2, 9, 3]], "before_image") == [
-        [1, 100, 101, 104, 105, 2, 3], [1, 2, 100, 101, 104, 105, 9, 3],
-    ]  # fmt: skip
+        [1, 100, 101, 104, 105, 2, 3],
+        [1, 2, 100, 101, 104, 105, 9, 3],
+    ]
 
 
 def test_sets_stand_before_the_image_when_padding_is_on_the_left() -> None:
     assert inserted([[0, 0, 1, 2, 9, 3], [1, 2, 3, 9, 9, 4]], "before_image", left=True) == [
-        [1, 2, 100, 101, 104, 105, 9, 3], [1, 2, 3, 100, 101, 104, 105, 9, 9, 4],
-    ]  # fmt: skip
+        [1, 2, 100, 101, 104, 105, 9, 3],
+        [1, 2, 3, 100, 101, 104, 105, 9, 9, 4],
+    ]
 
 
 def test_gradients_reach_the_inserted_sets_only_where_they_are_used() -> None:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import evaluate
 from pipeline.backbones.lmm_processor import settings_fingerprint
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Examples, StageData
-from pipeline.distributed import init_world
 from pipeline.errors import Interrupted
-from pipeline.evaluate import AnswerSettings, Test, evaluate_task
-from pipeline.generation import Conditions
+from pipeline.prompts.generation import Conditions
 from pipeline.prompts.pool import PromptPool
+from pipeline.ranks.world import init_world
+from pipeline.sequence import evaluate
+from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task
 from tests import tiny
-from tests.train.worlds import make_pool, make_samples
+from tests.training.worlds import make_pool, make_samples
 
 
 class Generated:

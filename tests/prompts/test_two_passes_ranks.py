@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.train.test_worlds import flat, launch
+from tests.training.test_worlds import flat, launch
 
 
 @pytest.mark.gloo

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.answering import Answerer
+from pipeline.adapter.answering import Answerer
 from pipeline.serve.app import Service
 from pipeline.serve.request import Request, Update
 from pipeline.serve.worker import Worker
@@ -28,10 +28,17 @@ class Caller:
 
     async def call(self, service: Service, path: str = "/v1/chat/completions", method: str = "POST") -> Caller:
         scope: dict[str, Any] = {
-            "type": "http", "method": method, "path": path, "query_string": b"", "http_version": "1.1",
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80), "scheme": "http", "root_path": "",
-        }  # fmt: skip
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "http_version": "1.1",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "scheme": "http",
+            "root_path": "",
+        }
         await service.app()(scope, self._receive, self._send)
         return self
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.adapter import load_adapter
-from pipeline.answering import Answerer
-from pipeline.config import PROJECT
+from pipeline.adapter.answering import Answerer
+from pipeline.adapter.load import load_adapter
+from pipeline.config.recipe import PROJECT
 from tests.adapters import save_adapter, save_models
 
 

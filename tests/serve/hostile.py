@@ -46,11 +46,21 @@ def _sides(chance: random.Random) -> tuple[int, int]:
     """Of all shapes: phone photographs, the most pixels, lines, and one pixel."""
     return chance.choice(
         [
-            (4032, 3024), (4096, 4096), (4000, 4000), (20000, 10), (10, 20000), (20000, 50), (100000, 160),
-            (1600000, 10), (65000, 1), (1, 65000), (12000, 1400), (1, 1),
+            (4032, 3024),
+            (4096, 4096),
+            (4000, 4000),
+            (20000, 10),
+            (10, 20000),
+            (20000, 50),
+            (100000, 160),
+            (1600000, 10),
+            (65000, 1),
+            (1, 65000),
+            (12000, 1400),
+            (1, 1),
             (chance.randint(1, 5000), chance.randint(1, 5000)),
         ]
-    )  # fmt: skip
+    )
 
 
 def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -232,10 +242,26 @@ def _bytes(chance: random.Random) -> bytes:
 
 Make = Callable[[random.Random], bytes]
 IMAGES: dict[str, Make] = {
-    "png": _png, "png texts": _text_bomb, "lying png": _lying_png, "jpeg": _jpeg, "scans": _many_scans, "webp": _webp,
-    "animation": _animation, "gif": _gif, "bmp": _bmp, "other": _other_format, "damaged": _damaged,
-}  # fmt: skip
+    "png": _png,
+    "png texts": _text_bomb,
+    "lying png": _lying_png,
+    "jpeg": _jpeg,
+    "scans": _many_scans,
+    "webp": _webp,
+    "animation": _animation,
+    "gif": _gif,
+    "bmp": _bmp,
+    "other": _other_format,
+    "damaged": _damaged,
+}
 BODIES: dict[str, Make] = {
-    "deep": _deep, "values": _many_values, "messages": _many_messages, "text": _long_text, "fields": _long_fields,
-    "number": _number, "base64": _base64, "images": _many_images, "bytes": _bytes,
-}  # fmt: skip
+    "deep": _deep,
+    "values": _many_values,
+    "messages": _many_messages,
+    "text": _long_text,
+    "fields": _long_fields,
+    "number": _number,
+    "base64": _base64,
+    "images": _many_images,
+    "bytes": _bytes,
+}

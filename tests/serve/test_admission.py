@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pipeline.answering import Answerer, Tokenised
+from pipeline.adapter.answering import Answerer, Tokenised
 from pipeline.data import sample
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.request import Request, Update

@@ -14,8 +14,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from pipeline.answering import Answerer, Tokenised
-from pipeline.cli import app
+from pipeline.adapter.answering import Answerer, Tokenised
+from pipeline.cli.commands import app
 from pipeline.errors import EXIT_USER
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.chat import Limits

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.answering import Question
+from pipeline.adapter.answering import Question
 from pipeline.serve.chat import ChatRequest, Limits, Offer, read_chat
 from pipeline.serve.images import read_image
 from pipeline.serve.json_body import JsonBody

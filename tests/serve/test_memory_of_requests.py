@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.answering import Question
+from pipeline.adapter.answering import Question
 from tests import tiny, tiny_clip
 from tests.adapters import question, save_adapter, save_models
 from tests.serve import hostile

@@ -17,7 +17,7 @@ import openai
 import pytest
 from PIL import Image
 
-from pipeline.answering import Question
+from pipeline.adapter.answering import Question
 from tests.adapters import question
 from tests.serve.conftest import Served, address_of, start
 
@@ -237,11 +237,13 @@ def test_callers_who_leave_do_not_keep_their_place_in_the_batch(served: Served, 
 
 def test_what_is_not_json_or_not_chat_is_refused(served: Served) -> None:
     cases = {
-        b"{": "not JSON", b"[]": "expected an object", b'{"model": "tiny-adapter"}': "messages is missing",
+        b"{": "not JSON",
+        b"[]": "expected an object",
+        b'{"model": "tiny-adapter"}': "messages is missing",
         b'{"model": "tiny-adapter", "messages": [{"role": "assistant", "content": "x"}]}': "not from the user",
         b"[" * 100000: "too much to read",
         b'{"model": "tiny-adapter", "messages": [{"role": "user", "content": "\\ud800"}]}': "surrogate",
-    }  # fmt: skip
+    }
     for body, sentence in cases.items():
         request = urllib.request.Request(
             f"{served.url}/v1/chat/completions", body, {"Content-Type": "application/json"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.answering import Answerer
+from pipeline.adapter.answering import Answerer
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.reply import following
 from pipeline.serve.request import Update

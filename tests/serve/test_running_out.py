@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.answering import Answerer, Question
+from pipeline.adapter.answering import Answerer, Question
 from pipeline.serve.cache import GrowingLayer
 from pipeline.serve.decoder import Running, RunningBatch
 from pipeline.serve.memory import Extent, KeyValueMemory, is_out_of_memory

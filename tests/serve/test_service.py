@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.answering import Answerer
-from pipeline.cli import app
+from pipeline.adapter.answering import Answerer
+from pipeline.cli.commands import app
 from pipeline.errors import EXIT_USER
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.decoder import Running, RunningBatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.answering import Answerer
+from pipeline.adapter.answering import Answerer
 from pipeline.serve.decoder import Running, RunningBatch, before_stops
 from pipeline.serve.reply import following
 from pipeline.serve.request import Update

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed import close_world, init_world
-from pipeline.engine import Engine
-from pipeline.launch import end_as_rank
-from tests.train.worlds import KEY_WIDTH, make_pool, make_recipe, make_samples, train_once
+from pipeline.ranks.launch import end_as_rank
+from pipeline.ranks.world import close_world, init_world
+from pipeline.sequence.engine import Engine
+from tests.training.worlds import KEY_WIDTH, make_pool, make_recipe, make_samples, train_once
 
 
 def bytes_between_nodes(interface: str) -> int:

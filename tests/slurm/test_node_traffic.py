@@ -38,8 +38,10 @@ def nodes() -> Iterator[list[list[str]]]:
         )
         for number, name in enumerate(names, start=1):
             for command in (
-                f"address add 10.99.0.{number}/24 dev cable", "link set lo up", "link set cable up",
-            ):  # fmt: skip
+                f"address add 10.99.0.{number}/24 dev cable",
+                "link set lo up",
+                "link set cable up",
+            ):
                 subprocess.run(["ip", "-n", name, *command.split()], check=True)
         yield [["ip", "netns", "exec", name] for name in names]
     finally:

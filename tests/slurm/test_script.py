@@ -16,9 +16,12 @@ from tests.processes import PROJECT
 
 SCRIPTS = PROJECT / "slurm"
 JOB = {
-    "SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16",
+    "SLURM_JOB_ID": "41",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_CPUS_ON_NODE": "16",
     "SLURM_GPUS_ON_NODE": "4",
-}  # fmt: skip
+}
 STAND_INS = {
     "scontrol": """
 case "$*" in
@@ -51,16 +54,23 @@ class Shell:
             path.chmod(0o755)
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.environment = {
-            **outside, "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "CALLS": str(self.calls_file),
-            "PYTHON": "python-stand-in", "RETRY_S": "0",
-        }  # fmt: skip
+            **outside,
+            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "CALLS": str(self.calls_file),
+            "PYTHON": "python-stand-in",
+            "RETRY_S": "0",
+        }
         self.environment.pop("SITE_ENV", None)
 
     def start(self, *arguments: str, script: str = "run_sequence.sh", **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(SCRIPTS / script), *arguments], cwd=PROJECT, env={**self.environment, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [str(SCRIPTS / script), *arguments],
+            cwd=PROJECT,
+            env={**self.environment, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def __call__(
         self, *arguments: str, script: str = "run_sequence.sh", **environment: str

@@ -85,9 +85,15 @@ def new_run(root: Path) -> Callable[[str], Run]:
 
     def make(name: str) -> Run:
         recipe = recipe_on(
-            root, root / name, TASKS, train__steps=STEPS, train__deepspeed="ds_configs/zero3.json",
-            train__schedule="cosine", train__save_steps=2, evaluate__zero_shot=False,
-        )  # fmt: skip
+            root,
+            root / name,
+            TASKS,
+            train__steps=STEPS,
+            train__deepspeed="ds_configs/zero3.json",
+            train__schedule="cosine",
+            train__save_steps=2,
+            evaluate__zero_shot=False,
+        )
         recipe.dump_yaml(root / f"{name}.yaml")
         return Run(root / f"{name}.yaml", recipe.run_path)
 
@@ -254,9 +260,14 @@ def test_the_embedded_default_is_prepared_and_run_by_one_job(cluster: Cluster, r
     """As the first line of docs/cluster.md has it, cut down to two small tasks and a few steps."""
     tasks = ", ".join(f"{{name: {n}, metric: exact, limit_train: 64, limit_test: 8}}" for n in ("Colours", "Digits"))
     changes = [
-        f"data.tasks=[{tasks}]", f"data.root={root / 'nano-coin'}", f"data.prepared={root / 'nano'}",
-        f"run_dir={root / 'embedded'}", "train.steps=4", "train.log_every=1", "evaluate.zero_shot=false",
-    ]  # fmt: skip
+        f"data.tasks=[{tasks}]",
+        f"data.root={root / 'nano-coin'}",
+        f"data.prepared={root / 'nano'}",
+        f"run_dir={root / 'embedded'}",
+        "train.steps=4",
+        "train.log_every=1",
+        "evaluate.zero_shot=false",
+    ]
     overrides = [part for change in changes for part in ("--set", change)]
     job = cluster.submit(root / "embedded.out", "--nodes=2", "--", "--prepare", "nano", *overrides)
     measured("the embedded default in short, data included", job.ended())

@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
-from pipeline.clip.backbone import Backbone, Sizes
 from pipeline.clip.methods.base import PromptLearner
 from pipeline.clip.methods.cocoop import CoCoOp
 from pipeline.clip.methods.coop import CoOp
@@ -19,9 +18,10 @@ from pipeline.clip.methods.maple import MaPLe
 from pipeline.clip.methods.mpl import MPL
 from pipeline.clip.methods.vpt import VPT
 from pipeline.clip.methods.zero_shot import ZeroShot
-from pipeline.clip.text import Words
+from pipeline.clip.towers.backbone import Backbone, Sizes
+from pipeline.clip.towers.text import Words
+from pipeline.config.messages import sentence
 from pipeline.errors import UserError, nearest
-from pipeline.recipe_errors import sentence
 
 __all__ = ["METHODS", "PromptLearner", "learner_of_sizes", "make_learner", "refuse_options"]
 

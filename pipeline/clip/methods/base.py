@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.clip.schedule import PromptSchedule
-from pipeline.clip.text import MARK, ClassTexts, Position, Words, class_texts
+from pipeline.clip.towers.schedule import PromptSchedule
+from pipeline.clip.towers.text import MARK, ClassTexts, Position, Words, class_texts
 
 DEVIATION = 0.02  # of prompts that start at random, everywhere in this family
 TEMPLATE = "a photo of a {}."

@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from pipeline.clip.backbone import Sizes, normalised
 from pipeline.clip.methods.base import WORDS, PromptLearner, Prompts, placeholders, vectors
-from pipeline.clip.schedule import coop
+from pipeline.clip.towers.backbone import Sizes, normalised
+from pipeline.clip.towers.schedule import coop
 
 REDUCTION = 16  # the hidden layer has a sixteenth of the joint width
 
@@ -16,7 +16,7 @@ REDUCTION = 16  # the hidden layer has a sixteenth of the joint width
 class CoCoOp(PromptLearner):
     """Context `ctx` [n, D] plus, for each image, `meta_net` of its normalised feature, the same for all n vectors.
 
-    Texts are read once per image and class; `pipeline.clip.encode` batches and chunks them.
+    Texts are read once per image and class; `pipeline.clip.towers.encode` batches and chunks them.
     """
 
     name = "cocoop"

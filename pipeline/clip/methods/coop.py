@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import DEVIATION, PromptLearner, Prompts, placeholders
-from pipeline.clip.schedule import coop
-from pipeline.clip.text import Position
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.schedule import coop
+from pipeline.clip.towers.text import Position
 from pipeline.errors import UserError
 
 

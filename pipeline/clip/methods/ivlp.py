@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import WORDS, PromptLearner, Prompts, deep_vectors, placeholders, vectors
-from pipeline.clip.schedule import ivlp
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.schedule import ivlp
 
 
 class IVLP(PromptLearner):
     """`length` text and `length_vision` image prompts for each of the first `depth` blocks, replaced block by block.
 
-    With `pipeline.clip.regularisers.Consistency` and `pipeline.clip.averaging` this is PromptSRC.
+    With `pipeline.clip.learning.regularisers.Consistency` and `pipeline.clip.learning.averaging` this is PromptSRC.
     """
 
     name = "ivlp"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import WORDS
 from pipeline.clip.methods.coop import CoOp
+from pipeline.clip.towers.backbone import Sizes
 
 
 class KgCoOp(CoOp):
-    """CoOp from the words "a photo of a"; its loss needs `pipeline.clip.regularisers.KnowledgeGuided`."""
+    """CoOp from the words "a photo of a"; its loss needs `pipeline.clip.learning.regularisers.KnowledgeGuided`."""
 
     name = "kgcoop"
 

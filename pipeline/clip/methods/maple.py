@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import WORDS, PromptLearner, Prompts, copies, deep_vectors, placeholders, vectors
-from pipeline.clip.schedule import maple
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.schedule import maple
 
 
 class MaPLe(PromptLearner):

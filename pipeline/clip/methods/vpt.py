@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import TEMPLATE, PromptLearner, Prompts, deep_vectors, vectors
-from pipeline.clip.schedule import vpt
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.schedule import vpt
 
 
 class VPT(PromptLearner):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.clip.backbone import Sizes
 from pipeline.clip.methods.base import TEMPLATE, PromptLearner, Prompts
-from pipeline.clip.schedule import schedule
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.schedule import schedule
 
 
 class ZeroShot(PromptLearner):

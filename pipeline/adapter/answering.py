@@ -1,0 +1,301 @@
+"""Questions to a frozen model with a pool of prompt sets: routed like test samples, answered in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.backbones.clip import KeyEncoder
+from pipeline.backbones.lmm import LMM, load_lmm
+from pipeline.config.recipe import KeysConfig, MethodConfig, ModelConfig
+from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.conversation import Example
+from pipeline.data.keys import Keys
+from pipeline.data.pictures import read_header
+from pipeline.data.sample import Sample, decode_image
+from pipeline.errors import UserError, nearest
+from pipeline.methods import make_method
+from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routing import NO_SET, similarity
+from pipeline.ranks.devices import choose_device
+
+BATCH = 16
+TOGETHER = 256  # questions whose pixels are in memory at once
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about at most one image (encoded file bytes); `task` is for methods that have to be told it."""
+
+    text: str
+    image: bytes | None = None
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A question as the models read it, the encoded image left behind; `pixels` [1, 3, H, W] are CLIP's."""
+
+    text: str
+    task: int  # number of the task
+    example: Example
+    pixels: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return len(self.text) + self.example.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered, with the inserted sets in the order of insertion and the similarity to every set."""
+
+    text: str
+    selected: list[str]
+    similarity: dict[str, float]
+
+    @property
+    def sets(self) -> str:
+        """The inserted sets for people, the most similar one first: `Count 0.70, Boxes 0.65`."""
+        named = (f"{name} {self.similarity[name]:.2f}" for name in reversed(self.selected))
+        return ", ".join(named) or "none"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What answering depends on: a run's or an adapter's pool and settings; names only what has been checked."""
+
+    pool: PromptPool
+    tasks: list[str]  # all tasks of the sequence; those of the pool come first
+    method: MethodConfig
+    model: ModelConfig
+    keys: KeysConfig
+    max_new_tokens: int
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
+
+    def task_number(self, task: str | None) -> int:
+        """Number of the named task; raises UserError for an unknown one, or for none where one is needed."""
+        names, needed = self.tasks, make_method(self.method).needs_task
+        if task is None:
+            if needed:
+                method = self.method
+                what = method.name if method.name == "independent" else f"selection {method.selection}"
+                raise UserError(
+                    f"method {what} has to be told the task; say task (--task) with one of {', '.join(names)}."
+                )
+            return 0
+        if task not in names:
+            raise UserError(f"unknown task '{task}'; expected one of {', '.join(names)}.{nearest(task, names)}")
+        number = names.index(task)
+        if needed and number >= len(self.pool):
+            known = ", ".join(self.pool.names)
+            raise UserError(f"task '{task}' has no finished stage yet; expected one of {known}.")
+        return number
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Questions ready for the model: their samples, the sets they get [N, m] and their similarities [N, T]."""
+
+    examples: Examples
+    selected: Tensor
+    similarity: Tensor
+
+
+class SampleList(list[Sample]):
+    """Samples in memory where a prepared split is expected."""
+
+    @property
+    def ids(self) -> list[str]:
+        return [sample.id for sample in self]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(sample.question) + len(sample.answer) for sample in self], dtype=np.int64)
+
+    @property
+    def question_chars(self) -> npt.NDArray[np.int32]:
+        return np.array([len(sample.question) for sample in self], dtype=np.int32)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        headers = [None if sample.image is None else read_header(sample.image) for sample in self]
+        sizes = [(0, 0) if header is None else (header.width, header.height) for header in headers]
+        return np.array(sizes, dtype=np.int32).reshape(-1, 2)
+
+    def text(self, index: int) -> Sample:
+        return replace(self[index], image=None)
+
+
+class Answerer:
+    """A loaded model with a pool; raises UserError when model or CLIP cannot be loaded."""
+
+    def __init__(self, source: Source, device: str | None = None) -> None:
+        self.source = source
+        self.method = make_method(source.method)
+        place = choose_device(device)
+        self.lmm: LMM = load_lmm(source.model, device=place)
+        self.lmm.use_repetition_penalty(source.repetition_penalty)
+        if source.projector:
+            self.lmm.load_projector(source.projector)
+        self.encoder = KeyEncoder(*source.keys.source, device=place)
+
+    @property
+    def pool(self) -> PromptPool:
+        return self.source.pool
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int | None = None) -> list[Answer]:
+        """Greedy answers in the order of the questions, at most `max_new_tokens` tokens each (None: as evaluated).
+
+        Raises UserError for an image that cannot be read, a missing or unknown task, or a question that is too long.
+        """
+        return [
+            answer
+            for start in range(0, len(questions), TOGETHER)
+            for answer in self._answer(questions[start : start + TOGETHER], max_new_tokens)
+        ]
+
+    def _answer(self, questions: Sequence[Question], max_new_tokens: int | None) -> list[Answer]:
+        routed = self.route(questions)
+        length = max_new_tokens or self.source.max_new_tokens
+        texts = generate_answers(
+            self.lmm,
+            routed.examples,
+            range(len(questions)),
+            routed.selected,
+            self.pool.prompts,
+            length,
+            BATCH,
+            self.source.method.insertion,
+        )
+        return [
+            Answer(texts[number], self.set_names(routed, number), self.similarities(routed, number))
+            for number in range(len(questions))
+        ]
+
+    def ask(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Answer:
+        """The answer to one question about an image (a file's path or its bytes), or about none; errors as `answer`."""
+        encoded = image if isinstance(image, bytes) else read_image(image)
+        return self.answer([Question(question, encoded, task)])[0]
+
+    @torch.no_grad()
+    def prompt_embeds(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Tensor:
+        """What the decoder reads for a question [N, D]: words, image features and prompt sets in the model's precision.
+
+        For servers that take `prompt_embeds` in place of text, such as vLLM with the same language model. Raises
+        UserError as `answer`, and for architectures whose decoder needs more than these vectors.
+        """
+        if self.lmm.family.reads_places:
+            raise UserError(
+                f"The decoder of {self.lmm.family.kind} has to know which tokens are the image's, which prompt_embeds "
+                "alone cannot say; expected another architecture, such as llava."
+            )
+        encoded = image if isinstance(image, bytes) else read_image(image)
+        routed = self.route([Question(question, encoded, task)])
+        batch = collate_prompts(routed.examples, [0], routed.selected).to(self.lmm.model.device)
+        bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
+        return embed_with_sets(self.lmm, batch, bank, self.source.method.insertion)[0][0].cpu()
+
+    def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
+        """Decode and tokenise a question, which messages call by its number; raises UserError as `answer`.
+
+        `picture` is the image where it is decoded already.
+        The models themselves are not run: questions may be tokenised in several threads.
+        """
+        task = self.source.task_number(question.task)
+        sample = Sample(f"question {number}", question.image, question.text, answer="")
+        try:
+            picture = sample.picture() if picture is None else picture
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
+        example = self.lmm.conversation.example_of(sample, picture)
+        return Tokenised(question.text, task, example, None if picture is None else self.encoder.pixels([picture]))
+
+    def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
+        """Raise UserError where a question about an image of this size has more tokens than the model may get.
+
+        What `tokenise` would say too, after it has made the image's pixels: hundreds of megabytes for some models.
+        """
+        conversation, sample = self.lmm.conversation, Sample("question 1", None, question.text, answer="")
+        if conversation.cuts:
+            return
+        # Which way the image is turned is not known before it is decoded.
+        fewest = min(conversation.length(sample, sides).all for sides in (size, size[::-1]))
+        if fewest > conversation.max_length:
+            raise conversation.too_long(sample.id, fewest)
+
+    def route(self, questions: Sequence[Question | Tokenised]) -> Routed:
+        """Find the sets of each question as for test samples; raises UserError as `answer`."""
+        tokenised = [
+            question if isinstance(question, Tokenised) else self.tokenise(question, number)
+            for number, question in enumerate(questions, start=1)
+        ]
+        numbers = [question.task for question in tokenised]
+        keys = self._keys(tokenised)
+        weight = self.source.method.image_weight
+        if len(self.pool):
+            scores = similarity(keys.image, keys.text, self.pool.prototypes.cpu(), weight, keys.has_image)
+        else:
+            scores = torch.zeros(len(questions), 0)
+        # A method is asked for the samples of one task at a time.
+        rows: dict[int, Tensor] = {}
+        for number in sorted(set(numbers)):
+            mine = [place for place, other in enumerate(numbers) if other == number]
+            chosen = self.method.answering_sets(self.pool, number, scores[mine], keys.has_image[mine])
+            rows |= dict(zip(mine, chosen, strict=True))
+        width = max(len(row) for row in rows.values())
+        selected = torch.full((len(questions), width), NO_SET, dtype=torch.long)
+        for place, row in rows.items():
+            selected[place, : len(row)] = row
+        examples = [question.example for question in tokenised]
+        samples = SampleList(Sample(e.id, None, q.text, "") for e, q in zip(examples, tokenised, strict=True))
+        data = StageData([(samples, keys, None)])
+        return Routed(Examples(data, self.lmm.conversation, ready=examples), selected, scores)
+
+    def set_names(self, routed: Routed, number: int) -> list[str]:
+        """Names of the sets of a routed question, in the order of insertion."""
+        return [self.pool.names[index] for index in routed.selected[number].tolist() if index != NO_SET]
+
+    def similarities(self, routed: Routed, number: int) -> dict[str, float]:
+        """Similarity of a routed question to every set by name, rounded."""
+        scores = routed.similarity[number].tolist()
+        return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=True)}
+
+    def _keys(self, questions: Sequence[Tokenised]) -> Keys:
+        text = self.encoder.text([question.text for question in questions])
+        pixels = [question.pixels for question in questions if question.pixels is not None]
+        flags = torch.tensor([question.pixels is not None for question in questions])
+        image = torch.zeros_like(text)
+        if pixels:
+            image[flags] = self.encoder.image(torch.cat(pixels))
+        return Keys(image, text, flags, {})
+
+
+def read_image(path: str | Path | None) -> bytes | None:
+    """The bytes of an image file, None without a path; UserError when it cannot be read."""
+    try:
+        return None if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"the image '{path}' cannot be read ({error.strerror}); expected an image file.") from error
+
+
+def read_picture(path: str | Path | None, option: str = "") -> bytes | None:
+    """The bytes of an image file that decodes, None without a path; UserError, after the `option`'s name, otherwise."""
+    encoded = read_image(path)
+    if encoded is not None:
+        try:
+            decode_image(encoded)
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise UserError(f"{option}'{path}' is not a readable image ({error}); expected PNG or JPEG.") from error
+    return encoded

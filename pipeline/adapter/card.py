@@ -1,0 +1,74 @@
+"""The page that an adapter's folder opens with on a model hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.adapter.load import Meta
+
+SHOWN = ("last", "average", "forgetting", "retention")
+
+SHIPPED = "data_prep/nano/checkpoints"  # models that are in the repository itself
+
+
+def card(meta: Meta, shape: tuple[int, ...]) -> str:
+    """Return the model card in Markdown; `shape` is that of the prompts [T, L, D]."""
+    # A local folder is no id that a hub could link to.
+    is_hub_id = meta.model.path.count("/") == 1 and not meta.model.path.startswith((".", "/", "~"))
+    front = ["---", "library_name: continual-prompts", "pipeline_tag: image-text-to-text"]
+    front += [f"base_model: {meta.model.path}"] if is_hub_id else []
+    front += [f"license: {meta.licence}"] if meta.licence else []
+    front += ["tags: [prompt-tuning, continual-learning, vision-language]", "---"]
+    scores = [
+        f"| {name} | {'–' if meta.scores.get(name) is None else format(meta.scores[name], '.1f')} |"
+        for name in meta.tasks
+        if name in meta.scores or name in meta.sets
+    ]
+    metrics = ", ".join(f"{name} {meta.metrics[name]:.1f}" for name in SHOWN if meta.metrics.get(name) is not None)
+    method = meta.method
+    sets, length, width = shape
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# Prompt sets for {', '.join(meta.sets)}",
+            "",
+            f"{sets} prompt sets of {length} vectors (width {width}) for the frozen model "
+            f"{_named(meta.model.path)}, learned one after the other with the method {method.name}. A question gets "
+            f"the sets whose prototypes are most similar to "
+            f"its image and its text as the CLIP `{meta.clip.path}` sees them: at most {method.k}"
+            + (f", those within {method.gate} of the best." if method.gate is not None else "."),
+            "",
+            "## Scores",
+            "",
+            "| task | score (percent, test split, after the last stage) |",
+            "|---|---|",
+            *scores,
+            "",
+            *([f"Over the sequence: {metrics}.", ""] if metrics else []),
+            "## Use",
+            "",
+            "```python",
+            "from pipeline.adapter import load_adapter",
+            'adapter = load_adapter("THIS_FOLDER")  # model=... and clip=... where the frozen models are elsewhere',
+            'print(adapter.ask("How many circles?", "picture.png").text)',
+            "```",
+            "",
+            "The frozen models are not part of this folder. Their fingerprints are, and others are refused:",
+            f"model `{meta.base_model}`, CLIP weights `{meta.keys.get('weights_sha256', '?')}`.",
+            "",
+            "## Licences",
+            "",
+            f"* These prompt sets: {meta.licence or 'not stated; export with --licence'}.",
+            f"* The model and the CLIP they steer: the licences of `{meta.model.path}` and `{meta.clip.path}`.",
+            "* The data they were learned from: the licences of the tasks' data sets.",
+            "",
+        ]
+    )
+
+
+def _named(path: str) -> str:
+    """The model as somebody knows it who has no copy of this repository."""
+    shipped = path.startswith(f"{SHIPPED}/")
+    return f"`{path}`" + " (a small model that the source of continual-prompts has in that folder)" * shipped

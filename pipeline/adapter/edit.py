@@ -1,0 +1,143 @@
+"""Changing what an adapter knows without training: two become one, a task is dropped, a folder goes to a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.adapter.load import META, Adapter, Meta, read_adapter, write_adapter
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.lmm_processor import own_penalty, source_of
+from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.errors import UserError, nearest
+from pipeline.hub.snapshots import settings_folder
+from pipeline.hub.weights import SCHEME
+from pipeline.prompts.pool import PromptPool
+
+
+def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
+    """Write one adapter with the sets of several that were trained apart on the same models.
+
+    No set changes, so an answer changes only where a sample is routed to a set that was not there before. Raises
+    UserError when there are fewer than two, they belong to different models, select differently, or share a name.
+    """
+    if len(folders) < 2:
+        raise UserError(f"found {len(folders)} adapter to merge; expected at least two.")
+    adapters = [read_adapter(folder) for folder in folders]
+    first = adapters[0]
+    for folder, other in zip(folders[1:], adapters[1:], strict=True):
+        differing = _differences(first, other)
+        if differing:
+            raise UserError(
+                f"{folder} does not fit {folders[0]}: {'; '.join(differing)}. Merge adapters of the same frozen models "
+                "with the same way of selecting sets."
+            )
+    names = [name for adapter in adapters for name in adapter.meta.sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{', '.join(twice)} is in more than one of the adapters; expected every set once. Prune it from one."
+        )
+    pool = PromptPool(
+        names,
+        torch.cat([adapter.pool.prompts for adapter in adapters]),
+        torch.cat([adapter.pool.prototypes for adapter in adapters]),
+    )
+    licences = list(dict.fromkeys(adapter.meta.licence for adapter in adapters))
+    meta = first.meta.model_copy(
+        update={
+            "tasks": names,
+            "recipe": "+".join(dict.fromkeys(adapter.meta.recipe for adapter in adapters)),
+            "max_new_tokens": max(adapter.meta.max_new_tokens for adapter in adapters),
+            # Scores of the parts: routing among all sets was not measured.
+            "scores": {name: score for adapter in adapters for name, score in adapter.meta.scores.items()},
+            "metrics": {},
+            "licence": licences[0] if len(licences) == 1 else None,
+        }
+    )
+    return write_adapter(Adapter(meta, pool), target)
+
+
+def prune(folder: Path, tasks: Sequence[str], target: Path) -> dict[str, Any]:
+    """Write an adapter without the sets of these tasks; the other sets stay as they are.
+
+    Raises UserError for a task that the adapter does not have, or when no set would be left.
+    """
+    adapter = read_adapter(folder)
+    for task in tasks:
+        if task not in adapter.meta.sets:
+            known = ", ".join(adapter.meta.sets)
+            raise UserError(f"{folder} has no set '{task}'; expected one of {known}.{nearest(task, adapter.meta.sets)}")
+    kept = [number for number, name in enumerate(adapter.meta.sets) if name not in tasks]
+    if not kept:
+        raise UserError(f"nothing of {folder} would be left; keep at least one of {', '.join(adapter.meta.sets)}.")
+    pool = PromptPool(
+        [adapter.meta.sets[number] for number in kept], adapter.pool.prompts[kept], adapter.pool.prototypes[kept]
+    )
+    left = [task for task in adapter.meta.tasks if task not in tasks]
+    scores = {name: score for name, score in adapter.meta.scores.items() if name not in tasks}
+    meta = adapter.meta.model_copy(update={"tasks": left, "scores": scores, "metrics": {}})
+    return write_adapter(Adapter(meta, pool, adapter.projector), target)
+
+
+def push(folder: Path, repository: str, public: bool = False) -> str:
+    """Upload an adapter's folder to a repository (user/name) of the Hugging Face Hub and return its address.
+
+    The repository is made if it is not there, private unless `public`. Raises UserError when that is refused.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    read_adapter(folder)
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Prompt sets from {META}")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")
+        raise UserError(  # the reason stands in no brackets, for the Hub's own sentences have some
+            f"{repository} could not be uploaded to: {reason}. Expected user/name, a network, and a token that may "
+            "write there, from `hf auth login` or HF_TOKEN."
+        ) from error
+    return f"https://huggingface.co/{repository}"
+
+
+def _differences(first: Adapter, other: Adapter) -> list[str]:
+    """What keeps the sets of two adapters from standing in one pool."""
+    one, two = first.meta, other.meta
+    found = [] if _same_base(one, two) else ["another base model"]
+    found += [f"another CLIP ({name})" for name in IDENTITY_FIELDS if one.keys.get(name) != two.keys.get(name)]
+    found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
+    selection = ("name", "selection", "k", "gate", "image_weight", "insertion", "text_only", "prompt_length")
+    found += _differing("method", one, two, selection)
+    if one.repetition_penalty != two.repetition_penalty and _penalty(one) != _penalty(two):
+        found.append(f"repetition_penalty {two.repetition_penalty!r} instead of {one.repetition_penalty!r}")
+    if "trained" in (one.projector, two.projector):
+        found.append("a trained projector, which belongs to one pool alone")
+    return found
+
+
+def _penalty(meta: Meta) -> float:
+    """The penalty on repeated tokens as a number; UserError where it is the checkpoint's, which cannot be had."""
+    if isinstance(meta.repetition_penalty, str):
+        return own_penalty(settings_folder(source_of(meta.model)))
+    return meta.repetition_penalty
+
+
+def _same_base(one: Meta, two: Meta) -> bool:
+    """Whether two adapters belong to one model; of fingerprints by different schemes only the model itself can tell."""
+    if one.base_model == two.base_model or one.base_model.startswith(SCHEME) == two.base_model.startswith(SCHEME):
+        return one.base_model == two.base_model
+    return all(base_fingerprint(one.model, meta.base_model) == meta.base_model for meta in (one, two))
+
+
+def _differing(section: str, one: Meta, two: Meta, fields: Sequence[str]) -> list[str]:
+    left, right = getattr(one, section), getattr(two, section)
+    return [
+        f"{section}.{name} {getattr(right, name)!r} instead of {getattr(left, name)!r}"
+        for name in fields
+        if getattr(left, name) != getattr(right, name)
+    ]

@@ -1,0 +1,33 @@
+"""One answer to one question, routed like a test sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapter.answering import Answerer, Question, read_picture
+from pipeline.adapter.load import source_of
+from pipeline.errors import UserError
+
+
+def predict(
+    run: Path,
+    image: Path | None,
+    question: str,
+    task: str | None = None,
+    model: str | None = None,
+    clip: str | None = None,
+) -> dict[str, Any]:
+    """Return {answer, sets (for people), selected, similarity} for a question about an image file, or about none.
+
+    `run` is the folder of a run or an adapter; `task` is for methods that have to be told the task; `model` and
+    `clip` say where the frozen models are, if not where they were. Raises UserError for an empty question, a run
+    without finished stages, an image that cannot be read, a missing or unknown task, or other models.
+    """
+    if not question.strip():
+        raise UserError('--question is empty; expected what to ask, such as --question "what is this?".')
+    encoded = read_picture(image, "--image: ")
+    source = source_of(run, model, clip)
+    source.task_number(task)  # said before the model is loaded
+    answer = Answerer(source).answer([Question(question, encoded, task)])[0]
+    return {"answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity}

@@ -1,0 +1,118 @@
+"""The learned pool in MLflow's model registry, as a model that any MLflow client can load and ask."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.runs.provenance import package_versions
+from pipeline.tracking.store import against_others
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CODE = Path(__file__).with_name("mlflow_model.py")
+NEWEST, BEST = "newest", "best"
+CONTENT, TASKS, SCORE = "prompt_sets", "tasks", "last"  # tags of a version
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a version is known by: the model's name, and of its run the seed, the tasks and the score.
+
+    `content` is the hash of its prompt sets, by which it is known again; `score` the mean over the tasks at the end.
+    """
+
+    name: str
+    seed: int
+    content: str
+    tasks: Sequence[str]
+    score: float | None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """As MLflow keeps them, beside the version."""
+        score = {} if self.score is None else {SCORE: f"{self.score:.4f}"}
+        return {CONTENT: self.content, TASKS: ", ".join(self.tasks)[:5000], **score}
+
+
+def register_adapter(
+    client: MlflowClient, experiment: str, run_id: str, adapter: Path, version: Version
+) -> tuple[str, str]:
+    """Put an adapter's folder into the registry as a version; returns (model id, version).
+
+    The aliases `newest` and `seed-N` point to it, `best` to the version with the highest score of those with the tasks
+    of the newest. MLflow has to take the client's store for its own meanwhile (see `store_in_use`).
+    """
+    from mlflow import pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    model = client.create_logged_model(
+        experiment, name=version.name, source_run_id=run_id, model_type="adapter", tags={"seed": str(version.seed)}
+    )
+    with tempfile.TemporaryDirectory(prefix="pipeline-model-") as folder:
+        saved = Path(folder) / "model"
+        # It would like an example of the input, which holds a picture, and hints that it would take for a schema. Kept
+        # and not shown: a filter would be overruled by those that MLflow sets while it saves.
+        with warnings.catch_warnings(record=True):
+            pyfunc.save_model(
+                str(saved),
+                python_model=str(CODE),
+                artifacts={"adapter": str(adapter)},
+                signature=_signature(),
+                model_config={"model": None, "clip": None, "files": False},
+                # Said outright: MLflow would otherwise load the model to find out what it imports.
+                pip_requirements=[f"{package}=={version}" for package, version in package_versions().items()],
+            )
+        client.log_model_artifacts(model.model_id, str(saved))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    name = version.name
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made: Any = against_others(
+        lambda: client.create_model_version(
+            name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id, tags=version.tags
+        )
+    )
+    against_others(lambda: client.set_registered_model_alias(name, f"seed-{version.seed}", made.version))
+    against_others(lambda: set_aliases(client, name))
+    return model.model_id, str(made.version)
+
+
+def set_aliases(client: MlflowClient, name: str) -> None:
+    """Let `newest` and `best` point to the versions that are so now, whichever process made them."""
+    versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda found: int(found.version))
+    newest = versions[-1]
+    # Scores over other tasks say nothing about these; versions from before scores were kept have none.
+    comparable = [
+        found for found in versions if found.tags.get(TASKS) == newest.tags.get(TASKS) and found.tags.get(SCORE)
+    ]
+    client.set_registered_model_alias(name, NEWEST, newest.version)
+    if comparable:
+        best = max(comparable, key=lambda found: (float(found.tags[SCORE]), int(found.version)))
+        client.set_registered_model_alias(name, BEST, best.version)
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType
+
+    inputs = Schema(
+        [
+            ColSpec(DataType.string, "question"),
+            ColSpec(AnyType(), "image", required=False),
+            ColSpec(DataType.string, "task", required=False),
+        ]
+    )
+    outputs = Schema([ColSpec(DataType.string, name) for name in ("answer", "selected", "similarity")])
+    return ModelSignature(inputs=inputs, outputs=outputs)

@@ -1,0 +1,216 @@
+"""What `check` looks at for a benchmark: datasets, backbone, what each method learns, steps, and the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pipeline.check.clip_backbone import check_backbone
+from pipeline.check.sequence import Findings, counted, look_at_all, peak, ranks_here, show
+from pipeline.cli.benchmark import load_benchmark, refuse_other_settings, require_prepared
+from pipeline.clip.images.classes import Group, base_classes
+from pipeline.clip.images.prepared import CLASSES_FILE, ClassList, PreparedDataset
+from pipeline.clip.learning.few_shot_batches import micro_batches
+from pipeline.clip.learning.memory_plan import plan_benchmark
+from pipeline.clip.learning.protocol import small_set_warning, steps_per_epoch
+from pipeline.clip.learning.unit import units_of
+from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.errors import UserError, UserErrors
+from pipeline.files.paths import command
+from pipeline.hub import repository as hub
+from pipeline.hub.known_models import known_config
+from pipeline.ranks.devices import require_usable_gpus, torch_build
+from pipeline.runs.finished import COMPLETE, claim_run
+from pipeline.training.deepspeed_config import deepspeed_file
+
+FEW = 4  # datasets with a number of steps of their own that are still named
+
+
+def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
+    """Check a benchmark recipe against this machine and print what was found; problems are in the result."""
+    recipe = load_benchmark(name, overrides)
+    findings = Findings()
+    with hub.no_waiting([recipe.model.location]) as online:
+        checks = {
+            "recipe": lambda: _recipe(recipe),
+            "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
+            "deepspeed": lambda: _deepspeed(recipe),
+            "model": lambda: check_backbone(recipe, online),
+            "data": lambda: _data(recipe, name),
+            "steps": lambda: _steps(findings, recipe),
+            "run folder": lambda: _run_folder(recipe),
+            "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
+        }
+        look_at_all(findings, checks)
+    show(findings, name)
+    return findings
+
+
+def _recipe(recipe: ClipRecipe) -> str:
+    parts = {"method": recipe.methods, "dataset": recipe.data.datasets, "seed": recipe.seeds}
+    counts = [counted(len(entries), what) for what, entries in parts.items()]
+    counts += [counted(len(recipe.data.targets), "target")] if recipe.data.targets else []
+    return f"{recipe.name}: {recipe.data.protocol}, {', '.join(counts)}: {counted(len(units_of(recipe)), 'unit')}"
+
+
+def _ranks(recipe: ClipRecipe, ranks: int) -> str:
+    require_usable_gpus()
+    parts: dict[str, list[str]] = {}
+    for method in recipe.methods:
+        train = recipe.train_of(method)
+        micro, steps = micro_batches(train.global_batch, train.micro_batch, ranks)
+        parts.setdefault(f"{micro} x {steps} of {train.global_batch}", []).append(method.name)
+    listed = "; ".join(f"{sizes}: {', '.join(methods)}" for sizes, methods in parts.items())
+    return f"{ranks}, images per forward and step {listed}; {torch_build()}"
+
+
+def _deepspeed(recipe: ClipRecipe) -> str:
+    stage = deepspeed_file(recipe.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    return f"{recipe.train.deepspeed}: ZeRO stage {stage}, {recipe.model.dtype}"
+
+
+def _data(recipe: ClipRecipe, name: str) -> str:
+    found, wrong, unprepared = [], [], []
+    for entry, trained in datasets_of(recipe):
+        folder = Path(recipe.data.prepared) / entry.name
+        if (folder / CLASSES_FILE).is_file():
+            try:
+                data = PreparedDataset(folder)
+                refuse_other_settings(recipe, entry, trained, data)
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            train = f"{len(data.train)}/" if data.train is not None else ""
+            found.append(f"{entry.name} {len(data.classes.names)} classes, {train}{len(data.test)} images")
+        else:
+            unprepared.append(entry)
+            problems, notes = _source(recipe, entry, trained)
+            wrong += problems
+            found += [f"note: {note}" for note in notes]
+    if not unprepared and not wrong and not recipe.data.prepare_first:
+        require_prepared(recipe, name)
+    if unprepared and recipe.data.prepare_first:
+        found.append(f"{len(unprepared)} datasets that `run` prepares first")
+    elif unprepared:
+        names = ", ".join(f"'{entry.name}'" for entry in unprepared)
+        wrong.append(
+            f"datasets {names} are not prepared; run `{command('prepare', name)}`"
+            f"{' once the data is there' * bool(wrong)}."
+        )
+    if wrong:
+        raise UserErrors(wrong)
+    return "\n".join([f"{recipe.data.prepared}:", *found])
+
+
+def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
+    """(what is missing of a dataset that is not prepared, what differs from the published one)."""
+    from data_prep.benchmark import few_shot_rows
+    from data_prep.sources.split_zhou import altered, missing, read_dataset
+
+    if recipe.data.source == "generated":
+        return [], []
+    description, root = entry.description, Path(recipe.data.root)
+    problems = missing(description, root)
+    if trained and not problems:
+        try:
+            few_shot_rows(recipe, read_dataset(description, root), entry.name)
+        except UserError as error:
+            problems = [str(error)]
+    return problems, altered(description, root)
+
+
+def _steps(findings: Findings, recipe: ClipRecipe) -> str:
+    """Optimizer steps by method, as far as the numbers of classes are known; batches that are too big are warned of."""
+    steps: dict[str, dict[str, int]] = {}
+    large: dict[str, list[str]] = {}
+    for unit in units_of(recipe):
+        if not unit.learns or unit.seed != recipe.seeds[0]:
+            continue
+        images = _images(recipe, unit.dataset, unit.group == "base")
+        if images is None:
+            continue
+        train, dataset = recipe.train_of(unit.method, unit.dataset.name), unit.dataset.name
+        steps.setdefault(unit.method.name, {})[dataset] = train.epochs * steps_per_epoch(images, train.global_batch)
+        if small_set_warning(images, train.global_batch, train.epochs):
+            sets = f"{dataset} ({counted(images, 'image')}, {counted(train.epochs, 'step')} in all)"
+            large.setdefault(f"the batch of {train.global_batch} of {unit.method.name}", []).append(sets)
+    if large:
+        findings.warnings["steps"] = [
+            f"{batch} is larger than the training set of {', '.join(sets)}, where an epoch is one step; set a smaller "
+            "train.global_batch, or more epochs."
+            for batch, sets in large.items()
+        ]
+    return "\n".join(_in_short(method, by_dataset) for method, by_dataset in steps.items()) or (
+        "not known before the data is prepared"
+    )
+
+
+def _in_short(method: str, steps: dict[str, int]) -> str:
+    """The steps of a method: one number where most datasets have it, with those that have another; else their range."""
+    (usual, times), *_ = Counter(steps.values()).most_common()
+    others = [f"{dataset} {count}" for dataset, count in steps.items() if count != usual]
+    if len(others) <= min(times, FEW):
+        return f"{method} {usual}" + (f", but {', '.join(others)}" if others else "")
+    least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+    return f"{method} {steps[least]} ({least}) to {steps[most]} ({most})"
+
+
+def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
+    folder = Path(recipe.data.prepared) / entry.name
+    if (folder / CLASSES_FILE).is_file():
+        return len(PreparedDataset(folder).few_shots(recipe.seeds[0], "base" if base else "all").rows)
+    known = entry.description
+    classes = known.base if base else known.classes
+    return classes * recipe.data.shots if recipe.data.shots and classes else None
+
+
+def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
+    """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    from transformers import AutoConfig, AutoModel
+
+    if {"ranks", "deepspeed"} & findings.problems.keys():
+        return "not planned: ranks or DeepSpeed file are wrong"
+    learned, tested = [], []
+    for unit in units_of(recipe):
+        learned.append(_classes(recipe, unit.dataset.name, unit.group))
+        tested += [_classes(recipe, dataset, group) for _, dataset, group in unit.groups]
+    if not all(learned):
+        return "not planned: the number of classes is not known before the data is prepared"
+    model = recipe.model
+    known = ""
+    try:
+        folder = hub.local_folder(model.location, model.revision)
+        if folder is None:
+            known = f"; by the sizes of {model.path} that this project knows, for it is not here"
+        config = known_config(model.path) if folder is None else AutoConfig.from_pretrained(folder)
+        Sizes.of(config)
+        with torch.device("meta"):
+            built = AutoModel.from_config(config, dtype=getattr(torch, model.dtype))
+        plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested))
+    except (OSError, ValueError, UserError):
+        return f"not planned: the configuration of '{model.path}' cannot be had here, or is of another kind"
+    return peak(plan) + known
+
+
+def _classes(recipe: ClipRecipe, dataset: str, group: Group) -> int:
+    """The number of classes of a group; 0 when it is not known yet."""
+    entry = next(entry for entry, _ in datasets_of(recipe) if entry.name == dataset)
+    count = entry.description.classes
+    with contextlib.suppress(UserError):
+        count = len(ClassList.read(Path(recipe.data.prepared) / dataset).names)
+    return {"all": count, "base": base_classes(count), "new": count - base_classes(count)}[group]
+
+
+def _run_folder(recipe: ClipRecipe) -> str:
+    path = recipe.run_path
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return f"{path} (new)"
+    claim_run(recipe)  # writes nothing where something is
+    done = sum(1 for unit in units_of(recipe) if (unit.folder(path) / COMPLETE).is_file())
+    return f"{path} ({done} units trained)"

@@ -1,0 +1,97 @@
+"""What `check` says about a benchmark's backbone, and about what each method learns on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.clip.methods import learner_of_sizes
+from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
+from pipeline.clip.towers.backbone import Sizes, backbone_source
+from pipeline.clip.towers.text import Words
+from pipeline.errors import UserError, UserErrors
+from pipeline.hub import repository as hub
+from pipeline.hub.snapshots import settings_folder
+from pipeline.hub.weights import weights_of
+
+
+def check_backbone(recipe: ClipRecipe, online: bool) -> str:
+    """The backbone, and the number of parameters that each method learns on it.
+
+    Raises UserError when it cannot be had here or is of another kind, and UserErrors, one sentence for each method that
+    does not fit it: a schedule it has too few blocks for, or words with fewer tokens than there are vectors.
+    """
+    from transformers import AutoConfig
+
+    model = recipe.model
+    folder = _folder(recipe, online)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{model.path}' has no readable config.json of a model: {error}") from error
+    sizes = Sizes.of(config)
+    weights = weights_of(folder)
+    if weights.missing and not online:
+        raise UserError(
+            f"model.path: {folder} lacks its weights ({', '.join(weights.missing)}); fetch them with "
+            f"`hf download {model.path}`, or set model.path to a complete folder."
+        )
+    once = weights.pickled
+    if weights.missing:
+        offer = hub.offered_weights(model.location, model.revision)
+        once = offer == "pickled"
+        if offer == "none":
+            raise UserError(f"model.path: '{model.path}' has no weights on the Hub, neither safetensors nor .bin.")
+    words = _words(recipe, folder, config)
+    learned, wrong = [], []
+    for method in recipe.methods:
+        try:
+            count = _learned(method, sizes, words)
+        except UserError as error:
+            wrong.append(f"methods.{method.name}: {error}")
+            continue
+        learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
+    if wrong:
+        raise UserErrors(wrong)
+    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}" + (
+        "; weights are .bin files, converted once into safetensors by the first run" if once else ""
+    )
+
+
+def _folder(recipe: ClipRecipe, online: bool) -> Path:
+    """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
+    model = recipe.model
+    if online and hub.is_repository(model.location):
+        return settings_folder(backbone_source(model.location, model.revision))
+    folder = hub.local_folder(model.location, model.revision)
+    if folder is None:
+        revision = f" --revision {model.revision}" if model.revision else ""
+        raise UserError(
+            f"model.path: '{model.path}' is not on this machine; run `hf download {model.path}{revision}` where the "
+            "Hugging Face Hub can be reached, or set model.path to the folder of a CLIP or SigLIP."
+        )
+    return folder
+
+
+def _words(recipe: ClipRecipe, folder: Path, config: Any) -> Words:
+    from transformers import AutoTokenizer
+
+    model = recipe.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: '{model.path}' has no tokenizer that can be read: {error}") from error
+    return Words(tokenizer, config.text_config.max_position_embeddings)
+
+
+def _learned(method: ClipMethodConfig, sizes: Sizes, words: Words) -> int:
+    """The number of parameters that a method learns; UserError when it does not fit the backbone."""
+    options = method.options | ({"classes": 1} if method.per_class else {})
+    with torch.device("meta"):
+        learner = learner_of_sizes(method.kind, sizes, 0, **options)
+    start = learner.start_words()
+    if start is not None:
+        words.first_ids(start, learner.length)
+    return sum(parameter.numel() for parameter in learner.parameters())

@@ -1,0 +1,245 @@
+"""The checks of the data: prepared splits and their keys, or, where nothing is prepared yet, the CoIN folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.sources.addresses import Benchmark, benchmark_of, images_of
+from pipeline.check.prepared import earlier_folder, other_data
+from pipeline.config.recipe import Recipe, TaskConfig
+from pipeline.data.conversation import Conversation
+from pipeline.data.sample import Sample
+from pipeline.data.shards import DATASET_FILE, IndexedShards
+from pipeline.data.stored_pictures import require_upright
+from pipeline.errors import UserError, UserErrors
+from pipeline.files.paths import command
+from pipeline.metrics.scoring import Answered, score_task
+from pipeline.planning.sample_lengths import long_answers, measure
+from pipeline.planning.too_long import limit_of, told
+from pipeline.runs.data_use import recorded_fingerprint
+
+SPLITS = ("train", "test")
+NAMED = 5  # bad records named per split
+LOOKED_AT = 3  # samples per split that is not prepared: decoding all would be preparing
+
+
+class CheckedData:
+    """What was found of the data: the samples looked at, and the width of the CLIP keys once there are any."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self.recipe = recipe
+        self.name = name
+        self.samples: list[Sample] = []  # of training: what the memory plan takes its lengths from
+        self.key_width: int | None = None
+        self.notes: list[str] = []  # what is not wrong, and yet to be known
+        self.misfits: dict[str, set[str]] = {}  # ids of samples that the model cannot be given as they are
+        self.bad = 0  # records that `prepare` will have to leave out
+
+    def check(self, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None) -> str:
+        """Look at every task; raises UserErrors with all that is missing or wrong.
+
+        `identity` is that of the recipe's CLIP where it is here, `conversation` the model's where it can be had:
+        with them keys and lengths are checked too.
+        """
+        data, found, wrong = self.recipe.data, [], []
+        unprepared = [task for task in data.tasks if not self._prepared(task)]
+        for task in data.tasks:
+            if task in unprepared:
+                continue
+            try:
+                found.append(self._task(task, identity, conversation))
+            except UserErrors as errors:
+                wrong += errors.sentences
+            except UserError as error:
+                wrong.append(str(error))
+        if unprepared:
+            wrong += self._sources(unprepared)
+        if unprepared and data.prepare_first:
+            left_out = f", {self.bad} bad records left out" * (self.bad > 0)
+            found.append(f"{len(unprepared)} tasks that `run` prepares first{left_out}")
+        elif unprepared:
+            names = ", ".join(f"'{task.name}'" for task in unprepared)
+            wrong.append(
+                f"task{'s' * (len(unprepared) > 1)} {names} not prepared: there is no "
+                f"{data.split_path(unprepared[0].name, SPLITS[0]) / DATASET_FILE}"
+                f"{' and so on' * (len(unprepared) > 1)}; run `{command('prepare', self.name)}`"
+                f"{' once the data is there' * (len(wrong) > 0)}.{earlier_folder(data, unprepared[0].name)}"
+            )
+        if wrong:
+            raise UserErrors(wrong)
+        notes = "".join(f"; {note}" for note in self.notes if note)
+        return f"{data.prepared} (train/test): {', '.join(found)}{notes}"
+
+    def _prepared(self, task: TaskConfig) -> bool:
+        return all((self.recipe.data.split_path(task.name, split) / DATASET_FILE).is_file() for split in SPLITS)
+
+    def _task(
+        self, task: TaskConfig, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None
+    ) -> str:
+        counts, wrong = [], []
+        for split in SPLITS:
+            shards = IndexedShards(self.recipe.data.split_path(task.name, split))
+            counts.append(str(len(shards)))
+            try:
+                require_upright(shards)
+                self.key_width = shards.keys(identity).image.shape[1]
+            except UserError as error:
+                wrong.append(str(error))
+            wrong += self._other_data(task, split, shards)
+            rows, sentences = self._lengths(task, split, shards, conversation)
+            wrong += sentences
+            samples = telling_samples(shards, rows)
+            wrong += self._samples(task, split, samples, conversation)
+            if split == "train":
+                self.samples += samples
+            else:
+                wrong += self._credit(task, samples)
+        if wrong:
+            raise UserErrors(wrong)
+        return f"{task.name} {'/'.join(counts)}"
+
+    def _other_data(self, task: TaskConfig, split: str, shards: IndexedShards) -> list[str]:
+        """Sentences about a split that was made by other settings, or whose source has changed."""
+        used = recorded_fingerprint(self.recipe.run_path, task.name, split)
+        look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` takes care, or goes on
+        return other_data(self.recipe.data, task, split, shards.description, source=look, images=True)
+
+    def _lengths(
+        self, task: TaskConfig, split: str, shards: IndexedShards, conversation: Callable[[], Conversation] | None
+    ) -> tuple[list[int], list[str]]:
+        """Rows that tell what the split needs, and sentences about samples that the model cannot be given."""
+        if conversation is None:
+            return [], []
+        limit, too_long = limit_of(task, split), self.recipe.data.too_long
+        name = f"{task.name}/{split}"
+        try:
+            lengths = measure(shards, conversation(), name, limit, answered=split == "train")
+            if split == "test":
+                self.notes.append(long_answers(shards, conversation(), name, task.max_new_tokens, limit))
+        except UserError as error:
+            return [], [str(error)]
+        sentences = lengths.sentences(too_long)
+        self.misfits[name] = {shards.ids[row] for row in lengths.misfits}
+        if not sentences:
+            self.notes.append(told(lengths, too_long))
+        return list(lengths.telling), sentences
+
+    def _samples(
+        self, task: TaskConfig, split: str, samples: list[Sample], conversation: Callable[[], Conversation] | None
+    ) -> list[str]:
+        """Sentences about samples whose image does not decode or which are too long for the model."""
+        wrong = []
+        counted = self.misfits.get(f"{task.name}/{split}", set())
+        for sample in samples:
+            if sample.id in counted:  # it is among those that were counted
+                continue
+            if split == "test":
+                sample = dataclasses.replace(sample, answer="", meta={})  # which no model is given
+            try:
+                if conversation is not None:
+                    conversation().example(sample)
+                    continue
+            except UserError as error:
+                wrong.append(f"{task.name}/{split}: {error}")
+                continue
+            try:
+                sample.picture()
+            except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+                wrong.append(f"{task.name}/{split}: the image of sample '{sample.id}' cannot be decoded ({error}).")
+        return wrong
+
+    def _credit(self, task: TaskConfig, samples: list[Sample]) -> list[str]:
+        """A sentence when the task's metric gives none of these samples a point for its own answer."""
+        true = [Answered(sample.answer, sample.answer, sample.meta, sample.image is not None) for sample in samples]
+        if not true or score_task(task.metric, true, self.recipe.data.scoring).percent > 0:
+            return []
+        return [
+            f"{task.name}/test: the metric {task.metric} gives no point to the samples' own answers (the first is "
+            f"{true[0].answer!r}); set the metric that fits the task's answers."
+        ]
+
+    def _sources(self, tasks: list[TaskConfig]) -> list[str]:
+        """Sentences about what `prepare` would miss for these tasks, and where it is to be had."""
+        data = self.recipe.data
+        if data.source == "generated":
+            return []
+        root, benchmark = Path(data.root), benchmark_of(task.name for task in data.tasks)
+        absent = [task for task in tasks if not (root / "instructions" / task.name).is_dir()]
+        wrong = []
+        if absent:
+            wrong.append(_instructions_missing(root, [task.name for task in absent], benchmark))
+        for task in tasks:
+            images = images_of(benchmark, task.name)
+            fetch = f"its images are to be had at {images}; they belong under {root / 'datasets'}."
+            if task in absent:
+                wrong += [f"{task.name}: {fetch}"] * (images is not None)
+                continue
+            found = []
+            for split in SPLITS:
+                try:
+                    found += self._source_samples(task, split)
+                except UserError as error:
+                    found.append(f"{task.name}/{split}: {error}")
+            wrong += [*found, *[f"{task.name}: {fetch}"] * (bool(found) and images is not None)]
+        return wrong
+
+    def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
+        """Sentences about bad records: all of the split's files, the images only of the first few."""
+        # Imported here: only a recipe with data that is not prepared needs the readers.
+        from data_prep.bad_records import BadRecord
+        from data_prep.sources.coin import coin_split
+
+        source = coin_split(self.recipe.data, task, split)
+        first = list(islice(source.records(), LOOKED_AT))
+        samples = [record for record in first if not isinstance(record, BadRecord)]
+        if split == "train":
+            self.samples += samples
+        bad = {record.sentence(): None for record in first if isinstance(record, BadRecord)}
+        bad |= {record.sentence(): None for record in source.unusable()}
+        self.bad += len(bad)
+        wrong = self._credit(task, samples) if split == "test" else []
+        if self.bad > self.recipe.data.skip_bad:
+            wrong += [f"{task.name}/{split}: {sentence}" for sentence in list(bad)[:NAMED]]
+            more = len(bad) - NAMED
+            wrong += [f"{task.name}/{split}: {more} more bad record{'s' * (more > 1)}."] * (more > 0)
+        return wrong
+
+
+def require_prepared(recipe: Recipe, name: str) -> None:
+    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            folder = recipe.data.split_path(task.name, split)
+            if not (folder / DATASET_FILE).is_file():
+                raise UserError(
+                    f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
+                    f"run `{command('prepare', name)}` first.{earlier_folder(recipe.data, task.name)}"
+                )
+
+
+def telling_samples(shards: IndexedShards, rows: list[int]) -> list[Sample]:
+    """The first and last sample of a split and those of `rows`, where there are none the one of most characters."""
+    if not len(shards):
+        return []
+    return [shards[row] for row in sorted({0, len(shards) - 1, *(rows or [int(np.argmax(shards.lengths))])})]
+
+
+def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:
+    files = ", ".join(f"instructions/{task}" for task in tasks)
+    found = f"'{root}' has no" if root.is_dir() else f"the folder '{root}' does not exist; it should hold"
+    sentence = f"data.root: {found} {files}, each with train.json and test.json."
+    if benchmark is None:
+        return f"{sentence} Put them there, or set data.root to the folder that has them."
+    folder = f"folder {benchmark.folder} of " if benchmark.folder else ""
+    only = f" --include '{benchmark.folder}/*'" if benchmark.folder else ""
+    rename = f" and rename {benchmark.folder} to instructions" if benchmark.folder else ""
+    return (
+        f"{sentence} {benchmark.name}'s are the {folder}https://huggingface.co/datasets/{benchmark.repository}: "
+        f"run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`{rename}; "
+        "or set data.root to the folder that has them."
+    )

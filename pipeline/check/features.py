@@ -1,0 +1,45 @@
+"""The check of vision features that are to be kept: can they be, and is there room for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.backbones.lmm_families import require_kept_features
+from pipeline.check.model import CheckedModel
+from pipeline.config.recipe import Recipe
+from pipeline.data.grouped_order import image_groups
+from pipeline.data.shards import DATASET_FILE, IndexedShards
+from pipeline.errors import UserError
+from pipeline.files.atomic import free_space
+from pipeline.planning.memory_plan import GIB
+
+
+def check_kept_features(recipe: Recipe, model: CheckedModel) -> str:
+    """What keeping the features of the prepared tasks' images takes on the disk; UserError where there is no room.
+
+    Counts the images that CLIP's keys tell apart, so it needs prepared tasks; what is kept already is not counted.
+    """
+    require_kept_features(model.config.model_type)
+    layers = model.config.vision_feature_layer
+    width = model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    per_image = model.image_tokens * width * torch.float16.itemsize
+    images = kept = 0
+    for task in recipe.data.tasks:
+        folder = recipe.data.split_path(task.name, "train")
+        if (folder / DATASET_FILE).is_file():
+            keys = IndexedShards(folder).keys()
+            count = min(task.limit_train or len(keys.has_image), len(keys.has_image))
+            images += len(set(image_groups(keys)[:count][keys.has_image[:count].numpy()]))
+            kept += sum(file.stat().st_size for file in folder.glob("vision-*/features-*"))
+    needed = max(images * per_image - kept, 0)
+    place = Path(recipe.data.prepared)
+    free = free_space(place)
+    size = f"{per_image / 1e6:.2f} MB per image, {needed / GIB:.1f} GiB for {images} images of the prepared tasks"
+    if needed > free:
+        raise UserError(
+            f"train.vision_features: kept takes {size}, and {free / GIB:.1f} GiB are free on the disk of '{place}'; "
+            "make room, set data.prepared elsewhere, or set train.vision_features to computed."
+        )
+    return f"{size}, {free / GIB:.1f} GiB free"

@@ -1,0 +1,124 @@
+"""Is what lies prepared what the recipe wants: settings, limits and the source as it is now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.base import PREPARED
+from pipeline.config.recipe import DataConfig, Recipe, TaskConfig
+from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
+from pipeline.data.shards import DATASET_FILE, read_description
+from pipeline.errors import UserError, UserErrors
+from pipeline.runs.data_use import recorded_fingerprint
+
+SPLITS = ("train", "test")
+SOURCE = "source"  # the setting that tells generated data from what was read as it is
+
+
+def refuse_other_data(recipe: Recipe) -> None:
+    """Raise UserErrors for prepared splits that were made by other settings, or whose source has changed since.
+
+    A run that has used a split goes on with it whatever became of the source. Cheap on data of any size: text files
+    are hashed only where their time of change is another one, and images are looked at by `check` and `prepare`.
+    """
+    wrong = []
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            folder = recipe.data.split_path(task.name, split)
+            description = read_description(folder)
+            used = recorded_fingerprint(recipe.run_path, task.name, split)
+            begun = used is not None and used == description["fingerprint"]
+            wrong += other_data(recipe.data, task, split, description, source=not begun)
+    if wrong:
+        raise UserErrors(wrong)
+
+
+def other_data(
+    data: DataConfig,
+    task: TaskConfig,
+    split: str,
+    description: dict[str, Any],
+    source: bool = True,
+    images: bool = False,
+) -> list[str]:
+    """Sentences on why a prepared split is not what the recipe wants: its settings and, with `source`, its files.
+
+    `images` also compares the size of every image with what it was.
+    """
+    folder = data.split_path(task.name, split)
+    wanted = data.split_settings(task, split)
+    if _was_added(data, task, description):
+        wanted = {name: value for name, value in wanted.items() if name != SOURCE}
+    clause = other_settings(description, wanted)
+    if clause is not None:
+        return [f"{folder} {clause}. {REMEDY}"]
+    if not source or data.source == "generated":  # what a seed draws does not change
+        return []
+    return _changed(data, task, split, description, images)
+
+
+def _was_added(data: DataConfig, task: TaskConfig, description: dict[str, Any]) -> bool:
+    """Whether `add` has put a task of the user's own beside those that are generated: it was read from another root."""
+    made_from = (description.get(SETTINGS) or {}).get(SOURCE)
+    drawn = (Path(data.root) / "instructions" / task.name).is_dir()
+    return data.source == "generated" and made_from == "coin" and not drawn
+
+
+def earlier_folder(data: DataConfig, task: str) -> str:
+    """A sentence naming a folder in which an earlier version prepared a task of that name; empty where none is seen.
+
+    Those versions used `data/<recipe's name>` where now a folder follows from the data's settings.
+    """
+    place = Path(data.prepared).parent
+    if place.name != Path(PREPARED).parent.name:
+        return ""
+    found = sorted(place.parent.glob(f"*/{task}/{SPLITS[0]}/{DATASET_FILE}"))
+    if not found:
+        return ""
+    folder = found[0].parents[2]
+    return f" {folder} has a prepared task '{task}'; `--set data.prepared={folder}` uses that one if it is the same."
+
+
+def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], images: bool) -> list[str]:
+    folder, root = data.split_path(task.name, split), Path(data.root)
+    advice = "Run `python -m pipeline prepare RECIPE` to take the source as it is now."
+    if not (root / "instructions" / task.name).is_dir():
+        return []  # it was prepared elsewhere, or the source is no longer needed
+    if not description.get(SETTINGS):
+        return _changed_before(data, task, split, description, advice)
+    changed = changed_files(description, root)
+    if changed:
+        return [f"{folder} was prepared before {root / changed[0]} changed. {advice}"]
+    if images:
+        from data_prep.sources.coin_files import IMAGE_ROOTS
+        from data_prep.sources.image_states import resized_images
+
+        resized = resized_images(folder, [root / place for place in IMAGE_ROOTS])
+        if resized:
+            more = f" and {len(resized) - 1} more images" if len(resized) > 1 else ""
+            return [f"{folder} was prepared before {resized[0]}{more} changed. {advice}"]
+    return []
+
+
+def _changed_before(
+    data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], advice: str
+) -> list[str]:
+    """The same of a split that an earlier version prepared: by the fingerprint, with the recipe's limit or without."""
+    from data_prep.sources.coin import coin_split
+
+    try:
+        source = coin_split(data, task, split)
+        taken = description["count"] + len(description.get("skipped", []))
+        enough = {source.limit, None}
+        if taken >= (source.limit or len(source.with_limit(None))):
+            enough.add(taken)
+        if any(source.with_limit(limit).fingerprint() == description.get("source_fingerprint") for limit in enough):
+            return []
+    except UserError:  # a source that cannot be read is no reason to refuse what was prepared from it
+        return []
+    folder, count = data.split_path(task.name, split), description["count"]
+    return [
+        f"{folder} ({count} samples, of an earlier version) was prepared from another state of {data.root}, or with "
+        f"another limit. {advice}"
+    ]

@@ -1,0 +1,61 @@
+"""What a shell may complete on the command line; looks at names only, so that it is quick."""
+
+from __future__ import annotations
+
+import json
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.yaml_file import find_recipe, read_recipe, recipe_names
+from pipeline.errors import UserError
+
+COIN = "data/own"  # where `new-task` puts tasks unless it is told otherwise
+RUNS = "runs/"  # where runs are unless a recipe says otherwise
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Names of shipped recipes; where there is none the shell goes on with files."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def runs(incomplete: str) -> list[str]:
+    """Folders of runs, those of `runs` until another folder is named."""
+    begun = incomplete if "/" in incomplete else RUNS
+    found = sorted(str(Path(path).parent) for path in glob(f"{escape(begun)}*/config.yaml"))
+    return [folder for folder in found if folder.startswith(incomplete)]
+
+
+def fields(ctx: Any, incomplete: str) -> list[str]:
+    """Fields of the recipe for --set, each with its `=`; behind it the choices of a field that has some."""
+    # With the option's value still to come nothing has been parsed, and the words stand in `args`.
+    name = str(ctx.params.get("recipe") or next((word for word in ctx.args if not word.startswith("-")), ""))
+    try:
+        content = read_recipe(find_recipe(name)) if name else {}
+    except UserError:
+        content = {}
+    from pipeline.cli.recipe_fields import dotted_fields  # here: the recipes' classes take a moment to import
+
+    known = dotted_fields(content)
+    dotted, equals, begun = incomplete.partition("=")
+    if equals:
+        return [f"{dotted}={choice}" for choice in known.get(dotted, ()) if choice.startswith(begun)]
+    return [f"{field}=" for field in known if field.startswith(incomplete)]
+
+
+def own_tasks(ctx: Any, incomplete: str) -> list[str]:
+    """Tasks in the folder that --root names."""
+    folder = Path(str(ctx.params.get("root") or COIN)) / "instructions"
+    return sorted(path.name for path in folder.glob("*/") if path.name.startswith(incomplete))
+
+
+def sets(ctx: Any, incomplete: str) -> list[str]:
+    """Prompt sets of the adapter, or of the run, that stands before them on the command line."""
+    folder = Path(str(ctx.params.get("adapter") or ctx.params.get("run") or ""))
+    for file, key in (("adapter.json", "sets"), ("run.json", "stages")):
+        try:
+            names = json.loads((folder / file).read_text("utf-8"))[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return [str(name) for name in names if str(name).startswith(incomplete)]
+    return []

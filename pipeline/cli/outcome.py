@@ -1,0 +1,189 @@
+"""What every command line of the project shares: how verbs take paths, show help, and end with a result or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from pipeline.config.yaml_file import CONFIG, WRITTEN, recipe_names
+from pipeline.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    UNWRITABLE,
+    Interrupted,
+    OutOfMemory,
+    UserError,
+    unwritable,
+)
+from pipeline.files.paths import expanded
+from pipeline.ranks import launch
+from pipeline.ranks.shutdown import STOP_SIGNALS
+
+Result = dict[str, Any]
+# Headings of the help, in the order in which their first verb is added.
+TRAIN, LOOK, USE, SHARE, OWN = (
+    "Train a recipe",
+    "Look at runs",
+    "Use what was learned",
+    "Adapters",
+    "A task of your own",
+)
+JSON = "--json"
+PATH_TYPES = ("path", "file", "directory")  # what click calls its types of paths
+PATHS_AS_TEXT = ("recipe", "model", "clip")  # arguments that are a name, a Hub id or a path
+FOLDERS_MADE_HERE = ("RUN", "ADAPTER")  # metavars of arguments that name the folder of a run or an adapter
+
+
+class Told(UserError):
+    """A wrong input that the JSON result has told already; only the sentence is still to be shown."""
+
+
+class _PlainHelp:
+    """Help without the types that Typer puts where they read as if a value were wanted: at flags and arguments."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, shown plainly."""
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            _show_plainly(param)
+        return params
+
+
+class Verb(_PlainHelp, TyperCommand):
+    """A verb: its paths are expanded, and a file in place of its folder is refused."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb on its expanded paths."""
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            many = isinstance(value, list | tuple)
+            given = list(value) if many else [value]
+            if value is None or not (param.name in PATHS_AS_TEXT or _takes_paths(param, given)):
+                continue
+            paths = [type(path)(expanded(os.fspath(path))) for path in given]
+            if str(param.metavar) in FOLDERS_MADE_HERE:
+                for path in paths:
+                    require_folder(Path(path))
+            ctx.params[param.name] = paths if many else paths[0]
+        return super().invoke(ctx)
+
+
+class Verbs(_PlainHelp, TyperGroup):
+    """Turns what a verb raises into an exit code, and leaves word for the process that launched this one."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen verb."""
+        as_json = JSON in [*ctx._protected_args, *ctx.args]
+        try:
+            return super().invoke(ctx)
+        except Told as error:
+            finish(launch.Outcome(EXIT_USER, str(error)), as_json=False)
+        except UserError as error:
+            finish(launch.Outcome(EXIT_USER, str(error)), as_json)
+        except Interrupted as error:
+            if launch.is_distributed():
+                # A launcher that ends the ranks when the first has left must not change this one's exit code.
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
+            sentence = str(error) or "stopped early; the same command goes on from here."
+            finish(launch.Outcome(EXIT_RESUMABLE, sentence), as_json)
+        except (typer.Exit, typer.Abort):
+            raise
+        except OutOfMemory as error:
+            finish(launch.Outcome(EXIT_FAILURE, str(error)), as_json)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                finish(launch.Outcome(EXIT_FAILURE, unwritable(error)), as_json)
+            if "typer" in type(error).__module__ or "click" in type(error).__module__:
+                if as_json and hasattr(error, "format_message"):
+                    _print_json({"error": error.format_message(), "exit_code": EXIT_USER})
+                raise  # its own usage errors, which it shows itself
+            traceback.print_exc()
+            outcome = launch.Outcome(EXIT_FAILURE, f"{type(error).__name__}: {error}")
+            if not launch.leave_outcome(outcome) and as_json:
+                _print_json(_failure(outcome))
+            raise typer.Exit(EXIT_FAILURE) from None
+
+
+class App(typer.Typer):
+    """A command line whose commands are `Verb`s."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """As Typer's, for a `Verb`."""
+        return super().command(name, **{"cls": Verb, **options})
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Print a result, or leave it for the process that launched this rank."""
+    if launch.leave_outcome(launch.Outcome(EXIT_OK, result=result)) or launch.rank() != 0:
+        return
+    if as_json:
+        _print_json(result)
+        return
+    for key, value in result.items():
+        if not isinstance(value, dict | list):
+            print(f"{key}: {value}")
+
+
+def finish(outcome: launch.Outcome, as_json: bool) -> NoReturn:
+    """End with an outcome's exit code: its sentence on stderr, with --json also an object on stdout."""
+    if not launch.leave_outcome(outcome) and outcome.error:
+        label = {EXIT_RESUMABLE: "stopped"}.get(outcome.code, "error")
+        who = f" (rank {launch.rank()})" if launch.rank() else ""
+        print(f"{label}{who}: {outcome.error}", file=sys.stderr, flush=True)
+        if as_json and launch.rank() == 0:
+            _print_json(_failure(outcome))
+    raise typer.Exit(outcome.code)
+
+
+def require_folder(path: Path) -> None:
+    """Raise UserError for a file, or a recipe's name, where the folder of a run or an adapter is expected."""
+    if path.is_file():
+        parents = [path.parent, *path.parent.parents]
+        holder = next((folder for folder in parents if any((folder / file).is_file() for file in WRITTEN)), None)
+        what = f", here '{holder}'" if holder is not None else ""
+        raise UserError(f"'{path}' is a file; expected the folder of a run or an adapter{what}.")
+    if not path.exists() and str(path) in recipe_names():
+        runs = sorted(str(found.parent) for found in Path("runs").glob(f"{path}-*/{CONFIG}"))
+        there = f", such as '{runs[0]}'" if runs else f", which `python -m pipeline run {path}` makes"
+        raise UserError(f"'{path}' is a recipe and no folder; expected the folder of a run{there}.")
+
+
+def _failure(outcome: launch.Outcome) -> Result:
+    return {"error": outcome.error, "exit_code": outcome.code}
+
+
+def _print_json(content: Result) -> None:
+    sys.stderr.flush()
+    sys.stdout.flush()
+    print(json.dumps(content), flush=True)
+
+
+def _takes_paths(param: Any, given: list[Any]) -> bool:
+    """Whether a parameter's values are paths; with click below Typer they are still text here, and its type tells."""
+    return (
+        all(isinstance(path, Path) for path in given) or getattr(getattr(param, "type", None), "name", "") in PATH_TYPES
+    )
+
+
+def _show_plainly(param: Any) -> None:
+    argument = param.param_type_name == "argument"
+    if argument:
+        name = f"{param.metavar or param.name.upper()}{'...' * (param.nargs == -1)}"
+        param.get_usage_pieces = lambda ctx: [name if param.required else f"[{name}]"]
+    if argument or getattr(param, "is_flag", False):
+        param.display_type_rich = lambda ctx=None: None

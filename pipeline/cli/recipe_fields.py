@@ -1,0 +1,48 @@
+"""The dotted names of a recipe's fields with the values that each may have, for completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from pipeline.config.messages import model_in
+
+
+def dotted_fields(content: dict[str, Any]) -> dict[str, list[str]]:
+    """Return every field of the recipe with this content, and the choices of those that have a few.
+
+    A field of a list of groups is named by the items' names, as `--set data.tasks.Count.limit_test=5` does.
+    """
+    if content.get("kind") == "clip":
+        from pipeline.clip.recipe import ClipRecipe
+
+        return dict(_fields(ClipRecipe, content, ""))
+    from pipeline.config.recipe import Recipe
+
+    return dict(_fields(Recipe, content, ""))
+
+
+def _fields(model: type[BaseModel], content: Any, place: str) -> Iterator[tuple[str, list[str]]]:
+    content = content if isinstance(content, dict) else {}
+    for name, info in model.model_fields.items():
+        inner, path, value = model_in(info.annotation), place + name, content.get(name)
+        if inner is None:
+            yield path, _choices(info.annotation)
+        elif isinstance(value, list):
+            names = [str(item["name"]) for item in value if isinstance(item, dict) and "name" in item]
+            yield path, names
+            for item in names:
+                yield from _fields(inner, {}, f"{path}.{item}.")
+        else:
+            yield from _fields(inner, value, f"{path}.")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a field that has a few; empty for numbers and text."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]

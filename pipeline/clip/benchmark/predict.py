@@ -1,0 +1,22 @@
+"""Answers for many images: text features are computed once where they do not depend on the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pipeline.clip.learning.model import PromptedCLIP
+
+
+@torch.no_grad()
+def predictions(module: PromptedCLIP, batches: Iterable[Tensor], features: Iterable[Tensor] = ()) -> Tensor:
+    """The most likely class [N] of each image of `batches` ([B, 3, H, W] each), on the CPU.
+
+    Then those of images given by their `features` ([B, J] each), for methods that leave images as they are.
+    """
+    kept = None if module.learner.per_image else module.text_features()
+    found = [module.logits(pixels, text_features=kept).argmax(dim=1).cpu() for pixels in batches]
+    found += [module.logits(None, images, kept).argmax(dim=1).cpu() for images in features]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)

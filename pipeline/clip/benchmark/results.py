@@ -1,0 +1,183 @@
+"""What a benchmark found: one row per unit, and means over seeds and datasets, in percent."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pipeline.clip.benchmark.scores import BaseToNew, Counts, Spread, average, base_to_new
+
+BASE, NEW = "base", "new"
+Row = tuple[str, str, int]  # method, dataset and seed of a unit
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """The counts of one method, dataset and seed by group: base, new, all, or the name of a target dataset.
+
+    `names` are the classes of each group, in the order in which its counts are.
+    """
+
+    method: str
+    dataset: str
+    seed: int
+    groups: dict[str, Counts]
+    names: dict[str, tuple[str, ...]]
+
+    @property
+    def row(self) -> Row:
+        """Which unit it is of."""
+        return self.method, self.dataset, self.seed
+
+    @property
+    def target_mean(self) -> float | None:
+        """The mean accuracy over the target datasets in percent, the source left out; None without targets."""
+        if self.dataset not in self.groups:
+            return None  # groups of the dataset itself
+        targets = [100 * counts.accuracy for name, counts in self.groups.items() if name != self.dataset]
+        return statistics.fmean(targets) if targets else None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with accuracies in percent and class names beside the counts."""
+        groups = {
+            name: {"accuracy": 100 * counts.accuracy, **asdict(counts), "names": self.names[name]}
+            for name, counts in self.groups.items()
+        }
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "groups": groups,
+            "target_mean": self.target_mean,
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> UnitResult:
+        """The result that `to_json` wrote; KeyError or TypeError when it is none."""
+        groups = {
+            name: Counts(tuple(counts["right"]), tuple(counts["total"])) for name, counts in found["groups"].items()
+        }
+        names = {name: tuple(counts["names"]) for name, counts in found["groups"].items()}
+        return cls(found["method"], found["dataset"], found["seed"], groups, names)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one dataset: accuracy by group over the seeds; `harmonic` is that of the mean base and new."""
+
+    method: str
+    dataset: str
+    groups: dict[str, Spread]
+    halves: BaseToNew | None = None  # where there are base and new classes
+    target_mean: Spread | None = None  # of each seed's mean over the targets, where there are any
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the harmonic mean of the mean accuracies and the spread of the seeds' own."""
+        groups = {name: asdict(spread) for name, spread in self.groups.items()}
+        harmonic = {
+            "harmonic": self.halves.harmonic if self.halves else None,
+            "harmonic_of_seeds": asdict(self.halves.harmonic_of_seeds) if self.halves else None,
+        }
+        targets = asdict(self.target_mean) if self.target_mean else None
+        return {"method": self.method, "dataset": self.dataset, "groups": groups, "target_mean": targets, **harmonic}
+
+
+def lines(results: Sequence[UnitResult]) -> list[Line]:
+    """A line for each method and dataset, in the order of the results."""
+    found = []
+    for method, dataset in dict.fromkeys((result.method, result.dataset) for result in results):
+        units = [result for result in results if (result.method, result.dataset) == (method, dataset)]
+        groups = {
+            group: Spread.of([100 * unit.groups[group].accuracy for unit in units if group in unit.groups])
+            for group in dict.fromkeys(group for unit in units for group in unit.groups)
+        }
+        halves = None
+        if {BASE, NEW} <= groups.keys():
+            halves = base_to_new([tuple(100 * unit.groups[half].accuracy for half in (BASE, NEW)) for unit in units])  # type: ignore[misc]
+        targets = [unit.target_mean for unit in units if unit.target_mean is not None]
+        found.append(Line(method, dataset, groups, halves, Spread.of(targets) if targets else None))
+    return found
+
+
+def averages(found: Sequence[Line]) -> dict[str, dict[str, float]]:
+    """By method: the mean of each group over the datasets, and the harmonic mean both ways (clip_prompts.md 7.4).
+
+    Only groups that every dataset of the method has: base, new, all, or the targets, whose mean is there too.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(line.method for line in found):
+        own = [line for line in found if line.method == method]
+        shared = [group for group in own[0].groups if all(group in line.groups for line in own)]
+        means = {group: statistics.fmean(line.groups[group].mean for line in own) for group in shared}
+        targets = [line.target_mean.mean for line in own if line.target_mean is not None]
+        if len(targets) == len(own):
+            means["target_mean"] = statistics.fmean(targets)
+        halves = {line.dataset: line.halves for line in own if line.halves is not None}
+        if len(halves) == len(own):
+            whole = average(halves)
+            means |= {name: getattr(whole, name) for name in ("harmonic_of_means", "mean_of_harmonics")}
+        result[method] = means
+    return result
+
+
+def results_json(protocol: str, results: Sequence[UnitResult]) -> dict[str, Any]:
+    """The content of results.json."""
+    found = lines(results)
+    return {
+        "protocol": protocol,
+        "units": [result.to_json() for result in results],
+        "lines": [line.to_json() for line in found],
+        "averages": averages(found),
+    }
+
+
+def results_table(title: str, content: dict[str, Any]) -> Table:
+    """The lines of results.json for a terminal: mean and deviation over the seeds, and the averages over datasets."""
+    found = content["lines"]
+    groups = list(dict.fromkeys(group for line in found for group in line["groups"]))
+    harmonic = any(line["harmonic"] is not None for line in found)
+    targets = any(line["target_mean"] is not None for line in found)
+    several = len({line["dataset"] for line in found}) > 1
+    table = Table(box=SIMPLE_HEAD, title=title, caption="percent; mean and deviation over the seeds; HM of the means")
+    for title_ in ("method", *(("dataset",) if several else ())):
+        table.add_column(title_, no_wrap=True)
+    for title_ in (
+        *groups,
+        *(("target mean",) if targets else ()),
+        *(("HM", "HM of seeds") if harmonic else ()),
+        "seeds",
+    ):
+        table.add_column(title_, justify="right", no_wrap=True)
+    for line in found:
+        cells = [line["method"], *([line["dataset"]] if several else [])]
+        cells += [_spread(line["groups"].get(group)) for group in groups]
+        if targets:
+            cells.append(_spread(line["target_mean"]))
+        if harmonic:
+            both = line["harmonic"], line["harmonic_of_seeds"]
+            cells += [f"{both[0]:.2f}" if both[0] is not None else "", _spread(both[1])]
+        table.add_row(*cells, str(max(spread["seeds"] for spread in line["groups"].values())))
+    if several:
+        table.add_section()
+        for method, means in content["averages"].items():
+            cells = [method, "average", *(f"{means[group]:.2f}" if group in means else "" for group in groups)]
+            if targets:
+                cells.append(f"{means['target_mean']:.2f}" if "target_mean" in means else "")
+            if harmonic:
+                ways = means.get("harmonic_of_means"), means.get("mean_of_harmonics")
+                cells += [f"{ways[0]:.2f} (mean of HMs {ways[1]:.2f})" if None not in ways else "", ""]
+            table.add_row(*cells, "")
+    return table
+
+
+def _spread(spread: dict[str, Any] | None) -> str:
+    if spread is None:
+        return ""
+    if spread["deviation"] is None:
+        return f"{spread['mean']:.2f}"
+    return f"{spread['mean']:.2f} ± {spread['deviation']:.2f}"

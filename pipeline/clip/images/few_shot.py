@@ -1,0 +1,54 @@
+"""Few-shot subsets: the published ones for seeds 1 to 3, and any other (clip_prompts.md 7.3).
+
+The published pickles came from Python's random module, seeded and first used for this. The same order of calls gives
+the same images: training classes in order of first appearance, one sample each, then the same for validation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.clip.images.classes import LabelledImage, Splits
+from pipeline.errors import UserError
+
+VALIDATION_SHOTS = 4
+Fewer = Literal["refuse", "all"]
+
+
+def few_shot(splits: Splits, shots: int, seed: int, fewer: Fewer = "refuse") -> Splits:
+    """`shots` training images and at most 4 validation images of each class; the test split is whole.
+
+    Sampled over all classes: take base or new classes afterwards, as published. A class with fewer training images than
+    `shots` is an error, or with `fewer` all gives what it has; validation takes what there is.
+    """
+    if shots < 1:
+        raise UserError(f"The number of shots is {shots}; expected 1 or more. Correct it, or train on all images.")
+    short = [images for images in by_class(splits.train).values() if len(images) < shots]
+    if short and fewer == "refuse":
+        fewest = min(short, key=len)
+        raise UserError(
+            f"{len(short)} of the classes have fewer than {shots} training images, '{fewest[0].name}' only "
+            f"{len(fewest)}. Take "
+            "fewer shots, add images, or let such classes give all they have (fewer: all)."
+        )
+    generator = random.Random(seed)
+    train = _sampled(splits.train, shots, generator)
+    return Splits(train, _sampled(splits.val, min(shots, VALIDATION_SHOTS), generator), splits.test)
+
+
+def by_class(images: Sequence[LabelledImage]) -> dict[int, list[LabelledImage]]:
+    """The images by label, labels in order of first appearance."""
+    grouped: dict[int, list[LabelledImage]] = {}
+    for image in images:
+        grouped.setdefault(image.label, []).append(image)
+    return grouped
+
+
+def _sampled(images: Sequence[LabelledImage], shots: int, generator: random.Random) -> tuple[LabelledImage, ...]:
+    taken: list[LabelledImage] = []
+    for candidates in by_class(images).values():
+        # A class that is taken whole draws no number: the generator then stands where the published one stood.
+        taken.extend(generator.sample(candidates, shots) if len(candidates) >= shots else candidates)
+    return tuple(taken)

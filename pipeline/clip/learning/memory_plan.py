@@ -1,0 +1,143 @@
+"""How much memory a benchmark needs on each GPU, from the backbone's configuration alone: no weight is read.
+
+As `pipeline.planning.memory_plan` plans a task sequence. Exact: weights and trainables. Estimates: activations,
+and what DeepSpeed keeps beside gradients and momentum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.clip.learning.few_shot_batches import micro_batches
+from pipeline.clip.methods import METHODS, learner_of_sizes
+from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
+from pipeline.clip.towers.backbone import Sizes
+from pipeline.clip.towers.encode import AT_ONCE
+from pipeline.planning.memory_plan import FLOAT32, Entry, MemoryPlan
+from pipeline.training.deepspeed_config import deepspeed_file
+
+ASSUMED_TEXT = 24  # tokens of a class's text, template and prompts included, where a text may end at its last token
+
+
+def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: int, tested: int) -> MemoryPlan:
+    """Plan a run on `ranks` GPUs.
+
+    `model` is the backbone on the meta device, `classes` the most that a unit learns from and `tested` the most that
+    one is evaluated on. Raises UserError for a DeepSpeed file that is wrong.
+    """
+    zero = deepspeed_file(recipe.train.deepspeed).get("zero_optimization", {})
+    stage, element = int(zero.get("stage", 0)), 2 if recipe.model.dtype == "bfloat16" else FLOAT32
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    whole = sum(sizes) * element + sum(buffer.nbytes for buffer in model.buffers())
+    sharded = sum(-(-size // ranks) for size in sizes) * element
+    most, by_method = max((_activations(recipe, m, ranks, model, classes, element), m.name) for m in recipe.methods)
+    learned, trained_by = max((_trainables(m, model, classes), m.name) for m in recipe.methods)
+    mixed = element != FLOAT32
+    # ZeRO 1 to 3 update a float32 copy of their part, with its momentum; without ZeRO bfloat16 alone has such a copy.
+    part, copies = (-(-learned // ranks), 2) if stage else (learned, 1 + mixed)
+    bucket = int(zero.get("reduce_bucket_size", 5e8)) * element if zero.get("contiguous_gradients", True) else 0
+    gradients = learned * (element + FLOAT32 * mixed) + (bucket if stage else 0)
+    return MemoryPlan(
+        ranks,
+        stage,
+        (
+            Entry(
+                "weights",
+                sharded if stage == 3 else whole,
+                sharded if stage == 3 else whole,
+                f"{sum(sizes):,} frozen parameters" + f", 1/{ranks} on each" * (stage == 3),
+            ),
+            Entry(
+                "gathered window",
+                whole if stage == 3 else 0,
+                0,
+                "at most: all weights" if stage == 3 else "nothing is gathered",
+            ),
+            Entry(
+                "activations",
+                most,
+                _evaluation(recipe, model, tested, element),
+                f"training {by_method}, {classes} classes; evaluating {tested} classes, {recipe.evaluate_batch} images",
+            ),
+            Entry("trainables", learned * element, learned * element, f"{learned:,} parameters, {trained_by}"),
+            Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
+            Entry("optimizer", part * copies * FLOAT32, part * copies * FLOAT32, "float32 copies and SGD's momentum"),
+            Entry(
+                "evaluation replica",
+                whole if stage == 3 else 0,
+                whole if stage == 3 else 0,
+                "the whole frozen model" if stage == 3 else "the trained model itself evaluates",
+            ),
+        ),
+    )
+
+
+def _learner(method: ClipMethodConfig, model: Any, classes: int) -> Any:
+    options = method.options | ({"classes": classes} if method.per_class else {})
+    with torch.device("meta"):
+        return learner_of_sizes(method.kind, Sizes.of(model.config), 0, **options)
+
+
+def _trainables(method: ClipMethodConfig, model: Any, classes: int) -> int:
+    return sum(parameter.numel() for parameter in _learner(method, model, classes).parameters())
+
+
+def _activations(
+    recipe: ClipRecipe, method: ClipMethodConfig, ranks: int, model: Any, classes: int, element: int
+) -> int:
+    """Bytes that one forward pass of a method keeps for the backward pass, over both towers."""
+    if method.kind == "zero_shot":
+        return 0
+    learner, train = _learner(method, model, classes), recipe.train_of(method)
+    micro, _ = micro_batches(train.global_batch, train.micro_batch, ranks)
+    texts = classes * (micro if learner.per_image else 1)
+    texts = min(texts, recipe.model.text_chunk or texts)  # a chunk's are computed again in the backward pass
+    text, vision = model.config.text_config, model.config.vision_config
+    kept = kept_bytes(text, texts, text_tokens(model), element)
+    if learner.changes_images:
+        tokens = image_tokens(vision) + max(learner.schedule.vision.present)
+        return kept + kept_bytes(vision, micro, tokens, element)
+    return kept + _passing(vision, micro * image_tokens(vision), element)
+
+
+def kept_bytes(tower: Any, sequences: int, tokens: int, element: int) -> int:
+    """Bytes that a frozen tower's blocks keep of so many sequences when gradients go through to prompts before them.
+
+    A frozen linear layer keeps nothing. Per token and block there remain the inputs of two norms with their mean and
+    deviation in float32; query, key, value and output of the attention with a row of its mask and each head's
+    logarithm of sums; and before and after the activation of the MLP.
+    """
+    width, heads = tower.hidden_size, tower.num_attention_heads
+    per_token = (6 * width + 2 * tower.intermediate_size + tokens) * element + (4 + heads) * FLOAT32
+    return sequences * tokens * tower.num_hidden_layers * per_token
+
+
+def text_tokens(model: Any) -> int:
+    """Tokens of a text: what is assumed where texts may be shortened, else the tower's whole length."""
+    length = model.config.text_config.max_position_embeddings
+    return min(length, ASSUMED_TEXT) if model.config.model_type == "clip" else length
+
+
+def image_tokens(vision: Any) -> int:
+    """Tokens of an image without prompts."""
+    return (vision.image_size // vision.patch_size) ** 2 + 1
+
+
+def _evaluation(recipe: ClipRecipe, model: Any, classes: int, element: int) -> int:
+    """Bytes of the larger of the two towers at work, without gradients."""
+    per_image = any(METHODS[method.kind].per_image for method in recipe.methods)
+    texts = classes * (recipe.evaluate_batch if per_image else 1)
+    texts = min(texts, recipe.model.text_chunk or texts, AT_ONCE)
+    config = model.config
+    return max(
+        _passing(config.text_config, texts * text_tokens(model), element),
+        _passing(config.vision_config, recipe.evaluate_batch * image_tokens(config.vision_config), element),
+    )
+
+
+def _passing(tower: Any, tokens: int, element: int) -> int:
+    """Bytes of one block at work on so many tokens: its input and residual, attention and MLP."""
+    return tokens * (6 * tower.hidden_size + 2 * tower.intermediate_size) * element

@@ -1,0 +1,147 @@
+"""The module that is trained: a frozen backbone, a method's trainables, and the texts of the classes at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.clip.learning.regularisers import Features, Regulariser
+from pipeline.clip.methods.base import PromptLearner, Prompts
+from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.towers.encode import encode_texts
+from pipeline.clip.towers.text import Words
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images with their labels; a weight of 0 marks a sample that only fills a batch.
+
+    `pixel_values` [B, 3, H, W], `labels` [B], `weights` [B] (None: all 1). `image_features` [B, J] may be given in
+    place of computing them, for methods that leave images as they are.
+    """
+
+    pixel_values: Tensor | None
+    labels: Tensor
+    weights: Tensor | None = None
+    image_features: Tensor | None = None
+    ids: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """The same batch on another device."""
+        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+    def counts(self) -> tuple[float, float]:
+        """The weight of its samples, twice: what the loop sums are answers and samples, here the same."""
+        weight = float(len(self.labels) if self.weights is None else self.weights.sum())
+        return weight, weight
+
+
+class PromptedCLIP(nn.Module):
+    """A classifier over named classes; `learner` holds the only parameters with gradients.
+
+    `text_chunk` texts go through the text tower at a time (None: all). Raises UserError when the trainables belong to
+    another number of classes than `names` has, or `regularisers` meet a method that has texts per image.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        learner: PromptLearner,
+        words: Words,
+        names: Sequence[str],
+        regularisers: Sequence[Regulariser] = (),
+        text_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.learner = backbone, learner
+        self.words, self.text_chunk = words, text_chunk
+        self.regularisers = tuple(regularisers)
+        if self.regularisers and learner.per_image:
+            raise UserError(
+                f"The method {learner.name} has text features of its own for each image, which the regularisers cannot "
+                "compare with the frozen ones. Leave out the regularisers, or choose another method."
+            )
+        self.set_classes(names)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The names of the loss terms, in the order in which `forward` gives them."""
+        return ("cross_entropy", *(name for regulariser in self.regularisers for name in regulariser.names))
+
+    def set_classes(self, names: Sequence[str], frozen: Backbone | None = None) -> None:
+        """Classify among these classes from now on; what was learned stays.
+
+        `frozen` is another copy of the backbone, for what regularisers compute now: this one may be sharded.
+        """
+        expected = self.learner.classes
+        if expected is not None and expected != len(names):
+            raise UserError(
+                f"The method {self.learner.name} learned a context for each of {expected} classes, but the class list "
+                f"has {len(names)}. Give the classes it was trained on, or train with a shared context."
+            )
+        self.texts = self.learner.texts(self.words, names)
+        for regulariser in self.regularisers:
+            regulariser.start(frozen or self.backbone, self.words, names)
+
+    def image_features(self, pixel_values: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Image features [B, J], not normalised."""
+        if not self.learner.changes_images:
+            with torch.no_grad():
+                return self.backbone.image(pixel_values, self.learner.schedule, {})
+        prompts = prompts or self.learner()
+        return self.backbone.image(pixel_values, self.learner.schedule, prompts.vision)
+
+    def text_features(self, prompts: Prompts | None = None) -> Tensor:
+        """Text features [K, J] of the classes, or [B, K, J] for prompts made from B images; not normalised.
+
+        In evaluation they need computing only once: keep them and pass them to `logits`. Methods whose prompts depend
+        on the image have none to keep.
+        """
+        prompts = prompts or self.learner()
+        self.texts = self.texts.to(self.backbone.scale.device)
+        return encode_texts(self.backbone, self.texts, self.learner.schedule, prompts.text, self.text_chunk)
+
+    def logits(
+        self, pixel_values: Tensor | None, image_features: Tensor | None = None, text_features: Tensor | None = None
+    ) -> Tensor:
+        """Class logits [B, K] of `pixel_values` [B, 3, H, W]; features that are given are not computed."""
+        return self.backbone.logits(*self._features(pixel_values, image_features, text_features))
+
+    def _features(
+        self, pixel_values: Tensor | None, images: Tensor | None = None, texts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        needs_prompts = (images is None and self.learner.changes_images) or texts is None
+        prompts = self.learner() if needs_prompts and not self.learner.per_image else None
+        if images is None:
+            assert pixel_values is not None, "either pixel values or image features"
+            images = self.image_features(pixel_values, prompts)
+        if texts is None:
+            texts = self.text_features(prompts if prompts is not None else self.learner(images))
+        return images, texts
+
+    def forward(
+        self, batch: ImageBatch, samples: float | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to differentiate, and its terms.
+
+        Sums over this batch are divided by `samples`, the weight of the whole optimizer step over all ranks (None: of
+        this batch), and multiplied by `scale`, which undoes a mean that the engine takes over ranks.
+        """
+        images, texts = self._features(batch.pixel_values, batch.image_features)
+        logits = self.backbone.logits(images, texts)
+        weights = torch.ones_like(logits[:, 0]) if batch.weights is None else batch.weights
+        share = weights / (weights.sum() if samples is None else samples)
+        labels = batch.labels.to(logits.device)
+        terms = {"cross_entropy": (cross_entropy(logits, labels, reduction="none") * share).sum()}
+        features = Features(images, texts, logits, share, batch.pixel_values)
+        for regulariser in self.regularisers:
+            terms.update(regulariser.terms(self.backbone, features))
+        return torch.stack(list(terms.values())).sum() * scale, {name: term.detach() for name, term in terms.items()}

@@ -1,0 +1,125 @@
+"""Terms that keep what is learned near the frozen model: PromptSRC's three and KgCoOp's one (clip_prompts.md 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, log_softmax
+
+from pipeline.clip.methods.base import TEMPLATE
+from pipeline.clip.templates import PROMPTSRC
+from pipeline.clip.towers.backbone import Backbone, normalised
+from pipeline.clip.towers.encode import encode_texts
+from pipeline.clip.towers.schedule import schedule
+from pipeline.clip.towers.text import Words, class_texts
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a regulariser sees of a batch.
+
+    `images` [B, J] and `texts` [K, J], not normalised, `logits` [B, K], and `share` [B] of each sample in the loss.
+    """
+
+    images: Tensor
+    texts: Tensor
+    logits: Tensor
+    share: Tensor
+    pixel_values: Tensor | None
+
+
+class Regulariser:
+    """Terms added to the cross-entropy, named in `names`; `start` is called whenever the classes change."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
+        raise NotImplementedError
+
+    def terms(self, backbone: Backbone, features: Features) -> dict[str, Tensor]:
+        """The weighted terms of this batch by name."""
+        raise NotImplementedError
+
+
+def frozen_text_features(
+    backbone: Backbone, words: Words, names: Sequence[str], templates: Sequence[str], chunk: int = 256
+) -> Tensor:
+    """Text features [K, J] of the frozen model, of unit length: the mean over the templates, not normalised before."""
+    blank = schedule([], [], backbone.sizes.blocks)
+    total = torch.zeros(())
+    with torch.no_grad():
+        for template in templates:
+            texts = class_texts(words, names, template).to(backbone.scale.device)
+            total = total.to(backbone.scale.device) + encode_texts(backbone, texts, blank, {}, chunk)
+        return normalised(total / len(templates))
+
+
+class Consistency(Regulariser):
+    """PromptSRC: absolute differences of normalised features to the frozen model's, and KL of the predictions.
+
+    Mean over all entries of |text - frozen text| times `text_weight`, the same for images, and KL(frozen || learned)
+    of the predictions, summed and divided by the number of logits, times `logit_weight`.
+    """
+
+    names = ("text_consistency", "image_consistency", "logit_consistency")
+
+    def __init__(
+        self,
+        text_weight: float = 25.0,
+        image_weight: float = 10.0,
+        logit_weight: float = 1.0,
+        templates: Sequence[str] = PROMPTSRC,
+    ) -> None:
+        if not templates:
+            raise UserError("The frozen text features need at least one template; none was given. Name one.")
+        self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
+        self.templates = tuple(templates)
+        self._texts: Tensor | None = None
+
+    def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
+        self._texts = frozen_text_features(backbone, words, names, self.templates)
+
+    def terms(self, backbone: Backbone, features: Features) -> dict[str, Tensor]:
+        assert self._texts is not None, "start comes before terms"
+        if features.pixel_values is None:
+            raise UserError(
+                "The consistency terms compare with the frozen model's image features, which needs the images. Turn "
+                "off cached image features, or the consistency terms."
+            )
+        self._texts = self._texts.to(features.images.device)
+        with torch.no_grad():
+            images = backbone.image(features.pixel_values, schedule([], [], backbone.sizes.blocks), {})
+            logits = backbone.logits(images, self._texts)
+        text = (normalised(features.texts) - self._texts).abs().mean()
+        image = (normalised(features.images) - normalised(images)).abs().mean(dim=1)
+        learned, frozen = log_softmax(features.logits, dim=1), log_softmax(logits, dim=1)
+        divergence = (frozen.exp() * (frozen - learned)).mean(dim=1)
+        return {
+            "text_consistency": self.text_weight * text * features.share.sum(),
+            "image_consistency": self.image_weight * (image * features.share).sum(),
+            "logit_consistency": self.logit_weight * (divergence * features.share).sum(),
+        }
+
+
+class KnowledgeGuided(Regulariser):
+    """KgCoOp: `weight` times the mean of 1 - cos(text feature, that of the hand-written `template`)."""
+
+    names = ("knowledge",)
+
+    def __init__(self, weight: float = 8.0, template: str = TEMPLATE) -> None:
+        self.weight, self.template = weight, template
+        self._texts: Tensor | None = None
+
+    def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
+        self._texts = frozen_text_features(backbone, words, names, [self.template])
+
+    def terms(self, backbone: Backbone, features: Features) -> dict[str, Tensor]:
+        assert self._texts is not None, "start comes before terms"
+        self._texts = self._texts.to(features.texts.device)
+        distance = 1.0 - cosine_similarity(features.texts, self._texts, dim=-1).mean()
+        return {"knowledge": self.weight * distance * features.share.sum()}

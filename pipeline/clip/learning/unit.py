@@ -1,0 +1,91 @@
+"""The units of a benchmark: one method on one dataset with one seed, and what each of them learns."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.clip.benchmark.results import Row
+from pipeline.clip.images.classes import Group
+from pipeline.clip.learning.regularisers import Consistency, KnowledgeGuided, Regulariser
+from pipeline.clip.methods import METHODS, PromptLearner, make_learner
+from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
+from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.towers.text import Words
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One method on one dataset with one seed; `groups` are (name, dataset, classes) of what it is evaluated on."""
+
+    method: ClipMethodConfig
+    dataset: DatasetConfig
+    seed: int
+    group: Group  # of the classes it learns from
+    groups: tuple[tuple[str, str, Group], ...]
+
+    @property
+    def label(self) -> str:
+        """The unit's name in the log, in MLflow and of its folder."""
+        return f"{self.method.name}-{self.dataset.name}-s{self.seed}"
+
+    @property
+    def row(self) -> Row:
+        """The unit's row of the results."""
+        return self.method.name, self.dataset.name, self.seed
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train."""
+        return self.method.kind != "zero_shot"
+
+    def folder(self, run: Path) -> Path:
+        """Where a run keeps the unit."""
+        return run / "units" / self.label
+
+    def options(self, classes: int) -> dict[str, Any]:
+        """The method's options for so many classes to learn from."""
+        options = dict(self.method.options)
+        if self.method.per_class:
+            options["classes"] = classes
+        if "template" in inspect.signature(METHODS[self.method.kind]).parameters:
+            options.setdefault("template", self.dataset.description.template)
+        return options
+
+
+def units_of(recipe: ClipRecipe) -> list[Unit]:
+    """All units, method by method; what learns nothing is the same with every seed and has one."""
+    group: Group = "base" if recipe.data.protocol == "base_to_new" else "all"
+    units = []
+    for method in recipe.methods:
+        for dataset in recipe.data.datasets:
+            for seed in recipe.seeds if method.kind != "zero_shot" else recipe.seeds[:1]:
+                units.append(Unit(method, dataset, seed, group, _groups(recipe, dataset)))
+    return units
+
+
+def _groups(recipe: ClipRecipe, dataset: DatasetConfig) -> tuple[tuple[str, str, Group], ...]:
+    if recipe.data.protocol == "base_to_new":
+        return (("base", dataset.name, "base"), ("new", dataset.name, "new"))
+    if recipe.data.protocol == "all_classes":
+        return (("all", dataset.name, "all"),)
+    return tuple((entry.name, entry.name, "all") for entry in (dataset, *recipe.data.targets))
+
+
+def learner_of(unit: Unit, backbone: Backbone, words: Words, classes: int) -> PromptLearner:
+    """The unit's trainables as they start, a function of its seed; UserError for words with too few tokens."""
+    return make_learner(unit.method.kind, backbone, words, seed=unit.seed, **unit.options(classes))
+
+
+def regularisers_of(method: ClipMethodConfig, template: str) -> list[Regulariser]:
+    """What keeps a method near the frozen model; `template` is what a text about the dataset says."""
+    found: list[Regulariser] = []
+    if method.consistency is not None:
+        weights = method.consistency
+        found.append(Consistency(weights.text, weights.image, weights.logits, weights.templates))
+    if method.kind == "kgcoop":
+        found.append(KnowledgeGuided(method.knowledge, template))
+    return found

@@ -1,0 +1,60 @@
+"""Texts through the text tower: per class, or per image and class, whole or in chunks that are recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.towers.schedule import PromptSchedule
+from pipeline.clip.towers.text import ClassTexts
+
+# Texts that go through the tower together where nothing is kept for a backward pass: more would only take memory, which
+# a method with texts per image (images x classes of them) has not got.
+AT_ONCE = 2048
+
+
+def encode_texts(
+    backbone: Backbone,
+    texts: ClassTexts,
+    schedule: PromptSchedule,
+    added: Mapping[int, Tensor],
+    chunk: int | None = None,
+) -> Tensor:
+    """Text features [K, J] of the classes, or [B, K, J] when the context is per image [B, 1, n, D]; not normalised.
+
+    `chunk` sequences go through the tower at a time; when gradients are needed a chunk's activations are dropped and
+    computed again in the backward pass, so memory no longer grows with the number of classes. The numbers are those of
+    one pass over all.
+    """
+    classes = len(texts.ids)
+    context = added.get(0)
+    images = len(context) if context is not None and context.dim() == 4 else None
+    features, learning = [], torch.is_grad_enabled()
+    sequences = torch.arange(classes * (images or 1), device=texts.ids.device)
+    together = chunk or len(sequences)
+    for numbers in sequences.split(together if learning else min(together, AT_ONCE)):
+        if chunk and learning:
+            part = checkpoint(
+                _encode, backbone, texts, schedule, added, numbers, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            part = _encode(backbone, texts, schedule, added, numbers)
+        features.append(part)
+    result = torch.cat(features)
+    return result if images is None else result.view(images, classes, -1)
+
+
+def _encode(
+    backbone: Backbone, texts: ClassTexts, schedule: PromptSchedule, added: Mapping[int, Tensor], numbers: Tensor
+) -> Tensor:
+    """Features of the sequences `numbers` [R], counted image by image, class by class."""
+    classes = numbers % len(texts.ids)
+    fresh = dict(added)
+    if 0 in fresh and fresh[0].dim() > 2:
+        context = fresh[0]
+        fresh[0] = context[classes] if context.dim() == 3 else context[numbers // len(texts.ids), 0]
+    return backbone.text(texts.ids[classes], texts.rows[classes], schedule, fresh)

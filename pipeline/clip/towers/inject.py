@@ -1,0 +1,123 @@
+"""Prompts into the towers of a Hugging Face model from outside, by hooks that live for one forward pass.
+
+The model's own code runs unchanged, so any weights, attention implementation, precision and sharding it supports work.
+Image prompts stand at the end of the sequence and get no position; they enter before CLIP's first layer norm. Text
+prompts stand at given rows; those of the first block replace token embeddings and so get positions, later ones do not.
+Source: clip_prompts.md 2.3, 2.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.clip.towers.schedule import TowerSchedule
+
+Additions = Mapping[int, Tensor]  # block -> fresh prompts [n, D], or [R, n, D] for each of R sequences
+
+
+@contextmanager
+def image_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, pooled_tokens: bool) -> Iterator[None]:
+    """Within this context `tower` (a CLIP or SigLIP vision model) sees the prompts `added`, as `schedule` says.
+
+    `pooled_tokens` says that the tower pools over all tokens; the prompts then leave after the last block, since the
+    pooling was trained on patches.
+    """
+    layers = _layers(tower)
+    with ExitStack() as stack:
+        if 0 in added:
+            stack.enter_context(_changed_output(_part(tower, "embeddings"), lambda x: _append(x, added[0])))
+        for block in range(1, len(schedule.ops)):
+            remove, fresh = schedule.ops[block].remove, added.get(block)
+            if remove or fresh is not None:
+                stack.enter_context(_changed_input(layers[block], _Tail(remove, fresh)))
+        if pooled_tokens and schedule.present[-1]:
+            stack.enter_context(_changed_output(layers[-1], _Tail(schedule.present[-1], None)))
+        yield
+
+
+@contextmanager
+def text_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, rows: Tensor) -> Iterator[None]:
+    """Within this context `tower` (a CLIP or SigLIP text model) sees the prompts `added` at `rows` [R, n].
+
+    Row k of a sequence is where its prompt k stands. A block that removes r prompts and adds r replaces the last r.
+    """
+    layers = _layers(tower)
+    with ExitStack() as stack:
+        for block, fresh in added.items():
+            where = rows[:, rows.shape[1] - schedule.ops[block].add :]
+            place = _Place(where, fresh)
+            if block == 0:
+                table = _part(_part(tower, "embeddings"), "token_embedding")
+                stack.enter_context(_changed_output(table, place))
+            else:
+                stack.enter_context(_changed_input(layers[block], place))
+        yield
+
+
+class _Tail:
+    """Drop the last `remove` tokens of x [B, T, D], then append `fresh`."""
+
+    def __init__(self, remove: int, fresh: Tensor | None) -> None:
+        self.remove, self.fresh = remove, fresh
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kept = x[:, : x.shape[1] - self.remove]
+        return kept if self.fresh is None else _append(kept, self.fresh)
+
+
+class _Place:
+    """Put `fresh` at `rows` [R, n] of x [R, T, D]."""
+
+    def __init__(self, rows: Tensor, fresh: Tensor) -> None:
+        self.rows, self.fresh = rows, fresh
+
+    def __call__(self, x: Tensor) -> Tensor:
+        index = self.rows.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
+        return x.scatter(1, index, _sequences(self.fresh, x))
+
+
+def _append(x: Tensor, fresh: Tensor) -> Tensor:
+    return torch.cat([x, _sequences(fresh, x)], dim=1)
+
+
+def _sequences(prompt: Tensor, x: Tensor) -> Tensor:
+    """The float32 master prompt in the precision of the block it enters, for every sequence of x."""
+    return prompt.to(dtype=x.dtype).expand(len(x), -1, -1)
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name)
+
+
+def _layers(tower: nn.Module) -> nn.ModuleList:
+    layers = tower.get_submodule("encoder.layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+@contextmanager
+def _changed_output(module: nn.Module, change: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _module, _inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _changed_input(module: nn.Module, change: Any) -> Iterator[None]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        if inputs:
+            return (change(inputs[0]), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": change(named["hidden_states"])}
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

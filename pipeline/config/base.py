@@ -1,0 +1,142 @@
+"""What recipes of every kind are made of: sections, names, how a training runs, tracking, and the file they are in."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.data.origin import folder_label, settings_hash
+from pipeline.files.atomic import replacing
+from pipeline.files.passwords import masked
+from pipeline.files.paths import GivenPath, GivenUri
+
+# Where prepared data is unless a recipe says otherwise; {name} and {settings} are filled in. The latter follows from
+# what decides on the data's content alone, so recipes share a folder where they can and nowhere else.
+PREPARED = "data/prepared/{settings}"
+
+SETTINGS_MARK = "{settings}"
+
+# A name becomes a folder and a part of MLflow's metric names, hence the letters and the length.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$"
+NAME_LETTERS = "letters, digits, '_', '-' and '.', a letter or digit first, at most 100"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    """A group of fields: frozen, and a field it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def each_once(what: str, names: Iterable[object], advice: str = "") -> None:
+    """Raise ValueError that tells which of the `names` of a `what` stand there more than once."""
+    listed = [str(name) for name in names]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected every {what} once, and {', '.join(twice)} stands there more often{advice}")
+
+
+class LoopConfig(Section):
+    """How any training runs: what it logs, what it is spread over, when it saves; nothing of what it computes."""
+
+    log_every: int = Field(10, ge=1, description="steps between two log lines")
+    workers: int = Field(0, ge=0, description="loader processes per rank")
+    deepspeed: GivenPath = Field(
+        "ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here"
+    )
+    processes: int | None = Field(None, ge=1, description="ranks a plain `run` starts; null: one per GPU, 1 without")
+    save_minutes: float | None = Field(
+        10, gt=0, description="minutes between two checkpoints inside a stage or unit; null: only as save_steps says"
+    )
+    save_steps: int | None = Field(None, ge=1, description="also save inside it after every so many steps")
+    keep: int = Field(2, ge=1, description="checkpoints kept of what is in progress; what is finished always stays")
+    watchdog_s: float | None = Field(
+        900, gt=0, description="seconds without progress on any rank after which a job ends; null: it may hang for ever"
+    )
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="false: nothing is sent to MLflow")
+    uri: GivenUri | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
+    experiment: str | None = Field(None, description="experiment; null: the recipe's name")
+    registry: bool = Field(True, description="true: a finished run's adapter becomes a version in the model registry")
+
+
+class FileRecipe(Section):
+    """What every kind of recipe has: a name that fills in the folder of its data, and a file it is written to."""
+
+    filled_in: ClassVar[tuple[str, ...]] = ("name",)  # what may stand in braces in run_dir
+
+    name: Name = Field(description="name of the recipe")
+    run_dir: GivenPath = Field("runs/{name}", description="folder of the run; {name} is filled in")
+
+    @field_validator("run_dir")
+    @classmethod
+    def _known_placeholders(cls, run_dir: str) -> str:
+        known = [f"{{{name}}}" for name in cls.filled_in]
+        expected = " and ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
+        try:
+            used = {field for _, field, _, _ in string.Formatter().parse(run_dir) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"expected a path with {expected}, and this has {error}") from error
+        if used - set(cls.filled_in):
+            raise ValueError(f"expected a path in which only {expected} {'are' if known[1:] else 'is'} filled in")
+        return run_dir
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_prepared(cls, fields: Any) -> Any:
+        # Filled in here and not where it is read, so that `data.prepared` is a plain path everywhere.
+        if isinstance(fields, dict) and isinstance(fields.get("data"), dict) and isinstance(fields.get("name"), str):
+            prepared = fields["data"].get("prepared", PREPARED)
+            if isinstance(prepared, str):
+                filled = prepared.replace("{name}", fields["name"])
+                fields = {**fields, "data": {**fields["data"], "prepared": filled}}
+        return fields
+
+    @model_validator(mode="after")
+    def _fill_settings(self) -> FileRecipe:
+        data = getattr(self, "data", None)
+        if data is not None and SETTINGS_MARK in data.prepared:
+            filled = data.prepared.replace(SETTINGS_MARK, self.settings_name())
+            object.__setattr__(self, "data", data.model_copy(update={"prepared": filled}))
+        return self
+
+    def settings_name(self) -> str:
+        """What {settings} in data.prepared stands for: the last part of the root, and a hash of `data_settings`."""
+        settings = self.data_settings()
+        return f"{folder_label(settings.get('root', ''))}-{settings_hash(settings)}"
+
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that decide on the content of the prepared data; those at their defaults are left out."""
+        return {}
+
+    @classmethod
+    def as_a_run_meant(cls, fields: Any) -> Any:
+        """The fields of a run's config.yaml, completed where it was written before a field that changes results."""
+        return fields
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run_dir.format(name=self.name))
+
+    def dump_yaml(self, path: Path) -> None:
+        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was.
+
+        All but a password in `tracking.uri`: run folders are shared (see `pipeline.tracking.tracker.tracking_uri`).
+        """
+        fields = self.model_dump(mode="json")
+        tracking = fields.get("tracking")
+        if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):
+            tracking["uri"] = masked(tracking["uri"])
+        with replacing(path) as temporary:
+            text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")

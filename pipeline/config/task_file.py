@@ -1,0 +1,72 @@
+"""task.json beside a task's train.json and test.json: how the task is scored, as `new-task` wrote it.
+
+A recipe that names the task takes metric and longest answer from there where it does not say them itself; `check` tells
+where it says something else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.files.paths import expanded
+from pipeline.files.strict_text import load_json
+
+if TYPE_CHECKING:
+    from pipeline.config.recipe import Recipe
+
+TASK_FILE = "task.json"
+TAKEN = ("metric", "max_new_tokens")  # fields that a recipe takes from it
+
+
+def read_task_file(folder: Path) -> dict[str, Any]:
+    """The fields of a task's task.json; empty where there is none. UserError for one that is not as it was written."""
+    path = folder / TASK_FILE
+    try:
+        fields = load_json(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} is not as `new-task` writes it ({first}); mend or remove it.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not as `new-task` writes it (no object); mend or remove it.")
+    return fields
+
+
+def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with what its tasks leave to their task.json."""
+    data = fields.get("data")
+    if not isinstance(data, dict) or data.get("source") != "coin" or not isinstance(data.get("root"), str):
+        return fields
+    tasks = data.get("tasks")
+    if not isinstance(tasks, list):
+        return fields
+    try:
+        root = Path(expanded(data["root"]))
+    except UserError:  # the field's own validation says so, with its name
+        return fields
+    return {**fields, "data": {**data, "tasks": [_filled(root, task) for task in tasks]}}
+
+
+def _filled(root: Path, task: Any) -> Any:
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str) or all(name in task for name in TAKEN):
+        return task
+    there = read_task_file(root / "instructions" / task["name"])
+    return {**{name: there[name] for name in TAKEN if name in there}, **task}
+
+
+def contradictions(recipe: Recipe) -> list[str]:
+    """Where a recipe scores a task otherwise than its task.json says, one clause each."""
+    if recipe.data.source != "coin":
+        return []
+    found = []
+    for task in recipe.data.tasks:
+        there = read_task_file(Path(recipe.data.root) / "instructions" / task.name)
+        for name in TAKEN:
+            if name in there and there[name] != getattr(task, name):
+                found.append(f"{task.name}: {name} {getattr(task, name)}, {TASK_FILE} says {there[name]}")
+    return found

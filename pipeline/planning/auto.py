@@ -1,0 +1,106 @@
+"""What a run's `auto` stands for: which DeepSpeed file and which activations it keeps, by the memory plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pipeline.check.model import CheckedModel
+from pipeline.config.recipe import Recipe
+from pipeline.data.sample import Sample
+from pipeline.planning.memory_plan import GIB, Tokens, plan_memory
+from pipeline.planning.model_shape import meta_model
+from pipeline.ranks.world import World, on_main
+from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
+from pipeline.training.hpz import ranks_per_node, several_nodes
+
+log = logging.getLogger(__name__)
+POLICIES = ("none", "selective", "full")  # cheapest first
+# What is left to CUDA itself, and to what the plan's estimates and the allocator's gaps may add.
+KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
+
+
+def fitted(
+    recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list, node: int | None = None
+) -> Recipe:
+    """The recipe with what its `auto`s stand for on these ranks: the same on all of them.
+
+    `samples` gives training samples of which the longest counts; it is called on the first rank. Without GPUs nothing
+    is planned, see `without_gpus`. `node` is the number of ranks on each node, 1 where nodes differ. Raises UserError
+    on all ranks for what rank 0 cannot plan with.
+    """
+    if AUTO not in (recipe.train.deepspeed, recipe.train.checkpointing):
+        return recipe
+    if world.device.type == "cpu":
+        return without_gpus(recipe)
+
+    def plan() -> tuple[str, str]:
+        memory = gpu_memory(world.device)
+        tokens = CheckedModel(recipe, online=False).tokens(samples())
+        chosen = fitting(recipe, world.size, key_width, meta_model(recipe), tokens, memory, node)
+        told = "train.deepspeed: %s, train.checkpointing: %s (%s)"
+        logging.getLogger(__name__).info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
+        return chosen.train.deepspeed, chosen.train.checkpointing
+
+    # Layers are gathered in the same order on all ranks only where all do the same.
+    return _with(recipe, *on_main(world, plan))
+
+
+def fitting(
+    recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int, node: int | None = None
+) -> Recipe:
+    """The recipe with `auto` replaced by what fits into `memory` bytes per GPU by the plan.
+
+    ZeRO-2 where anything fits with it, for then no weight ever travels, and with it the least recomputation that
+    does; else ZeRO-3, on several nodes with a second copy of the weights on each where that fits, for then no weight
+    travels between nodes; and `full` where nothing fits. `model` is on the meta device, `node` the number of ranks on
+    each node (None: as this machine's); see `plan_memory`.
+    """
+    train, allowed = recipe.train, (memory - KEPT_FREE) * ESTIMATED
+    spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
+    files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
+    policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
+    for candidate in (_with(recipe, file, policy) for file in files for policy in policies):
+        plan = plan_memory(candidate, ranks, key_width, model, tokens, node)
+        if plan.training <= allowed:
+            break
+    if plan.evaluation > allowed:
+        # Nothing that is chosen here changes this: answers need a whole model on each GPU under every ZeRO stage.
+        log.warning(
+            "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that can be "
+            "counted on; lower evaluate.batch.",
+            recipe.evaluate.batch,
+            plan.evaluation / GIB,
+            allowed / GIB,
+        )
+    return candidate
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def without_gpus(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` replaced by what it is on CPUs, whose memory is not planned: ZeRO-3, all kept."""
+    train = recipe.train
+    return _with(
+        recipe,
+        ZERO3 if train.deepspeed == AUTO else train.deepspeed,
+        POLICIES[0] if train.checkpointing == AUTO else train.checkpointing,
+    )
+
+
+def least_for_zero2(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens) -> int:
+    """Bytes that a GPU must have for `train.deepspeed: auto` to become ZeRO-2."""
+    policy = POLICIES[-1] if recipe.train.checkpointing == AUTO else recipe.train.checkpointing
+    plan = plan_memory(_with(recipe, ZERO2, policy), ranks, key_width, model, tokens)
+    return int(plan.training / ESTIMATED) + KEPT_FREE
+
+
+def _with(recipe: Recipe, file: str, policy: str) -> Recipe:
+    train = recipe.train.model_copy(update={"deepspeed": file, "checkpointing": policy})
+    return recipe.model_copy(update={"train": train})

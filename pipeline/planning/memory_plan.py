@@ -1,0 +1,335 @@
+"""How much memory a run needs on each GPU, from the model's configuration alone: no weight is read.
+
+The model is built on the meta device, where a tensor has a shape and no storage, and its parameters are counted as
+DeepSpeed would hold them. What is held at each ZeRO stage: Rajbhandari et al., "ZeRO: Memory Optimizations Toward
+Training Trillion Parameter Models" (arXiv 1910.02054), section 5. Exact to padding: weights, trainables, gradients,
+optimizer. Estimates: the gathered window (an upper bound), activations, and what generation needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.backbones.lmm import DTYPES
+from pipeline.backbones.recompute import recomputed_layers
+from pipeline.config.recipe import Recipe
+from pipeline.planning.model_shape import (
+    ModelShape,
+    head_size,
+    intermediate_size,
+    key_value_width,
+    model_shape,
+    number_in,
+)
+from pipeline.prompts.heads import ProjectionHead
+from pipeline.training.deepspeed_config import accumulation, deepspeed_config
+
+FLOAT32 = 4
+GIB = 1 << 30
+AHEAD = 4  # micro-batches that each loader process prepares ahead, see `pipeline.data.loader`
+BESIDE = "plus about 1 GiB for CUDA and what its allocator cannot reuse"
+# A question and its answer where no sample could be looked at: CoIN's are mostly shorter.
+ASSUMED_TEXT, ASSUMED_ANSWER = 128, 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Lengths of one sample; `source` says where they are from."""
+
+    image: int
+    text: int  # the question with its template
+    answer: int
+    source: str
+    # Of the images with most of each, which need not be the longest sample's:
+    crops: int = 1  # images that the vision tower sees
+    patches: int = 0  # of all of it, where the tower takes images of any size
+    values: int = 0  # numbers that the processor hands over
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Bytes per GPU of one kind of content, while training and while evaluating."""
+
+    name: str
+    training: int
+    evaluation: int
+    note: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What lies in the memory of each GPU."""
+
+    ranks: int
+    zero_stage: int
+    entries: tuple[Entry, ...]
+    # Bytes of the host's memory per rank for the pixels of batches that wait in loader processes.
+    waiting: int = 0
+
+    @property
+    def most(self) -> int:
+        """Bytes per GPU at the peak of the run."""
+        return max(self.training, self.evaluation)
+
+    @property
+    def training(self) -> int:
+        """Bytes per GPU at the peak of a training step."""
+        return sum(entry.training for entry in self.entries)
+
+    @property
+    def evaluation(self) -> int:
+        """Bytes per GPU while answers are generated."""
+        return sum(entry.evaluation for entry in self.entries)
+
+    def bytes_of(self, *names: str) -> int:
+        """Bytes while training of the entries with these names."""
+        return sum(entry.training for entry in self.entries if entry.name in names)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON, in bytes."""
+        totals = {"training": self.training, "evaluation": self.evaluation}
+        parts = {entry.name: {k: v for k, v in asdict(entry).items() if k != "name"} for entry in self.entries}
+        return {
+            "ranks": self.ranks,
+            "zero_stage": self.zero_stage,
+            "bytes_per_gpu": totals,
+            "parts": parts,
+            "waiting_pixels": self.waiting,
+        }
+
+
+def plan_memory(
+    recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, node: int | None = None
+) -> MemoryPlan:
+    """Plan a run on `ranks` GPUs, `node` of them on each node (None: as on this machine).
+
+    `model` is the frozen model on the meta device (`meta_model`), `key_width` that of the CLIP keys. Raises UserError
+    when ranks and batch or the DeepSpeed file do not fit (see `accumulation`, `deepspeed_config`).
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    config = deepspeed_config(recipe, ranks, node)
+    zero: Any = get_zero_config(config)
+    stage, element = int(zero.stage), DTYPES[recipe.model.dtype].itemsize
+    projector_learns = recipe.train.projector == "trained"
+    shape = model_shape(model, projector_learns)
+    groups = trainable_groups(recipe, shape, key_width, projector_learns)
+    micro, _ = accumulation(recipe, ranks)
+    sets = _sets_inserted(recipe)
+    length = tokens.image + tokens.text + tokens.answer + sets * recipe.method.prompt_length
+    length = min(length, recipe.model.max_length + sets * recipe.method.prompt_length)
+
+    weights, weights_note = _weights(shape, zero, stage, ranks, element)
+    held, gradients, optimizer = _trained(groups, zero, stage, ranks, element, config)
+    window, window_note = _window(shape, [size for group in groups for size in group], zero, stage, ranks, element)
+    activations = training_activations(recipe, shape, micro, length, tokens, element, stage)
+    whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
+    replica = whole if stage == 3 else 0
+    generation = generation_memory(recipe, shape, length, tokens, element)
+    trained = sum(map(sum, groups))
+    return MemoryPlan(
+        ranks,
+        stage,
+        (
+            Entry("weights", weights, weights, weights_note),
+            Entry("gathered window", window, 0, window_note),
+            Entry(
+                "activations",
+                activations,
+                generation,
+                f"training {micro} x {length} tokens ({tokens.source}); generating {recipe.evaluate.batch} at once",
+            ),
+            Entry("trainables", held, held, f"{_count(trained)} parameters"),
+            Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
+            Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
+            Entry(
+                "evaluation replica",
+                replica if _replica_stays(whole) else 0,
+                replica,
+                "the whole frozen model" if replica else "the trained model itself generates",
+            ),
+        ),
+        waiting=_waiting(recipe, micro, tokens),
+    )
+
+
+def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projector_learns: bool) -> list[list[int]]:
+    """Elements of each trained parameter, by group of the optimizer."""
+    width = shape.text.hidden_size
+    with torch.device("meta"):
+        head = ProjectionHead(width, key_width)
+    groups = [[recipe.method.prompt_length * width], [parameter.numel() for parameter in head.parameters()]]
+    return [*groups, shape.projector] if projector_learns else groups
+
+
+def training_activations(
+    recipe: Recipe, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int, stage: int = 0
+) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass, plus those of one layer's backward.
+
+    Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its input
+    would only be needed for the gradient of its weight. ZeRO-3 puts a linear of its own in the place of torch's, which
+    keeps its input all the same (runtime/zero/linear.py, `LinearFunctionForZeroStage3`). Per token and layer there
+    remain the float32 inputs of the two norms; query, key, value (repeated to all heads), output and a row of the mask
+    of the attention, and each head's logarithm of sums; and gate and up of the gated MLP, in architectures that
+    `pipeline.backbones.gated` does not know the activation as well. After Korthikanti et al., "Reducing Activation
+    Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, less what frozen weights save. That the
+    last layer runs for the answers only is left out. An eager attention keeps its [heads, N, N] probabilities instead
+    of output and mask, in float32 and, if that is another, in the model's precision. With sets behind the image only
+    what stands there has gradients; of the image there are keys and values. The logits are those of the answers only.
+    The vision tower runs without gradients; of it the hidden states of all layers exist for a moment.
+    """
+    text = shape.text
+    width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
+    attention = heads * head_size(text)
+    gates = 2 if shape.gates_kept_once else 3
+    per_token, per_key = 2 * FLOAT32 * width + (attention + gates * inner) * element, 2 * attention * element
+    if recipe.model.attn_implementation == "eager":
+        per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
+    else:
+        per_token += (attention + length) * element + heads * FLOAT32
+    if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
+        per_token += (2 * width + attention + inner) * element
+    again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
+    two_passes = recipe.method.insertion == "after_image"
+    own = length - tokens.image * two_passes  # tokens with gradients
+    layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
+    kept = batch * (layers + own * FLOAT32 * width)
+    if two_passes:  # keys and values of all that stands before the sets
+        kept += batch * tokens.image * 2 * key_value_width(text) * text.num_hidden_layers * element
+    logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
+    projected = batch * tokens.image * 3 * width * element if shape.projector else 0
+    return kept + logits + projected + _vision(shape, batch, tokens, element)
+
+
+def generation_memory(recipe: Recipe, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
+    """Bytes of the key-value cache at the end of the longest answers, and of one layer of the prefill."""
+    text, batch = shape.text, recipe.evaluate.batch
+    answer = max(task.max_new_tokens for task in recipe.data.tasks)
+    cache = batch * (length + answer) * 2 * key_value_width(text) * text.num_hidden_layers * element
+    layer = batch * length * (6 * text.hidden_size + 3 * intermediate_size(text)) * element
+    return cache + layer + _vision(shape, batch, tokens, element)
+
+
+def _weights(shape: ModelShape, zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
+    count = f"{_count(sum(shape.frozen))} frozen parameters"
+    if stage < 3:
+        return sum(shape.frozen) * element + shape.buffers, count
+    if _on_host(zero.offload_param):
+        return shape.buffers, f"{count}, kept in the host's memory"
+    held = sum(_share(size, ranks) for size in shape.frozen) + _resident(shape.frozen, zero)
+    note = f"{count}, 1/{ranks} on each"
+    node = int(zero.zero_hpz_partition_size)
+    if node > 1:  # hpZ: a second copy, divided over the GPUs of one node (ZeRO++, arXiv 2306.10209, section 3.2)
+        held += sum(_share(size, node) for size in shape.frozen)
+        note += f" and 1/{node} again for gathering within a node"
+    return held * element + shape.buffers, note
+
+
+def _trained(
+    groups: list[list[int]], zero: Any, stage: int, ranks: int, element: int, config: dict[str, Any]
+) -> tuple[int, int, int]:
+    """(trainables, gradients, optimizer) in bytes."""
+    count = sum(map(sum, groups))
+    if stage == 0:
+        masters = 0 if element == FLOAT32 else FLOAT32
+        # bfloat16 gradients become float32 ones for the step.
+        return count * element, count * (element + masters), count * (masters + 2 * FLOAT32)
+    sizes = {"fp32": FLOAT32, "fp16": 2, "bf16": 2}
+    accumulated = sizes.get(str((config.get("data_types") or {}).get("grad_accum_dtype")), element)
+    bucket = int(zero.reduce_bucket_size) * sizes.get(str(config.get("communication_data_type")), element)
+    if stage < 3:
+        # A group is one flat buffer, padded so that the parts of all ranks begin at 4 bytes.
+        padded = [_share(sum(group), 2 * ranks) * 2 * ranks for group in groups]
+        part = sum(padded) // ranks
+        trainables, reduced = sum(padded) * element, part if stage == 2 else count
+        buffers = bucket * (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
+        optimizer = part * 3 * FLOAT32
+        gradients = count * element + reduced * accumulated + part * FLOAT32 * (element != FLOAT32) + buffers
+    else:
+        part = sum(_share(size, ranks) for group in groups for size in group)
+        trainables = (part + sum(_resident(group, zero) for group in groups)) * element
+        optimizer = part * 3 * FLOAT32
+        step = max(sum(_share(size, ranks) for size in group) for group in groups) * FLOAT32 * (element != FLOAT32)
+        gradients = count * element + part * accumulated + step + (bucket if zero.contiguous_gradients else 0)
+    return trainables, gradients, 0 if _on_host(zero.offload_optimizer) else optimizer
+
+
+def _window(shape: ModelShape, trained: list[int], zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
+    """Most that ZeRO-3 holds gathered at once: an upper bound, and how it comes about.
+
+    DeepSpeed gathers the current module whole, a layer in one piece. It keeps what is used again within
+    max_reuse_distance, which at the end of the forward pass are the last layers, and prefetches whole parameters until
+    the prefetch bucket is full, while fewer than max_live_parameters are there; what it prefetched for the backward
+    pass is not released in between (partitioned_param_coordinator.py, `_fetch_sub_module_impl`, `__params_to_release`).
+    The trainables stand outside the layers and are there throughout. With several ranks a gathered piece exists twice
+    for a moment: as it was sent and as parameters.
+    """
+    if stage < 3:
+        return 0, "nothing is gathered"
+    gathered = [size for size in [*shape.frozen, *trained] if size > int(zero.param_persistence_threshold)]
+    if not gathered:
+        return 0, "all weights stay whole"
+    layer, bucket, limit = max(shape.fetched), int(zero.prefetch_bucket_size), int(zero.max_live_parameters)
+    kept = int(zero.max_reuse_distance)
+    live = kept + layer + sum(trained)
+    if bucket and live < limit:
+        live = min(live + layer + bucket, limit) + max(gathered)
+    copied = layer if ranks > 1 else 0
+    if live >= sum(gathered):
+        return (sum(gathered) + copied) * element, "at most: all weights, for there are few"
+    return (live + copied) * element, f"at most: layers of {_count(layer)}, {_count(kept)} kept for reuse, prefetched"
+
+
+def _waiting(recipe: Recipe, micro: int, tokens: Tokens) -> int:
+    """Bytes of pixels that the loader processes of a rank hold at once, in float32."""
+    training = recipe.train.workers * AHEAD * micro
+    return max(training, recipe.evaluate.batch) * tokens.values * FLOAT32
+
+
+def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:
+    """Bytes while the vision tower runs: pixels in float32 and as it takes them, and all layers' hidden states."""
+    vision = shape.vision
+    size, patch = number_in(vision, "image_size"), number_in(vision, "patch_size")
+    width, layers = number_in(vision, "hidden_size"), number_in(vision, "num_hidden_layers", "depth")
+    seen = tokens.crops * ((size // patch) ** 2 + 1) if size and patch else tokens.patches
+    pixels = tokens.values * (FLOAT32 + element)
+    # All hidden states, and about ten vectors of the layer at work.
+    return batch * (seen * width * (layers + 10) * element + pixels)
+
+
+def _sets_inserted(recipe: Recipe) -> int:
+    method, tasks = recipe.method, len(recipe.data.tasks)
+    if method.name != "modalprompt":
+        return 0 if method.name == "zero_shot" else 1
+    return {"all": tasks, "current": 1}.get(method.selection, min(method.k, tasks))
+
+
+def _replica_stays(size: int) -> bool:
+    from pipeline.sequence.models import KEEP_REPLICA_BYTES
+
+    return size < KEEP_REPLICA_BYTES
+
+
+def _resident(sizes: list[int], zero: Any) -> int:
+    """Elements that DeepSpeed keeps whole beside their partitions, being small."""
+    return sum(size for size in sizes if size <= int(zero.param_persistence_threshold))
+
+
+def _on_host(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) not in ("none", "None")
+
+
+def _share(size: int, ranks: int) -> int:
+    return -(-size // ranks)
+
+
+def _count(number: int) -> str:
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
+    return str(number)

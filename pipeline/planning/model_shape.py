@@ -1,0 +1,101 @@
+"""A model's size from its configuration alone: it is built on the meta device, where no weight is read or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.backbones.gated import is_gated
+from pipeline.backbones.lmm import DTYPES
+from pipeline.backbones.lmm_families import family_of
+from pipeline.backbones.lmm_processor import source_of
+from pipeline.config.recipe import Recipe
+from pipeline.hub.snapshots import settings_folder
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan needs to know of a model; counts in elements."""
+
+    frozen: list[int]  # of each parameter
+    projector: list[int]  # of each parameter of the part that joins vision and language
+    buffers: int  # bytes
+    fetched: list[int]  # what ZeRO-3 gathers at once, in the order of the modules
+    text: Any
+    vision: Any
+    gates_kept_once: bool = False  # see `pipeline.backbones.gated`
+
+
+def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
+    """Build the recipe's frozen model on the meta device from its configuration, or from a given one.
+
+    Raises UserError, OSError or ValueError when the configuration cannot be had or is of no image-text-to-text model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    model = recipe.model
+    if config is None:
+        config = AutoConfig.from_pretrained(settings_folder(source_of(model)), trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=DTYPES[model.dtype], attn_implementation=model.attn_implementation, trust_remote_code=False
+        )
+
+
+def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
+    """Count a model's parameters, each once, and the pieces in which ZeRO-3 gathers them."""
+    config: Any = model.config
+    inner: Any = model.model
+    family = family_of(config.model_type)
+    projector = list(inner.get_submodule(family.projector).parameters()) if projector_learns else []
+    learned = {id(parameter) for parameter in projector}
+    return ModelShape(
+        frozen=[p.numel() for p in model.parameters() if id(p) not in learned],
+        projector=[p.numel() for p in projector],
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        fetched=list(_fetched_together(model)),
+        text=config.get_text_config(),
+        vision=getattr(config, "vision_config", None),
+        gates_kept_once=is_gated(inner.get_submodule(family.decoder).layers[0].mlp),
+    )
+
+
+def _fetched_together(module: nn.Module, layers: frozenset[str] | None = None) -> Iterator[int]:
+    """Sizes of what ZeRO-3 gathers at once: a whole layer (see the engine), else a module's own parameters."""
+    if layers is None:
+        layers = frozenset(name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ())
+    whole = type(module).__name__ in layers
+    size = sum(parameter.numel() for parameter in module.parameters(recurse=whole))
+    if size:
+        yield size
+    if not whole:
+        for child in module.children():
+            yield from _fetched_together(child, layers)
+
+
+def head_size(text: Any) -> int:
+    """Width of one attention head."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def key_value_width(text: Any) -> int:
+    """Width of a layer's keys, and of its values, as they are cached."""
+    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size(text)
+
+
+def intermediate_size(text: Any) -> int:
+    """Width inside the MLP."""
+    return getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+
+
+def number_in(config: Any, *names: str) -> int:
+    """The first of these fields as a number; some models give height and width."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value:
+            return int(max(value)) if isinstance(value, list | tuple) else int(value)
+    return 0

@@ -1,0 +1,49 @@
+"""What a user is told when a GPU's memory was too small: which fields of the recipe make it enough.
+
+The plan and the batches are the same after every restart, so starting again alone cannot help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.config.recipe import Recipe
+from pipeline.errors import OutOfMemory
+
+
+@contextlib.contextmanager
+def told_what_helps(recipe: Recipe, work: str) -> Iterator[None]:
+    """Turn torch.OutOfMemoryError into OutOfMemory with a sentence; `work` is "training" or "evaluation"."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(_sentence(recipe, work, error)) from error
+
+
+def _sentence(recipe: Recipe, work: str, error: BaseException) -> str:
+    said = (str(error).splitlines() or ["out of memory"])[0].split(". ")[0]
+    helps = _training(recipe) if work == "training" else _evaluation(recipe)
+    return (
+        f"The GPU's memory was not enough for {work} ({said}). What was finished is kept, but the same command would "
+        f"end here again. {helps}; `python -m pipeline check` shows what the plan expects. Check also that no other "
+        "process uses the GPU."
+    )
+
+
+def _training(recipe: Recipe) -> str:
+    train = recipe.train
+    fewer = "" if train.micro_batch == 1 else "set train.micro_batch to a smaller divisor of train.global_batch"
+    again = "" if train.checkpointing == "full" else "train.checkpointing to full"
+    shared = "" if "zero3" in train.deepspeed else "train.deepspeed to ds_configs/zero3.json"
+    ways = [way for way in (fewer, again, shared, "or give images fewer tokens with model.image_tokens") if way]
+    sentence = ", ".join(ways).removeprefix("or ")
+    return sentence[0].upper() + sentence[1:]
+
+
+def _evaluation(recipe: Recipe) -> str:
+    batch = recipe.evaluate.batch
+    smaller = f"Lower evaluate.batch (now {batch})" if batch > 1 else "evaluate.batch is 1 already"
+    return f"{smaller}, or give images fewer tokens with model.image_tokens"

@@ -1,0 +1,144 @@
+"""What a training step costs on many GPUs, on paper: `python -m pipeline.scaling` prints the tables of docs/scaling.md.
+
+Memory is that of `pipeline.planning.memory_plan`. Traffic follows from what ZeRO-3 gathers: all weights once in the
+forward and once in the backward pass, of which in a ring of N ranks every link carries (N - 1) / N. The time is that of
+the slowest of arithmetic, gathering inside a node and gathering between nodes if they overlap perfectly, and
+their sum if not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.planning.memory_plan import GIB, MemoryPlan, Tokens, plan_memory
+from pipeline.training.hpz import USUAL_NODE
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GATHERS = 2  # of every weight per micro-batch: forward, backward
+# Multiplications and additions per parameter and token: 2 forward, 2 backward, for frozen weights need no gradient.
+FLOPS_PER_PARAMETER = 4
+MICRO_BATCH, KEY_WIDTH = 2, 768
+TOKENS = Tokens(image=576, text=128, answer=16, source="assumed")
+RANKS = (8, 16, 64, 128, 512)
+ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a cluster does in practice: effective, not peak."""
+
+    flops: float  # of one GPU, bfloat16, per second
+    within: float  # bytes per second that one GPU receives while gathering inside a node
+    between: float  # bytes per second into one node
+
+
+# A node of eight GPUs of the 80 GB class: 40 % of 990 TFLOP/s, NVLink's usual bus bandwidth in all-gathers, and a
+# network of eight 400 Gb/s ports at half their rate, or of a single 200 Gb/s port.
+WIDE = Hardware(flops=4e14, within=3e11, between=2e11)
+NARROW = Hardware(flops=4e14, within=3e11, between=2.5e10)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of one micro-batch per GPU; bytes received."""
+
+    within: float  # per GPU, from its own node
+    between: float  # per node, from other nodes
+    flops: float  # per GPU
+
+    def seconds(self, hardware: Hardware) -> tuple[float, float]:
+        """(everything overlaps, nothing does)"""
+        parts = (self.flops / hardware.flops, self.within / hardware.within, self.between / hardware.between)
+        return max(parts), sum(parts)
+
+
+def step(weights: float, parameters: float, trained: float, ranks: int, node: int, hpz: bool, tokens: int) -> Step:
+    """Return what a step moves and computes under ZeRO-3.
+
+    `weights` and `trained` are bytes of the frozen weights and of the trainables, `parameters` the number of frozen
+    parameters, `tokens` those of a micro-batch. The trainables' gradients are reduced over all ranks and the updated
+    values gathered, whatever happens to the frozen weights.
+    """
+    nodes = -(-ranks // node)
+    group = min(ranks, node) if hpz or nodes == 1 else ranks
+    gathered = GATHERS * weights * (group - 1) / group
+    exchanged = 2 * trained * (ranks - 1) / ranks
+    crosses = nodes > 1
+    return Step(
+        within=gathered + exchanged,
+        between=(0.0 if group <= node else gathered) + exchanged if crosses else 0.0,
+        flops=FLOPS_PER_PARAMETER * parameters * tokens,
+    )
+
+
+def models() -> Iterator[tuple[str, nn.Module]]:
+    """Models of three sizes on the meta device, from sizes that are public; nothing is downloaded."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "7B": LlamaConfig(vocab_size=32064),
+        "13B": LlamaConfig(
+            vocab_size=32064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+        ),
+        "72B": Qwen2Config(
+            vocab_size=152064,
+            hidden_size=8192,
+            intermediate_size=29568,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        ),
+    }
+    for name, text in sizes.items():
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **vision),
+            text_config=text,
+        )
+        with torch.device("meta"):
+            yield name, LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+
+
+def plan(recipe: Recipe, model: nn.Module, ranks: int, deepspeed: str) -> MemoryPlan:
+    """Return the memory plan of a recipe on so many GPUs with `MICRO_BATCH` samples each."""
+    train = recipe.train.model_copy(
+        update={"global_batch": MICRO_BATCH * ranks, "micro_batch": MICRO_BATCH, "deepspeed": deepspeed}
+    )
+    return plan_memory(recipe.model_copy(update={"train": train}), ranks, KEY_WIDTH, model, TOKENS)
+
+
+def main() -> None:
+    """Print the tables."""
+    recipe = load_recipe("coin_llava15_7b")
+    tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + recipe.method.k * recipe.method.prompt_length)
+    built = list(models())
+    print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | evaluation GiB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, model in built:
+        weights = sum(p.nbytes for p in model.parameters())
+        for ranks in RANKS:
+            plans = [plan(recipe, model, ranks, file) for file in (ZERO2, ZERO3, HPZ)]
+            used = " | ".join(f"{found.training / GIB:.1f}" for found in plans)
+            print(f"| {name} | {weights / GIB:.1f} | {ranks} | {used} | {plans[2].evaluation / GIB:.1f} |")
+    print()
+    print("| model | GPUs | hpZ | GB per GPU inside the node | GB into each node | s, wide network | s, one port |")
+    print("|---|---|---|---|---|---|---|")
+    for name, model in built:
+        weights, count = sum(p.nbytes for p in model.parameters()), sum(p.numel() for p in model.parameters())
+        for ranks in RANKS:
+            trained = plan(recipe, model, ranks, ZERO2).bytes_of("trainables")
+            for hpz in (False, True) if ranks > USUAL_NODE else (False,):
+                cost = step(weights, count, trained, ranks, USUAL_NODE, hpz, tokens)
+                times = " | ".join("{:.2f} - {:.2f}".format(*cost.seconds(hardware)) for hardware in (WIDE, NARROW))
+                moved = f"{cost.within / 1e9:.1f} | {cost.between / 1e9:.2f}"
+                print(f"| {name} | {ranks} | {'yes' if hpz else 'no'} | {moved} | {times} |")
+
+
+if __name__ == "__main__":
+    main()

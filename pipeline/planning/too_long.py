@@ -1,0 +1,147 @@
+"""What a run does with samples that are too long for the model, decided once by the first rank and kept with the run.
+
+`refuse` ends the start with a sentence. `skip` leaves training samples out and counts test samples as wrong, with an
+empty answer: a test set keeps its size. `truncate` cuts questions when they are tokenised (see
+`pipeline.data.truncation`), in training and in tests alike, and refuses what no cut helps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbones.lmm_processor import load_processor, settings_fingerprint
+from pipeline.config.recipe import Recipe, TaskConfig
+from pipeline.data.conversation import Conversation
+from pipeline.data.shards import IndexedShards
+from pipeline.errors import UserErrors
+from pipeline.planning.sample_lengths import SplitLengths, long_answers, measure
+from pipeline.runs.finished import COMPLETE, LENGTHS_FILE, META, write_json
+
+log = logging.getLogger("pipeline.planning.too_long")
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rows by split and task: those that the model is not given, and those that tell what memory a step takes."""
+
+    left_out: dict[str, list[list[int]]]
+    telling: list[list[int]]  # of the training splits
+
+    def counts(self, tasks: Sequence[TaskConfig]) -> dict[str, int]:
+        """How many samples are left out, by task and split, where any are."""
+        return {
+            f"{task.name}/{split}": len(rows)
+            for split in SPLITS
+            for task, rows in zip(tasks, self.left_out[split], strict=True)
+            if rows
+        }
+
+
+def conversation_of(recipe: Recipe) -> Conversation:
+    """How the recipe's samples become tokens; the model itself is not loaded."""
+    model = recipe.model
+    cuts = recipe.data.too_long == "truncate"
+    return Conversation(load_processor(model), model.max_length, model.template, model.image_padding, cuts)
+
+
+def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
+    """Decide for the prepared splits [T] of train and test; raises UserErrors for what `data.too_long` refuses.
+
+    What the run's folder says of the same data and settings is taken from there.
+    """
+    path = recipe.run_path / LENGTHS_FILE
+    made_from = _made_from(recipe, shards)
+    kept = _kept(path, made_from)
+    if kept is not None:
+        return Decision(kept["left_out"], kept["telling"])
+    conversation, too_long = conversation_of(recipe), recipe.data.too_long
+    found: dict[str, list[SplitLengths]] = {split: [] for split in SPLITS}
+    notes: list[str] = []
+    for split in SPLITS:
+        for task, part in zip(recipe.data.tasks, shards[split], strict=True):
+            name, limit = f"{task.name}/{split}", limit_of(task, split)
+            found[split].append(measure(part, conversation, name, limit, answered=split == "train"))
+            if split == "test":
+                notes.append(long_answers(part, conversation, name, task.max_new_tokens, limit))
+    learned = _learned(recipe.run_path)
+    sentences = []
+    for split in SPLITS:
+        for task, lengths in zip(recipe.data.tasks, found[split], strict=True):
+            wrong = lengths.sentences(too_long) + (_nothing_left(lengths, too_long) if split == "train" else [])
+            if split == "train" and task.name in learned:
+                notes += [f"{sentence} Its stage is finished: what was learned stays." for sentence in wrong]
+            else:
+                sentences += wrong
+    if sentences:
+        raise UserErrors(sentences)
+    left_out = {split: [lengths.misfits if too_long == "skip" else [] for lengths in found[split]] for split in SPLITS}
+    decision = Decision(left_out, [list(lengths.telling) for lengths in found["train"]])
+    notes += [note for lengths in _all(found) if (note := told(lengths, too_long))]
+    for note in filter(None, notes):
+        log.warning("%s", note)
+    if path.parent.is_dir():
+        write_json(path, {"made_from": made_from, "left_out": left_out, "telling": decision.telling})
+    return decision
+
+
+def told(lengths: SplitLengths, too_long: str) -> str:
+    """A sentence about what becomes of the samples that do not fit; "" where all do."""
+    if too_long == "skip" and lengths.misfits:
+        becomes = "left out of training" if lengths.name.endswith("/train") else "counted as wrong, with no answer"
+        return f"{lengths.name}: {len(lengths.misfits)} of {lengths.count} samples are too long and {becomes}."
+    if too_long == "truncate" and lengths.too_long:
+        return f"{lengths.name}: the questions of {len(lengths.too_long)} of {lengths.count} samples are cut to fit."
+    return ""
+
+
+def limit_of(task: TaskConfig, split: str) -> int | None:
+    """How many samples of a task's split the recipe uses; None: all."""
+    return task.limit_train if split == "train" else task.limit_test
+
+
+def _learned(run: Path) -> set[str]:
+    """Tasks of finished stages: an earlier version trained them without looking at every sample's length, and a run
+    that is finished has to stay one that can be evaluated and added to."""
+    tasks: set[str] = set()
+    for finished in (run / "stages").glob(f"*/{COMPLETE}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged stage is said by its reader
+            tasks |= set(json.loads((finished.parent / META).read_text("utf-8"))["data"])
+    return tasks
+
+
+def _nothing_left(lengths: SplitLengths, too_long: str) -> list[str]:
+    if too_long != "skip" or len(lengths.misfits) < lengths.count:
+        return []
+    return [
+        f"{lengths.name}: all {lengths.count} samples are too long for model.max_length {lengths.most}, and "
+        "data.too_long skip would leave none. Raise model.max_length, or lower model.image_tokens."
+    ]
+
+
+def _all(found: dict[str, list[SplitLengths]]) -> list[SplitLengths]:
+    return [lengths for split in SPLITS for lengths in found[split]]
+
+
+def _made_from(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> dict[str, Any]:
+    model = recipe.model
+    return {
+        "data": {split: [part.fingerprint for part in shards[split]] for split in SPLITS},
+        "limits": [[task.limit_train, task.limit_test, task.max_new_tokens] for task in recipe.data.tasks],
+        "model": [model.max_length, model.template, model.image_padding, recipe.data.too_long],
+        "model_files": settings_fingerprint(model),
+    }
+
+
+def _kept(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return content if content["made_from"] == made_from and content["left_out"] and "telling" in content else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,147 @@
+"""Greedy answers of a model on this rank to questions with their prompt sets, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm_beginning import generate_behind
+from pipeline.console.progress import counted
+from pipeline.data.collate import Batch, Examples, collated
+from pipeline.data.conversation import Example
+from pipeline.data.grouped_order import image_groups
+from pipeline.data.loader import loaded
+from pipeline.data.prompt_lengths import prompt_lengths
+from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.insertion import gather_sets, insert_prompts
+from pipeline.prompts.routing import NO_SET
+from pipeline.prompts.two_passes import cut_behind_images
+
+WAITING_BYTES = 128 << 20  # of samples that loader processes have made and that wait for their batch
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What goes on beside generation.
+
+    `workers` loader processes make the samples that come next; 0: this process makes each batch before it is answered.
+    `bar` names the bar that a terminal shows. `go_on` is asked before every batch; the batches after its first no are
+    left out. `progress` is called for every sample that was made and every batch that was answered.
+    """
+
+    workers: int = 0
+    bar: str | None = None
+    go_on: Callable[[], bool] = lambda: True
+    progress: Callable[[], None] = lambda: None
+
+
+PLAIN = Conditions()
+
+
+@torch.no_grad()
+def generate_answers(
+    lmm: LMM,
+    examples: Examples,
+    indices: Sequence[int],
+    selected: Tensor,
+    sets: Tensor,
+    max_new_tokens: int,
+    batch: int,
+    insertion: str = "after_bos",
+    conditions: Conditions = PLAIN,
+) -> dict[int, str]:
+    """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
+    samples, which stand where `insertion` says (see `insertion_place`).
+
+    Samples of similar length are generated together. How samples are batched changes the order in which numbers are
+    added and nothing else: float32 answers were always the same, in bfloat16 on a GPU close calls may differ. Each
+    sample is decoded and tokenised once.
+    """
+    device = lmm.model.device
+    ordered = _ordered(examples, indices, selected, sets.shape[1] if len(sets) else 0)
+    bank, selected = _used_sets(sets, selected, indices)
+    bank = bank.to(device, lmm.dtype)
+    answers: dict[int, str] = {}
+    made = _made(examples, ordered, batch, conditions.workers)
+    parts = (ordered[start : start + batch] for start in range(0, len(ordered), batch))
+    answer = generate_once if examples.sharing == "none" else _generate_behind
+    for part in counted(parts, len(ordered), conditions.bar):
+        if not conditions.go_on():
+            break
+        chosen = []
+        for _ in part:
+            chosen.append(next(made))
+            conditions.progress()
+        inputs = collated(examples, chosen, part, [1.0] * len(part), selected, with_answer=False)
+        if device.type == "cuda":
+            inputs = inputs.pinned()
+        generated = answer(lmm, inputs.to(device), bank, max_new_tokens, insertion)
+        for index, tokens in zip(part, generated, strict=True):
+            answers[index] = examples.conversation.decode(tokens)
+        conditions.progress()
+    return answers
+
+
+def _made(examples: Examples, ordered: Sequence[int], batch: int, workers: int) -> Iterator[Example]:
+    """The examples of these samples in this order, made ahead by loader processes where there are any."""
+    if not workers or len(ordered) <= 1:
+        yield from (examples[index] for index in ordered)
+        return
+    # The first is among the largest: so many of it may wait in shared memory, at most a batch.
+    first = examples[ordered[0]]
+    yield first
+    waiting = max(workers, min(batch, WAITING_BYTES // max(first.nbytes, 1)))
+    yield from loaded(examples, ordered[1:], workers, ahead=-(-waiting // workers))
+
+
+def _ordered(examples: Examples, indices: Sequence[int], selected: Tensor, set_length: int) -> list[int]:
+    """The samples from the longest prompt to the shortest; where samples share images, those that show the same one
+    directly behind the longest of them."""
+    chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+    sets = (selected[chosen] != NO_SET).sum(1).numpy()
+    lengths = prompt_lengths(examples, indices) + set_length * sets
+    places = np.lexsort((chosen.numpy(), -lengths))
+    ordered = [int(indices[place]) for place in places.tolist()]
+    if examples.sharing == "none":
+        return ordered
+    groups = image_groups(examples.data.keys)
+    first: dict[int, int] = {}
+    for place, index in enumerate(ordered):
+        first.setdefault(int(groups[index]), place)
+    return sorted(ordered, key=lambda index: first[int(groups[index])])
+
+
+def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of the sets [T, L, D] those that the samples `indices` get, and their numbers among these for all samples.
+
+    So a pool of a thousand sets takes no more of the device's memory than one of eight.
+    """
+    used = selected[list(indices)].unique()
+    used = used[used != NO_SET]
+    numbers = torch.full((len(sets) + 1,), NO_SET, dtype=torch.long)  # the last is that of NO_SET itself
+    numbers[used] = torch.arange(len(used))
+    return sets[used.to(sets.device)], numbers[selected]
+
+
+def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+    """Answers [B] to a batch, each sample computed from its first token on."""
+    embeddings, attention, places = embed_with_sets(lmm, inputs, bank, insertion)
+    return lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
+
+
+def _generate_behind(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+    """Answers [B] to a batch, in which what samples begin with in common is computed once."""
+    cut = cut_behind_images(lmm, inputs, bank, insertion)
+    embeddings, attention = cut.embeddings, cut.attention
+    if insertion == "after_image" and inputs.selected.shape[1] and len(bank):
+        vectors, valid = gather_sets(bank, inputs.selected)
+        foremost = torch.zeros_like(cut.groups)
+        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
+        used = int(attention.sum(1).max())
+        embeddings, attention = embeddings[:, :used], attention[:, :used]
+    return generate_behind(lmm, cut.beginning, cut.groups, embeddings, attention, max_new_tokens)

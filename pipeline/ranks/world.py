@@ -1,0 +1,233 @@
+"""Ranks: who we are, and the few collective operations that decisions need."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from pipeline.data.shard_files import raise_descriptor_limit
+from pipeline.errors import Interrupted, UserError
+from pipeline.ranks.devices import described, require_usable_gpus
+from pipeline.ranks.shutdown import leave_from_wait
+
+log = logging.getLogger("pipeline.ranks.world")
+T = TypeVar("T")
+# Longer than the watchdog waits, which can say more; what is asked for is `watchdog.collective_timeout`.
+TIMEOUT = datetime.timedelta(minutes=40)
+ROUND_S = 10.0  # after so many seconds of work in a thread all ranks look whether the run was told to stop
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def _rank_from_environment() -> tuple[int, int, int]:
+    """(rank, size, local rank) from torchrun or deepspeed, else from Slurm, else a single process."""
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, 0))
+    return 0, 1, 0
+
+
+def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
+    """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again.
+
+    A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too. Raises
+    UserError where GPUs are to be expected and torch cannot use them.
+    """
+    raise_descriptor_limit()
+    rank, size, local = _rank_from_environment()
+    require_usable_gpus()
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+        share_cores(int(os.environ["LOCAL_SIZE"]))
+    # DeepSpeed insists on these, and takes LOCAL_RANK for the number of the device: with one visible device per task
+    # (Slurm's --gpus-per-task, --gpu-bind) that is 0 in all of them.
+    place = device.index if device.type == "cuda" else local
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(place)})
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if size == 1:
+            os.environ.setdefault("MASTER_PORT", str(free_port()))
+        elif "MASTER_PORT" not in os.environ:
+            raise UserError(
+                f"{size} processes were started but MASTER_ADDR and MASTER_PORT are not set. "
+                "Start them with `deepspeed`, `torchrun` or `python -m pipeline run`, or export both variables."
+            )
+        # DeepSpeed makes groups without saying for how long they wait: they get torch's defaults, 10 minutes with NCCL.
+        c10d = dist.distributed_c10d
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+        with leave_from_wait("the other ranks") if size > 1 else contextlib.nullcontext():
+            dist.init_process_group(backend, timeout=timeout)
+        if rank == 0:
+            log.info("%s", described(device, size))
+    return World(rank, size, local, device)
+
+
+def share_cores(processes: int) -> None:
+    """Let each of so many processes of this machine compute with its share of the cores, unless threads were set.
+
+    By default each takes all of them, and threads that wait for their turn slow each other down. A task of Slurm with
+    CPUs of its own has no others to share with.
+    """
+    cores = len(os.sched_getaffinity(0))
+    by_default = torch.get_num_threads() in (cores, os.cpu_count(), psutil.cpu_count(logical=False))
+    said = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "SLURM_CPUS_PER_TASK"} & os.environ.keys()
+    if processes > 1 and by_default and not said:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // processes)))
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def close_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's object, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's object in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of a tensor over the ranks (a new tensor)."""
+    total = values.detach().clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """True on every rank if the flag is set on any of them."""
+    value = torch.tensor(float(flag), device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do something on rank 0 alone and give every rank its result; an exception of rank 0 is raised on every rank."""
+    result: T | None = None
+    error: BaseException | None = None
+    if world.main:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+    message = broadcast_object((result, None if error is None else (type(error), str(error))))
+    if error is not None:
+        raise error
+    if message[1] is not None:
+        kind, text = message[1]
+        told = next((known for known in (UserError, Interrupted) if issubclass(kind, known)), None)
+        raise RuntimeError(f"Rank 0 failed: {text}") if told is None else told(text)
+    return message[0]  # type: ignore[return-value]
+
+
+def in_rounds(world: World, thread: threading.Thread | None, each_round: Callable[[], object], seconds: float) -> None:
+    """Start this rank's `thread`, if it has one, and return when those of all ranks have ended.
+
+    All ranks call it, and together `each_round` about every so many seconds meanwhile, so that none waits in a
+    collective for as long as the work takes.
+    """
+    if thread is not None:
+        thread.start()
+    running = True
+    while running:
+        if thread is not None:
+            thread.join(seconds)
+        running = agree(thread is not None and thread.is_alive(), world.device)
+        each_round()
+
+
+def on_main_in_rounds(world: World, work: Callable[[], T], each_round: Callable[[], object]) -> T:
+    """`on_main` for work that may take long: all ranks call `each_round` together every few seconds meanwhile.
+
+    When that raises, the work is left behind in its thread, which does not keep the process.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="work", daemon=True) if world.main else None
+    in_rounds(world, thread, each_round, ROUND_S)
+
+    def result() -> T:
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return on_main(world, result)
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do something on every rank; a UserError on any of them is raised on all, so that none waits for ever."""
+    result: T | None = None
+    error: UserError | None = None
+    try:
+        result = work()
+    except UserError as caught:
+        error = caught
+    messages = [text for text in gather_objects(None if error is None else str(error)) if text is not None]
+    if messages:
+        raise error or UserError(messages[0])
+    return result  # type: ignore[return-value]

@@ -1,0 +1,221 @@
+"""The result of runs for people: one self-contained HTML page, PNG figures, a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.errors import UserError
+from pipeline.files.atomic import replacing
+from pipeline.metrics.continual import retention_per_task
+from pipeline.report.figures import (
+    cell_colours,
+    course_figure,
+    forgetting_figure,
+    inline_svg,
+    loss_figure,
+    matrix_figure,
+    routing_figure,
+    save,
+    similarity_figure,
+)
+from pipeline.report.listing import narrow
+from pipeline.report.predictions import examples, routing_shares, similarity_distributions
+from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
+from pipeline.runs.folder import RunFolder, Scores, read_run
+
+__all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
+ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
+FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
+
+
+def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
+    """Write report.html and figures/*.png into the run folder, compared with `others`; returns the page's path.
+
+    Works on a run in progress, with what is there. Raises UserError when a folder is missing or is not a run.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    run = read_run(run_path)
+    runs = [run, *(read_run(other) for other in others)]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "cell": _cell_style, "spread": _spread, "amount": _amount}
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for example in examples(run):
+        shown.setdefault(example["task"], []).append(example)
+    html = environment.get_template("report.html.j2").render(
+        run=run,
+        facts=_facts(run),
+        header=comparison_header(run.tasks),
+        comparison=comparison_rows(runs),
+        seeds=seed_rows(runs),
+        matrix=_matrix_rows(run),
+        metric_runs=[other.name for other in runs],
+        metrics=metric_rows(runs),
+        routing=[(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
+        figures=_figures(run, runs),
+        costs=cost_rows(run),
+        examples=shown,
+    )
+    page = run_path / "report.html"
+    with replacing(page) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return page
+
+
+def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:
+    """Return what `terminal_table` shows as plain data: columns, a row per run, means over seeds, and all metrics.
+
+    Scores in percent, None where there is none. Raises UserError when a folder is missing or is not a run.
+    """
+    runs = [read_run(path) for path in run_paths]
+    columns = comparison_header(runs[0].tasks)
+    rows = [
+        {"name": row["name"], "note": row["note"], "values": dict(zip(columns, row["values"], strict=True))}
+        for row in comparison_rows(runs)
+    ]
+    seeds = [
+        {
+            "name": row["name"],
+            "seeds": row["seeds"],
+            "mean": {name: value and value[0] for name, value in zip(columns, row["values"], strict=True)},
+            "deviation": {name: value and value[1] for name, value in zip(columns, row["values"], strict=True)},
+        }
+        for row in seed_rows(runs)
+    ]
+    return {"columns": columns, "rows": rows, "seeds": seeds, "metrics": {run.name: run.metrics() for run in runs}}
+
+
+def terminal_table(run_paths: Sequence[Path]) -> Table:
+    """Return the comparison of runs: zero-shot and one row per run; tasks, their mean, forgetting, routing in percent.
+
+    Raises UserError when a folder is missing or is not a run.
+    """
+    runs = [read_run(path) for path in run_paths]
+    if not runs:
+        raise UserError("There is no run to compare; expected at least one run folder.")
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=0,
+        caption="percent; last: mean of the tasks seen; forgot: positive = forgotten",
+    )
+    table.add_column("run", overflow="fold")
+    for title in comparison_header(runs[0].tasks):
+        table.add_column(escape(SHORT_TITLES.get(title, title)), justify="right", no_wrap=True)
+    for row in comparison_rows(runs):
+        label = narrow(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
+        table.add_row(escape(label), *map(_percent, row["values"]))
+    for row in seed_rows(runs):
+        table.add_row(escape(f"mean of {row['name']}\n± over seeds {row['seeds']}"), *map(_stacked, row["values"]))
+    return table
+
+
+def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Save the run's figures as PNG and return them as inline SVG by name, None where there is nothing to draw."""
+    from markupsafe import Markup
+
+    figures = {}
+    if run.last_stage is not None or run.zero_shot is not None:
+        matrix = {"tasks": run.tasks, "accuracy": run.accuracy, "zero_shot": run.zero_shot}
+        save(matrix_figure(matrix), run.path / "figures" / "matrix.png")  # the page has it as a table
+    courses = {other.name: other.seen_means() for other in runs if any(m is not None for m in other.seen_means())}
+    if courses and len(run.tasks) > 1:
+        figures["course"] = (course_figure(courses, run.tasks), "Mean score over the tasks seen after each stage")
+        columns = {other.name: _columns(other) for other in runs if other.name in courses}
+        figures["forgetting"] = (
+            forgetting_figure(columns, run.tasks, run.zero_shot),
+            "Score on each task after its own and every later stage",
+        )
+    shares = routing_shares(run)
+    if shares:
+        figures["routing"] = (routing_figure(shares, run.tasks), "Prompt sets that the samples of each task got")
+    similarities = similarity_distributions(run)
+    if similarities:
+        figures["similarity"] = (
+            similarity_figure(similarities),
+            "Similarity of each task's samples to their own prompt set and to the most similar other one",
+        )
+    curves = run.losses()
+    if curves:
+        figures["losses"] = (loss_figure(curves), "Loss terms over the steps of each stage")
+    for name, (figure, _) in figures.items():
+        save(figure, run.path / "figures" / f"{name}.png")
+    drawn = {
+        name: Markup(inline_svg(figure, f"figure-{name}", description))
+        for name, (figure, description) in figures.items()
+    }
+    return dict.fromkeys(FIGURES) | drawn
+
+
+def _columns(run: RunFolder) -> dict[str, Scores]:
+    """Task -> its scores after each stage, None before its own."""
+    return {task: [row[place] for row in run.accuracy] for place, task in enumerate(run.tasks)}
+
+
+def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
+    """Rows of the heatmap: label, scores, and what kind of row it is (reference, stage or retention)."""
+    rows = [("majority answer", run.majority, "reference")] if run.majority else []
+    rows += [("zero-shot", run.zero_shot, "reference")] if run.zero_shot else []
+    rows += [(f"after {task}", row, "stage") for task, row in zip(run.tasks, run.accuracy, strict=True)]
+    if run.last_stage is not None and run.last_stage > 0:
+        seen = run.last_stage + 1
+        kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
+        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], "retention"))
+    return rows
+
+
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
+    """Return what the head of the page says about the run, leaving out what is not known."""
+    config, state = run.config, run.state
+    facts = {
+        "recipe": state.get("recipe") or config.get("name"),
+        "method": run.method,
+        "seed": config.get("seed"),
+        "status": state.get("status"),
+        "model": config.get("model", {}).get("path"),
+        "keys": config.get("keys", {}).get("path"),
+        "ranks": state.get("world_size"),
+        "started": state.get("started"),
+    }
+    if state.get("skipped"):
+        facts["left out"] = f"{len(state['skipped'])} bad records, listed in run.json"
+    for group in ("timing", "versions"):
+        entries = state.get(group)
+        if isinstance(entries, Mapping):
+            facts[group] = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entries.items())
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _percent(score: float | None) -> str:
+    return "–" if score is None else f"{score:.1f}"
+
+
+def _spread(value: tuple[float, float] | None) -> str:
+    return "–" if value is None else f"{value[0]:.1f} ± {value[1]:.1f}"
+
+
+def _stacked(value: tuple[float, float] | None) -> str:
+    return _spread(value).replace(" ±", "\n±")
+
+
+def _amount(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _cell_style(score: float | None) -> str:
+    background, ink = cell_colours(score)
+    return f"background:{background};color:{ink}"

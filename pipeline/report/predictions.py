@@ -1,0 +1,129 @@
+"""What a run's predictions show: where samples were routed, how similar they were to what, examples with pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runs.folder import RunFolder
+
+# Methods that learn none; named here because the methods themselves import torch, which takes seconds.
+WITHOUT_PROTOTYPES = ("independent", "joint", "sequential", "zero_shot")
+
+EXAMPLES = 3  # right ones and wrong ones per task on the page
+RIGHT = 0.5  # a soft score from here on is shown among the right ones
+THUMBNAIL = 128  # pixels of the longer side
+OWN, OTHER = "the task's own set", "most similar other set"
+
+
+def routing_shares(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
+    """Return how often (percent, last evaluation) each set was the most similar, and was inserted, per true task."""
+    names = run.set_names
+    nearest: dict[str, dict[str, float]] = {}
+    inserted: dict[str, dict[str, float]] = {}
+    routes = _learns_prototypes(run.method)
+    for task, lines in run.last_predictions().items():
+        for line in lines:
+            similarity = line.get("similarity") or []
+            if routes and 0 < len(similarity) <= len(names):
+                best = names[max(range(len(similarity)), key=similarity.__getitem__)]
+                _count(nearest, task, best, len(lines))
+            for name in line.get("selected") or []:
+                _count(inserted, task, str(name), len(lines))
+    tables = {"most similar set (% of samples)": nearest, "inserted sets (% of samples)": inserted}
+    return {title: table for title, table in tables.items() if table}
+
+
+def similarity_distributions(run: RunFolder) -> dict[str, dict[str, list[float]]]:
+    """Return, per true task of the last evaluation, its samples' similarities to their own set and the best other one.
+
+    Empty for methods without trained prototypes.
+    """
+    names = run.set_names
+    if not _learns_prototypes(run.method):
+        return {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for task, lines in run.last_predictions().items():
+        rows = [line["similarity"] for line in lines if 0 < len(line.get("similarity") or []) <= len(names)]
+        if task not in names or not all(names.index(task) < len(row) for row in rows):
+            continue
+        own = names.index(task)
+        table = {OWN: [row[own] for row in rows], OTHER: [max(row[:own] + row[own + 1 :]) for row in rows if row[1:]]}
+        if rows:
+            found[task] = {label: values for label, values in table.items() if values}
+    return found
+
+
+def examples(run: RunFolder) -> list[dict[str, Any]]:
+    """Return some right and wrong predictions per task, with question and thumbnail where those are there."""
+    shown = []
+    for task, lines in run.last_predictions().items():
+        right = [line for line in lines if (line.get("score") or 0) >= RIGHT]
+        wrong = [line for line in lines if (line.get("score") or 0) < RIGHT]
+        chosen = [(line, False) for line in wrong[:EXAMPLES]] + [(line, True) for line in right[:EXAMPLES]]
+        samples = _prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
+        for line, is_right in chosen:
+            sample = samples.get(str(line.get("id")))
+            shown.append(
+                {
+                    "task": task,
+                    "right": is_right,
+                    "id": line.get("id", ""),
+                    "question": line.get("question") or (sample.question if sample else ""),
+                    "answer": line.get("answer", ""),
+                    "prediction": line.get("prediction", ""),
+                    "selected": ", ".join(_with_similarity(run, line)),
+                    "image": _thumbnail(sample.image) if sample and sample.image else None,
+                }
+            )
+    return shown
+
+
+def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
+    """The names of the inserted sets, with the sample's similarity to each where the line has it."""
+    known = dict(zip(run.set_names, line.get("similarity") or [], strict=False))
+    shown = known if _learns_prototypes(run.method) else {}
+    return [f"{name} ({shown[name]:.2f})" if name in shown else str(name) for name in line.get("selected") or []]
+
+
+def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
+    """Return samples by id from the prepared data; nothing when it is not on this machine or is another version."""
+    prepared = run.config.get("data", {}).get("prepared")
+    if not prepared or not (Path(prepared) / task / "test").is_dir():
+        return {}
+    from pipeline.data.shards import IndexedShards  # here: it imports pyarrow, needless for a page without pictures
+
+    try:
+        shards = IndexedShards(Path(prepared) / task / "test")
+        places = {name: place for place, name in enumerate(shards.ids)}
+        return {name: shards[places[name]] for name in ids if name in places}
+    except (UserError, OSError):
+        return {}
+
+
+def _thumbnail(encoded: bytes) -> str | None:
+    """Return an image file as a small data URI, None when it cannot be read."""
+    from pipeline.data.pictures import decode_image  # here: it imports Pillow, needless for a page without pictures
+
+    try:
+        small = decode_image(encoded)
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except Exception:  # Pillow raises many kinds for damaged files
+        return None
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _learns_prototypes(method: str) -> bool:
+    """Tell whether similarities mean something: without trained prototypes they are those of a random head."""
+    return method not in WITHOUT_PROTOTYPES
+
+
+def _count(table: dict[str, dict[str, float]], task: str, name: str, samples: int) -> None:
+    row = table.setdefault(task, {})
+    row[name] = row.get(name, 0.0) + 100.0 / samples

@@ -1,0 +1,64 @@
+"""What a run leaves on the terminal when it ends: its scores, where its report is, and what can be done next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.files.paths import command
+from pipeline.report.listing import narrow
+from pipeline.runs.folder import RunFolder, read_run
+
+NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing"}
+
+
+def show_end(run_path: Path, verb: str, name: str) -> None:
+    """Print the accuracy matrix of a sequence's run, the page of its report and the next command.
+
+    `verb` and `name` are what was called, on a recipe or, to evaluate, on a run.
+    """
+    run = read_run(run_path)
+    if run.last_stage is not None or run.zero_shot is not None:
+        Console().print(matrix_table(run))
+        print(key_figures(run))
+    page = run_path / "report.html"
+    if page.is_file() and verb != "train":
+        print(f"report: {page}")
+    print(f"next: {_next(run, run_path, verb, name)}")
+
+
+def matrix_table(run: RunFolder) -> Table:
+    """The scores after every stage as a table for the terminal, in percent."""
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    table.add_column("", overflow="fold")
+    for task in run.tasks:
+        table.add_column(escape(task), justify="right", overflow="fold")
+    rows = [("majority answer", run.majority), ("zero-shot", run.zero_shot)]
+    rows += [(f"after {task}", row) for task, row in zip(run.tasks, run.accuracy, strict=True)]
+    for label, scores in rows:
+        if scores and any(score is not None for score in scores):
+            table.add_row(escape(narrow(label)), *("–" if score is None else f"{score:.1f}" for score in scores))
+    return table
+
+
+def key_figures(run: RunFolder) -> str:
+    """The key figures in one line; what is not known is left out."""
+    metrics = run.metrics()
+    routing = [share for share in run.routing.get("accuracy", []) if share is not None]
+    known = {**metrics, "routing": sum(routing) / len(routing) if routing else None}
+    figures = [f"{word} {value:.1f}" for key, word in NAMED.items() if (value := known.get(key)) is not None]
+    return "percent" + (f"; {', '.join(figures)}" if figures else "")
+
+
+def _next(run: RunFolder, run_path: Path, verb: str, name: str) -> str:
+    """The command that goes on from here."""
+    finished = run.last_stage is not None and run.last_stage + 1 == len(run.tasks)
+    if verb == "train":
+        return command("evaluate", run_path)
+    if finished or run.method == "zero_shot":
+        return command("predict", run_path, "--image", "FILE", "--question", "TEXT")
+    return command(verb, name) if verb != "evaluate" else command("run", run_path / "config.yaml")

@@ -1,0 +1,161 @@
+"""The numbers of runs as rows: the comparison, means over seeds, the continual metrics, what each stage cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.runs.contents import StageMeta, read_json
+from pipeline.runs.folder import RunFolder, Scores
+
+METRIC_TEXTS = {
+    "last": "mean over the tasks after the last stage",
+    "average": "mean over the stages of the mean over the tasks seen",
+    "mean_average_accuracy": "the same under CoIN's and MCITlib's name (MAA)",
+    "immediate": "mean score of each task right after its own stage",
+    "forgetting": "best earlier score minus the last one, mean over the earlier tasks; positive = forgotten",
+    "forgetting_coin": "own stage's score minus the last one; CoIN's and ModalPrompt's “BWT”, positive = forgotten",
+    "backward_transfer": "last score minus own stage's; negative = forgotten",
+    "retention": "last score in percent of the own stage's, mean over the earlier tasks; 100 = nothing lost",
+    "zero_shot": "mean score of the frozen model",
+    "gain": "last minus zero_shot",
+    "immediate_gain": "own stage's score minus zero-shot's, mean over the tasks",
+    "forward_transfer": "score just before the own stage minus zero-shot's (measured with evaluate.ahead)",
+}
+
+
+def comparison_header(tasks: Sequence[str]) -> list[str]:
+    """Return the titles of the numbers in `comparison_rows`."""
+    return [*tasks, "last", "forgetting", "routing"]
+
+
+def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Return name, note and numbers per row: the scores on the first run's tasks, mean, forgetting, routing.
+
+    The frozen model and each task's most frequent answer come first.
+    """
+    tasks = runs[0].tasks
+    rows = []
+    frozen = next((run for run in runs if run.zero_shot is not None), None)
+    if frozen is not None and frozen.zero_shot is not None:
+        scores = _by_task(frozen, frozen.zero_shot, tasks)
+        rows.append({"name": "zero-shot", "note": "", "values": [*scores, _mean(scores), None, None]})
+    blind = next((run for run in runs if run.majority is not None), None)
+    if blind is not None and blind.majority is not None:
+        scores = _by_task(blind, blind.majority, tasks)
+        rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
+    for run in runs:
+        if run.method == "zero_shot" and run.last_stage is None and frozen is not None:
+            continue  # it is the row above
+        stage = run.last_stage
+        unfinished = stage is not None and stage + 1 < len(run.tasks)
+        note = (
+            "nothing scored yet" if stage is None else f"{stage + 1} of {len(run.tasks)} stages" if unfinished else ""
+        )
+        rows.append({"name": run.name, "note": note, "values": _run_values(run, tasks)})
+    return rows
+
+
+def _run_values(run: RunFolder, tasks: Sequence[str]) -> Scores:
+    metrics = run.metrics()
+    values = [*_by_task(run, run.last_scores, tasks), metrics.get("last"), metrics.get("forgetting")]
+    return [*values, _known_mean(run.routing.get("accuracy"))]
+
+
+def seed_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """Return name, seeds and (mean, standard deviation) per column of `comparison_header`, for runs that differ only
+    in their seed.
+
+    Recipes with a single run are left out; the deviation is that of a sample (n - 1).
+    """
+    groups: dict[tuple[str, str], list[RunFolder]] = {}
+    for run in runs:
+        if run.last_stage is not None and run.last_stage + 1 == len(run.tasks):
+            recipe = str(run.state.get("recipe") or run.config.get("name"))
+            groups.setdefault((recipe, run.method), []).append(run)
+    rows = []
+    for (recipe, method), members in groups.items():
+        seeds = [str(run.config.get("seed", run.state.get("seed", "?"))) for run in members]
+        if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
+            continue
+        own = [_run_values(run, runs[0].tasks) for run in members]
+        columns = [[value for value in column if value is not None] for column in zip(*own, strict=True)]
+        values = [(mean(column), stdev(column)) if len(column) == len(members) else None for column in columns]
+        rows.append({"name": f"{recipe}, {method}", "seeds": ", ".join(seeds), "values": values})
+    return rows
+
+
+def metric_rows(runs: Sequence[RunFolder]) -> list[tuple[str, str, Scores]]:
+    """Return (name, what it means, one value per run) of every continual metric that some run has."""
+    found = [run.metrics() for run in runs]
+    rows = [(name, text, [metrics.get(name) for metrics in found]) for name, text in METRIC_TEXTS.items()]
+    always = ("last", "average", "immediate", "forgetting", "forgetting_coin", "backward_transfer")
+    return [row for row in rows if row[0] in always or any(value is not None for value in row[2])]
+
+
+def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Return what each finished stage cost: steps, seconds, samples/s, ranks, last loss, numbers trained and kept.
+
+    `trained` are the numbers that were optimised, `kept` those that answering needs (prompt set and prototype),
+    `megabytes` the size of the stage's file. What is not known is None.
+    """
+    curves = run.losses()
+    rows = []
+    for folder in sorted((run.path / "stages").glob("*/")):
+        if not (folder / "COMPLETE").is_file():
+            continue
+        meta = read_json(folder / "meta.json", StageMeta)
+        # The first line is one step with everything that happens once in it.
+        speeds = [line["samples_per_s"] for line in curves.get(folder.name, [])[1:] if "samples_per_s" in line]
+        trained, kept = _numbers(folder / "prompts.safetensors")
+        file = folder / "prompts.safetensors"
+        rows.append(
+            {
+                "stage": folder.name,
+                "steps": meta.get("steps"),
+                "seconds": meta.get("seconds"),
+                "samples_per_s": mean(speeds) if speeds else None,
+                "ranks": meta.get("world_size"),
+                "loss": meta.get("loss"),
+                "trained": trained,
+                "kept": kept,
+                "megabytes": file.stat().st_size / 1e6 if file.is_file() else None,
+            }
+        )
+    return rows
+
+
+def _numbers(file: Path) -> tuple[int | None, int | None]:
+    """How many numbers of a stage's tensors were trained, and how many answering needs."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            sizes = {}
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                sizes[name] = size
+    except (OSError, SafetensorError):
+        return None, None
+    trained = sum(size for name, size in sizes.items() if name != "prototype")
+    return trained, sizes.get("prompt", 0) + sizes.get("prototype", 0)
+
+
+def _by_task(run: RunFolder, scores: Scores, tasks: Sequence[str]) -> Scores:
+    """Order a run's scores by the tasks of another one, which may have learned them in another order."""
+    known = dict(zip(run.tasks, scores, strict=True))
+    return [known.get(task) for task in tasks]
+
+
+def _mean(scores: Scores) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known and len(known) == len(scores) else None
+
+
+def _known_mean(scores: Scores | None) -> float | None:
+    """Mean over the tasks that have a score: the tasks still to come have no routing yet."""
+    return _mean([score for score in scores or [] if score is not None])

@@ -1,0 +1,119 @@
+"""What the files of a run hold, as far as something reads it: a damaged one is named before it is shown or counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config.messages import sentence
+from pipeline.errors import UserError
+
+Scores = list[float | None]
+ADVICE = "evaluate the run again or restore the file"
+
+
+class Content(BaseModel):
+    """What is read of a file; it may hold more."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
+
+
+class DataPart(Content):
+    """`data` of config.yaml."""
+
+    prepared: str | None = None
+    tasks: list[dict[str, Any]] | None = None
+
+
+class ConfigFile(Content):
+    """config.yaml, of any version."""
+
+    data: DataPart = DataPart()
+    model: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
+    method: dict[str, Any] = {}
+
+
+class StateFile(Content):
+    """run.json of a sequence."""
+
+    stages: list[str] | None = None
+    skipped: list[Any] | dict[str, Any] | None = None
+
+
+class BenchmarkState(Content):
+    """run.json of a benchmark."""
+
+    units: list[str] = []
+    units_done: int = 0
+    status: str = "new"
+
+
+class MatrixFile(Content):
+    """matrix.json: T tasks, scores in percent; how many there are and their range is checked by who reads them."""
+
+    tasks: list[str] | None = None
+    accuracy: list[Scores] | None = None  # [T, T]
+    zero_shot: Scores | None = None  # [T]
+    majority: Scores | None = None  # [T]
+    ahead: Scores | None = None  # [T]
+    routing: dict[str, Any] | None = None
+
+
+class Routing(Content):
+    """`routing` of matrix.json, [T] each."""
+
+    accuracy: Scores | None = None
+    image_only: Scores | None = None
+    text_only: Scores | None = None
+
+
+class LogLine(Content):
+    """A line of metrics.jsonl."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    step: float
+
+
+class StageMeta(Content):
+    """meta.json of a stage, as far as the report shows it."""
+
+    steps: int | None = None
+    seconds: float | None = None
+    world_size: int | None = None
+    loss: float | None = None
+
+
+class PredictionLine(Content):
+    """A line of eval/<when>/<task>.jsonl."""
+
+    score: float | None = None
+    similarity: list[float] | None = None
+    selected: list[str] | None = None
+
+
+def require(content: Any, kind: type[Content], place: str) -> None:
+    """Raise UserError, one sentence for the first thing that is wrong, unless `content` of `place` is of the kind."""
+    try:
+        kind.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{place}: {sentence(error, kind, most=1).rstrip('.')}; {ADVICE}.") from None
+
+
+def read_json(path: Path, kind: type[Content]) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where there is none; UserError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {ADVICE}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; {ADVICE}.")
+    require(content, kind, str(path))
+    return content

@@ -1,0 +1,115 @@
+"""Which prepared data a run uses: written into its run.json, and looked up before a prepared folder is rewritten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.data.shards import DATASET_FILE, IndexedShards
+
+DATA = "data"  # in run.json
+STAGES = "stages/*/meta.json"
+NAMED = 5  # runs that a message names
+
+
+def data_record(splits: Iterable[tuple[str, str, IndexedShards, int | None]]) -> dict[str, Any]:
+    """What run.json keeps of (task, split, its shards, how many samples are used at most): folder, fingerprint, counts.
+
+    Folders are absolute: whoever rewrites one looks for them.
+    """
+    record: dict[str, Any] = {}
+    for task, split, shards, limit in splits:
+        used = len(shards) if limit is None else min(limit, len(shards))
+        record.setdefault(task, {})[split] = {
+            "folder": str(shards.folder.resolve()),
+            "fingerprint": shards.fingerprint,
+            "samples": len(shards),
+            "used": used,
+        }
+    return record
+
+
+def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
+    """The fingerprint of the data that a run has used for a split; None where it has used none yet."""
+    used = _state(run).get(DATA)
+    if used is None:
+        return _recorded_before(run, task, split)
+    return used.get(task, {}).get(split, {}).get("fingerprint")
+
+
+def _recorded_before(run: Path, task: str, split: str) -> str | None:
+    """The same of a run of an earlier version: its stages name the training data, its scores the test data."""
+    if split == "train":
+        learned = [data for meta in _contents(run, STAGES) if isinstance(data := meta.get(DATA), dict)]
+        return next((data[task] for data in learned if task in data), None)
+    scored = [
+        made
+        for score in _contents(run, f"eval/*/{task}.score.json")
+        if isinstance(made := score.get("made_with"), dict)
+    ]
+    return next((made[DATA] for made in scored if isinstance(made.get(DATA), str)), None)
+
+
+def dependants(folder: Path, runs: Path) -> list[str]:
+    """The runs in the folder `runs` that used the split in `folder` as it is now, sorted."""
+    try:
+        fingerprint = json.loads((folder / DATASET_FILE).read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    where = folder.resolve()
+    found = []
+    for run in sorted(path.parent for path in runs.glob("*/config.yaml")):
+        used = _state(run).get(DATA)
+        if used is None:
+            depends = _depended(run, where, fingerprint)
+        else:
+            depends = any(
+                split.get("fingerprint") == fingerprint and Path(split.get("folder", "")) == where
+                for splits in used.values()
+                for split in splits.values()
+            )
+        if depends:
+            found.append(str(run))
+    return found
+
+
+def named(runs: list[str]) -> str:
+    """The first runs of a list by name, and how many more there are."""
+    more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+    return f"{', '.join(runs[:NAMED])}{more}"
+
+
+def _depended(run: Path, folder: Path, fingerprint: str) -> bool:
+    """Whether a run of an earlier version, which recorded no folders, has learned from a split or scores on it."""
+    try:
+        prepared = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["data"]["prepared"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return False
+    if folder.parent.parent != Path(prepared).resolve():
+        return False
+    learned = [value for meta in _contents(run, STAGES) if isinstance(value := meta.get(DATA), dict)]
+    if folder.name == "train" and learned:
+        return any(fingerprint in data.values() for data in learned)
+    return (run / "run.json").is_file()
+
+
+def _contents(run: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    """What stands in some of a run's JSON files, without those that hold no object."""
+    for path in sorted(run.glob(pattern)):
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict):
+            yield content
+
+
+def _state(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}

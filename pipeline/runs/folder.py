@@ -1,0 +1,188 @@
+"""Reads what a run folder holds, finished or in progress; the layout is the contract in the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.files.strict_text import load_yaml
+from pipeline.metrics.continual import after_stage, square, summarise
+from pipeline.runs.contents import (
+    ConfigFile,
+    Content,
+    LogLine,
+    MatrixFile,
+    PredictionLine,
+    Routing,
+    Scores,
+    StateFile,
+    read_json,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run as far as it has come; scores in percent, None where nothing was evaluated."""
+
+    path: Path
+    config: dict[str, Any]
+    state: dict[str, Any]
+    tasks: list[str]
+    accuracy: list[Scores]  # [T, T]
+    zero_shot: Scores | None  # [T]
+    routing: dict[str, Scores] = field(default_factory=dict)  # accuracy, image_only, text_only: [T] each
+    majority: Scores | None = None  # [T] each task's most frequent training answer
+    ahead: Scores | None = None  # [T] scores just before a task's own stage, where measured
+
+    @property
+    def name(self) -> str:
+        """The folder's name; it is how runs are told apart in tables."""
+        return self.path.resolve().name
+
+    @property
+    def method(self) -> str:
+        """The method's name, "?" when the folder does not say."""
+        return str(self.state.get("method") or self.config.get("method", {}).get("name") or "?")
+
+    @property
+    def set_names(self) -> list[str]:
+        """The prompt sets in the order in which they were learned; joint training has one for all tasks."""
+        stages = self.state.get("stages")
+        return [str(stage) for stage in stages] if isinstance(stages, list) and stages else self.tasks
+
+    @property
+    def last_stage(self) -> int | None:
+        """The last stage (0-based) after which every task seen so far was scored, None when there is none."""
+        complete = [t for t, row in enumerate(self.accuracy) if None not in row[: t + 1]]
+        return complete[-1] if complete else None
+
+    @property
+    def last_scores(self) -> Scores:
+        """The scores per task [T] after the last stage; the zero-shot scores of a run that trains nothing."""
+        if self.last_stage is not None:
+            return self.accuracy[self.last_stage]
+        if self.method == "zero_shot" and self.zero_shot is not None:
+            return self.zero_shot
+        return [None] * len(self.tasks)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return the continual metrics as they stand after the last stage so far."""
+        if self.last_stage is None:
+            return {}
+        seen = self.last_stage + 1
+        known = {
+            name: row[:seen] if row and None not in row[:seen] else None
+            for name, row in (("zero_shot", self.zero_shot), ("ahead", self.ahead and [0.0, *self.ahead[1:]]))
+        }
+        return summarise([row[:seen] for row in self.accuracy[:seen]], **known)
+
+    def seen_means(self) -> Scores:
+        """Return, per stage [T], the mean score over the tasks seen so far."""
+        return [
+            after_stage(self.accuracy, stage)["last"] if None not in row[: stage + 1] else None
+            for stage, row in enumerate(self.accuracy)
+        ]
+
+    def losses(self) -> dict[str, list[dict[str, float]]]:
+        """Return the log lines of each stage by the stage folder's name, in step order, every step once.
+
+        Raises UserError for a line that is damaged.
+        """
+        curves = {}
+        for file in sorted((self.path / "stages").glob("*/metrics.jsonl")):
+            # A stage that was interrupted and resumed has written some steps twice: the later line is what counted.
+            lines = {line["step"]: line for line in read_lines(file, LogLine)}
+            if lines:
+                curves[file.parent.name] = [lines[step] for step in sorted(lines)]
+        return curves
+
+    def last_predictions(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the prediction lines per task of the last evaluation that wrote any (zero-shot if nothing else).
+
+        Raises UserError for a line that is damaged.
+        """
+        folders = sorted((self.path / "eval").glob("after-*"), reverse=True)
+        for folder in [*folders, self.path / "eval" / "zero-shot"]:
+            found = {task: list(read_lines(folder / f"{task}.jsonl", PredictionLine)) for task in self.tasks}
+            found = {task: lines for task, lines in found.items() if lines}
+            if found:
+                return found
+        return {}
+
+
+def read_run(path: Path) -> RunFolder:
+    """Read a run folder; raises UserError when it is missing, is no run, or a file in it is damaged."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; expected the folder of a run, which `python -m pipeline run` wrote.")
+    if not path.is_dir():
+        raise UserError(f"The run folder {path} does not exist; expected one that `python -m pipeline run` wrote.")
+    if not any((path / file).is_file() for file in ("run.json", "config.yaml", "matrix.json")):
+        raise UserError(
+            f"{path} is not a run: it has no run.json, config.yaml or matrix.json. Name a folder that "
+            "`python -m pipeline run` wrote (by default under runs/)."
+        )
+    config = _read_config(path / "config.yaml")
+    matrix = read_json(path / "matrix.json", MatrixFile)
+    routing = matrix.get("routing") or {}
+    require(routing, Routing, f"routing in {path / 'matrix.json'}")
+    try:
+        tasks = [str(task) for task in matrix.get("tasks") or [t["name"] for t in config["data"]["tasks"]]]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} does not say which tasks it has; expected them in matrix.json or config.yaml."
+        ) from None
+    try:
+        accuracy = square(matrix.get("accuracy") or [[None] * len(tasks)])
+    except UserError as error:
+        raise UserError(f"{path / 'matrix.json'}: {error}") from None
+    zero_shot, majority, ahead = (matrix.get(name) or None for name in ("zero_shot", "majority", "ahead"))
+    routing = {name: routing[name] for name in Routing.model_fields if routing.get(name)}
+    rows = {"zero_shot": zero_shot, "majority": majority, "ahead": ahead, "accuracy": accuracy[0], **routing}
+    for name, scores in rows.items():
+        if scores is not None and len(scores) != len(tasks):
+            raise UserError(
+                f"{path / 'matrix.json'} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
+                "Evaluate the run again."
+            )
+    state = read_json(path / "run.json", StateFile)
+    return RunFolder(path, config, state, tasks, accuracy, zero_shot, routing, majority, ahead)
+
+
+def read_lines(path: Path, kind: type[Content]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a .jsonl file; none when it is missing, and none for a line still being written.
+
+    Raises UserError for an object that is not of the kind.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                require(record, kind, f"{path}, line {number}")
+                yield record
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); restore the file.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}.") from None
+    if not isinstance(content, dict):
+        return {}
+    require(content, ConfigFile, str(path))
+    return content

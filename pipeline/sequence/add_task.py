@@ -1,0 +1,104 @@
+"""One more task for a run that is there: prepared, and written into the run's recipe as its next stage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.recipe import Recipe, TaskConfig, load_run
+from pipeline.config.task_file import TASK_FILE, read_task_file
+from pipeline.errors import UserError, nearest
+from pipeline.files.atomic import replacing
+from pipeline.files.paths import command
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A task that is prepared and not yet written into the run's recipe."""
+
+    run: Path
+    recipe: Recipe  # with the task
+    task: str
+    is_new: bool  # not in the run's recipe already
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Make it the run's recipe while the block trains it; where that fails before its stage has begun, the run is
+        again what it was: finished, with the tasks that it has learned."""
+        path = self.run / "config.yaml"
+        before = path.read_bytes()
+        self.recipe.dump_yaml(path)
+        try:
+            yield
+        except BaseException:
+            begun = (self.run / "stages").glob(f"{len(self.recipe.data.tasks):02d}-*")
+            if self.is_new and not any(begun):
+                with replacing(path) as temporary:
+                    temporary.write_bytes(before)
+            raise
+
+
+def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:
+    """Prepare task `name` of the CoIN folder `root` as the run's next stage; the run is not touched yet.
+
+    `gate` is the run's `method.gate` from this stage on; what was measured after earlier stages keeps theirs. Called
+    again it goes on. Raises UserError for a method without further stages, a run that is not finished, and data that
+    cannot be used.
+    """
+    recipe = load_run(run)
+    if recipe.method.name in ("joint", "zero_shot"):
+        raise UserError(f"{run} was made with method {recipe.method.name}, which has no next stage; expected another.")
+    task = _task(root, name)
+    names = [known.name for known in recipe.data.tasks]
+    if name in names[:-1]:
+        raise UserError(f"{run} has learned the task {name} already; choose another name for a new task.")
+    if name not in names:
+        _require_finished(run, recipe)
+    from data_prep.prepare import prepare
+    from data_prep.split import NotRewritten
+
+    # The new task may lie elsewhere than the others, which are prepared already.
+    changes = {"source": "coin", "root": str(root), "tasks": (task,)}
+    try:
+        prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
+    except NotRewritten as error:
+        raise UserError(f"{error.found} Give the task another name with `new-task`, and add it under that.") from None
+    if name not in names:
+        tasks = (*recipe.data.tasks, task)
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})}
+        )
+    if gate is not None:
+        earlier = len(recipe.data.tasks) - 1
+        recipe = recipe.model_copy(update={"method": recipe.method.with_gate(gate, earlier)})
+    return Addition(run, recipe, name, name not in names)
+
+
+def _task(root: Path, name: str) -> TaskConfig:
+    """How the task is scored, as `new-task` wrote it beside the data; a folder without it is scored exactly."""
+    folder = root / "instructions" / name
+    if not folder.is_dir():
+        there = sorted(path.name for path in (root / "instructions").glob("*/"))
+        known = ", ".join(there) or "none"
+        raise UserError(
+            f"{folder} does not exist (tasks there: {known}); expected a task that `python -m pipeline new-task` made."
+            + nearest(name, there)
+        )
+    try:
+        return TaskConfig.model_validate({**read_task_file(folder), "name": name})
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{folder / TASK_FILE} is not as `new-task` writes it ({first}); mend or remove it.") from None
+
+
+def _require_finished(run: Path, recipe: Recipe) -> None:
+    from pipeline.runs.finished import load_stage
+
+    for index, task in enumerate(recipe.data.tasks):
+        if load_stage(run, index, task.name) is None:
+            raise UserError(
+                f"stage {index + 1} ({task.name}) of {run} is not finished; let "
+                f"`{command('run', run / 'config.yaml')}` finish first."
+            )

@@ -1,0 +1,191 @@
+"""The prepared data of a run: what its tasks train on, hold out and are tested with, checked against the recipe's CLIP.
+
+Test sets are opened by who scores answers, and by nobody else; choices are made with the samples that are held out.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.check.prepared import refuse_other_data
+from pipeline.config.recipe import Recipe
+from pipeline.data.collate import StageData
+from pipeline.data.grouped_order import GroupedOrder, image_groups
+from pipeline.data.held_out import Rows, held_out_rows, other_rows
+from pipeline.data.keys import Keys, PickedKeys
+from pipeline.data.order import Order
+from pipeline.data.sample import Sample
+from pipeline.data.shards import IndexedShards
+from pipeline.data.stored_pictures import require_upright
+from pipeline.errors import UserError
+from pipeline.metrics.scoring import require_metrics
+from pipeline.planning.too_long import Decision, decide
+from pipeline.ranks.world import World, on_main, on_main_in_rounds, together
+from pipeline.runs.data_use import data_record
+from pipeline.sequence.evaluate import Test
+
+Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, how many of them are used
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is tested with, one entry per task."""
+
+    identity: dict[str, str]  # of the CLIP that made the keys
+    train: list[Part]  # without what is held out
+    validation: list[Part]  # held out of training; empty ones where the recipe holds none out
+    most: int  # samples of a task that choices are made with
+    scoring: list[Test] | None  # None where nothing is to be scored
+    skipped: list[dict[str, str]]  # bad records that `prepare` left out
+    record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.runs.data_use`
+    telling_rows: list[list[int]] = field(default_factory=list)  # of each task's training samples
+    left_out: dict[str, int] = field(default_factory=dict)  # by task and split, see data.too_long
+
+    @property
+    def tests(self) -> list[Test]:
+        """The test sets; RuntimeError where the data was not opened to score answers."""
+        if self.scoring is None:
+            raise RuntimeError("test sets are for scoring alone, and this data was opened without them")
+        return self.scoring
+
+    def for_choices(self, task: int) -> tuple[Part, bool]:
+        """The samples of a task that choices are made with, and whether those are held out.
+
+        Where none are, because the recipe holds none out or the task has too few, training samples stand in.
+        """
+        held_out, (shards, keys, limit) = self.validation[task], self.train[task]
+        if len(held_out[0]):
+            return held_out, True
+        ids = shards.ids[:limit]
+        return _only((shards, keys, limit), held_out_rows(ids, 1.0, self.most)), False
+
+    def fingerprints(self, tasks: list[int]) -> list[str]:
+        """What tells the training data of these tasks from any other."""
+        return [self.train[task][0].fingerprint for task in tasks]
+
+    def telling(self) -> list[Sample]:
+        """Training samples, the longest and largest of each task: those that `check` plans the memory with."""
+        wholes = ((shards.whole(), rows) for (shards, *_), rows in zip(self.train, self.telling_rows, strict=True))
+        return [whole[row] for whole, rows in wholes for row in rows]
+
+
+def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
+    """Which samples form which batch of the stage `index` (0-based), by the recipe's way of putting them together."""
+    together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
+    used = slice(None) if data.used is None else data.used
+    order: Order
+    if together == 1:
+        lengths = data.lengths()[used] if recipe.train.length_buckets else None
+        count = len(data) if data.used is None else len(data.used)
+        order = Order(count, recipe.train.global_batch, recipe.seed, index, lengths)
+    else:
+        order = GroupedOrder(image_groups(data.keys)[used], together, recipe.train.global_batch, recipe.seed, index)
+    order.rows = data.used
+    return order
+
+
+def open_data(
+    recipe: Recipe, world: World, scoring: bool = False, each_round: Callable[[], object] = lambda: None
+) -> RunData:
+    """Open the data of a recipe on every rank, its test sets only where answers are to be scored.
+
+    The first rank may have to look through every sample. Meanwhile all ranks call `each_round` together every few
+    seconds. Raises UserError, on all ranks, for what is missing or damaged on any.
+    """
+
+    def key_identity() -> dict[str, str]:
+        from pipeline.backbones import clip
+
+        return clip.key_identity(*recipe.keys.source)
+
+    identity = on_main(world, key_identity)
+    on_main(world, lambda: refuse_other_data(recipe))
+
+    def parts(split: str) -> list[Part]:
+        # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
+        verified: list[Part] = []
+        marks = on_main(world, lambda: [shards.marks() for shards, *_ in _open(recipe, split, identity, verified)])
+
+        def mine() -> list[Part]:
+            if world.main:
+                return verified
+            found = _open(recipe, split, identity, [], check=False)
+            for (shards, *_), expected in zip(found, marks, strict=True):
+                _compare(shards, expected)
+            return found
+
+        return together(mine)
+
+    train, test = parts("train"), parts("test") if scoring else []
+    skipped = [record for shards, *_ in (*train, *test) for record in shards.description.get("skipped", [])]
+
+    def decided() -> Decision | None:
+        for shards, *_ in (*train, *test):
+            require_upright(shards)
+        opened = {"train": [part[0] for part in train], "test": [part[0] for part in test]}
+        return decide(recipe, opened) if scoring else None  # who only compares keys needs no lengths
+
+    # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
+    decision = on_main_in_rounds(world, decided, each_round) or Decision({"train": [[] for _ in train], "test": []}, [])
+    for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
+        shards.left_out = rows
+
+    def tests() -> list[Test]:
+        require_metrics([task.metric for task in recipe.data.tasks])
+        return [
+            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring, frozenset(rows))
+            for task, part, rows in zip(recipe.data.tasks, test, decision.left_out["test"], strict=True)
+        ]
+
+    tested = together(tests) if scoring else None
+    splits = [(split, part) for split, parts_of in (("train", train), ("test", test)) for part in parts_of]
+    names = [task.name for task in recipe.data.tasks] * (2 if scoring else 1)
+    record = data_record(
+        [(name, split, shards, limit) for name, (split, (shards, _, limit)) in zip(names, splits, strict=True)]
+    )
+    counts = decision.counts(recipe.data.tasks) if scoring else {}
+    share, most = recipe.data.validation_share, recipe.data.validation_most
+    divided = [_held_out(part, share, most) for part in train]
+    kept, held_out = [kept for kept, _ in divided], [held for _, held in divided]
+    return RunData(identity, kept, held_out, most, tested, skipped, record, decision.telling, counts)
+
+
+def _held_out(part: Part, share: float, most: int) -> tuple[Part, Part]:
+    """What is left of a task's training samples, and what is held out of them; see `held_out_rows`.
+
+    The limit counts both.
+    """
+    shards, _, limit = part
+    ids = shards.ids[:limit]
+    rows = held_out_rows(ids, share, most) if share else np.empty(0, dtype=np.int64)
+    return _only(part, other_rows(len(ids), rows)) if len(rows) else part, _only(part, rows)
+
+
+def _only(part: Part, rows: Rows) -> Part:
+    """Some samples of a whole part, by their places in it."""
+    shards, keys, _ = part
+    return shards.only(rows), keys.only(rows), None
+
+
+def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:
+    """Add one split of every task to `found` and return that."""
+    for task in recipe.data.tasks:
+        shards = IndexedShards(recipe.data.split_path(task.name, split), check)
+        limit = task.limit_train if split == "train" else task.limit_test
+        found.append((shards, shards.keys(identity), limit))
+    return found
+
+
+def _compare(shards: IndexedShards, expected: dict[str, str]) -> None:
+    """Raise UserError where this rank sees other tables than rank 0, which has verified its own."""
+    for name, mark in shards.marks().items():
+        if mark != expected[name]:
+            raise UserError(
+                f"{shards.folder / name} on {socket.gethostname()} is not the file that the first rank sees; expected "
+                "the same prepared data on every machine. Copy the folder again, or put it on a shared file system."
+            )

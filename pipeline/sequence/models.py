@@ -1,0 +1,96 @@
+"""The two forms of the model in a run: the engine that trains, and the replica that answers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import LMM, load_lmm
+from pipeline.config.recipe import Recipe
+from pipeline.data.sample import Sample
+from pipeline.planning.auto import fitted
+from pipeline.ranks.watchdog import Watchdog
+from pipeline.ranks.world import World
+from pipeline.sequence.engine import Engine
+from pipeline.training.deepspeed_config import deepspeed_config
+from pipeline.training.hpz import agreed_node_size
+
+KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica gives its GPU's memory to training, and is loaded anew later
+
+
+class Models:
+    """Loads each form when it is first needed."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        key_width: int,
+        watchdog: Watchdog,
+        samples: Callable[[], list[Sample]] = list,
+    ) -> None:
+        self.recipe, self.world, self.key_width, self.watchdog = recipe, world, key_width, watchdog
+        self._samples = samples  # training samples, the longest among them; see `pipeline.planning.auto`
+        self._engine: Engine | None = None
+        self._replica: LMM | None = None
+        self._watched: WeakSet[LMM] = WeakSet()
+
+    def prepare_to_train(self) -> None:
+        """Before an evaluation that training follows: make the engine now if it can answer (ZeRO-0 or ZeRO-2), for
+        then nothing else has to be loaded. All ranks call it."""
+        if self._engine is None and not self._trains_projector:
+            node = agreed_node_size()
+            self.recipe = fitted(self.recipe, self.world, self.key_width, self._samples, node)
+            config = deepspeed_config(self.recipe, self.world.size, node)
+            if int(config.get("zero_optimization", {}).get("stage", 0)) != 3:
+                self.engine()
+
+    def engine(self) -> Engine:
+        """The training engine, one for all stages; a large replica on a GPU makes room for it."""
+        if self._replica is not None and self._must_go(self._replica):
+            self._replica = None
+            gc.collect()  # modules of some models are in reference cycles
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self._engine is None:
+            self.watchdog.beat("loading the model", slow=True)
+            self._engine = Engine(self.recipe, self.world, self.key_width, self._samples)
+        return self._engine
+
+    def replica(self, projector: dict[str, Tensor]) -> LMM:
+        """A whole model on this rank with this projector (empty: its own): the engine's where whole, else a copy.
+
+        A copy stays for all tasks that are evaluated before the next stage is trained.
+        """
+        if self._engine is not None and self._engine.replica is not None and not self._trains_projector:
+            self._replica = None
+            return self._show_progress(self._engine.replica)
+        if self._replica is None:
+            self.watchdog.beat("loading the model to evaluate with", slow=True)
+            self._replica = load_lmm(self.recipe.model, device=self.world.device)
+            self._replica.cuts = self.recipe.data.too_long == "truncate"
+        if projector:
+            self._replica.load_projector(projector)
+        return self._show_progress(self._replica)
+
+    @property
+    def _trains_projector(self) -> bool:
+        return self.recipe.train.projector == "trained"
+
+    def _must_go(self, lmm: LMM) -> bool:
+        """Whether a replica's memory is needed for training."""
+        size = sum(parameter.nbytes for parameter in lmm.parameters())
+        return self.world.device.type == "cuda" and size >= KEEP_REPLICA_BYTES
+
+    def _show_progress(self, lmm: LMM) -> LMM:
+        """Let the watchdog see that answers are generated: nothing can be without looking up tokens."""
+        self.watchdog.beat("evaluating", slow=True)
+        lmm.use_repetition_penalty(self.recipe.evaluate.repetition_penalty)
+        if lmm not in self._watched:
+            self._watched.add(lmm)
+            lmm.model.get_input_embeddings().register_forward_hook(lambda *_: self.watchdog.progress())
+        return lmm

@@ -1,0 +1,349 @@
+"""The tracker that writes to an MLflow store; see tracking.py for what it promises."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
+from pipeline.files.passwords import masked
+from pipeline.runs import provenance
+from pipeline.runs.folder import RunFolder, read_run
+from pipeline.tracking.description import dataset_inputs, flatten, note
+from pipeline.tracking.store import first_line, open_store, store_in_use
+from pipeline.tracking.tracker import never, tracking_uri
+from pipeline.tracking.waiting_metrics import HEADLINE, WaitingMetrics
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+    from pipeline.config.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "FINISHED"
+RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
+BATCH = 100  # MLflow takes at most 100 parameters in one call
+PREDICTIONS = 20  # per task, as a sample
+PARAM_CHARS = 6000
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
+SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the numbers of the last stage
+
+
+class MlflowTracker:
+    """Tracks one sequence in an MLflow store through the client API, without MLflow's global state."""
+
+    def __init__(self, recipe: Recipe, run_path: Path) -> None:
+        self.recipe = recipe
+        self.run_path = run_path
+        self.uri = tracking_uri(recipe.tracking.uri)
+        self.client, self.experiment_id = open_store(self.uri, recipe.tracking.experiment or recipe.name)
+        self._parent: str | None = None
+        self._open: list[str | None] = []  # the runs that are open, innermost last
+        self._stages: dict[str, str] = {}
+        self._models: dict[str, str] = {}
+        self._waiting = WaitingMetrics()
+        self._stays_finished: Callable[[bool], bool] = never
+        self._has_all_numbers = False  # an earlier call left a whole matrix
+        self._left_finished = False  # the parent is, as an earlier call left it
+        self._retry_at = 0.0
+        self._warned = False
+
+    @contextmanager
+    def sequence(self, state: Mapping[str, Any], stays_finished: Callable[[bool], bool] = never) -> Iterator[None]:
+        known = state.get("mlflow") or {}
+        self._stays_finished, self._has_all_numbers = stays_finished, state.get("status") == "done"
+        if known.get("experiment") == self.experiment_id:
+            self._stages = dict(known.get("stages", {}))
+            self._models = dict(known.get("models", {}))
+        else:
+            known = {}
+        try:
+            run_id, is_new = self._start(known.get("parent"), self.run_path.name, {"kind": "sequence"})
+        except Exception as error:
+            raise UserError(
+                f"MLflow at {masked(self.uri)} refused a new run ({first_line(error)}); mend the store or set "
+                "tracking.enabled=false."
+            ) from error
+        self._parent = self._waiting.parent = run_id
+        with self._running(run_id):
+            self._describe(state, is_new)
+            yield
+
+    @contextmanager
+    def stage(self, index: int, name: str) -> Iterator[None]:
+        label = f"{index + 1:02d}-{name}"
+        run_id = None
+        with self._tolerant(f"opening the run of stage {label}"):
+            tags = {"kind": "stage", "stage": str(index + 1), "task": name}
+            if self._parent is not None:
+                tags["mlflow.parentRunId"] = self._parent
+                if self._left_finished:
+                    self.client.update_run(self._parent, status="RUNNING")
+                    self._left_finished = False
+            run_id, is_new = self._start(self._stages.get(label), label, tags)
+            self._stages[label] = run_id
+            if is_new:
+                self._send_params(run_id, {"stage": str(index + 1), "task": name, "method": self.recipe.method.name})
+        with self._running(run_id):
+            yield
+
+    def metrics(self, values: Mapping[str, float | None], step: int) -> None:
+        run_id = self._current()
+        if run_id is None:
+            return
+        with self._tolerant("collecting metrics"):
+            self._waiting.add(run_id, self._entries(values, step))
+        if time.monotonic() >= self._retry_at:
+            self._flush()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        run_id = self._current()
+        if run_id is None:
+            return
+        with self._tolerant("logging parameters"):
+            logged = self.client.get_run(run_id).data.params  # immutable in MLflow: a restart must not send them again
+            self._send_params(run_id, {key: value for key, value in flatten(values).items() if key not in logged})
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        run_id = self._current()
+        if run_id is None:
+            return
+        with self._tolerant(f"uploading {path.name}"):
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), folder)
+            else:
+                self.client.log_artifact(run_id, str(path), folder)
+
+    def stage_model(self, folder: Path, name: str, metrics: Mapping[str, float | None]) -> None:
+        run_id = self._current()
+        if run_id is None or name in self._models:
+            return
+        from mlflow.entities import LoggedModelOutput
+
+        with self._tolerant(f"registering the prompts of {name}"):
+            model = self.client.create_logged_model(
+                self.experiment_id,
+                name="".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name),
+                source_run_id=run_id,
+                tags={"sequence": self.run_path.name},
+                params={"method": self.recipe.method.name, "model": self.recipe.model.path},
+                model_type="prompt-set",
+            )
+            for file in sorted(folder.iterdir()):
+                # Optimizer state is for resuming here; what another machine can use is the prompts and their JSON.
+                if file.suffix in {".safetensors", ".json"} and not file.name.startswith("resume"):
+                    self.client.log_model_artifact(model.model_id, str(file))
+            self.client.finalize_logged_model(model.model_id, "READY")
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+            self._models[name] = model.model_id
+            self.client.log_batch(run_id, metrics=self._entries(metrics, 0, model.model_id))
+
+    def model_metrics(self, name: str, metrics: Mapping[str, float | None], step: int) -> None:
+        model_id, run_id = self._models.get(name), self._current()
+        if model_id is None or run_id is None:
+            return
+        with self._tolerant(f"logging the scores of {name}"):
+            self._waiting.add(run_id, self._entries(metrics, step, model_id))
+        if time.monotonic() >= self._retry_at:
+            self._flush()
+
+    def results(self, run_path: Path, complete: bool) -> None:
+        run_id = self._current()
+        if run_id is None:
+            return
+        for name in ("report.html", "matrix.json"):
+            self.artifact(run_path / name)
+        self.artifact(run_path / "figures", "figures")
+        run = None
+        with self._tolerant("describing the results"):
+            run = read_run(run_path)
+            numbers = run.metrics()
+            if run.last_stage is not None:
+                self.metrics({name: numbers.get(name) for name in SUMMARY}, run.last_stage + 1)
+            self.client.set_tag(run_id, NOTE, note(run)[:PARAM_CHARS])
+        if run is None:
+            return
+        with self._tolerant("uploading predictions"):
+            for task, lines in run.last_predictions().items():
+                sample = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:PREDICTIONS])
+                self.client.log_text(run_id, sample, f"predictions/{task}.jsonl")
+        if complete and self.recipe.tracking.registry and self.recipe.method.name != "zero_shot":
+            with self._tolerant("registering the adapter"):
+                self._register(run_id, run)
+
+    def _register(self, run_id: str, run: RunFolder) -> None:
+        """Register the run's adapter, unless that very adapter is a version of the model already."""
+        from pipeline.adapter.load import export, read_adapter
+        from pipeline.adapter.registry import CONTENT, Version, register_adapter
+        from pipeline.prompts.pool import fingerprint_of
+
+        name = f"{self.recipe.name}-{self.recipe.method.name}"
+        with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder, store_in_use(self.uri):
+            adapter = Path(folder) / "adapter"
+            export(run.path, adapter)
+            pool = read_adapter(adapter).pool
+            # Of the values: a safetensors file may hold the same ones in another order of its header.
+            content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
+            known = self.client.search_model_versions(f"name = '{name}'")
+            if not any(version.tags.get(CONTENT) == content for version in known):
+                version = Version(name, self.recipe.seed, content, run.tasks, run.metrics().get(HEADLINE))
+                register_adapter(self.client, self.experiment_id, run_id, adapter, version)
+
+    def run_ids(self) -> dict[str, Any]:
+        return {
+            "experiment": self.experiment_id,
+            "parent": self._parent,
+            "stages": dict(self._stages),
+            "models": dict(self._models),
+        }
+
+    def _start(self, run_id: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
+        """Continue the run with that id, or create one; returns (run id, whether it is new)."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is not None:
+            try:
+                run = self.client.get_run(run_id)
+                if run.info.lifecycle_stage == "active":
+                    self.client.set_tag(run_id, "requeue", str(int(run.data.tags.get("requeue", "0")) + 1))
+                    # Of a finished run nothing is trained until a stage is opened, whatever becomes of this process.
+                    is_parent = tags.get("kind") == "sequence"
+                    self._left_finished |= is_parent and run.info.status == FINISHED and self._stays_finished(False)
+                    if not (is_parent and self._left_finished):
+                        self.client.update_run(run_id, status="RUNNING")
+                    return run_id, False
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            logger.warning("MLflow no longer knows the run %s of %s; tracking goes on in a new one.", run_id, name)
+        created = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        return str(created.info.run_id), True
+
+    @contextmanager
+    def _running(self, run_id: str | None) -> Iterator[None]:
+        self._open.append(run_id)
+        status = "FAILED"
+        try:
+            yield
+            status = FINISHED
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        except SystemExit as leaving:
+            if leaving.code in (None, EXIT_OK):
+                status = FINISHED
+            elif leaving.code == EXIT_RESUMABLE:
+                status = "KILLED"
+            raise
+        finally:
+            self._open.pop()
+            is_parent = run_id is not None and run_id == self._parent
+            kept = is_parent and status != FINISHED and self._stays_finished(status == "KILLED")
+            if kept and self._has_all_numbers:
+                self._waiting.drop()
+            elif is_parent:
+                self._waiting.release()
+            self._flush(at_the_end=is_parent)
+            if run_id is not None and not (kept and self._left_finished):
+                with self._tolerant("closing a run"):
+                    self.client.set_terminated(run_id, FINISHED if kept else status)
+
+    def _describe(self, state: Mapping[str, Any], is_new: bool) -> None:
+        """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
+
+        A parameter cannot change in MLflow: the tag `changed.<name>` holds what it is now.
+        """
+        run_id = self._current()
+        assert run_id is not None
+        with self._tolerant("describing the run"):
+            facts = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
+            facts |= provenance.describe(
+                Path(self.recipe.data.prepared), [task.name for task in self.recipe.data.tasks]
+            )
+            facts |= self._changed_params(run_id)
+            for name, value in facts.items():
+                self.client.set_tag(run_id, name, value[:PARAM_CHARS])
+            self._log_inputs(run_id)
+            changes = provenance.uncommitted_changes()
+            if changes or not is_new:
+                self.client.log_text(run_id, changes or "", "uncommitted.diff")
+            config = self.run_path / "config.yaml"
+            if config.is_file():
+                # As text: a folder that an earlier version made may still hold a password.
+                self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)
+
+    def _log_inputs(self, run_id: str) -> None:
+        """Log the prepared data as inputs; those of an earlier attempt are known already."""
+        data = self.recipe.data
+        known = self.client.get_run(run_id).inputs
+        logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
+        inputs = dataset_inputs(Path(data.prepared), [task.name for task in data.tasks])
+        new = [found for found in inputs if (found.dataset.name, found.dataset.digest) not in logged]
+        if new:
+            self.client.log_inputs(run_id, datasets=new)
+
+    def _settings(self) -> dict[str, str]:
+        """The recipe as parameters, without a password in the store's own address."""
+        settings = flatten(self.recipe.model_dump(mode="json"))
+        return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
+
+    def _changed_params(self, run_id: str) -> dict[str, str]:
+        """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
+        logged = self.client.get_run(run_id).data
+        values = self._settings()
+        self._send_params(run_id, {key: value for key, value in values.items() if key not in logged.params})
+        tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
+        for name in logged.tags:
+            if name.startswith("changed.") and name not in tags:
+                self.client.delete_tag(run_id, name)  # it is again as it was
+        return tags
+
+    def _send_params(self, run_id: str, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, value[:PARAM_CHARS]) for key, value in values.items()]
+        for start in range(0, len(params), BATCH):
+            self.client.log_batch(run_id, params=params[start : start + BATCH])
+
+    def _entries(self, values: Mapping[str, float | None], step: int, model_id: str | None = None) -> list[Metric]:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        known = {key: float(value) for key, value in values.items() if value is not None}
+        return [Metric(key, value, now, step, model_id=model_id) for key, value in known.items()]
+
+    def _flush(self, at_the_end: bool = False) -> None:
+        """Send what waits; numbers beside those of a whole matrix only at the end of a call that did not fail."""
+        with self._tolerant("logging metrics"):
+            waits = self._has_all_numbers and not at_the_end and self._stays_finished(False)
+            self._waiting.send(
+                lambda run_id, entries: self.client.log_batch(run_id, metrics=entries), self._parent if waits else None
+            )
+
+    def _current(self) -> str | None:
+        return self._open[-1] if self._open else None
+
+    @contextmanager
+    def _tolerant(self, doing: str) -> Iterator[None]:
+        """Turn a failure of the store into one warning: what was learned is in the run folder and must not be lost."""
+        try:
+            yield
+        except Exception as error:
+            self._retry_at = time.monotonic() + RETRY_AFTER_S
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "MLflow at %s failed while %s (%s); training goes on, and %s has all numbers. Further failures of "
+                    "the store are not reported.",
+                    masked(self.uri),
+                    doing,
+                    first_line(error),
+                    self.run_path,
+                )

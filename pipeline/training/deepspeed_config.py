@@ -1,0 +1,105 @@
+"""What DeepSpeed is configured with: a recipe's DeepSpeed file, and what only the recipe itself may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.recipe import PROJECT, Recipe, divisors, locate
+from pipeline.errors import UserError, nearest
+from pipeline.files.strict_text import load_json
+from pipeline.training.hpz import with_node_size
+
+AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.planning.auto`
+ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
+# What only the recipe may say: a second place for any of these would silently win or lose against it.
+RECIPE_OWNS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "train.clip",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "optimizer": "train.lr_prompt, train.lr_head, train.betas and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup",
+}
+
+
+def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Return (samples per rank and forward, accumulation steps) that make up the global batch on `world_size` ranks.
+
+    Raises UserError that lists the world sizes which divide the global batch.
+    """
+    whole = recipe.train.global_batch
+    micro = recipe.train.micro_batch
+    if whole % (world_size * (micro or 1)):
+        fitting = ", ".join(map(str, divisors(whole // (micro or 1))))
+        batch = f"global batch {whole}" + (f" in micro batches of {micro}" if micro else "")
+        raise UserError(f"{world_size} ranks do not divide the {batch}; start {fitting} ranks or change the batch.")
+    micro = micro or whole // world_size
+    return micro, whole // (micro * world_size)
+
+
+def deepspeed_config(recipe: Recipe, world_size: int, node: int | None = None) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
+
+    `auto` that `pipeline.planning.auto` has not replaced is ZeRO-3, as on CPUs. `node` is the number of ranks on each
+    node where all ranks know it (see `with_node_size`).
+    Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
+    """
+    file = ZERO3 if recipe.train.deepspeed == AUTO else recipe.train.deepspeed
+    config = with_node_size(deepspeed_file(file), world_size, node=node)
+    micro, steps = accumulation(recipe, world_size)
+    return with_recipe(config, micro, steps, recipe.train.clip, recipe.model.dtype)
+
+
+def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration with what a recipe decides: samples per forward, accumulation, precision."""
+    return {
+        **_float32_sums(config, dtype),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": clip or 0.0,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # We hand DeepSpeed a plain torch optimizer; with so few trainables its own CPU Adam would gain nothing.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the configuration with gradients summed and sent in float32, unless the file says otherwise.
+
+    DeepSpeed takes the model's precision for both. In bfloat16 a sum over 16 ranks is off by half a percent, over 512
+    by several, and the more of a step's samples are in accumulation, the more is rounded; only the trainables, a few
+    megabytes, have gradients. Without ZeRO, DeepSpeed can only send in float32: it refuses to accumulate in it.
+    """
+    if dtype != "bfloat16":
+        return config
+    config = {"communication_data_type": "fp32", **config}
+    if config.get("zero_optimization", {}).get("stage", 0):
+        config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
+    return config
+
+
+def deepspeed_file(name: str) -> dict[str, Any]:
+    """Return what a DeepSpeed file says; UserError when it is missing, no JSON, or sets what belongs to the recipe."""
+    path = Path(locate(name))
+    if not path.is_file():
+        shipped = sorted(f"ds_configs/{found.name}" for found in (PROJECT / "ds_configs").glob("*.json"))
+        raise UserError(
+            f"train.deepspeed: no file '{name}'; expected one of {', '.join(shipped)} or your own."
+            + nearest(name, shipped)
+        )
+    try:
+        config = load_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{path}' is not JSON ({error}); mend it.") from error
+    except UserError as error:
+        raise UserError(f"'{path}': {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' is not a DeepSpeed configuration; expected a JSON object.")
+    for key, field in RECIPE_OWNS.items():
+        if key in config:
+            raise UserError(f"'{path}' sets {key}, which belongs to the recipe; remove it there and set {field}.")
+    return config

@@ -1,0 +1,133 @@
+"""What the optimizer remembers of the trainables, whole and in float32, whatever DeepSpeed has made of it.
+
+Every ZeRO stage keeps them elsewhere (engineering.md B1): per parameter, per float32 master, or in flat pieces that
+are split over the ranks. Here they have the parameters' names and shapes, so that what was saved on N ranks can be
+given to M.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pipeline.sequence.engine import Engine
+
+ADAM = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names its two moments
+MOMENTUM = ("momentum_buffer",)  # as torch's SGD names its one
+Moments = dict[str, dict[str, Tensor]]
+
+
+def read_moments(engine: Engine) -> Moments:
+    """The engine's `moment_kinds` of every trainable, `{kind: {name: tensor}}` in float32 on the CPU.
+
+    All ranks must call it, after at least one optimizer step.
+    """
+    _link(engine)
+    return {
+        kind: {name: _read(engine, parameter, kind) for name, parameter in engine.trainables.items()}
+        for kind in engine.moment_kinds
+    }
+
+
+def write_moments(engine: Engine, step: int, moments: Moments) -> None:
+    """Give the optimizer these moments and the number of steps done; all ranks must call it with the same ones."""
+    inner = _inner(engine)
+    for owner in _owners(engine):
+        state = inner.state[owner]
+        for kind in engine.moment_kinds:
+            if state.get(kind) is None:  # torch makes them at the first step, which a new process has not taken
+                state[kind] = torch.zeros_like(owner)
+        if engine.moment_kinds != ADAM:
+            continue
+        # The step count is in no parameter's state that DeepSpeed hands out; without it the bias correction is wrong.
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(float(step))
+        else:
+            state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    _link(engine)
+    for kind in engine.moment_kinds:
+        for name, parameter in engine.trainables.items():
+            _write(engine, parameter, kind, moments[kind][name])
+
+
+@torch.no_grad()
+def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
+    """Give DeepSpeed's parts of a parameter's float32 master, or of its moment `kind`, the values of a whole tensor.
+
+    All ranks must call it with the same value; without ZeRO it does nothing. ZeRO 3 pads the last rank's part, which
+    DeepSpeed's own function for whole tensors does not reckon with: it fails on 3 ranks, which do not divide 128.
+    """
+    from deepspeed import utils
+
+    value = value.to(parameter.device).float()
+    if not hasattr(parameter, "ds_id"):
+        if kind is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+        return
+    divided: Any = parameter
+    size, group = divided.ds_tensor.numel(), divided.ds_process_group
+    missing = size * dist.get_world_size(group) - value.numel()
+    part = nn.functional.pad(value.flatten(), (0, missing)).split(size)[dist.get_rank(group)]
+    if kind is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, kind)
+
+
+def _link(engine: Engine) -> None:
+    """Let the parameters' views into ZeRO 1's and 2's flat moments be made, by which they are read and written.
+
+    DeepSpeed makes them once, after the first parameter group's first step, when the other groups have no moments yet.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def _inner(engine: Engine) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _owners(engine: Engine) -> list[Tensor]:
+    """The tensors that the wrapped optimizer updates, which its state is kept under."""
+    for flat in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO 3; 1 and 2
+        if hasattr(engine.optimizer, flat):
+            return list(getattr(engine.optimizer, flat))
+    return [owner for parameter in engine.trainables.values() if (owner := _owner(engine, parameter)) is not None]
+
+
+def _owner(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
+    """Without ZeRO: the parameter's float32 master, or itself; with ZeRO None."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        return None
+    master = engine.master(parameter)
+    return parameter if master is None else master
+
+
+def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> Tensor:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    owner = _owner(engine, parameter)
+    if owner is None:
+        value = safe_get_full_optimizer_state(parameter, kind)
+    else:
+        value = _inner(engine).state[owner].get(kind)
+        if value is None:
+            value = torch.zeros_like(owner)  # torch keeps no state for what never had a gradient
+    return value.detach().float().cpu().clone()
+
+
+@torch.no_grad()
+def _write(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    owner = _owner(engine, parameter)
+    if owner is None:
+        give_parts(parameter, value, kind)
+    else:
+        _inner(engine).state[owner][kind].copy_(value)

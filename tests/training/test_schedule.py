@@ -1,0 +1,99 @@
+"""The learning rate over the steps of a stage, and what a new prompt set starts from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.backbones.lmm import load_lmm
+from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.prompts.model import PromptedLMM
+from pipeline.sequence.engine import initial_values, usable_rows
+from pipeline.training.loop import schedule, total_steps
+from tests.training.worlds import KEY_WIDTH
+
+
+def factors(total: int = 100, **fields: Any) -> list[float]:
+    config = TrainConfig(lr_prompt=1.0, lr_head=1.0, **fields)
+    return [schedule(config, step, total) for step in range(total)]
+
+
+def test_the_warm_up_rises_linearly_to_the_full_rate() -> None:
+    assert factors(warmup=0.05, schedule="constant")[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_the_constant_schedule_stays_at_the_full_rate() -> None:
+    assert set(factors(warmup=0.0, schedule="constant")) == {1.0}
+
+
+def test_the_linear_schedule_falls_evenly_towards_zero() -> None:
+    found = factors(warmup=0.2, schedule="linear")
+    assert found[20] == 1.0
+    assert found[60] == pytest.approx(0.5)
+    assert found[99] == pytest.approx(1 / 80)
+
+
+def test_the_cosine_schedule_falls_along_half_a_cosine() -> None:
+    found = factors(warmup=0.2, schedule="cosine")
+    assert found[40] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert found[60] == pytest.approx(0.5)
+    assert found[99] < 0.001
+
+
+@pytest.mark.parametrize("total", [30, 100, 1000])
+def test_the_logarithmic_warm_up_is_deepspeeds(total: int) -> None:
+    from deepspeed.runtime.lr_schedules import WarmupLR
+
+    warmup = math.ceil(0.03 * total)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = WarmupLR(optimizer, warmup_max_lr=1.0, warmup_num_steps=warmup)
+    expected = []
+    for _ in range(total):
+        reference.step()
+        expected.append(reference.get_last_lr()[0])
+    found = factors(total, warmup=0.03, warmup_curve="log", schedule="constant")
+    if warmup > 1:  # DeepSpeed warms up for two steps at least
+        assert found == pytest.approx(expected)
+    assert found != factors(total, warmup=0.03, schedule="constant")
+
+
+def test_steps_override_epochs() -> None:
+    assert total_steps(TrainConfig(lr_prompt=1, lr_head=1, epochs=2.5), 10) == 25
+    assert total_steps(TrainConfig(lr_prompt=1, lr_head=1, epochs=2.5, steps=7), 10) == 7
+
+
+@pytest.fixture(scope="module")
+def module(llava: Path) -> PromptedLMM:
+    return PromptedLMM(load_lmm(ModelConfig(path=str(llava))), 6, KEY_WIDTH)
+
+
+def test_vocab_rows_are_rows_of_ordinary_words(module: PromptedLMM) -> None:
+    prompt = initial_values(module, "vocab_rows", 0, 0)["prompt"]
+    table = module.lmm.vocabulary_rows(usable_rows(module.lmm))
+    assert all((table == row).all(dim=1).any() for row in prompt)
+
+
+def test_normal_vectors_have_a_deviation_of_two_hundredths(module: PromptedLMM) -> None:
+    prompt = initial_values(module, "normal", 0, 0)["prompt"]
+    assert prompt.std() == pytest.approx(0.02, rel=0.15)
+    table = module.lmm.vocabulary_rows(usable_rows(module.lmm))
+    assert not any((table == row).all(dim=1).any() for row in prompt)
+
+
+def test_previous_starts_from_the_set_before_and_in_the_first_stage_from_words(module: PromptedLMM) -> None:
+    before = torch.randn(6, module.lmm.width)
+    assert torch.equal(initial_values(module, "previous", 0, 1, before)["prompt"], before)
+    words = initial_values(module, "vocab_rows", 0, 0)["prompt"]
+    assert torch.equal(initial_values(module, "previous", 0, 0)["prompt"], words)
+
+
+@pytest.mark.parametrize("init", ["vocab_rows", "normal"])
+def test_a_start_depends_on_seed_and_stage_alone(module: PromptedLMM, init: str) -> None:
+    start = initial_values(module, init, 3, 2)["prompt"]
+    assert torch.equal(start, initial_values(module, init, 3, 2)["prompt"])
+    assert not torch.equal(start, initial_values(module, init, 4, 2)["prompt"])
+    assert not torch.equal(start, initial_values(module, init, 3, 1)["prompt"])
