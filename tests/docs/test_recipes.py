@@ -22,7 +22,7 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str | None]]:
 
 def test_the_page_is_up_to_date() -> None:
     shown = (PROJECT / "docs" / "recipes.md").read_text("utf-8")
-    assert shown == page(), "write it with: python -m pipeline.cli.recipe_docs > docs/recipes.md"
+    assert shown == page(), "write it with: python -m pipeline.recipe_docs > docs/recipes.md"
 
 
 @pytest.mark.parametrize("recipe", [Recipe, ClipRecipe], ids=lambda recipe: recipe.__name__)
