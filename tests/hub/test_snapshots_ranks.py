@@ -22,11 +22,11 @@ RANK = f"""
 import hashlib, json, os
 from dataclasses import replace
 from pathlib import Path
-from pipeline import snapshots
+from pipeline.hub import snapshots
 from pipeline.backbones.lmm import load_lmm
-from pipeline.config import ModelConfig
-from pipeline.distributed import close_world, init_world
-from pipeline.snapshots import Source, checkpoint, share
+from pipeline.config.recipe import ModelConfig
+from pipeline.ranks.world import close_world, init_world
+from pipeline.hub.snapshots import Source, checkpoint, share
 
 tell = snapshots.broadcast_object
 if os.environ["SEES_RANK_0"] == "False":  # this machine has one file system: the path is told as one that is not here

@@ -12,7 +12,7 @@ from tests.processes import PROJECT
 
 PROGRAM = """
 import atexit, sys
-from pipeline.launch import end_as_rank
+from pipeline.ranks.launch import end_as_rank
 
 class TornDown:
     def __del__(self):

@@ -30,7 +30,7 @@ from tests.processes import PROJECT
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from pipeline.run_lock import locked
+from pipeline.runs.lock import locked
 with locked(Path(sys.argv[1])):
     worker = os.fork() if len(sys.argv) > 2 else 1
     if worker:

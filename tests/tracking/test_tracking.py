@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 import pipeline.tracking.tracker
 assert "mlflow" not in sys.modules
-from tests.pipeline.test_tracking import recipe
+from tests.tracking.test_tracking import recipe
 tracker = pipeline.tracking.tracker.make_tracker(recipe(Path("fresh.db").absolute()), Path("run"), rank=0)
 with tracker.sequence({}):
     tracker.metrics({"loss": 1.0}, step=0)

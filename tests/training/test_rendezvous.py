@@ -19,8 +19,8 @@ from tests.processes import PROJECT
 
 WAITING = """
 import sys, threading
-from pipeline.distributed import init_world
-from pipeline.stopping import stop_on_signals
+from pipeline.ranks.world import init_world
+from pipeline.ranks.shutdown import stop_on_signals
 with stop_on_signals():
     print("waits", flush=True)
     init_world()
