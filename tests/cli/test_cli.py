@@ -15,7 +15,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli.commands import app, main
+from pipeline.cli.commands import app
 from pipeline.config.recipe import PROJECT, load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted
 from pipeline.ranks import launch
