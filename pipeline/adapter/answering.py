@@ -23,7 +23,7 @@ from pipeline.data.sample import Sample, decode_image
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarity
 from pipeline.ranks.devices import choose_device
@@ -173,11 +173,8 @@ class Answerer:
             self.lmm,
             routed.examples,
             range(len(questions)),
-            routed.selected,
-            self.pool.prompts,
-            length,
-            BATCH,
-            self.source.method.insertion,
+            InsertedSets(self.pool.prompts, routed.selected, self.source.method.insertion),
+            Decoding(length, BATCH),
         )
         return [
             Answer(texts[number], self.set_names(routed, number), self.similarities(routed, number))

@@ -43,28 +43,49 @@ class Conditions:
 PLAIN = Conditions()
 
 
+@dataclass(frozen=True)
+class InsertedSets:
+    """Which prompt sets the samples get, and where those stand."""
+
+    sets: Tensor  # [T, L, D]
+    selected: Tensor  # [N, m] numbers of the sets, NO_SET = none, for all samples
+    insertion: str = "after_bos"  # see `insertion_place`
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated: at most so many tokens each, and so many samples in one batch."""
+
+    max_new_tokens: int
+    batch: int
+
+
 @torch.no_grad()
 def generate_answers(
     lmm: LMM,
     examples: Examples,
     indices: Sequence[int],
-    selected: Tensor,
-    sets: Tensor,
-    max_new_tokens: int,
-    batch: int,
-    insertion: str = "after_bos",
+    inserted: InsertedSets,
+    decoding: Decoding,
     conditions: Conditions = PLAIN,
 ) -> dict[int, str]:
-    """Greedy answers of the samples `indices`, by index; `selected` [N, m] numbers of the sets [T, L, D] for all
-    samples, which stand where `insertion` says (see `insertion_place`).
+    """Greedy answers of the samples `indices`, by index.
 
     Samples of similar length are generated together. How samples are batched changes the order in which numbers are
     added and nothing else: float32 answers were always the same, in bfloat16 on a GPU close calls may differ. Each
     sample is decoded and tokenised once.
+
+    Args:
+        lmm: the frozen model on this rank's device.
+        examples: all samples, tokenised as the model reads them.
+        indices: the samples to answer.
+        inserted: the prompt sets of all samples, not only of those to answer.
+        decoding: length of the answers and size of the batches.
+        conditions: loader processes, progress, and whether to go on before each batch.
     """
-    device = lmm.model.device
-    ordered = _ordered(examples, indices, selected, sets.shape[1] if len(sets) else 0)
-    bank, selected = _used_sets(sets, selected, indices)
+    device, batch, sets = lmm.model.device, decoding.batch, inserted.sets
+    ordered = _ordered(examples, indices, inserted.selected, sets.shape[1] if len(sets) else 0)
+    bank, selected = _used_sets(sets, inserted.selected, indices)
     bank = bank.to(device, lmm.dtype)
     answers: dict[int, str] = {}
     made = _made(examples, ordered, batch, conditions.workers)
@@ -80,7 +101,7 @@ def generate_answers(
         inputs = collated(examples, chosen, part, [1.0] * len(part), selected, with_answer=False)
         if device.type == "cuda":
             inputs = inputs.pinned()
-        generated = answer(lmm, inputs.to(device), bank, max_new_tokens, insertion)
+        generated = answer(lmm, inputs.to(device), bank, decoding.max_new_tokens, inserted.insertion)
         for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
         conditions.progress()

@@ -17,7 +17,7 @@ from pipeline.data.collate import Examples, StageData
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.texts import Texts
 from pipeline.errors import Interrupted
-from pipeline.prompts.generation import PLAIN, Conditions, generate_answers
+from pipeline.prompts.generation import PLAIN, Conditions, Decoding, InsertedSets, generate_answers
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import NO_SET, similarities
 from pipeline.ranks.world import World, gather_objects, on_main
@@ -128,11 +128,8 @@ def evaluate_task(
             model,
             examples,
             share,
-            selected,
-            pool.prompts,
-            test.max_new_tokens,
-            settings.batch,
-            settings.insertion,
+            InsertedSets(pool.prompts, selected, settings.insertion),
+            Decoding(test.max_new_tokens, settings.batch),
             replace(conditions, bar=bar, go_on=rounds.go_on),
         )
         rounds.finish()

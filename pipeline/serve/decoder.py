@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from pipeline.adapter.answering import Answerer, Routed
 from pipeline.data.collate import collate_prompts
 from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.serve.cache import cache_of, layers_of, new_cache
 from pipeline.serve.memory import Extent
 
@@ -230,9 +230,8 @@ class RunningBatch:
     def _generate_whole(self, routed: Routed, sequences: Sequence[Running]) -> list[Running]:
         for longest in sorted({sequence.longest for sequence in sequences}):
             mine = [number for number, sequence in enumerate(sequences) if sequence.longest == longest]
-            texts = generate_answers(
-                self.lmm, routed.examples, mine, routed.selected, self.bank, longest, len(mine), self.insertion
-            )
+            inserted = InsertedSets(self.bank, routed.selected, self.insertion)
+            texts = generate_answers(self.lmm, routed.examples, mine, inserted, Decoding(longest, len(mine)))
             for number, text in texts.items():
                 sequence = sequences[number]
                 # The tokens themselves are not handed out: their number is that of the text's.

@@ -18,7 +18,7 @@ from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate, collate_prompts
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
@@ -228,7 +228,7 @@ def test_steps_under_zero3_are_the_whole_models_and_saved_prompts_answer_the_sam
     selected = torch.zeros(len(SAMPLES), 1, dtype=torch.long)
     fresh = load_lmm(ModelConfig(path=str(checkpoint)))
     first, second = (
-        generate_answers(model, examples, EVERY, selected, sets.prompts, NEW, batch=4)
+        generate_answers(model, examples, EVERY, InsertedSets(sets.prompts, selected), Decoding(NEW, batch=4))
         for model, sets in ((lmm, pool), (fresh, again))
     )
     assert first == second

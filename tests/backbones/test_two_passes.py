@@ -13,7 +13,7 @@ from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.errors import UserError
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.insertion import insertion_place
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.backbones.test_families import SAMPLES, photo
@@ -105,13 +105,11 @@ def test_sets_stand_behind_what_ends_the_image(able: LMM) -> None:
 @pytest.mark.parametrize("insertion", ["after_image", "after_bos", "before_image"])
 def test_answers_behind_shared_beginnings_are_those_of_one_pass(able: LMM, insertion: str) -> None:
     sets = make_pool(3, width=able.width).prompts
-    ask = partial(
-        generate_answers, able, indices=EVERY, selected=SELECTED, sets=sets, max_new_tokens=6, insertion=insertion
-    )
-    expected = ask(examples=examples_of(able, "none"), batch=1)
+    ask = partial(generate_answers, able, indices=EVERY, inserted=InsertedSets(sets, SELECTED, insertion))
+    expected = ask(examples=examples_of(able, "none"), decoding=Decoding(6, batch=1))
     sharing = "image" if insertion == "after_image" else "sets"
     for batch in (1, 3, len(EVERY)):
-        assert ask(examples=examples_of(able, sharing), batch=batch) == expected
+        assert ask(examples=examples_of(able, sharing), decoding=Decoding(6, batch)) == expected
     assert len(set(expected.values())) > 1
 
 

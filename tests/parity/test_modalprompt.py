@@ -19,7 +19,7 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import MethodConfig, ModelConfig, load_recipe
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.methods import Method, make_method
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import similarities
@@ -205,24 +205,15 @@ def test_greedy_answers_and_their_first_logits(
         pool = recorded.pool(sets, tasks)
         scores = similarities(keys, pool.prototypes, method.config.image_weight)
         selected = method.answering_sets(pool, 0, scores, keys.has_image)
+        inserted = InsertedSets(pool.prompts, selected, method.config.insertion)
         new = case["generated"].shape[1]
         for number in range(recorded.samples):
             first.clear()
-            alone = generate_answers(
-                module.lmm, examples, [number], selected, pool.prompts, new, 1, method.config.insertion
-            )
+            alone = generate_answers(module.lmm, examples, [number], inserted, Decoding(new, 1))
             torch.testing.assert_close(first[0][0], case["first_logits"][number], atol=LOGITS, rtol=0)
             check_tokens(module, json.loads(alone[number]), case["generated"][number].tolist())
-        together = generate_answers(
-            module.lmm,
-            examples,
-            range(recorded.samples),
-            selected,
-            pool.prompts,
-            new,
-            recorded.samples,
-            method.config.insertion,
-        )
+        decoding = Decoding(new, recorded.samples)
+        together = generate_answers(module.lmm, examples, range(recorded.samples), inserted, decoding)
         for number, answer in together.items():
             check_tokens(module, json.loads(answer), case["generated"][number].tolist())
     handle.remove()

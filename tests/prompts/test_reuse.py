@@ -15,7 +15,7 @@ from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.errors import Interrupted
-from pipeline.prompts.generation import Conditions
+from pipeline.prompts.generation import Conditions, InsertedSets
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
 from pipeline.sequence import evaluate
@@ -32,9 +32,9 @@ class Generated:
         monkeypatch.setattr(evaluate, "generate_answers", self.generate)
         monkeypatch.setattr(evaluate, "_share_of", lambda missing, *_: missing)
 
-    def generate(self, lmm: Any, examples: Examples, indices: list[int], selected: Any, sets: Any, *_: Any) -> Any:
+    def generate(self, lmm: Any, examples: Examples, indices: list[int], inserted: InsertedSets, *_: Any) -> Any:
         self.asked += indices
-        return {index: f"{sets[selected[index]].sum():.3f}" for index in indices}
+        return {index: f"{inserted.sets[inserted.selected[index]].sum():.3f}" for index in indices}
 
 
 def run(

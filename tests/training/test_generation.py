@@ -16,7 +16,7 @@ from pipeline.data.conversation import Conversation, Example
 from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.sample import Sample
 from pipeline.prompts import generation
-from pipeline.prompts.generation import Conditions, generate_answers
+from pipeline.prompts.generation import Conditions, Decoding, InsertedSets, generate_answers
 from tests.training.worlds import make_pool, make_samples
 
 SELECTED = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [2, 1], [0, 2], [0, 1]])
@@ -35,8 +35,8 @@ def examples(lmm: LMM) -> Examples:
 
 
 def answers(lmm: LMM, examples: Examples, batch: int = 2, **conditions: Any) -> dict[int, str]:
-    sets = make_pool(3).prompts
-    return generate_answers(lmm, examples, range(COUNT), SELECTED, sets, 6, batch, conditions=Conditions(**conditions))
+    inserted = InsertedSets(make_pool(3).prompts, SELECTED)
+    return generate_answers(lmm, examples, range(COUNT), inserted, Decoding(6, batch), Conditions(**conditions))
 
 
 def test_loader_processes_change_no_answer(lmm: LMM, examples: Examples) -> None:

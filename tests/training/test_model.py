@@ -14,7 +14,7 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.data.conversation import Conversation
-from pipeline.prompts.generation import generate_answers
+from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
 
@@ -156,7 +156,8 @@ def test_sets_stand_where_the_switch_says_in_training_and_generation(
         if insertion == "before_image" and number == 0:
             place = examples[0].prompt.index(module.lmm.image_token)
             assert place > 1
-        ask = partial(generate_answers, module.lmm, examples, [number], chosen.repeat(6, 1), pool, 1, 1, insertion)
+        inserted = InsertedSets(pool, chosen.repeat(6, 1), insertion)
+        ask = partial(generate_answers, module.lmm, examples, [number], inserted, Decoding(1, 1))
         asked = seen_by_the_decoder(module, ask)
         assert torch.equal(asked[0, place : place + 12], sets)
         if number == 0:
@@ -193,8 +194,8 @@ def test_a_method_that_swaps_the_order_is_noticed(
 
 
 def test_batched_generation_equals_one_by_one(module: PromptedLMM, examples: Examples) -> None:
-    sets, indices = make_pool(3).prompts, list(range(6))
-    together = generate_answers(module.lmm, examples, indices, SELECTED, sets, 6, batch=6)
-    alone = generate_answers(module.lmm, examples, indices, SELECTED, sets, 6, batch=1)
+    inserted, indices = InsertedSets(make_pool(3).prompts, SELECTED), list(range(6))
+    together = generate_answers(module.lmm, examples, indices, inserted, Decoding(6, batch=6))
+    alone = generate_answers(module.lmm, examples, indices, inserted, Decoding(6, batch=1))
     assert together == alone
     assert len(set(together.values())) > 1
