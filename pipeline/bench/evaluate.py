@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from pipeline.backbones.clip import KeyEncoder
@@ -27,8 +26,9 @@ from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import World, init_world
 from pipeline.runs.finished import load_stage
-from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task, task_similarity
-from pipeline.sequence.predictions import SETS_FILE
+from pipeline.sequence.answers import SETS_FILE, AnswerKey, AnswerStore, Routed
+from pipeline.sequence.evaluate import Answering, evaluate_task
+from pipeline.sequence.test_set import TestSet
 
 REFERENCE = "reference"
 
@@ -64,7 +64,7 @@ class _Matrix:
         for task in self.recipe.data.tasks:
             shards = IndexedShards(self.recipe.data.split_path(task.name, "test"))
             data = StageData([(shards, shards.keys(), limit)])
-            self.tests.append(Test(task.name, task.metric, task.max_new_tokens, data, self.recipe.data.scoring))
+            self.tests.append(TestSet(task.name, task.metric, task.max_new_tokens, data, self.recipe.data.scoring))
         self.lmm: LMM = load_lmm(self.recipe.model)
         self.encoder = KeyEncoder(*self.recipe.keys.source)
         width, keys = self.lmm.width, self.pools[-1].prototypes.shape[1]
@@ -86,11 +86,11 @@ class _Matrix:
                 if pictures:
                     self.encoder.image(pictures)
 
-    def routed(self, stage: int, task: int) -> tuple[Tensor, Tensor]:
-        """Similarities [N, T] and sets [N, m] of a task's samples after a stage."""
+    def routed(self, stage: int, task: int) -> Routed:
+        """The sets of a task's samples after a stage."""
         test, pool = self.tests[task], self.pools[stage]
-        scores = task_similarity(test, pool, self.recipe.method.image_weight)
-        return scores, self.method.answering_sets(pool, task, scores, test.data.keys.has_image)
+        scores = test.similarity(pool, self.recipe.method.image_weight)
+        return Routed(self.method.answering_sets(pool, task, scores, test.data.keys.has_image), scores)
 
 
 def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
@@ -184,12 +184,10 @@ def _pipeline(
     """One cell by `evaluate_task`, with the answers of the cells before where they may be used."""
     here = folder / str(stage)
     earlier = [folder / str(before) for before in range(stage)] if reuse else []
-    scores, selected = matrix.routed(stage, task)
-    test, settings = matrix.tests[task], matrix.recipe
-    how = AnswerSettings(settings.evaluate.batch, settings.method.insertion, share_images=share)
-    evaluate_task(
-        lambda: matrix.lmm, test, matrix.pools[stage], lambda: (selected, scores), world, [here, *earlier], how
-    )
+    routed, test, settings = matrix.routed(stage, task), matrix.tests[task], matrix.recipe
+    store = AnswerStore(here, earlier, AnswerKey(settings.method.insertion))
+    answering = Answering(lambda: matrix.lmm, settings.evaluate.batch, share)
+    evaluate_task(test, matrix.pools[stage], lambda: routed, store, answering, world)
     assert (here / SETS_FILE).is_file()
     return [json.loads(line)["prediction"] for line in (here / f"{test.name}.jsonl").read_text("utf-8").splitlines()]
 
@@ -199,7 +197,7 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
     """One cell as the official scripts fill it in."""
     test, pool, lmm = matrix.tests[task], matrix.pools[stage], matrix.lmm
     examples = Examples(test.data, lmm.conversation)
-    _, selected = matrix.routed(stage, task)
+    selected = matrix.routed(stage, task).selected
     answers = []
     for index in range(len(test.data)):
         keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[torch.tensor([index])].float()]

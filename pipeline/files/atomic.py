@@ -104,6 +104,18 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def write_if_other(path: Path, content: str) -> None:
+    """Write a text file atomically, unless it has this content already."""
+    encoded = content.encode("utf-8")
+    try:
+        if path.stat().st_size == len(encoded) and path.read_bytes() == encoded:
+            return
+    except OSError:
+        pass
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until the disk has it; raises OSError, which names the file, when the disk is full."""
     try:

@@ -27,7 +27,7 @@ from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.too_long import Decision, decide
 from pipeline.ranks.world import World, on_main, on_main_in_rounds, together
 from pipeline.runs.data_use import data_record
-from pipeline.sequence.evaluate import Test
+from pipeline.sequence.test_set import TestSet
 
 Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, how many of them are used
 
@@ -40,14 +40,14 @@ class RunData:
     train: list[Part]  # without what is held out
     validation: list[Part]  # held out of training; empty ones where the recipe holds none out
     most: int  # samples of a task that choices are made with
-    scoring: list[Test] | None  # None where nothing is to be scored
+    scoring: list[TestSet] | None  # None where nothing is to be scored
     skipped: list[dict[str, str]]  # bad records that `prepare` left out
     record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.runs.data_use`
     telling_rows: list[list[int]] = field(default_factory=list)  # of each task's training samples
     left_out: dict[str, int] = field(default_factory=dict)  # by task and split, see data.too_long
 
     @property
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[TestSet]:
         """The test sets; RuntimeError where the data was not opened to score answers."""
         if self.scoring is None:
             raise RuntimeError("test sets are for scoring alone, and this data was opened without them")
@@ -135,10 +135,12 @@ def open_data(
     for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
         shards.left_out = rows
 
-    def tests() -> list[Test]:
+    def tests() -> list[TestSet]:
         require_metrics([task.metric for task in recipe.data.tasks])
         return [
-            Test(task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring, frozenset(rows))
+            TestSet(
+                task.name, task.metric, task.max_new_tokens, StageData([part]), recipe.data.scoring, frozenset(rows)
+            )
             for task, part, rows in zip(recipe.data.tasks, test, decision.left_out["test"], strict=True)
         ]
 

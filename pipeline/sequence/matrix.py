@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.prompts.pool import PromptPool
-from pipeline.sequence.evaluate import Test, task_similarity
+from pipeline.sequence.test_set import TestSet
+
+Row = list[float | None]
 
 
-def routing_accuracy(tests: Sequence[Test], pool: PromptPool, image_weight: float) -> dict[str, list[float]]:
+def routing_accuracy(tests: Sequence[TestSet], pool: PromptPool, image_weight: float) -> dict[str, list[float]]:
     """Share (percent) of each task's test samples whose most similar set is the task's own: both keys, and either
     alone.
 
@@ -18,35 +21,50 @@ def routing_accuracy(tests: Sequence[Test], pool: PromptPool, image_weight: floa
     result: dict[str, list[float]] = {}
     for name, weight in (("accuracy", image_weight), ("image_only", 1.0), ("text_only", 0.0)):
         result[name] = [
-            100.0 * float((task_similarity(test, pool, weight).argmax(1) == number).double().mean())
+            100.0 * float((test.similarity(pool, weight).argmax(1) == number).double().mean())
             for number, test in enumerate(tests)
         ]
     return result
 
 
-def matrix(
-    tasks: Sequence[str],
-    zero_shot: list[float] | None,
-    accuracy: list[list[float | None]],
-    routing: Any,
-    ahead: list[float | None] | None = None,
-    majority: list[float] | None = None,
-) -> dict[str, Any]:
-    """The content of matrix.json.
+@dataclass
+class AccuracyMatrix:
+    """The scores of T tasks in percent, row by row as the stages are evaluated."""
 
-    `ahead` [T] are the scores of tasks just before their own stage, where measured; `majority` [T] those of each
-    task's most frequent training answer.
-    """
-    from pipeline.metrics.continual import retention_per_task, summarise
+    tasks: Sequence[str]
+    zero_shot: list[float] | None = None  # [T]
+    rows: list[Row] = field(default_factory=list)  # [T] each, None for tasks that are not learned yet
+    ahead: dict[int, float | None] = field(default_factory=dict)  # by task: its score just before its own stage
 
-    metrics: dict[str, Any] = {"zero_shot": _mean(zero_shot)}
-    if accuracy:
-        metrics = {**summarise(accuracy, zero_shot, ahead), "retention_per_task": retention_per_task(accuracy)}
-    content: dict[str, Any] = {"tasks": list(tasks), "zero_shot": zero_shot, "accuracy": accuracy, "metrics": metrics}
-    content |= {"majority": majority} if majority else {}
-    content |= {"ahead": ahead} if ahead else {}
-    return {**content, "routing": routing} if routing else content
+    def add(self, row: Row, seen: int) -> None:
+        """Take the row after the stage with which `seen` tasks are learned.
 
+        Joint training has one stage, which all tasks share, so only the last row is defined: those above are filled
+        with None.
+        """
+        self.rows += [[None] * len(row) for _ in range(seen - 1 - len(self.rows))]
+        self.rows.append(row)
 
-def _mean(values: list[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
+    def content(
+        self, with_ahead: bool, majority: list[float] | None = None, routing: dict[str, list[float]] | None = None
+    ) -> dict[str, Any]:
+        """The content of matrix.json.
+
+        Args:
+            with_ahead: whether scores ahead of the tasks' stages are part of it.
+            majority: scores [T] of each task's most frequent training answer.
+            routing: shares [T] of samples routed to their own task, by the keys used.
+        """
+        from pipeline.metrics.continual import retention_per_task, summarise
+
+        ahead = [self.ahead.get(task) for task in range(len(self.tasks))] if with_ahead else None
+        zero_shot = self.zero_shot
+        metrics: dict[str, Any] = {"zero_shot": sum(zero_shot) / len(zero_shot) if zero_shot else None}
+        if self.rows:
+            metrics = {
+                **summarise(self.rows, zero_shot, ahead),
+                "retention_per_task": retention_per_task(self.rows),
+            }
+        content = {"tasks": list(self.tasks), "zero_shot": zero_shot, "accuracy": self.rows, "metrics": metrics}
+        given = {"majority": majority, "ahead": ahead, "routing": routing}
+        return {**content, **{name: value for name, value in given.items() if value}}

@@ -9,24 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.finished import read_state, write_json
-from pipeline.sequence.predictions import write_if_other
+from pipeline.files.atomic import write_if_other
+from pipeline.runs.results import FINISHED, RunState
 
 log = logging.getLogger("pipeline.sequence.run")
-STATE, MATRIX = "run.json", "matrix.json"
-FINISHED = ("trained", "done")  # what a call that trains nothing does not take back; the second says more
+MATRIX = "matrix.json"
 OF_THE_RUN = ("status", "stage", "stages")  # of run.json: how far the run is
-OF_ALL_CALLS = ("evaluate_s", "total_s")  # of its timing: what every call adds to; others are of the last that did it
 
 
-class RunResults:
+class RunResults(RunState):
     """What the two files said when a call began, and what they may say now; for rank 0, which writes them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.state: dict[str, Any] = read_state(path)  # of run.json, as an earlier call left it
+        super().__init__(path)
         self._rows = _rows(path / MATRIX)  # of the matrix that is there
-        self._finished = str(self.state.get("status")) in FINISHED
         self._trains = self._trained = False  # a stage, in this call
 
     def begins(self, stage: int, rows: int) -> None:
@@ -35,7 +31,7 @@ class RunResults:
         Where the run had it, rows and status from there on belong to what is replaced.
         """
         self._rows = min(self._rows, rows)
-        self._finished = self._finished and stage >= int(self.state.get("stage") or 0)
+        self.finished = self.finished and stage >= int(self.state.get("stage") or 0)
         self._trains = True
 
     def trained(self) -> None:
@@ -44,28 +40,21 @@ class RunResults:
 
     def stay_finished(self, stopped: bool) -> bool:
         """Whether run.json still calls the run finished when a stop, or an error, ends the call now."""
-        return self._finished and not self._trained and not (stopped and self._trains)
+        return self.finished and not self._trained and not (stopped and self._trains)
 
     def write_state(self, status: str, facts: Mapping[str, Any]) -> None:
         """Write run.json with this status, unless what it says is more and still true.
 
         `status`: running, failed, stopped (to be gone on with), trained or done.
         """
-        kept = self._finished and not self._trained
+        kept = self.finished and not self._trained
         if kept and not self._trains and status not in FINISHED:
             return
         content = {**facts, "status": status}
-        before = str(self.state.get("status"))
-        if kept and (status == "failed" or (status in FINISHED and FINISHED.index(status) < FINISHED.index(before))):
+        if kept and (status == "failed" or self.says_less(status)):
             content |= {name: self.state[name] for name in OF_THE_RUN if name in self.state}
-        content["stage"] = max(int(content["stage"]), int(self.state.get("stage") or 0) if self._finished else 0)
-        write_json(self.path / STATE, content)
-
-    def times(self, now: Mapping[str, float]) -> dict[str, float]:
-        """The seconds that run.json is to name: those of this call so far, `now`, with those of the calls before it."""
-        before: dict[str, float] = self.state.get("timing") or {}
-        added = {name: round(before.get(name, 0.0) + now[name], 1) for name in OF_ALL_CALLS if name in now}
-        return {**before, **now, **added}
+        content["stage"] = max(int(content["stage"]), int(self.state.get("stage") or 0) if self.finished else 0)
+        self.write(content)
 
     def write_matrix(self, content: Mapping[str, Any], last: bool) -> None:
         """Write matrix.json, in the middle of a call (not `last`) only if it has more rows than the one that is there.

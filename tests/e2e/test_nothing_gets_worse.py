@@ -171,7 +171,9 @@ def test_a_task_whose_training_fails_leaves_the_run_finished(
     run = recipe.run_path
     before = {name: (run / name).read_bytes() for name in ("matrix.json", "report.html")}
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sequence.run.save_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+        patch.setattr(
+            "pipeline.sequence.stage_files.save_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("no room"))
+        )
         done = CliRunner().invoke(app, ["add", str(run), "T2", "--root", str(prepared / "coin")])
     assert done.exit_code == 1
     state = json.loads((run / "run.json").read_text())
@@ -200,7 +202,9 @@ def test_a_stage_that_is_trained_anew_takes_its_rows_of_the_matrix_along(
     run = recipe.run_path
     shutil.rmtree(run / "stages" / "02-T1")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr("pipeline.sequence.run.save_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+        patch.setattr(
+            "pipeline.sequence.stage_files.save_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("no room"))
+        )
         run_sequence(recipe)
     state = json.loads((run / "run.json").read_text())
     assert (state["status"], state["stage"]) == ("failed", 1)

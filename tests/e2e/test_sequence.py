@@ -22,8 +22,11 @@ from pipeline.hub import snapshots
 from pipeline.hub.snapshots import Source
 from pipeline.hub.weights import file_fingerprints
 from pipeline.prompts.model import PromptedLMM
+from pipeline.runs.finished import StageCheckpoint
 from pipeline.sequence.engine import Engine
-from pipeline.sequence.run import Sequence, evaluate_run, run_sequence
+from pipeline.sequence.learned import Learned
+from pipeline.sequence.run import evaluate_run, run_sequence
+from pipeline.sequence.stage import StageTrainer, TrainedStage
 from pipeline.training.loop import DivergedError
 from tests.e2e.conftest import MakeRecipe
 from tests.stopping import signal_in_forward
@@ -67,21 +70,28 @@ def test_twelve_tasks_work_and_the_last_one_learns(make: MakeRecipe) -> None:
 
 def check_frozen(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No stage changes a weight of the base model, an earlier set or an earlier prototype by one bit."""
-    train = Sequence._train
+    train = StageTrainer.train
     seen: list[int] = []
+    saved: list[StageCheckpoint] = []  # of the stages so far
 
-    def watched(self: Sequence, index: int, stage: Any) -> None:
-        base = {name: weight.clone() for name, weight in self._get_engine().module.lmm.state_dict().items()}
-        prompts, prototypes = self.pool.prompts.clone(), self.pool.prototypes.clone()
-        train(self, index, stage)
-        for name, weight in self._get_engine().module.lmm.state_dict().items():
+    def check_pool(learned: Learned) -> None:
+        assert len(learned.pool) == len(saved)
+        for number, earlier in enumerate(saved):
+            assert torch.equal(learned.pool.prompts[number], earlier.prompt)
+            assert torch.equal(learned.pool.prototypes[number], earlier.prototype)
+
+    def watched(self: StageTrainer, index: int, stage: Any, learned: Learned, *given: Any) -> TrainedStage:
+        base = {name: weight.clone() for name, weight in self.engine().module.lmm.state_dict().items()}
+        check_pool(learned)
+        trained = train(self, index, stage, learned, *given)
+        for name, weight in self.engine().module.lmm.state_dict().items():
             assert torch.equal(weight, base[name]), f"{name} of the base model changed"
-        if index:
-            assert torch.equal(self.pool.prompts[:index], prompts)
-            assert torch.equal(self.pool.prototypes[:index], prototypes)
+        check_pool(learned)
+        saved.append(trained.checkpoint)
         seen.append(index)
+        return trained
 
-    monkeypatch.setattr(Sequence, "_train", watched)
+    monkeypatch.setattr(StageTrainer, "train", watched)
     run_sequence(recipe, stages="train")
     assert seen == [0, 1, 2]
 
@@ -244,7 +254,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
     recipe = make(tasks=2)
     earlier = file_fingerprints(Path(recipe.model.path))[0]
     with monkeypatch.context() as before:
-        before.setattr("pipeline.sequence.run.base_fingerprint", lambda *_: earlier)
+        before.setattr("pipeline.sequence.opened.base_fingerprint", lambda *_: earlier)
         run_sequence(recipe, until=1)
     answered = (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text()
     monkeypatch.setattr(LMM, "generate", None)  # the answers that are there are kept

@@ -24,7 +24,8 @@ from pipeline.errors import UserError
 from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.pool import fingerprint_of
 from pipeline.sequence.engine import Engine
-from pipeline.sequence.run import Sequence, evaluate_run, run_sequence
+from pipeline.sequence.run import evaluate_run, run_sequence
+from pipeline.sequence.stage import StageTrainer, TrainedStage
 from tests.e2e.conftest import MakeRecipe
 
 pytestmark = pytest.mark.e2e
@@ -71,15 +72,16 @@ def test_a_frozen_projector_is_not_in_the_checkpoint_and_a_trained_one_goes_on_f
 def test_training_the_projector_leaves_every_other_weight_of_the_model_as_it_was(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, changed = Sequence._train, set[str]()
+    train, changed = StageTrainer.train, set[str]()
 
-    def watched(self: Sequence, index: int, stage: Any) -> None:
-        base = {name: weight.clone() for name, weight in self._get_engine().module.lmm.state_dict().items()}
-        train(self, index, stage)
-        after = self._get_engine().module.lmm.state_dict()
+    def watched(self: StageTrainer, *given: Any) -> TrainedStage:
+        base = {name: weight.clone() for name, weight in self.engine().module.lmm.state_dict().items()}
+        trained = train(self, *given)
+        after = self.engine().module.lmm.state_dict()
         changed.update(name for name, weight in after.items() if not torch.equal(weight, base[name]))
+        return trained
 
-    monkeypatch.setattr(Sequence, "_train", watched)
+    monkeypatch.setattr(StageTrainer, "train", watched)
     run_sequence(make(tasks=2, **TRAINED), stages="train")
     assert changed
     assert all("multi_modal_projector" in name for name in changed)

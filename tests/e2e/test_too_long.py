@@ -14,7 +14,8 @@ from pipeline.data.shards import IndexedShards
 from pipeline.errors import Interrupted, UserError
 from pipeline.planning.sample_lengths import measure
 from pipeline.planning.too_long import decide
-from pipeline.sequence.run import Sequence, run_sequence
+from pipeline.sequence.run import run_sequence
+from pipeline.sequence.stage import StageTrainer
 from tests import tiny, tiny_clip
 from tests.e2e.conftest import recipe_on
 
@@ -73,7 +74,7 @@ def seen(monkeypatch) -> list[str]:
 
 
 def test_refuse_ends_the_start_before_anything_is_trained(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sequence, "_train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(StageTrainer, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError) as refused:
         run_sequence(recipe(project, tmp_path, "refuse"))
     for split in ("train", "test"):
@@ -94,7 +95,7 @@ def test_a_stage_that_an_earlier_version_finished_is_not_refused_for_a_sample_it
 
 def test_a_run_can_be_stopped_while_its_samples_are_measured(project, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.ranks.world.ROUND_S", 0.05)
-    monkeypatch.setattr(Sequence, "run", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr("pipeline.sequence.opened.Models", lambda *_: pytest.fail("went on"))
     leave = threading.Event()
 
     def told_to_stop(*args, **kwargs):

@@ -199,9 +199,9 @@ def bench() -> Iterator[Bench]:
         "pipeline.check.sequence",
     ):
         importlib.import_module(module)  # once, see above
-    from pipeline.sequence.run import Sequence
+    from pipeline.sequence.record import RunRecord
 
-    Sequence._report = lambda self: None  # type: ignore[method-assign]  # drawing takes as long as all the rest
+    RunRecord.report = lambda self: None  # type: ignore[method-assign]  # drawing takes as long as all the rest
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         yield Bench(folder / "bench")

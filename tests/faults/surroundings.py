@@ -20,7 +20,7 @@ from tests.faults.kills import wait_for
 FULL = {
     "checkpoint in a stage": ("pipeline.training.resume", "write_synced", 1),
     "stage's checkpoint": ("pipeline.runs.finished", "write_synced", 0),
-    "prediction file": ("pipeline.sequence.predictions", "write_json", 0),
+    "prediction file": ("pipeline.sequence.answers", "write_json", 0),
 }
 
 

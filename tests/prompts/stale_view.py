@@ -12,8 +12,9 @@ from pipeline.data.collate import StageData
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
 from pipeline.runs.finished import write_json
-from pipeline.sequence import evaluate
-from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task
+from pipeline.sequence.answers import SETS_FILE, AnswerStore, Routed
+from pipeline.sequence.evaluate import Answering, evaluate_task
+from pipeline.sequence.test_set import TestSet
 from tests.training.worlds import make_pool, make_samples
 
 SAMPLES = 3
@@ -23,17 +24,17 @@ def main(folder: Path) -> None:
     """Rank 0 finds the answers in `folder`, every other rank looks into a folder of its own with nothing in it."""
     world = init_world()
     samples, keys = make_samples(SAMPLES)
-    test = Test("a", "exact", 8, StageData([(samples, keys, None)]))
+    test = TestSet("a", "exact", 8, StageData([(samples, keys, None)]))
     pool = make_pool(1)
     nothing: Any = None
 
     def score(place: Path, earlier: list[Path]) -> float:
         chosen, scores = torch.zeros(SAMPLES, 1, dtype=torch.long), torch.zeros(SAMPLES, 1)
-        folders, settings = [place, *earlier], AnswerSettings(4)
-        return evaluate_task(lambda: nothing, test, pool, lambda: (chosen, scores), world, folders, settings)
+        store, answering = AnswerStore(place, earlier), Answering(lambda: nothing, 4)
+        return evaluate_task(test, pool, lambda: Routed(chosen, scores), store, answering, world)
 
     if world.main:
-        write_json(folder / "before" / evaluate.SETS_FILE, {pool.names[0]: pool.fingerprint(0)})
+        write_json(folder / "before" / SETS_FILE, {pool.names[0]: pool.fingerprint(0)})
         lines = [f'{{"id": "s{n}", "prediction": "red", "selected": ["{pool.names[0]}"]}}\n' for n in range(SAMPLES)]
         (folder / "before" / "a.jsonl").write_text("".join(lines))
     scored = score(folder / "now", [folder / "before" if world.main else folder / "stale"])

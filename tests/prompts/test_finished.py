@@ -11,7 +11,7 @@ import torch
 
 from pipeline.data.collate import StageData
 from pipeline.errors import UserError
-from pipeline.sequence import evaluate
+from pipeline.sequence import answers
 from tests.prompts.test_reuse import Generated, run
 from tests.training.worlds import make_pool
 
@@ -31,7 +31,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("something finished was read again")
 
-    monkeypatch.setattr(evaluate, "known_answers", forbidden)
+    monkeypatch.setattr(answers, "known_answers", forbidden)
     monkeypatch.setattr(StageData, "__getitem__", forbidden)
     monkeypatch.setattr(StageData, "text", forbidden)
 
@@ -90,7 +90,7 @@ def test_answers_outlive_a_metric_that_fails(
         raise UserError("no such package")
 
     with monkeypatch.context() as patch, pytest.raises(UserError):
-        patch.setattr("pipeline.sequence.predictions.score_task", failing)
+        patch.setattr("pipeline.sequence.answers.score_task", failing)
         run(tmp_path, 0, make_pool(1), [[0], [0]])
     assert sorted(generated.asked) == [0, 1]
     run(tmp_path, 0, make_pool(1), [[0], [0]])
@@ -114,5 +114,5 @@ def test_an_evaluation_of_an_earlier_version_is_taken_over_without_generating(
 def test_the_same_selection_has_the_same_identity_however_it_is_stored() -> None:
     pool = make_pool(2)
     test: Any = type("Test", (), {"metric": "exact", "scoring": "fixed", "data": [0, 0], "unanswered": ()})
-    one = evaluate.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]), "")
-    assert one == evaluate.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]).T.contiguous().T, "")
+    one = answers.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]), "")
+    assert one == answers.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]).T.contiguous().T, "")

@@ -19,7 +19,9 @@ from pipeline.prompts.generation import Conditions, InsertedSets
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
 from pipeline.sequence import evaluate
-from pipeline.sequence.evaluate import AnswerSettings, Test, evaluate_task
+from pipeline.sequence.answers import AnswerKey, AnswerStore, Routed, known_answers
+from pipeline.sequence.evaluate import Answering, evaluate_task
+from pipeline.sequence.test_set import TestSet
 from tests import tiny
 from tests.training.worlds import make_pool, make_samples
 
@@ -45,18 +47,17 @@ def run(
     batch: int = 4,
     go_on: Callable[[], bool] = lambda: True,
     task: str = "a",
-    **more: Any,
+    **key: Any,
 ) -> float:
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
-    test = Test(task, "exact", 8, StageData([(samples, keys, None)]))
-    routed = torch.tensor(chosen), torch.zeros(len(chosen), len(pool))
+    test = TestSet(task, "exact", 8, StageData([(samples, keys, None)]))
+    routed = Routed(torch.tensor(chosen), torch.zeros(len(chosen), len(pool)))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
-    folders, settings = [folder / str(number), *earlier], AnswerSettings(batch, **more)
-    return evaluate_task(
-        lambda: lmm, test, pool, lambda: routed, init_world(), folders, settings, Conditions(go_on=go_on)
-    )
+    store = AnswerStore(folder / str(number), earlier, AnswerKey(**key))
+    answering = Answering(lambda: lmm, batch, conditions=Conditions(go_on=go_on))
+    return evaluate_task(test, pool, lambda: routed, store, answering, init_world())
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_what_another_task_was_answered_with_says_nothing_of_this_one(generated:
 def test_lines_that_are_no_predictions_are_not_reused(tmp_path: Path) -> None:
     (tmp_path / "sets.json").write_text("{}")
     (tmp_path / "a.jsonl").write_text("null\n")
-    assert evaluate.known_answers("a", [tmp_path], {}) == {}
+    assert known_answers("a", [tmp_path], {}) == {}
 
 
 def test_an_evaluation_that_is_stopped_keeps_the_answers_that_are_there(

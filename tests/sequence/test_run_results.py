@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.sequence.results import STATE, RunResults
+from pipeline.runs.results import STATE
+from pipeline.sequence.results import RunResults
 
 
 def test_a_call_that_finds_everything_done_takes_no_time_back(tmp_path: Path) -> None:

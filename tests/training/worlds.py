@@ -12,17 +12,19 @@ import torch
 from pipeline.adapter.answering import SampleList
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
-from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.data.keys import Keys
-from pipeline.data.order import Order
 from pipeline.data.sample import Sample
-from pipeline.methods import make_method
+from pipeline.methods import Stage
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.shutdown import StopFlag
+from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, close_world, init_world
-from pipeline.sequence.engine import Engine, initial_values
-from pipeline.training.loop import train_stage
+from pipeline.runs.session import Session
+from pipeline.sequence.engine import Engine
+from pipeline.sequence.learned import Learned
+from pipeline.sequence.stage import StageTrainer
+from pipeline.sequence.stage_files import StageFiles
 from tests import tiny
 
 KEY_WIDTH = 12
@@ -90,22 +92,15 @@ def make_pool(sets: int, length: int = 4, width: int = tiny.HIDDEN) -> PromptPoo
 def train_once(
     engine: Engine, recipe: Recipe, world: World, folder: Path, pool: PromptPool, samples: tuple[SampleList, Keys]
 ) -> tuple[list[Progress], dict[str, torch.Tensor]]:
-    """One stage on the given samples; the history and the final values."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = StageData([(*samples, None)])
-    method = make_method(recipe.method)
-    examples = Examples(data, engine.module.lmm.conversation, "image" if engine.module.in_two_passes else "none")
-    order = Order(len(data), recipe.train.global_batch, recipe.seed, len(pool))
-    steps = recipe.train.steps or order.batches_per_epoch
-    batches = MicroBatches(
-        examples, order, method.training_sets(pool, data.keys), steps, engine.accumulation, world.rank, world.size
-    )
-    bank = pool.prompts if len(pool) else torch.zeros(0, *engine.module.bank.shape[1:])
-    engine.start_stage(
-        initial_values(engine.module, recipe.method.init, recipe.seed, len(pool)), bank, recipe.method.prototype_weight
-    )
-    history = train_stage(engine, batches, recipe.train, world, folder, StopFlag())
-    return history, engine.values()
+    """The stage behind those of the pool on the given samples; the history and the final values."""
+    # Not by image: the recorded curves are of samples one by one.
+    train = recipe.train.model_copy(update={"questions_per_image": 1})
+    recipe = recipe.model_copy(update={"train": train})
+    session = Session(folder, world, StopFlag(), Watchdog(world, None))
+    files = StageFiles(session, [("a", "drawn")], {})
+    trainer = StageTrainer(recipe, session, lambda: engine, [(*samples, None)], files)
+    trained = trainer.train(len(pool), Stage("a", (0,)), Learned(pool))
+    return trained.history, engine.values()
 
 
 def main(job_file: str) -> None:

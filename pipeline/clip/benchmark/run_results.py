@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.benchmark.results import Row, UnitResult
+from pipeline.files.atomic import write_if_other
 from pipeline.runs.finished import read_state, write_json
-from pipeline.sequence.predictions import write_if_other
-from pipeline.sequence.results import FINISHED
+from pipeline.runs.results import FINISHED
 
 log = logging.getLogger("pipeline.clip")
 STATE, RESULTS = "run.json", "results.json"

@@ -1,0 +1,232 @@
+"""The answers to one task's test questions in the run folder: which may be used again, and how they are kept.
+
+An answer is a function of its question, the prompt sets that were inserted, a trained projector and the model. The
+store of an evaluation compares exactly these, by fingerprint, with what earlier evaluations wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.files.atomic import write_if_other
+from pipeline.metrics.scoring import Answered, TaskScore, score_task
+from pipeline.prompts.pool import PromptPool, tensor_fingerprint
+from pipeline.prompts.routing import NO_SET
+from pipeline.runs.finished import write_json
+from pipeline.sequence.test_set import TestSet
+
+SCORES_VERSION = 1  # higher when a metric gives other points to the same answers: then they are scored again
+SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
+UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
+PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """What an answer depends on beside its question and the sets inserted for it."""
+
+    insertion: str = "after_bos"
+    projector: str = ""  # fingerprint of a trained image projector; "": the base model's
+    made_by: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the base model and its files, by name
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The prompt sets of a task's test samples."""
+
+    selected: Tensor  # [N, m] numbers of sets in the pool, NO_SET = none
+    scores: Tensor  # [N, T] similarities to every set
+
+
+@dataclass(frozen=True)
+class AnswerStore:
+    """Where an evaluation keeps the answers to its tasks, and where answers are that it may use again."""
+
+    folder: Path
+    earlier: Sequence[Path] = ()  # folders of other evaluations
+    key: AnswerKey = field(default_factory=AnswerKey)
+
+    def task(self, test: TestSet, pool: PromptPool, routed: Routed) -> TaskAnswers:
+        """The answers to one task's test set with these sets of the pool."""
+        return TaskAnswers(self, test, pool, routed)
+
+
+class TaskAnswers:
+    """The answers to one task's test questions, on rank 0: those that are known, and in the end all, with a score."""
+
+    def __init__(self, store: AnswerStore, test: TestSet, pool: PromptPool, routed: Routed) -> None:
+        self.test, self.routed, self.answers = test, routed, dict[int, str]()
+        self._folder, self._earlier, self._key, self._pool = store.folder, store.earlier, store.key, pool
+        self._prints = {name: pool.fingerprint(number) for number, name in enumerate(pool.names)}
+        projector = {PROJECTOR: self._key.projector} if self._key.projector else {}
+        self._sets = {**self._prints, **projector}  # for SETS_FILE
+        self._made_with: dict[str, Any] = {
+            "data": test.data.fingerprint,
+            "max_new_tokens": test.max_new_tokens,
+            "insertion": self._key.insertion,
+            **self._key.made_by,
+        }
+
+    @functools.cached_property
+    def _chosen(self) -> list[list[str]]:
+        """The names of every sample's sets."""
+        rows = self.routed.selected.tolist()
+        return [[self._pool.names[number] for number in row if number != NO_SET] for row in rows]
+
+    @functools.cached_property
+    def _wanted(self) -> list[tuple[str, ...]]:
+        """What the answer to every sample must have been made with: projector and sets, by their fingerprints."""
+        return [(self._key.projector, *(self._prints[name] for name in row)) for row in self._chosen]
+
+    @property
+    def _identity(self) -> str:
+        return identity_of(self.test, self._pool, self.routed.selected, self._key.projector)
+
+    def finished_score(self) -> float | None:
+        """The score in percent that is there, if it and the predictions are those of these samples, sets and settings.
+
+        Nothing is parsed but the score file. None as well for what an earlier version wrote without an `identity`.
+        """
+        try:
+            told = json.loads((self._folder / f"{self.test.name}.score.json").read_text("utf-8"))
+            if told["made_with"] != self._made_with or told.get("identity") != self._identity:
+                return None
+            if json.loads((self._folder / SETS_FILE).read_text("utf-8")) != self._sets:
+                return None
+            return float(told["score"]) if _as_written(self._folder, self.test.name, told) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def missing(self) -> list[int]:
+        """The samples that have to be answered; the answers to all others are taken from where they are."""
+        known = known_answers(self.test.name, [self._folder, *self._earlier], self._made_with)
+        wants = [(identity, self._wanted[index]) for index, identity in enumerate(self.test.data.ids)]
+        self.answers.update({index: known[want] for index, want in enumerate(wants) if want in known})
+        self.answers.update(dict.fromkeys(self.test.unanswered, ""))
+        return [index for index in range(len(wants)) if index not in self.answers]
+
+    def keep(self, answers: Mapping[int, str]) -> None:
+        """Take new answers, by sample, and write all that there are for the next attempt.
+
+        Before anything is made of them: a metric that fails, or a full disk, must not cost the answers.
+        """
+        self.answers.update(answers)
+        ids = self.test.data.ids
+        kept = [(ids[index], self._wanted[index], answer) for index, answer in sorted(self.answers.items())]
+        content = {"made_with": self._made_with, "answers": kept}
+        write_json(self._folder / UNFINISHED_FILE.format(self.test.name), content)
+
+    def finish(self) -> float:
+        """Write the predictions with their points and the score; returns the score in percent."""
+        lines, scored = self._scored_lines()
+        write_if_other(self._folder / SETS_FILE, json.dumps(self._sets, indent=2, ensure_ascii=False) + "\n")
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_if_other(self._folder / f"{self.test.name}.jsonl", content)
+        self._write_score(scored)
+        (self._folder / UNFINISHED_FILE.format(self.test.name)).unlink(missing_ok=True)
+        return scored.percent
+
+    def _scored_lines(self) -> tuple[list[dict[str, Any]], TaskScore]:
+        lines: list[dict[str, Any]] = []
+        answered: list[Answered] = []
+        pictured = self.test.data.keys.has_image.tolist()
+        for index, sample in enumerate(self.test.texts):
+            answered.append(Answered(self.answers[index], sample.answer, sample.meta, pictured[index]))
+            lines.append(
+                {
+                    "id": sample.id,
+                    "question": sample.question,
+                    "prediction": self.answers[index],
+                    "answer": sample.answer,
+                    "selected": self._chosen[index],
+                    "similarity": [round(s, 6) for s in self.routed.scores[index].tolist()],
+                }
+            )
+        scored = score_task(self.test.metric, answered, self.test.scoring)
+        for line, points in zip(lines, scored.points, strict=True):
+            line["score"] = points
+        return lines, scored
+
+    def _write_score(self, scored: TaskScore) -> None:
+        """Write what the task scored, and what tells later that its predictions are still these.
+
+        The sets stand in it too, for SETS_FILE is one for all tasks of the folder: another of them may be answered
+        with other sets.
+        """
+        written = (self._folder / f"{self.test.name}.jsonl").read_bytes()
+        content = {
+            "metric": self.test.metric,
+            "scoring": self.test.scoring,
+            "samples": len(scored.points),
+            "score": scored.percent,
+            "parts": scored.parts,
+            "made_with": self._made_with,
+            "sets": self._sets,
+            "identity": self._identity,
+            "predictions": {"bytes": len(written), "crc32": zlib.crc32(written)},
+        }
+        write_json(self._folder / f"{self.test.name}.score.json", content)
+
+
+def identity_of(test: TestSet, pool: PromptPool, selected: Tensor, projector: str) -> str:
+    """A hash [hex] of what a task's predictions and score are a function of, beside what `made_with` says.
+
+    That is the sets of every sample [N, m], the sets' values and prototypes, the projector, and the metric.
+    """
+    facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names]
+    facts += [list(selected.shape), sorted(test.unanswered)]
+    facts += [pool.fingerprint(number) for number in range(len(pool))]
+    facts += [tensor_fingerprint(pool.prototypes), tensor_fingerprint(selected)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _as_written(folder: Path, task: str, told: Mapping[str, Any]) -> bool:
+    """Whether the predictions are the file that the score file `told` describes; True where it does not describe it."""
+    if "predictions" not in told:
+        return True
+    content = (folder / f"{task}.jsonl").read_bytes()
+    return told["predictions"] == {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def known_answers(
+    task: str, folders: Iterable[Path], made_with: Mapping[str, Any]
+) -> dict[tuple[str, tuple[str, ...]], str]:
+    """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
+
+    Those that were made with other data, settings or model files than `made_with`, or were changed since they were
+    written, are left alone; what a folder does not say of its answers is trusted.
+    """
+    known: dict[tuple[str, tuple[str, ...]], str] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            unfinished = json.loads((folder / UNFINISHED_FILE.format(task)).read_text("utf-8"))
+            if unfinished["made_with"] == made_with:
+                known |= {(identity, tuple(used)): answer for identity, used, answer in unfinished["answers"]}
+        try:
+            written = json.loads((folder / f"{task}.score.json").read_text("utf-8"))
+            told = written.get("made_with", made_with)
+        except (OSError, ValueError, AttributeError):
+            written, told = {}, made_with
+        if any(told.get(name, value) != value for name, value in made_with.items()):
+            continue
+        try:
+            if not _as_written(folder, task, written):
+                continue
+            prints = written["sets"] if "sets" in written else json.loads((folder / SETS_FILE).read_text("utf-8"))
+            lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
+            for line in lines:
+                used = (prints.get(PROJECTOR, ""), *(prints[name] for name in line["selected"]))
+                known[line["id"], used] = line["prediction"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not there, or not whole: it is generated anew
+    return known

@@ -1,0 +1,71 @@
+"""A run whose models and data are there and fit together, before anything is trained or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.backbones.base_model import recorded_base_model
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.lmm_processor import settings_fingerprint
+from pipeline.config.recipe import Recipe
+from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.methods import Method, Stage, make_method
+from pipeline.planning.frozen_models import fetch_models
+from pipeline.ranks.world import on_main
+from pipeline.runs.session import Session
+from pipeline.sequence.data import RunData, open_data
+from pipeline.sequence.models import Models
+from pipeline.sequence.results import RunResults
+from pipeline.sequence.stage_files import StageFiles
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """What the training, the evaluation and the record of a run work with."""
+
+    recipe: Recipe
+    session: Session
+    data: RunData
+    files: StageFiles
+    models: Models
+    made_by: dict[str, str]  # fingerprints of the base model and its files: answers depend on both, stages on the first
+    results: RunResults
+
+    @property
+    def method(self) -> Method:
+        """The method that the recipe names."""
+        return make_method(self.recipe.method)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages of the sequence, in order."""
+        return self.method.stages([task.name for task in self.recipe.data.tasks])
+
+
+def open_run(recipe: Recipe, session: Session) -> OpenRun:
+    """Fetch the models and open the data of a run on every rank; UserError for what is missing or damaged."""
+    world, path = session.world, session.path
+    make_method(recipe.method)
+    fetch_models(recipe, world, lambda: session.stop_if_told("while models are fetched"))
+    data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
+
+    def constants() -> dict[str, Any]:
+        return {
+            "base_model": base_fingerprint(recipe.model, recorded_base_model(path)),
+            "clip": {name: data.identity[name] for name in IDENTITY_FIELDS},
+        }
+
+    fixed = on_main(world, constants)
+    model_files = on_main(world, lambda: settings_fingerprint(recipe.model, recipe.evaluate.repetition_penalty))
+    names = [task.name for task in recipe.data.tasks]
+    prints = [shards.fingerprint for shards, *_ in data.train]
+    return OpenRun(
+        recipe=recipe,
+        session=session,
+        data=data,
+        files=StageFiles(session, list(zip(names, prints, strict=True)), fixed),
+        models=Models(recipe, world, data.train[0][1].image.shape[1], session.watchdog, data.telling),
+        made_by={"base_model": fixed["base_model"], "model_files": model_files},
+        results=RunResults(path),
+    )

@@ -1,0 +1,112 @@
+"""What is written of a run while it goes on: run.json, matrix.json, the report, and its numbers in the tracker."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pipeline.methods import Stage
+from pipeline.metrics.continual import after_stage
+from pipeline.ranks.world import on_main
+from pipeline.sequence.evaluation import Evaluator
+from pipeline.sequence.learned import Learned
+from pipeline.sequence.majority import majority_scores
+from pipeline.sequence.matrix import AccuracyMatrix, routing_accuracy
+from pipeline.sequence.opened import OpenRun
+from pipeline.tracking.tracker import Tracker
+
+log = logging.getLogger("pipeline.sequence.run")
+
+
+class RunRecord:
+    """Writes what there is to tell of a run; rank 0 writes, all ranks call it.
+
+    Args:
+        run: the run, with what an earlier call left in its folder.
+        learned: what the finished stages have left, as it grows.
+        evaluator: knows how long its evaluations took.
+        tracker: takes the numbers of the matrix and the report.
+    """
+
+    def __init__(self, run: OpenRun, learned: Learned, evaluator: Evaluator, tracker: Tracker) -> None:
+        self.run, self.learned, self.evaluator, self.tracker = run, learned, evaluator, tracker
+        self._main, self._results = run.session.world.main, run.results
+        self._timing: dict[str, float] = {}
+        self._majority: list[float] | None = None
+
+    # ------------------------------------------------------------------ run.json
+
+    def begins(self, index: int, stage: Stage) -> None:
+        """A stage is trained now; with it its run in the tracker is written, so that a restart continues that."""
+        if self._main:
+            self._results.begins(index, max(stage.tasks))
+        self.write_state("running")
+
+    def trained(self, stage: Stage, seconds: float) -> None:
+        """A stage was trained and saved."""
+        self._timing[f"train.{stage.name}_s"] = seconds
+        self._results.trained()
+
+    def write_end(self, evaluated: bool) -> None:
+        """Write what the run is at the end of a call: done, trained (the matrix is to come) or stopped (stages are)."""
+        whole = len(self.learned.pool) == len(self.run.stages)
+        self.write_state("stopped" if not whole else "done" if evaluated else "trained")
+
+    def write_state(self, status: str) -> None:
+        """Write run.json with this status, see `RunResults.write_state`."""
+        if not self._main:
+            return
+        if self.evaluator.seconds:
+            self._timing["evaluate_s"] = round(self.evaluator.seconds, 1)
+        if status != "running":
+            self._timing["total_s"] = round(self._results.seconds(), 1)
+        facts = {
+            "recipe": self.run.recipe.name,
+            "method": self.run.method.name,
+            "status": status,
+            "seed": self.run.recipe.seed,
+            "stage": len(self.learned.pool),
+            "stages": [stage.name for stage in self.run.stages],
+            **self._results.common(self.run.session.world, self.tracker.run_ids()),
+            "timing": self._results.times(self._timing),
+            "skipped": self.run.data.skipped,
+            "data": self.run.data.record,
+            "left_out": self.run.data.left_out,
+        }
+        self._results.write_state(status, facts)
+
+    # ------------------------------------------------------------------ matrix.json and the report
+
+    def write_matrix(self, matrix: AccuracyMatrix, last: bool) -> dict[str, Any]:
+        """Write matrix.json and tell the tracker its numbers; returns its content.
+
+        `last`: no more rows come in this call.
+        """
+        pool, tests, world = self.learned.pool, self.run.data.tests, self.run.session.world
+        routing = None
+        if last and matrix.rows and len(pool) == len(tests) and self.run.method.learns_prototypes:
+            routing = routing_accuracy(tests, pool, self.run.recipe.method.image_weight)
+        if self._majority is None:  # not before the first stage: it reads the texts of all tasks
+            folder = self.run.session.path / "eval"
+            self._majority = on_main(world, lambda: majority_scores(folder, self.run.data.train, tests))
+        content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing)
+        on_main(world, lambda: self._results.write_matrix(content, last))
+        numbers: dict[str, float | None] = dict(after_stage(matrix.rows, len(matrix.rows) - 1)) if matrix.rows else {}
+        for name, row in (routing or {}).items():
+            numbers[f"routing.{name}"] = sum(row) / len(row)
+        self.tracker.metrics(numbers, len(matrix.rows))
+        return content
+
+    def report(self) -> None:
+        """Draw the report and hand it to the tracker; a run is worth keeping even if its page cannot be drawn."""
+        if not self._main:
+            return
+        from pipeline.report.page import write_report  # loads matplotlib
+
+        path = self.run.session.path
+        try:
+            write_report(path, [])
+        except Exception as error:
+            log.warning("The report of %s could not be drawn (%s); the run itself is whole.", path, error)
+            return
+        self.tracker.results(path, complete=len(self.learned.pool) == len(self.run.stages))

@@ -1,0 +1,178 @@
+"""The training of one stage, from the values it starts with or is resumed with to its files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.config.recipe import Recipe
+from pipeline.console.progress import Progress
+from pipeline.data.collate import Examples, MicroBatches, StageData
+from pipeline.methods import Stage, make_method
+from pipeline.planning.out_of_memory import told_what_helps
+from pipeline.prompts.pool import PromptPool, fingerprint_of
+from pipeline.ranks.world import on_main
+from pipeline.runs.finished import StageCheckpoint
+from pipeline.runs.provenance import package_versions
+from pipeline.runs.session import Session
+from pipeline.sequence.data import Part, stage_order
+from pipeline.sequence.engine import PROJECTOR, Engine, initial_values
+from pipeline.sequence.keep_features import keep_features
+from pipeline.sequence.learned import Learned
+from pipeline.sequence.stage_files import StageFiles
+from pipeline.tracking.tracker import NullTracker, StepNumbers, Tracker, set_shares
+from pipeline.training.loop import total_steps, train_stage
+from pipeline.training.resume import StepSaver, restore_random_state
+
+log = logging.getLogger("pipeline.sequence.run")
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A stage that was trained: its files as they lie in the run folder, the logged steps, and how long it took."""
+
+    checkpoint: StageCheckpoint
+    history: list[Progress]
+    seconds: float  # with those of earlier attempts
+
+
+class StageTrainer:
+    """Trains the stages of a run, each once, with one engine.
+
+    Args:
+        recipe: its sections method, train and data say what a stage does.
+        session: the ranks that train, and whether they were asked to stop.
+        engine: gives the training engine, when the first stage needs it.
+        parts: the training samples of every task, in the order of the recipe's tasks.
+        files: where stages are kept.
+        tracker: takes the numbers of every stage.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        session: Session,
+        engine: Callable[[], Engine],
+        parts: Sequence[Part],
+        files: StageFiles,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self.recipe, self.session, self.engine, self.parts, self.files = recipe, session, engine, parts, files
+        self.tracker = tracker or NullTracker()
+        self.method = make_method(recipe.method)
+
+    def train(
+        self, index: int, stage: Stage, learned: Learned, begins: Callable[[], object] = lambda: None
+    ) -> TrainedStage:
+        """Train a stage from where an earlier attempt left it, or from its start, and save it.
+
+        Args:
+            index: the stage's number, 0-based.
+            stage: the stage.
+            learned: what the stages before have left; it is not changed.
+            begins: called on every rank just before the first step, within the stage's run of the tracker.
+
+        Raises:
+            DivergedError: a loss is not a finite number.
+            Interrupted: a signal asked to stop.
+        """
+        engine, world, watchdog = self.engine(), self.session.world, self.session.watchdog
+        watchdog.beat(f"beginning stage {stage.name}", slow=True)
+        began = time.perf_counter()
+        batches = self._batches(engine, index, stage, learned.pool)
+        self._start(engine, index, learned, uses_pool=batches.selected.shape[1] > 0)
+        earlier = fingerprint_of({"prompts": learned.pool.prompts, "prototypes": learned.pool.prototypes})
+        begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": earlier}
+        found = on_main(world, lambda: self.files.begin(index, stage, begun))
+        start, seconds_before = 0, 0.0
+        if found is not None:
+            start, seconds_before = found.step, found.meta.get("seconds", 0.0)
+            engine.resume_stage(found.values, start, found.moments)
+            restore_random_state(found.random, world.rank, world.device)
+        log.info(
+            "stage %d/%d %s: %d samples, %d steps%s",
+            index + 1,
+            len(self.method.stages([task.name for task in self.recipe.data.tasks])),
+            stage.name,
+            len(batches.examples.data),
+            batches.steps,
+            f", going on after step {start}" if start else "",
+        )
+        folder = self.files.unfinished(index, stage)
+        begun |= {**self.files.expected(stage), "world_size": world.size, "seconds": seconds_before}
+        saver = StepSaver(engine, world, folder, self.recipe.train, begun)
+        with self.tracker.stage(index, stage.name):
+            begins()
+            self.tracker.metrics(set_shares(batches.selected, learned.pool.names), 0)
+            numbers = StepNumbers(batches, learned.pool.names, start)
+            with told_what_helps(self.recipe, "training"):
+                history = train_stage(
+                    engine,
+                    batches,
+                    self.recipe.train,
+                    world,
+                    folder,
+                    self.session.stop,
+                    lambda p: self.tracker.metrics(numbers(p), p.step),
+                    None,
+                    saver,
+                    watchdog,
+                    start,
+                )
+            watchdog.beat(f"saving stage {stage.name}", slow=True)
+            final = history[-1]
+            seconds = round(time.perf_counter() - began + seconds_before, 1)
+            facts = {
+                "method": self.method.name,
+                "seed": self.recipe.seed,
+                "steps": batches.steps,
+                "world_size": world.size,
+                "seconds": seconds,
+                "loss": final.loss,
+                "versions": package_versions(),
+            }
+            saved = self.files.save(index, stage, engine.values(), facts)
+            self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
+            self.tracker.artifact(saved / "meta.json")
+        checkpoint = self.files.restore(index, stage)
+        if checkpoint is None:
+            raise RuntimeError(f"the checkpoint of stage {stage.name} is not there after it was saved")
+        return TrainedStage(checkpoint, history, seconds)
+
+    def _batches(self, engine: Engine, index: int, stage: Stage, pool: PromptPool) -> MicroBatches:
+        """The micro-batches of this rank: the stage's samples in its order, each with its earlier prompt sets."""
+        recipe, world, module = self.recipe, self.session.world, engine.module
+        parts = [self.parts[task] for task in stage.tasks]
+        data = StageData(parts)
+        order = stage_order(recipe, data, index)
+        steps = total_steps(recipe.train, order.batches_per_epoch)
+        selected = make_method(recipe.method.after(index + 1)).training_sets(pool, data.keys)
+        sharing: Literal["image", "none"] = "image" if module.in_two_passes else "none"
+        kept = None
+        if recipe.train.vision_features == "kept":
+            kept = keep_features(
+                module.lmm,
+                parts,
+                self.files.constants["base_model"],
+                world,
+                self.session.watchdog,
+                recipe.data.workers,
+                lambda: self.session.stop_if_told("while vision features were kept"),
+            )
+        examples = Examples(data, module.lmm.conversation, sharing, kept=kept)
+        return MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
+
+    def _start(self, engine: Engine, index: int, learned: Learned, uses_pool: bool) -> None:
+        """Give the engine the values that the stage starts from; the same on every rank."""
+        method, pool = self.recipe.method, learned.pool
+        previous = pool.prompts[-1] if len(pool) else None
+        init = "previous" if self.method.carries_prompt else method.init
+        values = initial_values(engine.module, init, self.recipe.seed, index, previous)
+        values.update({f"{PROJECTOR}{name}": value for name, value in learned.projector.items()})
+        bank = pool.prompts if uses_pool else torch.zeros(0, method.prompt_length, engine.module.lmm.width)
+        engine.start_stage(values, bank, method.prototype_weight if self.method.learns_prototypes else 0.0)

@@ -1,0 +1,89 @@
+"""The stages of a run as they lie in its folder: finished ones, the one in progress, and what they must agree with."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.methods import Stage
+from pipeline.ranks.world import on_main
+from pipeline.runs.finished import (
+    StageCheckpoint,
+    check_stage,
+    load_stage,
+    save_stage,
+    stage_folder,
+    start_stage_folder,
+    unfinished_folder,
+)
+from pipeline.runs.session import Session
+from pipeline.training.resume import StepState, cut_log, newest
+
+log = logging.getLogger("pipeline.sequence.run")
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """Reads and writes the files of stages; UserError for those that are damaged or of other data or models.
+
+    `data` are name and fingerprint of every task's training samples, `constants` the fingerprints of the models by
+    name: they must be the same for a stage's files to mean the same.
+    """
+
+    session: Session
+    data: Sequence[tuple[str, str]]
+    constants: Mapping[str, Any]
+
+    def expected(self, stage: Stage) -> dict[str, Any]:
+        """What the files of a stage must say of the models and of the data it was trained on."""
+        return {**self.constants, "data": dict(self.data[task] for task in stage.tasks)}
+
+    def load(self, index: int, stage: Stage) -> StageCheckpoint | None:
+        """A finished stage as this rank sees it; None when it still has to be trained. `index` is 0-based."""
+        checkpoint = load_stage(self.session.path, index, stage.name)
+        if checkpoint is not None:
+            check_stage(stage_folder(self.session.path, index, stage.name), checkpoint.meta, self.expected(stage))
+        return checkpoint
+
+    def restore(self, index: int, stage: Stage) -> StageCheckpoint | None:
+        """The same for all ranks, which call it together: what rank 0 sees counts."""
+        return on_main(self.session.world, lambda: self.load(index, stage))
+
+    def begin(self, index: int, stage: Stage, begun: Mapping[str, Any]) -> StepState | None:
+        """The newest checkpoint inside a stage that an earlier attempt did not finish; for rank 0.
+
+        Without one that agrees with what is `begun` now (the steps, the earlier sets), what that attempt left is
+        removed: its folder, and evaluations with sets that will be replaced.
+        """
+        path = self.session.path
+        folder = self.unfinished(index, stage)
+        found = newest(folder)
+        if found is not None:
+            check_stage(folder, found.meta, self.expected(stage))
+            if all(found.meta.get(name) == begun[name] for name in ("earlier_sets", "steps")):
+                cut_log(folder / "metrics.jsonl", found.step)
+                return found
+            log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
+        for number in range(max(stage.tasks) + 1, len(self.data) + 1):
+            for name in (f"after-{number:02d}", f"ahead-{number + 1:02d}"):
+                shutil.rmtree(path / "eval" / name, ignore_errors=True)
+        start_stage_folder(path, index, stage.name)
+        return None
+
+    def unfinished(self, index: int, stage: Stage) -> Path:
+        """The folder of a stage while it is trained."""
+        return unfinished_folder(self.session.path, index, stage.name)
+
+    def save(self, index: int, stage: Stage, values: dict[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Finish a stage with the values it has learned and `facts` of its training; returns its folder.
+
+        All ranks call it together, and rank 0 writes.
+        """
+        session, meta = self.session, {**self.expected(stage), **facts}
+        return on_main(session.world, lambda: save_stage(session.path, index, stage.name, values, meta))
