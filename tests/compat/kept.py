@@ -1,0 +1,160 @@
+"""The kept artefacts, a working folder made of copies of them, and how numbers of two machines are compared.
+
+On the platform of `origin.json` (processor, its instructions, versions of torch and transformers) what is
+trained has to be what it was, bit for bit. Elsewhere matrix products add in another order, which changes the last
+bits of a gradient; AdamW divides by the root of the mean square, so where a gradient is next to nothing those bits
+decide on the sign of a whole step. The bounds for another platform leave room for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.cli import main
+
+KEPT = Path(__file__).parent / "kept"
+ORIGIN = KEPT / "origin.json"
+WORKING = ("models", "data", "recipes", "runs", "adapters")  # what a working folder gets a copy of
+TENSORS = "prompts.safetensors"
+LOSS_TOLERANCE = 1e-3  # of a loss, relative
+VALUE_TOLERANCE = 2e-2  # of a learned tensor, as a share of its norm
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What `--json` prints on the last line."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def program(*arguments: str | Path) -> Done:
+    """`python -m pipeline` with these arguments, in this process and with nothing left behind in its environment."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = dict(os.environ)
+    argv = ["pipeline", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)  # joining a process group sets RANK, with which the next command would be a rank
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def succeeded(*arguments: str | Path) -> Done:
+    """The same, for a command that has to succeed."""
+    done = program(*arguments)
+    if done.code:
+        raise AssertionError(f"{' '.join(map(str, arguments))} ended with {done.code}:\n{done.out}\n{done.err}")
+    return done
+
+
+def working_folder(folder: Path) -> Path:
+    """Copies of models, prepared data, recipes, runs and adapters, whose paths are relative to this folder."""
+    for name in WORKING:
+        shutil.copytree(KEPT / name, folder / name)
+    return folder
+
+
+def this_platform() -> dict[str, Any]:
+    """What the last bits of a training depend on."""
+    return {
+        "processor": _processor("model name"),
+        "flags": hashlib.sha256(" ".join(sorted(_processor("flags").split())).encode()).hexdigest()[:16],
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        **{package: metadata.version(package) for package in ("torch", "transformers", "deepspeed")},
+    }
+
+
+def _processor(field: str) -> str:
+    """What Linux says of the first processor; elsewhere its name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def is_same_platform(part: str) -> bool:
+    """Whether numbers have to be those of this part (artefacts or golden), bit for bit."""
+    return this_platform() == json.loads(ORIGIN.read_text("utf-8"))[part]["platform"]
+
+
+def learned(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a finished stage or unit."""
+    return load_file(folder / TENSORS)
+
+
+def numbers_of(folder: Path) -> dict[str, list[float]]:
+    """The numbers in metrics.jsonl of a stage or unit by their name, without those of the machine's speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return {name: [line[name] for line in lines] for name in lines[0] if not name.endswith("_per_s")}
+
+
+def assert_same_values(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of: str, exact: bool) -> None:
+    """Tensors are the expected ones: bit for bit where `exact`, else by the norm of their difference."""
+    assert found.keys() >= expected.keys(), f"{of} lacks {sorted(expected.keys() - found.keys())}"
+    for name, value in expected.items():
+        got = found[name]
+        assert got.shape == value.shape, f"{of}: {name} has another shape"
+        if exact:
+            assert torch.equal(got, value), f"{of}: {name} differs by up to {(got - value).abs().max():.1e}"
+        else:
+            away = float((got - value).norm() / value.norm().clamp(min=1e-12))
+            assert away < VALUE_TOLERANCE, f"{of}: {name} is {away:.1e} of its norm away"
+
+
+def assert_same_numbers(
+    found: Mapping[str, list[float]], expected: Mapping[str, list[float]], of: str, exact: bool
+) -> None:
+    """The numbers of every step are the expected ones; further ones may have come in since."""
+    for name, values in expected.items():
+        assert name in found, f"{of}: {name} is gone from metrics.jsonl"
+        assert len(found[name]) == len(values), f"{of}: {len(found[name])} lines of metrics.jsonl, were {len(values)}"
+        for step, (got, value) in enumerate(zip(found[name], values, strict=True), start=1):
+            bound = 0.0 if exact else LOSS_TOLERANCE * abs(value)
+            assert abs(got - value) <= bound, f"{of}: {name} of line {step} is {got!r}, was {value!r}"
+
+
+def assert_contains(found: Any, expected: Any, place: str = "") -> None:
+    """Fields are the expected ones; further fields may have come in since."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), f"{place}: {found!r}"
+        for name, value in expected.items():
+            assert name in found, f"{place}.{name} is gone"
+            assert_contains(found[name], value, f"{place}.{name}".lstrip("."))
+    elif isinstance(expected, list):
+        assert isinstance(found, list), f"{place}: {found!r}"
+        assert len(found) == len(expected), f"{place} has {len(found)} items, had {len(expected)}"
+        for number, (one, value) in enumerate(zip(found, expected, strict=True)):
+            assert_contains(one, value, f"{place}.{number}")
+    else:
+        assert found == expected, f"{place} is {found!r}, was {expected!r}"

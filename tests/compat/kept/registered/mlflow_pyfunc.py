@@ -1,0 +1,102 @@
+"""An adapter as an MLflow model: this file is the model's code, so nothing is pickled.
+
+`mlflow.pyfunc.load_model("models:/nano-modalprompt@newest").predict(frame)` answers a frame with the columns `question`
+and, where there are pictures, `image` (its bytes, or its base64 text) and `task`. With `model_config={"files": True}`
+an image may also be the path of a file here: only for callers who may see every picture on this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.answering import Question
+
+
+class AdapterModel(PythonModel):
+    """Answers questions about images with an adapter and its frozen models.
+
+    Where these lie elsewhere than where the adapter was made, `load_model` takes model_config={"model": "...", "clip":
+    "..."}. Its "files": true lets a frame name files of this machine, which it otherwise may not: behind
+    `mlflow models serve` anybody who can ask could have any picture here described.
+    """
+
+    def load_context(self, context: Any) -> None:
+        from pipeline.adapter import load_adapter
+
+        config = context.model_config or {}
+        self.answerer = load_adapter(context.artifacts["adapter"], config.get("model"), config.get("clip"))
+        self.opens_files = config.get("files") is True
+
+    # Without annotations: MLflow would take them for a schema, and the registered signature is that.
+    def predict(self, context, model_input, params=None):
+        """A frame with `answer`, `selected` (names, comma-separated) and `similarity` (JSON) in the input's order."""
+        import pandas
+
+        if "question" not in getattr(model_input, "columns", ()):
+            raise UserError(
+                "the input has no column question; expected question and, if there are any, image and task."
+            )
+        answers = self.answerer.answer([question(row, self.opens_files) for row in model_input.to_dict("records")])
+        rows = [
+            {"answer": a.text, "selected": ", ".join(a.selected), "similarity": json.dumps(a.similarity)}
+            for a in answers
+        ]
+        return pandas.DataFrame(rows, columns=["answer", "selected", "similarity"], index=model_input.index)
+
+
+def question(row: dict[str, Any], opens_files: bool = False) -> Question:
+    """The question in a row of the frame; raises UserError for an image that is none of those expected."""
+    from pipeline.answering import Question, read_image
+
+    image, task = row.get("image"), row.get("task")
+    encoded: bytes | None
+    if isinstance(image, bytes | bytearray):
+        encoded = bytes(image)
+    elif not isinstance(image, str) or not image:  # None, or pandas' NaN
+        encoded = None
+    elif opens_files and _is_file(image):
+        encoded = read_image(image)
+    else:
+        try:
+            encoded = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
+        except (binascii.Error, ValueError):
+            # The same sentence whether or not there is such a file: it must not tell what is on this machine.
+            found = f"image '{image[:60]}' is {'neither a file here nor' if opens_files else 'not'} base64"
+            hint = "" if opens_files else '; paths need load_model(..., model_config={"files": True})'
+            expected = "a path, bytes or base64 text" if opens_files else "bytes or base64 text"
+            raise UserError(f"{found}; expected {expected}{hint}.") from None
+    if encoded is not None and not opens_files:
+        _check(encoded)
+    return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
+
+
+def _check(encoded: bytes) -> None:
+    """Refuse an image that may not be decoded for callers who are not trusted: as the service does, by its header."""
+    from pipeline.serve.images import ImageLimits, plan_image
+    from pipeline.serve.refusal import RefusedError
+
+    try:
+        plan_image(encoded, ImageLimits())
+    except RefusedError as error:
+        raise UserError(str(error)) from None
+
+
+def _is_file(text: str) -> bool:
+    """Whether the text is the path of a file; base64 may hold slashes and be longer than a path can be."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+set_model(AdapterModel())

@@ -1,0 +1,33 @@
+"""Kept recipes load and mean what they meant: those of runs, those that ship, and two in which every field is set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.compat.inner import load_any, recipe_names
+from tests.compat.kept import KEPT, assert_contains
+
+RESOLVED = sorted((KEPT / "resolved").glob("*.yaml"))
+SHIPPED = [path.stem for path in RESOLVED if not (KEPT / "recipes" / path.name).is_file()]
+
+
+@pytest.mark.parametrize("path", RESOLVED, ids=[path.stem for path in RESOLVED])
+def test_a_resolved_recipe_loads_and_is_written_as_it_was(path: Path, tmp_path: Path) -> None:
+    load_any(path).dump_yaml(tmp_path / "again.yaml")
+    assert_contains(
+        yaml.safe_load((tmp_path / "again.yaml").read_text("utf-8")), yaml.safe_load(path.read_text("utf-8"))
+    )
+
+
+@pytest.mark.parametrize("path", RESOLVED, ids=[path.stem for path in RESOLVED])
+def test_a_recipe_resolves_to_what_it_did(path: Path) -> None:
+    source = path.stem if path.stem in SHIPPED else KEPT / "recipes" / path.name
+    assert_contains(load_any(source).model_dump(mode="json"), yaml.safe_load(path.read_text("utf-8")))
+
+
+def test_every_shipped_recipe_of_then_ships_now() -> None:
+    assert len(SHIPPED) >= 13
+    assert set(SHIPPED) <= set(recipe_names())
