@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from pipeline.clip.backbone import Backbone
-from pipeline.clip.checkpoint import classifier_from
+from pipeline.cli.benchmark import load_benchmark
+from pipeline.clip.benchmark.checkpoint import classifier_from
 from pipeline.clip.methods import METHODS as CLIP_METHODS
-from pipeline.clip.verbs import load_benchmark
-from pipeline.config import load_recipe, recipe_kind
+from pipeline.clip.towers.backbone import Backbone
+from pipeline.config.base import FileRecipe
+from pipeline.config.recipe import load_recipe, recipe_kind
+from pipeline.config.yaml_file import recipe_names
 from pipeline.methods import METHODS as SEQUENCE_METHODS
-from pipeline.recipe_base import FileRecipe
-from pipeline.recipe_file import recipe_names
 
 __all__ = ["CLIP_METHODS", "SEQUENCE_METHODS", "load_any", "logits_of", "recipe_names"]
 
