@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.outcome import Verb
+from pipeline.cli.outcome import App
 from pipeline.data.shard_files import raise_descriptor_limit
-from pipeline.errors import EXIT_USER, UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = App(add_completion=False, help=__doc__)
 
 
 RecipeName = Annotated[str, typer.Argument(help="recipe name or file")]
@@ -23,7 +21,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a f
 ShareOption = Annotated[str, typer.Option("--share", metavar="NUMBER/COUNT", help="which of how many processes")]
 
 
-@app.command("prepare", cls=Verb)
+@app.command("prepare")
 def prepare_command(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -50,7 +48,7 @@ def prepare_command(
         )
 
 
-@app.command("shards", cls=Verb)
+@app.command("shards")
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Write this process's share of the shards; `join` follows when all have ended."""
     from data_prep.share import Share, share_shards
@@ -59,7 +57,7 @@ def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Ov
     typer.echo(f"share {share}: wrote {share_shards(load_recipe(recipe, overrides or []), Share.parse(share))} shards")
 
 
-@app.command("join", cls=Verb)
+@app.command("join")
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Put the index beside the shards that `shards` wrote, and write those that are missing."""
     from data_prep.share import join_shards
@@ -68,7 +66,7 @@ def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     typer.echo(f"{join_shards(load_recipe(recipe, overrides or []))} samples")
 
 
-@app.command("keys", cls=Verb)
+@app.command("keys")
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
     from data_prep.share import Share, share_keys
@@ -78,7 +76,7 @@ def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Over
     typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
 
-@app.command("verify", cls=Verb)
+@app.command("verify")
 def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split, or a folder of them")]) -> None:
     """Check every prepared split under FOLDER: hashes, index, images and keys."""
     from data_prep.verify import verify_all
@@ -90,11 +88,7 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split
 def main() -> None:
     """Run the command line; wrong input ends with one sentence and exit code 2."""
     raise_descriptor_limit()
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER)
+    app(prog_name="data_prep")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILURE = 1  # anything that is not the user's input: a bug, a full disk, a lost rank
@@ -17,8 +19,40 @@ FORBIDDEN = (errno.EACCES, errno.EPERM)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *FORBIDDEN)
 
 
-class UserError(Exception):
+# Packages (by the name they are imported by) that only the extras of pyproject.toml install.
+EXTRAS = {
+    "train": ("deepspeed", "pyarrow", "webdataset"),
+    "track": ("mlflow",),
+    "report": ("matplotlib",),
+    "serve": ("starlette", "uvicorn"),
+    "captions": ("pycocoevalcap",),
+    "demo": ("sklearn",),
+}
+
+
+class PipelineError(Exception):
+    """Whatever the project raises on purpose; the message is a sentence for people, and needs no traceback.
+
+    A command that it ends has `exit_code`. It is pickled with its class, message and attributes, whatever arguments a
+    subclass's constructor takes, so that ranks can raise what one of them met.
+    """
+
+    exit_code = EXIT_FAILURE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args), self.__dict__ or None
+
+
+def _restored(kind: type[PipelineError], args: tuple[Any, ...]) -> PipelineError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
+
+
+class UserError(PipelineError):
     """The user's input is wrong; the message is one sentence: what was found, what was expected, what to do."""
+
+    exit_code = EXIT_USER
 
 
 class UserErrors(UserError):
@@ -29,12 +63,56 @@ class UserErrors(UserError):
         super().__init__(" ".join(self.sentences))
 
 
-class OutOfMemory(Exception):
+class MissingExtra(UserError):
+    """A package is not installed that belongs to one of the project's extras."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f'{package} is not installed; run `pip install "continual-prompts[{extra}]"`.')
+
+
+class OutOfMemory(PipelineError):
     """A GPU's memory was not enough; the message says which fields of the recipe help."""
 
 
-class Interrupted(Exception):
+class Unwritable(PipelineError):
+    """A file could not be written or read for no fault of the project's; the message is that of `unwritable`."""
+
+
+class RankFailed(PipelineError):
+    """Another rank met an error that is a bug; that rank's output has the traceback."""
+
+
+class Interrupted(PipelineError):
     """The run stopped early with its state saved; the same command resumes it."""
+
+    exit_code = EXIT_RESUMABLE
+
+
+def missing_extra(error: ImportError) -> MissingExtra | None:
+    """The error for users when a failed import is that of a package of an extra, else None."""
+    package = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    if extra is None or importlib.util.find_spec(package) is not None:
+        return None  # it is installed, and fails in another way
+    return MissingExtra(package, extra)
+
+
+def for_user(error: BaseException) -> PipelineError | None:
+    """What an error means to a user, None for one that is a bug: ours as it is, a full disk, a package of an extra."""
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return Unwritable(unwritable(error))
+    return missing_extra(error) if isinstance(error, ImportError) else None
+
+
+def require_extras(*extras: str) -> None:
+    """Raise MissingExtra for the first package of these extras that is not installed; imports none of them."""
+    for extra in extras:
+        for package in EXTRAS[extra]:
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtra(package, extra)
 
 
 def unwritable(error: OSError) -> str:

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from data_prep.nano import CHECKPOINTS
+from pipeline.cli.outcome import App
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = App(help=__doc__, add_completion=False)
 
 
 @app.command()
@@ -79,4 +80,4 @@ def _say(what: str, started: float) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="data_prep.nano")

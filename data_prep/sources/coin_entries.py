@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.bad_records import BadRecord
 from data_prep.sources.annotations import Annotations
 from data_prep.sources.image_files import IMAGE_SUFFIXES
+from pipeline.errors import PipelineError
 
 IMAGE_TAG = "<image>"
 SPEAKERS = ("human", "gpt")
@@ -32,7 +33,7 @@ OTHER_IMAGE_KEYS = frozenset(
 )
 
 
-class UnusableError(Exception):
+class UnusableError(PipelineError):
     """Says of one record why it cannot be used."""
 
 

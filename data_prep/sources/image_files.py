@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import UnidentifiedImageError
 
 from pipeline.data.pictures import decode_image, is_heic
+from pipeline.errors import PipelineError
 
 # Those of HEIC too, which cannot be read: such a photograph is named, and not left out without a word.
 IMAGE_SUFFIXES = frozenset(
@@ -20,7 +21,7 @@ _LONGEST_NAME = 255  # bytes of one part of a path on the usual file systems
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
-class UnreadableError(Exception):
+class UnreadableError(PipelineError):
     """Why an image file cannot be used, as a clause behind its name."""
 
 

@@ -20,11 +20,9 @@ from pipeline.errors import (
     EXIT_OK,
     EXIT_RESUMABLE,
     EXIT_USER,
-    UNWRITABLE,
     Interrupted,
-    OutOfMemory,
     UserError,
-    unwritable,
+    for_user,
 )
 from pipeline.files.paths import expanded
 from pipeline.ranks import launch
@@ -87,24 +85,17 @@ class Verbs(_PlainHelp, TyperGroup):
         as_json = JSON in [*ctx._protected_args, *ctx.args]
         try:
             return super().invoke(ctx)
-        except Told as error:
-            finish(launch.Outcome(EXIT_USER, str(error)), as_json=False)
-        except UserError as error:
-            finish(launch.Outcome(EXIT_USER, str(error)), as_json)
-        except Interrupted as error:
-            if launch.is_distributed():
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            told = for_user(error)
+            if isinstance(told, Interrupted) and launch.is_distributed():
                 # A launcher that ends the ranks when the first has left must not change this one's exit code.
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
-            sentence = str(error) or "stopped early; the same command goes on from here."
-            finish(launch.Outcome(EXIT_RESUMABLE, sentence), as_json)
-        except (typer.Exit, typer.Abort):
-            raise
-        except OutOfMemory as error:
-            finish(launch.Outcome(EXIT_FAILURE, str(error)), as_json)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in UNWRITABLE:
-                finish(launch.Outcome(EXIT_FAILURE, unwritable(error)), as_json)
+            if told is not None:
+                sentence = str(told) or "stopped early; the same command goes on from here."
+                finish(launch.Outcome(told.exit_code, sentence), as_json and not isinstance(told, Told))
             if "typer" in type(error).__module__ or "click" in type(error).__module__:
                 if as_json and hasattr(error, "format_message"):
                     _print_json({"error": error.format_message(), "exit_code": EXIT_USER})

@@ -34,7 +34,8 @@ POLLS = 20  # looks at the clock within the limit, at least one every five secon
 GRACE_S = 10.0  # for the other ranks to write their stacks too
 _BEATS, _HUNG, _WHERE = "pipeline/beats", "pipeline/hung", "pipeline/where/{}"
 _COLLECTED, _COLLECTORS = "pipeline/collected", "pipeline/collectors"
-_PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PROJECT = _PACKAGE.parent
 
 
 def collective_timeout(limit_s: float | None) -> datetime.timedelta:
@@ -205,7 +206,8 @@ class Place:
 
     @property
     def ours(self) -> bool:
-        return Path(self.file).is_relative_to(_PROJECT) and "site-packages" not in self.file
+        file = Path(self.file)
+        return file.is_relative_to(_PACKAGE) or (file.is_relative_to(_PROJECT) and "site-packages" not in self.file)
 
     @property
     def collective(self) -> str | None:

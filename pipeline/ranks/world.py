@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.shard_files import raise_descriptor_limit
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import UserError, for_user
 from pipeline.ranks.devices import described, require_usable_gpus
+from pipeline.ranks.remote_error import RemoteError
 from pipeline.ranks.shutdown import leave_from_wait
 
 log = logging.getLogger("pipeline.ranks.world")
@@ -160,22 +161,24 @@ def agree(flag: bool, device: torch.device) -> bool:
 
 
 def on_main(world: World, work: Callable[[], T]) -> T:
-    """Do something on rank 0 alone and give every rank its result; an exception of rank 0 is raised on every rank."""
+    """Do something on rank 0 alone and give every rank its result; an exception of rank 0 is raised on every rank.
+
+    The others raise what `RemoteError` makes of it: the same class where it is the project's, so that all ranks end
+    with the same exit code.
+    """
     result: T | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
     if world.main:
         try:
             result = work()
         except Exception as caught:
             error = caught
-    message = broadcast_object((result, None if error is None else (type(error), str(error))))
+    result, remote = broadcast_object((result, None if error is None else RemoteError.of(error, world.rank)))
     if error is not None:
         raise error
-    if message[1] is not None:
-        kind, text = message[1]
-        told = next((known for known in (UserError, Interrupted) if issubclass(kind, known)), None)
-        raise RuntimeError(f"Rank 0 failed: {text}") if told is None else told(text)
-    return message[0]  # type: ignore[return-value]
+    if remote is not None:
+        raise remote.raised()
+    return result  # type: ignore[return-value]
 
 
 def in_rounds(world: World, thread: threading.Thread | None, each_round: Callable[[], object], seconds: float) -> None:
@@ -220,14 +223,23 @@ def on_main_in_rounds(world: World, work: Callable[[], T], each_round: Callable[
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do something on every rank; a UserError on any of them is raised on all, so that none waits for ever."""
+    """Do something on every rank; an error with a sentence for users, on any of them, is raised on all.
+
+    So that none waits for ever. A bug is raised where it is met: the launcher ends the other ranks.
+    """
     result: T | None = None
-    error: UserError | None = None
+    error: Exception | None = None
     try:
         result = work()
-    except UserError as caught:
+    except Exception as caught:
+        if for_user(caught) is None:
+            raise
         error = caught
-    messages = [text for text in gather_objects(None if error is None else str(error)) if text is not None]
-    if messages:
-        raise error or UserError(messages[0])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    remotes = gather_objects(None if error is None else RemoteError.of(error, rank))
+    if error is not None:
+        raise error
+    for remote in remotes:
+        if remote is not None:
+            raise remote.raised()
     return result  # type: ignore[return-value]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.errors import PipelineError
+
 SHOWN = 20  # characters of what was found
 
 
-class RefusedError(Exception):
+class RefusedError(PipelineError):
     """A request is not answered; `status` is the HTTP status, `code` a word for programs."""
 
     def __init__(self, message: str, status: int = 400, code: str = "invalid_request_error") -> None:

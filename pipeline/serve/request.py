@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.adapter.answering import Question, Tokenised
+from pipeline.errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ TOO_LARGE = Update(
 )
 
 
-class FullError(Exception):
+class FullError(PipelineError):
     """As many requests wait as may."""
 
 
-class StoppedError(Exception):
+class StoppedError(PipelineError):
     """Nothing is answered any more; the message says why."""
 
 

@@ -15,7 +15,7 @@ from pipeline.config.recipe import TrainConfig
 from pipeline.console.progress import Progress, ProgressLog
 from pipeline.data.collate import counts_of_step
 from pipeline.data.loader import loaded
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, PipelineError
 from pipeline.prompts.model import Normaliser
 from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.watchdog import Watchdog
@@ -56,7 +56,7 @@ class Loader(Protocol):
     def __getitem__(self, item: int, /) -> Any: ...
 
 
-class DivergedError(Exception):
+class DivergedError(PipelineError):
     """A loss or gradient is not a finite number; the message names the step and its samples."""
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.config.base import LoopConfig
+from pipeline.errors import PipelineError
 from pipeline.files.atomic import empty_folder, sync_folder, write_synced
 from pipeline.ranks.world import World, gather_objects, on_main
 from pipeline.runs.finished import RESUME
@@ -42,11 +43,11 @@ UNFINISHED = ".tmp"
 _NAME = re.compile(r"step-(\d{8})")
 
 
-class DamagedError(Exception):
+class DamagedError(PipelineError):
     """A checkpoint is not whole; the message says what is wrong with it."""
 
 
-class RanksDisagreeError(Exception):
+class RanksDisagreeError(PipelineError):
     """Ranks that must hold the same values do not; the message names them."""
 
 

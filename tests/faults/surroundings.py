@@ -139,7 +139,7 @@ def not_a_number(bench: Bench) -> Row:
     recipe = bench.recipe("nan")
     code, process = bench.run(recipe, poison)
     again, _ = bench.run(recipe)
-    said = process.said("DivergedError: ")
+    said = process.said()
     passed = code == 1 and "step 4 is not a finite number" in said and again == 0 and not bench.differences(recipe)
     return Row(
         "NaN loss",

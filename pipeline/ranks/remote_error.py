@@ -1,0 +1,50 @@
+"""An error of one rank as the other ranks raise it."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+from pipeline.errors import PipelineError, RankFailed, for_user
+
+
+@dataclass(frozen=True)
+class RemoteError:
+    """What a rank tells the others of its error: small, and always able to be pickled."""
+
+    error: PipelineError
+    cause: str | None  # class and message of what the error was raised from
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> RemoteError:
+        """Describe an error of `rank`.
+
+        An error of the project keeps its class, message and attributes. One that has a sentence for users (a full disk,
+        a missing package) becomes the project's error with this sentence, which ends a command with the same exit code;
+        anything else is a bug, whose traceback that rank shows, and becomes RankFailed.
+        """
+        told = for_user(error)
+        if told is None:
+            told = RankFailed(f"Rank {rank} failed ({_named(error)}); its output has the traceback.")
+        return cls(_picklable(told), None if error.__cause__ is None else _named(error.__cause__))
+
+    def raised(self) -> PipelineError:
+        """The error to raise on another rank; its `__cause__` is a RankFailed that names the original one."""
+        self.error.__cause__ = None if self.cause is None else RankFailed(self.cause)
+        return self.error
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _picklable(error: PipelineError) -> PipelineError:
+    """The error itself where pickle can carry it, else one of its nearest class in `pipeline.errors`."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class inside a function, or an attribute that cannot be pickled
+        kind = next(base for base in type(error).__mro__ if base.__module__ == PipelineError.__module__)
+        plain: PipelineError = kind.__new__(kind)
+        plain.args = (str(error),)
+        return plain
+    return error
