@@ -102,11 +102,11 @@ lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# What the modules hold, from their docstrings, as pages in build/api. The methods by name: pdoc leaves out those modules that
-# a package's __all__ does not have. Some libraries start uname when they are imported, which pdoc has to allow.
+# What the modules hold, from their docstrings, as pages in build/api. Every module by name: pdoc leaves out those that a
+# package's __all__ does not have. Some libraries start uname when they are imported, which pdoc has to allow.
 docs: venv
 	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep \
-	  $$(ls pipeline/methods/*.py pipeline/clip/methods/*.py | grep -v __init__ | sed -e 's|\.py$$||' -e 's|/|.|g')
+	  $$(find pipeline data_prep -name '*.py' ! -name '__*__.py' | sort | sed -e 's|\.py$$||' -e 's|/|.|g')
 	@echo "$(DOCS)/index.html"
 
 # The tracked runs in a browser, at http://127.0.0.1:5000 or another PORT (macOS has AirPlay at 5000). One user needs one process, which starts four times as fast.

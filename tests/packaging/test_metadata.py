@@ -45,11 +45,13 @@ def test_the_pinned_files_have_what_the_package_and_its_extras_ask_for(project: 
             assert wanted[name].specifier.contains(version), f"{file}: {name}"
 
 
-def test_the_changelog_and_the_package_have_the_same_version() -> None:
+def test_package_changelog_and_citation_have_the_same_version() -> None:
     headings = re.findall(r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     released = [heading for heading in headings if heading != "Unreleased"]
     assert "Unreleased" not in headings[1:]
     assert not released or released[0] == pipeline.__version__
+    (cited,) = re.findall(r"^version: (.+)$", (PROJECT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    assert cited == pipeline.__version__
 
 
 def test_what_the_shown_commands_write_is_ignored() -> None:
