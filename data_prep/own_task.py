@@ -15,7 +15,7 @@ from data_prep.sources.image_files import UnreadableError, read_image, why_missi
 from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read_text
 from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
 from pipeline.config.task_file import TASK_FILE
-from pipeline.errors import UserError, UserErrors, nearest
+from pipeline.errors import UserError, UserErrors, nearest, require_extras
 from pipeline.runs.finished import write_json
 
 COLUMNS = ("image", "question", "answer")
@@ -64,6 +64,7 @@ def make_task(
         raise UserError(
             f"--images: '{images}' is no folder; expected the folder that the table's image paths start at."
         )
+    require_extras("report")  # which draws the sheet, at the end
     rows = _checked(images, table)
     test = _test_rows(rows, test_share, seed)
     splits = {"train": [row for row in rows if row not in test], "test": [row for row in rows if row in test]}

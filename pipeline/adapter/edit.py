@@ -11,7 +11,7 @@ import torch
 from pipeline.adapter.load import META, Adapter, Meta, read_adapter, write_adapter
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import own_penalty, source_of
-from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError, nearest
 from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import SCHEME

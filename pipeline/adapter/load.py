@@ -16,7 +16,7 @@ from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
 from pipeline.config.recipe import KeysConfig, MethodConfig, ModelConfig, Recipe, load_run
-from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256
 from pipeline.methods import make_method

@@ -21,7 +21,6 @@ from pipeline.bench.keys import make_clip
 from pipeline.bench.operations import SHARED, TASKS, step_operations
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep
-from pipeline.config.recipe import PROJECT
 from pipeline.data.collate import Batch
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.model import Normaliser, PromptedLMM
@@ -29,6 +28,7 @@ from pipeline.prompts.routing import select_for_inference, similarity
 from pipeline.ranks.world import init_world
 from pipeline.runs.finished import write_json
 from pipeline.sequence.engine import gather_layer_by_layer, start_deepspeed
+from pipeline.training.deepspeed_config import DS_CONFIGS
 
 NEW_TOKENS = 64
 POLICIES = ("none", "selective", "full")
@@ -198,7 +198,7 @@ def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int,
     """The step inside a DeepSpeed engine on one GPU; ZeRO-3 takes the weights apart."""
     init_world()
     deepspeed = start_deepspeed()
-    config = json.loads((PROJECT / "ds_configs" / f"{stage}.json").read_text("utf-8"))
+    config = json.loads((DS_CONFIGS / f"{stage}.json").read_text("utf-8"))
     lmm = model.take() if stage == "zero3" else model.get()
     config |= {
         "train_micro_batch_size_per_gpu": samples,

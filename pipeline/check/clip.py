@@ -21,7 +21,7 @@ from pipeline.clip.learning.unit import units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.towers.backbone import Sizes
-from pipeline.errors import UserError, UserErrors
+from pipeline.errors import UserError, UserErrors, require_extras
 from pipeline.files.paths import command
 from pipeline.hub import repository as hub
 from pipeline.hub.known_models import known_config
@@ -53,6 +53,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
 
 
 def _recipe(recipe: ClipRecipe) -> str:
+    require_extras("train", *recipe.tracking.extras)
     parts = {"method": recipe.methods, "dataset": recipe.data.datasets, "seed": recipe.seeds}
     counts = [counted(len(entries), what) for what, entries in parts.items()]
     counts += [counted(len(recipe.data.targets), "target")] if recipe.data.targets else []

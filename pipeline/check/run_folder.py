@@ -10,7 +10,7 @@ from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import Recipe
-from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
 from pipeline.runs.finished import COMPLETE, META, check_stage, claim_run, is_empty

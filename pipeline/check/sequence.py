@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.check.data import CheckedData, require_prepared
 from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import contradictions
-from pipeline.errors import UserError, UserErrors
+from pipeline.errors import UserError, UserErrors, require_extras
 from pipeline.planning.memory_plan import BESIDE, GIB, MemoryPlan
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.ranks.launch import is_distributed, local_processes
@@ -84,7 +84,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         return "model" not in findings.problems
 
     checks: dict[str, Callable[[], str]] = {
-        "recipe": lambda: f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}",
+        "recipe": lambda: _recipe(recipe),
         "metrics": lambda: _metrics(recipe),
         "ranks": lambda: _ranks(recipe, ranks),
         "deepspeed": lambda: _deepspeed(recipe),
@@ -110,6 +110,11 @@ def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> Non
             findings.problems[title] = errors.sentences
         except UserError as error:
             findings.problems[title] = [str(error)]
+
+
+def _recipe(recipe: Recipe) -> str:
+    require_extras("train", *recipe.tracking.extras, "report")
+    return f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}"
 
 
 def _metrics(recipe: Recipe) -> str:

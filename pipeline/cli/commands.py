@@ -17,7 +17,7 @@ from pipeline.cli.outcome import LOOK, SHARE, TRAIN, USE, App, Result, Told, fin
 from pipeline.cli.use import Clip, Learned, Model, Then, add_verbs
 from pipeline.config.recipe import Recipe, load_recipe, load_run, one_kind, recipe_kind, run_kind
 from pipeline.data.shard_files import raise_descriptor_limit
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import EXIT_USER, UserError, require_extras
 from pipeline.ranks import launch
 from pipeline.ranks.devices import require_usable_gpus
 from pipeline.tracking.tracker import passwords_to_environment
@@ -284,6 +284,7 @@ def _sequence(
         _benchmark(verb, name, overrides, as_json)
         return
     recipe = load_recipe(name, overrides)
+    require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
     from pipeline.check.sequence import require_prepared
 
     if recipe.data.prepare_first and not launch.is_distributed():
@@ -332,6 +333,7 @@ def _on_ranks(
     if launch.is_distributed():
         result = work(recipe)
     else:
+        require_extras("train", *recipe.tracking.extras)
         require_usable_gpus()  # said once, before ranks are started
         processes = launch.local_processes(recipe)
         if processes > 1:

@@ -68,6 +68,11 @@ class TrackingConfig(Section):
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
     registry: bool = Field(True, description="true: a finished run's adapter becomes a version in the model registry")
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The extras of the package that tracking needs."""
+        return ("track",) if self.enabled else ()
+
 
 class FileRecipe(Section):
     """What every kind of recipe has: a name that fills in the folder of its data, and a file it is written to."""

@@ -18,7 +18,8 @@ from pipeline.errors import UserError, nearest
 from pipeline.files.paths import GivenPath
 
 _TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
-PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]  # the folder pipeline/
+PROJECT = PACKAGE.parent  # a checkout, or what a wheel was installed into; data_prep/ is there too
 
 
 class TaskConfig(Section):

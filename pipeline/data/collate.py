@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,14 @@ from torch.utils.data import Dataset
 
 from pipeline.data.conversation import KEPT, Conversation, Example
 from pipeline.data.example_cache import ExampleCache
-from pipeline.data.ids import Ids
 from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.keys import Keys, PickedKeys, join_keys
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
 from pipeline.prompts.routing import NO_SET
+
+if TYPE_CHECKING:
+    from pipeline.data.ids import Ids
 
 __all__ = ["Batch", "Examples", "Keys", "MicroBatches", "StageData", "collate", "collate_prompts"]
 
@@ -110,8 +113,14 @@ class StageData:
             self.used = np.setdiff1d(np.arange(self._starts[-1]), left_out)
         # Says which data this is, where the parts say it: SHA-256 of their shards.
         self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples in self._samples)
-        self.ids = Ids.joined([samples.ids[:count] for samples, count in zip(self._samples, counts, strict=True)])
         self.keys = join_keys([(keys, count) for (_, keys, _), count in zip(parts, counts, strict=True)])
+
+    @cached_property
+    def ids(self) -> Ids:
+        """Ids of the samples [N]."""
+        from pipeline.data.ids import Ids  # here: answering has no use for them, and does without pyarrow
+
+        return Ids.joined([samples.ids[:count] for samples, count in self._counted()])
 
     def question_chars(self) -> npt.NDArray[np.int32]:
         """Characters of each sample's question [N]."""

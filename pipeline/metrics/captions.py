@@ -39,7 +39,7 @@ def require() -> None:
     if find_spec(PACKAGE) is None:
         raise UserError(
             f"The metrics {', '.join(METRICS)} need the package {PACKAGE}, which is not installed; "
-            f"run `pip install {PACKAGE}`."
+            'run `pip install "continual-prompts[captions]"`.'
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "safetensors", "numpy")
+DISTRIBUTION = "continual-prompts"
 SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "SLURM_NTASKS")
 DIFF_LIMIT = 1_000_000  # characters; a larger difference is not a small edit that someone will read
 GIT_TIMEOUT_S = 10
@@ -20,6 +22,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 def describe(prepared: Path, tasks: Sequence[str]) -> dict[str, str]:
     """Return facts by name: commit, package versions, Slurm ids, fingerprints of the prepared data that is there."""
     versions = {"python": platform.python_version()} | package_versions()
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed; it has a commit
+        versions[DISTRIBUTION] = metadata.version(DISTRIBUTION)
     facts = {f"version.{name}": version for name, version in versions.items()}
     commit = _git("rev-parse", "HEAD")
     if commit:

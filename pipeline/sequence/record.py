@@ -101,10 +101,10 @@ class RunRecord:
         """Draw the report and hand it to the tracker; a run is worth keeping even if its page cannot be drawn."""
         if not self._main:
             return
-        from pipeline.report.page import write_report  # loads matplotlib
-
         path = self.run.session.path
         try:
+            from pipeline.report.page import write_report  # loads matplotlib, which may not be installed
+
             write_report(path, [])
         except Exception as error:
             log.warning("The report of %s could not be drawn (%s); the run itself is whole.", path, error)

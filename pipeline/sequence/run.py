@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, as_recorded, load_run
+from pipeline.errors import require_extras
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
 from pipeline.sequence.evaluation import Evaluator
@@ -34,6 +35,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         DivergedError: a loss is not a finite number.
         Interrupted: a signal asked to stop.
     """
+    require_extras("train", *recipe.tracking.extras)  # rather than an import that fails in the middle of the run
     train, evaluate = stages != "evaluate", stages != "train"
     with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe, world.size)) as here:
         recipe = on_main(here.world, lambda: as_recorded(recipe, here.path))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_extras
 
 KEY_VARIABLE = "PIPELINE_API_KEY"
 KEEP_ALIVE_S = 15
@@ -54,13 +54,9 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     The key that clients have to send is in the environment, PIPELINE_API_KEY. Raises UserError for a folder that cannot
     be served, a port that is taken, and an address beyond this machine, or any page of any origin, without a key.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed; serving needs starlette and uvicorn (`pip install starlette uvicorn`)."
-        ) from error
+    require_extras("serve")
+    import uvicorn  # here, and what follows: what the extra `serve` installs
+
     from pipeline.adapter.answering import Answerer
     from pipeline.adapter.load import source_of
     from pipeline.serve.app import LOOPBACK, Service, Settings

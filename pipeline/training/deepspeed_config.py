@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import PROJECT, Recipe, divisors, locate
+from pipeline.config.recipe import PACKAGE, PROJECT, Recipe, divisors
 from pipeline.errors import UserError, nearest
 from pipeline.files.strict_text import load_json
 from pipeline.training.hpz import with_node_size
 
 AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.planning.auto`
+# A wheel has the folder inside the package, a checkout at its top.
+DS_CONFIGS = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PROJECT) / "ds_configs"
 ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
 # What only the recipe may say: a second place for any of these would silently win or lose against it.
 RECIPE_OWNS = {
@@ -84,9 +86,11 @@ def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def deepspeed_file(name: str) -> dict[str, Any]:
     """Return what a DeepSpeed file says; UserError when it is missing, no JSON, or sets what belongs to the recipe."""
-    path = Path(locate(name))
+    path, shipped_path = Path(name), DS_CONFIGS.parent / name
+    if not path.exists() and shipped_path.exists():
+        path = shipped_path
     if not path.is_file():
-        shipped = sorted(f"ds_configs/{found.name}" for found in (PROJECT / "ds_configs").glob("*.json"))
+        shipped = sorted(f"ds_configs/{found.name}" for found in DS_CONFIGS.glob("*.json"))
         raise UserError(
             f"train.deepspeed: no file '{name}'; expected one of {', '.join(shipped)} or your own."
             + nearest(name, shipped)

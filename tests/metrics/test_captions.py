@@ -84,5 +84,5 @@ class TestScores:
 def test_a_missing_package_is_said_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
     require_metrics(["exact", "vqa"])
-    with pytest.raises(UserError, match=r"need the package pycocoevalcap.*run `pip install pycocoevalcap`"):
+    with pytest.raises(UserError, match=r"need the package pycocoevalcap.*continual-prompts\[captions\]"):
         require_metrics(["exact", "cider"])

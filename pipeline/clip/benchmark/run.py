@@ -27,7 +27,7 @@ from pipeline.clip.learning.unit import Unit, regularisers_of, units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.config.recipe import TrainConfig
 from pipeline.console.log import log_to_terminal
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, require_extras
 from pipeline.files.atomic import empty_folder
 from pipeline.ranks.shutdown import StopFlag, stop_on_signals
 from pipeline.ranks.watchdog import Watchdog, collective_timeout
@@ -50,6 +50,7 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
     Raises UserError for wrong input, DivergedError for a loss that is not finite, Interrupted when a signal asked to
     stop.
     """
+    require_extras("train", *recipe.tracking.extras)
     log_to_terminal()
     with stop_on_signals() as stop:
         limit_s = recipe.train.watchdog_s
