@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from pipeline import __version__
 from pipeline.cli.commands import app
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
@@ -45,7 +46,7 @@ def last_object(output: str) -> dict[str, object]:
 
 def test_the_version_is_shown() -> None:
     done = run("--version")
-    assert (done.exit_code, done.stdout) == (EXIT_OK, "pipeline 0.1.0\n")
+    assert (done.exit_code, done.stdout) == (EXIT_OK, f"pipeline {__version__}\n")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

@@ -22,7 +22,8 @@ NEEDED = {
     "pipeline.report.page": ("matplotlib",),
     "pipeline.clip.benchmark.report": (),
     "pipeline.data.shards": ("pyarrow",),
-    "pipeline.adapter.load": ("torch", "pyarrow"),
+    "pipeline.adapter.load": ("torch",),
+    "pipeline.adapter.predict": ("torch", "transformers"),
     "pipeline.sequence.add_task": (),
     "data_prep.own_task": ("torch",),
 }
