@@ -24,11 +24,15 @@ pytestmark = pytest.mark.e2e
 
 # Who may look at a test sample: the answers and their scores, the score of the constant answer, the pictures on the
 # report's page, and `prepare`, which writes and verifies them.
-SCORING = {"run_evaluation", "evaluate", "generation", "predictions", "matrix", "blind", "report_predictions"}
-SCORING |= {"texts"}  # questions and answers of a test set, read by threads; evaluations alone ask for them
-SCORING |= {"sample_lengths"}  # whether a test sample fits into the model; nothing is set by it
-PREPARING = {"prepare", "shards", "keys", "verify"}
-OPENING = {"run_data"}  # of a run, whose evaluation it is handed to
+SCORING = {
+    *("pipeline.sequence.evaluation", "pipeline.sequence.evaluate", "pipeline.sequence.answers"),
+    *("pipeline.sequence.majority", "pipeline.sequence.matrix", "pipeline.sequence.test_set"),
+    *("pipeline.prompts.generation", "pipeline.metrics.blind", "pipeline.report.predictions"),
+    "pipeline.data.texts",  # questions and answers of a test set, read by threads; evaluations alone ask for them
+    "pipeline.planning.sample_lengths",  # whether a test sample fits into the model; nothing is set by it
+}
+PREPARING = {"data_prep.prepare", "data_prep.shards", "data_prep.keys", "data_prep.verify", "data_prep.split"}
+OPENING = {"pipeline.sequence.data"}  # of a run, whose evaluation it is handed to
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def reader() -> str:
     while True:
         module = frame.f_globals.get("__name__", "?")
         if module.startswith(("pipeline.", "data_prep.")):
-            name = module.rpartition(".")[2]
+            name = module
             if not module.startswith("pipeline.data."):
                 return name
         if frame.f_back is None:
@@ -74,7 +78,7 @@ def invoked(*arguments: str) -> dict[str, object]:
 def test_only_scoring_reads_the_test_sets(make: Callable[..., Recipe], tmp_path: Path, readers: set[str]) -> None:
     recipe = make(tasks=2, data__validation_share=0.5)
     run_sequence(recipe)
-    assert "run_data" in readers and readers <= SCORING | OPENING
+    assert "pipeline.sequence.data" in readers and readers <= SCORING | OPENING
     run = recipe.run_path
     (tmp_path / "photos").mkdir()
     for number in range(6):
