@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from pipeline.backbones.lmm_families import require_kept_features
-from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import Recipe
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
 from pipeline.planning.memory_plan import GIB
+from pipeline.planning.model_files import ModelFiles
 
 
-def check_kept_features(recipe: Recipe, model: CheckedModel) -> str:
+def check_kept_features(recipe: Recipe, model: ModelFiles) -> str:
     """What keeping the features of the prepared tasks' images takes on the disk; UserError where there is no room.
 
     Counts the images that CLIP's keys tell apart, so it needs prepared tasks; what is kept already is not counted.

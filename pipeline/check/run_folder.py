@@ -8,18 +8,18 @@ from typing import Any
 
 from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.lmm import base_fingerprint
-from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
+from pipeline.planning.model_files import ModelFiles
 from pipeline.runs.finished import COMPLETE, META, check_stage, claim_run, is_empty
 from pipeline.runs.folder import read_run
 
 LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions
 
 
-def check_run_folder(recipe: Recipe, model: CheckedModel | None, identity: dict[str, str] | None) -> str:
+def check_run_folder(recipe: Recipe, model: ModelFiles | None, identity: dict[str, str] | None) -> str:
     """Look at what is in the run folder: is it a run of this recipe, on this base model, with this CLIP."""
     path = recipe.run_path
     if not path.exists() or is_empty(path):

@@ -69,10 +69,11 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
 
 def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
     from pipeline.check.features import check_kept_features
-    from pipeline.check.model import CheckedModel, check_keys, check_model
+    from pipeline.check.model import check_keys, check_model
     from pipeline.check.run_folder import check_run_folder
+    from pipeline.planning.model_files import ModelFiles
 
-    model, data = CheckedModel(recipe, online), CheckedData(recipe, name)
+    model, data = ModelFiles(recipe, online), CheckedData(recipe, name)
     identity: dict[str, str] | None = None
 
     def keys() -> str:
@@ -155,8 +156,8 @@ def _deepspeed(recipe: Recipe) -> str:
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: Any, data: CheckedData) -> str:
     """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
-    from pipeline.check.model import clip_key_width
     from pipeline.planning.memory_plan import plan_memory
+    from pipeline.planning.model_files import clip_key_width
     from pipeline.planning.model_shape import meta_model
 
     if {"ranks", "deepspeed"} & findings.problems.keys():
@@ -189,7 +190,7 @@ def _fitted(recipe: Recipe, ranks: int, width: int, built: Any, tokens: Any) -> 
     if AUTO not in (train.deepspeed, train.checkpointing):
         return recipe, ""
     if torch.cuda.is_available():
-        chosen = fitting.fitting(recipe, ranks, width, built, tokens, fitting.gpu_memory(torch.device("cuda", 0)))
+        chosen = fitting.fit_to_memory(recipe, ranks, width, built, tokens, fitting.gpu_memory(torch.device("cuda", 0)))
         return chosen, f"; auto: {chosen.train.deepspeed}, checkpointing {chosen.train.checkpointing}"
     chosen = fitting.without_gpus(recipe)
     if train.deepspeed != AUTO:

@@ -1,4 +1,4 @@
-"""What a run's `auto` stands for: which DeepSpeed file and which activations it keeps, by the memory plan."""
+"""Resolve a recipe's `auto` settings, DeepSpeed file and activation checkpointing, from the memory plan."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
 from pipeline.planning.memory_plan import GIB, Tokens, plan_memory
+from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
 from pipeline.ranks.world import World, on_main
 from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
@@ -23,7 +23,7 @@ POLICIES = ("none", "selective", "full")  # cheapest first
 KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
 
 
-def fitted(
+def resolve_auto(
     recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list, node: int | None = None
 ) -> Recipe:
     """The recipe with what its `auto`s stand for on these ranks: the same on all of them.
@@ -39,17 +39,17 @@ def fitted(
 
     def plan() -> tuple[str, str]:
         memory = gpu_memory(world.device)
-        tokens = CheckedModel(recipe, online=False).tokens(samples())
-        chosen = fitting(recipe, world.size, key_width, meta_model(recipe), tokens, memory, node)
+        tokens = ModelFiles(recipe, online=False).tokens(samples())
+        chosen = fit_to_memory(recipe, world.size, key_width, meta_model(recipe), tokens, memory, node)
         told = "train.deepspeed: %s, train.checkpointing: %s (%s)"
-        logging.getLogger(__name__).info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
+        log.info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
         return chosen.train.deepspeed, chosen.train.checkpointing
 
     # Layers are gathered in the same order on all ranks only where all do the same.
     return _with(recipe, *on_main(world, plan))
 
 
-def fitting(
+def fit_to_memory(
     recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int, node: int | None = None
 ) -> Recipe:
     """The recipe with `auto` replaced by what fits into `memory` bytes per GPU by the plan.

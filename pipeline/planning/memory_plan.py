@@ -30,6 +30,7 @@ from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
 FLOAT32 = 4
 GIB = 1 << 30
+KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica gives its GPU's memory to training, and is loaded anew later
 AHEAD = 4  # micro-batches that each loader process prepares ahead, see `pipeline.data.loader`
 BESIDE = "plus about 1 GiB for CUDA and what its allocator cannot reuse"
 # A question and its answer where no sample could be looked at: CoIN's are mostly shorter.
@@ -110,7 +111,7 @@ def plan_memory(
     `model` is the frozen model on the meta device (`meta_model`), `key_width` that of the CLIP keys. Raises UserError
     when ranks and batch or the DeepSpeed file do not fit (see `accumulation`, `deepspeed_config`).
     """
-    from deepspeed.runtime.zero.config import get_zero_config
+    from deepspeed.runtime.zero.config import get_zero_config  # DeepSpeed: an import of seconds, for this plan alone
 
     config = deepspeed_config(recipe, ranks, node)
     zero: Any = get_zero_config(config)
@@ -148,7 +149,7 @@ def plan_memory(
             Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
             Entry(
                 "evaluation replica",
-                replica if _replica_stays(whole) else 0,
+                replica if whole < KEEP_REPLICA_BYTES else 0,
                 replica,
                 "the whole frozen model" if replica else "the trained model itself generates",
             ),
@@ -307,12 +308,6 @@ def _sets_inserted(recipe: Recipe) -> int:
     if method.name != "modalprompt":
         return 0 if method.name == "zero_shot" else 1
     return {"all": tasks, "current": 1}.get(method.selection, min(method.k, tasks))
-
-
-def _replica_stays(size: int) -> bool:
-    from pipeline.sequence.models import KEEP_REPLICA_BYTES
-
-    return size < KEEP_REPLICA_BYTES
 
 
 def _resident(sizes: list[int], zero: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.config.recipe import Recipe
-from pipeline.planning.auto import fitted
 from pipeline.prompts.model import PromptedLMM
 from pipeline.ranks.world import World
-from pipeline.training.deepspeed_config import accumulation, deepspeed_config
+from pipeline.training.deepspeed_config import AUTO, accumulation, deepspeed_config
 from pipeline.training.hpz import agreed_node_size
 from pipeline.training.optimizer_state import ADAM, Moments, give_parts, write_moments
 
 if TYPE_CHECKING:
     from pipeline.data.collate import Batch
-    from pipeline.data.sample import Sample
     from pipeline.prompts.model import Normaliser
 
 
@@ -38,22 +36,20 @@ class Engine:
     counts_tokens = True
     moment_kinds: tuple[str, ...] = ADAM  # what the optimizer remembers of each trainable, by torch's names
 
-    def __init__(
-        self, recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list
-    ) -> None:
+    def __init__(self, recipe: Recipe, world: World, key_width: int) -> None:
         deepspeed = start_deepspeed()
-        node = agreed_node_size()
-        recipe = fitted(recipe, world, key_width, samples, node)
-        config = deepspeed_config(recipe, world.size, node)
+        config = deepspeed_config(recipe, world.size, agreed_node_size())
         self.zero_stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.micro_batch, self.accumulation = accumulation(recipe, world.size)
         whole = self.zero_stage != 3
         lmm = load_lmm(recipe.model, None if whole else config, world.device if whole else None)
         lmm.cuts = recipe.data.too_long == "truncate"
         method, train = recipe.method, recipe.train
+        # As for the DeepSpeed file, `auto` that `pipeline.planning.auto` has not resolved means what it does on CPUs.
+        checkpointing = "none" if train.checkpointing == AUTO else train.checkpointing
         if train.vision_features == "kept":
             require_kept_features(lmm.family.kind)
-        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, train.checkpointing)
+        self.module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, checkpointing)
         self.module.to(world.device)
         if self.zero_stage == 3:
             gather_layer_by_layer(self.module)

@@ -12,14 +12,13 @@ from torch import Tensor
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
-from pipeline.planning.auto import fitted
+from pipeline.planning.auto import resolve_auto
+from pipeline.planning.memory_plan import KEEP_REPLICA_BYTES
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
 from pipeline.sequence.engine import Engine
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.hpz import agreed_node_size
-
-KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica gives its GPU's memory to training, and is loaded anew later
 
 
 class Models:
@@ -43,8 +42,7 @@ class Models:
         """Before an evaluation that training follows: make the engine now if it can answer (ZeRO-0 or ZeRO-2), for
         then nothing else has to be loaded. All ranks call it."""
         if self._engine is None and not self._trains_projector:
-            node = agreed_node_size()
-            self.recipe = fitted(self.recipe, self.world, self.key_width, self._samples, node)
+            node = self._resolve_auto()
             config = deepspeed_config(self.recipe, self.world.size, node)
             if int(config.get("zero_optimization", {}).get("stage", 0)) != 3:
                 self.engine()
@@ -58,7 +56,8 @@ class Models:
                 torch.cuda.empty_cache()
         if self._engine is None:
             self.watchdog.beat("loading the model", slow=True)
-            self._engine = Engine(self.recipe, self.world, self.key_width, self._samples)
+            self._resolve_auto()
+            self._engine = Engine(self.recipe, self.world, self.key_width)
         return self._engine
 
     def replica(self, projector: dict[str, Tensor]) -> LMM:
@@ -76,6 +75,12 @@ class Models:
         if projector:
             self._replica.load_projector(projector)
         return self._show_progress(self._replica)
+
+    def _resolve_auto(self) -> int:
+        """Replace the recipe's `auto` settings, and return the ranks per node. All ranks call it."""
+        node = agreed_node_size()
+        self.recipe = resolve_auto(self.recipe, self.world, self.key_width, self._samples, node)
+        return node
 
     @property
     def _trains_projector(self) -> bool:

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
 from pipeline.backbones.lmm_weights import require_fitting_weights
-from pipeline.check.model import CheckedModel, check_model
+from pipeline.check.model import check_model
 from pipeline.config.recipe import ModelConfig, load_recipe
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.planning import frozen_models
 from pipeline.planning.frozen_models import emulated
+from pipeline.planning.model_files import ModelFiles
 from pipeline.ranks.world import World
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES
@@ -35,7 +36,7 @@ def change(folder: Path, file: str, **fields: Any) -> None:
 
 
 def test_check_accepts_every_supported_architecture(checkpoint: Path) -> None:
-    assert check_model(CheckedModel(make_recipe(checkpoint), online=False)).startswith(str(checkpoint))
+    assert check_model(ModelFiles(make_recipe(checkpoint), online=False)).startswith(str(checkpoint))
 
 
 def test_processors_are_of_the_checkpoints_own_class_without_videos(lmm: LMM) -> None:
@@ -128,7 +129,7 @@ def test_check_and_loading_refuse_a_checkpoint_that_lacks_weights(checkpoint: Pa
     with pytest.raises(UserError, match=expected):
         load_lmm(ModelConfig(path=str(folder)), zero3={"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=expected):
-        check_model(CheckedModel(make_recipe(folder), online=False))
+        check_model(ModelFiles(make_recipe(folder), online=False))
 
 
 def test_check_and_loading_refuse_weights_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be loaded"):
         load_lmm(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=r"cut off or damaged"):
-        check_model(CheckedModel(make_recipe(folder), online=False))
+        check_model(ModelFiles(make_recipe(folder), online=False))
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
@@ -210,7 +211,7 @@ def test_what_older_processors_do_not_say_is_taken_from_the_model(
     (folder / "processor_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in gone}))
     found = load_processor(ModelConfig(path=str(folder)))
     assert all(getattr(found, name) == getattr(expected, name) for name in gone)
-    check_model(CheckedModel(make_recipe(folder), online=False))
+    check_model(ModelFiles(make_recipe(folder), online=False))
 
 
 def test_a_folder_of_2024_has_no_processor_config(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_a_folder_of_2024_has_no_processor_config(tmp_path: Path) -> None:
     images = {**settings["image_processor"], "processor_class": "LlavaProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").unlink()
-    check_model(CheckedModel(make_recipe(folder), online=False))
+    check_model(ModelFiles(make_recipe(folder), online=False))
 
 
 LINES = "{% for m in messages %}USER{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"

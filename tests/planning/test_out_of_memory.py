@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
 from pipeline.errors import OutOfMemory
-from pipeline.planning.auto import GIB, fitting
+from pipeline.planning.auto import GIB, fit_to_memory
 from pipeline.planning.memory_plan import Tokens, plan_memory
+from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.out_of_memory import told_what_helps
 from tests.backbones.tiny_families import FAMILIES
@@ -31,8 +31,8 @@ FORMS = [("internvl", (128, 32)), ("llava_next", (64, 64)), ("qwen2_5_vl", (96, 
 def test_the_plan_counts_what_the_vision_tower_sees_of_the_largest_image(tmp_path, kind, size):
     recipe = make_recipe(FAMILIES[kind](tmp_path), model__max_length=512)
     samples = [Sample("small", png(16, 16), "what?" * 60, "red"), Sample("large", png(*size), "what?", "red")]
-    found = CheckedModel(recipe, online=False).tokens(samples)
-    alone = CheckedModel(recipe, online=False).tokens(samples[:1])
+    found = ModelFiles(recipe, online=False).tokens(samples)
+    alone = ModelFiles(recipe, online=False).tokens(samples[:1])
     assert found.text == alone.text  # the longest sample is another one than that of the largest image
     assert (found.crops, found.patches) > (alone.crops, alone.patches) and found.values > alone.values
     assert activations(recipe, found) > activations(recipe, alone)
@@ -41,7 +41,7 @@ def test_the_plan_counts_what_the_vision_tower_sees_of_the_largest_image(tmp_pat
 def test_evaluation_that_does_not_fit_is_told_with_the_field_that_helps(tmp_path, caplog):
     recipe = make_recipe(FAMILIES["llava"](tmp_path), train__deepspeed="auto", evaluate__batch=100000)
     model = meta_model(recipe)
-    chosen = fitting(recipe, 1, KEY_WIDTH, model, Tokens(16, 20, 4, "given"), 2 * GIB)
+    chosen = fit_to_memory(recipe, 1, KEY_WIDTH, model, Tokens(16, 20, 4, "given"), 2 * GIB)
     assert chosen.train.deepspeed.endswith("zero2.json")
     assert "lower evaluate.batch" in caplog.text
 

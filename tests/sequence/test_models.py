@@ -62,7 +62,8 @@ class Loads:
 
 def on_gpu(**changes: Any) -> Models:
     world = World(0, 1, 0, torch.device("cuda", 0))
-    fields = {"train__checkpointing": "none", **changes}  # auto would ask the GPU for its memory
+    # `auto` would ask the GPU for its memory.
+    fields = {"train__checkpointing": "none", "train__deepspeed": "ds_configs/zero3.json", **changes}
     return Models(make_recipe("none", **fields), world, 12, Watchdog(world, None))
 
 

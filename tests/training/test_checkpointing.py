@@ -17,7 +17,7 @@ from pipeline.bench.step import OurStep
 from pipeline.config.recipe import TrainConfig, load_recipe
 from pipeline.planning import auto as fitting_module
 from pipeline.planning import scaling
-from pipeline.planning.auto import ESTIMATED, KEPT_FREE, POLICIES, fitted, fitting, least_for_zero2
+from pipeline.planning.auto import ESTIMATED, KEPT_FREE, POLICIES, fit_to_memory, least_for_zero2, resolve_auto
 from pipeline.planning.memory_plan import Tokens, plan_memory
 from pipeline.planning.model_shape import meta_model
 from pipeline.prompts.pool import PromptPool
@@ -75,7 +75,7 @@ def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
 
     def chosen(bytes_free: float) -> str:
         memory = int(KEPT_FREE + bytes_free / ESTIMATED)
-        return fitting(recipe, 1, KEY_WIDTH, model, tokens, memory).train.checkpointing
+        return fit_to_memory(recipe, 1, KEY_WIDTH, model, tokens, memory).train.checkpointing
 
     for policy in POLICIES:
         assert chosen(needed[policy] + 64) == policy
@@ -94,7 +94,7 @@ def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3
     model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
 
     def chosen(memory: int) -> tuple[str, str]:
-        train = fitting(recipe, 8, KEY_WIDTH, model, tokens, memory).train
+        train = fit_to_memory(recipe, 8, KEY_WIDTH, model, tokens, memory).train
         return train.deepspeed, train.checkpointing
 
     least = least_for_zero2(recipe, 8, KEY_WIDTH, model, tokens)
@@ -110,7 +110,7 @@ def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fi
     _, model = next(scaling.models())
 
     def chosen(memory: int, node: int) -> str:
-        return fitting(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS, memory, node).train.deepspeed
+        return fit_to_memory(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS, memory, node).train.deepspeed
 
     least = least_for_zero2(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS)
     assert chosen(least + 64, 8) == "ds_configs/zero2.json"
@@ -123,9 +123,9 @@ def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fi
 def test_what_is_given_is_not_chosen(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="auto", train__checkpointing="selective")
     model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
-    assert fitting(recipe, 1, KEY_WIDTH, model, tokens, 1 << 40).train.checkpointing == "selective"
+    assert fit_to_memory(recipe, 1, KEY_WIDTH, model, tokens, 1 << 40).train.checkpointing == "selective"
     fixed = make_recipe(llava, train__deepspeed="ds_configs/zero0.json")
-    assert fitting(fixed, 1, KEY_WIDTH, model, tokens, 1).train.deepspeed == "ds_configs/zero0.json"
+    assert fit_to_memory(fixed, 1, KEY_WIDTH, model, tokens, 1).train.deepspeed == "ds_configs/zero0.json"
 
 
 def test_auto_is_zero3_on_a_cpu(llava: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_plans_with_the_longest_samples_and_says_what_it_chose(
     world = dataclasses.replace(init_world(), device=torch.device("cuda", 0))
     monkeypatch.setattr(fitting_module, "gpu_memory", lambda _: 1 << 40)
     with caplog.at_level("INFO"):
-        train = fitted(recipe, world, KEY_WIDTH, lambda: samples).train
+        train = resolve_auto(recipe, world, KEY_WIDTH, lambda: samples).train
     assert (train.deepspeed, train.checkpointing) == ("ds_configs/zero2.json", "none")
     assert "ds_configs/zero2.json" in caplog.text
     assert "the longest sample looked at" in caplog.text

@@ -20,7 +20,6 @@ from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.check.features import check_kept_features
-from pipeline.check.model import CheckedModel
 from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import KEPT
@@ -28,6 +27,7 @@ from pipeline.data.kept_features import KeptFeatures, SplitFeatures
 from pipeline.data.sample import Sample
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.lock import FileLock
+from pipeline.planning.model_files import ModelFiles
 from pipeline.prompts.model import Normaliser, PromptedLMM
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
@@ -366,8 +366,8 @@ def test_check_says_what_they_take_and_whether_there_is_room(
     recipe = on(prepared, tmp_path)
     for split in Path(recipe.data.prepared).glob("*/train/vision-*"):
         shutil.rmtree(split)
-    found = check_kept_features(recipe, CheckedModel(recipe, online=False))
+    found = check_kept_features(recipe, ModelFiles(recipe, online=False))
     assert "0.00 MB per image" in found and "for 10 images of the prepared tasks" in found
     monkeypatch.setattr("pipeline.files.atomic.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"make room, set data\.prepared elsewhere"):
-        check_kept_features(recipe, CheckedModel(recipe, online=False))
+        check_kept_features(recipe, ModelFiles(recipe, online=False))

@@ -1,0 +1,152 @@
+"""A recipe's model as far as its files are on this machine: configuration, processor, and how long samples become.
+
+Nothing here loads weights. The memory plan needs it before a run, `check` before anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoConfig
+
+from pipeline.backbones.lmm import load_processor
+from pipeline.backbones.lmm_processor import source_of
+from pipeline.config.recipe import Recipe
+from pipeline.data.conversation import Conversation, Example
+from pipeline.data.sample import Sample
+from pipeline.errors import UserError
+from pipeline.hub import repository as hub
+from pipeline.hub.known_models import known_config, known_settings
+from pipeline.hub.pickled import is_converted, with_safetensors
+from pipeline.hub.snapshots import settings_folder
+from pipeline.hub.weights import weights_of
+from pipeline.planning.memory_plan import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
+
+PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
+
+
+class ModelFiles:
+    """The recipe's model as far as its files are here; every property raises UserError when it cannot be had."""
+
+    def __init__(self, recipe: Recipe, online: bool) -> None:
+        self.recipe = recipe
+        self.settings = recipe.model
+        self.online = online
+
+    @cached_property
+    def folder(self) -> Path:
+        """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
+        if self.online and hub.is_repository(self.settings.location):
+            return settings_folder(source_of(self.settings))
+        found = hub.local_folder(self.settings.location, self.settings.revision)
+        if found is None:
+            raise UserError(not_here("model.path", self.settings.path, self.settings.revision))
+        return found
+
+    @cached_property
+    def loadable(self) -> Path | None:
+        """The folder that a run would load from; None while weights have to be fetched or converted first."""
+        weights = weights_of(self.folder)
+        if weights.missing or (weights.pickled and not is_converted(self.folder)):
+            return None
+        return with_safetensors(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        folder = self.folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} has no config.json; expected a checkpoint in Hugging Face format.")
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model.path: the config.json of '{self.settings.path}' is of no model that transformers knows "
+                f"({first}). Give an image-text-to-text checkpoint."
+            ) from error
+
+    def known(self) -> Any:
+        """The configuration of a model that the project knows the sizes of; OSError for others."""
+        self.config = known_config(self.settings.path)
+        return self.config
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor."""
+        assert self.config is not None
+        return load_processor(self.settings)
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """What turns a sample into the model's tokens."""
+        settings = self.settings
+        cuts = self.recipe.data.too_long == "truncate"
+        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding, cuts)
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens of a photograph of a usual size, however long a sample may be."""
+        settings = self.settings
+        unlimited = Conversation(self.processor, sys.maxsize, settings.template, settings.image_padding)
+        buffer = io.BytesIO()
+        Image.new("RGB", PROBE_SIZE).save(buffer, format="PNG")
+        probe = unlimited.example(Sample("probe", buffer.getvalue(), "What is shown?", "Nothing."))
+        return probe.prompt.count(self.config.image_token_id)
+
+    def tokens(self, samples: list[Sample]) -> Tokens:
+        """Lengths of the longest of these samples, else of a photograph with a question of a usual length."""
+        examples = []
+        for sample in samples:
+            with contextlib.suppress(UserError):  # a sample that does not fit is reported with the data
+                examples.append(self.conversation.example(sample))
+        if examples:
+            longest = max(examples, key=lambda example: len(example.prompt) + len(example.answer))
+            image = longest.prompt.count(self.config.image_token_id)
+            crops, patches, values = _most_of_images(examples)
+            text = len(longest.prompt) - image
+            return Tokens(image, text, len(longest.answer), "the longest sample looked at", crops, patches, values)
+        image, shape = self.image_tokens, self.conversation.image_shape(*PROBE_SIZE)
+        source = f"{image} of an image, the others assumed"
+        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, source, shape.crops, shape.tower_tokens, shape.values)
+
+    def assumed_tokens(self) -> Tokens:
+        """Lengths by config.json alone, for a model whose processor cannot be used."""
+        image = getattr(self.config, "image_seq_length", None) or 0
+        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
+
+
+def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
+    """The most crops, patches and numbers that any one example's image has."""
+    pixels = [example.images["pixel_values"] for example in examples if example.images is not None]
+    crops = max((len(image) for image in pixels if image.dim() == 4), default=1)
+    patches = max((len(image) for image in pixels if image.dim() == 2), default=0)
+    return crops, patches, max((image.numel() for image in pixels), default=0)
+
+
+def clip_key_width(recipe: Recipe) -> int | None:
+    """Width of the keys the recipe's CLIP makes, by its configuration; None when that is not known here."""
+    folder = hub.local_folder(recipe.keys.location, recipe.keys.revision)
+    try:
+        return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return (known_settings(recipe.keys.path) or {}).get("projection_dim")
+
+
+def not_here(field: str, path: str, revision: str | None) -> str:
+    """The sentence about a checkpoint that is neither a folder nor in the cache, with the Hub out of reach."""
+    if not hub.is_repository(path):
+        return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
+    at = f" --revision {revision}" if revision else ""
+    return (
+        f"{field}: '{path}' is not on this machine and https://huggingface.co cannot be reached from it (or "
+        f"HF_HUB_OFFLINE is set); run `hf download {path}{at}` where it can be, with the cache (HF_HOME) on a disk "
+        f"that this machine sees, or copy the checkpoint here and set {field} to its folder."
+    )
