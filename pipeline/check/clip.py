@@ -8,17 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModel
 
+from data_prep.benchmark import few_shot_rows
+from data_prep.sources.split_zhou import altered, missing, read_dataset
 from pipeline.check.clip_backbone import check_backbone
-from pipeline.check.sequence import Findings, counted, look_at_all, peak, ranks_here, show
-from pipeline.cli.benchmark import load_benchmark, refuse_other_settings, require_prepared
+from pipeline.check.findings import Findings, counted, look_at_all, peak, ranks_here, show
+from pipeline.clip.benchmark.prepared import refuse_other_settings, require_prepared
 from pipeline.clip.images.classes import Group, base_classes
 from pipeline.clip.images.prepared import CLASSES_FILE, ClassList, PreparedDataset
 from pipeline.clip.learning.few_shot_batches import micro_batches
 from pipeline.clip.learning.memory_plan import plan_benchmark
 from pipeline.clip.learning.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.learning.unit import units_of
-from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.recipe import ClipRecipe, datasets_of, load_benchmark
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.errors import UserError, UserErrors, require_extras
@@ -111,9 +114,6 @@ def _data(recipe: ClipRecipe, name: str) -> str:
 
 def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
     """(what is missing of a dataset that is not prepared, what differs from the published one)."""
-    from data_prep.benchmark import few_shot_rows
-    from data_prep.sources.split_zhou import altered, missing, read_dataset
-
     if recipe.data.source == "generated":
         return [], []
     description, root = entry.description, Path(recipe.data.root)
@@ -173,8 +173,6 @@ def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
 
 def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
     """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
-    from transformers import AutoConfig, AutoModel
-
     if {"ranks", "deepspeed"} & findings.problems.keys():
         return "not planned: ranks or DeepSpeed file are wrong"
     learned, tested = [], []

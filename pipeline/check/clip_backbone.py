@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.clip.methods import learner_of_sizes
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
@@ -23,8 +24,6 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
     Raises UserError when it cannot be had here or is of another kind, and UserErrors, one sentence for each method that
     does not fit it: a schedule it has too few blocks for, or words with fewer tokens than there are vectors.
     """
-    from transformers import AutoConfig
-
     model = recipe.model
     folder = _folder(recipe, online)
     try:
@@ -76,8 +75,6 @@ def _folder(recipe: ClipRecipe, online: bool) -> Path:
 
 
 def _words(recipe: ClipRecipe, folder: Path, config: Any) -> Words:
-    from transformers import AutoTokenizer
-
     model = recipe.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.bad_records import BadRecord
 from data_prep.sources.addresses import Benchmark, benchmark_of, images_of
-from pipeline.check.prepared import earlier_folder, other_data
+from data_prep.sources.coin import coin_split
 from pipeline.config.recipe import Recipe, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
@@ -22,6 +23,7 @@ from pipeline.metrics.scoring import Answered, score_task
 from pipeline.planning.sample_lengths import long_answers, measure
 from pipeline.planning.too_long import limit_of, told
 from pipeline.runs.data_use import recorded_fingerprint
+from pipeline.sequence.prepared import earlier_folder, other_data
 
 SPLITS = ("train", "test")
 NAMED = 5  # bad records named per split
@@ -190,10 +192,6 @@ class CheckedData:
 
     def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
         """Sentences about bad records: all of the split's files, the images only of the first few."""
-        # Imported here: only a recipe with data that is not prepared needs the readers.
-        from data_prep.bad_records import BadRecord
-        from data_prep.sources.coin import coin_split
-
         source = coin_split(self.recipe.data, task, split)
         first = list(islice(source.records(), LOOKED_AT))
         samples = [record for record in first if not isinstance(record, BadRecord)]
@@ -208,18 +206,6 @@ class CheckedData:
             more = len(bad) - NAMED
             wrong += [f"{task.name}/{split}: {more} more bad record{'s' * (more > 1)}."] * (more > 0)
         return wrong
-
-
-def require_prepared(recipe: Recipe, name: str) -> None:
-    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
-    for task in recipe.data.tasks:
-        for split in SPLITS:
-            folder = recipe.data.split_path(task.name, split)
-            if not (folder / DATASET_FILE).is_file():
-                raise UserError(
-                    f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
-                    f"run `{command('prepare', name)}` first.{earlier_folder(recipe.data, task.name)}"
-                )
 
 
 def telling_samples(shards: IndexedShards, rows: list[int]) -> list[Sample]:

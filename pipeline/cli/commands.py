@@ -285,7 +285,7 @@ def _sequence(
         return
     recipe = load_recipe(name, overrides)
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
-    from pipeline.check.sequence import require_prepared
+    from pipeline.sequence.prepared import require_prepared
 
     if recipe.data.prepare_first and not launch.is_distributed():
         from data_prep.prepare import prepare as prepare_recipe

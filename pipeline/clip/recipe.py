@@ -15,6 +15,7 @@ from pipeline.clip.towers.text import MARK
 from pipeline.config.base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.config.messages import sentence
 from pipeline.config.recipe import locate
+from pipeline.config.yaml_file import apply_overrides, find_recipe, read_recipe
 from pipeline.errors import UserError, nearest
 from pipeline.files.paths import GivenPath
 
@@ -208,3 +209,8 @@ def datasets_of(recipe: ClipRecipe) -> Iterable[tuple[DatasetConfig, bool]]:
     """Every dataset of a recipe with whether it is trained on."""
     yield from ((entry, True) for entry in recipe.data.datasets)
     yield from ((entry, False) for entry in recipe.data.targets)
+
+
+def load_benchmark(name: str, overrides: Iterable[str] = ()) -> ClipRecipe:
+    """The benchmark recipe of that name or file with overrides; UserError, one sentence for all that is wrong."""
+    return clip_recipe(apply_overrides(read_recipe(find_recipe(name)), overrides), name)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.check.prepared import refuse_other_data
 from pipeline.config.recipe import Recipe
 from pipeline.data.collate import StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
@@ -27,6 +26,7 @@ from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.too_long import Decision, decide
 from pipeline.ranks.world import World, on_main, on_main_in_rounds, together
 from pipeline.runs.data_use import data_record
+from pipeline.sequence.prepared import refuse_other_data
 from pipeline.sequence.test_set import TestSet
 
 Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, how many of them are used

@@ -19,7 +19,8 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from data_prep.sources.addresses import COIN, UCIT, benchmark_of, images_of
-from pipeline.check.sequence import Findings, check
+from pipeline.check.findings import Findings
+from pipeline.check.sequence import check
 from pipeline.cli.commands import app
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import EXIT_OK, EXIT_USER

@@ -182,7 +182,7 @@ def test_check_lists_everything_that_is_wrong(tmp_path: Path) -> None:
 def test_a_world_size_that_does_not_divide_is_refused_before_any_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.check.sequence.require_prepared", lambda recipe, name: None)
+    monkeypatch.setattr("pipeline.sequence.prepared.require_prepared", lambda recipe, name: None)
     monkeypatch.setattr("pipeline.ranks.launch.launch", lambda *_: pytest.fail("ranks were started"))
     result = run("run", "nano", "--set", "train.processes=3", "--set", "train.global_batch=16")
     assert result.exit_code == EXIT_USER

@@ -271,7 +271,7 @@ def test_the_verbs_that_score_a_run_show_its_end(tmp_path: Path, monkeypatch: py
     path = make_run(tmp_path / "run", status="done", stage=3)
     for work in (
         "pipeline.cli.commands._on_ranks",
-        "pipeline.check.sequence.require_prepared",
+        "pipeline.sequence.prepared.require_prepared",
         "pipeline.runs.finished.claim_run",
         "pipeline.cli.commands.load_run",
     ):

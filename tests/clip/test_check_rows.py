@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.check.clip import _in_short, _ranks, _recipe, _steps
-from pipeline.check.sequence import Findings, counted, show
-from pipeline.cli.benchmark import load_benchmark
+from pipeline.check.findings import Findings, counted, show
+from pipeline.clip.recipe import load_benchmark
 
 
 def test_the_steps_of_many_datasets_are_a_line_for_each_method() -> None:

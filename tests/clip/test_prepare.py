@@ -11,7 +11,7 @@ import torch
 
 from data_prep.benchmark import prepare_benchmark
 from data_prep.sources import colour_shapes
-from pipeline.cli.benchmark import require_prepared
+from pipeline.clip.benchmark.prepared import require_prepared
 from pipeline.clip.images.few_shot import few_shot
 from pipeline.clip.images.pixels import Pixels
 from pipeline.clip.images.prepared import CLASSES_FILE, PreparedDataset

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.cli.benchmark import load_benchmark
 from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
 from pipeline.clip.methods import METHODS
-from pipeline.clip.recipe import AverageConfig, ConsistencyConfig
+from pipeline.clip.recipe import AverageConfig, ConsistencyConfig, load_benchmark
 from pipeline.clip.templates import PROMPTSRC
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.cli.benchmark import load_benchmark
 from pipeline.clip.images.pixels import Pixels
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
 from pipeline.clip.learning.protocol import epoch_rates
-from pipeline.clip.recipe import ClipRecipe
+from pipeline.clip.recipe import ClipRecipe, load_benchmark
 from pipeline.config.recipe import PROJECT
 from pipeline.errors import EXIT_OK
 from tests.clip import base2new

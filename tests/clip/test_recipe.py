@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.benchmark import load_benchmark
 from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, Dataset
 from pipeline.clip.learning.unit import units_of
-from pipeline.clip.recipe import clip_recipe
+from pipeline.clip.recipe import clip_recipe, load_benchmark
 from pipeline.config.recipe import load_recipe, recipe_kind
 from pipeline.config.yaml_file import recipe_names
 from pipeline.errors import UserError

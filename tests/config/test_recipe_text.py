@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.benchmark import load_benchmark
+from pipeline.clip.recipe import load_benchmark
 from pipeline.config.recipe import Recipe, load_recipe, load_run
 from pipeline.config.yaml_file import find_recipe, read_recipe
 from pipeline.errors import UserError

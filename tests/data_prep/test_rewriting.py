@@ -12,8 +12,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
-from pipeline.check.data import CheckedData, require_prepared
-from pipeline.check.prepared import refuse_other_data
+from pipeline.check.data import CheckedData
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.data.origin import RECORDS, SETTINGS, SOURCE_FILES
 from pipeline.data.shards import DATASET_FILE, IndexedShards
@@ -21,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.runs.data_use import data_record
 from pipeline.runs.finished import claim_run
 from pipeline.sequence.add_task import prepare_addition
+from pipeline.sequence.prepared import refuse_other_data, require_prepared
 from tests.tiny_clip import picture
 
 MakeRecipe = Callable[..., Recipe]
@@ -132,7 +132,7 @@ def test_a_folder_of_an_earlier_version_is_named_where_the_default_one_is_empty(
 
 
 def test_benchmarks_of_the_same_shots_share_a_folder() -> None:
-    from pipeline.cli.benchmark import load_benchmark
+    from pipeline.clip.recipe import load_benchmark
 
     folders = {name: load_benchmark(name).data.prepared for name in ("base2new_vitb16", "cross_vitb16")}
     assert len(set(folders.values())) == 1

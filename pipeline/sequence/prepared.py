@@ -5,15 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.coin import coin_split
+from data_prep.sources.coin_files import IMAGE_ROOTS
+from data_prep.sources.image_states import resized_images
 from pipeline.config.base import PREPARED
 from pipeline.config.recipe import DataConfig, Recipe, TaskConfig
 from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
 from pipeline.data.shards import DATASET_FILE, read_description
 from pipeline.errors import UserError, UserErrors
+from pipeline.files.paths import command
 from pipeline.runs.data_use import recorded_fingerprint
 
 SPLITS = ("train", "test")
 SOURCE = "source"  # the setting that tells generated data from what was read as it is
+
+
+def require_prepared(recipe: Recipe, name: str) -> None:
+    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
+    for task in recipe.data.tasks:
+        for split in SPLITS:
+            folder = recipe.data.split_path(task.name, split)
+            if not (folder / DATASET_FILE).is_file():
+                raise UserError(
+                    f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
+                    f"run `{command('prepare', name)}` first.{earlier_folder(recipe.data, task.name)}"
+                )
 
 
 def refuse_other_data(recipe: Recipe) -> None:
@@ -91,9 +107,6 @@ def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[s
     if changed:
         return [f"{folder} was prepared before {root / changed[0]} changed. {advice}"]
     if images:
-        from data_prep.sources.coin_files import IMAGE_ROOTS
-        from data_prep.sources.image_states import resized_images
-
         resized = resized_images(folder, [root / place for place in IMAGE_ROOTS])
         if resized:
             more = f" and {len(resized) - 1} more images" if len(resized) > 1 else ""
@@ -105,8 +118,6 @@ def _changed_before(
     data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], advice: str
 ) -> list[str]:
     """The same of a split that an earlier version prepared: by the fingerprint, with the recipe's limit or without."""
-    from data_prep.sources.coin import coin_split
-
     try:
         source = coin_split(data, task, split)
         taken = description["count"] + len(description.get("skipped", []))

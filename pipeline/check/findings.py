@@ -1,0 +1,102 @@
+"""What `check` of either kind of recipe found: a line for each check, problems, warnings, and the memory plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.errors import UserError, UserErrors
+from pipeline.planning.memory_plan import BESIDE, GIB, MemoryPlan
+from pipeline.ranks.launch import is_distributed, local_processes
+
+
+@dataclass
+class Findings:
+    """What `check` saw: a line for each check, the sentences of what is wrong or doubtful, and the memory plan."""
+
+    found: dict[str, str | None] = field(default_factory=dict)  # None: see the problems
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    memory: MemoryPlan | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one JSON object."""
+        memory = {"memory": self.memory.to_json()} if self.memory else {}
+        found = {title: text for title, text in self.found.items() if text is not None}
+        said = {"problems": self.problems, "warnings": self.warnings}
+        return {**found, **memory, "ok": not self.problems, **said}
+
+    def sentence(self, name: str) -> str:
+        """What the user is told when something is wrong: a line per problem if there are several."""
+        lines = [(title, sentence) for title, sentences in self.problems.items() for sentence in sentences]
+        if len(lines) == 1:
+            return lines[0][1]
+        return "\n".join([f"check {name} found {len(lines)} problems:", *(f"- {title}: {s}" for title, s in lines)])
+
+
+def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> None:
+    """Do each check and keep what it found; what it raises goes among the problems under its title."""
+    for title, look in checks.items():
+        findings.found[title] = None
+        try:
+            findings.found[title] = look()
+        except UserErrors as errors:
+            findings.problems[title] = errors.sentences
+        except UserError as error:
+            findings.problems[title] = [str(error)]
+
+
+def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
+    """The ranks of this launch, or those that `run` would start here."""
+    if is_distributed(env):
+        return int(env.get("WORLD_SIZE") or env["SLURM_NTASKS"])
+    return local_processes(recipe)
+
+
+def peak(plan: MemoryPlan) -> str:
+    """What a memory plan comes down to."""
+    waiting = f"; {amount(plan.waiting)} of the host's memory per rank for pixels that wait" * (plan.waiting >= GIB)
+    return f"{amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with what it counts: 1 task, 2 tasks."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def show(findings: Findings, name: str) -> None:
+    """Print what was found as tables."""
+    console = Console()
+    table = Table("check", "", "found", title=f"check {name}")
+    for title, text in findings.found.items():
+        wrong = findings.problems.get(title, [])
+        doubtful = "[yellow]![/yellow]" if findings.warnings.get(title) else "[green]ok[/green]"
+        mark = "[red]no[/red]" if wrong else doubtful
+        if title == "memory" and findings.memory is None:
+            mark = "--"
+        table.add_row(title, mark, escape(text) if text else f"{counted(len(wrong), 'problem')}, named below")
+    console.print(table)
+    for title, sentences in findings.warnings.items():
+        for sentence in sentences:
+            console.print(f"[yellow]warning[/yellow]: {escape(f'{title}: {sentence}')}", highlight=False)
+    if findings.memory is None:
+        return
+    plan = findings.memory
+    table = Table(
+        "memory per rank", "training", "evaluation", "", title=f"ranks: {plan.ranks}, ZeRO stage {plan.zero_stage}"
+    )
+    for entry in plan.entries:
+        table.add_row(entry.name, amount(entry.training), amount(entry.evaluation), entry.note)
+    table.add_row("all", amount(plan.training), amount(plan.evaluation), "", style="bold")
+    console.print(table)
+
+
+def amount(count: int) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.2f} MiB"

@@ -1,0 +1,41 @@
+"""Is what lies prepared what a benchmark's recipe wants: every dataset, made by the recipe's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.clip.images.prepared import PreparedDataset
+from pipeline.clip.recipe import ClipRecipe, datasets_of
+from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.data.origin import REMEDY, other_settings
+from pipeline.errors import UserError
+from pipeline.files.paths import command
+
+
+def require_prepared(recipe: ClipRecipe, name: str) -> None:
+    """Raise UserError, with the command that prepares it, unless every dataset has been prepared as the recipe says."""
+    for entry, trained in datasets_of(recipe):
+        folder = Path(recipe.data.prepared) / entry.name
+        if not folder.is_dir():
+            raise UserError(
+                f"dataset '{entry.name}' is not prepared: there is no {folder}; run `{command('prepare', name)}` first."
+            )
+        found = PreparedDataset(folder)
+        refuse_other_settings(recipe, entry, trained, found)
+        wanted = {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
+        if trained and found.classes.sampling != wanted:
+            raise UserError(
+                f"dataset '{entry.name}' in {folder} was prepared with {found.classes.sampling or 'no training'}, the "
+                f"recipe wants {wanted}; run `{command('prepare', name)}`."
+            )
+        for seed in recipe.seeds if trained else ():
+            found.few_shots(seed, "all")
+
+
+def refuse_other_settings(recipe: ClipRecipe, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
+    """Raise UserError when a prepared dataset was made by other settings than the recipe's."""
+    for split, shards in (("test", found.test), ("train", found.train if trained else None)):
+        if shards is not None:
+            clause = other_settings(shards.description, recipe.data.split_settings(entry, split))
+            if clause is not None:
+                raise UserError(f"{shards.folder} {clause}. {REMEDY}")
