@@ -432,7 +432,7 @@ def test_auto_says_which_deepspeed_file_it_is_here_and_from_which_gpu_on_another
     assert "auto: ds_configs/zero3.json without GPUs, ZeRO-2 on GPUs of 1.0" in str(found.found["memory"])
     assert found.memory is not None and found.memory.zero_stage == 3
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.planning.auto.gpu_memory", lambda _: 80 << 30)
+    monkeypatch.setattr("pipeline.check.sequence.gpu_memory", lambda _: 80 << 30)
     large = findings("train.deepspeed=auto", ranks=1)
     assert "auto: ds_configs/zero2.json, checkpointing none" in str(large.found["memory"])
     assert large.memory is not None and large.memory.zero_stage == 2
