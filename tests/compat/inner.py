@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from pipeline.cli.benchmark import load_benchmark
+from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.benchmark.checkpoint import classifier_from
 from pipeline.clip.methods import METHODS as CLIP_METHODS
 from pipeline.clip.towers.backbone import Backbone
