@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.benchmark.checkpoint import classifier_from
 from pipeline.clip.methods import METHODS as CLIP_METHODS
+from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config.base import FileRecipe
 from pipeline.config.recipe import load_recipe, recipe_kind
