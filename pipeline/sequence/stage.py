@@ -26,8 +26,9 @@ from pipeline.sequence.keep_features import keep_features
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage_files import StageFiles
 from pipeline.tracking.tracker import NullTracker, StepNumbers, Tracker, set_shares
-from pipeline.training.loop import total_steps, train_stage
+from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state
+from pipeline.training.schedule import LearningRate, schedule, total_steps
 
 log = logging.getLogger("pipeline.sequence.run")
 
@@ -105,7 +106,8 @@ class StageTrainer:
         )
         folder = self.files.unfinished(index, stage)
         begun |= {**self.files.expected(stage), "world_size": world.size, "seconds": seconds_before}
-        saver = StepSaver(engine, world, folder, self.recipe.train, begun)
+        config = self.recipe.train
+        saver = StepSaver(engine, world, folder, config, begun)
         with self.tracker.stage(index, stage.name):
             begins()
             self.tracker.metrics(set_shares(batches.selected, learned.pool.names), 0)
@@ -114,15 +116,11 @@ class StageTrainer:
                 history = train_stage(
                     engine,
                     batches,
-                    self.recipe.train,
-                    world,
-                    folder,
-                    self.session.stop,
-                    lambda p: self.tracker.metrics(numbers(p), p.step),
-                    None,
-                    saver,
-                    watchdog,
-                    start,
+                    config,
+                    LearningRate(config.lr_prompt, lambda step: schedule(config, step, batches.steps)),
+                    self.session,
+                    Attempt(folder, saver, start),
+                    lambda progress: self.tracker.metrics(numbers(progress), progress.step),
                 )
             watchdog.beat(f"saving stage {stage.name}", slow=True)
             final = history[-1]

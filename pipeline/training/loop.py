@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,16 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config.base import LoopConfig
 from pipeline.console.progress import Progress, ProgressLog
 from pipeline.data.collate import counts_of_step
 from pipeline.data.loader import loaded
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.prompts.model import Normaliser
-from pipeline.ranks.shutdown import StopFlag
-from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, gather_objects, on_main, sum_over_ranks
+from pipeline.runs.session import Session
 from pipeline.training.resume import StepSaver
+from pipeline.training.schedule import LearningRate
 
 LAST_GOOD = "last_good.safetensors"
 
@@ -60,68 +61,70 @@ class DivergedError(PipelineError):
     """A loss or gradient is not a finite number; the message names the step and its samples."""
 
 
-def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of a stage."""
-    return config.steps or max(1, round(config.epochs * batches_per_epoch))
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a stage: where it is kept, and the step from which it goes on."""
+
+    folder: Path  # takes metrics.jsonl and, if training diverges, the last good values
+    saver: StepSaver | None = None  # keeps the state in between, and when a signal stops the attempt
+    start: int = 0
 
 
-def schedule(config: TrainConfig, step: int, total: int) -> float:
-    """Factor of the learning rates at a step (0-based): warm-up, then constant, cosine or linear to 0.
+@dataclass(frozen=True)
+class Agreed:
+    """What every rank knows after the backward passes of a step, by one sum over the ranks."""
 
-    The warm-up is linear, or logarithmic as DeepSpeed's WarmupLR, whose first step has rate 0 (modalprompt.md 4.2).
-    """
-    warmup = math.ceil(config.warmup * total)
-    if step < warmup:
-        log_warmup = config.warmup_curve == "log"
-        return math.log(step + 1) / math.log(max(2, warmup)) if log_warmup else (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, total - warmup)
-    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    losses: list[float]  # by term
+    stopping: bool  # a rank was asked to stop
+    saving: bool  # a rank finds that the state is to be saved
+
+    @classmethod
+    def of(cls, terms: torch.Tensor, stopping: bool, saving: bool) -> Agreed:
+        """Sum this rank's loss terms [K] and flags with those of the others."""
+        flags = terms.new_tensor([float(stopping), float(saving)])
+        *losses, stops, saves = sum_over_ranks(torch.cat([terms, flags])).tolist()
+        return cls(losses, stops > 0, saves > 0)
 
 
 def train_stage(
     engine: Trained,
     batches: Loader,
-    config: TrainConfig,
-    world: World,
-    folder: Path,
-    stop: StopFlag,
+    config: LoopConfig,
+    rate: LearningRate,
+    session: Session,
+    attempt: Attempt,
     report: Callable[[Progress], None] | None = None,
-    factors: Callable[[int], float] | None = None,
-    saver: StepSaver | None = None,
-    watchdog: Watchdog | None = None,
-    start: int = 0,
 ) -> list[Progress]:
-    """Train the current stage from step `start` to its end and return what was logged.
+    """Train the current stage to its end and return what was logged.
 
-    `folder` takes metrics.jsonl and, if training diverges, the last good values; `factors` gives the factor of the
-    learning rates at a step (0-based), by default the config's `schedule`; `saver` keeps the state in between and when
-    a signal stops it. Raises DivergedError or Interrupted, on all ranks.
+    Args:
+        engine: the module with the values that the stage starts or is resumed with.
+        batches: the micro-batches of all steps.
+        config: when to log, and how many loader processes there are.
+        rate: the learning rates by step.
+        session: the ranks, the watchdog, and whether a signal asked to stop.
+        attempt: where the stage is kept and the step to start from.
+        report: is told every line of the log.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite; on all ranks.
+        Interrupted: a signal asked to stop; on all ranks.
     """
-    total, history = batches.steps, []
+    world, saver, start, total, history = session.world, attempt.saver, attempt.start, batches.steps, []
     loader = loaded_steps(batches, config.workers, start)
-    with ProgressLog(folder, total, world.main, engine.counts_tokens) as shown:
+    with ProgressLog(attempt.folder, total, world.main, engine.counts_tokens) as shown:
         for step in range(start, total):
-            if watchdog is not None:
-                watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
+            session.watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
             micro_batches = [batch.to(world.device) for batch in next(loader)]
             counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
-            normaliser = Normaliser(counts[0], counts[1], scale=float(world.size * engine.accumulation))
-            factor = schedule(config, step, total) if factors is None else factors(step)
+            factor = rate.factor(step)
             engine.scale_learning_rates(factor)
-            terms = torch.zeros(len(engine.term_names), device=world.device)
-            for number, batch in enumerate(micro_batches):
-                terms += engine.accumulate(batch, normaliser)
-                if number < len(micro_batches) - 1:
-                    engine.step()
-            # One sum tells every rank the same: the losses, whether any is not finite, whether anyone was told to stop,
-            # and whether the state is to be saved.
+            scale = float(world.size * engine.accumulation)
+            terms = _accumulated(engine, micro_batches, Normaliser(*counts, scale=scale), world.device)
             due = saver is not None and saver.is_due(step + 1)
-            agreed = sum_over_ranks(torch.cat([terms, terms.new_tensor([float(stop.requested), float(due)])])).tolist()
-            losses, (stopping, saving) = agreed[:-2], agreed[-2:]
-            if not all(map(math.isfinite, losses)):
-                kept = _save_last_good(engine, world, folder)
+            agreed = Agreed.of(terms, session.stop.requested, due)
+            if not all(map(math.isfinite, agreed.losses)):
+                kept = _save_last_good(engine, world, attempt.folder)
                 raise _diverged("loss", step, micro_batches, not bool(terms.isfinite().all()), kept)
             engine.step()
             norm = engine.gradient_norm()
@@ -129,21 +132,36 @@ def train_stage(
                 raise _diverged("gradient", step, micro_batches, True)
             shown.moved(step + 1, *counts)
             if (step + 1) % config.log_every == 0 or step in (0, total - 1):
-                named = dict(zip(engine.term_names, losses, strict=True))
-                progress = shown.report(engine.total(losses), named, config.lr_prompt * factor)
-                history.append(progress)
+                named = dict(zip(engine.term_names, agreed.losses, strict=True))
+                history.append(shown.report(engine.total(agreed.losses), named, rate.highest * factor))
                 if report is not None:
-                    report(progress)
-            if step + 1 == total:
-                break  # the stage is finished and its own checkpoint follows; who was told to stop does so after it
-            trouble = saver.save(step + 1) if saver is not None and (stopping or saving) else None
-            if stopping:
-                place = saver.newest_name() if saver is not None else "the stage's start"
-                raise Interrupted(
-                    f"Stopped by a signal after step {step + 1} of {total}.{' ' + trouble if trouble else ''} What was "
-                    f"finished is kept; run the same command again to go on from {place}."
-                )
+                    report(history[-1])
+            if step + 1 < total:  # after the last one the stage's own files follow; who was told to stop does so then
+                _save_and_stop(step + 1, total, agreed, saver)
     return history
+
+
+def _accumulated(
+    engine: Trained, micro_batches: list[Any], normaliser: Normaliser, device: torch.device
+) -> torch.Tensor:
+    """The loss terms [K] of a step on this rank; the gradients are there then, and the update is still to come."""
+    terms = torch.zeros(len(engine.term_names), device=device)
+    for number, batch in enumerate(micro_batches):
+        terms += engine.accumulate(batch, normaliser)
+        if number < len(micro_batches) - 1:
+            engine.step()
+    return terms
+
+
+def _save_and_stop(done: int, total: int, agreed: Agreed, saver: StepSaver | None) -> None:
+    """Save the state after `done` of `total` steps where it is due; Interrupted where a signal asked to stop."""
+    trouble = saver.save(done) if saver is not None and (agreed.stopping or agreed.saving) else None
+    if agreed.stopping:
+        place = saver.newest_name() if saver is not None else "the stage's start"
+        raise Interrupted(
+            f"Stopped by a signal after step {done} of {total}.{' ' + trouble if trouble else ''} What was finished is "
+            f"kept; run the same command again to go on from {place}."
+        )
 
 
 def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:

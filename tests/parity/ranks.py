@@ -16,9 +16,12 @@ from pipeline.data.order import Order
 from pipeline.methods import make_method
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.shutdown import StopFlag
+from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import close_world, init_world
+from pipeline.runs.session import Session
 from pipeline.sequence.engine import Engine
-from pipeline.training.loop import train_stage
+from pipeline.training.loop import Attempt, train_stage
+from pipeline.training.schedule import LearningRate
 from tests.parity.recorded import Recorded
 from tests.training.worlds import make_recipe
 
@@ -66,7 +69,9 @@ def main(job_file: str) -> None:
         engine.start_stage(recorded.start(task), pool.prompts, method.config.prototype_weight)
         folder = Path(job["out"]).parent / f"{name}-task{task}"
         folder.mkdir(exist_ok=True)
-        history = train_stage(engine, batches, recipe.train, world, folder, StopFlag())
+        session = Session(folder, world, StopFlag(), Watchdog(world, None))
+        constant = LearningRate(rate, lambda step: 1.0)
+        history = train_stage(engine, batches, recipe.train, constant, session, Attempt(folder))
         results[name][task] = {
             "losses": [[*p.terms.values()] for p in history],
             "prompt": engine.values()["prompt"].tolist(),

@@ -13,7 +13,7 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.config.recipe import ModelConfig, TrainConfig
 from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence.engine import initial_values, usable_rows
-from pipeline.training.loop import schedule, total_steps
+from pipeline.training.schedule import schedule, total_steps
 from tests.training.worlds import KEY_WIDTH
 
 

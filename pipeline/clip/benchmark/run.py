@@ -25,7 +25,6 @@ from pipeline.clip.learning.models import ClipModels
 from pipeline.clip.learning.protocol import epoch_rates, small_set_warning
 from pipeline.clip.learning.unit import Unit, regularisers_of, units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of
-from pipeline.config.recipe import TrainConfig
 from pipeline.console.log import log_to_terminal
 from pipeline.errors import Interrupted, require_extras
 from pipeline.files.atomic import empty_folder
@@ -36,9 +35,11 @@ from pipeline.runs.data_use import data_record
 from pipeline.runs.finished import check_stage, write_json
 from pipeline.runs.lock import claimed
 from pipeline.runs.provenance import package_versions
+from pipeline.runs.session import Session
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.loop import train_stage
+from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, StepState, cut_log, newest, restore_random_state
+from pipeline.training.schedule import LearningRate
 
 log = logging.getLogger("pipeline.clip")
 RESULT = "result.json"
@@ -202,19 +203,14 @@ class Benchmark:
         )
         folder = unit.folder(self.path)
         work = unfinished(folder)
-        loop = TrainConfig(lr_prompt=train.lr, lr_head=train.lr, log_every=train.log_every, workers=train.workers)
         history = train_stage(
             engine,
             batches,
-            loop,
-            world,
-            work,
-            self.stop,
-            lambda p: self.tracker.metrics(p.numbers(), p.step),
-            lambda step: rates[step // batches.steps_per_epoch] / train.lr,
-            StepSaver(engine, world, work, train, facts),
-            self.watchdog,
-            start,
+            train,
+            LearningRate(train.lr, lambda step: rates[step // batches.steps_per_epoch] / train.lr),
+            Session(self.path, world, self.stop, self.watchdog),
+            Attempt(work, StepSaver(engine, world, work, train, facts), start),
+            lambda progress: self.tracker.metrics(progress.numbers(), progress.step),
         )
         self.watchdog.beat(f"saving {unit.label}", slow=True)
         values = engine.learned()
