@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import EXIT_USER, UserError
+from pipeline.errors import EXIT_USER, PipelineError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe
@@ -25,8 +25,8 @@ SAID = 2000  # characters of a failed process's last words
 def keys_by_processes(recipe: Recipe, processes: int) -> None:
     """Compute the keys of a recipe's shards that are not there yet; all of its shards have to be.
 
-    Raises UserError when a process meets wrong input, or more processes than GPUs are asked for; RuntimeError for any
-    other end. What the others computed until then stays.
+    Raises UserError when a process meets wrong input, or more processes than GPUs are asked for; PipelineError for what
+    ends one with a sentence, such as a full disk; RuntimeError for any other end. What the others computed stays.
     """
     devices = _devices(processes)
     workers = max(1, recipe.data.workers // processes)
@@ -61,8 +61,9 @@ def keys_by_processes(recipe: Recipe, processes: int) -> None:
                     process.terminate()
                     process.wait()
     for process, words in zip(started, said, strict=True):
-        if process.returncode == EXIT_USER:
-            raise UserError(words.strip().splitlines()[-1].removeprefix("error: "))
+        last = (words.strip().splitlines() or [""])[-1]
+        if process.returncode and last.startswith("error: "):
+            raise (UserError if process.returncode == EXIT_USER else PipelineError)(last.removeprefix("error: "))
         if process.returncode:
             raise RuntimeError(f"A process that computed keys ended with {process.returncode}: {words[-SAID:]}")
 

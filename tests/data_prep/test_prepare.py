@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,10 @@ from data_prep.parallel import ordered_map
 from data_prep.prepare import prepare
 from data_prep.verify import verify_all, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.config.recipe import load_recipe
 from pipeline.data.sample import decode_image
 from pipeline.data.shards import IndexedShards
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 from tests.tiny_clip import save_coin
 
 
@@ -340,6 +342,23 @@ def test_more_processes_than_gpus_are_refused_and_each_gets_a_device_as_it_was_g
     assert key_processes._devices(2) == ["GPU-aa", "GPU-bb"]
     with pytest.raises(UserError, match="--gpus is 3, and 2 GPUs are visible"):
         key_processes._devices(3)
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "kind"),
+    [
+        (2, "warning\nerror: data.root is wrong.", UserError),
+        (1, "error: A file could not be written.", PipelineError),
+        (1, "Traceback\nKeyError: 'x'", RuntimeError),
+    ],
+)
+def test_what_ends_a_process_that_computes_keys_ends_prepare_in_the_same_way(monkeypatch, code, said, kind):
+    ended = SimpleNamespace(communicate=lambda: ("", said), poll=lambda: code, returncode=code)
+    monkeypatch.setattr(key_processes, "_devices", lambda _: [None])
+    monkeypatch.setattr(key_processes.subprocess, "Popen", lambda *_, **__: ended)
+    with pytest.raises(kind, match=said.splitlines()[-1].removeprefix("error: ")) as caught:
+        key_processes.keys_by_processes(load_recipe("nano"), 1)
+    assert type(caught.value) is kind
 
 
 @pytest.mark.slow

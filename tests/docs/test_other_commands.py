@@ -23,7 +23,7 @@ PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ +)*(?:python -m (?!pipeline(?: |$))|slurm/\w+\.sh|tests/slurm/cluster\.sh|"
     r"(?:make|sbatch|srun|scancel|squeue|sinfo|tail|export|deepspeed|torchrun|pip|pytest|cp|source|trial=\S*)\b)"
 )
-BLOCK = re.compile(r"```\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    (?! )(.+)$", re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 
@@ -52,6 +52,12 @@ ELSEWHERE = {
     "python -m pipeline.recipe_docs": ("tests/docs/test_recipes.py", "page()"),
     "python -m tests.faults": ("tests/faults/test_faults.py", "tests.faults"),
     "cp data/nano-coin/images/shapes/test-00003.png scene.png": ("tests/docs/test_executed.py", "scene"),
+    "pip install FOLDER": ("tests/packaging/test_wheel.py", "`pip install continual-prompts`"),
+    'pip install "FOLDER[train,track,report]"': ("tests/packaging/test_wheel.py", "train,track,report,demo"),
+    "cp -r \"$(python -c 'import pipeline; print(pipeline.__path__[0])')\"/slurm .": (
+        "tests/packaging/test_wheel.py",
+        "pipeline.__path__[0]",
+    ),
     "sbatch slurm/run_sequence.sh": ("tests/slurm/test_script.py", "without_a_recipe_the_embedded_default"),
     "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE": (
         "tests/slurm/test_script.py",
@@ -94,7 +100,6 @@ NOT_EXECUTED = {
     "sinfo": "only looks",
     "tail -f sequence-1.out": "only looks",
     'trial="nano --set data.tasks=[Colours,Digits] --set train.steps=20 --set run_dir=runs/trial"': "a variable",
-    "pip install": "named, not shown",
     "python -m pipeline.bench": "named; its verbs are in BENCHES and ELSEWHERE",
 }
 
@@ -104,7 +109,9 @@ def shown() -> list[str]:
     found: dict[str, None] = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = [line for block in BLOCK.findall(text) for line in block.splitlines()] + INDENTED.findall(text)
+        lines = [
+            line for kind, block in BLOCK.findall(text) if not kind for line in block.splitlines()
+        ] + INDENTED.findall(text)
         spans = SPAN.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         spans = [span for span in spans if " " in span]  # a word alone is a name
         for command in (*lines, *spans):
