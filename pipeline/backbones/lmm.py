@@ -52,6 +52,7 @@ class LMM(nn.Module):
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
+        self.checkpoint_projector: dict[str, Tensor] = {}  # float32 values from before its training; where it trains
         self.cuts = False  # whether samples that are too long lose text, see `Conversation`
         if config is not None and config.image_tokens is not None:
             self.family.adopt(processor)
@@ -84,7 +85,10 @@ class LMM(nn.Module):
             ) from None
 
     def train_projector(self) -> None:
-        """Let gradients reach the projector, and it alone."""
+        """Let gradients reach the projector, and it alone; under ZeRO-3 all ranks call it."""
+        for name, parameter in self.projector().named_parameters():
+            with _gathered(parameter):
+                self.checkpoint_projector[name] = parameter.detach().float().cpu().clone()
         self.projector().requires_grad_(True)
         self.trains_projector = True
 

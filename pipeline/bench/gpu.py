@@ -23,12 +23,13 @@ from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep
 from pipeline.data.collate import Batch
 from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.routing import select_for_inference, similarity
 from pipeline.ranks.world import init_world
 from pipeline.runs.finished import write_json
-from pipeline.sequence.engine import gather_layer_by_layer, start_deepspeed
 from pipeline.training.deepspeed_config import DS_CONFIGS
+from pipeline.training.engine import gather_layer_by_layer, start_deepspeed
+from pipeline.training.normaliser import Normaliser
 
 NEW_TOKENS = 64
 POLICIES = ("none", "selective", "full")

@@ -19,7 +19,8 @@ from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
 from pipeline.data.conversation import KEPT
 from pipeline.errors import UserError
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
+from pipeline.training.normaliser import Normaliser
 
 RATE = 2e-4
 
@@ -42,7 +43,7 @@ class OurStep:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        return terms
+        return torch.stack([*terms.values()])
 
     @property
     def held(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _agreement(steps: dict[str, Any]) -> dict[str, float]:
     ours.module.head.load_state_dict(reference.heads[-1].state_dict())
     with torch.no_grad():
         expected = reference.terms(batch)
-        found = ours.module(batch, Normaliser(*batch.counts()))[1]
+        found = torch.stack([*ours.module(batch, Normaliser(*batch.counts()))[1].values()])
     return {
         "reference": round(float(expected[0]), 6),
         "after_bos": round(float(found[0]), 6),

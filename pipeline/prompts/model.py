@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +18,7 @@ from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
 from pipeline.prompts.routing import NO_SET, prototype_term_weights
 from pipeline.prompts.two_passes import cut_behind_images
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """What the sums of a micro-batch are divided by: counts of the whole optimizer step over all ranks.
-
-    `scale` undoes DeepSpeed's mean over ranks and accumulation steps, so that the step's gradient is that of the
-    global mean.
-    """
-
-    tokens: float
-    samples: float
-    scale: float = 1.0
+from pipeline.training.normaliser import Normaliser
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,9 @@ class PromptedLMM(nn.Module):
     `prompt` [L, D] and `head` are the only parameters with gradients, besides the model's projector where the recipe
     trains it. The earlier sets are `bank` [t-1, L, D], a plain tensor that no optimizer can reach.
     """
+
+    counts_tokens = True
+    term_names: tuple[str, ...] = ("loss_lm", "loss_image", "loss_text")
 
     def __init__(
         self,
@@ -96,15 +88,20 @@ class PromptedLMM(nn.Module):
         own = chosen.new_full((len(chosen), 1), chosen.numel())
         return gather_sets(sets, torch.cat([numbers.masked_fill(chosen == NO_SET, NO_SET), own], dim=1))
 
-    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate, and its terms [3]: shares of the language, image and text means."""
+    def total(self, terms: Sequence[float]) -> float:
+        """The loss that is minimised, from its terms in the order of `term_names`."""
+        return terms[0] + self.prototype_weight * (terms[1] + terms[2])
+
+    def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to differentiate, and its terms by name: shares of the language, image and text means."""
         with recomputing(self.lmm, self.checkpointing), gates_kept_once(self.lmm, self.checkpointing):
             hidden, answers = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
         language = self._language_loss(hidden, answers.targets, batch.weights) / max(normaliser.tokens, 1.0)
         image, text = self._prototype_losses(batch)
         image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)
         loss = (language + self.prototype_weight * (image + text)) * normaliser.scale
-        return loss, torch.stack([language, image, text]).detach()
+        terms = zip(self.term_names, (language, image, text), strict=True)
+        return loss, {name: term.detach() for name, term in terms}
 
     def _in_one_pass(self, batch: Batch) -> tuple[Tensor, Answers]:
         """Last hidden states [B, A, D] at the answers of the samples with their sets."""

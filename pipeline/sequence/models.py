@@ -16,8 +16,9 @@ from pipeline.planning.auto import resolve_auto
 from pipeline.planning.memory_plan import KEEP_REPLICA_BYTES
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from pipeline.training.deepspeed_config import deepspeed_config
+from pipeline.training.engine import Engine
 from pipeline.training.hpz import agreed_node_size
 
 
@@ -57,7 +58,7 @@ class Models:
         if self._engine is None:
             self.watchdog.beat("loading the model", slow=True)
             self._resolve_auto()
-            self._engine = Engine(self.recipe, self.world, self.key_width)
+            self._engine = lmm_engine(self.recipe, self.world, self.key_width)
         return self._engine
 
     def replica(self, projector: dict[str, Tensor]) -> LMM:
@@ -65,9 +66,10 @@ class Models:
 
         A copy stays for all tasks that are evaluated before the next stage is trained.
         """
-        if self._engine is not None and self._engine.replica is not None and not self._trains_projector:
+        # Under ZeRO-3 the engine's model is spread over the ranks, and one that trains is not as a stage left it.
+        if self._engine is not None and self._engine.zero_stage != 3 and not self._trains_projector:
             self._replica = None
-            return self._show_progress(self._engine.replica)
+            return self._show_progress(self._engine.module.lmm)
         if self._replica is None:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
             self._replica = load_lmm(self.recipe.model, device=self.world.device)

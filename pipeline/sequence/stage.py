@@ -21,11 +21,12 @@ from pipeline.runs.finished import StageCheckpoint
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
 from pipeline.sequence.data import Part, stage_order
-from pipeline.sequence.engine import PROJECTOR, Engine, initial_values
+from pipeline.sequence.engine import PROJECTOR, initial_values
 from pipeline.sequence.keep_features import keep_features
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage_files import StageFiles
 from pipeline.tracking.tracker import NullTracker, StepNumbers, Tracker, set_shares
+from pipeline.training.engine import Engine
 from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state
 from pipeline.training.schedule import LearningRate, schedule, total_steps
@@ -93,7 +94,7 @@ class StageTrainer:
         start, seconds_before = 0, 0.0
         if found is not None:
             start, seconds_before = found.step, found.meta.get("seconds", 0.0)
-            engine.resume_stage(found.values, start, found.moments)
+            engine.resume(found.values, start, found.moments)
             restore_random_state(found.random, world.rank, world.device)
         log.info(
             "stage %d/%d %s: %d samples, %d steps%s",
@@ -173,4 +174,5 @@ class StageTrainer:
         values = initial_values(engine.module, init, self.recipe.seed, index, previous)
         values.update({f"{PROJECTOR}{name}": value for name, value in learned.projector.items()})
         bank = pool.prompts if uses_pool else torch.zeros(0, method.prompt_length, engine.module.lmm.width)
-        engine.start_stage(values, bank, method.prototype_weight if self.method.learns_prototypes else 0.0)
+        engine.module.start_stage(bank, method.prototype_weight if self.method.learns_prototypes else 0.0)
+        engine.restart(values)

@@ -17,9 +17,9 @@ from pipeline.console.progress import Progress, ProgressLog
 from pipeline.data.collate import counts_of_step
 from pipeline.data.loader import loaded
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.prompts.model import Normaliser
 from pipeline.ranks.world import World, gather_objects, on_main, sum_over_ranks
 from pipeline.runs.session import Session
+from pipeline.training.normaliser import Normaliser
 from pipeline.training.resume import StepSaver
 from pipeline.training.schedule import LearningRate
 
@@ -30,8 +30,12 @@ class Trained(Protocol):
     """What the loop needs of an engine: one module with trainables, and an optimizer."""
 
     accumulation: int
-    term_names: tuple[str, ...]
-    counts_tokens: bool  # whether its batches count the tokens of answers
+
+    @property
+    def term_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def counts_tokens(self) -> bool: ...  # whether its batches count the tokens of answers
 
     def scale_learning_rates(self, factor: float) -> None: ...
 

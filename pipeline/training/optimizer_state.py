@@ -7,21 +7,26 @@ given to M.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pipeline.sequence.engine import Engine
 
 ADAM = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names its two moments
 MOMENTUM = ("momentum_buffer",)  # as torch's SGD names its one
 Moments = dict[str, dict[str, Tensor]]
 
 
-def read_moments(engine: Engine) -> Moments:
+class Optimised(Protocol):
+    """What is needed of an engine: DeepSpeed's optimizer, the trainables by name, the kinds of moments it keeps."""
+
+    optimizer: Any
+    trainables: dict[str, nn.Parameter]
+    moment_kinds: tuple[str, ...]
+
+
+def read_moments(engine: Optimised) -> Moments:
     """The engine's `moment_kinds` of every trainable, `{kind: {name: tensor}}` in float32 on the CPU.
 
     All ranks must call it, after at least one optimizer step.
@@ -33,7 +38,7 @@ def read_moments(engine: Engine) -> Moments:
     }
 
 
-def write_moments(engine: Engine, step: int, moments: Moments) -> None:
+def write_moments(engine: Optimised, step: int, moments: Moments) -> None:
     """Give the optimizer these moments and the number of steps done; all ranks must call it with the same ones."""
     inner = _inner(engine)
     for owner in _owners(engine):
@@ -80,7 +85,19 @@ def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) 
         utils.safe_set_local_optimizer_state(parameter, part, kind)
 
 
-def _link(engine: Engine) -> None:
+def master_of(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
+    """The float32 master that DeepSpeed's optimizer for bfloat16 without ZeRO keeps in lists of its own."""
+    masters = getattr(optimizer, "fp32_groups", [])
+    if not masters:
+        return None
+    for group, copies in zip(optimizer.fp16_groups, masters, strict=True):
+        for candidate, master in zip(group, copies, strict=True):
+            if candidate is parameter:
+                return master  # type: ignore[no-any-return]
+    return None
+
+
+def _link(engine: Optimised) -> None:
     """Let the parameters' views into ZeRO 1's and 2's flat moments be made, by which they are read and written.
 
     DeepSpeed makes them once, after the first parameter group's first step, when the other groups have no moments yet.
@@ -91,11 +108,11 @@ def _link(engine: Engine) -> None:
         link()
 
 
-def _inner(engine: Engine) -> Any:
+def _inner(engine: Optimised) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _owners(engine: Engine) -> list[Tensor]:
+def _owners(engine: Optimised) -> list[Tensor]:
     """The tensors that the wrapped optimizer updates, which its state is kept under."""
     for flat in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO 3; 1 and 2
         if hasattr(engine.optimizer, flat):
@@ -103,15 +120,15 @@ def _owners(engine: Engine) -> list[Tensor]:
     return [owner for parameter in engine.trainables.values() if (owner := _owner(engine, parameter)) is not None]
 
 
-def _owner(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
+def _owner(engine: Optimised, parameter: nn.Parameter) -> Tensor | None:
     """Without ZeRO: the parameter's float32 master, or itself; with ZeRO None."""
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         return None
-    master = engine.master(parameter)
+    master = master_of(engine.optimizer, parameter)
     return parameter if master is None else master
 
 
-def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> Tensor:
+def _read(engine: Optimised, parameter: nn.Parameter, kind: str) -> Tensor:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     owner = _owner(engine, parameter)
@@ -125,7 +142,7 @@ def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def _write(engine: Engine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+def _write(engine: Optimised, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     owner = _owner(engine, parameter)
     if owner is None:
         give_parts(parameter, value, kind)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,10 +31,8 @@ from pipeline.errors import PipelineError
 from pipeline.files.atomic import empty_folder, sync_folder, write_synced
 from pipeline.ranks.world import World, gather_objects, on_main
 from pipeline.runs.finished import RESUME
+from pipeline.training.engine import Engine
 from pipeline.training.optimizer_state import Moments, read_moments
-
-if TYPE_CHECKING:
-    from pipeline.sequence.engine import Engine
 
 log = logging.getLogger("pipeline.training.resume")
 FORMAT_VERSION = 1

@@ -20,10 +20,11 @@ from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
-from pipeline.sequence.engine import Engine, initial_values
+from pipeline.sequence.engine import initial_values, lmm_engine
+from pipeline.training.normaliser import Normaliser
 from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
 NEW = 6  # tokens generated
@@ -197,7 +198,7 @@ def test_steps_under_zero3_are_the_whole_models_and_saved_prompts_answer_the_sam
     # An order whose second batch has no image: the vision tower has to run all the same.
     seed = next(s for s in range(100) if all(SAMPLES[index].image is None for index in batches_of(s)[1]))
     recipe = make_recipe(checkpoint, seed=seed, train__steps=3, train__global_batch=2)
-    engine = Engine(recipe, init_world(), KEY_WIDTH)
+    engine = lmm_engine(recipe, init_world(), KEY_WIDTH)
     assert engine.zero_stage == 3
     values = initial_values(engine.module, "vocab_rows", seed, 0)
     samples = (SAMPLES, make_samples(len(SAMPLES))[1])

@@ -15,7 +15,8 @@ from pipeline.backbones.last_layer import last_layer_at
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import collate
 from pipeline.prompts import model as prompted
-from pipeline.prompts.model import Normaliser, PromptedLMM, answers_of
+from pipeline.prompts.model import PromptedLMM, answers_of
+from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_two_passes import EVERY, SELECTED, examples_of
 from tests.training.worlds import KEY_WIDTH, make_pool
 
@@ -37,7 +38,7 @@ def trained(lmm: LMM, insertion: str = "after_bos", checkpointing: str = "none")
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
     assert module.prompt.grad is not None
-    return terms, module.prompt.grad
+    return torch.stack([*terms.values()]), module.prompt.grad
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

@@ -15,7 +15,8 @@ from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.errors import UserError
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.insertion import insertion_place
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
+from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_families import SAMPLES, photo
 from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
 
@@ -61,7 +62,7 @@ def loss_and_gradient(module: PromptedLMM, batch: Batch) -> tuple[Tensor, Tensor
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
     assert module.prompt.grad is not None
-    return terms, module.prompt.grad.clone()
+    return torch.stack([*terms.values()]), module.prompt.grad.clone()
 
 
 @pytest.mark.parametrize("chosen", [EVERY, [1, 4, 5], [0, 3], [2]])

@@ -14,7 +14,8 @@ from torch import Tensor
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
+from pipeline.training.engine import Engine
 from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
 
@@ -57,7 +58,7 @@ def main(job_file: str) -> None:
     results: dict[str, Any] = {}
     for number, (run, changes) in enumerate(job["runs"].items()):
         recipe = make_recipe(job["model"], train__steps=1, **changes)
-        engine = Engine(recipe, world, KEY_WIDTH)
+        engine = lmm_engine(recipe, world, KEY_WIDTH)
         folder = Path(job["out"]) / f"{number}"
         train_once(engine, recipe, world, folder, PromptPool(), make_samples(8))
         weights = storages(weights_and_trainables(engine, trained=False))

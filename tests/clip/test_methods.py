@@ -15,6 +15,7 @@ from pipeline.clip.methods import METHODS, learner_of_sizes, refuse_options
 from pipeline.clip.towers.backbone import normalised
 from pipeline.clip.towers.text import class_texts
 from pipeline.errors import UserError
+from pipeline.training.normaliser import Normaliser
 from tests.clip.tiny import NAMES, batch, byte_tokenizer, classifier, images
 
 
@@ -111,7 +112,8 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     whole = batch(3)
     assert whole.pixel_values is not None
     parts = [
-        module(ImageBatch(whole.pixel_values[a:b], whole.labels[a:b]), samples=3.0)[0] for a, b in ((0, 2), (2, 3))
+        module(ImageBatch(whole.pixel_values[a:b], whole.labels[a:b]), Normaliser(3.0, 3.0))[0]
+        for a, b in ((0, 2), (2, 3))
     ]
     torch.testing.assert_close(sum(parts), module(whole)[0], atol=1e-5, rtol=1e-5)
 

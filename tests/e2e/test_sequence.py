@@ -23,10 +23,10 @@ from pipeline.hub.snapshots import Source
 from pipeline.hub.weights import file_fingerprints
 from pipeline.prompts.model import PromptedLMM
 from pipeline.runs.finished import StageCheckpoint
-from pipeline.sequence.engine import Engine
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.run import evaluate_run, run_sequence
 from pipeline.sequence.stage import StageTrainer, TrainedStage
+from pipeline.training.engine import Engine
 from pipeline.training.loop import DivergedError
 from tests.e2e.conftest import MakeRecipe
 from tests.stopping import signal_in_forward
@@ -169,7 +169,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples_of_the_step(
     def poisoned(self: PromptedLMM, batch: Any, normaliser: Any) -> Any:
         loss, terms = forward(self, batch, normaliser)
         calls.append(batch.ids)
-        return (loss * float("nan"), terms * float("nan")) if len(calls) == 4 else (loss, terms)
+        poison = float("nan") if len(calls) == 4 else 1.0
+        return loss * poison, {name: term * poison for name, term in terms.items()}
 
     monkeypatch.setattr(PromptedLMM, "forward", poisoned)
     recipe = make()

@@ -23,9 +23,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.prompts.generation import generate_answers
 from pipeline.prompts.pool import fingerprint_of
-from pipeline.sequence.engine import Engine
 from pipeline.sequence.run import evaluate_run, run_sequence
 from pipeline.sequence.stage import StageTrainer, TrainedStage
+from pipeline.training.engine import Engine
 from tests.e2e.conftest import MakeRecipe
 
 pytestmark = pytest.mark.e2e
@@ -170,14 +170,14 @@ def test_each_group_has_its_own_learning_rate(make: MakeRecipe, group: str) -> N
     rates = {f"train__lr_{name}": 0.05 if name == group else 1e-9 for name in ("prompt", "head", "projector")}
     recipe = make(tasks=1, train__projector="trained", **rates)
     start: dict[str, torch.Tensor] = {}
-    begin = Engine.start_stage
+    begin = Engine.restart
 
-    def remembered(self: Engine, values: dict[str, torch.Tensor], *args: Any) -> None:
-        start.update(self.base_projector | values)
-        begin(self, values, *args)
+    def remembered(self: Engine, values: dict[str, torch.Tensor]) -> None:
+        start.update(values)
+        begin(self, values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "start_stage", remembered)
+        patch.setattr(Engine, "restart", remembered)
         run_sequence(recipe, stages="train")
     moved = {
         name.partition(".")[0]

@@ -132,7 +132,8 @@ def not_a_number(bench: Bench) -> Row:
         def poisoned(self: PromptedLMM, *arguments: Any) -> Any:
             calls.append(1)
             loss, terms = forward(self, *arguments)
-            return (loss * float("nan"), terms * float("nan")) if len(calls) == 4 else (loss, terms)
+            poison = float("nan") if len(calls) == 4 else 1.0
+            return loss * poison, {name: term * poison for name, term in terms.items()}
 
         PromptedLMM.forward = poisoned  # type: ignore[method-assign, assignment]
 

@@ -19,7 +19,7 @@ from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import close_world, init_world
 from pipeline.runs.session import Session
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.schedule import LearningRate
 from tests.parity.recorded import Recorded
@@ -54,7 +54,7 @@ def main(job_file: str) -> None:
             "deepspeed": "ds_configs/zero3.json",
         },
     )
-    engine = Engine(recipe, world, recorded.key_width)
+    engine = lmm_engine(recipe, world, recorded.key_width)
     lmm = engine.module.lmm
     vision = lmm.model.config.vision_config
     examples = recorded.examples(lmm.processor, lmm.image_token, (vision.image_size // vision.patch_size) ** 2)
@@ -66,7 +66,8 @@ def main(job_file: str) -> None:
         order = Order(recorded.samples, recipe.train.global_batch, recipe.seed, task)
         selected = method.training_sets(pool, examples.data.keys)
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
-        engine.start_stage(recorded.start(task), pool.prompts, method.config.prototype_weight)
+        engine.module.start_stage(pool.prompts, method.config.prototype_weight)
+        engine.restart(recorded.start(task))
         folder = Path(job["out"]).parent / f"{name}-task{task}"
         folder.mkdir(exist_ok=True)
         session = Session(folder, world, StopFlag(), Watchdog(world, None))

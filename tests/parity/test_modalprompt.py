@@ -20,9 +20,10 @@ from pipeline.config.recipe import MethodConfig, ModelConfig, load_recipe
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.methods import Method, make_method
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import similarities
+from pipeline.training.normaliser import Normaliser
 from tests.parity import reference
 from tests.parity.recorded import Recorded
 from tests.processes import torchrun
@@ -96,7 +97,7 @@ def step(module: PromptedLMM, batch: Batch) -> Tensor:
     module.zero_grad()
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
-    return terms
+    return torch.stack([*terms.values()])
 
 
 def assert_gradient(found: Tensor | None, expected: Tensor) -> None:

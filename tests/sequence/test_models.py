@@ -44,7 +44,7 @@ class Loads:
         self.whole = whole
         patch.setattr(models, "KEEP_REPLICA_BYTES", 1)
         patch.setattr(models, "load_lmm", self.load)
-        patch.setattr(models, "Engine", self.engine)
+        patch.setattr(models, "lmm_engine", self.engine)
         patch.setattr(torch.cuda, "empty_cache", self.empty)
 
     def load(self, config: Any, device: torch.device) -> Replica:
@@ -54,7 +54,7 @@ class Loads:
 
     def engine(self, *_: Any) -> Any:
         self.engines += 1
-        return SimpleNamespace(replica=Replica() if self.whole else None)
+        return SimpleNamespace(zero_stage=2 if self.whole else 3, module=SimpleNamespace(lmm=Replica()))
 
     def empty(self) -> None:
         self.emptied += 1

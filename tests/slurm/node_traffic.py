@@ -12,7 +12,7 @@ import torch
 
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from tests.training.worlds import KEY_WIDTH, make_pool, make_recipe, make_samples, train_once
 
 
@@ -26,18 +26,24 @@ def bytes_between_nodes(interface: str) -> int:
     raise RuntimeError(f"there is no interface {interface}")
 
 
-class Metered(Engine):
-    """Reads the counter when a step begins, which sets its learning rate first."""
+class Meter:
+    """Reads the counter when a step begins and after the last one."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self) -> None:
         self.crossed: list[int] = []
-        super().__init__(*arguments)
 
-    def scale_learning_rates(self, factor: float) -> None:
-        self.read_counter()
-        super().scale_learning_rates(factor)
+    def watch(self, engine: Any) -> None:
+        """Read whenever the engine's learning rates are set, with which a step begins."""
+        scale = engine.scale_learning_rates
 
-    def read_counter(self) -> None:
+        def counted(factor: float) -> None:
+            self.read()
+            scale(factor)
+
+        engine.scale_learning_rates = counted
+
+    def read(self) -> None:
+        """Bytes that have crossed so far."""
         torch.distributed.barrier()  # the step before is over on all ranks
         self.crossed.append(bytes_between_nodes(os.environ["GLOO_SOCKET_IFNAME"]))
 
@@ -50,12 +56,13 @@ def main(job_file: str) -> None:
     results: dict[str, Any] = {}
     for name, file in job["configs"].items():
         recipe = make_recipe(job["model"], train__steps=job["steps"], train__deepspeed=file)
-        engine = Metered(recipe, world, KEY_WIDTH)
+        engine, meter = lmm_engine(recipe, world, KEY_WIDTH), Meter()
+        meter.watch(engine)
         history, _ = train_once(
             engine, recipe, world, Path(job["out"]) / name, make_pool(1, width=job["width"]), make_samples(8)
         )
-        engine.read_counter()
-        crossed = [after - before for before, after in zip(engine.crossed, engine.crossed[1:], strict=False)]
+        meter.read()
+        crossed = [after - before for before, after in zip(meter.crossed, meter.crossed[1:], strict=False)]
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters())
         results[name] = {"crossed": crossed, "losses": [line.loss for line in history], "weights": weights}
     if world.main:

@@ -22,7 +22,7 @@ from pipeline.planning.memory_plan import Tokens, plan_memory
 from pipeline.planning.model_shape import meta_model
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
 
@@ -52,7 +52,7 @@ def test_a_stage_under_zero3_learns_the_same_with_recomputed_layers(llava: Path,
     learned = []
     for policy in ("none", "full"):
         recipe = make_recipe(llava, train__checkpointing=policy)
-        engine = Engine(recipe, init_world(), KEY_WIDTH)
+        engine = lmm_engine(recipe, init_world(), KEY_WIDTH)
         assert engine.zero_stage == 3
         learned.append(train_once(engine, recipe, init_world(), tmp_path / policy, PromptPool(), make_samples(8)))
     torch.testing.assert_close(learned[1][1], learned[0][1])
@@ -86,7 +86,7 @@ def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
 def test_auto_is_none_on_a_cpu(llava: Path) -> None:
     recipe = make_recipe(llava)
     assert recipe.train.checkpointing == "auto"
-    assert Engine(recipe, init_world(), KEY_WIDTH).module.checkpointing == "none"
+    assert lmm_engine(recipe, init_world(), KEY_WIDTH).module.checkpointing == "none"
 
 
 def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3(llava: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_is_given_is_not_chosen(llava: Path) -> None:
 
 def test_auto_is_zero3_on_a_cpu(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="auto")
-    assert Engine(recipe, init_world(), KEY_WIDTH).zero_stage == 3
+    assert lmm_engine(recipe, init_world(), KEY_WIDTH).zero_stage == 3
 
 
 def test_a_run_plans_with_the_longest_samples_and_says_what_it_chose(

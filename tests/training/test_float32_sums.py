@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.ranks.world import init_world
-from pipeline.sequence.engine import start_deepspeed
 from pipeline.training.deepspeed_config import deepspeed_file, with_recipe
+from pipeline.training.engine import start_deepspeed
 
 STEPS = 64
 SMALL = 2.0**-9  # half of what bfloat16 can still add to 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.ranks.world import init_world
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from tests.training.worlds import KEY_WIDTH, make_pool, make_recipe, make_samples, train_once
 
 RELATIVE = 1e-4  # other processors and versions of torch add in another order
@@ -27,7 +27,7 @@ def test_the_loss_of_every_step_is_the_recorded_one(llava: Path, tmp_path: Path,
         llava, train__deepspeed="ds_configs/zero0.json", train__steps=STEPS, method__insertion=insertion
     )
     world = init_world()
-    engine = Engine(recipe, world, KEY_WIDTH)
+    engine = lmm_engine(recipe, world, KEY_WIDTH)
     samples = make_samples(12, text_only=(3,))
     history, _ = train_once(engine, recipe, world, tmp_path, make_pool(3), samples)
     found = [progress.loss for progress in history]

@@ -28,11 +28,12 @@ from pipeline.data.sample import Sample
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.lock import FileLock
 from pipeline.planning.model_files import ModelFiles
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
 from pipeline.sequence.keep_features import keep_features
 from pipeline.sequence.run import run_sequence
+from pipeline.training.normaliser import Normaliser
 from tests.e2e.conftest import recipe_on
 from tests.processes import PROJECT, torchrun
 from tests.tiny_clip import picture
@@ -123,7 +124,7 @@ def test_loss_and_gradient_are_those_of_computed_features(lmm: LMM, tmp_path: Pa
         loss, terms = module(batch, Normaliser(*batch.counts()))
         loss.backward()
         assert module.prompt.grad is not None
-        found.append((terms, module.prompt.grad.clone()))
+        found.append((torch.stack([*terms.values()]), module.prompt.grad.clone()))
     # float16 keeps eleven bits of a feature.
     torch.testing.assert_close(found[1][0], found[0][0], atol=2e-3, rtol=0)
     torch.testing.assert_close(found[1][1], found[0][1], atol=2e-3, rtol=0)

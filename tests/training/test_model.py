@@ -15,7 +15,8 @@ from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.data.conversation import Conversation
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
-from pipeline.prompts.model import Normaliser, PromptedLMM
+from pipeline.prompts.model import PromptedLMM
+from pipeline.training.normaliser import Normaliser
 from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
 
 SELECTED = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [2, 1], [0, 2]])
@@ -44,7 +45,7 @@ def run(module: PromptedLMM, batches: list[Batch]) -> tuple[torch.Tensor, torch.
     for batch in batches:
         loss, terms = module(batch, Normaliser(float(counts[0]), float(counts[1])))
         loss.backward()
-        total += terms
+        total += torch.stack([*terms.values()])
     assert module.prompt.grad is not None
     return total, module.prompt.grad.clone()
 
@@ -80,7 +81,7 @@ def test_a_batch_without_answer_tokens_still_runs_every_part(module: PromptedLMM
     batch.labels.fill_(-100)
     loss, terms = module(batch, Normaliser(5.0, 1.0))
     loss.backward()
-    assert terms[0] == 0
+    assert terms["loss_lm"] == 0
     assert torch.isfinite(loss)
 
 

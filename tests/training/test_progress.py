@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.clip.learning.engine import ClipEngine
+from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.console.log import log_to_terminal
 from pipeline.console.progress import Estimate, ProgressLog, clock, counted
-from pipeline.sequence.engine import Engine
+from pipeline.prompts.model import PromptedLMM
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_line_says_the_speeds_of_all_ranks_since_the_line_before(tmp_path: Pat
 
 
 def test_only_texts_have_tokens(tmp_path: Path, seconds: list[float]) -> None:
-    assert (Engine.counts_tokens, ClipEngine.counts_tokens) == (True, False)
+    assert (PromptedLMM.counts_tokens, PromptedCLIP.counts_tokens) == (True, False)
     train(tmp_path, seconds, None, tokens=False)
     assert "answer_tokens_per_s" not in (tmp_path / "metrics.jsonl").read_text()
 

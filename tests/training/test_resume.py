@@ -229,8 +229,13 @@ def test_a_loss_that_is_no_number_is_named_on_a_full_disk_too(
         raise OSError(28, "No space left on device")
 
     forward = PromptedLMM.forward
+
+    def poisoned(*given: Any) -> Any:
+        loss, terms = forward(*given)
+        return loss * float("nan"), {name: term * float("nan") for name, term in terms.items()}
+
     monkeypatch.setattr("pipeline.training.loop.save_file", full)
-    monkeypatch.setattr(PromptedLMM, "forward", lambda *given: tuple(part * float("nan") for part in forward(*given)))
+    monkeypatch.setattr(PromptedLMM, "forward", poisoned)
     with pytest.raises(DivergedError, match=r"loss of step 1 is not a finite number.*could not be kept.*No space left"):
         run_sequence(make(), stages="train")
 

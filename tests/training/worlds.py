@@ -21,10 +21,11 @@ from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, close_world, init_world
 from pipeline.runs.session import Session
-from pipeline.sequence.engine import Engine
+from pipeline.sequence.engine import lmm_engine
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage import StageTrainer
 from pipeline.sequence.stage_files import StageFiles
+from pipeline.training.engine import Engine
 from tests import tiny
 
 KEY_WIDTH = 12
@@ -112,7 +113,7 @@ def main(job_file: str) -> None:
     samples = make_samples(10, text_only=tuple(job["text_only"]))
     for number, (run, changes) in enumerate(job["runs"].items()):
         recipe = make_recipe(job["model"], **changes)
-        engine = Engine(recipe, world, KEY_WIDTH)
+        engine = lmm_engine(recipe, world, KEY_WIDTH)
         results[run] = {}
         for name in ("first", "again"):  # the second pass starts from a used optimizer and must not notice
             folder = Path(job["out"]) / f"{number}-{name}"

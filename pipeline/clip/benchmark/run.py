@@ -19,7 +19,7 @@ from pipeline.clip.benchmark.run_results import RESULTS, BenchmarkResults
 from pipeline.clip.benchmark.tracking import make_benchmark_tracker
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.images.ready_pixels import Room
-from pipeline.clip.learning.averaging import WeightAverage
+from pipeline.clip.learning.averaging import EpochAveraging, WeightAverage
 from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
 from pipeline.clip.learning.models import ClipModels
 from pipeline.clip.learning.protocol import epoch_rates, small_set_warning
@@ -183,15 +183,21 @@ class Benchmark:
         engine.module.regularisers = tuple(regularisers_of(unit.method, recipe.template_of(unit.dataset.name)))
         engine.module.set_classes(group.names, models.backbone)
         average = unit.method.average
-        averaging = WeightAverage(train.epochs, average.mean, average.deviation) if average else None
+        averaging = None
+        if average:
+            epoch = batches.steps_per_epoch * engine.accumulation
+            averaging = EpochAveraging(WeightAverage(train.epochs, average.mean, average.deviation), epoch)
         values = {name: value.detach().clone() for name, value in learner.named_parameters()}
-        engine.start_unit(values, batches.steps_per_epoch, averaging)
+        engine.restart(values)
+        engine.companion = averaging
         rates = epoch_rates(train.lr, train.epochs, train.warmup_epochs)
         facts, start = {**self._constants(unit), "world_size": world.size}, 0
         found = on_main(world, lambda: self._begin(unit))
         if found is not None:
             start, facts["seconds"] = found.step, found.meta.get("seconds", 0.0)
-            engine.resume_unit(found)
+            engine.resume(found.values, found.step, found.moments)
+            if averaging is not None:
+                averaging.resume(found.rest, found.step * engine.accumulation)
             restore_random_state(found.random, world.rank, world.device)
         log.info(
             "%s: %d images of %d classes, %d steps%s",
@@ -213,7 +219,7 @@ class Benchmark:
             lambda progress: self.tracker.metrics(progress.numbers(), progress.step),
         )
         self.watchdog.beat(f"saving {unit.label}", slow=True)
-        values = engine.learned()
+        values = engine.values() if averaging is None else averaging.average.average()
         meta = {
             **facts,
             "seconds": round(time.perf_counter() - began + facts.get("seconds", 0.0), 1),

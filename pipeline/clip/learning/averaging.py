@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,3 +56,26 @@ class WeightAverage:
         """Go on from an earlier `state`."""
         self.done = int(state["epochs"])
         self.sums = {name.removeprefix("sum."): value for name, value in state.items() if name.startswith("sum.")}
+
+
+class EpochAveraging:
+    """An engine's companion: the average takes in the trainables at the end of each epoch."""
+
+    def __init__(self, average: WeightAverage, micro_batches: int) -> None:
+        """`micro_batches` of a rank make an epoch."""
+        self.average, self.micro_batches, self._passed = average, micro_batches, 0
+
+    def passed(self, values: Callable[[], dict[str, Tensor]]) -> None:
+        """Count a micro-batch; the last one of an epoch is the one to average after."""
+        self._passed += 1
+        if self._passed % self.micro_batches == 0:
+            self.average.add(values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The sum so far, as tensors."""
+        return self.average.state()
+
+    def resume(self, state: dict[str, Tensor], passed: int) -> None:
+        """Go on from an earlier `state`, after so many micro-batches."""
+        self.average.load(state)
+        self._passed = passed

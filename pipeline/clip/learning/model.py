@@ -16,6 +16,7 @@ from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.encode import encode_texts
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError
+from pipeline.training.normaliser import Normaliser
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class PromptedCLIP(nn.Module):
                 "compare with the frozen ones. Leave out the regularisers, or choose another method."
             )
         self.set_classes(names)
+
+    counts_tokens = False
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -127,21 +130,24 @@ class PromptedCLIP(nn.Module):
             texts = self.text_features(prompts if prompts is not None else self.learner(images))
         return images, texts
 
-    def forward(
-        self, batch: ImageBatch, samples: float | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate, and its terms.
+    def total(self, terms: Sequence[float]) -> float:
+        """The loss that is minimised: its terms carry their weights."""
+        return sum(terms)
 
-        Sums over this batch are divided by `samples`, the weight of the whole optimizer step over all ranks (None: of
-        this batch), and multiplied by `scale`, which undoes a mean that the engine takes over ranks.
+    def forward(self, batch: ImageBatch, normaliser: Normaliser | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to differentiate, and its terms by name.
+
+        Sums over this batch are divided by the normaliser's samples, the weight of the whole optimizer step over all
+        ranks (None: by the weight of this batch).
         """
         images, texts = self._features(batch.pixel_values, batch.image_features)
         logits = self.backbone.logits(images, texts)
         weights = torch.ones_like(logits[:, 0]) if batch.weights is None else batch.weights
-        share = weights / (weights.sum() if samples is None else samples)
+        share = weights / (weights.sum() if normaliser is None else normaliser.samples)
         labels = batch.labels.to(logits.device)
         terms = {"cross_entropy": (cross_entropy(logits, labels, reduction="none") * share).sum()}
         features = Features(images, texts, logits, share, batch.pixel_values)
         for regulariser in self.regularisers:
             terms.update(regulariser.terms(self.backbone, features))
-        return torch.stack(list(terms.values())).sum() * scale, {name: term.detach() for name, term in terms.items()}
+        loss = torch.stack(list(terms.values())).sum() * (1.0 if normaliser is None else normaliser.scale)
+        return loss, {name: term.detach() for name, term in terms.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.backbones.base_model import fingerprint, recorded_base_model
 from pipeline.clip.images.pixels import Pixels
 from pipeline.clip.images.ready_pixels import ReadyPixels, Room, decoding_threads
-from pipeline.clip.learning.engine import ClipEngine
+from pipeline.clip.learning.engine import clip_engine, shards_parameters
 from pipeline.clip.learning.few_shot_batches import FewShotImages
 from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.learning.unit import Unit, learner_of, regularisers_of
@@ -22,6 +22,7 @@ from pipeline.clip.towers.backbone import backbone_folder, backbone_source, load
 from pipeline.hub.snapshots import share
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, on_main, together
+from pipeline.training.engine import Engine
 
 
 class ClipModels:
@@ -44,7 +45,7 @@ class ClipModels:
         self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
         recorded = recorded_base_model(recipe.run_path)
         self.fingerprint = on_main(world, lambda: fingerprint(source, recorded))
-        self._engine: tuple[tuple[Any, ...], ClipEngine] | None = None
+        self._engine: tuple[tuple[Any, ...], Engine] | None = None
 
     def learner(self, unit: Unit, classes: int) -> PromptLearner:
         """A fresh learner, the same on every rank."""
@@ -67,7 +68,7 @@ class ClipModels:
         with torch.no_grad():
             return torch.cat([self.backbone.image(pixels, learner.schedule, {}).cpu() for pixels in batches])
 
-    def engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> ClipEngine:
+    def engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> Engine:
         """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""
         recipe = self.recipe
         train = recipe.train_of(unit.method, unit.dataset.name)
@@ -75,7 +76,7 @@ class ClipModels:
         shapes = unit.method.name, sizes, train.model_dump_json(exclude={"epochs"})
         if self._engine is None or self._engine[0] != shapes:
             self._engine = None
-            sharded = ClipEngine.shards_parameters(train)
+            sharded = shards_parameters(train)
             module = PromptedCLIP(
                 copy.deepcopy(self.backbone) if sharded else self.backbone,
                 copy.deepcopy(learner),
@@ -84,5 +85,5 @@ class ClipModels:
                 regularisers_of(unit.method, recipe.template_of(unit.dataset.name)),
                 recipe.model.text_chunk,
             )
-            self._engine = shapes, ClipEngine(module, train, recipe.model.dtype, self.world)
+            self._engine = shapes, clip_engine(module, train, recipe.model.dtype, self.world)
         return self._engine[1]
