@@ -193,7 +193,7 @@ class Answerer:
         For servers that take `prompt_embeds` in place of text, such as vLLM with the same language model. Raises
         UserError as `answer`, and for architectures whose decoder needs more than these vectors.
         """
-        if self.lmm.family.reads_places:
+        if self.lmm.family.needs_image_mask:
             raise UserError(
                 f"The decoder of {self.lmm.family.kind} has to know which tokens are the image's, which prompt_embeds "
                 "alone cannot say; expected another architecture, such as llava."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -148,9 +147,9 @@ class LMM(nn.Module):
     def image_spans(self, places: Tensor) -> Tensor:
         """`image_places` [B, N] and the tokens directly before and behind that only announce or end the image."""
         spans = places
-        for before in range(1, self.family.marks + 1):
+        for before in range(1, self.family.image_prefix_tokens + 1):
             spans = spans | pad(places[:, before:], (0, before))
-        for behind in range(1, self.family.end_marks + 1):
+        for behind in range(1, self.family.image_suffix_tokens + 1):
             spans = spans | pad(places[:, :-behind], (behind, 0))
         return spans
 
@@ -174,7 +173,7 @@ class LMM(nn.Module):
         The batch is padded on the right. `places` [B, N] (the image's tokens) and `images` are for architectures whose
         decoder reads them.
         """
-        inputs = self.family.decoder_inputs(embeddings, attention, *self._seen(places, images))
+        inputs = self.family.decoder_inputs(embeddings, attention, *self.seen(places, images))
         return self.decode(at, inputs_embeds=embeddings, use_cache=False, **inputs)
 
     def decode(self, at: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -188,10 +187,11 @@ class LMM(nn.Module):
         """The language model without its head."""
         return self.model.model.get_submodule(self.family.decoder)
 
-    def _seen(self, places: Tensor | None, images: dict[str, Tensor] | None) -> tuple[Any, Any]:
-        if self.family.reads_places and (places is None or images is None):
+    def seen(self, image_places: Tensor | None, images: dict[str, Tensor] | None) -> tuple[Any, Any]:
+        """What `family.decoder_inputs` is given of a batch's images; ValueError where it needs them and lacks them."""
+        if self.family.needs_image_mask and (image_places is None or images is None):
             raise ValueError(f"the decoder of {self.family.kind} has to know which tokens are an image's")
-        return places, images
+        return image_places, images
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [..., V] in float32."""
@@ -206,47 +206,10 @@ class LMM(nn.Module):
             stops.add(self.conversation.end_token)
         return sorted(stops - {None})
 
-    @torch.no_grad()
-    def generate(
-        self,
-        embeddings: Tensor,
-        attention: Tensor,
-        max_new_tokens: int,
-        places: Tensor | None = None,
-        images: dict[str, Tensor] | None = None,
-        min_new_tokens: int | None = None,
-    ) -> list[list[int]]:
-        """Greedy answers (token ids, special ones included) to a batch padded on the left.
-
-        Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other (engineering.md
-        B2.4). `places` and `images` as for `hidden`; no answer ends before it has
-        `min_new_tokens`; None: what the checkpoint says.
-        """
-        tokenizer = self.tokenizer
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        output = self.model.generate(
-            inputs_embeds=embeddings,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=padding,
-            eos_token_id=self.stops,
-            synced_gpus=False,
-            **self.family.generation_inputs(embeddings, attention, *self._seen(places, images)),
-        )
-        return output.tolist()
-
     def use_repetition_penalty(self, penalty: float | str) -> None:
         """Punish tokens that an answer has already by this factor, "checkpoint": by the checkpoint's own, as loaded."""
         if penalty != "checkpoint":
             self.model.generation_config.repetition_penalty = penalty
-
-    def generation_rules(self, max_new_tokens: int) -> Any:
-        """The checkpoint's changes to the scores [B, V] of the next token, given those generated [B, n]."""
-        settings = copy.deepcopy(self.model.generation_config)
-        settings.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.stops)
-        return self.model._get_logits_processor(settings, input_ids_seq_length=0, device=str(self.model.device))
 
     def vocabulary_rows(self, rows: Tensor) -> Tensor:
         """The vectors [n, D] of these words as the decoder gets them, in float32; under ZeRO-3 all ranks call it."""

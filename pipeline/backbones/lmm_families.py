@@ -6,7 +6,6 @@ prompt vectors stand among the tokens.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +21,13 @@ class Family:
     decoder: ClassVar[str] = "language_model"
     projector: ClassVar[str] = "multi_modal_projector"
     processor: ClassVar[str | None] = None  # class to read the processor with, where the checkpoint's needs more
-    vicuna: ClassVar[bool] = False  # whether the conversation of LLaVA-1.5 is one the model could know
-    marks: ClassVar[int] = 0  # tokens directly before the first image token that only announce the image
-    end_marks: ClassVar[int] = 0  # tokens directly behind the last image token that only end the image
+    supports_vicuna_template: ClassVar[bool] = (
+        False  # whether the conversation of LLaVA-1.5 is one the model could know
+    )
+    image_prefix_tokens: ClassVar[int] = 0  # tokens directly before the first image token that only announce the image
+    image_suffix_tokens: ClassVar[int] = 0  # tokens directly behind the last image token that only end the image
     # Whether the decoder must know which tokens are the image's, see `decoder_inputs`.
-    reads_places: ClassVar[bool] = False
+    needs_image_mask: ClassVar[bool] = False
     # Whether every image is one crop with as many features, so that what the projector reads can be kept.
     keeps_features: ClassVar[bool] = False
 
@@ -66,14 +67,8 @@ class Family:
     ) -> dict[str, Any]:
         """Arguments of the decoder beside the embeddings [B, N, D].
 
-        `places` [B, N] are the image's tokens (only given when `reads_places`), `images` the batch's image tensors.
+        `places` [B, N] are the image's tokens (only given when `needs_image_mask`), `images` the batch's image tensors.
         """
-        return {"attention_mask": attention}
-
-    def generation_inputs(
-        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """The same for `generate`, which builds masks and continues positions itself."""
         return {"attention_mask": attention}
 
     def needs_one_pass(self) -> str:
@@ -90,11 +85,11 @@ class Family:
     def _window_is_off(self) -> bool:
         return getattr(self.model.config.text_config, "use_sliding_window", True) is False
 
-    def following(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def next_position(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Position [U] of the token behind each of U beginnings, which the decoder got with these `inputs`."""
         return attention.sum(1)
 
-    def positions(self, positions: Tensor) -> Tensor:
+    def position_ids(self, positions: Tensor) -> Tensor:
         """The decoder's position argument for words at these positions [B, S]."""
         return positions
 
@@ -103,7 +98,7 @@ class Llava(Family):
     """LLaVA-1.5."""
 
     kind = "llava"
-    vicuna = True
+    supports_vicuna_template = True
     keeps_features = True
 
 
@@ -114,7 +109,7 @@ class LlavaNext(Family):
     """
 
     kind = "llava_next"
-    vicuna = True
+    supports_vicuna_template = True
 
     def adopt(self, processor: Any) -> None:
         # The model puts an image's crops together again by these.
@@ -127,9 +122,9 @@ class Qwen25VL(Family):
     kind = "qwen2_5_vl"
     projector = "visual.merger"
     processor = "Qwen2_5_VLProcessor"
-    marks = 1  # <|vision_start|>
-    end_marks = 1  # <|vision_end|>
-    reads_places = True
+    image_prefix_tokens = 1  # <|vision_start|>
+    image_suffix_tokens = 1  # <|vision_end|>
+    needs_image_mask = True
 
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
@@ -143,16 +138,11 @@ class Qwen25VL(Family):
         )
         return {"attention_mask": attention, "position_ids": positions}  # positions [3, B, N]
 
-    def generation_inputs(
-        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        return self.decoder_inputs(embeddings, attention, places, images)
-
-    def following(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def next_position(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
         # An image takes fewer positions than it has tokens: the longer of its sides.
         return inputs["position_ids"].masked_fill(~attention.bool(), 0).amax((0, 2)) + 1
 
-    def positions(self, positions: Tensor) -> Tensor:
+    def position_ids(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)
 
 
@@ -161,8 +151,8 @@ class InternVL(Family):
 
     kind = "internvl"
     processor = "InternVLProcessor"
-    marks = 1  # <img>
-    end_marks = 1  # </img>
+    image_prefix_tokens = 1  # <img>
+    image_suffix_tokens = 1  # </img>
 
 
 class Idefics3(Family):
@@ -171,8 +161,8 @@ class Idefics3(Family):
     kind = "idefics3"
     decoder = "text_model"
     projector = "connector"
-    marks = 2  # <fake_token_around_image> and a row and column, or <global-img>
-    end_marks = 1  # <fake_token_around_image>
+    image_prefix_tokens = 2  # <fake_token_around_image> and a row and column, or <global-img>
+    image_suffix_tokens = 1  # <fake_token_around_image>
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
         return super().image_features({name: value[None] for name, value in images.items()})
@@ -189,9 +179,9 @@ class Gemma3(Family):
     """Gemma 3: the tokens of an image see each other in both directions; word vectors are scaled."""
 
     kind = "gemma3"
-    marks = 1  # <start_of_image>
-    end_marks = 1  # <end_of_image>
-    reads_places = True
+    image_prefix_tokens = 1  # <start_of_image>
+    image_suffix_tokens = 1  # <end_of_image>
+    needs_image_mask = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -201,15 +191,6 @@ class Gemma3(Family):
                 "other; expected sdpa or eager. Set model.attn_implementation."
             )
         self.embedding_scale = model.config.text_config.hidden_size**0.5
-        # A weak reference: a bound method kept in its own model is a cycle, and a dropped model would stay on its
-        # device until the garbage collector runs, beside the next one.
-        prepare, owner = type(model).prepare_inputs_for_generation, weakref.ref(model)
-
-        # `generate` takes embeddings only where this method names them; Gemma 3's hands them on unnamed.
-        def naming_embeddings(input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
-            return prepare(owner(), input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
-        model.prepare_inputs_for_generation = naming_embeddings
 
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
@@ -223,11 +204,6 @@ class Gemma3(Family):
             token_type_ids=places.long(),
         )
         return {"attention_mask": masks}  # one for full, one for sliding attention
-
-    def generation_inputs(
-        self, embeddings: Tensor, attention: Tensor, places: Tensor, images: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        return {"attention_mask": attention, "token_type_ids": places.long()}
 
     def needs_one_pass(self) -> str:
         return (

@@ -133,7 +133,7 @@ def _complete(processor: Any, model: Any, folder: Path) -> None:
 def _check_template(config: ModelConfig, family: type[Family], processor: Any) -> None:
     if getattr(processor, "chat_template", None) and config.template == "auto":
         _require_pictures(config, family, processor)
-    if family.vicuna:
+    if family.supports_vicuna_template:
         return
     if config.template == "vicuna_v1":
         raise UserError(
@@ -172,7 +172,9 @@ def _require_pictures(config: ModelConfig, family: type[Family], processor: Any)
         if placed and asked in plain and "'type'" not in plain + pictured:
             return
         found = f"it makes {plain.strip()[:80]!r} of a question"
-    otherwise = "set model.template to vicuna_v1 if the model is a LLaVA-1.5, or " if family.vicuna else ""
+    otherwise = (
+        "set model.template to vicuna_v1 if the model is a LLaVA-1.5, or " if family.supports_vicuna_template else ""
+    )
     raise UserError(
         f"model.path: the chat template of '{config.path}' does not place pictures and text ({found}); expected a "
         f"multimodal one, whose turns are lists of parts. To use the checkpoint {otherwise}put the chat_template.jinja "

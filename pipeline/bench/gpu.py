@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.clip import projected
+from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.keys import make_clip
@@ -170,7 +171,7 @@ def _answering(model: _Model, size: Size, answers: int, rounds: int, device: str
     @torch.no_grad()
     def answer(sets: Tensor, asked: Batch) -> None:
         embeddings, attention, places = embed_with_sets(lmm, asked, sets, "after_bos")
-        tokens = lmm.generate(embeddings, attention, NEW_TOKENS, places, asked.images, min_new_tokens=NEW_TOKENS)
+        tokens = generate(lmm, Prompts(embeddings, attention, places, asked.images), NEW_TOKENS, NEW_TOKENS)
         assert all(len(row) == NEW_TOKENS for row in tokens)
 
     @torch.no_grad()

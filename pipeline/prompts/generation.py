@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.lmm import LMM
-from pipeline.backbones.lmm_beginning import generate_behind
 from pipeline.console.progress import counted
 from pipeline.data.collate import Batch, Examples, collated
 from pipeline.data.conversation import Example
@@ -90,7 +90,7 @@ def generate_answers(
     answers: dict[int, str] = {}
     made = _made(examples, ordered, batch, conditions.workers)
     parts = (ordered[start : start + batch] for start in range(0, len(ordered), batch))
-    answer = generate_once if examples.sharing == "none" else _generate_behind
+    answer = generate_once if examples.sharing == "none" else _generate_after_prefix
     for part in counted(parts, len(ordered), conditions.bar):
         if not conditions.go_on():
             break
@@ -152,10 +152,12 @@ def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[
 def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
     embeddings, attention, places = embed_with_sets(lmm, inputs, bank, insertion)
-    return lmm.generate(embeddings, attention, max_new_tokens, places, inputs.images)
+    return generate(lmm, Prompts(embeddings, attention, places, inputs.images), max_new_tokens)
 
 
-def _generate_behind(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+def _generate_after_prefix(
+    lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str
+) -> list[list[int]]:
     """Answers [B] to a batch, in which what samples begin with in common is computed once."""
     cut = cut_behind_images(lmm, inputs, bank, insertion)
     embeddings, attention = cut.embeddings, cut.attention
@@ -165,4 +167,5 @@ def _generate_behind(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int,
         embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
         used = int(attention.sum(1).max())
         embeddings, attention = embeddings[:, :used], attention[:, :used]
-    return generate_behind(lmm, cut.beginning, cut.groups, embeddings, attention, max_new_tokens)
+    prompts = Prompts(embeddings, attention, prefix=cut.prefix, groups=cut.groups)
+    return generate(lmm, prompts, max_new_tokens)

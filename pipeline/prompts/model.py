@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.lmm import LMM
-from pipeline.backbones.lmm_beginning import hidden_behind
+from pipeline.backbones.prefix_cache import hidden_after_prefix
 from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
@@ -113,7 +113,7 @@ class PromptedLMM(nn.Module):
             embeddings, batch.attention, vectors, valid, batch.labels, place=place
         )
         assert labels is not None
-        if self.lmm.family.reads_places:
+        if self.lmm.family.needs_image_mask:
             places = insert_gaps(places, batch.attention, valid, place)
         answers = answers_of(labels)
         return self.lmm.hidden(embeddings, attention, places, batch.images, answers.at), answers
@@ -128,7 +128,7 @@ class PromptedLMM(nn.Module):
         )
         assert labels is not None
         answers = answers_of(labels)
-        return hidden_behind(self.lmm, cut.beginning, cut.groups, embeddings, attention, answers.at), answers
+        return hidden_after_prefix(self.lmm, cut.prefix, cut.groups, embeddings, attention, answers.at), answers
 
     def _language_loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Summed cross-entropy of the answer tokens; only their positions go through the LM head."""

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM
-from pipeline.backbones.lmm_beginning import Beginning, begin
+from pipeline.backbones.prefix_cache import PrefixCache, compute_prefix
 from pipeline.data.collate import Batch
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A batch of B samples with G beginnings, run through the decoder up to the end of their images."""
+    """A batch of B samples with G prefixes, run through the decoder up to the end of their images."""
 
-    beginning: Beginning
-    groups: Tensor  # [B] whose beginning each sample has
+    prefix: PrefixCache
+    groups: Tensor  # [B] whose prefix each sample has
     embeddings: Tensor  # [B, R, D] of the rest, padded on the right
     attention: Tensor  # [B, R]
     labels: Tensor  # [B, R]
@@ -50,7 +50,7 @@ def cut_behind_images(lmm: LMM, batch: Batch, bank: Tensor | None = None, insert
         places = insert_gaps(places, first_attention, valid, place)
         embeddings, first_attention, _ = insert_prompts(embeddings, first_attention, vectors, valid, place=place)
     return Cut(
-        begin(lmm, embeddings, first_attention, places, batch.images),
+        compute_prefix(lmm, embeddings, first_attention, places, batch.images),
         groups,
         words[ids.numel() :].unflatten(0, behind.shape),
         attention,

@@ -8,8 +8,9 @@ import time
 from collections import deque
 
 from pipeline.adapter.answering import Answerer, Tokenised
+from pipeline.backbones.decoding import Parked
 from pipeline.errors import UserError
-from pipeline.serve.decoder import Parked, Running, RunningBatch
+from pipeline.serve.decoder import Running, RunningBatch
 from pipeline.serve.memory import GIB, Extent, KeyValueMemory, is_out_of_memory
 from pipeline.serve.request import STOPPED, STOPPING, TOO_LARGE, FullError, Request, StoppedError, Update
 
@@ -31,7 +32,7 @@ class Worker:
         self.batches = 0  # steps of the model so far
         self.largest = 0  # most rows in one step
         self.memory = KeyValueMemory(answerer.lmm, memory)
-        self._parked: deque[Parked] = deque()
+        self._parked: deque[Parked[Running]] = deque()
         # Nobody joins while there are so many rows: with these the next one did not fit.
         self._most_rows: int | None = None
         self._waiting: deque[Request] = deque()
@@ -111,8 +112,8 @@ class Worker:
             return []
         self._most_rows = None
         first = [self._waiting[place] for place in range(min(self.batch - len(rows), len(self._waiting)))]
-        held = 0 if self.running.whole else self.running.nbytes
-        number = self.memory.admitted([row.extent for row in rows], [self._extent(one) for one in first], held)
+        asked = [self._extent(one) for one in first]
+        number = self.memory.admitted([row.extent for row in rows], asked, self.running.nbytes)
         if number == 0 and first and not rows:
             # It does not fit alone: a sentence at once, rather than a failed allocation in the middle of it.
             self._waiting.popleft().tell(TOO_LARGE)
@@ -229,7 +230,7 @@ class Worker:
             request.similarity = self.answerer.similarities(routed, number)
         began = [Running(request, request.longest, request.stops) for request in requests]
         try:
-            self.running.join(routed, began)
+            self.running.begin(routed, began)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

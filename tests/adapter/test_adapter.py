@@ -122,7 +122,9 @@ def test_the_vectors_handed_to_another_server_give_the_same_answer(whole: Path) 
     adapter, asked = load_adapter(whole), question(2)
     vectors = adapter.prompt_embeds(asked.text, asked.image)
     assert vectors.shape[1] == tiny.HIDDEN and vectors.dtype == torch.float32
-    tokens = adapter.lmm.generate(vectors[None], torch.ones(1, len(vectors), dtype=torch.long), 6)[0]
+    tokens = adapter.lmm.model.generate(
+        inputs_embeds=vectors[None], max_new_tokens=6, do_sample=False, eos_token_id=adapter.lmm.stops
+    )[0].tolist()
     assert adapter.lmm.conversation.decode(tokens) == adapter.ask(asked.text, asked.image).text
     prompts = adapter.pool.prompts[2]
     assert any(torch.equal(vectors[start : start + len(prompts)], prompts) for start in range(len(vectors)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.adapter.answering import Answerer, Question
-from pipeline.serve.cache import GrowingLayer
+from pipeline.backbones.kv_cache import GrowingLayer
 from pipeline.serve.decoder import Running, RunningBatch
 from pipeline.serve.memory import Extent, KeyValueMemory, is_out_of_memory
 from pipeline.serve.request import Request, Update
@@ -61,7 +61,7 @@ def texts(told: list[list[Update]]) -> list[str]:
 
 def test_a_token_is_written_behind_the_others_without_a_copy_of_them(answerer: Answerer) -> None:
     batch = RunningBatch(answerer)
-    batch.join(answerer.route([question(0), question(1)]), [Running(n, 60) for n in range(2)])
+    batch.begin(answerer.route([question(0), question(1)]), [Running(n, 60) for n in range(2)])
     batch.step()  # makes room
     (layer, *_) = batch._cache.layers
     buffer, held = layer.keys.data_ptr(), batch.nbytes
@@ -72,11 +72,11 @@ def test_a_token_is_written_behind_the_others_without_a_copy_of_them(answerer: A
 
 def test_rows_come_and_go_without_another_buffer(answerer: Answerer) -> None:
     batch = RunningBatch(answerer)
-    batch.join(answerer.route([question(n) for n in range(3)]), [Running(n, 60) for n in range(3)])
+    batch.begin(answerer.route([question(n) for n in range(3)]), [Running(n, 60) for n in range(3)])
     batch.step()
     batch.drop({0})
     held = batch.nbytes
-    batch.join(answerer.route([question(0)]), [Running(3, 60)])
+    batch.begin(answerer.route([question(0)]), [Running(3, 60)])
     assert [row.key for row in batch.rows] == [2, 1, 3] and batch.nbytes == held
 
 
@@ -207,15 +207,6 @@ def test_on_a_gpu_the_free_memory_is_asked_for(answerer: Answerer, monkeypatch: 
 )
 def test_which_errors_mean_that_memory_ran_out(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
-
-
-def test_generation_as_a_whole_is_halved_too(answerer: Answerer, allocator: Allocator) -> None:
-    expected = [answer.text for answer in answerer.answer(ASKED)]
-    worker = Worker(answerer, 6, 8)
-    worker.running.whole = True
-    allocator.rows = 2
-    assert texts(answered(worker, ASKED)) == expected
-    assert allocator.refused > 0
 
 
 def test_the_thread_outlives_running_out(answerer: Answerer, allocator: Allocator) -> None:

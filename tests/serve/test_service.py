@@ -30,20 +30,11 @@ def test_answers_do_not_depend_on_who_joins_or_leaves_the_batch(answerer: Answer
         group = asked[len(began) : len(began) + 2]
         if group:
             new = [Running(len(began) + place, 6) for place in range(len(group))]
-            batch.join(answerer.route(group), new)
+            batch.begin(answerer.route(group), new)
             began += new
         batch.drop({7})
     assert [row.text for row in began if row.key != 7] == [text for n, text in enumerate(expected) if n != 7]
     assert all(row.finish in ("stop", "length") for row in began if row.key != 7)
-
-
-def test_models_that_cannot_go_on_from_kept_values_are_generated_whole(answerer: Answerer) -> None:
-    batch = RunningBatch(answerer)
-    batch.whole = True
-    rows = [Running(number, longest) for number, longest in enumerate((6, 2))]
-    assert batch.join(answerer.route([question(0), question(0)]), rows) == rows
-    assert rows[0].text == answerer.answer([question(0)])[0].text
-    assert len(rows[1].tokens) <= 2 and not batch.rows
 
 
 def test_a_full_queue_is_said_and_not_waited_for(answerer: Answerer) -> None:
@@ -62,7 +53,7 @@ def test_a_failing_batch_is_told_and_the_next_one_is_answered(
         raise RuntimeError("a kernel failed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunningBatch, "join", broken)
+        patched.setattr(RunningBatch, "begin", broken)
         worker._turn([Request(question(0), 6, updates.append)])
     assert [(update.finish, update.error) for update in updates] == [("failed", "the model failed (RuntimeError).")]
     worker._turn([Request(question(0), 1, updates.append)])
@@ -87,7 +78,7 @@ def test_a_model_that_cannot_go_on_tells_everybody_and_takes_nobody_any_more(
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(RunningBatch, "join", broken)
+    monkeypatch.setattr(RunningBatch, "begin", broken)
     monkeypatch.setattr(RunningBatch, "__init__", broken)
     with pytest.raises(RuntimeError, match="device lost"):
         worker._run()
@@ -146,7 +137,7 @@ def test_the_penalty_on_repeated_tokens_is_that_of_the_adapter(
     monkeypatch.setattr(answerer.lmm.model.generation_config, "repetition_penalty", None)
     answerer.lmm.use_repetition_penalty(30.0)
     batch, row = RunningBatch(answerer), Running(0, 6)
-    batch.join(answerer.route([question(0)]), [row])
+    batch.begin(answerer.route([question(0)]), [row])
     while batch.rows:
         batch.step()
     assert row.text == answerer.answer([question(0)])[0].text != plain

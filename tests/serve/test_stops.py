@@ -1,4 +1,4 @@
-"""Answers that end before a text of the caller's: whole and streamed, and generated batch by batch."""
+"""Answers that end before a text of the caller's: whole and streamed."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ def test_the_text_ends_before_the_first_stop_in_it(text: str, stops: list[str], 
     assert before_stops(text, stops) == expected
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_an_answer_ends_at_its_stop_and_others_do_not(answerer: Answerer, whole: bool) -> None:
+def test_an_answer_ends_at_its_stop_and_others_do_not(answerer: Answerer) -> None:
     full = answerer.answer([question(0)])[0].text
     assert len(full) > 3
     batch = RunningBatch(answerer)
-    batch.whole = whole
     stopped, other = Running(0, 6, (full[2:4],)), Running(1, 6)
-    batch.join(answerer.route([question(0), question(0)]), [stopped, other])
+    batch.begin(answerer.route([question(0), question(0)]), [stopped, other])
     while batch.rows:
         batch.step()
     assert (stopped.text, stopped.finish) == (full[: full.index(full[2:4])], "stop")
     assert other.text == full
-    assert whole or len(stopped.tokens) < len(other.tokens)
+    assert len(stopped.tokens) < len(other.tokens)
 
 
 @pytest.mark.parametrize(

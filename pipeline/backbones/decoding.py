@@ -1,0 +1,298 @@
+"""Greedy decoding of a batch that rows join and leave: the one decoder under evaluation, prediction and serving.
+
+A row gets the token with the highest score until it has a stop token or its longest length; it leaves the batch with
+that token, so that no step is computed for an answer that is finished. Rows do not influence each other: what shares
+a batch changes the order in which numbers are added, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
+
+from pipeline.backbones.generation_rules import generation_rules
+from pipeline.backbones.kv_cache import ROOM, cache_of, layers_of, new_cache
+from pipeline.backbones.prefix_cache import PrefixCache, decode_after_prefix
+
+if TYPE_CHECKING:
+    from pipeline.backbones.lmm import LMM
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the decoder reads of B prompts, or of what follows the prefixes that they share."""
+
+    embeddings: Tensor  # [B, N, D]
+    attention: Tensor  # [B, N], padded on the left, behind a prefix on the right
+    image_places: Tensor | None = None  # [B, N], for architectures whose decoder reads them
+    images: dict[str, Tensor] | None = None  # for the same
+    prefix: PrefixCache | None = None  # of U prefixes
+    groups: Tensor | None = None  # [B] whose prefix each prompt has
+
+
+@dataclass
+class Row:
+    """One answer in progress: what the caller knows it by, the most tokens that it may have, and those it has."""
+
+    key: Any
+    longest: int
+    # Fewer tokens than these do not end it; None: what the checkpoint says.
+    shortest: int | None = field(default=None, kw_only=True)
+    prompt_tokens: int = field(default=0, kw_only=True)
+    tokens: list[int] = field(default_factory=list, kw_only=True)
+    finish: str | None = field(default=None, kw_only=True)  # "stop" or "length" once it is over
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Parked(Generic[R]):
+    """Rows that left the batch for a while, in the host's memory."""
+
+    rows: list[R]
+    layers: list[tuple[Tensor, Tensor]]  # keys and values [B, heads, S, d]
+    attention: Tensor  # [B, S]
+    positions: Tensor  # [B]
+    last: Tensor  # [B]
+
+    def halves(self) -> list[Parked[R]]:
+        """The same rows in two."""
+        half = len(self.rows) // 2
+        return [self._part(slice(0, half)), self._part(slice(half, None))]
+
+    def _part(self, rows: slice) -> Parked[R]:
+        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        return Parked(self.rows[rows], layers, self.attention[rows], self.positions[rows], self.last[rows])
+
+
+class GreedyDecoder(Generic[R]):
+    """The rows being decoded, with their keys and values.
+
+    The cache of all rows ends in the same column: the shorter of the batch and those that join are padded on the left.
+    A mask and explicit positions make padding and gaps count for nothing. Sliding-window layers keep the keys of all
+    tokens too; the architecture's own mask leaves out those before the window. Where memory runs out in `join` or
+    `step`, the rows are what they were before.
+
+    Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other.
+    """
+
+    def __init__(self, lmm: LMM) -> None:
+        self.lmm = lmm
+        self.rows: list[R] = []
+        settings, device = lmm.model.generation_config, lmm.model.device
+        stops = lmm.stops
+        self._rules = generation_rules(settings, stops, device)
+        self._settings, self._stops = settings, frozenset(stops)
+        self._stop_list = torch.tensor(stops, device=device)
+        self._forget()
+
+    def _forget(self) -> None:
+        device = self.lmm.model.device
+        self._cache: Cache = new_cache()
+        self._attention = torch.zeros(0, 0, dtype=torch.long, device=device)  # [B, S]
+        self._positions = torch.zeros(0, dtype=torch.long, device=device)  # [B] of each row's next token
+        self._last = torch.zeros(0, dtype=torch.long, device=device)  # [B] each row's newest token
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(layer.nbytes for layer in layers_of(self._cache))
+
+    @torch.no_grad()
+    def join(self, prompts: Prompts, rows: Sequence[R]) -> list[R]:
+        """Begin the answers to prompts; returns these rows, which have their first token."""
+        cache = new_cache(min(ROOM, max(row.longest for row in rows)))
+        hidden, attention, positions = self._read(prompts, cache)
+        scores = self.lmm.logits(hidden[:, -1])
+        lengths = attention.sum(1).tolist()
+        self._append(cache, attention, positions, positions.new_zeros(len(rows)))
+        for row, length in zip(rows, lengths, strict=True):
+            row.prompt_tokens = length
+        self.rows += rows
+        return self._advance(range(len(self.rows) - len(rows), len(self.rows)), scores)
+
+    def _read(self, prompts: Prompts, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states [B, 1, D] of prompts, their attention [B, S] and next positions [B]; fills the cache."""
+        lmm, attention = self.lmm, prompts.attention
+        last = attention.shape[1] - 1 - attention.flip(1).argmax(1, keepdim=True)
+        if prompts.prefix is not None and prompts.groups is not None:
+            prefix, groups = prompts.prefix, prompts.groups
+            for number, (keys, values) in enumerate(prefix.layers):
+                cache.update(keys[groups], values[groups], number)
+            hidden = decode_after_prefix(lmm, cache, prefix, groups, prompts.embeddings, attention, last)
+            whole = torch.cat([prefix.attention[groups], attention.to(prefix.attention)], dim=1)
+            return hidden, whole, prefix.next_position[groups] + attention.sum(1)
+        inputs = lmm.family.decoder_inputs(
+            prompts.embeddings, attention, *lmm.seen(prompts.image_places, prompts.images)
+        )
+        # Positions count from each row's first token, not from the padding before it.
+        inputs.setdefault("position_ids", (attention.cumsum(1) - 1).clamp(min=0))
+        hidden = lmm.decode(last, inputs_embeds=prompts.embeddings, past_key_values=cache, use_cache=True, **inputs)
+        return hidden, attention, lmm.family.next_position(attention, inputs)
+
+    @torch.no_grad()
+    def step(self) -> list[R]:
+        """One more token for every row; returns the rows that got it, of which the finished ones have left."""
+        if not self.rows:
+            return []
+        width = self._attention.shape[1]
+        attention = pad(self._attention, (0, 1), value=1)
+        try:
+            hidden = self.lmm.decoder(
+                inputs_embeds=self.lmm.words(self._last[:, None]),
+                attention_mask=attention,
+                position_ids=self.lmm.family.position_ids(self._positions[:, None]),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+            scores = self.lmm.logits(hidden[:, -1])
+        except Exception:
+            for layer in layers_of(self._cache):
+                layer.cut(width)  # the first layers may have the token already
+            raise
+        self._attention, self._positions = attention, self._positions + 1
+        return self._advance(range(len(self.rows)), scores)
+
+    def _advance(self, numbers: range, scores: Tensor) -> list[R]:
+        """Give the rows of these numbers their best token by scores [n, V]; returns them, finished ones leave."""
+        rows = [self.rows[number] for number in numbers]
+        best = self._ruled(rows, scores).argmax(-1)
+        self._last[numbers.start : numbers.stop] = best
+        for row, token in zip(rows, best.tolist(), strict=True):
+            row.tokens.append(token)
+            if token in self._stops:
+                row.finish = "stop"
+            elif len(row.tokens) >= row.longest:
+                row.finish = "length"
+        self.leave()
+        return rows
+
+    def _ruled(self, rows: Sequence[R], scores: Tensor) -> Tensor:
+        """Scores [n, V] of the rows' next tokens as the checkpoint's rules change them."""
+        if len(self._rules):
+            # A processor is given answers of one length.
+            for places in _by_length(rows):
+                so_far = [rows[place].tokens for place in places]
+                given = torch.tensor(so_far, dtype=torch.long, device=scores.device)
+                scores[places] = self._rules(given, scores[places])
+        early = [place for place, row in enumerate(rows) if len(row.tokens) < self._fewest(row)]
+        if early:
+            scores[torch.tensor(early)[:, None], self._stop_list] = -torch.inf
+        ending = self._settings.forced_eos_token_id
+        if ending is not None:
+            for place, row in enumerate(rows):
+                if len(row.tokens) == row.longest - 1:
+                    scores[place] = -torch.inf
+                    scores[place, ending] = 0
+        return scores
+
+    def _fewest(self, row: R) -> int:
+        """Tokens that a row has at least."""
+        if row.shortest is not None:
+            return row.shortest
+        # `min_length` counts the prompt.
+        whole = (self._settings.min_length or 0) - row.prompt_tokens
+        return max(self._settings.min_new_tokens or 0, whole)
+
+    def park(self, number: int) -> Parked[R]:
+        """Take the last `number` rows out, to come back by `resume`."""
+        first = len(self.rows) - number
+        layers = [layer.taken(first) for layer in layers_of(self._cache)]
+        attention, positions, last = (
+            part[first:].to("cpu", copy=True) for part in (self._attention, self._positions, self._last)
+        )
+        parked = Parked(self.rows[first:], layers, attention, positions, last)
+        self._keep(list(range(first)))
+        for layer in layers_of(self._cache):
+            layer.release()
+        return parked
+
+    @torch.no_grad()
+    def resume(self, parked: Parked[R]) -> None:
+        """Go on with rows that were parked."""
+        device = self.lmm.model.device
+        moved = (part.to(device) for part in (parked.attention, parked.positions, parked.last))
+        self._append(cache_of(parked.layers, device), *moved)
+        self.rows += parked.rows
+
+    def leave(self) -> None:
+        """Take out the rows that are finished."""
+        self._keep([number for number, row in enumerate(self.rows) if row.finish is None])
+
+    def drop(self, keys: set[Any]) -> None:
+        """Take out rows that nobody waits for any more."""
+        self._keep([number for number, row in enumerate(self.rows) if row.key not in keys])
+
+    def _append(self, cache: Cache, attention: Tensor, positions: Tensor, last: Tensor) -> None:
+        """Take in rows behind the others; where memory runs out, the others are what they were."""
+        if not self.rows:
+            self._cache, self._attention, self._positions, self._last = cache, attention, positions, last
+            return
+        rows, old, width = len(self.rows), self._attention.shape[1], max(self._attention.shape[1], attention.shape[1])
+        joined = torch.cat([_widened(self._attention, width), _widened(attention, width)])
+        both = torch.cat([self._positions, positions]), torch.cat([self._last, last])
+        done = []
+        try:
+            for layer, added in zip(layers_of(self._cache), layers_of(cache), strict=True):
+                layer.append(added, width)
+                done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.narrow(rows, width - old)
+            raise
+        self._attention, (self._positions, self._last) = joined, both
+
+    def _keep(self, kept: list[int]) -> None:
+        """Keep these rows, in ascending order, taking no memory: the last ones move to the places of those gone."""
+        if len(kept) == len(self.rows):
+            return
+        if not kept:
+            self.rows = []
+            self._forget()
+            return
+        staying = set(kept)
+        holes = [number for number in range(len(kept)) if number not in staying]
+        movers = [number for number in kept if number >= len(kept)]
+        order = list(range(len(kept)))
+        for source, target in zip(movers, holes, strict=True):
+            order[target] = source
+            for layer in layers_of(self._cache):
+                layer.move(source, target)
+        self.rows = [self.rows[number] for number in order]
+        index = torch.tensor(order, device=self._attention.device)
+        attention = self._attention[index]
+        first = int(attention.any(0).float().argmax())  # columns before it are padding in every row that stays
+        self._attention, self._positions, self._last = attention[:, first:], self._positions[index], self._last[index]
+        for layer in layers_of(self._cache):
+            layer.narrow(len(kept), first)
+
+
+def generate(lmm: LMM, prompts: Prompts, max_new_tokens: int, min_new_tokens: int | None = None) -> list[list[int]]:
+    """Greedy answers to prompts: token ids up to and with the one that ends each.
+
+    `min_new_tokens`: no answer ends before it has so many; None: what the checkpoint says.
+    """
+    decoder = GreedyDecoder[Row](lmm)
+    rows = [Row(number, max_new_tokens, shortest=min_new_tokens) for number in range(len(prompts.attention))]
+    decoder.join(prompts, rows)
+    while decoder.rows:
+        decoder.step()
+    return [row.tokens for row in rows]
+
+
+def _by_length(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """The places of rows whose answers have the same number of tokens."""
+    for length in sorted({len(row.tokens) for row in rows}):
+        yield [place for place, row in enumerate(rows) if len(row.tokens) == length]
+
+
+def _widened(attention: Tensor, width: int) -> Tensor:
+    """Which tokens are read [B, S], with zeros in front, so that it is `width` long."""
+    return pad(attention, (width - attention.shape[1], 0))

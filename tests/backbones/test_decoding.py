@@ -1,0 +1,124 @@
+"""The greedy decoder: on every architecture what transformers generates, whoever shares the batch, by its rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
+from pipeline.backbones.lmm import LMM
+from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.errors import UserError
+from tests.backbones.test_families import EVERY, NEW, NONE, SAMPLES, plain_answer, plain_inputs, seen
+from tests.training.worlds import make_samples
+
+
+@pytest.fixture(scope="module")
+def examples(lmm: LMM) -> Examples:
+    return Examples(StageData([(SAMPLES, make_samples(len(SAMPLES))[1], None)]), lmm.conversation)
+
+
+def prompts(lmm: LMM, examples: Examples, chosen: list[int]) -> Prompts:
+    with torch.no_grad():
+        return Prompts(*seen(lmm, collate_prompts(examples, chosen, NONE), None, left=True))
+
+
+@pytest.fixture(scope="module")
+def expected(lmm: LMM) -> list[list[int]]:
+    """Answers of the plain model, each alone."""
+    return [plain_answer(lmm, plain_inputs(lmm, sample)) for sample in SAMPLES]
+
+
+def test_rows_join_and_leave_and_each_answer_is_that_of_the_plain_model(
+    lmm: LMM, examples: Examples, expected: list[list[int]]
+) -> None:
+    decoder, rows = GreedyDecoder[Row](lmm), [Row(number, NEW - number % 3) for number in EVERY]
+    for chosen in ([3], [0, 4], [1], [2, 5]):
+        joining = [rows[number] for number in chosen]
+        assert decoder.join(prompts(lmm, examples, chosen), joining) == joining
+        decoder.step()
+    while decoder.rows:
+        decoder.step()
+    assert [row.tokens for row in rows] == [tokens[: row.longest] for row, tokens in zip(rows, expected, strict=True)]
+    assert {row.finish for row in rows} <= {"stop", "length"}
+    assert [row.prompt_tokens for row in rows] == [len(examples[number].prompt) for number in EVERY]
+
+
+def test_rows_that_were_parked_go_on_where_they_were(lmm: LMM, examples: Examples, expected: list[list[int]]) -> None:
+    decoder, rows = GreedyDecoder[Row](lmm), [Row(number, NEW) for number in EVERY]
+    decoder.join(prompts(lmm, examples, EVERY), rows)
+    decoder.step()
+    parked = decoder.park(len(decoder.rows) // 2)
+    decoder.step()
+    for part in parked.halves():
+        decoder.resume(part)
+    while decoder.rows:
+        decoder.step()
+    assert [row.tokens for row in rows] == expected
+
+
+# The tiny model's answers begin with 227, 153, 207, 25, 196 and 149.
+SETTINGS: dict[str, Any] = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(40, 200)),
+    "begin_suppress_tokens": [25, 227],
+    "bad_words_ids": [[number] for number in range(40, 200)],
+    "sequence_bias": [[[45], 30.0], [[45, 46], 60.0]],
+    "exponential_decay_length_penalty": (1, 30.0),
+    "forced_bos_token_id": 45,
+    "forced_eos_token_id": 46,
+    "min_new_tokens": 5,
+    "remove_invalid_values": True,
+}
+NO_EFFECT = ("remove_invalid_values",)  # on scores that are all finite
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("checkpoint", ["llava"], indirect=True)
+def test_the_checkpoints_rules_of_generation_hold(
+    lmm: LMM, examples: Examples, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(lmm.model.generation_config, "eos_token_id", [25, 51])
+    without = generate(lmm, prompts(lmm, examples, EVERY), NEW)
+    monkeypatch.setattr(lmm.model.generation_config, name, SETTINGS[name])
+    alone = [prompts(lmm, examples, [number]) for number in EVERY]
+    expected = [
+        lmm.model.generate(
+            inputs_embeds=one.embeddings,
+            attention_mask=one.attention,
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=lmm.stops,
+            pad_token_id=lmm.tokenizer.pad_token_id,
+        )[0].tolist()
+        for one in alone
+    ]
+    # Alone, because in a padded batch transformers lets the penalty spare as many tokens as there is padding.
+    assert [generate(lmm, one, NEW)[0] for one in alone] == expected
+    assert generate(lmm, prompts(lmm, examples, EVERY), NEW) == expected
+    assert (expected != without) is (name not in NO_EFFECT)
+
+
+@pytest.mark.parametrize("checkpoint", ["llava"], indirect=True)
+def test_no_answer_ends_before_it_has_as_many_tokens_as_asked(
+    lmm: LMM, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmm.model.generation_config, "eos_token_id", list(range(100, 256)))
+    decoder, rows = GreedyDecoder[Row](lmm), [Row(number, NEW, shortest=number) for number in EVERY]
+    decoder.join(prompts(lmm, examples, EVERY), rows)
+    while decoder.rows:
+        decoder.step()
+    assert all(len(row.tokens) >= min(number, NEW) for number, row in enumerate(rows))
+    assert len(rows[0].tokens) == 1 and rows[0].finish == "stop"
+    found = generate(lmm, prompts(lmm, examples, EVERY), NEW, min_new_tokens=NEW)
+    assert [len(tokens) for tokens in found] == [NEW] * len(EVERY)
+
+
+@pytest.mark.parametrize("checkpoint", ["llava"], indirect=True)
+def test_a_rule_that_cannot_hold_is_refused(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmm.model.generation_config, "guidance_scale", 2.0)
+    with pytest.raises(UserError, match=r"guidance_scale to 2\.0, which is not done here.*Expected it to be left out"):
+        GreedyDecoder(lmm)
