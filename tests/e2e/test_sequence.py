@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.adapter.load import export
 from pipeline.adapter.predict import predict
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.lmm import LMM
 from pipeline.config.recipe import load_run
 from pipeline.errors import Interrupted, UserError
@@ -203,13 +204,13 @@ def test_evaluation_can_follow_training_and_gives_the_same_matrix(make: MakeReci
 
 def test_answers_are_generated_once_for_the_same_sets(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     generated: list[int] = []
-    generate = LMM.generate
+    join = GreedyDecoder.join
 
-    def counted(self: LMM, embeddings: torch.Tensor, *others: Any) -> list[list[int]]:
-        generated.append(len(embeddings))
-        return generate(self, embeddings, *others)
+    def counted(self: GreedyDecoder[Row], prompts: Prompts, rows: list[Row]) -> list[Row]:
+        generated.append(len(rows))
+        return join(self, prompts, rows)
 
-    monkeypatch.setattr(LMM, "generate", counted)
+    monkeypatch.setattr(GreedyDecoder, "join", counted)
     run_sequence(make(method__name="independent", evaluate__zero_shot=False))
     assert sum(generated) == 3 * 4  # the matrix has six entries, but each task only one prompt set
 
@@ -258,7 +259,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
         before.setattr("pipeline.sequence.opened.base_fingerprint", lambda *_: earlier)
         run_sequence(recipe, until=1)
     answered = (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text()
-    monkeypatch.setattr(LMM, "generate", None)  # the answers that are there are kept
+    monkeypatch.setattr(GreedyDecoder, "join", None)  # the answers that are there are kept
     with pytest.raises(TypeError):
         run_sequence(recipe)
     assert (recipe.run_path / "eval" / "after-01" / "T0.jsonl").read_text() == answered
@@ -269,13 +270,13 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fingerprint_that_it_record
 def penalties_used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The penalty on repeated tokens of every generation from now on."""
     used: list[float] = []
-    generate = LMM.generate
+    join = GreedyDecoder.join
 
-    def watched(self: LMM, *args: Any, **options: Any) -> Any:
-        used.append(self.model.generation_config.repetition_penalty)
-        return generate(self, *args, **options)
+    def watched(self: GreedyDecoder[Row], prompts: Prompts, rows: list[Row]) -> list[Row]:
+        used.append(self.lmm.model.generation_config.repetition_penalty)
+        return join(self, prompts, rows)
 
-    monkeypatch.setattr(LMM, "generate", watched)
+    monkeypatch.setattr(GreedyDecoder, "join", watched)
     return used
 
 

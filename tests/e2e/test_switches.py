@@ -18,6 +18,7 @@ import pipeline.prompts.model
 import pipeline.sequence.evaluate
 from pipeline.adapter.load import export
 from pipeline.adapter.predict import predict
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
@@ -120,14 +121,14 @@ def test_a_restart_and_a_later_evaluation_find_the_trained_projector_again(make:
 
 def counted_generations(make_recipe: Callable[[], Recipe], monkeypatch: pytest.MonkeyPatch) -> int:
     generated: list[int] = []
-    generate = LMM.generate
+    join = GreedyDecoder.join
 
-    def counted(self: LMM, embeddings: torch.Tensor, *args: Any, **kwargs: Any) -> list[list[int]]:
-        generated.append(len(embeddings))
-        return generate(self, embeddings, *args, **kwargs)
+    def counted(self: GreedyDecoder[Row], prompts: Prompts, rows: list[Row]) -> list[Row]:
+        generated.append(len(rows))
+        return join(self, prompts, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LMM, "generate", counted)
+        patch.setattr(GreedyDecoder, "join", counted)
         run_sequence(make_recipe())
     return sum(generated)
 
