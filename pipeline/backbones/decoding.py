@@ -30,7 +30,7 @@ class Prompts:
 
     embeddings: Tensor  # [B, N, D]
     attention: Tensor  # [B, N], padded on the left, behind a prefix on the right
-    image_places: Tensor | None = None  # [B, N], for architectures whose decoder reads them
+    image_mask: Tensor | None = None  # [B, N] which tokens are an image's, for families that need to know
     images: dict[str, Tensor] | None = None  # for the same
     prefix: PrefixCache | None = None  # of U prefixes
     groups: Tensor | None = None  # [B] whose prefix each prompt has
@@ -129,9 +129,7 @@ class GreedyDecoder(Generic[R]):
             hidden = decode_after_prefix(lmm, cache, prefix, groups, prompts.embeddings, attention, last)
             whole = torch.cat([prefix.attention[groups], attention.to(prefix.attention)], dim=1)
             return hidden, whole, prefix.next_position[groups] + attention.sum(1)
-        inputs = lmm.family.decoder_inputs(
-            prompts.embeddings, attention, *lmm.seen(prompts.image_places, prompts.images)
-        )
+        inputs = lmm.decoder_inputs(prompts.embeddings, attention, prompts.image_mask, prompts.images)
         # Positions count from each row's first token, not from the padding before it.
         inputs.setdefault("position_ids", (attention.cumsum(1) - 1).clamp(min=0))
         hidden = lmm.decode(last, inputs_embeds=prompts.embeddings, past_key_values=cache, use_cache=True, **inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,6 @@ from pipeline.backbones.recompute import divided
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-KNOWN = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # down(act(gate(x)) * up(x)) and nothing else
 SILU = ("SiLU", "SiLUActivation")
 
 
@@ -29,7 +28,7 @@ def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
     """
     _, layers = divided(lmm, checkpointing)
     mlps = [layer.mlp for layer in layers] if torch.is_grad_enabled() else []
-    changed = [mlp for mlp in mlps if is_gated(mlp)]
+    changed = [mlp for mlp in mlps if not why_not_gated(mlp, lmm.family.gated_mlps)]
     for mlp in changed:
         mlp.forward = _forward(mlp)
     try:
@@ -39,9 +38,14 @@ def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
             del mlp.forward
 
 
-def is_gated(mlp: Any) -> bool:
-    """Whether a decoder layer's MLP is one that `gates_kept_once` knows."""
-    return type(mlp).__name__ in KNOWN and type(mlp.act_fn).__name__ in SILU
+def why_not_gated(mlp: Any, classes: Collection[str]) -> str:
+    """Why a decoder layer's MLP keeps its activation too, given the classes that are gated; "" where it need not."""
+    name, activation = type(mlp).__name__, type(getattr(mlp, "act_fn", None)).__name__
+    if name not in classes:
+        return f"{name} is not known to be down(act(gate(x)) * up(x))"
+    if activation not in SILU:
+        return f"its activation is {activation}, not SiLU"
+    return ""
 
 
 def _forward(mlp: Any) -> Callable[[Tensor], Tensor]:

@@ -1,36 +1,27 @@
-"""The decoder's last layer at some positions only: of all others nothing but their keys and values is ever used."""
+"""Runs the decoder's last layer at some positions only; of the others only keys and values are needed."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pipeline.backbones.lmm import LMM
-
-# Attention that makes keys and values in the same three steps: project, divide into heads, rotate the keys.
-KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen2_5_VLAttention")
-
 
 @contextlib.contextmanager
-def last_layer_at(lmm: LMM, positions: Tensor | None) -> Iterator[bool]:
-    """Let the decoder inside return hidden states [B, A, D] at these `positions` [B, A] of its input.
+def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Collection[str]) -> Iterator[bool]:
+    """Let the decoder return hidden states [B, A, D] at these `positions` [B, A] of its input.
 
-    Yields whether it does: an architecture or attention that is not known to allow it goes on returning all of them.
-    What the layer computes is its own code, on fewer rows; keys and values are those of all positions.
+    `attentions` are the classes of attention for which that is exact (`LMMFamily.lean_attentions`). Yields whether it
+    does so; otherwise all hidden states are returned. What the layer computes is its own code, on fewer rows; keys and
+    values are those of all positions.
     """
-    layer: Any = lmm.decoder.layers[-1]  # type: ignore[index]
+    layer: Any = decoder.layers[-1]  # type: ignore[index]
     attention = layer.self_attn
-    if (
-        positions is None
-        or type(attention).__name__ not in KNOWN
-        or attention.config._attn_implementation not in ("sdpa", "eager")
-    ):
+    if positions is None or why_whole(attention, attentions):
         yield False
         return
     before, plain = layer.__dict__.get("forward"), layer.forward
@@ -61,6 +52,16 @@ def last_layer_at(lmm: LMM, positions: Tensor | None) -> Iterator[bool]:
             del layer.forward
         else:
             layer.forward = before
+
+
+def why_whole(attention: Any, attentions: Collection[str]) -> str:
+    """Why the last layer is computed at all positions; "" where it need not be."""
+    name, implementation = type(attention).__name__, attention.config._attn_implementation
+    if name not in attentions:
+        return f"{name} is not known to make keys and values like {', '.join(attentions) or 'any other class'}"
+    if implementation not in ("sdpa", "eager"):
+        return f"attention '{implementation}' takes no mask with a row per position, only sdpa and eager do"
+    return ""
 
 
 def rows_at(values: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
-from pipeline.backbones.lmm_families import FAMILIES, family_of
+from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import (
     LOAD_ERRORS,
     check_image_size,
@@ -22,16 +22,16 @@ from pipeline.backbones.lmm_processor import (
     source_of,
 )
 from pipeline.backbones.lmm_weights import refuse_unfitting, require_fitting_weights
+from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.config.recipe import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
 from pipeline.ranks.world import together
 
-__all__ = ["LMM", "SUPPORTED", "base_fingerprint", "load_lmm", "load_processor"]
+__all__ = ["LMM", "base_fingerprint", "load_lmm", "load_processor"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SUPPORTED = tuple(FAMILIES)
 
 
 class LMM(nn.Module):
@@ -168,17 +168,21 @@ class LMM(nn.Module):
         images: dict[str, Tensor] | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, N, D] of the decoder, or those [B, A, D] `at` some positions [B, A].
+        """Last hidden states [B, N, D] of the decoder, or those [B, A, D] `at` some positions.
 
-        The batch is padded on the right. `places` [B, N] (the image's tokens) and `images` are for architectures whose
-        decoder reads them.
+        Args:
+            embeddings: [B, N, D], padded on the right.
+            attention: [B, N].
+            places: [B, N], which tokens are an image's, for families whose decoder has to know (`needs_image_mask`).
+            images: the batch's image tensors, for the same.
+            at: [B, A]; None: all positions.
         """
-        inputs = self.family.decoder_inputs(embeddings, attention, *self.seen(places, images))
+        inputs = self.decoder_inputs(embeddings, attention, places, images)
         return self.decode(at, inputs_embeds=embeddings, use_cache=False, **inputs)
 
     def decode(self, at: Tensor | None = None, **inputs: Any) -> Tensor:
         """Last hidden states of the decoder with these inputs of its own; see `hidden`."""
-        with last_layer_at(self, at) as lean:
+        with last_layer_at(self.decoder, at, self.family.lean_attentions) as lean:
             hidden: Tensor = self.decoder(**inputs).last_hidden_state
         return hidden if lean or at is None else rows_at(hidden, at)
 
@@ -187,11 +191,13 @@ class LMM(nn.Module):
         """The language model without its head."""
         return self.model.model.get_submodule(self.family.decoder)
 
-    def seen(self, image_places: Tensor | None, images: dict[str, Tensor] | None) -> tuple[Any, Any]:
-        """What `family.decoder_inputs` is given of a batch's images; ValueError where it needs them and lacks them."""
-        if self.family.needs_image_mask and (image_places is None or images is None):
+    def decoder_inputs(
+        self, embeddings: Tensor, attention: Tensor, image_mask: Tensor | None, images: dict[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """`LMMFamily.decoder_inputs`; ValueError where the family needs to know the image's tokens and is not told."""
+        if self.family.needs_image_mask and (image_mask is None or images is None):
             raise ValueError(f"the decoder of {self.family.kind} has to know which tokens are an image's")
-        return image_places, images
+        return self.family.decoder_inputs(embeddings, attention, image_mask, images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [..., V] in float32."""
@@ -271,7 +277,9 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: t
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
     check_image_size(config, model.config, processor)
-    return LMM(model, processor, config)
+    lmm = LMM(model, processor, config)
+    log_shortcuts(lmm)
+    return lmm
 
 
 def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:

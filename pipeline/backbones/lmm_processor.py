@@ -10,9 +10,10 @@ from typing import Any
 from PIL import Image
 from safetensors import SafetensorError
 
-from pipeline.backbones.image_tokens import limit_image_tokens
-from pipeline.backbones.lmm_families import FAMILIES, Family, family_of
+from pipeline.backbones.families.base import LMMFamily
+from pipeline.backbones.lmm_families import family_of, known_families
 from pipeline.config.recipe import ModelConfig
+from pipeline.data.image_sizes import know_image_sizes, limit_image_tokens
 from pipeline.errors import UserError
 from pipeline.hub.pickled import SETTINGS
 from pipeline.hub.snapshots import Source, settings_folder
@@ -23,7 +24,7 @@ VIDEOS = "video_processor"
 
 def source_of(config: ModelConfig) -> Source:
     """The model as `pipeline.hub.snapshots` asks for it."""
-    return Source(config.location, config.revision, kinds=tuple(FAMILIES))
+    return Source(config.location, config.revision, kinds=known_families())
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -51,6 +52,7 @@ def load_processor(config: ModelConfig) -> Any:
         )
     _complete(processor, model, folder)
     _check_template(config, family, processor)
+    know_image_sizes(processor, family.sizes)
     limit_image_tokens(processor, config.image_tokens)
     return processor
 
@@ -130,7 +132,7 @@ def _complete(processor: Any, model: Any, folder: Path) -> None:
             setattr(processor, name, value)
 
 
-def _check_template(config: ModelConfig, family: type[Family], processor: Any) -> None:
+def _check_template(config: ModelConfig, family: type[LMMFamily], processor: Any) -> None:
     if getattr(processor, "chat_template", None) and config.template == "auto":
         _require_pictures(config, family, processor)
     if family.supports_vicuna_template:
@@ -147,7 +149,7 @@ def _check_template(config: ModelConfig, family: type[Family], processor: Any) -
         )
 
 
-def _require_pictures(config: ModelConfig, family: type[Family], processor: Any) -> None:
+def _require_pictures(config: ModelConfig, family: type[LMMFamily], processor: Any) -> None:
     """Raise UserError for a chat template that takes a turn as text, as language models' do, and loses the picture."""
     asked = "Is it there?"
     parts = [{"type": "image"}, {"type": "text", "text": asked}]

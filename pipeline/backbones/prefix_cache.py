@@ -69,7 +69,7 @@ class _PrefixLayer(CacheLayerMixin):
 
 @torch.no_grad()
 def compute_prefix(
-    lmm: LMM, embeddings: Tensor, attention: Tensor, image_places: Tensor, images: dict[str, Tensor]
+    lmm: LMM, embeddings: Tensor, attention: Tensor, image_mask: Tensor, images: dict[str, Tensor]
 ) -> PrefixCache:
     """Run the decoder over U prefixes.
 
@@ -77,10 +77,10 @@ def compute_prefix(
         lmm: the frozen model.
         embeddings: [U, P, D], padded on the right.
         attention: [U, P].
-        image_places: [U, P], which tokens are an image's.
+        image_mask: [U, P], which tokens are an image's.
         images: the image tensors of all prefixes in turn.
     """
-    inputs = lmm.family.decoder_inputs(embeddings, attention, image_places, images)
+    inputs = lmm.decoder_inputs(embeddings, attention, image_mask, images)
     cache = DynamicCache()
     # Only keys and values are wanted, so the last layer need compute its output at one position only.
     first = torch.zeros(len(embeddings), 1, dtype=torch.long, device=embeddings.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.clip import key_identity
-from pipeline.backbones.lmm import SUPPORTED
+from pipeline.backbones.lmm_families import known_families
 from pipeline.backbones.lmm_processor import check_image_size
 from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.config.recipe import Recipe
@@ -26,9 +26,10 @@ def check_model(model: ModelFiles) -> str:
     except UserErrors as errors:
         wrong += errors.sentences
     config = model.config
-    if config.model_type not in SUPPORTED:
+    supported = known_families()
+    if config.model_type not in supported:
         wrong.append(
-            f"model.path: '{settings.path}' is of type {config.model_type}; supported are {', '.join(SUPPORTED)}. "
+            f"model.path: '{settings.path}' is of type {config.model_type}; supported are {', '.join(supported)}. "
             "Give a checkpoint of one of these."
         )
         raise UserErrors(wrong)

@@ -12,16 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backbones.image_tokens import ImageShape, ImageSizes, image_sizes
+from pipeline.data.image_sizes import ImageShape, ImageSizes, image_sizes
 from pipeline.data.pictures import SQUARE_SIDE, squared
 from pipeline.data.plain_text import PlainText
 from pipeline.data.sample import Sample
 from pipeline.data.truncation import cut_to_fit
 from pipeline.errors import UserError
 
-# What processors make of an image: pixels, and what some models have to know about them.
-IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
-# In their place, what the vision tower made of the image before (see `kept_features`).
+# In place of an image's tensors, what the vision tower made of it before (see `kept_features`).
 KEPT = "kept_features"
 PLAIN = Image.new("RGB", (32, 32), (1, 1, 1))
 # LLaVA-1.5's conversation "v1" (after Vicuna 1.1).
@@ -44,7 +42,7 @@ class Example:
     id: str
     prompt: list[int]
     answer: list[int]
-    images: dict[str, Tensor] | None  # of IMAGE_INPUTS those the model has; crops or patches in the first dimension
+    images: dict[str, Tensor] | None  # `ImageSizes.inputs`; crops or patches in the first dimension
     learned: list[bool] | None = None
     picture: bytes = b""  # digest of the image file: equal for equal images, empty without one
 
@@ -178,7 +176,7 @@ class Conversation:
             except Exception:
                 self._require_image(sample.id, given)  # else it is not the image
                 raise
-            images = image_inputs(inputs) if features is None else {KEPT: features[None]}
+            images = self._image_inputs(inputs) if features is None else {KEPT: features[None]}
         answer, learned = self._answer_and_turns(sample, picture is not None)
         if len(prompt) + len(answer) > self.max_length:
             size = None if picture is None else picture.size
@@ -333,10 +331,20 @@ class Conversation:
 
     def _blank(self) -> dict[str, Tensor]:
         """Stands in where a batch has no image; one crop of it will do, where the model does not count them."""
-        blank = image_inputs(self.processor.image_processor(self._given(PLAIN), return_tensors="pt"))
-        if "image_sizes" in blank or "image_grid_thw" in blank:
+        blank = self._image_inputs(self.processor.image_processor(self._given(PLAIN), return_tensors="pt"))
+        if self.sizes.counts_crops:
             return blank
         return {name: value[:1] for name, value in blank.items()}
+
+    def _image_inputs(self, outputs: Any) -> dict[str, Tensor]:
+        """What the processor made of one image: crops [crops, 3, H, W] and their masks, without an image dimension."""
+        found = {name: torch.as_tensor(outputs[name]) for name in self.sizes.inputs if name in outputs}
+        for name, plain in (("pixel_values", 4), ("pixel_attention_mask", 3)):
+            if name in found and found[name].dim() > plain:
+                found[name] = found[name].flatten(0, 1)
+        if "pixel_attention_mask" in found:
+            found["pixel_attention_mask"] = found["pixel_attention_mask"].bool()
+        return found
 
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens up to the end token."""
@@ -346,14 +354,3 @@ class Conversation:
 def picture_digest(image: bytes | None) -> bytes:
     """Equal for equal image files, empty without one."""
     return b"" if image is None else hashlib.blake2b(image, digest_size=16).digest()
-
-
-def image_inputs(outputs: Any) -> dict[str, Tensor]:
-    """What a processor made of one image; crops [crops, 3, H, W] and their masks, without a dimension for the image."""
-    found = {name: torch.as_tensor(outputs[name]) for name in IMAGE_INPUTS if name in outputs}
-    for name, plain in (("pixel_values", 4), ("pixel_attention_mask", 3)):
-        if name in found and found[name].dim() > plain:
-            found[name] = found[name].flatten(0, 1)
-    if "pixel_attention_mask" in found:
-        found["pixel_attention_mask"] = found["pixel_attention_mask"].bool()
-    return found

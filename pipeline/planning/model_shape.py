@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.backbones.gated import is_gated
+from pipeline.backbones.gated import why_not_gated
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
@@ -60,7 +60,7 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         fetched=list(_fetched_together(model)),
         text=config.get_text_config(),
         vision=getattr(config, "vision_config", None),
-        gates_kept_once=is_gated(inner.get_submodule(family.decoder).layers[0].mlp),
+        gates_kept_once=not why_not_gated(inner.get_submodule(family.decoder).layers[0].mlp, family.gated_mlps),
     )
 
 

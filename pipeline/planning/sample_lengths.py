@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.backbones.image_tokens import ImageShape
 from pipeline.data.conversation import Conversation, Length
+from pipeline.data.image_sizes import ImageShape
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.truncation import cut_to_fit

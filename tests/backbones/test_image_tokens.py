@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from pipeline.backbones.image_tokens import image_sizes, limit_image_tokens
 from pipeline.backbones.lmm import load_lmm
 from pipeline.backbones.lmm_processor import load_processor
 from pipeline.config.recipe import ModelConfig
 from pipeline.data.conversation import Conversation
+from pipeline.data.image_sizes import image_sizes, limit_image_tokens
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from tests.backbones.real_processors import save_real

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.backbones import lmm as backbone
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.last_layer import last_layer_at
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.data.collate import collate
 from pipeline.prompts import model as prompted
 from pipeline.prompts.model import PromptedLMM, answers_of
@@ -24,7 +25,7 @@ WHOLE = ("gemma3",)  # its attention norms the keys, and its layers more
 
 
 @contextlib.contextmanager
-def whole(lmm: LMM, positions: Tensor | None) -> Iterator[bool]:
+def whole(decoder: nn.Module, positions: Tensor | None, attentions: Collection[str]) -> Iterator[bool]:
     yield False
 
 
@@ -60,7 +61,7 @@ def test_only_the_asked_positions_leave_the_last_layer(lmm: LMM) -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(2, 6, lmm.width)
     attention = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    with last_layer_at(lmm, at) as lean:
+    with last_layer_at(lmm.decoder, at, lmm.family.lean_attentions) as lean:
         if lmm.family.needs_image_mask:
             pytest.skip("its decoder needs an image")
         found = lmm.decoder(inputs_embeds=embeddings, attention_mask=attention).last_hidden_state
@@ -93,7 +94,8 @@ def test_gates_kept_once_change_no_bit_and_keep_less(lmm: LMM, monkeypatch: pyte
 
 
 def test_layers_are_as_before_afterwards(lmm: LMM) -> None:
-    with contextlib.suppress(ZeroDivisionError), gates_kept_once(lmm), last_layer_at(lmm, torch.zeros(1, 1).long()):
+    last = last_layer_at(lmm.decoder, torch.zeros(1, 1).long(), lmm.family.lean_attentions)
+    with contextlib.suppress(ZeroDivisionError), gates_kept_once(lmm), last:
         raise ZeroDivisionError
     for layer in lmm.decoder.layers:  # type: ignore[union-attr]
         assert "forward" not in layer.__dict__ and "forward" not in layer.mlp.__dict__
@@ -104,3 +106,19 @@ def test_answers_are_found_wherever_they_stand() -> None:
     answers = answers_of(torch.tensor([[none, none, 7, 8, none], [none, 5, none, none, none], [none] * 5]))
     assert answers.targets.tolist() == [[7, 8], [5, none], [none, none]]
     assert answers.at[0].tolist() == [1, 2] and int(answers.at[1, 0]) == 0
+
+
+def test_the_shortcuts_of_a_model_are_told_with_what_is_in_the_way_of_the_others(
+    lmm: LMM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="pipeline.backbones"):
+        log_shortcuts(lmm)
+    (line,) = caplog.messages
+    if lmm.family.kind in WHOLE:
+        assert "shortcuts taken: none; not last layer at the answers only: Gemma3Attention is not known" in line
+        assert "not prefix cache for shared images: Gemma 3 has layers that see a window" in line
+    else:
+        assert line.endswith(
+            "shortcuts taken: last layer at the answers only, gated MLPs keep two vectors per token, prefix cache for "
+            "shared images"
+        )

@@ -1,0 +1,1 @@
+"""The supported model families, one file each: the answers to the questions of `LMMFamily`."""
