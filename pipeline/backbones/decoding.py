@@ -110,7 +110,7 @@ class GreedyDecoder(Generic[R]):
         """Begin the answers to prompts; returns these rows, which have their first token."""
         cache = new_cache(min(ROOM, max(row.longest for row in rows)))
         hidden, attention, positions = self._read(prompts, cache)
-        scores = self.lmm.logits(hidden[:, -1])
+        scores = self.lmm.logits(hidden)[:, -1]
         lengths = attention.sum(1).tolist()
         self._append(cache, attention, positions, positions.new_zeros(len(rows)))
         for row, length in zip(rows, lengths, strict=True):
@@ -150,7 +150,7 @@ class GreedyDecoder(Generic[R]):
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state
-            scores = self.lmm.logits(hidden[:, -1])
+            scores = self.lmm.logits(hidden)[:, -1]
         except Exception:
             for layer in layers_of(self._cache):
                 layer.cut(width)  # the first layers may have the token already
