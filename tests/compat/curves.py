@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.compat.kept import (
     KEPT,
     TENSORS,
+    Tolerance,
     assert_same_numbers,
     assert_same_values,
     learned,
@@ -128,12 +129,12 @@ class Golden:
         (self.folder / "curves.json").write_text(f"{{\n{lines}\n}}\n", "utf-8")
         (self.folder / "values.safetensors").write_bytes(save(dict(sorted(self.values.items()))))
 
-    def compare(self, name: str, curve: Curve, exact: bool) -> None:
-        """Fail where a curve is not the kept one: bit for bit where `exact`, else as `tests.compat.kept` says."""
+    def compare(self, name: str, curve: Curve, within: Tolerance | None) -> None:
+        """Fail where a curve is not the kept one, bit for bit where no tolerance is given."""
         kept = self.curves[name]
-        assert_same_numbers(curve.numbers, kept["numbers"], name, exact)
+        assert_same_numbers(curve.numbers, kept["numbers"], name, within)
         beginning = f"{name}/"
         values = {n.removeprefix(beginning): v for n, v in self.values.items() if n.startswith(beginning)}
-        assert_same_values(curve.values, values, name, exact)
-        if exact:
+        assert_same_values(curve.values, values, name, within)
+        if within is None:
             assert curve.hashes == kept["hashes"], f"{name}: tensors that are not kept whole have changed"

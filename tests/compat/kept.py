@@ -1,9 +1,11 @@
 """The kept artefacts, a working folder made of copies of them, and how numbers of two machines are compared.
 
-On the platform of `origin.json` (processor, its instructions, versions of torch and transformers) what is
-trained has to be what it was, bit for bit. Elsewhere matrix products add in another order, which changes the last
-bits of a gradient; AdamW divides by the root of the mean square, so where a gradient is next to nothing those bits
-decide on the sign of a whole step. The bounds for another platform leave room for that.
+On the platform of `origin.json` (processor, its instructions, versions of torch and transformers) what is trained has
+to be what it was, bit for bit. Elsewhere matrix products add in another order, which changes the last bits. Trained
+with other instructions of the same processor (`ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+MKL_ENABLE_INSTRUCTIONS=SSE4_2`), the curves differed by up to 1.2e-6 of a loss and 1.5e-5 of the norm of a learned
+tensor in float32, in bfloat16 by up to 2.6e-3 and 1.5e-2. The bounds leave room for other processors and versions, and
+stay far below what a changed rate, order, selection or initial value makes.
 """
 
 from __future__ import annotations
@@ -33,8 +35,18 @@ KEPT = Path(__file__).parent / "kept"
 ORIGIN = KEPT / "origin.json"
 WORKING = ("models", "data", "recipes", "runs", "adapters")  # what a working folder gets a copy of
 TENSORS = "prompts.safetensors"
-LOSS_TOLERANCE = 1e-3  # of a loss, relative
-VALUE_TOLERANCE = 2e-2  # of a learned tensor, as a share of its norm
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far numbers may be from the kept ones."""
+
+    loss: float = 1e-4  # as a share of the number
+    value: float = 1e-3  # as a share of a tensor's norm
+    floor: float = 1e-5  # of numbers that are next to 0, where a share says nothing
+
+
+ELSEWHERE, ELSEWHERE_BFLOAT16 = Tolerance(), Tolerance(2e-2, 1e-1, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,15 @@ def _processor(field: str) -> str:
     return platform.processor()
 
 
+def tolerance(part: str, bfloat16: bool = False) -> Tolerance | None:
+    """How far numbers may be here from those of this part (artefacts or golden); None: they have to be the same."""
+    if is_same_platform(part):
+        return None
+    return ELSEWHERE_BFLOAT16 if bfloat16 else ELSEWHERE
+
+
 def is_same_platform(part: str) -> bool:
-    """Whether numbers have to be those of this part (artefacts or golden), bit for bit."""
+    """Whether this is the platform that made this part."""
     return this_platform() == json.loads(ORIGIN.read_text("utf-8"))[part]["platform"]
 
 
@@ -119,28 +138,30 @@ def numbers_of(folder: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines] for name in lines[0] if not name.endswith("_per_s")}
 
 
-def assert_same_values(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of: str, exact: bool) -> None:
-    """Tensors are the expected ones: bit for bit where `exact`, else by the norm of their difference."""
+def assert_same_values(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], of: str, within: Tolerance | None
+) -> None:
+    """Tensors are the expected ones, bit for bit where no tolerance is given."""
     assert found.keys() >= expected.keys(), f"{of} lacks {sorted(expected.keys() - found.keys())}"
     for name, value in expected.items():
         got = found[name]
         assert got.shape == value.shape, f"{of}: {name} has another shape"
-        if exact:
+        if within is None:
             assert torch.equal(got, value), f"{of}: {name} differs by up to {(got - value).abs().max():.1e}"
         else:
             away = float((got - value).norm() / value.norm().clamp(min=1e-12))
-            assert away < VALUE_TOLERANCE, f"{of}: {name} is {away:.1e} of its norm away"
+            assert away < within.value, f"{of}: {name} is {away:.1e} of its norm away"
 
 
 def assert_same_numbers(
-    found: Mapping[str, list[float]], expected: Mapping[str, list[float]], of: str, exact: bool
+    found: Mapping[str, list[float]], expected: Mapping[str, list[float]], of: str, within: Tolerance | None
 ) -> None:
     """The numbers of every step are the expected ones; further ones may have come in since."""
     for name, values in expected.items():
         assert name in found, f"{of}: {name} is gone from metrics.jsonl"
         assert len(found[name]) == len(values), f"{of}: {len(found[name])} lines of metrics.jsonl, were {len(values)}"
         for step, (got, value) in enumerate(zip(found[name], values, strict=True), start=1):
-            bound = 0.0 if exact else LOSS_TOLERANCE * abs(value)
+            bound = 0.0 if within is None else within.loss * abs(value) + within.floor
             assert abs(got - value) <= bound, f"{of}: {name} of line {step} is {got!r}, was {value!r}"
 
 

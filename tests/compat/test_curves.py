@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.compat.curves import CLIP, CURVES, FURTHER, Golden, curves_of_benchmark, curves_of_sequence
-from tests.compat.kept import is_same_platform
+from tests.compat.kept import tolerance
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("working")]
 
@@ -18,11 +18,11 @@ def test_a_sequence_is_learned_as_it_was(name: str) -> None:
     found, golden = curves_of_sequence(name), Golden()
     assert sorted(found) == golden.names(name)
     for stage, curve in found.items():
-        golden.compare(stage, curve, is_same_platform("golden"))
+        golden.compare(stage, curve, tolerance("golden", bfloat16=name == "bfloat16"))
 
 
 def test_every_method_on_clip_is_learned_as_it_was() -> None:
     found, golden = curves_of_benchmark(), Golden()
     assert sorted(found) == golden.names(CLIP)
     for unit, curve in found.items():
-        golden.compare(unit, curve, is_same_platform("golden"))
+        golden.compare(unit, curve, tolerance("golden"))
