@@ -29,6 +29,7 @@ from data_prep.nano.scenes import (
     draw_text,
 )
 from data_prep.nano.skills import TASK_FORMATS, UNANSWERABLE, box_text
+from pipeline.errors import UserError
 
 VERSION = 2  # raise it when anything below changes what is drawn or asked
 STREAM = 1  # part of every random stream: the same number draws the same pictures
@@ -145,17 +146,19 @@ def write_coin(root: Path, seed: int, limit: tuple[int, int] | None = None) -> N
     if stamp.is_file() and stamp.read_text().strip() == fingerprint(seed, counts):
         return
     if root.exists() and not stamp.is_file() and any(root.iterdir()):
-        from pipeline.errors import UserError
-
         raise UserError(f"{root} holds files that were not generated here; choose an empty folder as data.root.")
     building = root.with_name(root.name + f".{os.getpid()}.tmp")
     shutil.rmtree(building, ignore_errors=True)
-    for task in TASKS:
-        for split, count in zip(("train", "test"), counts, strict=True):
-            _write_split(building, task, split, count, seed)
-    (building / "GENERATED.txt").write_text(fingerprint(seed, counts) + "\n")
-    shutil.rmtree(root, ignore_errors=True)
-    building.rename(root)
+    try:
+        for task in TASKS:
+            for split, count in zip(("train", "test"), counts, strict=True):
+                _write_split(building, task, split, count, seed)
+        (building / "GENERATED.txt").write_text(fingerprint(seed, counts) + "\n")
+        shutil.rmtree(root, ignore_errors=True)
+        building.rename(root)
+    except BaseException:  # a full disk, a signal
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def _write_split(root: Path, task: str, split: str, count: int, seed: int) -> None:

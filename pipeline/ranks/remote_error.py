@@ -43,8 +43,9 @@ def _picklable(error: PipelineError) -> PipelineError:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # a class inside a function, or an attribute that cannot be pickled
-        kind = next(base for base in type(error).__mro__ if base.__module__ == PipelineError.__module__)
-        plain: PipelineError = kind.__new__(kind)
+        bases = (base for base in type(error).__mro__ if issubclass(base, PipelineError))
+        kind = next(base for base in bases if base.__module__ == PipelineError.__module__)
+        plain = kind.__new__(kind)
         plain.args = (str(error),)
         return plain
     return error

@@ -31,15 +31,21 @@ CURVES: dict[str, dict[str, Any]] = {
     **{name: {"method.name": name} for name in METHODS},
     **{f"{name}-projector": {"method.name": name, **TRAINED} for name in METHODS},
     "compat": {
-        "data.scoring": "compat", "data.validation_share": 0, "model.template": "vicuna_v1",
-        "model.image_padding": "square", "method.gate": None, "method.text_only": "skip", "train.schedule": "constant",
-        "train.warmup": 0.3, "train.warmup_curve": "log",
+        "data.scoring": "compat",
+        "data.validation_share": 0,
+        "model.template": "vicuna_v1",
+        "model.image_padding": "square",
+        "method.gate": None,
+        "method.text_only": "skip",
+        "train.schedule": "constant",
+        "train.warmup": 0.3,
+        "train.warmup_curve": "log",
     },
     "after-image": {"method.insertion": "after_image"},
     "previous": {"method.init": "previous"},
     "zero-3": {"train.deepspeed": "ds_configs/zero3.json"},
     "zero-3-projector": {"train.deepspeed": "ds_configs/zero3.json", **TRAINED},
-}  # fmt: skip
+}
 # Of further ways to train; in the slow tests, for together they take as long as all the others.
 FURTHER: dict[str, dict[str, Any]] = {
     "before-image": {"method.insertion": "before_image"},
@@ -53,11 +59,14 @@ FURTHER: dict[str, dict[str, Any]] = {
     "bfloat16": {"model.dtype": "bfloat16"},
     "micro-batch": {"train.micro_batch": 2, "train.checkpointing": "full"},
     "optimizer": {
-        "train.schedule": "linear", "train.weight_decay": 0.1, "train.betas": [0.8, 0.95], "train.eps": 1e-6,
+        "train.schedule": "linear",
+        "train.weight_decay": 0.1,
+        "train.betas": [0.8, 0.95],
+        "train.eps": 1e-6,
         "train.clip": None,
     },
     "zero-2": {"train.deepspeed": "ds_configs/zero2.json"},
-}  # fmt: skip
+}
 
 SMALL = 512  # numbers in a tensor that is kept whole; of a larger one there is its hash
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_the_folder_is_a_function_of_the_seed(tmp_path: Path) -> None:
         for name in "abc"
     }
     assert files["a"] == files["b"] != files["c"]
+
+
+def test_a_folder_that_cannot_be_written_whole_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(root: Path, task: str, split: str, count: int, seed: int) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        if split == "test":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data_prep.nano.tasks._write_split", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_coin(tmp_path / "root", 0, (1, 1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_the_same_seed_is_left_alone_and_another_is_replaced(tmp_path: Path) -> None:

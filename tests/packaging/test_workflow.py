@@ -23,11 +23,12 @@ def steps(job: dict[str, Any]) -> list[str]:
     """The commands of a job, for every entry of its matrix."""
     entries = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
     commands = [step["run"] for step in job["steps"] if "run" in step]
-    return [
-        re.sub(r"\$\{\{ *matrix\.(\w+) *\}\}", lambda found, entry=entry: str(entry[found[1]]), command)
-        for entry in entries
-        for command in commands
-    ]
+    return [filled_in(command, entry) for entry in entries for command in commands]
+
+
+def filled_in(command: str, entry: dict[str, Any]) -> str:
+    """The command with what an entry of the matrix has in place of `${{ matrix.NAME }}`."""
+    return re.sub(r"\$\{\{ *matrix\.(\w+) *\}\}", lambda found: str(entry[found[1]]), command)
 
 
 def test_every_step_of_the_script_is_a_job() -> None:

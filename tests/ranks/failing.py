@@ -82,7 +82,7 @@ def all_errors(folder: Path) -> None:
     found["cause"] = described(lambda: on_main(world, _caused))
     for name in ERRORS:
         if name != "bug":  # which `together` raises where it is met, while the others wait for the launcher
-            found[f"together {name}"] = described(lambda: together(lambda: world.rank and thrown(name)))  # noqa: B023
+            found[f"together {name}"] = described(lambda: together(lambda: thrown(name) if world.rank else None))  # noqa: B023
     (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
