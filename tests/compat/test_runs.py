@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.compat.inner import logits_of
 from tests.compat.kept import (
+    ELSEWHERE,
     KEPT,
     TENSORS,
     assert_contains,
@@ -79,7 +80,7 @@ def test_a_benchmark_is_reported_with_its_scores() -> None:
 @pytest.mark.parametrize("number", [0, 3])  # with and without a picture
 def test_a_run_answers_a_question_as_it_was_evaluated(number: int) -> None:
     sample = lines(SEQUENCE / "eval/after-02/T1.jsonl")[number]
-    image = [] if number == 3 else ["--image", picture_of("T1", "test", number)]
+    image: list[str | Path] = [] if number == 3 else ["--image", picture_of("T1", "test", number)]
     answer = succeeded("predict", SEQUENCE, "--question", sample["question"], *image, "--json").result
     assert answer["answer"] == sample["prediction"]
     assert answer["selected"] == sample["selected"]
@@ -140,6 +141,17 @@ def test_a_run_that_was_stopped_inside_a_stage_comes_to_where_it_would_have_come
         assert_contains(found, expected)
     elif run != "benchmark":  # the rows of finished stages are answers that were there already
         assert_contains(found["accuracy"][:-1], expected["accuracy"][:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_a_run_of_one_rank_is_resumed_by_two_under_zero_2() -> None:
+    settings = ("train.processes=2", "train.deepspeed=ds_configs/zero2.json")
+    succeeded("run", "recipes/sequence.yaml", *(part for text in settings for part in ("--set", text)))
+    assert read(SEQUENCE / "run.json")["world_size"] == 2
+    # Two ranks add gradients in another order, as another processor does.
+    found, expected = learned(SEQUENCE / "stages/03-T2"), load_file(FINISHED / "sequence" / TENSORS)
+    assert_same_values(found, expected, "ZeRO-2", ELSEWHERE)
 
 
 def test_the_units_of_a_benchmark_are_classifiers_of_any_names() -> None:
