@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.outcome import App
-from pipeline.data.shard_files import raise_descriptor_limit
+from pipeline.files.descriptors import raise_descriptor_limit
 
 app = App(add_completion=False, help=__doc__)
 
@@ -37,7 +37,7 @@ def prepare_command(
 ) -> None:
     """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
     from data_prep.prepare import prepare  # here: torch and transformers take seconds, --help should not
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
 
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
     for split in prepare(load_recipe(recipe, changes), replace=replace, gpus=gpus)["splits"]:
@@ -52,7 +52,7 @@ def prepare_command(
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Write this process's share of the shards; `join` follows when all have ended."""
     from data_prep.share import Share, share_shards
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
 
     typer.echo(f"share {share}: wrote {share_shards(load_recipe(recipe, overrides or []), Share.parse(share))} shards")
 
@@ -61,7 +61,7 @@ def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Ov
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Put the index beside the shards that `shards` wrote, and write those that are missing."""
     from data_prep.share import join_shards
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
 
     typer.echo(f"{join_shards(load_recipe(recipe, overrides or []))} samples")
 
@@ -70,7 +70,7 @@ def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
     from data_prep.share import Share, share_keys
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
 
     wrote = share_keys(load_recipe(recipe, overrides or []), Share.parse(share))
     typer.echo(f"share {share}: computed the keys of {wrote} shards")

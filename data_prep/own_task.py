@@ -16,7 +16,7 @@ from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read
 from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
 from pipeline.config.task_file import TASK_FILE
 from pipeline.errors import UserError, UserErrors, nearest, require_extras
-from pipeline.runs.finished import write_json
+from pipeline.files.atomic import write_json
 
 COLUMNS = ("image", "question", "answer")
 LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called

@@ -27,7 +27,8 @@ from pipeline.files.lock import lock_of, waiting_for
 from pipeline.metrics.scoring import require_metrics
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import Recipe, TaskConfig
+    from pipeline.config.data import TaskConfig
+    from pipeline.config.recipe import Recipe
 
 SPLITS = ("train", "test")
 

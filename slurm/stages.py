@@ -10,7 +10,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config.recipe import load_recipe
+from pipeline.config.load import load_recipe
 from pipeline.errors import EXIT_USER, UserError
 from pipeline.methods import make_method
 

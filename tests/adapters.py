@@ -12,7 +12,8 @@ from pipeline.adapter.answering import Question
 from pipeline.adapter.load import FORMAT_VERSION, Adapter, Meta, write_adapter
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.backbones.lmm import base_fingerprint
-from pipeline.config.recipe import KeysConfig, MethodConfig, ModelConfig
+from pipeline.config.method import MethodConfig
+from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.sample import decode_image
 from pipeline.prompts.pool import PromptPool
 from tests import tiny, tiny_clip

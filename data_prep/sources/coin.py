@@ -28,7 +28,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import DataConfig, TaskConfig
+    from pipeline.config.data import DataConfig, TaskConfig
 
 
 @dataclass(frozen=True)

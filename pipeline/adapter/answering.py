@@ -14,18 +14,20 @@ from torch import Tensor
 
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.recipe import KeysConfig, MethodConfig, ModelConfig
+from pipeline.config.method import MethodConfig
+from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Example
 from pipeline.data.keys import Keys
 from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
+from pipeline.data.selection import NO_SET
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import NO_SET, similarity
+from pipeline.prompts.routing import similarity
 from pipeline.ranks.devices import choose_device
 
 BATCH = 16

@@ -15,13 +15,18 @@ from torch import Tensor
 from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
-from pipeline.config.recipe import KeysConfig, MethodConfig, ModelConfig, Recipe, load_run
+from pipeline.config.load import load_run
+from pipeline.config.method import MethodConfig
+from pipeline.config.models import KeysConfig, ModelConfig
+from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
-from pipeline.files.atomic import replacing, sha256
+from pipeline.files.atomic import replacing, sha256, write_json
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
-from pipeline.runs.finished import check_stage, load_stage, stage_folder, write_json
+from pipeline.prompts.stage_files import load_stage
+from pipeline.runs.claim import check_stage
+from pipeline.runs.layout import stage_folder
 
 if TYPE_CHECKING:
     from pipeline.adapter.answering import Answerer, Source

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapter.load import export, read_adapter
+from pipeline.prompts.pool import fingerprint_of
+from pipeline.runs.folder import read_run
 from pipeline.runs.provenance import package_versions
 from pipeline.tracking.store import against_others
+from pipeline.tracking.tracker import StoredRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +42,21 @@ class Version:
         """As MLflow keeps them, beside the version."""
         score = {} if self.score is None else {SCORE: f"{self.score:.4f}"}
         return {CONTENT: self.content, TASKS: ", ".join(self.tasks)[:5000], **score}
+
+
+def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> None:
+    """Register a finished run's adapter, unless that very adapter is a version of the model `name` already."""
+    with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
+        adapter = Path(folder) / "adapter"
+        export(run_path, adapter)
+        pool = read_adapter(adapter).pool
+        # Of the values: a safetensors file may hold the same ones in another order of its header.
+        content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
+        known = stored.client.search_model_versions(f"name = '{name}'")
+        if not any(version.tags.get(CONTENT) == content for version in known):
+            run = read_run(run_path)
+            version = Version(name, seed, content, run.tasks, run.metrics().get(SCORE))
+            register_adapter(stored.client, stored.experiment, stored.run_id, adapter, version)
 
 
 def register_adapter(

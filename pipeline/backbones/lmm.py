@@ -23,7 +23,7 @@ from pipeline.backbones.lmm_processor import (
 )
 from pipeline.backbones.lmm_weights import refuse_unfitting, require_fitting_weights
 from pipeline.backbones.shortcuts import log_shortcuts
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.lmm_families import family_of, known_families
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.image_sizes import know_image_sizes, limit_image_tokens
 from pipeline.errors import UserError
 from pipeline.hub.pickled import SETTINGS

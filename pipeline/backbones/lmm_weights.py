@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
 from pipeline.hub.weights import tensors_of

@@ -13,7 +13,7 @@ from pipeline.bench import measure
 from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from pipeline.clip.methods import make_learner
 from pipeline.clip.towers.backbone import Backbone
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 
 TOKENIZER = "data_prep/nano/checkpoints/clip"  # names become as many tokens as they have in any CLIP, nearly
 WORDS = "red green blue yellow purple cyan orange circle square triangle cross ring large small digit letter".split()

@@ -19,7 +19,7 @@ from pipeline.bench.data_source import counts_of, write_coin, write_prepared
 from pipeline.bench.data_watch import MIB, Watched, watch
 from pipeline.bench.keys import save_clip
 from pipeline.bench.sizes import SIZES
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.errors import UserError
 
 GENERATED = "generated.json"  # in the folder: what was generated there

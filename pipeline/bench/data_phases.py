@@ -20,7 +20,7 @@ def prepare(recipe_path: str) -> dict[str, Any]:
     import numpy as np
 
     import data_prep.prepare as verb
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
     from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_index
 
     source, spent = _beside("data_source"), [0.0, 0.0]
@@ -73,7 +73,7 @@ def _write_table(path: Path, shards: Any) -> None:
 def fill(recipe_path: str) -> dict[str, Any]:
     """A run whose first stages are finished and evaluated; the answers are not generated but all the same."""
     import pipeline.sequence.evaluate
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
     from pipeline.sequence.run import run_sequence
 
     def answers(*arguments: Any, **named: Any) -> dict[int, str]:

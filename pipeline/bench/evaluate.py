@@ -16,7 +16,8 @@ from torch.nn.functional import cosine_similarity
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.bench import measure
-from pipeline.config.recipe import Recipe, load_run
+from pipeline.config.load import load_run
+from pipeline.config.recipe import Recipe
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserError
@@ -24,8 +25,8 @@ from pipeline.methods import make_method
 from pipeline.prompts.generation import generate_once
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.stage_files import load_stage
 from pipeline.ranks.world import World, init_world
-from pipeline.runs.finished import load_stage
 from pipeline.sequence.answers import SETS_FILE, AnswerKey, AnswerStore, Routed
 from pipeline.sequence.evaluate import Answering, evaluate_task
 from pipeline.sequence.test_set import TestSet

@@ -23,11 +23,11 @@ from pipeline.bench.operations import SHARED, TASKS, step_operations
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep
 from pipeline.data.collate import Batch
+from pipeline.files.atomic import write_json
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.routing import select_for_inference, similarity
 from pipeline.ranks.world import init_world
-from pipeline.runs.finished import write_json
 from pipeline.training.deepspeed_config import DS_CONFIGS
 from pipeline.training.engine import gather_layer_by_layer, start_deepspeed
 from pipeline.training.normaliser import Normaliser

@@ -15,7 +15,7 @@ import torch
 from pipeline.bench import measure
 from pipeline.bench.noise import write_noise
 from pipeline.bench.sizes import SIZES, Size
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 
 TOKENIZER = "data_prep/nano/checkpoints/clip"
 

@@ -24,7 +24,7 @@ from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.load import load_adapter
 from pipeline.bench import measure
 from pipeline.bench.noise import draw_jpeg
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.serve.server import KEY_VARIABLE

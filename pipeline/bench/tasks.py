@@ -15,7 +15,7 @@ from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
-from pipeline.config.recipe import MethodConfig
+from pipeline.config.method import MethodConfig
 from pipeline.data.collate import Batch
 from pipeline.data.keys import Keys
 from pipeline.methods import make_method

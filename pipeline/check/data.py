@@ -12,7 +12,8 @@ import numpy as np
 from data_prep.bad_records import BadRecord
 from data_prep.sources.addresses import Benchmark, benchmark_of, images_of
 from data_prep.sources.coin import coin_split
-from pipeline.config.recipe import Recipe, TaskConfig
+from pipeline.config.data import TaskConfig
+from pipeline.config.recipe import Recipe
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards

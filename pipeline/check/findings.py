@@ -13,7 +13,8 @@ from rich.table import Table
 
 from pipeline.errors import UserError, UserErrors
 from pipeline.planning.memory_plan import BESIDE, GIB, MemoryPlan
-from pipeline.ranks.launch import is_distributed, local_processes
+from pipeline.ranks.environment import launched_place
+from pipeline.ranks.launch import local_processes
 
 
 @dataclass
@@ -54,9 +55,8 @@ def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> Non
 
 def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
     """The ranks of this launch, or those that `run` would start here."""
-    if is_distributed(env):
-        return int(env.get("WORLD_SIZE") or env["SLURM_NTASKS"])
-    return local_processes(recipe)
+    place = launched_place(env)
+    return place.size if place else local_processes(recipe.train.processes)
 
 
 def peak(plan: MemoryPlan) -> str:

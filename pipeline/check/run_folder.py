@@ -13,7 +13,8 @@ from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
 from pipeline.planning.model_files import ModelFiles
-from pipeline.runs.finished import COMPLETE, META, check_stage, claim_run, is_empty
+from pipeline.runs.claim import check_stage, claim_run, is_empty
+from pipeline.runs.finished import COMPLETE, META
 from pipeline.runs.folder import read_run
 
 LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions

@@ -79,7 +79,7 @@ def _recipe(recipe: Recipe) -> str:
 def _metrics(recipe: Recipe) -> str:
     tasks = recipe.data.tasks
     require_metrics([task.metric for task in tasks])
-    other = contradictions(recipe)
+    other = contradictions(recipe.data)
     note = f"; note: {'; '.join(other)}" if other else ""
     return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring}){note}"
 

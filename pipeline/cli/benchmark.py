@@ -27,7 +27,7 @@ def prepare(name: str, overrides: Iterable[str], replace: bool = False) -> dict[
 
 def before_ranks(recipe: ClipRecipe, name: str) -> None:
     """What is said before ranks have started and loaded anything; UserError."""
-    from pipeline.runs.finished import claim_run
+    from pipeline.runs.claim import claim_run
 
     if recipe.data.prepare_first:
         from data_prep.benchmark import prepare_benchmark

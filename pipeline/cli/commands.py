@@ -15,12 +15,15 @@ from pipeline import __version__
 from pipeline.cli import completion
 from pipeline.cli.outcome import LOOK, SHARE, TRAIN, USE, App, Result, Told, finish, show
 from pipeline.cli.use import Clip, Learned, Model, Then, add_verbs
-from pipeline.config.recipe import Recipe, load_recipe, load_run, one_kind, recipe_kind, run_kind
-from pipeline.data.shard_files import raise_descriptor_limit
+from pipeline.config.load import load_recipe, load_run, one_kind, recipe_kind, run_kind
+from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_USER, UserError, require_extras
+from pipeline.files.descriptors import raise_descriptor_limit
 from pipeline.ranks import launch
 from pipeline.ranks.devices import require_usable_gpus
-from pipeline.tracking.tracker import passwords_to_environment
+from pipeline.ranks.environment import is_distributed, rank, require_srun
+from pipeline.ranks.outcome import OUTCOMES
+from pipeline.tracking.store import passwords_to_environment
 from pipeline.training.deepspeed_config import accumulation
 
 RecipeName = Annotated[
@@ -159,7 +162,7 @@ _add_training("train", "Train all stages without evaluating; `evaluate RUN` fill
 @app.command(rich_help_panel=TRAIN)
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
-    launch.require_srun()
+    require_srun()
     if run_kind(run) == "clip":
         _benchmark("evaluate", str(run), [], as_json)
         return
@@ -262,7 +265,7 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
     from pipeline.cli import benchmark as verbs
 
     recipe = verbs.load(verb, name, overrides)
-    if not launch.is_distributed():
+    if not is_distributed():
         verbs.before_ranks(recipe, name)
     told = passwords_to_environment(overrides)
     arguments = [verb, name, *(part for text in told for part in ("--set", text))]
@@ -277,7 +280,7 @@ def _benchmark(verb: str, name: str, overrides: list[str], as_json: bool) -> Non
 def _sequence(
     verb: str, name: str, overrides: list[str], until: int | None, as_json: bool, then: Then | None = None
 ) -> None:
-    launch.require_srun()
+    require_srun()
     if recipe_kind(name) == "clip":
         if until is not None:
             raise UserError(f"--until counts the stages of a sequence, and {name} has units; choose them with --set.")
@@ -287,15 +290,15 @@ def _sequence(
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
     from pipeline.sequence.prepared import require_prepared
 
-    if recipe.data.prepare_first and not launch.is_distributed():
+    if recipe.data.prepare_first and not is_distributed():
         from data_prep.prepare import prepare as prepare_recipe
 
         prepare_recipe(recipe, progress=True)
     require_prepared(recipe, name)
-    if not launch.is_distributed():
+    if not is_distributed():
         # Said here, before ranks have started and loaded anything.
-        accumulation(recipe, launch.local_processes(recipe))
-        from pipeline.runs.finished import claim_run
+        accumulation(recipe, launch.local_processes(recipe.train.processes))
+        from pipeline.runs.claim import claim_run
 
         claim_run(recipe)
 
@@ -313,7 +316,7 @@ def _sequence(
 
 def _may_print(as_json: bool) -> bool:
     """Whether this process is the one whose output the user sees, and wants words."""
-    return not as_json and launch.OUTCOMES not in os.environ and launch.rank() == 0
+    return not as_json and OUTCOMES not in os.environ and rank() == 0
 
 
 def _show_end(run: Path, verb: str, name: str, as_json: bool) -> None:
@@ -330,12 +333,12 @@ def _on_ranks(
 
     The result is handed to `then` before it is shown.
     """
-    if launch.is_distributed():
+    if is_distributed():
         result = work(recipe)
     else:
         require_extras("train", *recipe.tracking.extras)
         require_usable_gpus()  # said once, before ranks are started
-        processes = launch.local_processes(recipe)
+        processes = launch.local_processes(recipe.train.processes)
         if processes > 1:
             outcome = launch.launch(arguments, processes)
             if outcome.code:
@@ -343,6 +346,6 @@ def _on_ranks(
             result = outcome.result or {}
         else:
             result = work(recipe)
-    if then is not None and launch.rank() == 0:
+    if then is not None and rank() == 0:
         result = then(result)
     show(result, as_json)

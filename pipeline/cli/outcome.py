@@ -25,7 +25,8 @@ from pipeline.errors import (
     for_user,
 )
 from pipeline.files.paths import expanded
-from pipeline.ranks import launch
+from pipeline.ranks.environment import is_distributed, rank
+from pipeline.ranks.outcome import Outcome, leave_outcome
 from pipeline.ranks.shutdown import STOP_SIGNALS
 
 Result = dict[str, Any]
@@ -89,20 +90,20 @@ class Verbs(_PlainHelp, TyperGroup):
             raise
         except Exception as error:
             told = for_user(error)
-            if isinstance(told, Interrupted) and launch.is_distributed():
+            if isinstance(told, Interrupted) and is_distributed():
                 # A launcher that ends the ranks when the first has left must not change this one's exit code.
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
             if told is not None:
                 sentence = str(told) or "stopped early; the same command goes on from here."
-                finish(launch.Outcome(told.exit_code, sentence), as_json and not isinstance(told, Told))
+                finish(Outcome(told.exit_code, sentence), as_json and not isinstance(told, Told))
             if "typer" in type(error).__module__ or "click" in type(error).__module__:
                 if as_json and hasattr(error, "format_message"):
                     _print_json({"error": error.format_message(), "exit_code": EXIT_USER})
                 raise  # its own usage errors, which it shows itself
             traceback.print_exc()
-            outcome = launch.Outcome(EXIT_FAILURE, f"{type(error).__name__}: {error}")
-            if not launch.leave_outcome(outcome) and as_json:
+            outcome = Outcome(EXIT_FAILURE, f"{type(error).__name__}: {error}")
+            if not leave_outcome(outcome) and as_json:
                 _print_json(_failure(outcome))
             raise typer.Exit(EXIT_FAILURE) from None
 
@@ -120,7 +121,7 @@ class App(typer.Typer):
 
 def show(result: Result, as_json: bool) -> None:
     """Print a result, or leave it for the process that launched this rank."""
-    if launch.leave_outcome(launch.Outcome(EXIT_OK, result=result)) or launch.rank() != 0:
+    if leave_outcome(Outcome(EXIT_OK, result=result)) or rank() != 0:
         return
     if as_json:
         _print_json(result)
@@ -130,13 +131,13 @@ def show(result: Result, as_json: bool) -> None:
             print(f"{key}: {value}")
 
 
-def finish(outcome: launch.Outcome, as_json: bool) -> NoReturn:
+def finish(outcome: Outcome, as_json: bool) -> NoReturn:
     """End with an outcome's exit code: its sentence on stderr, with --json also an object on stdout."""
-    if not launch.leave_outcome(outcome) and outcome.error:
+    if not leave_outcome(outcome) and outcome.error:
         label = {EXIT_RESUMABLE: "stopped"}.get(outcome.code, "error")
-        who = f" (rank {launch.rank()})" if launch.rank() else ""
+        who = f" (rank {rank()})" if rank() else ""
         print(f"{label}{who}: {outcome.error}", file=sys.stderr, flush=True)
-        if as_json and launch.rank() == 0:
+        if as_json and rank() == 0:
             _print_json(_failure(outcome))
     raise typer.Exit(outcome.code)
 
@@ -154,7 +155,7 @@ def require_folder(path: Path) -> None:
         raise UserError(f"'{path}' is a recipe and no folder; expected the folder of a run{there}.")
 
 
-def _failure(outcome: launch.Outcome) -> Result:
+def _failure(outcome: Outcome) -> Result:
     return {"error": outcome.error, "exit_code": outcome.code}
 
 

@@ -16,7 +16,7 @@ from pipeline.config.recipe import Recipe
 
 HEAD = """# Every field of a recipe
 
-Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config/recipe.py` and
+Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config/` and
 `pipeline/clip/recipe.py`; change it there. A recipe may `extends:` another, whose groups it then adds to and whose
 lists it replaces. On the command line `--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of
 an item by its name. Why a

@@ -14,7 +14,7 @@ from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.towers.text import MARK
 from pipeline.config.base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.config.messages import sentence
-from pipeline.config.recipe import locate
+from pipeline.config.paths import locate
 from pipeline.config.yaml_file import apply_overrides, find_recipe, read_recipe
 from pipeline.errors import UserError, nearest
 from pipeline.files.paths import GivenPath

@@ -136,7 +136,7 @@ class FileRecipe(Section):
     def dump_yaml(self, path: Path) -> None:
         """Write the resolved recipe, whole or not at all; reading the file gives it back as it was.
 
-        All but a password in `tracking.uri`: run folders are shared (see `pipeline.tracking.tracker.tracking_uri`).
+        All but a password in `tracking.uri`: run folders are shared (see `pipeline.tracking.store.tracking_uri`).
         """
         fields = self.model_dump(mode="json")
         tracking = fields.get("tracking")

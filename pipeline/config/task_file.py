@@ -7,14 +7,12 @@ where it says something else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.config.data import DataConfig
 from pipeline.errors import UserError
 from pipeline.files.paths import expanded
 from pipeline.files.strict_text import load_json
-
-if TYPE_CHECKING:
-    from pipeline.config.recipe import Recipe
 
 TASK_FILE = "task.json"
 TAKEN = ("metric", "max_new_tokens")  # fields that a recipe takes from it
@@ -59,13 +57,13 @@ def _filled(root: Path, task: Any) -> Any:
     return {**{name: there[name] for name in TAKEN if name in there}, **task}
 
 
-def contradictions(recipe: Recipe) -> list[str]:
+def contradictions(data: DataConfig) -> list[str]:
     """Where a recipe scores a task otherwise than its task.json says, one clause each."""
-    if recipe.data.source != "coin":
+    if data.source != "coin":
         return []
     found = []
-    for task in recipe.data.tasks:
-        there = read_task_file(Path(recipe.data.root) / "instructions" / task.name)
+    for task in data.tasks:
+        there = read_task_file(Path(data.root) / "instructions" / task.name)
         for name in TAKEN:
             if name in there and there[name] != getattr(task, name):
                 found.append(f"{task.name}: {name} {getattr(task, name)}, {TASK_FILE} says {there[name]}")

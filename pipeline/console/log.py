@@ -6,7 +6,7 @@ import logging
 import sys
 
 from pipeline.console.progress import IN_BAR
-from pipeline.ranks.launch import rank
+from pipeline.ranks.environment import rank
 
 
 class _Lines(logging.StreamHandler):

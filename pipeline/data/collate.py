@@ -21,7 +21,7 @@ from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.keys import Keys, PickedKeys, join_keys
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
-from pipeline.prompts.routing import NO_SET
+from pipeline.data.selection import NO_SET
 
 if TYPE_CHECKING:
     from pipeline.data.ids import Ids

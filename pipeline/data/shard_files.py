@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST_OPEN = 64  # descriptors of shards that a process keeps, those used last
-WANTED_DESCRIPTORS = 16384  # soft limit to ask for, where the system allows it: rank 0's store has three per rank
 
 
 @dataclass
@@ -105,12 +103,3 @@ class ShardFiles:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be ending
             _DESCRIPTORS.close(id(self))
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files as far as is sensible and allowed; without permission it stays."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -13,7 +13,7 @@ from pipeline.methods.sequential import Sequential
 from pipeline.methods.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import MethodConfig
+    from pipeline.config.method import MethodConfig
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (ModalPrompt, Sequential, Independent, Joint, ZeroShot)

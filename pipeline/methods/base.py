@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.data.selection import NO_SET
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import NO_SET
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import MethodConfig
+    from pipeline.config.method import MethodConfig
     from pipeline.data.keys import AnyKeys
 
 

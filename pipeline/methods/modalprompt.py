@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.data.selection import NO_SET
 from pipeline.methods.base import Method
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routing import (
-    NO_SET,
     SAMPLES_AT_ONCE,
     provisional_prototype,
     select_for_inference,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.data.selection import NO_SET
 from pipeline.methods.base import Method, Stage
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import NO_SET
 
 
 class ZeroShot(Method):

@@ -13,9 +13,10 @@ from pipeline.data.sample import Sample
 from pipeline.planning.memory_plan import GIB, Tokens, plan_memory
 from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
+from pipeline.ranks.environment import ranks_per_node
 from pipeline.ranks.world import World, on_main
 from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
-from pipeline.training.hpz import ranks_per_node, several_nodes
+from pipeline.training.hpz import several_nodes
 
 log = logging.getLogger(__name__)
 POLICIES = ("none", "selective", "full")  # cheapest first

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.planning.memory_plan import GIB, MemoryPlan, Tokens, plan_memory
-from pipeline.training.hpz import USUAL_NODE
+from pipeline.ranks.environment import USUAL_NODE
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import load_processor, settings_fingerprint
-from pipeline.config.recipe import Recipe, TaskConfig
+from pipeline.config.data import TaskConfig
+from pipeline.config.recipe import Recipe
 from pipeline.data.conversation import Conversation
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserErrors
+from pipeline.files.atomic import write_json
 from pipeline.planning.sample_lengths import SplitLengths, long_answers, measure
-from pipeline.runs.finished import COMPLETE, LENGTHS_FILE, META, write_json
+from pipeline.runs.finished import COMPLETE, META
+from pipeline.runs.layout import LENGTHS_FILE
 
 log = logging.getLogger("pipeline.planning.too_long")
 SPLITS = ("train", "test")

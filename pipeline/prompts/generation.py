@@ -17,9 +17,9 @@ from pipeline.data.conversation import Example
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.loader import loaded
 from pipeline.data.prompt_lengths import prompt_lengths
+from pipeline.data.selection import NO_SET
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.insertion import gather_sets, insert_prompts
-from pipeline.prompts.routing import NO_SET
 from pipeline.prompts.two_passes import cut_behind_images
 
 WAITING_BYTES = 128 << 20  # of samples that loader processes have made and that wait for their batch

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from pipeline.prompts.routing import NO_SET
+from pipeline.data.selection import NO_SET
 
 
 def gather_sets(bank: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:

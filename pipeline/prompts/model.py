@@ -14,9 +14,10 @@ from pipeline.backbones.lmm import LMM
 from pipeline.backbones.prefix_cache import hidden_after_prefix
 from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
+from pipeline.data.selection import NO_SET
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.routing import NO_SET, prototype_term_weights
+from pipeline.prompts.routing import prototype_term_weights
 from pipeline.prompts.two_passes import cut_behind_images
 from pipeline.training.normaliser import Normaliser
 

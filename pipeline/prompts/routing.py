@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pipeline.data.selection import NO_SET
+
 if TYPE_CHECKING:
     from pipeline.data.keys import AnyKeys, Rows
 
-NO_SET = -1
 SAMPLES_AT_ONCE = 1 << 14  # whose keys are in memory as float32
 SUMMED_BYTES = 256 << 20  # of unit keys that are summed at once, unless a few columns take more
 COLUMNS = 64  # a multiple of what torch adds side by side, so that columns apart are summed like columns together

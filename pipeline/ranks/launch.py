@@ -13,49 +13,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from pipeline.config.recipe import Recipe
-from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, UserError
+from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER
 from pipeline.ranks.devices import GIVEN, NUMBERED, given_devices
+from pipeline.ranks.environment import free_port, is_distributed
+from pipeline.ranks.outcome import OUTCOMES, Outcome
 from pipeline.ranks.shutdown import STOP_SIGNALS, heeded
-
-OUTCOMES = "PIPELINE_OUTCOMES"  # folder in which the ranks of a launch leave how they ended
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a rank, or a whole launch, ended: exit code, the sentence for the user, and the result."""
-
-    code: int
-    error: str | None = None
-    result: dict[str, Any] | None = None
-
-
-def rank(env: Mapping[str, str] = os.environ) -> int:
-    """Return this process's rank as torchrun, deepspeed or srun set it, 0 without any of them."""
-    return int(env.get("RANK") or env.get("SLURM_PROCID") or 0) if is_distributed(env) else 0
-
-
-def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether torchrun, deepspeed or srun (with several tasks) started this process as one of its ranks."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return True
-    return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS") or 1) > 1
-
-
-def require_srun(env: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError in the shell of a Slurm job with several tasks, which looks like the first of them."""
-    if "RANK" not in env and is_distributed(env) and "SLURM_STEP_ID" not in env:
-        raise UserError(
-            f"This is the shell of Slurm job {env.get('SLURM_JOB_ID', '?')} and not one of its {env['SLURM_NTASKS']} "
-            "tasks. Submit slurm/run_sequence.sh, which starts them, or put `srun` before the command (and export "
-            "MASTER_ADDR and MASTER_PORT)."
-        )
 
 
 def end_as_rank(work: Callable[[], object]) -> None:
@@ -89,26 +55,17 @@ def end_as_rank(work: Callable[[], object]) -> None:
         ended()
 
 
-def local_processes(recipe: Recipe) -> int:
-    """Return how many ranks to start here: `train.processes`, at most one per GPU where there are GPUs."""
+def local_processes(wanted: int | None) -> int:
+    """Return how many ranks to start here: as many as `wanted`, at most one per GPU where there are GPUs.
+
+    None: one per GPU, one without GPUs.
+    """
     import torch
 
     accelerators = torch.cuda.device_count()
     if not accelerators:
-        return recipe.train.processes or 1
-    return min(recipe.train.processes or accelerators, accelerators)
-
-
-def leave_outcome(outcome: Outcome) -> bool:
-    """Write how this rank ended for the process that launched it; False when nobody asked for it."""
-    folder = os.environ.get(OUTCOMES)
-    if folder is None:
-        return False
-    path = Path(folder) / f"rank-{rank()}.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-    temporary.replace(path)
-    return True
+        return wanted or 1
+    return min(wanted or accelerators, accelerators)
 
 
 def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Outcome:
@@ -140,8 +97,6 @@ def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Ou
 
 def launcher_command(arguments: list[str], processes: int) -> list[str]:
     """Return the deepspeed launcher's command line for ranks on this machine only."""
-    from pipeline.ranks.world import free_port  # here, for it imports torch
-
     return [
         *[sys.executable, "-m", "deepspeed.launcher.runner"],
         # An empty name, for a hostfile in the launcher's default place would send the ranks to other machines.

@@ -1,6 +1,7 @@
 """Being told to stop: a signal sets a flag, and whoever looks at it leaves at a place where nothing is lost.
 
-Nothing heavy is imported here, so that a process can listen from its first second.
+Nothing heavy is imported here, so that a process can listen from its first second. All imports are at the top: a signal
+may come in the middle of an import, when what is half imported cannot be used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from pipeline.errors import EXIT_RESUMABLE
+from pipeline.ranks.outcome import Outcome, leave_outcome
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 HEARD_S = 3.0  # in which a wait ends by itself, or the process that was told to stop meanwhile ends
@@ -57,9 +59,6 @@ def leave_on_signals() -> None:
     For a process that is still importing, loading or preparing data: nothing of it is lost, and a scheduler must not
     take it for failed.
     """
-    # Not when the signal comes: it may come in the middle of an import, and what is half imported cannot be used.
-    from pipeline.ranks.launch import Outcome, leave_outcome
-
     mine = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -120,8 +119,6 @@ def leave_from_wait(what: str) -> Iterator[None]:
 
 
 def _leave_at_once(message: str) -> None:
-    from pipeline.ranks.launch import Outcome, leave_outcome
-
     if not leave_outcome(Outcome(EXIT_RESUMABLE, message)):
         print(f"stopped: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.errors import EXIT_FAILURE
-from pipeline.ranks.launch import Outcome, leave_outcome
+from pipeline.ranks.outcome import Outcome, leave_outcome
 from pipeline.ranks.world import World
 
 SLOW_S = 1800.0  # what is done once (loading, saving, the first step of a stage) may take longer than a step

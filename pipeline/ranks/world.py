@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.data.shard_files import raise_descriptor_limit
 from pipeline.errors import UserError, for_user
+from pipeline.files.descriptors import raise_descriptor_limit
 from pipeline.ranks.devices import described, require_usable_gpus
+from pipeline.ranks.environment import ALONE, free_port, launched_place, ranks_per_node
 from pipeline.ranks.remote_error import RemoteError
 from pipeline.ranks.shutdown import leave_from_wait
 
@@ -43,17 +43,6 @@ class World:
         return self.rank == 0
 
 
-def _rank_from_environment() -> tuple[int, int, int]:
-    """(rank, size, local rank) from torchrun or deepspeed, else from Slurm, else a single process."""
-    for rank, size, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, 0))
-    return 0, 1, 0
-
-
 def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again.
 
@@ -61,7 +50,8 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     UserError where GPUs are to be expected and torch cannot use them.
     """
     raise_descriptor_limit()
-    rank, size, local = _rank_from_environment()
+    place = launched_place() or ALONE
+    rank, size, local = place.rank, place.size, place.local_rank
     require_usable_gpus()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local % torch.cuda.device_count()), "nccl"
@@ -73,8 +63,8 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         share_cores(int(os.environ["LOCAL_SIZE"]))
     # DeepSpeed insists on these, and takes LOCAL_RANK for the number of the device: with one visible device per task
     # (Slurm's --gpus-per-task, --gpu-bind) that is 0 in all of them.
-    place = device.index if device.type == "cuda" else local
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(place)})
+    device_number = device.index if device.type == "cuda" else local
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(device_number)})
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if size == 1:
@@ -107,13 +97,6 @@ def share_cores(processes: int) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // processes)))
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def close_world() -> None:
     """Leave the process group."""
     if dist.is_initialized():
@@ -142,6 +125,15 @@ def gather_objects(value: T) -> list[T]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def agreed_node_size() -> int:
+    """Return the ranks per node, the same on every rank; 1 where nodes differ. All ranks must call it.
+
+    Each rank knows its own node only, and ranks with different groups would wait for each other for ever.
+    """
+    sizes = set(gather_objects(ranks_per_node()))
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from pipeline.files.atomic import sweep_temporaries
 from pipeline.files.lock import POLL_S, FileLock
 from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.world import World, on_main
-from pipeline.runs.finished import CONFIG, LOCK, claim_run, unbegun
+from pipeline.runs.claim import claim_run, unbegun
+from pipeline.runs.layout import CONFIG, LOCK
 
 log = logging.getLogger("pipeline.runs.lock")
 WAIT_S = 20.0  # for a holder that is just ending

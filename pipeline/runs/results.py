@@ -12,9 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pipeline.files.atomic import write_json
 from pipeline.ranks.world import World
-from pipeline.runs.finished import read_state, write_json
 from pipeline.runs.provenance import package_versions
+from pipeline.runs.state import read_state
 
 STATE = "run.json"
 FINISHED = ("trained", "done")  # what a call that trains nothing does not take back; the second says more

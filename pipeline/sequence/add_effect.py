@@ -17,7 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config.recipe import MethodConfig, Recipe
+from pipeline.config.method import MethodConfig
+from pipeline.config.recipe import Recipe
 from pipeline.files.paths import command
 from pipeline.runs.folder import read_run
 

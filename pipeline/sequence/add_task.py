@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.recipe import Recipe, TaskConfig, load_run
+from pipeline.config.data import TaskConfig
+from pipeline.config.load import load_run
+from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import TASK_FILE, read_task_file
 from pipeline.errors import UserError, nearest
 from pipeline.files.atomic import replacing
@@ -94,7 +96,7 @@ def _task(root: Path, name: str) -> TaskConfig:
 
 
 def _require_finished(run: Path, recipe: Recipe) -> None:
-    from pipeline.runs.finished import load_stage
+    from pipeline.prompts.stage_files import load_stage
 
     for index, task in enumerate(recipe.data.tasks):
         if load_stage(run, index, task.name) is None:

@@ -18,11 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.files.atomic import write_if_other
+from pipeline.data.selection import NO_SET
+from pipeline.files.atomic import write_if_other, write_json
 from pipeline.metrics.scoring import Answered, TaskScore, score_task
 from pipeline.prompts.pool import PromptPool, tensor_fingerprint
-from pipeline.prompts.routing import NO_SET
-from pipeline.runs.finished import write_json
 from pipeline.sequence.test_set import TestSet
 
 SCORES_VERSION = 1  # higher when a metric gives other points to the same answers: then they are scored again

@@ -11,10 +11,9 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.config.recipe import Recipe
 from pipeline.prompts.model import PromptedLMM
-from pipeline.ranks.world import World
+from pipeline.ranks.world import World, agreed_node_size
 from pipeline.training.deepspeed_config import AUTO, deepspeed_config
 from pipeline.training.engine import Engine, Group, start_deepspeed
-from pipeline.training.hpz import agreed_node_size
 
 PROJECTOR = "projector."  # how the names of a trained projector's weights begin among the trainables
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipeline.prompts.pool import PromptPool
-from pipeline.runs.finished import StageCheckpoint
+from pipeline.prompts.stage_files import StageCheckpoint
 
 
 @dataclass

@@ -15,11 +15,10 @@ from pipeline.data.sample import Sample
 from pipeline.planning.auto import resolve_auto
 from pipeline.planning.memory_plan import KEEP_REPLICA_BYTES
 from pipeline.ranks.watchdog import Watchdog
-from pipeline.ranks.world import World
+from pipeline.ranks.world import World, agreed_node_size
 from pipeline.sequence.engine import lmm_engine
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Engine
-from pipeline.training.hpz import agreed_node_size
 
 
 class Models:

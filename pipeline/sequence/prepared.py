@@ -9,7 +9,8 @@ from data_prep.sources.coin import coin_split
 from data_prep.sources.coin_files import IMAGE_ROOTS
 from data_prep.sources.image_states import resized_images
 from pipeline.config.base import PREPARED
-from pipeline.config.recipe import DataConfig, Recipe, TaskConfig
+from pipeline.config.data import DataConfig, TaskConfig
+from pipeline.config.recipe import Recipe
 from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
 from pipeline.data.shards import DATASET_FILE, read_description
 from pipeline.errors import UserError, UserErrors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pipeline.adapter.registry import register_run
 from pipeline.methods import Stage
 from pipeline.metrics.continual import after_stage
 from pipeline.ranks.world import on_main
@@ -13,7 +14,7 @@ from pipeline.sequence.learned import Learned
 from pipeline.sequence.majority import majority_scores
 from pipeline.sequence.matrix import AccuracyMatrix, routing_accuracy
 from pipeline.sequence.opened import OpenRun
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import StoredRun, Tracker
 
 log = logging.getLogger("pipeline.sequence.run")
 
@@ -109,4 +110,13 @@ class RunRecord:
         except Exception as error:
             log.warning("The report of %s could not be drawn (%s); the run itself is whole.", path, error)
             return
-        self.tracker.results(path, complete=len(self.learned.pool) == len(self.run.stages))
+        self.tracker.results(path, self._register if self._is_to_be_registered() else None)
+
+    def _is_to_be_registered(self) -> bool:
+        """Whether the adapter becomes a version in the model registry: all stages are done and learned something."""
+        recipe, complete = self.run.recipe, len(self.learned.pool) == len(self.run.stages)
+        return complete and recipe.tracking.registry and recipe.method.name != "zero_shot"
+
+    def _register(self, stored: StoredRun) -> None:
+        recipe = self.run.recipe
+        register_run(stored, self.run.session.path, f"{recipe.name}-{recipe.method.name}", recipe.seed)

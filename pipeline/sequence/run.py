@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import Recipe, as_recorded, load_run
+from pipeline.config.load import as_recorded, load_run
+from pipeline.config.recipe import Recipe
 from pipeline.errors import require_extras
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
@@ -16,7 +17,7 @@ from pipeline.sequence.matrix import AccuracyMatrix
 from pipeline.sequence.opened import open_run
 from pipeline.sequence.record import RunRecord
 from pipeline.sequence.stage import StageTrainer
-from pipeline.tracking.tracker import make_tracker
+from pipeline.tracking.open import make_tracker, sequence_facts
 from pipeline.training.deepspeed_config import accumulation
 
 log = logging.getLogger("pipeline.sequence.run")
@@ -43,7 +44,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         todo = list(enumerate(run.stages[:until]))
         # Everything that can be refused is looked at before anything is written.
         finished = on_main(here.world, lambda: [run.files.load(*place) is not None for place in todo])
-        tracker = together(lambda: make_tracker(recipe, here.path, here.world.rank))
+        tracker = together(lambda: make_tracker(sequence_facts(recipe), here.path, here.world.rank))
         if recipe.train.projector == "trained":
             log.warning(
                 "train.projector is 'trained': every stage changes the model for all tasks, so earlier answers may "

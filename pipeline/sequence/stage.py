@@ -16,8 +16,8 @@ from pipeline.data.collate import Examples, MicroBatches, StageData
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import told_what_helps
 from pipeline.prompts.pool import PromptPool, fingerprint_of
+from pipeline.prompts.stage_files import StageCheckpoint
 from pipeline.ranks.world import on_main
-from pipeline.runs.finished import StageCheckpoint
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
 from pipeline.sequence.data import Part, stage_order
@@ -25,7 +25,8 @@ from pipeline.sequence.engine import PROJECTOR, initial_values
 from pipeline.sequence.keep_features import keep_features
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage_files import StageFiles
-from pipeline.tracking.tracker import NullTracker, StepNumbers, Tracker, set_shares
+from pipeline.tracking.step_numbers import StepNumbers, set_shares
+from pipeline.tracking.tracker import NullTracker, Tracker
 from pipeline.training.engine import Engine
 from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state

@@ -12,16 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.methods import Stage
+from pipeline.prompts.stage_files import StageCheckpoint, load_stage, save_stage, start_stage_folder
 from pipeline.ranks.world import on_main
-from pipeline.runs.finished import (
-    StageCheckpoint,
-    check_stage,
-    load_stage,
-    save_stage,
-    stage_folder,
-    start_stage_folder,
-    unfinished_folder,
-)
+from pipeline.runs.claim import check_stage
+from pipeline.runs.layout import stage_folder, unfinished_folder
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 

@@ -1,10 +1,9 @@
-"""The tracker that writes to an MLflow store; see tracking.py for what it promises."""
+"""The tracker that writes to an MLflow store; see tracker.py for what it promises."""
 
 from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
 from pipeline.files.passwords import masked
 from pipeline.runs import provenance
-from pipeline.runs.folder import RunFolder, read_run
+from pipeline.runs.folder import read_run
 from pipeline.tracking.description import dataset_inputs, flatten, note
-from pipeline.tracking.store import first_line, open_store, store_in_use
-from pipeline.tracking.tracker import never, tracking_uri
-from pipeline.tracking.waiting_metrics import HEADLINE, WaitingMetrics
+from pipeline.tracking.store import first_line, open_store, store_in_use, tracking_uri
+from pipeline.tracking.tracker import Register, RunFacts, StoredRun, never
+from pipeline.tracking.waiting_metrics import WaitingMetrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
-
-    from pipeline.config.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +36,11 @@ SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the
 class MlflowTracker:
     """Tracks one sequence in an MLflow store through the client API, without MLflow's global state."""
 
-    def __init__(self, recipe: Recipe, run_path: Path) -> None:
-        self.recipe = recipe
+    def __init__(self, facts: RunFacts, run_path: Path) -> None:
+        self.facts = facts
         self.run_path = run_path
-        self.uri = tracking_uri(recipe.tracking.uri)
-        self.client, self.experiment_id = open_store(self.uri, recipe.tracking.experiment or recipe.name)
+        self.uri = tracking_uri(facts.tracking.uri)
+        self.client, self.experiment_id = open_store(self.uri, facts.tracking.experiment or facts.name)
         self._parent: str | None = None
         self._open: list[str | None] = []  # the runs that are open, innermost last
         self._stages: dict[str, str] = {}
@@ -90,7 +87,7 @@ class MlflowTracker:
             run_id, is_new = self._start(self._stages.get(label), label, tags)
             self._stages[label] = run_id
             if is_new:
-                self._send_params(run_id, {"stage": str(index + 1), "task": name, "method": self.recipe.method.name})
+                self._send_params(run_id, {"stage": str(index + 1), "task": name, "method": self.facts.method})
         with self._running(run_id):
             yield
 
@@ -133,7 +130,7 @@ class MlflowTracker:
                 name="".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name),
                 source_run_id=run_id,
                 tags={"sequence": self.run_path.name},
-                params={"method": self.recipe.method.name, "model": self.recipe.model.path},
+                params={"method": self.facts.method, "model": self.facts.model},
                 model_type="prompt-set",
             )
             for file in sorted(folder.iterdir()):
@@ -154,7 +151,7 @@ class MlflowTracker:
         if time.monotonic() >= self._retry_at:
             self._flush()
 
-    def results(self, run_path: Path, complete: bool) -> None:
+    def results(self, run_path: Path, register: Register | None = None) -> None:
         run_id = self._current()
         if run_id is None:
             return
@@ -174,27 +171,9 @@ class MlflowTracker:
             for task, lines in run.last_predictions().items():
                 sample = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:PREDICTIONS])
                 self.client.log_text(run_id, sample, f"predictions/{task}.jsonl")
-        if complete and self.recipe.tracking.registry and self.recipe.method.name != "zero_shot":
-            with self._tolerant("registering the adapter"):
-                self._register(run_id, run)
-
-    def _register(self, run_id: str, run: RunFolder) -> None:
-        """Register the run's adapter, unless that very adapter is a version of the model already."""
-        from pipeline.adapter.load import export, read_adapter
-        from pipeline.adapter.registry import CONTENT, Version, register_adapter
-        from pipeline.prompts.pool import fingerprint_of
-
-        name = f"{self.recipe.name}-{self.recipe.method.name}"
-        with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder, store_in_use(self.uri):
-            adapter = Path(folder) / "adapter"
-            export(run.path, adapter)
-            pool = read_adapter(adapter).pool
-            # Of the values: a safetensors file may hold the same ones in another order of its header.
-            content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
-            known = self.client.search_model_versions(f"name = '{name}'")
-            if not any(version.tags.get(CONTENT) == content for version in known):
-                version = Version(name, self.recipe.seed, content, run.tasks, run.metrics().get(HEADLINE))
-                register_adapter(self.client, self.experiment_id, run_id, adapter, version)
+        if register is not None:
+            with self._tolerant("registering the adapter"), store_in_use(self.uri):
+                register(StoredRun(self.client, self.uri, self.experiment_id, run_id))
 
     def run_ids(self) -> dict[str, Any]:
         return {
@@ -263,12 +242,10 @@ class MlflowTracker:
         run_id = self._current()
         assert run_id is not None
         with self._tolerant("describing the run"):
-            facts = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
-            facts |= provenance.describe(
-                Path(self.recipe.data.prepared), [task.name for task in self.recipe.data.tasks]
-            )
-            facts |= self._changed_params(run_id)
-            for name, value in facts.items():
+            tags = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
+            tags |= provenance.describe(self.facts.prepared, self.facts.tasks)
+            tags |= self._changed_params(run_id)
+            for name, value in tags.items():
                 self.client.set_tag(run_id, name, value[:PARAM_CHARS])
             self._log_inputs(run_id)
             changes = provenance.uncommitted_changes()
@@ -281,17 +258,16 @@ class MlflowTracker:
 
     def _log_inputs(self, run_id: str) -> None:
         """Log the prepared data as inputs; those of an earlier attempt are known already."""
-        data = self.recipe.data
         known = self.client.get_run(run_id).inputs
         logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
-        inputs = dataset_inputs(Path(data.prepared), [task.name for task in data.tasks])
+        inputs = dataset_inputs(self.facts.prepared, self.facts.tasks)
         new = [found for found in inputs if (found.dataset.name, found.dataset.digest) not in logged]
         if new:
             self.client.log_inputs(run_id, datasets=new)
 
     def _settings(self) -> dict[str, str]:
         """The recipe as parameters, without a password in the store's own address."""
-        settings = flatten(self.recipe.model_dump(mode="json"))
+        settings = flatten(self.facts.settings)
         return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
 
     def _changed_params(self, run_id: str) -> dict[str, str]:

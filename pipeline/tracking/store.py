@@ -7,12 +7,12 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.files.passwords import masked
-from pipeline.tracking.tracker import STORE_VARIABLE, artifact_location
+from pipeline.files.passwords import is_masked, masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -117,3 +117,60 @@ def first_line(error: Exception) -> str:
     """The first line of what an error says, without passwords."""
     lines = masked(str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+DEFAULT_STORE = "mlflow.db"
+
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+
+ARTIFACTS = "mlartifacts"
+
+
+def tracking_uri(configured: str | None) -> str:
+    """Return the store to use: the recipe's, MLFLOW_TRACKING_URI, or sqlite in the current folder (made absolute).
+
+    A run folder's config.yaml holds the recipe's address without its password; the whole one is then expected in
+    MLFLOW_TRACKING_URI. Raises UserError where it is not there, and for a database in a folder that does not exist.
+    """
+    told = os.environ.get(STORE_VARIABLE)
+    uri = configured or told or f"sqlite:///{DEFAULT_STORE}"
+    if configured and is_masked(configured):
+        if told is None or masked(told) != configured:
+            raise UserError(
+                f"tracking.uri is {configured}, whose password is not kept in run folders; set {STORE_VARIABLE} to the "
+                "whole address, or tracking.uri, or tracking.enabled=false."
+            )
+        uri = told
+    database = _sqlite_path(uri)
+    if database is None:
+        return uri
+    database = database.absolute()  # the working folder may change later
+    if not database.parent.is_dir():
+        raise UserError(f"The folder of the MLflow database {database} does not exist; create it or set tracking.uri.")
+    return f"sqlite:///{database}"
+
+
+def passwords_to_environment(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without the password of `tracking.uri`, which goes to MLFLOW_TRACKING_URI instead.
+
+    For the processes that a launcher starts: arguments of a process are seen by all users of a machine, and the
+    launcher prints them when a process fails.
+    """
+    told = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.strip() == "tracking.uri" and masked(value) != value:
+            os.environ[STORE_VARIABLE] = value.strip().strip("'\"")
+            override = f"{name}={masked(value)}"
+        told.append(override)
+    return told
+
+
+def artifact_location(uri: str) -> str | None:
+    """Return where a new experiment keeps its files: beside a sqlite database; None leaves it to the server."""
+    database = _sqlite_path(uri)
+    return (database.parent / ARTIFACTS).as_uri() if database is not None else None
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

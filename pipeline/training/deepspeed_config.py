@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import PACKAGE, PROJECT, Recipe, divisors
+from pipeline.config.paths import PACKAGE, PROJECT
+from pipeline.config.recipe import Recipe
+from pipeline.config.train import divisors
 from pipeline.errors import UserError, nearest
 from pipeline.files.strict_text import load_json
 from pipeline.training.hpz import with_node_size

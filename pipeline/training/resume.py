@@ -30,7 +30,7 @@ from pipeline.config.base import LoopConfig
 from pipeline.errors import PipelineError
 from pipeline.files.atomic import empty_folder, sync_folder, write_synced
 from pipeline.ranks.world import World, gather_objects, on_main
-from pipeline.runs.finished import RESUME
+from pipeline.runs.layout import RESUME
 from pipeline.training.engine import Engine
 from pipeline.training.optimizer_state import Moments, read_moments
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config.train import TrainConfig
 
 
 @dataclass(frozen=True)

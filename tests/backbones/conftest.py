@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from tests.backbones.tiny_families import FAMILIES
 
 

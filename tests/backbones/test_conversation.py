@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import Conversation, Example
 from pipeline.data.sample import Sample

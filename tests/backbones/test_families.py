@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.adapter.answering import SampleList
 from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate, collate_prompts
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample

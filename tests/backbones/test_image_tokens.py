@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.backbones.lmm import load_lmm
 from pipeline.backbones.lmm_processor import load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.image_sizes import image_sizes, limit_image_tokens
 from pipeline.data.sample import Sample

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
 from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.check.model import check_model
-from pipeline.config.recipe import ModelConfig, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.models import ModelConfig
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.planning import frozen_models

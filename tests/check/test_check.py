@@ -22,11 +22,13 @@ from data_prep.sources.addresses import COIN, UCIT, benchmark_of, images_of
 from pipeline.check.findings import Findings
 from pipeline.check.sequence import check
 from pipeline.cli.commands import app
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.hub import repository as hub
 from pipeline.hub import weights
-from pipeline.runs.finished import COMPLETE, META, claim_run
+from pipeline.runs.claim import claim_run
+from pipeline.runs.finished import COMPLETE, META
 from tests import tiny, tiny_clip
 from tests.processes import PROJECT
 

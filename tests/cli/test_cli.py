@@ -16,9 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.commands import app
-from pipeline.config.recipe import PROJECT, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted
 from pipeline.ranks import launch
+from pipeline.ranks.environment import is_distributed
+from pipeline.ranks.environment import rank as rank_of
+from pipeline.ranks.outcome import Outcome
 
 VERBS = ["check", "prepare", "run", "train", "evaluate", "predict", "report", "export"]
 VERBS += ["serve", "chat", "ls", "merge", "prune", "new-task", "add"]
@@ -203,13 +207,13 @@ def test_the_deepspeed_launchers_own_option_is_accepted() -> None:
     ],
 )
 def test_a_rank_knows_that_it_is_one(environment: dict[str, str], is_one: bool, rank: int) -> None:
-    assert (launch.is_distributed(environment), launch.rank(environment)) == (is_one, rank)
+    assert (is_distributed(environment), rank_of(environment)) == (is_one, rank)
 
 
 def test_processes_default_to_one_without_accelerators() -> None:
     recipe = load_recipe("nano", ["train.processes=null"])
-    assert launch.local_processes(recipe) == 1
-    assert launch.local_processes(load_recipe("nano")) == 2
+    assert launch.local_processes(recipe.train.processes) == 1
+    assert launch.local_processes(load_recipe("nano").train.processes) == 2
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_processes_default_to_one_without_accelerators() -> None:
 def test_the_launchs_code_follows_from_its_ranks(
     codes: list[int], launcher_code: int, stopped: bool, expected: int
 ) -> None:
-    outcomes = [launch.Outcome(code, result={} if code == 0 else None) for code in codes]
+    outcomes = [Outcome(code, result={} if code == 0 else None) for code in codes]
     assert launch.combined(outcomes, launcher_code, stopped).code == expected
 
 
@@ -235,7 +239,8 @@ def test_the_launchs_code_follows_from_its_ranks(
 RANK = """
 import os, sys, time
 from pathlib import Path
-from pipeline.ranks.launch import Outcome, leave_outcome, rank
+from pipeline.ranks.environment import rank
+from pipeline.ranks.outcome import Outcome, leave_outcome
 Path(f"started-{rank()}").touch()
 if sys.argv[1] == "wait":
     time.sleep(60)
@@ -254,7 +259,7 @@ def rank_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.gloo
 def test_the_result_of_rank_0_comes_back_through_the_launcher(rank_module: str) -> None:
     outcome = launch.launch(["work"], 2, module=rank_module)
-    assert outcome == launch.Outcome(EXIT_OK, result={"ranks": "2", "rank": 0})
+    assert outcome == Outcome(EXIT_OK, result={"ranks": "2", "rank": 0})
 
 
 @pytest.mark.gloo

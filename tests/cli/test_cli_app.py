@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from pipeline import __version__
 from pipeline.cli.commands import app
-from pipeline.config.recipe import load_recipe
+from pipeline.config.load import load_recipe
 from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
 from pipeline.report.listing import narrow, runs_table
 from pipeline.report.summary import matrix_table, show_end
-from pipeline.runs.finished import claim_run
+from pipeline.runs.claim import claim_run
 from pipeline.runs.folder import read_run
 from tests.report.test_report import make_run
 
@@ -272,7 +272,7 @@ def test_the_verbs_that_score_a_run_show_its_end(tmp_path: Path, monkeypatch: py
     for work in (
         "pipeline.cli.commands._on_ranks",
         "pipeline.sequence.prepared.require_prepared",
-        "pipeline.runs.finished.claim_run",
+        "pipeline.runs.claim.claim_run",
         "pipeline.cli.commands.load_run",
     ):
         monkeypatch.setattr(work, lambda *_: None)

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.commands import app
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USER
 from tests.tiny import save_llava
 from tests.tiny_clip import save_clip, save_coin

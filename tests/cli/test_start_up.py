@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.methods import METHODS
 from pipeline.report.predictions import WITHOUT_PROTOTYPES
 from tests.report.test_report import make_run

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipeline.adapter.chat import chat
 from pipeline.adapter.load import load_adapter
 from pipeline.cli.commands import app
-from pipeline.config.recipe import load_recipe
+from pipeline.config.load import load_recipe
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.sequence.add_task import Addition
 from tests.adapters import question, save_adapter, save_models

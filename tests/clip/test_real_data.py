@@ -13,7 +13,7 @@ from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
 from pipeline.clip.learning.protocol import epoch_rates
 from pipeline.clip.recipe import ClipRecipe, load_benchmark
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK
 from tests.clip import base2new
 

@@ -20,7 +20,7 @@ from pipeline.cli.commands import app
 from pipeline.clip.benchmark.checkpoint import classifier_from, load_prompts
 from pipeline.clip.learning.protocol import epoch_rates
 from pipeline.clip.towers.backbone import load_backbone
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.report.listing import list_runs
 from tests.clip.project import NAMES, SEEDS, SHOTS, fields, make_project, recipe_file, said, save_model

@@ -13,7 +13,7 @@ from pipeline.clip.methods import METHODS as CLIP_METHODS
 from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config.base import FileRecipe
-from pipeline.config.recipe import load_recipe, recipe_kind
+from pipeline.config.load import load_recipe, recipe_kind
 from pipeline.config.yaml_file import recipe_names
 from pipeline.methods import METHODS as SEQUENCE_METHODS
 

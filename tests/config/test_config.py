@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.recipe import MethodConfig, Recipe, load_recipe, load_run, locate, recipe_kind
+from pipeline.config.load import load_recipe, load_run, recipe_kind
+from pipeline.config.method import MethodConfig
+from pipeline.config.paths import locate
+from pipeline.config.recipe import Recipe
 from pipeline.config.yaml_file import recipe_names
 from pipeline.errors import UserError, nearest
 from pipeline.training.deepspeed_config import RECIPE_OWNS, accumulation, deepspeed_config

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.clip.recipe import load_benchmark
-from pipeline.config.recipe import Recipe, load_recipe, load_run
+from pipeline.config.load import load_recipe, load_run
+from pipeline.config.recipe import Recipe
 from pipeline.config.yaml_file import find_recipe, read_recipe
 from pipeline.errors import UserError
 from pipeline.files.paths import command, expanded

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.recipe import load_recipe
+from pipeline.config.load import load_recipe
 from pipeline.config.task_file import contradictions
 from pipeline.errors import UserError
 
@@ -41,13 +41,13 @@ def test_a_root_in_the_home_of_nobody_is_one_sentence(overrides: list[str]) -> N
 def test_what_the_recipe_says_itself_holds_and_the_difference_is_told(overrides: list[str]) -> None:
     recipe = load_recipe("real6_nano", [*overrides, "data.tasks.Shelf.metric=iou"])
     assert recipe.data.tasks[0].metric == "iou" and recipe.data.tasks[0].max_new_tokens == 40
-    assert contradictions(recipe) == ["Shelf: metric iou, task.json says exact_ci"]
+    assert contradictions(recipe.data) == ["Shelf: metric iou, task.json says exact_ci"]
 
 
 def test_tasks_without_a_task_file_are_as_they_were(tmp_path: Path) -> None:
     recipe = load_recipe("real6_nano", [f"data.root={tmp_path}", "data.tasks=[{name: Shelf}]"])
     assert (recipe.data.tasks[0].metric, recipe.data.tasks[0].max_new_tokens) == ("exact", 16)
-    assert contradictions(recipe) == []
+    assert contradictions(recipe.data) == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])

@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from data_prep.prepare import prepare
-from pipeline.config.recipe import Recipe, load_recipe, load_run
+from pipeline.config.load import load_recipe, load_run
+from pipeline.config.recipe import Recipe
 from pipeline.data.collate import StageData
 from pipeline.data.held_out import held_out_rows, other_rows
 from pipeline.errors import UserError
 from pipeline.ranks.world import World
-from pipeline.runs.finished import claim_run
+from pipeline.runs.claim import claim_run
 from pipeline.sequence.data import RunData, open_data
 from tests import tiny_clip
 from tests.e2e.conftest import recipe_on

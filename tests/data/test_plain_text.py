@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.backbones.lmm_processor import load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from tests import tiny

@@ -19,7 +19,7 @@ from data_prep.parallel import ordered_map
 from data_prep.prepare import prepare
 from data_prep.verify import verify_all, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
-from pipeline.config.recipe import load_recipe
+from pipeline.config.load import load_recipe
 from pipeline.data.sample import decode_image
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import PipelineError, UserError

@@ -13,12 +13,13 @@ import pytest
 from data_prep.prepare import prepare
 from data_prep.split import LAST, NEXT
 from pipeline.check.data import CheckedData
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.origin import RECORDS, SETTINGS, SOURCE_FILES
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.errors import UserError
+from pipeline.runs.claim import claim_run
 from pipeline.runs.data_use import data_record
-from pipeline.runs.finished import claim_run
 from pipeline.sequence.add_task import prepare_addition
 from pipeline.sequence.prepared import refuse_other_data, require_prepared
 from tests.tiny_clip import picture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from pipeline.cli.commands import app
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
 COMMAND = re.compile(r"python -m pipeline +([^`\n]*)")

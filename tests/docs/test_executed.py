@@ -22,7 +22,8 @@ from data_prep.__main__ import app as data_prep_app
 from pipeline.bench.__main__ import app as bench
 from pipeline.cli.commands import app
 from pipeline.config import yaml_file as recipe_file
-from pipeline.config.recipe import PROJECT, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.paths import PROJECT
 from tests.docs.test_commands import PAGES, SHOWN, commands
 from tests.serve.conftest import address_of, start
 from tests.tiny_clip import picture

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.recipe import PROJECT, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.paths import PROJECT
 
 NOTEBOOK = PROJECT / "examples" / "first_steps.ipynb"
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.bench.__main__ import app as bench
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from pipeline.planning import scaling
 from tests.docs.test_commands import PAGES
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pipeline.cli.recipe_docs import page
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.config.messages import model_in
-from pipeline.config.recipe import PROJECT, Recipe
+from pipeline.config.paths import PROJECT
+from pipeline.config.recipe import Recipe
 
 
 def fields(model: type[BaseModel]) -> list[tuple[str, str | None]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic_core import PydanticUndefined
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "switches.md"
 

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from data_prep.own_task import make_task
 from pipeline.cli.commands import app
-from pipeline.config.recipe import EarlierGate, Recipe, load_run
+from pipeline.config.load import load_run
+from pipeline.config.method import EarlierGate
+from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.sequence.run import run_sequence
 from tests.tiny_clip import picture

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from data_prep.prepare import prepare
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IndexedShards
 from pipeline.sequence.run import run_sequence
 from tests.tiny import save_llava

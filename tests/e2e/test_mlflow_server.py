@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
-from pipeline.ranks.world import free_port
+from pipeline.ranks.environment import free_port
 from pipeline.sequence.run import run_sequence
 from tests.browser.chromium import DESKTOP, chromium
 from tests.e2e.conftest import recipe_on

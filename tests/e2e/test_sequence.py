@@ -17,13 +17,13 @@ from pipeline.adapter.load import export
 from pipeline.adapter.predict import predict
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.lmm import LMM
-from pipeline.config.recipe import load_run
+from pipeline.config.load import load_run
 from pipeline.errors import Interrupted, UserError
 from pipeline.hub import snapshots
 from pipeline.hub.snapshots import Source
 from pipeline.hub.weights import file_fingerprints
 from pipeline.prompts.model import PromptedLMM
-from pipeline.runs.finished import StageCheckpoint
+from pipeline.prompts.stage_files import StageCheckpoint
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.run import evaluate_run, run_sequence
 from pipeline.sequence.stage import StageTrainer, TrainedStage

@@ -170,7 +170,7 @@ class Bench:
 
 def run_of(recipe: Path) -> Path:
     """The run folder of a recipe's file."""
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config.load import load_recipe
 
     return load_recipe(recipe).run_path
 

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.files import atomic as files
 from pipeline.files.atomic import empty_folder, replacing
-from pipeline.runs.finished import finish_folder, start_stage_folder, unfinished_folder
+from pipeline.prompts.stage_files import start_stage_folder
+from pipeline.runs.finished import finish_folder
+from pipeline.runs.layout import unfinished_folder
 
 
 def test_a_file_may_be_read_by_whom_the_umask_says_whatever_wrote_it(tmp_path: Path) -> None:

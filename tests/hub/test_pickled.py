@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from pipeline.backbones.lmm import load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
 from pipeline.hub import pickled
 from pipeline.hub.pickled import is_converted, with_safetensors

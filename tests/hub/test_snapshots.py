@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.backbones.lmm import base_fingerprint, load_lmm
 from pipeline.backbones.lmm_processor import settings_fingerprint
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.errors import Interrupted, UserError
 from pipeline.hub import repository as hub
 from pipeline.hub import snapshots

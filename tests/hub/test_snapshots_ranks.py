@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ranks.world import free_port
+from pipeline.ranks.environment import free_port
 from tests import tiny
 from tests.hub_stub import REPOSITORY, Stub, hub_of
 from tests.processes import PROJECT

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.recipe import MethodConfig
+from pipeline.config.method import MethodConfig
 from pipeline.data.keys import Keys
+from pipeline.data.selection import NO_SET
 from pipeline.errors import UserError
 from pipeline.methods import METHODS, make_method
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import NO_SET, similarity
+from pipeline.prompts.routing import similarity
 from tests.training.worlds import make_pool, make_samples
 
 TASKS = ["a", "b", "c"]

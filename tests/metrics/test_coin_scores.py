@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config.recipe import TaskConfig
+from pipeline.config.data import TaskConfig
 from pipeline.metrics.answers import COMPAT, METRICS, score
 from pipeline.metrics.scoring import Answered, metric_names, score_task
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.recipe import MethodConfig
+from pipeline.config.method import MethodConfig
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.methods import make_method

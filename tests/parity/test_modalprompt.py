@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.recipe import MethodConfig, ModelConfig, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.method import MethodConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.methods import Method, make_method
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep.shards import write_shards
 from pipeline.backbones.lmm_processor import load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from pipeline.data.collate import StageData
+from pipeline.files.atomic import write_json
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
-from pipeline.runs.finished import write_json
 from pipeline.sequence.answers import SETS_FILE, AnswerStore, Routed
 from pipeline.sequence.evaluate import Answering, evaluate_task
 from pipeline.sequence.test_set import TestSet

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.data.selection import NO_SET
 from pipeline.prompts.insertion import gather_sets, insert_prompts, insertion_place
-from pipeline.prompts.routing import NO_SET
 
 BANK = torch.arange(3 * 2).reshape(3, 2, 1).float() + 100  # sets [100, 101], [102, 103], [104, 105]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.backbones.lmm_processor import settings_fingerprint
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.errors import Interrupted
 from pipeline.prompts.generation import Conditions, InsertedSets

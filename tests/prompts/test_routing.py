@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from pipeline.prompts.routing import (
-    NO_SET,
-    provisional_prototype,
-    select_for_inference,
-    select_for_training,
-    similarity,
-)
+from pipeline.data.selection import NO_SET
+from pipeline.prompts.routing import provisional_prototype, select_for_inference, select_for_training, similarity
 
 
 def test_similarity_is_the_mean_of_both_cosines() -> None:

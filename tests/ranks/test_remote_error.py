@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import EXIT_FAILURE, MissingExtra, PipelineError, UserErrors
-from pipeline.ranks.world import free_port
+from pipeline.ranks.environment import free_port
 from tests.processes import PROJECT
 from tests.ranks.failing import ERRORS
 

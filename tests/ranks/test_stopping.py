@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pipeline.errors import EXIT_RESUMABLE, UserError
-from pipeline.ranks import launch
-from pipeline.ranks.launch import require_srun
+from pipeline.ranks.environment import require_srun
+from pipeline.ranks.outcome import OUTCOMES
 from pipeline.ranks.shutdown import STOP_SIGNALS, heeded, stop_on_signals
 from pipeline.training.loop import loaded_steps
 from tests.processes import PROJECT
@@ -50,7 +50,7 @@ def catches(pid: int, number: int) -> bool:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_rank_that_is_still_starting_leaves_as_one_that_was_stopped(number: signal.Signals, tmp_path: Path) -> None:
-    environment = {**os.environ, launch.OUTCOMES: str(tmp_path), "RANK": "1", "WORLD_SIZE": "2"}
+    environment = {**os.environ, OUTCOMES: str(tmp_path), "RANK": "1", "WORLD_SIZE": "2"}
     rank = subprocess.Popen([sys.executable, "-m", "pipeline", "run", "nano"], cwd=PROJECT, env=environment)
     while not catches(rank.pid, number):
         assert rank.poll() is None

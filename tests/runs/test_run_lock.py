@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import Interrupted, UserError
 from pipeline.ranks import world as distributed
 from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.world import World, on_main
 from pipeline.runs import lock as run_lock
-from pipeline.runs.finished import CONFIG, LOCK, claim_run
+from pipeline.runs.claim import claim_run
+from pipeline.runs.layout import CONFIG, LOCK
 from pipeline.runs.lock import claimed, locked
 from tests.processes import PROJECT
 

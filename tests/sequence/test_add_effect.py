@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.recipe import MethodConfig
+from pipeline.config.method import MethodConfig
 from pipeline.prompts.pool import PromptPool
 from pipeline.sequence.add_effect import Effect, Interference, Similarities, advice, basis, keeping_gate
 

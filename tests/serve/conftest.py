@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.load import load_adapter
-from pipeline.config.recipe import PROJECT
+from pipeline.config.paths import PROJECT
 from tests.adapters import save_adapter, save_models
 
 

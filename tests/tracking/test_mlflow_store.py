@@ -12,8 +12,15 @@ import yaml
 from pipeline.adapter.registry import Version, register_adapter, set_aliases
 from pipeline.errors import UserError
 from pipeline.files.passwords import masked
-from pipeline.tracking.store import ATTEMPTS, against_others, open_store, store_in_use
-from pipeline.tracking.tracker import make_tracker, passwords_to_environment, tracking_uri
+from pipeline.tracking.open import make_tracker, sequence_facts
+from pipeline.tracking.store import (
+    ATTEMPTS,
+    against_others,
+    open_store,
+    passwords_to_environment,
+    store_in_use,
+    tracking_uri,
+)
 from tests.tracking.test_tracking import client_of, creation, recipe, store, tracked
 
 __all__ = ["creation", "store"]  # fixtures
@@ -39,7 +46,7 @@ def test_passwords_are_not_shown_and_nothing_else_is_hidden(text: str, shown: st
 
 def test_a_store_that_cannot_be_used_is_named_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        make_tracker(recipe(SECRET), tmp_path, rank=0)
+        make_tracker(sequence_facts(recipe(SECRET)), tmp_path, rank=0)
     assert SHOWN in str(error.value) and "s3cr" not in str(error.value)
 
 
@@ -71,8 +78,8 @@ def test_ranks_are_told_a_password_by_their_environment_and_not_by_their_argumen
 
 
 def test_neither_parameters_nor_the_uploaded_recipe_hold_a_password(store: Path, tmp_path: Path) -> None:
-    tracker: Any = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
-    tracker.recipe = recipe(SECRET)
+    tracker: Any = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
+    tracker.facts = sequence_facts(recipe(SECRET))
     (tmp_path / "small-s0").mkdir()
     (tmp_path / "small-s0" / "config.yaml").write_text(f"tracking: {{uri: {SECRET}}}\n")  # as versions before wrote it
     with tracker.sequence({}):
@@ -175,7 +182,7 @@ def test_the_headline_is_the_first_number_of_a_sequence_and_nothing_is_lost(stor
     import sqlite3
 
     for name, ends_early in (("whole", False), ("stopped", True)):
-        tracker = make_tracker(recipe(store), tmp_path / name, rank=0)
+        tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / name, rank=0)
         with tracker.sequence({}):
             tracker.metrics({"zero_shot.colour": 0.0}, 0)
             with tracker.stage(0, "colour"):
@@ -197,9 +204,9 @@ def test_the_report_s_summary_and_the_matrix_are_with_the_run(store: Path, tmp_p
     from tests.report.test_report import make_run
 
     run = make_run(tmp_path / "small-s0")
-    tracker = make_tracker(recipe(store), run, rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), run, rank=0)
     with tracker.sequence({}):
-        tracker.results(run, complete=False)
+        tracker.results(run)
     found = client_of(store).get_run(tracker.run_ids()["parent"])
     assert {"zero_shot", "gain"} <= set(found.data.metrics)
     assert "| after |" in found.data.tags["mlflow.note.content"]

@@ -13,28 +13,25 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.recipe import Recipe, TaskConfig
+from pipeline.config.data import TaskConfig
+from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.errors import Interrupted, UserError
 from pipeline.runs import provenance
-from pipeline.tracking.tracker import (
-    NullTracker,
-    StepNumbers,
-    artifact_location,
-    make_tracker,
-    set_shares,
-    tracking_uri,
-)
+from pipeline.tracking.open import make_tracker, sequence_facts
+from pipeline.tracking.step_numbers import StepNumbers, set_shares
+from pipeline.tracking.store import artifact_location, tracking_uri
+from pipeline.tracking.tracker import NullTracker
 
 CREATE_STORE = """
 import sys
 from pathlib import Path
-import pipeline.tracking.tracker
+from pipeline.tracking.open import make_tracker, sequence_facts
 assert "mlflow" not in sys.modules
 from tests.tracking.test_tracking import recipe
-tracker = pipeline.tracking.tracker.make_tracker(recipe(Path("fresh.db").absolute()), Path("run"), rank=0)
+tracker = make_tracker(sequence_facts(recipe(Path("fresh.db").absolute())), Path("run"), rank=0)
 with tracker.sequence({}):
     tracker.metrics({"loss": 1.0}, step=0)
 """
@@ -91,8 +88,8 @@ def client_of(database: Path) -> Any:
 
 
 def test_ranks_above_zero_and_disabled_tracking_get_the_null_tracker(tmp_path: Path) -> None:
-    assert isinstance(make_tracker(recipe(tmp_path / "x.db"), tmp_path, rank=1), NullTracker)
-    tracker = make_tracker(recipe(tmp_path / "x.db", enabled=False), tmp_path, rank=0)
+    assert isinstance(make_tracker(sequence_facts(recipe(tmp_path / "x.db")), tmp_path, rank=1), NullTracker)
+    tracker = make_tracker(sequence_facts(recipe(tmp_path / "x.db", enabled=False)), tmp_path, rank=0)
     with tracker.sequence({}), tracker.stage(0, "colour"):
         tracker.metrics({"loss": 1.0}, step=0)
     assert tracker.run_ids() == {}
@@ -100,7 +97,7 @@ def test_ranks_above_zero_and_disabled_tracking_get_the_null_tracker(tmp_path: P
 
 
 def test_a_sequence_is_a_parent_run_and_its_stages_are_children(store: Path, tmp_path: Path) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     figure = tmp_path / "matrix.png"
     figure.write_bytes(b"png")
     with tracker.sequence({"versions": {"pipeline": "1"}}):
@@ -128,7 +125,7 @@ def test_a_sequence_is_a_parent_run_and_its_stages_are_children(store: Path, tmp
 def test_a_restart_appends_to_the_same_runs_and_logs_parameters_once(store: Path, tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     for start in (0, 2):  # the second round is another process of the same run
-        tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+        tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
         with tracker.sequence(state), tracker.stage(0, "colour"):
             tracker.params({"trainable": start})
             for step in (start, start + 1):
@@ -144,7 +141,7 @@ def test_a_restart_appends_to_the_same_runs_and_logs_parameters_once(store: Path
 
 
 def test_run_ids_of_a_store_that_was_deleted_start_new_runs(store: Path, tmp_path: Path) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     experiment = tracker.run_ids()["experiment"]
     gone = {"experiment": experiment, "parent": "0" * 32, "stages": {"01-colour": "1" * 32}}
     with tracker.sequence({"mlflow": gone}), tracker.stage(0, "colour"):
@@ -155,7 +152,7 @@ def test_run_ids_of_a_store_that_was_deleted_start_new_runs(store: Path, tmp_pat
 
 
 def test_a_stage_checkpoint_is_found_as_a_logged_model_by_its_metrics(store: Path, tmp_path: Path) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     with tracker.sequence({}):
         for index, (name, accuracy) in enumerate([("colour", 90.0), ("count", 40.0)]):
             with tracker.stage(index, name):
@@ -188,7 +185,7 @@ def test_a_stage_checkpoint_is_found_as_a_logged_model_by_its_metrics(store: Pat
     ],
 )
 def test_a_run_ends_with_what_happened(store: Path, tmp_path: Path, error: BaseException, status: str) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     with pytest.raises(type(error)), tracker.sequence({}), tracker.stage(0, "colour"):
         raise error
     client, ids = client_of(store), tracker.run_ids()
@@ -202,7 +199,7 @@ def test_a_run_ends_with_what_happened(store: Path, tmp_path: Path, error: BaseE
 def test_a_call_that_fails_on_a_finished_run_leaves_its_end_and_its_numbers(
     store: Path, tmp_path: Path, error: BaseException
 ) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     with tracker.sequence({}), tracker.stage(0, "colour"):
         tracker.stage_model(checkpoint(tmp_path / "stage"), "colour", {})
     state = {"status": "done", "mlflow": tracker.run_ids()}
@@ -210,7 +207,7 @@ def test_a_call_that_fails_on_a_finished_run_leaves_its_end_and_its_numbers(
     during: list[str] = []
 
     def evaluates(fails: bool) -> None:
-        again = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+        again = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
         with again.sequence(state, stays_finished=lambda stopped: True):
             again.metrics({"zero_shot.colour": 7.0}, 0)
             again.metrics({"accuracy.colour": 8.0}, 1)
@@ -239,13 +236,13 @@ def test_a_call_that_fails_on_a_finished_run_leaves_its_end_and_its_numbers(
 def test_a_finished_run_runs_while_it_learns_another_task_and_ends_with_what_the_folder_says(
     store: Path, tmp_path: Path
 ) -> None:
-    tracker = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     with tracker.sequence({}), tracker.stage(0, "colour"):
         pass
     state = {"status": "done", "mlflow": tracker.run_ids()}
     client, parent = client_of(store), tracker.run_ids()["parent"]
     for error, status in ((RuntimeError("boom"), "FINISHED"), (Interrupted("stop"), "KILLED")):
-        again = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+        again = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
         sequence = again.sequence(state, stays_finished=lambda stopped: not stopped)
         with pytest.raises(type(error)), sequence, again.stage(1, "count"):
             assert client.get_run(parent).info.status == "RUNNING"
@@ -256,7 +253,7 @@ def test_a_finished_run_runs_while_it_learns_another_task_and_ends_with_what_the
 def test_a_store_that_fails_while_training_costs_one_warning_and_no_metric(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker: Any = make_tracker(recipe(store), tmp_path / "small-s0", rank=0)
+    tracker: Any = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
     with caplog.at_level(logging.WARNING, "pipeline"), tracker.sequence({}), tracker.stage(0, "colour"):
         with monkeypatch.context() as broken:
 
@@ -283,9 +280,9 @@ def test_a_store_that_fails_while_training_costs_one_warning_and_no_metric(
 def test_a_store_that_cannot_be_opened_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(UserError, match=r"cannot be used .* Set tracking.uri"):
-        make_tracker(recipe(tmp_path / "broken.db"), tmp_path, rank=0)
+        make_tracker(sequence_facts(recipe(tmp_path / "broken.db")), tmp_path, rank=0)
     with pytest.raises(UserError, match="does not exist; create it"):
-        make_tracker(recipe(tmp_path / "missing" / "x.db"), tmp_path, rank=0)
+        make_tracker(sequence_facts(recipe(tmp_path / "missing" / "x.db")), tmp_path, rank=0)
 
 
 def test_a_server_that_does_not_answer_is_reported_within_seconds(
@@ -293,7 +290,7 @@ def test_a_server_that_does_not_answer_is_reported_within_seconds(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match="cannot be used"):
-        make_tracker(recipe("http://127.0.0.1:9"), tmp_path, rank=0)
+        make_tracker(sequence_facts(recipe("http://127.0.0.1:9")), tmp_path, rank=0)
 
 
 def test_the_default_store_is_sqlite_in_the_working_folder_with_artifacts_beside_it(
@@ -349,9 +346,9 @@ def test_what_a_run_leaves_is_uploaded_and_an_incomplete_one_is_not_registered(s
 
     run = make_run(tmp_path / "small-s0")
     (run / "report.html").write_text("page")
-    tracker = make_tracker(recipe(store), run, rank=0)
+    tracker = make_tracker(sequence_facts(recipe(store)), run, rank=0)
     with tracker.sequence({}):
-        tracker.results(run, complete=False)
+        tracker.results(run)
     client, parent = client_of(store), tracker.run_ids()["parent"]
     files = [file.path for file in client.list_artifacts(parent, "predictions")]
     assert files == sorted(f"predictions/{task}.jsonl" for task in TASKS)
@@ -386,7 +383,7 @@ def commit(folder: Path) -> str:
 
 def tracked(recipe: Recipe, run: Path, state: dict[str, Any]) -> Any:
     """Track a run that does nothing; `state` is what run.json holds of MLflow before and after. Returns the parent."""
-    tracker = make_tracker(recipe, run, rank=0)
+    tracker = make_tracker(sequence_facts(recipe), run, rank=0)
     with tracker.sequence(state):
         pass
     state["mlflow"] = tracker.run_ids()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.backbones.lmm import load_lmm, load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, MicroBatches, StageData, collate, collate_prompts
 from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order

@@ -14,7 +14,8 @@ from pipeline.backbones.recompute import recomputed_layers
 from pipeline.bench.measure import operations, peak_bytes
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
-from pipeline.config.recipe import TrainConfig, load_recipe
+from pipeline.config.load import load_recipe
+from pipeline.config.train import TrainConfig
 from pipeline.planning import auto as fitting_module
 from pipeline.planning import scaling
 from pipeline.planning.auto import ESTIMATED, KEPT_FREE, POLICIES, fit_to_memory, least_for_zero2, resolve_auto

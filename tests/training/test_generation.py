@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, StageData
 from pipeline.data.conversation import Conversation, Example
 from pipeline.data.prompt_lengths import prompt_lengths

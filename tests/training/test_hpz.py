@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.training.hpz import KEY, agreed_node_size, with_node_size
+from pipeline.ranks.world import agreed_node_size
+from pipeline.training.hpz import KEY, with_node_size
 
 
 def size(value: Any, ranks: int, **env: str) -> Any:

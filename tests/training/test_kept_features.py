@@ -20,7 +20,8 @@ from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.check.features import check_kept_features
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config.models import ModelConfig
+from pipeline.config.recipe import Recipe
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import KEPT
 from pipeline.data.kept_features import KeptFeatures, SplitFeatures

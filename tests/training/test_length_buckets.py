@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.backbones.lmm import load_processor
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order

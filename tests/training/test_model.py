@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.backbones.lmm import load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.data.conversation import Conversation
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from pipeline.errors import EXIT_RESUMABLE
-from pipeline.ranks import launch
-from pipeline.ranks.world import free_port
+from pipeline.ranks.environment import free_port
+from pipeline.ranks.outcome import OUTCOMES
 from tests.processes import PROJECT
 
 WAITING = """
@@ -44,7 +44,7 @@ def test_a_signal_ends_the_wait_for_other_ranks(rank: int, number: signal.Signal
         "RANK": str(rank),
         "WORLD_SIZE": "2",
         "LOCAL_RANK": str(rank),
-        launch.OUTCOMES: str(tmp_path),
+        OUTCOMES: str(tmp_path),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }

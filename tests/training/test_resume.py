@@ -19,7 +19,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.files.atomic import sha256
 from pipeline.prompts.model import PromptedLMM
 from pipeline.runs import lock as run_lock
-from pipeline.runs.finished import claim_run
+from pipeline.runs.claim import claim_run
 from pipeline.sequence.run import run_sequence
 from pipeline.training.loop import DivergedError
 from pipeline.training.resume import DamagedError, StepState, newest, read_step, write_step

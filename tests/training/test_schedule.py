@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.backbones.lmm import load_lmm
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config.models import ModelConfig
+from pipeline.config.train import TrainConfig
 from pipeline.prompts.model import PromptedLMM
 from pipeline.sequence.engine import initial_values, usable_rows
 from pipeline.training.schedule import schedule, total_steps

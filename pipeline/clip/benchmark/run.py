@@ -16,7 +16,7 @@ from pipeline.clip.benchmark.checkpoint import load_prompts, save_prompts, unfin
 from pipeline.clip.benchmark.evaluate import TestImages, evaluate_group
 from pipeline.clip.benchmark.results import UnitResult, results_json
 from pipeline.clip.benchmark.run_results import RESULTS, BenchmarkResults
-from pipeline.clip.benchmark.tracking import make_benchmark_tracker
+from pipeline.clip.benchmark.tracking import benchmark_facts
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.images.ready_pixels import Room
 from pipeline.clip.learning.averaging import EpochAveraging, WeightAverage
@@ -27,15 +27,16 @@ from pipeline.clip.learning.unit import Unit, regularisers_of, units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.console.log import log_to_terminal
 from pipeline.errors import Interrupted, require_extras
-from pipeline.files.atomic import empty_folder
+from pipeline.files.atomic import empty_folder, write_json
 from pipeline.ranks.shutdown import StopFlag, stop_on_signals
 from pipeline.ranks.watchdog import Watchdog, collective_timeout
 from pipeline.ranks.world import World, agree, barrier, init_world, on_main, together
+from pipeline.runs.claim import check_stage
 from pipeline.runs.data_use import data_record
-from pipeline.runs.finished import check_stage, write_json
 from pipeline.runs.lock import claimed
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
+from pipeline.tracking.open import make_tracker
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, StepState, cut_log, newest, restore_random_state
@@ -82,7 +83,7 @@ class Benchmark:
     def run(self, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
         """All units in order; see `run_benchmark`."""
         state = dict(self.files.state)
-        self.tracker = together(lambda: make_benchmark_tracker(self.recipe, self.path, self.world.rank))
+        self.tracker = together(lambda: make_tracker(benchmark_facts(self.recipe), self.path, self.world.rank))
         content: dict[str, Any] = {}
         missing = 0
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.benchmark.results import Row, UnitResult
-from pipeline.files.atomic import write_if_other
-from pipeline.runs.finished import read_state, write_json
+from pipeline.files.atomic import write_if_other, write_json
 from pipeline.runs.results import FINISHED
+from pipeline.runs.state import read_state
 
 log = logging.getLogger("pipeline.clip")
 STATE, RESULTS = "run.json", "results.json"

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from pipeline.clip.recipe import ClipRecipe, datasets_of
-from pipeline.tracking.tracker import Tracker, make_tracker
+from pipeline.tracking.tracker import RunFacts
 
 
-def make_benchmark_tracker(recipe: ClipRecipe, run_path: Path, rank: int) -> Tracker:
-    """The tracker of a benchmark: that of a sequence, shown the benchmark's datasets where it looks for tasks.
-
-    Raises UserError when the tracking store cannot be reached.
-    """
-    seen: Any = SimpleNamespace(
+def benchmark_facts(recipe: ClipRecipe) -> RunFacts:
+    """What a tracker is told about a benchmark: its datasets stand where a sequence has its tasks."""
+    return RunFacts(
         name=recipe.name,
+        method="benchmark",
+        model=recipe.model.path,
+        prepared=Path(recipe.data.prepared),
+        tasks=tuple(entry.name for entry, _ in datasets_of(recipe)),
         tracking=recipe.tracking,
-        method=SimpleNamespace(name="benchmark"),
-        model=recipe.model,
-        data=SimpleNamespace(
-            prepared=recipe.data.prepared, tasks=[SimpleNamespace(name=entry.name) for entry, _ in datasets_of(recipe)]
-        ),
-        model_dump=recipe.model_dump,
+        settings=recipe.model_dump(mode="json"),
     )
-    return make_tracker(seen, run_path, rank)

@@ -10,10 +10,10 @@ from torch import nn
 from pipeline.clip.learning.few_shot_batches import micro_batches
 from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.recipe import ClipTrainConfig
-from pipeline.ranks.world import World
+from pipeline.ranks.world import World, agreed_node_size
 from pipeline.training.deepspeed_config import deepspeed_file, with_recipe
 from pipeline.training.engine import Engine, Group, start_deepspeed
-from pipeline.training.hpz import agreed_node_size, with_node_size
+from pipeline.training.hpz import with_node_size
 from pipeline.training.optimizer_state import MOMENTUM
 
 

@@ -1,0 +1,109 @@
+"""The section `data` of a task sequence: its tasks, and where their samples come from and are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config.base import PREPARED, Name, Section, each_once
+from pipeline.data.origin import LIMIT
+from pipeline.errors import nearest
+from pipeline.files.paths import GivenPath
+from pipeline.metrics.scoring import metric_names
+
+TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
+
+
+class TaskConfig(Section):
+    """One task of the sequence."""
+
+    name: Name = Field(description="folder of the task under the data's instructions/")
+    metric: str = Field("exact", description="how answers are scored; a name that pipeline.metrics.scoring knows")
+    max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
+    limit_train: int | None = Field(
+        None,
+        ge=1,
+        description="use only the first so many training samples; those that data.validation_share holds out are "
+        "among them",
+    )
+    limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
+    train_files: tuple[GivenPath, ...] = Field(
+        (), description="files of the training split in the task's folder; empty: train.json and its numbered parts"
+    )
+    test_files: tuple[GivenPath, ...] = Field(
+        (), description="files of the test split in the task's folder; empty: test.json or val.json and numbered parts"
+    )
+    annotations: GivenPath | None = Field(
+        None,
+        description="file under the root with further answers to the test questions (ten annotators, choices, "
+        "captions); null: the benchmarks' own file names are looked for",
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str) -> str:
+        if metric not in metric_names():
+            raise ValueError(f"expected one of {', '.join(metric_names())}.{nearest(metric, metric_names())}")
+        return metric
+
+
+class DataConfig(Section):
+    """Where samples come from and where they are kept prepared."""
+
+    source: Literal["coin", "generated"] = Field(description="coin: read root as it is; generated: draw it there first")
+    root: GivenPath = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
+    prepared: GivenPath = Field(
+        PREPARED,
+        description="folder of the shards: <prepared>/<task>/<split>/; {settings} is filled in from what decides on "
+        "their content (source, root, limits, files, generator's seed, repeated ids, the CLIP of the keys)",
+    )
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="the tasks in the order they are learned")
+    prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
+    shard_samples: int = Field(1000, ge=1, description="samples per shard")
+    workers: int = Field(2, ge=1, description="threads that decode images while preparing")
+    seed: int = Field(0, ge=0, description="seed of the generator; the run's own seed does not change the data")
+    validation_share: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="share of each task's training samples that no stage learns from: choices such as the gate are "
+        "made with them, never with test samples; chosen by a hash of their ids; 0: none",
+    )
+    validation_most: int = Field(500, ge=1, description="most samples of one task that are held out")
+    scoring: Literal["fixed", "compat"] = Field(
+        "fixed", description="compat: score as the official scripts do, faults included (pipeline/metrics/compat.py)"
+    )
+    skip_bad: int = Field(0, ge=0, description="leave out up to so many bad records of all tasks together")
+    too_long: Literal["refuse", "skip", "truncate"] = Field(
+        "refuse",
+        description="samples of more tokens than model.max_length, and images that the model's processor cannot use, "
+        "both counted before training. refuse: the start ends with a sentence; skip: training leaves them out, tests "
+        "count them as wrong; truncate: the beginning of the question is cut off, further turns before it",
+    )
+    repeated_ids: Literal["refuse", "number"] = Field(
+        "refuse", description="number: a record whose id was used before is kept as id#2, id#3, ..."
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        each_once("task", (task.name for task in tasks))
+        return tasks
+
+    def split_path(self, task: str, split: str) -> Path:
+        """Return the folder that holds one prepared split (train or test) of a task."""
+        return Path(self.prepared) / task / split
+
+    def split_settings(self, task: TaskConfig, split: str) -> dict[str, Any]:
+        """What decides on the content of one split, beside the files under the root; see `pipeline.data.origin`."""
+        train = split == "train"
+        settings: dict[str, Any] = {"source": self.source, "repeated_ids": self.repeated_ids}
+        settings[LIMIT] = task.limit_train if train else task.limit_test
+        settings["files"] = list(task.train_files if train else task.test_files)
+        if not train:
+            settings["annotations"] = task.annotations
+        if self.source == "generated":
+            settings["seed"] = self.seed
+        return settings

@@ -1,0 +1,91 @@
+"""Reading a recipe or the recipe of a run: its kind, its fields with overrides, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.config.messages import sentence
+from pipeline.config.recipe import Recipe
+from pipeline.config.task_file import with_task_files
+from pipeline.config.yaml_file import CONFIG, apply_overrides, find_recipe, read_recipe
+from pipeline.errors import UserError, nearest
+
+
+def recipe_kind(name_or_path: str | Path) -> str | None:
+    """Return what a recipe file says in `kind`: clip for a benchmark of prompt methods, None for a task sequence."""
+    kind = read_recipe(find_recipe(str(name_or_path))).get("kind")
+    if kind not in (None, "clip"):
+        raise UserError(f"recipe '{name_or_path}': kind is {kind!r}, expected clip, or none for a task sequence.")
+    return kind
+
+
+def run_kind(run_path: Path) -> str | None:
+    """Return the kind of recipe a run was made with; None also where there is no run, which its reader says."""
+    path = run_path / CONFIG
+    return recipe_kind(path) if path.is_file() else None
+
+
+def one_kind(runs: Sequence[Path]) -> str | None:
+    """Return the kind of some runs, as `run_kind` does; UserError when some are benchmarks and some sequences."""
+    kinds = {path: run_kind(path) for path in runs if (path / CONFIG).is_file()}
+    if len(set(kinds.values())) > 1:
+        words = {"clip": "a benchmark of prompt methods on CLIP", None: "a task sequence"}
+        listed = ", ".join(f"'{path}' is {words[kind]}" for path, kind in kinds.items())
+        raise UserError(
+            f"these runs are of different kinds, whose scores cannot stand in one table: {listed}; report "
+            "those of one kind together."
+        )
+    return run_kind(runs[0])
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the recipe of that name or file with `a.b=value` overrides applied.
+
+    Raises UserError, one sentence naming each field in question, what was found and what was expected.
+    """
+    if recipe_kind(name_or_path) == "clip":
+        raise UserError(
+            f"recipe '{name_or_path}' is a benchmark of prompt methods on CLIP; expected a task sequence. A benchmark "
+            "is prepared and run whole, by `python -m pipeline prepare` and `run`."
+        )
+    path = find_recipe(str(name_or_path))
+    fields = read_recipe(path)
+    if path.name == CONFIG and (path.parent / "run.json").is_file():
+        fields = Recipe.as_a_run_meant(fields)
+    fields = with_task_files(apply_overrides(fields, overrides))
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"recipe '{name_or_path}': {sentence(error, Recipe)}") from error
+
+
+def load_run(run_path: Path) -> Recipe:
+    """Return the recipe a run folder was made with; UserError when the folder is no run."""
+    if not (run_path / CONFIG).is_file():
+        runs = [found.parent.name for found in run_path.parent.glob("*/config.yaml")]
+        what = "is a file" if run_path.is_file() else "does not exist"
+        found = "has no config.yaml" if run_path.is_dir() else what
+        raise UserError(
+            f"'{run_path}' {found}; expected the folder of a run, which `python -m pipeline run RECIPE` makes."
+            + nearest(run_path.name, runs)
+        )
+    if run_kind(run_path) == "clip":
+        raise UserError(
+            f"'{run_path}' is a benchmark of prompt methods on CLIP; expected the run of a task sequence. What it "
+            f"learned is in {run_path / 'units'}; "
+            f"pipeline.clip.benchmark.checkpoint.classifier_from loads it for any classes."
+        )
+    return as_recorded(load_recipe(run_path / CONFIG), run_path)
+
+
+def as_recorded(recipe: Recipe, run_path: Path) -> Recipe:
+    """The recipe with what a run meant that was begun before one of its fields existed; others stay as they are."""
+    path, field = run_path / CONFIG, "repetition_penalty"
+    if field in recipe.evaluate.model_fields_set or not path.is_file():
+        return recipe
+    if field in (read_recipe(path).get("evaluate") or {}):
+        return recipe
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={field: "checkpoint"})})

@@ -1,0 +1,84 @@
+"""The section `train`: the optimisation of one stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import LoopConfig
+from pipeline.files.paths import GivenPath
+
+
+class TrainConfig(LoopConfig):
+    """Optimisation of one stage."""
+
+    deepspeed: GivenPath = Field(
+        "auto",
+        description="DeepSpeed file; batch, precision, clipping stay here; auto: ZeRO-2 where the run fits into its "
+        "GPUs with it by the memory plan, else ZeRO-3 (on several nodes with a copy of the weights on each where that "
+        "fits), which CPUs always get",
+    )
+    epochs: float = Field(10, gt=0, description="passes over a task's training samples")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps per stage; overrides epochs, unless those are given later: by "
+        "--set, or in a recipe that extends the one with the steps",
+    )
+    global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")
+    lr_prompt: float = Field(gt=0, description="learning rate of the prompt set")
+    lr_head: float = Field(gt=0, description="learning rate of the projection head")
+    projector: Literal["frozen", "trained"] = Field(
+        "frozen", description="trained: the model's image projector learns too, so earlier tasks' answers may change"
+    )
+    vision_features: Literal["computed", "kept"] = Field(
+        "computed",
+        description="kept: what the vision tower makes of each training image is computed once, before the stage, and "
+        "read from float16 files beside the prepared data from then on; for models whose images have equally many "
+        "tokens",
+    )
+    lr_projector: float = Field(2e-5, gt=0, description="learning rate of the projector when it is trained")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's betas"
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="learning rate after the warm-up")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    warmup_curve: Literal["linear", "log"] = Field(
+        "linear", description="how it rises; log: as DeepSpeed's WarmupLR, which the official run gets"
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="activations of the decoder's layers that are computed again instead of kept: of no layer, of "
+        "every second, of all; saves memory and costs time, never changes the loss; auto: as few as fit into the GPUs "
+        "by the memory plan, none without GPUs",
+    )
+    length_buckets: bool = Field(
+        False,
+        description="batches of samples of about the same length, questions without an image apart from the others: "
+        "less padding, every sample still once per epoch; not together with questions_per_image",
+    )
+    questions_per_image: int = Field(
+        4,
+        ge=1,
+        description="with method.insertion after_image: most questions about one image that stand together in the "
+        "order of training, so that they share its computation; 1: the order of the other insertions",
+    )
+
+    @model_validator(mode="after")
+    def _micro_divides_global(self) -> TrainConfig:
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}; "
+                f"expected one of {', '.join(map(str, divisors(self.global_batch)))}"
+            )
+        return self
+
+
+def divisors(number: int) -> list[int]:
+    """Return the whole numbers that divide one, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]

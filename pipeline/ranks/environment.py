@@ -1,0 +1,94 @@
+"""Who this process is among the ranks of a launch, by what torchrun, deepspeed or srun put into its environment.
+
+Nothing heavy is imported here: a process asks before it loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+USUAL_NODE = 8  # GPUs per node when a job is planned on a machine that is not part of it
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among the ranks of its launch."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the ranks of its machine
+
+
+ALONE = Place(0, 1, 0)
+
+
+def launched_place(env: Mapping[str, str] = os.environ) -> Place | None:
+    """The place that torchrun or deepspeed, else srun with several tasks, gave to this process; None without them."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK") or 0))
+    tasks = int(env.get("SLURM_NTASKS") or 1)
+    if "SLURM_PROCID" in env and tasks > 1:
+        return Place(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID") or 0))
+    return None
+
+
+def rank(env: Mapping[str, str] = os.environ) -> int:
+    """Return this process's rank, 0 where it was not launched as one of several."""
+    return (launched_place(env) or ALONE).rank
+
+
+def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether torchrun, deepspeed or srun (with several tasks) started this process as one of its ranks."""
+    return launched_place(env) is not None
+
+
+def require_srun(env: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError in the shell of a Slurm job with several tasks, which looks like the first of them."""
+    if "RANK" not in env and is_distributed(env) and "SLURM_STEP_ID" not in env:
+        raise UserError(
+            f"This is the shell of Slurm job {env.get('SLURM_JOB_ID', '?')} and not one of its {env['SLURM_NTASKS']} "
+            "tasks. Submit slurm/run_sequence.sh, which starts them, or put `srun` before the command (and export "
+            "MASTER_ADDR and MASTER_PORT)."
+        )
+
+
+def told_ranks_per_node(env: Mapping[str, str] = os.environ) -> int | None:
+    """Return the ranks on this machine as torchrun (LOCAL_WORLD_SIZE), deepspeed (LOCAL_SIZE) or Slurm says."""
+    told = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or _tasks_of_slurm(env)
+    return int(told) if told else None
+
+
+def ranks_per_node(env: Mapping[str, str] = os.environ) -> int:
+    """Return the ranks on this machine as the launcher says, else one per GPU, else the usual eight.
+
+    A task of Slurm may see one GPU of its node only, so Slurm's own numbers come first.
+    """
+    told = told_ranks_per_node(env)
+    if told:
+        return told
+    import torch
+
+    return torch.cuda.device_count() or USUAL_NODE
+
+
+def _tasks_of_slurm(env: Mapping[str, str]) -> str | None:
+    """Return the tasks of each node of a Slurm step, None for a process that is not one of them or unequal nodes.
+
+    Slurm writes "8(x2)" for two nodes of eight tasks, "8,4" for unequal ones.
+    """
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "") if "SLURM_PROCID" in env else ""
+    found = re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)
+    return found[1] if found else None
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -1,0 +1,46 @@
+"""What is tracked of a training step beside its loss: memory, and which earlier sets its samples get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from pipeline.console.progress import Progress
+from pipeline.data.collate import MicroBatches
+
+
+def set_shares(selected: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Percent of a stage's training samples that get each earlier set; `selected` [N, m] numbers of `names`."""
+    shares = [100.0 * float((selected == number).any(1).float().mean()) for number in range(len(names))]
+    return {f"routing_share.{name}": share for name, share in zip(names, shares, strict=True)}
+
+
+class StepNumbers:
+    """What is tracked of a step: its line in metrics.jsonl, this rank's memory in GiB (the peak on an accelerator, what
+    the process holds otherwise), and the percent of the global batches since the line before that got each earlier set.
+
+    Sets that no sample of the stage gets are left out. Nothing is asked of other ranks: the order says who was where.
+    """
+
+    def __init__(self, batches: MicroBatches, names: Sequence[str], start: int = 0) -> None:
+        self.batches, self.done = batches, start
+        used = [number for number in batches.selected.unique().tolist() if number >= 0]
+        self.names = {number: names[number] for number in used}
+
+    def __call__(self, progress: Progress) -> dict[str, float]:
+        numbers = {**progress.numbers(), "memory_gib": _memory_gib()}
+        if self.names:
+            selected = self.batches.selected[self.batches.samples_of(range(self.done, progress.step))]
+            for number, name in self.names.items():
+                numbers[f"routing_share_of_step.{name}"] = 100.0 * float((selected == number).any(1).float().mean())
+        self.done = progress.step
+        return numbers
+
+
+def _memory_gib() -> float:
+    on_device = torch.cuda.is_available()
+    used = torch.cuda.max_memory_allocated() if on_device else psutil.Process().memory_info().rss
+    return round(used / 2**30, 3)
