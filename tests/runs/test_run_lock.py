@@ -21,6 +21,7 @@ from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.errors import Interrupted, UserError
 from pipeline.ranks import world as distributed
+from pipeline.ranks.remote_error import RemoteError
 from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.world import World, on_main
 from pipeline.runs import lock as run_lock
@@ -126,8 +127,8 @@ def test_waiting_for_a_lock_can_be_stopped(tmp_path: Path) -> None:
 
 def test_what_ends_rank_0_resumably_ends_every_rank_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that is not the first learns of it through the broadcast."""
-    other = World(1, 2, 0, torch.device("cpu"))
-    monkeypatch.setattr(distributed, "broadcast_object", lambda value: (None, (Interrupted, "in use elsewhere")))
+    other, told = World(1, 2, 0, torch.device("cpu")), RemoteError.of(Interrupted("in use elsewhere"), rank=0)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: (None, told))
     with pytest.raises(Interrupted, match="in use elsewhere"):
         on_main(other, lambda: None)
 
