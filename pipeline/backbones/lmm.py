@@ -14,24 +14,15 @@ from torch.nn.functional import pad
 from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import family_of
-from pipeline.backbones.lmm_processor import (
-    LOAD_ERRORS,
-    check_image_size,
-    load_processor,
-    not_loadable,
-    source_of,
-)
-from pipeline.backbones.lmm_weights import refuse_unfitting, require_fitting_weights
+from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
+from pipeline.backbones.lmm_weights import DTYPES, load_weights
 from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
-from pipeline.ranks.world import together
 
-__all__ = ["LMM", "base_fingerprint", "load_lmm", "load_processor"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["DTYPES", "LMM", "base_fingerprint", "load_lmm", "load_processor"]
 
 
 class LMM(nn.Module):
@@ -237,45 +228,18 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
 
 
 def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: torch.device | str | None = None) -> LMM:
-    """Load model and processor; `zero3` is the DeepSpeed configuration when the weights are to be partitioned at load.
+    """Load model and processor.
 
-    With a `device` each weight goes there as it is read, so that host memory never holds the whole model; without one
-    the model is on the CPU. Raises UserError when the checkpoint is missing, is not an image-text-to-text
-    model, or lacks weights of it.
+    Args:
+        config: the recipe's section.
+        zero3: the DeepSpeed configuration where the weights are to be partitioned at load; then all ranks call this.
+        device: where each weight goes as it is read, so that host memory never holds the whole model; None: the CPU.
+
+    Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights of it.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.integrations import deepspeed as integration
-    from transformers.utils import logging as progress
-
-    progress.disable_progress_bar()
-    folder = checkpoint(source_of(config)).folder
+    folder = checkpoint(source_of(config)).folder  # fetches it, so that what is missing is said first
     processor = load_processor(config)
-    if zero3 is not None:  # in whose loading transformers does not report what is missing
-        together(lambda: require_fitting_weights(config))
-    # transformers holds the configuration by a weak reference only: `live` must stay until the weights are loaded.
-    live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attn_implementation,
-            device_map=None if device is None else {"": torch.device(device)},
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
-    except LOAD_ERRORS as error:
-        raise not_loadable(config, error) from error
-    finally:
-        if live is not None:
-            integration.unset_hf_deepspeed_config()
-            del live
-    if zero3 is None:
-        refuse_unfitting(config, report)
-    else:
-        whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
-        assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
+    model = load_weights(config, folder, zero3, device)
     check_image_size(config, model.config, processor)
     lmm = LMM(model, processor, config)
     log_shortcuts(lmm)

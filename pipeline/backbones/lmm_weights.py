@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights are all of the model's and of its shapes: what is missing would be random."""
+"""Loads a checkpoint's weights, all of the model's and of its shapes: what is missing would be random."""
 
 from __future__ import annotations
 
@@ -6,11 +6,55 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
 from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
 from pipeline.hub.weights import tensors_of
+from pipeline.ranks.world import together
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_weights(
+    config: ModelConfig, folder: Path, zero3: dict[str, Any] | None, device: torch.device | str | None
+) -> Any:
+    """The model of transformers with the weights in `folder`; further arguments and errors as `load_lmm`."""
+    # Importing the automatic classes takes a second, which commands that load no model need not wait for.
+    from transformers import AutoModelForImageTextToText
+    from transformers.integrations import deepspeed as integration
+    from transformers.utils import logging as progress
+
+    progress.disable_progress_bar()
+    if zero3 is not None:  # under which transformers does not report what is missing
+        together(lambda: require_fitting_weights(config))
+    # transformers holds the configuration by a weak reference only: `live` must stay until the weights are loaded.
+    live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attn_implementation,
+            device_map=None if device is None else {"": torch.device(device)},
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        raise not_loadable(config, error) from error
+    finally:
+        if live is not None:
+            integration.unset_hf_deepspeed_config()
+            del live
+    if zero3 is None:
+        refuse_unfitting(config, report)
+    else:
+        whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
+        assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
+    return model
 
 
 def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> None:
@@ -19,7 +63,6 @@ def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> 
     transformers renames the tensors of older checkpoints and ties heads to embeddings, so it is asked itself: it loads
     tensors that have a shape and no content into a model that has no content either. Only headers are read.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging as progress
 
