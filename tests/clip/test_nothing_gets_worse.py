@@ -102,7 +102,7 @@ def failing_evaluation(finished: Finished) -> Iterator[None]:
     path = finished.run / "units" / "coop-toys-s1" / "result.json"
     with replaced(path), pytest.MonkeyPatch.context() as patch:
         path.write_text("{")
-        patch.setattr("pipeline.clip.benchmark.run.evaluate_group", fail)
+        patch.setattr("pipeline.clip.benchmark.unit_evaluator.evaluate_group", fail)
         yield
 
 

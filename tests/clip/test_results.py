@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.benchmark import prepare_benchmark
-from pipeline.clip.benchmark import run as runner
+from pipeline.clip.benchmark import unit_evaluator
 from pipeline.clip.benchmark.evaluate import evaluate_group
 from pipeline.clip.benchmark.report import write_benchmark_report
 from pipeline.clip.benchmark.results import UnitResult, results_json, results_table
@@ -89,7 +89,7 @@ def test_a_cross_dataset_run_says_names_and_target_mean(crossed: ClipRecipe, mon
         asked.append(module.learner.template)
         return evaluate_group(module, images, group)
 
-    monkeypatch.setattr(runner, "evaluate_group", spy)
+    monkeypatch.setattr(unit_evaluator, "evaluate_group", spy)
     prepare_benchmark(crossed, progress=False)
     result = run_benchmark(crossed)
     assert asked == ["a photo of a {}.", "the figs {}.", "the pens {}.", *["my {}."] * 3]

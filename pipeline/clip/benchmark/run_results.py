@@ -10,49 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.benchmark.results import Row, UnitResult
-from pipeline.files.atomic import write_if_other, write_json
-from pipeline.runs.results import FINISHED
-from pipeline.runs.state import read_state
+from pipeline.files.atomic import write_if_other
+from pipeline.runs.results import FINISHED, RunState
 
 log = logging.getLogger("pipeline.clip")
-STATE, RESULTS = "run.json", "results.json"
+RESULTS = "results.json"
 
 
-class BenchmarkResults:
+class BenchmarkResults(RunState):
     """What the two files said when a call began, and what they may say now; for rank 0, which writes them."""
 
     def __init__(self, path: Path, units: Sequence[Row]) -> None:
         """`path` is the run folder, `units` are all that the run has now."""
-        self.path = path
-        self.state: dict[str, Any] = read_state(path)  # of run.json, as an earlier call left it
+        super().__init__(path)
         self._rows = _rows(path / RESULTS) & set(units)
-        self._finished = str(self.state.get("status")) in FINISHED
 
     def trains(self, unit: Row) -> None:
         """A unit is trained now: the run is in progress, and a row that the unit has is of what is replaced."""
-        self._finished = False
+        self.finished = False
         self._rows.discard(unit)
 
     def stay_finished(self, stopped: bool) -> bool:
         """Whether run.json still calls the run finished when a stop, or an error, ends the call now."""
-        return self._finished
+        return self.finished
 
     def write_state(self, status: str, facts: Mapping[str, Any]) -> None:
         """Write run.json with this status, unless what it says is more and still true.
 
         `status`: running, failed, stopped (to be gone on with), trained or done.
         """
-        if self._finished:
+        if self.finished:
             if status not in FINISHED:
                 return
-            status = max(status, str(self.state["status"]), key=FINISHED.index)
-        write_json(self.path / STATE, {**facts, "status": status})
-
-    def seconds(self, now: float) -> float:
-        """The seconds that run.json is to name: those of this call so far, `now`, with those of the calls before it."""
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
-            return round(float((self.state.get("timing") or {}).get("total_s", 0.0)) + now, 1)
-        return round(now, 1)
+            status = self.status if self.says_less(status) else status
+        self.write({**facts, "status": status})
 
     def write_results(self, content: Mapping[str, Any], found: Sequence[UnitResult], last: bool) -> bool:
         """Write results.json, the `content` of the results `found`, unless it has a row that they do not have (yet).
@@ -60,7 +51,7 @@ class BenchmarkResults:
         Of a finished run only in the `last` call. Returns whether they have all rows; the last call says which not.
         """
         lost = self._rows - {result.row for result in found}
-        if not lost and (last or not self._finished):
+        if not lost and (last or not self.finished):
             write_if_other(self.path / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         if lost and last:
             names = ", ".join(sorted(f"{method}-{dataset}-s{seed}" for method, dataset, seed in lost))

@@ -1,0 +1,103 @@
+"""What is written of a benchmark while it goes on: run.json, results.json, the report, and numbers in the tracker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.clip.benchmark.results import UnitResult, results_json
+from pipeline.clip.benchmark.run_results import RESULTS, BenchmarkResults
+from pipeline.clip.images.prepared import PreparedDataset
+from pipeline.clip.learning.unit import Unit
+from pipeline.clip.recipe import ClipRecipe
+from pipeline.runs.data_use import data_record
+from pipeline.runs.session import Session
+from pipeline.tracking.tracker import Tracker
+
+log = logging.getLogger("pipeline.clip")
+
+
+class BenchmarkRecord:
+    """Writes what there is to tell of a benchmark; rank 0 writes, all ranks call it.
+
+    Args:
+        recipe: the benchmark's recipe.
+        session: the run folder and the ranks.
+        files: what an earlier call left in the folder.
+        units: all units of the benchmark.
+        data: the prepared datasets by name, of which run.json says what was used.
+        tracker: takes the means and the report.
+    """
+
+    def __init__(
+        self,
+        recipe: ClipRecipe,
+        session: Session,
+        files: BenchmarkResults,
+        units: Sequence[Unit],
+        data: Mapping[str, PreparedDataset],
+        tracker: Tracker,
+    ) -> None:
+        self.recipe, self.session, self.files = recipe, session, files
+        self.units, self.data, self.tracker = units, data, tracker
+        self.results: list[UnitResult] = []  # of the units so far
+        self.done = 0  # units that this call has gone through
+
+    def add(self, result: UnitResult) -> None:
+        """Take the counts of one more unit."""
+        self.results.append(result)
+
+    def write_state(self, status: str, done: int | None = None) -> None:
+        """Write run.json with this status, see `BenchmarkResults.write_state`; `done` units, None: as before."""
+        if not self.session.world.main:
+            return
+        self.done = self.done if done is None else done
+        facts = {
+            "kind": "clip",
+            "recipe": self.recipe.name,
+            "status": status,
+            "seeds": list(self.recipe.seeds),
+            "units": [unit.label for unit in self.units],
+            "units_done": self.done,
+            **self.files.common(self.session.world, self.tracker.run_ids()),
+            "timing": self.files.times({"total_s": self.files.seconds()}),
+            "data": data_record(
+                (name, split, shards, None) for name, data in self.data.items() for split, shards in data.splits()
+            ),
+        }
+        self.files.write_state(status, facts)
+
+    def write_results(self, last: bool = False) -> tuple[dict[str, Any], bool]:
+        """Write results.json; its content, and whether it has all that an earlier call wrote (on rank 0).
+
+        `last`: no more results come in this call.
+        """
+        content = results_json(self.recipe.data.protocol, self.results)
+        return content, not self.session.world.main or self.files.write_results(content, self.results, last)
+
+    def report(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the tracker the means of these lines and draw the report.
+
+        A run is worth keeping even if its page cannot be drawn.
+        """
+        for line in lines:
+            name = f"{line['method']}.{line['dataset']}"
+            numbers = {f"{name}.{group}": spread["mean"] for group, spread in line["groups"].items()}
+            if line["harmonic"] is not None:
+                numbers[f"{name}.harmonic"] = line["harmonic"]
+            if line["target_mean"] is not None:
+                numbers[f"{name}.target_mean"] = line["target_mean"]["mean"]
+            self.tracker.metrics(numbers, 0)
+        if not self.session.world.main:
+            return
+        from pipeline.clip.benchmark.report import write_benchmark_report
+
+        path = self.session.path
+        try:
+            page = write_benchmark_report(path)
+        except Exception as error:
+            log.warning("The report of %s could not be drawn (%s); the run itself is whole.", path, error)
+            return
+        for file in (page, path / RESULTS):
+            self.tracker.artifact(file)

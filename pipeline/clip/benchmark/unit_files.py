@@ -1,0 +1,92 @@
+"""The units of a benchmark as they lie in its run folder: learned prompts, counts, and the one in progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.clip.benchmark.checkpoint import load_prompts, save_prompts, unfinished
+from pipeline.clip.benchmark.results import UnitResult
+from pipeline.clip.images.prepared import PreparedDataset
+from pipeline.clip.learning.unit import Unit
+from pipeline.files.atomic import empty_folder, write_json
+from pipeline.ranks.world import on_main, together
+from pipeline.runs.claim import check_stage
+from pipeline.runs.session import Session
+from pipeline.training.resume import StepState, cut_log, newest
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """Reads and writes the files of units; UserError for those that are damaged or of other data or models."""
+
+    session: Session
+    data: Mapping[str, PreparedDataset]  # by name
+    base_model: str  # fingerprint of the backbone
+
+    def folder(self, unit: Unit) -> Path:
+        """Where a unit is kept."""
+        return unit.folder(self.session.path)
+
+    def expected(self, unit: Unit) -> dict[str, Any]:
+        """What a unit's files must agree with for its prompts to mean the same."""
+        return {
+            "base_model": self.base_model,
+            "data": self.data[unit.dataset.name].identity(unit.seed, unit.group),
+        }
+
+    def restore(self, unit: Unit) -> dict[str, Tensor] | None:
+        """What a finished unit has learned, by name; None when it still has to be trained. All ranks call it."""
+        folder = self.folder(unit)
+        learned = on_main(self.session.world, lambda: load_prompts(folder))  # one rank's view of the disk counts
+        if learned is None:
+            return None
+        expected = together(lambda: self.expected(unit))
+        together(lambda: check_stage(folder, learned.meta, expected))
+        return learned.values
+
+    def begin(self, unit: Unit) -> StepState | None:
+        """The newest checkpoint inside a unit that an earlier attempt did not finish; without one, an empty folder.
+
+        For rank 0.
+        """
+        work = unfinished(self.folder(unit))
+        found = newest(work)
+        if found is None:
+            empty_folder(work)
+            return None
+        check_stage(work, found.meta, self.expected(unit))
+        cut_log(work / "metrics.jsonl", found.step)
+        return found
+
+    def save(self, unit: Unit, values: dict[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Finish a unit with the values it has learned and `facts` of its training; returns its folder.
+
+        All ranks call it together, and rank 0 writes.
+        """
+        folder, meta = self.folder(unit), {**self.expected(unit), **facts}
+        on_main(self.session.world, lambda: save_prompts(folder, values, meta))
+        return folder
+
+    def result(self, unit: Unit) -> UnitResult | None:
+        """The counts of a unit that was evaluated; None where there are none that can be read. All ranks call it."""
+
+        def read() -> UnitResult | None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return UnitResult.from_json(json.loads((self.folder(unit) / RESULT).read_text("utf-8")))
+            return None
+
+        return on_main(self.session.world, read)
+
+    def write_result(self, unit: Unit, result: UnitResult) -> None:
+        """Keep the counts of a unit; rank 0 writes."""
+        if self.session.world.main:
+            write_json(self.folder(unit) / RESULT, result.to_json())

@@ -1,0 +1,170 @@
+"""The training of one unit, from the values it starts with or is resumed with to its files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.clip.benchmark.checkpoint import unfinished
+from pipeline.clip.benchmark.unit_files import UnitFiles
+from pipeline.clip.images.prepared import ClassGroup, PreparedDataset
+from pipeline.clip.learning.averaging import EpochAveraging, WeightAverage
+from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
+from pipeline.clip.learning.models import ClipModels
+from pipeline.clip.learning.protocol import epoch_rates, small_set_warning
+from pipeline.clip.learning.unit import Unit, regularisers_of
+from pipeline.clip.methods import PromptLearner
+from pipeline.clip.recipe import ClipRecipe, ClipTrainConfig
+from pipeline.ranks.world import on_main, together
+from pipeline.runs.provenance import package_versions
+from pipeline.runs.session import Session
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.engine import Engine
+from pipeline.training.loop import Attempt, train_stage
+from pipeline.training.resume import StepSaver, restore_random_state
+from pipeline.training.schedule import LearningRate
+
+log = logging.getLogger("pipeline.clip")
+
+
+@dataclass(frozen=True)
+class OpenUnit:
+    """A unit whose images are chosen, with its learner and the engine that will train it."""
+
+    unit: Unit
+    train: ClipTrainConfig
+    group: ClassGroup  # the few-shot images and the classes they are of
+    learner: PromptLearner  # as it starts
+    engine: Engine  # units of other datasets and seeds may have used it before
+
+
+class UnitTrainer:
+    """Trains the units of a benchmark, each once.
+
+    Args:
+        recipe: says how every unit is trained.
+        session: the ranks that train, and whether they were asked to stop.
+        models: gives the engine of a unit.
+        data: the prepared datasets by name.
+        files: where units are kept.
+        tracker: takes the numbers of every unit.
+    """
+
+    def __init__(
+        self,
+        recipe: ClipRecipe,
+        session: Session,
+        models: ClipModels,
+        data: Mapping[str, PreparedDataset],
+        files: UnitFiles,
+        tracker: Tracker,
+    ) -> None:
+        self.recipe, self.session, self.models = recipe, session, models
+        self.data, self.files, self.tracker = data, files, tracker
+
+    def train(self, unit: Unit) -> dict[str, Tensor]:
+        """Train one unit, save its prompts and return them.
+
+        Raises:
+            DivergedError: a loss is not a finite number.
+            Interrupted: a signal asked to stop.
+        """
+        world, began = self.session.world, time.perf_counter()
+        opened = self._open(unit)
+        train, group, engine = opened.train, opened.group, opened.engine
+        batches = self._batches(opened)
+        averaging = self._start(opened, batches.steps_per_epoch)
+        facts, start = {**self.files.expected(unit), "world_size": world.size}, 0
+        found = on_main(world, lambda: self.files.begin(unit))
+        if found is not None:
+            start, facts["seconds"] = found.step, found.meta.get("seconds", 0.0)
+            engine.resume(found.values, found.step, found.moments)
+            if averaging is not None:
+                averaging.resume(found.rest, found.step * engine.accumulation)
+            restore_random_state(found.random, world.rank, world.device)
+        log.info(
+            "%s: %d images of %d classes, %d steps%s",
+            unit.label,
+            len(batches.images),
+            len(group.names),
+            batches.steps,
+            f", going on after step {start}" if start else "",
+        )
+        rates, work = epoch_rates(train.lr, train.epochs, train.warmup_epochs), unfinished(self.files.folder(unit))
+        history = train_stage(
+            engine,
+            batches,
+            train,
+            LearningRate(train.lr, lambda step: rates[step // batches.steps_per_epoch] / train.lr),
+            self.session,
+            Attempt(work, StepSaver(engine, world, work, train, facts), start),
+            lambda progress: self.tracker.metrics(progress.numbers(), progress.step),
+        )
+        self.session.watchdog.beat(f"saving {unit.label}", slow=True)
+        values = engine.values() if averaging is None else averaging.average.average()
+        meta = {
+            "world_size": world.size,
+            "seconds": round(time.perf_counter() - began + facts.get("seconds", 0.0), 1),
+            "method": unit.method.kind,
+            "options": unit.options(len(group.names)),
+            "template": opened.learner.template,
+            "row": unit.method.name,
+            "dataset": unit.dataset.name,
+            "seed": unit.seed,
+            "group": unit.group,
+            "classes": list(group.names),
+            "model": self.recipe.model.path,
+            "images": len(batches.images),
+            "steps": batches.steps,
+            "trained": sum(value.numel() for value in values.values()),
+            "loss": history[-1].loss,
+            "versions": package_versions(),
+        }
+        folder = self.files.save(unit, values, meta)
+        self.tracker.stage_model(folder, unit.label, {"loss": history[-1].loss})
+        return values
+
+    def _open(self, unit: Unit) -> OpenUnit:
+        """Choose the images of a unit and make its learner, both the same on every rank."""
+        train, data = self.recipe.train_of(unit.method, unit.dataset.name), self.data[unit.dataset.name]
+        group = together(lambda: data.few_shots(unit.seed, unit.group))
+        warning = small_set_warning(len(group.rows), train.global_batch, train.epochs)
+        if warning:
+            log.warning("%s: %s", unit.label, warning)
+        learner = self.models.learner(unit, len(group.names))
+        return OpenUnit(unit, train, group, learner, self.models.engine(unit, learner, group.names))
+
+    def _batches(self, opened: OpenUnit) -> FewShotBatches:
+        """The micro-batches of this rank; image features are computed once where nothing ever changes them."""
+        unit, train, engine, world = opened.unit, opened.train, opened.engine, self.session.world
+        shards = self.data[unit.dataset.name].train
+        assert shards is not None
+        images = FewShotImages(shards, opened.group, self.models.pixels, unit.seed, train.augment == "crop_flip")
+        changed = images.augment or opened.learner.changes_images or engine.module.regularisers
+        if train.cache_images and not changed:
+            images.features = self.models.features(images, opened.learner)
+        return FewShotBatches(images, train, engine.micro_batch, engine.accumulation, world.rank, world.size)
+
+    def _start(self, opened: OpenUnit, steps_per_epoch: int) -> EpochAveraging | None:
+        """Make the engine that of this unit, with the values that its learner starts with.
+
+        Returns the average over the epochs that the engine takes from now on, None where the method has none.
+        """
+        unit, learner, engine = opened.unit, opened.learner, opened.engine
+        template = self.recipe.template_of(unit.dataset.name)
+        engine.module.learner.template = learner.template
+        engine.module.regularisers = tuple(regularisers_of(unit.method, template))
+        engine.module.set_classes(opened.group.names, self.models.backbone)
+        average = unit.method.average
+        averaging = None
+        if average:
+            over = WeightAverage(opened.train.epochs, average.mean, average.deviation)
+            averaging = EpochAveraging(over, steps_per_epoch * engine.accumulation)
+        values = {name: value.detach().clone() for name, value in learner.named_parameters()}
+        engine.restart(values)
+        engine.companion = averaging
+        return averaging
