@@ -1,44 +1,54 @@
-"""What the command line does with a benchmark recipe."""
+"""`run`, `train` and `evaluate` of a benchmark: what is checked before ranks start, what is shown after."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from data_prep.benchmark import prepare_benchmark
+from pipeline.cli.lazy import lazy
+from pipeline.cli.on_ranks import on_ranks, speaks
+from pipeline.cli.outcome import Result
 from pipeline.clip.benchmark.prepared import require_prepared
+from pipeline.clip.benchmark.report import REPORT, terminal_results
 from pipeline.clip.recipe import ClipRecipe, load_benchmark
+from pipeline.ranks.environment import is_distributed
+from pipeline.runs.claim import claim_run
+from pipeline.tracking.store import passwords_to_environment
+
+if TYPE_CHECKING:
+    from pipeline.clip.benchmark import run as running
+else:
+    running = lazy("pipeline.clip.benchmark.run")  # which a process that only starts the ranks does not need
 
 
-def load(verb: str, name: str, overrides: Iterable[str]) -> ClipRecipe:
+def start(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
+    """`run`, `train` (of a recipe) and `evaluate` (of a run) of a benchmark."""
+    recipe = _load(verb, name, overrides)
+    if not is_distributed():
+        # Said here, before ranks have started and loaded anything.
+        if recipe.data.prepare_first:
+            prepare_benchmark(recipe)
+        require_prepared(recipe, name)
+        claim_run(recipe)
+
+    def work(found: ClipRecipe) -> Result:
+        return running.run_benchmark(found, train=verb != "evaluate", evaluate=verb != "train")
+
+    told = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
+    on_ranks(arguments, recipe, work, as_json)
+    if speaks(as_json) and verb != "train":
+        Console().print(terminal_results(recipe.run_path))
+        print(f"report: {recipe.run_path / REPORT}")
+
+
+def _load(verb: str, name: str, overrides: Iterable[str]) -> ClipRecipe:
     """The recipe of that name, or, to evaluate, the recipe of the run in that folder."""
     if verb == "evaluate":
         recipe = load_benchmark(str(Path(name) / "config.yaml"))
         return recipe.model_copy(update={"run_dir": name.replace("{", "{{").replace("}", "}}")})
     return load_benchmark(name, overrides)
-
-
-def prepare(name: str, overrides: Iterable[str], replace: bool = False) -> dict[str, Any]:
-    """Prepare a recipe's datasets; `replace`: also over data that another recipe or a run depends on."""
-    from data_prep.benchmark import prepare_benchmark
-
-    return prepare_benchmark(load_benchmark(name, overrides), replace=replace)
-
-
-def before_ranks(recipe: ClipRecipe, name: str) -> None:
-    """What is said before ranks have started and loaded anything; UserError."""
-    from pipeline.runs.claim import claim_run
-
-    if recipe.data.prepare_first:
-        from data_prep.benchmark import prepare_benchmark
-
-        prepare_benchmark(recipe)
-    require_prepared(recipe, name)
-    claim_run(recipe)
-
-
-def work(verb: str, recipe: ClipRecipe) -> dict[str, Any]:
-    """Do the verb's work on this rank."""
-    from pipeline.clip.benchmark.run import run_benchmark
-
-    return run_benchmark(recipe, train=verb != "evaluate", evaluate=verb != "train")

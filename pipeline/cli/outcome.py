@@ -30,14 +30,6 @@ from pipeline.ranks.outcome import Outcome, leave_outcome
 from pipeline.ranks.shutdown import STOP_SIGNALS
 
 Result = dict[str, Any]
-# Headings of the help, in the order in which their first verb is added.
-TRAIN, LOOK, USE, SHARE, OWN = (
-    "Train a recipe",
-    "Look at runs",
-    "Use what was learned",
-    "Adapters",
-    "A task of your own",
-)
 JSON = "--json"
 PATH_TYPES = ("path", "file", "directory")  # what click calls its types of paths
 PATHS_AS_TEXT = ("recipe", "model", "clip")  # arguments that are a name, a Hub id or a path

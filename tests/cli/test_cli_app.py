@@ -109,7 +109,7 @@ def test_a_stop_and_a_bug_are_one_object(monkeypatch: pytest.MonkeyPatch, error:
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.cli.commands.load_recipe", broken)
+    monkeypatch.setattr("pipeline.cli.sequence.load_recipe", broken)
     done = run("run", "nano", "--json")
     assert last_object(done.stdout)["exit_code"] == done.exit_code == code
 
@@ -270,10 +270,10 @@ def test_a_recipe_at_home_is_found_by_every_verb(home: Path) -> None:
 def test_the_verbs_that_score_a_run_show_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     path = make_run(tmp_path / "run", status="done", stage=3)
     for work in (
-        "pipeline.cli.commands._on_ranks",
+        "pipeline.cli.sequence.on_ranks",
         "pipeline.sequence.prepared.require_prepared",
         "pipeline.runs.claim.claim_run",
-        "pipeline.cli.commands.load_run",
+        "pipeline.cli.sequence.load_run",
     ):
         monkeypatch.setattr(work, lambda *_: None)
     arguments = ["nano", "--set", f"run_dir={path}"] if verb == "run" else [str(path)]

@@ -126,7 +126,7 @@ def test_a_task_is_added_to_the_folder_that_was_named_whatever_it_is_called(
     monkeypatch.setattr("pipeline.sequence.add_task.prepare_addition", lambda *_: addition)
     trained: list[Path] = []
     monkeypatch.setattr(
-        "pipeline.cli.commands._sequence",
+        "pipeline.cli.sequence.start",
         lambda verb, recipe, overrides, *_: trained.append(load_recipe(recipe, overrides).run_path),
     )
     done = CliRunner().invoke(app, ["add", name, "Mine"])

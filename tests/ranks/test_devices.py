@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed
 
-from pipeline.cli import commands as cli
+from pipeline.cli import on_ranks as cli
+from pipeline.config.load import load_recipe
 from pipeline.errors import UserError
 from pipeline.ranks import devices, launch
 from pipeline.ranks import world as distributed
@@ -205,7 +206,7 @@ def test_the_command_says_it_before_it_starts_ranks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setattr(cli.launch, "launch", lambda *_: pytest.fail("ranks were started"))
     with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE=8"):
-        cli._on_ranks([], None, lambda recipe: {}, False)
+        cli.on_ranks([], load_recipe("nano"), lambda recipe: {}, False)
 
 
 @pytest.mark.usefixtures("machine")

@@ -1,0 +1,103 @@
+"""The verbs that ask what was learned: one question, a conversation, a service."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.cli import completion
+from pipeline.cli.lazy import lazy
+from pipeline.cli.options import AsJson, Clip, Learned, Model
+from pipeline.cli.outcome import show
+
+if TYPE_CHECKING:
+    from pipeline.adapter import chat as chatting
+    from pipeline.adapter import load as loading
+    from pipeline.adapter import predict as predicting
+    from pipeline.serve import server
+else:
+    chatting, loading, predicting = map(
+        lazy, ("pipeline.adapter.chat", "pipeline.adapter.load", "pipeline.adapter.predict")
+    )
+    server = lazy("pipeline.serve.server")
+
+
+def predict(
+    run: Learned,
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="For methods that have to be told the task.", autocompletion=completion.sets)
+    ] = None,
+    model: Model = None,
+    clip: Clip = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question with a run's prompt sets and tell which sets were selected."""
+    show(predicting.predict(run, image, question, task, model, clip), as_json)
+
+
+def serve(
+    run: Learned,
+    host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")] = 8000,
+    batch: Annotated[int, typer.Option(min=1, help="Answers that are generated together.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 4096 * 4096,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request in bytes.")] = 8 << 20,
+    memory: Annotated[
+        float | None, typer.Option(min=0.001, help="Most GiB for keys and values; by default what the device has.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder.")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Origin of pages that may ask from a browser; may be repeated."),
+    ] = None,
+    ignore_system: Annotated[
+        bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no line per request.")] = False,
+    model: Model = None,
+    clip: Clip = None,
+) -> None:
+    """Answer questions over HTTP as OpenAI's chat API does; a key is read from PIPELINE_API_KEY."""
+    options = server.Options(
+        host,
+        port,
+        batch,
+        queue,
+        memory,
+        max_tokens,
+        max_pixels,
+        max_body,
+        name,
+        tuple(origin or ()),
+        ignore_system,
+        quiet,
+    )
+    server.serve(run, options, model, clip)
+
+
+def chat(
+    run: Learned,
+    image: Annotated[Path | None, typer.Option(help="Picture to begin with.")] = None,
+    model: Model = None,
+    clip: Clip = None,
+) -> None:
+    """Ask a run or an adapter question after question about a picture."""
+    console = Console()
+    answerer = loading.load_adapter(run, model, clip)
+
+    def ask(prompt: str) -> str:
+        # Piped questions need no prompt. As Text: what stands in square brackets is not markup.
+        return console.input(Text(prompt)) if sys.stdin.isatty() else input()
+
+    chatting.chat(answerer, image, ask, lambda line: console.print(Text(line)))

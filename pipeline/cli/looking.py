@@ -1,0 +1,60 @@
+"""The verbs that show runs: a report, and the list of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.cli import completion
+from pipeline.cli.lazy import lazy
+from pipeline.cli.options import AsJson
+from pipeline.cli.outcome import show
+from pipeline.config.load import one_kind
+
+if TYPE_CHECKING:
+    from pipeline.clip.benchmark import report as clip_report
+    from pipeline.report import listing
+    from pipeline.report import page as run_report
+else:
+    clip_report, listing = lazy("pipeline.clip.benchmark.report"), lazy("pipeline.report.listing")
+    run_report = lazy("pipeline.report.page")
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="The run to report, then others to compare.", autocompletion=completion.runs
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write RUN/report.html (with the other runs beside it) and print the table."""
+    if one_kind(runs) == "clip":
+        page = clip_report.write_benchmark_report(runs[0])
+        tables = [clip_report.terminal_results(run) for run in runs]
+        result = {"report": str(page), "results": {str(run): clip_report.read_results(run)["lines"] for run in runs}}
+    else:
+        page = run_report.write_report(runs[0], runs[1:])
+        tables = [run_report.terminal_table(runs)]
+        result = {"report": str(page), **run_report.comparison(runs)}
+    for table in tables:
+        Console().print(table)
+    show(result, as_json)
+
+
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds the runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs with their key figures."""
+    rows = listing.list_runs(folder)
+    Console().print(listing.runs_table(rows))
+    for row in rows:
+        if row["note"]:
+            typer.echo(f"{row['run']}: {row['note']}")
+    if as_json:
+        show({"runs": rows}, as_json)

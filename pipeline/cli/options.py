@@ -1,0 +1,44 @@
+"""Arguments and options that several verbs have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import completion
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a shipped recipe, or path of a YAML file.",
+        autocompletion=completion.recipes,
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", autocompletion=completion.runs)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Override a field of the recipe; repeatable.",
+        autocompletion=completion.fields,
+    ),
+]
+SkipBad = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Leave out up to N bad records of the data; sets data.skip_bad.")
+]
+Until = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Stop after stage N; without it the same command goes on.")
+]
+Learned = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.", autocompletion=completion.runs),
+]
+Model = Annotated[
+    str | None, typer.Option(help="Where the frozen multimodal model is on this machine, if not where it was.")
+]
+Clip = Annotated[str | None, typer.Option(help="Where the frozen CLIP is on this machine, if not where it was.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]

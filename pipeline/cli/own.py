@@ -1,0 +1,95 @@
+"""The verbs for a task of one's own: made of images and a table, and learned as the next stage of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.cli import completion, sequence
+from pipeline.cli.lazy import lazy
+from pipeline.cli.options import AsJson
+from pipeline.cli.outcome import show
+from pipeline.files.paths import command
+
+if TYPE_CHECKING:
+    from data_prep import own_task
+    from pipeline.sequence import add_effect as effects
+    from pipeline.sequence import add_task
+else:
+    own_task, effects, add_task = map(
+        lazy, ("data_prep.own_task", "pipeline.sequence.add_effect", "pipeline.sequence.add_task")
+    )
+
+
+def new_task(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the task.")],
+    images: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the image paths start at.")],
+    samples: Annotated[Path, typer.Option(metavar="FILE", help="CSV or JSONL with image, question, answer.")],
+    root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the task is written.")] = Path("data/own"),
+    test_share: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the samples to test with.")] = 0.2,
+    metric: Annotated[str, typer.Option(help="How answers are scored.")] = "exact_ci",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which samples are for testing.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a task of a folder of images and a table of questions and answers, and draw ten samples of it."""
+    made = own_task.make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
+    if not made["pictures"]:
+        typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
+    show({**made, "next": command("add", "RUN", name, "--root", root)}, as_json)
+
+
+def add(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", autocompletion=completion.runs)
+    ],
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK", help="A task in the folder that --root names.", autocompletion=completion.own_tasks
+        ),
+    ],
+    root: Annotated[Path, typer.Option(metavar="FOLDER", help="CoIN folder of the task.")] = Path("data/own"),
+    gate: Annotated[
+        float | None,
+        typer.Option(min=0, help="The run's method.gate from this stage on: a smaller one mixes fewer sets."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say which earlier tasks' questions would get the new set.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn one more task as the next stage of a run; what it has learned stays as it is."""
+    addition = add_task.prepare_addition(run, task, root, gate)
+
+    def tell(found: effects.Interference, title: str) -> None:
+        if found.effects:
+            typer.echo(f"{title}: {effects.basis(found.effects, task)}")
+            Console().print(effects.effect_table(found.effects, task))
+            for sentence in effects.advice(found, run, task):
+                typer.echo(sentence)
+
+    if addition.is_new or dry_run:
+        foretold = effects.foretell(run, addition.recipe)
+        tell(foretold, "What the earlier tasks are to expect, by their keys")
+        if dry_run:
+            told = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
+            show({"run": str(run), "task": task, **told}, as_json)
+            return
+
+    def with_effects(result: dict[str, Any]) -> dict[str, Any]:
+        found = effects.counted(run, addition.recipe)
+        tell(found, "What became of the earlier tasks")
+        return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
+
+    with addition.written():
+        sequence.start("run", str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], None, as_json, with_effects)
+
+
+def _run_dir(run: Path) -> str:
+    """The folder as the text of a recipe's run_dir: for YAML `2024` is a number, and braces are filled in."""
+    return json.dumps(str(run).replace("{", "{{").replace("}", "}}"), ensure_ascii=False)

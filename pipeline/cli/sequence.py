@@ -1,0 +1,78 @@
+"""`run`, `train` and `evaluate` of a task sequence: what is checked before ranks start, what is shown after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.cli.lazy import lazy
+from pipeline.cli.on_ranks import Then, on_ranks, speaks
+from pipeline.cli.outcome import Result
+from pipeline.config.load import load_recipe, load_run
+from pipeline.config.recipe import Recipe
+from pipeline.errors import require_extras
+from pipeline.ranks import launch
+from pipeline.ranks.environment import is_distributed, require_srun
+from pipeline.tracking.store import passwords_to_environment
+from pipeline.training.deepspeed_config import accumulation
+
+if TYPE_CHECKING:
+    from data_prep import prepare as preparing
+    from pipeline.report import summary
+    from pipeline.runs import claim
+    from pipeline.sequence import prepared
+    from pipeline.sequence import run as running
+else:
+    preparing, summary, claim, prepared, running = map(
+        lazy,
+        (
+            "data_prep.prepare",
+            "pipeline.report.summary",
+            "pipeline.runs.claim",
+            "pipeline.sequence.prepared",
+            "pipeline.sequence.run",
+        ),
+    )
+
+
+def start(
+    verb: str, name: str, overrides: list[str], until: int | None, as_json: bool, then: Then | None = None
+) -> None:
+    """Train the recipe of that name, on `run` with evaluations, until its stage `until`; prepare it where it says so.
+
+    `then` sees the result before it is shown, and has the last words.
+    """
+    require_srun()
+    recipe = load_recipe(name, overrides)
+    require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
+    if recipe.data.prepare_first and not is_distributed():
+        preparing.prepare(recipe, progress=True)
+    prepared.require_prepared(recipe, name)
+    if not is_distributed():
+        # Said here, before ranks have started and loaded anything.
+        accumulation(recipe, launch.local_processes(recipe.train.processes))
+        claim.claim_run(recipe)
+
+    def work(recipe: Recipe) -> Result:
+        return running.run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
+
+    told = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
+    on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
+    if then is None:
+        _show_end(recipe.run_path, verb, name, as_json)
+
+
+def evaluate(run: Path, as_json: bool) -> None:
+    """Fill in what is missing of a run's accuracy matrix."""
+
+    def work(recipe: Recipe) -> Result:
+        return running.evaluate_run(run)
+
+    on_ranks(["evaluate", str(run)], load_run(run), work, as_json)
+    _show_end(run, "evaluate", str(run), as_json)
+
+
+def _show_end(run: Path, verb: str, name: str, as_json: bool) -> None:
+    if speaks(as_json):
+        summary.show_end(run, verb, name)

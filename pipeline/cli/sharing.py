@@ -1,0 +1,56 @@
+"""The verbs that write adapters: of a run, of several adapters, of some of one's tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import completion
+from pipeline.cli.lazy import lazy
+from pipeline.cli.options import AsJson, RunFolder
+from pipeline.cli.outcome import show
+
+if TYPE_CHECKING:
+    from pipeline.adapter import edit as editing
+    from pipeline.adapter import load as exporting
+else:
+    editing, exporting = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.load")
+
+
+def export(
+    run: RunFolder,
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter.")],
+    licence: Annotated[
+        str | None,
+        typer.Option("--licence", "--license", help="Licence of the prompt sets, for the model card."),
+    ] = None,
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub too.")] = None,
+    public: Annotated[bool, typer.Option(help="Let everybody see the repository that --push makes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the learned pool of all stages as one portable adapter."""
+    result = exporting.export(run, target, licence)
+    if push is not None:
+        result["pushed"] = editing.push(target, push, public)
+    show(result, as_json)
+
+
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Adapters of the same models.")],
+    into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make one adapter of several that were trained apart; no prompt set changes."""
+    show(editing.merge(adapters, into), as_json)
+
+
+def prune(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="Tasks to drop.", autocompletion=completion.sets)],
+    into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
+    as_json: AsJson = False,
+) -> None:
+    """Drop tasks from an adapter; the other prompt sets stay as they are."""
+    show(editing.prune(adapter, tasks, into), as_json)

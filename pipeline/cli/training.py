@@ -1,0 +1,126 @@
+"""The verbs that check, prepare, train and evaluate a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import sequence
+from pipeline.cli.lazy import lazy
+from pipeline.cli.options import AsJson, Overrides, RecipeName, RunFolder, SkipBad, Until
+from pipeline.cli.outcome import Told, show
+from pipeline.config.load import load_recipe, recipe_kind, run_kind
+from pipeline.errors import EXIT_USER, UserError
+from pipeline.files.descriptors import raise_descriptor_limit
+from pipeline.ranks.environment import require_srun
+
+if TYPE_CHECKING:
+    from data_prep import benchmark as prepare_clip
+    from data_prep import prepare as prepare_sequence
+    from pipeline.check import clip as check_clip
+    from pipeline.check import sequence as check_sequence
+    from pipeline.cli import benchmark
+    from pipeline.clip import recipe as clip_recipe
+else:
+    prepare_clip, prepare_sequence = lazy("data_prep.benchmark"), lazy("data_prep.prepare")
+    check_clip, check_sequence = lazy("pipeline.check.clip"), lazy("pipeline.check.sequence")
+    benchmark, clip_recipe = lazy("pipeline.cli.benchmark"), lazy("pipeline.clip.recipe")
+
+
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; by default those that `run` would start here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check data, model, CLIP, metrics and world size, and plan the memory, before any GPU is touched."""
+    if recipe_kind(recipe) == "clip":
+        findings = check_clip.check_benchmark(recipe, overrides or [], ranks)
+    else:
+        loaded = load_recipe(recipe, overrides or [])  # before the imports: what is wrong with it shows at once
+        findings = check_sequence.check(loaded, recipe, ranks)
+    told = findings.to_json()
+    if findings.problems:
+        sentence = findings.sentence(recipe)
+        if as_json:
+            show({**told, "error": sentence, "exit_code": EXIT_USER}, as_json)
+        raise (Told if as_json else UserError)(sentence)
+    if as_json:
+        show(told, as_json)
+
+
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Rewrite prepared data that another recipe or a run depends on.")
+    ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that compute keys, each on a GPU of its own.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
+    raise_descriptor_limit()
+    if recipe_kind(recipe) == "clip":
+        if gpus > 1:
+            raise UserError(
+                f"--gpus is {gpus}, and '{recipe}' is a benchmark, whose preparation computes no keys; leave --gpus "
+                "out."
+            )
+        benchmark_recipe = clip_recipe.load_benchmark(recipe, _with_skip_bad(overrides, skip_bad))
+        show(prepare_clip.prepare_benchmark(benchmark_recipe, replace=replace), as_json)
+        return
+    loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
+    told = prepare_sequence.prepare(loaded, progress=True, replace=replace, gpus=gpus)
+    show(told or {"prepared": loaded.data.prepared}, as_json)
+
+
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train all stages, evaluate after each, and write the report; a stopped run goes on where it was."""
+    _start("run", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    skip_bad: SkipBad = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train all stages without evaluating; `evaluate RUN` fills in the matrix later."""
+    _start("train", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
+
+
+def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
+    """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
+    require_srun()
+    if run_kind(run) == "clip":
+        benchmark.start("evaluate", str(run), [], as_json)
+    else:
+        sequence.evaluate(run, as_json)
+
+
+def _start(verb: str, name: str, overrides: list[str], until: int | None, as_json: bool) -> None:
+    """Train a recipe of either kind."""
+    require_srun()
+    if recipe_kind(name) != "clip":
+        sequence.start(verb, name, overrides, until, as_json)
+        return
+    if until is not None:
+        raise UserError(f"--until counts the stages of a sequence, and {name} has units; choose them with --set.")
+    benchmark.start(verb, name, overrides, as_json)
+
+
+def _with_skip_bad(overrides: list[str] | None, skip_bad: int | None) -> list[str]:
+    return [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
