@@ -86,12 +86,14 @@ def _metrics(recipe: Recipe) -> str:
 
 def _ranks(recipe: Recipe, ranks: int) -> str:
     require_usable_gpus()
-    micro, steps = accumulation(recipe, ranks)
+    micro, steps = accumulation(recipe.train, ranks)
     return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}; {torch_build()}"
 
 
 def _deepspeed(recipe: Recipe) -> str:
-    config = deepspeed_config(recipe, 1)  # the file's own faults; whether the ranks divide is another check
+    config = deepspeed_config(
+        recipe.train, recipe.model.dtype, 1
+    )  # the file's own faults; whether the ranks divide is another check
     settle_accelerator()
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config

@@ -50,7 +50,7 @@ def start(
     prepared.require_prepared(recipe, name)
     if not is_distributed():
         # Said here, before ranks have started and loaded anything.
-        accumulation(recipe, launch.local_processes(recipe.train.processes))
+        accumulation(recipe.train, launch.local_processes(recipe.train.processes))
         claim.claim_run(recipe)
 
     def work(recipe: Recipe) -> Result:

@@ -113,13 +113,13 @@ def plan_memory(
     """
     from deepspeed.runtime.zero.config import get_zero_config  # DeepSpeed: an import of seconds, for this plan alone
 
-    config = deepspeed_config(recipe, ranks, node)
+    config = deepspeed_config(recipe.train, recipe.model.dtype, ranks, node)
     zero: Any = get_zero_config(config)
     stage, element = int(zero.stage), DTYPES[recipe.model.dtype].itemsize
     projector_learns = recipe.train.projector == "trained"
     shape = model_shape(model, projector_learns)
     groups = trainable_groups(recipe, shape, key_width, projector_learns)
-    micro, _ = accumulation(recipe, ranks)
+    micro, _ = accumulation(recipe.train, ranks)
     sets = _sets_inserted(recipe)
     length = tokens.image + tokens.text + tokens.answer + sets * recipe.method.prompt_length
     length = min(length, recipe.model.max_length + sets * recipe.method.prompt_length)

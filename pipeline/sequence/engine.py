@@ -21,7 +21,7 @@ PROJECTOR = "projector."  # how the names of a trained projector's weights begin
 def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
     """One engine for a whole sequence: its `module` is a `PromptedLMM`, whose trainables keep their shapes."""
     start_deepspeed()
-    config = deepspeed_config(recipe, world.size, agreed_node_size())
+    config = deepspeed_config(recipe.train, recipe.model.dtype, world.size, agreed_node_size())
     sharded = int(config.get("zero_optimization", {}).get("stage", 0)) == 3
     lmm = load_lmm(recipe.model, config if sharded else None, None if sharded else world.device)
     lmm.cuts = recipe.data.too_long == "truncate"

@@ -43,7 +43,7 @@ class Models:
         then nothing else has to be loaded. All ranks call it."""
         if self._engine is None and not self._trains_projector:
             node = self._resolve_auto()
-            config = deepspeed_config(self.recipe, self.world.size, node)
+            config = deepspeed_config(self.recipe.train, self.recipe.model.dtype, self.world.size, node)
             if int(config.get("zero_optimization", {}).get("stage", 0)) != 3:
                 self.engine()
 

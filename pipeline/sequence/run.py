@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
     """
     require_extras("train", *recipe.tracking.extras)  # rather than an import that fails in the middle of the run
     train, evaluate = stages != "evaluate", stages != "train"
-    with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe, world.size)) as here:
+    with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe.train, world.size)) as here:
         recipe = on_main(here.world, lambda: as_recorded(recipe, here.path))
         run = open_run(recipe, here)
         todo = list(enumerate(run.stages[:until]))
@@ -66,7 +67,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
                 if checkpoint is not None:
                     log.info("stage %d/%d %s: finished earlier", index + 1, len(run.stages), stage.name)
                 elif train:
-                    new = trainer.train(index, stage, learned, lambda place=(index, stage): record.begins(*place))
+                    new = trainer.train(index, stage, learned, partial(record.begins, index, stage))
                     record.trained(stage, new.seconds)
                     checkpoint = new.checkpoint
                 else:

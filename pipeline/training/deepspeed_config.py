@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.paths import PACKAGE, PROJECT
-from pipeline.config.recipe import Recipe
-from pipeline.config.train import divisors
+from pipeline.config.train import TrainConfig, divisors
 from pipeline.errors import UserError, nearest
 from pipeline.files.strict_text import load_json
 from pipeline.training.hpz import with_node_size
@@ -29,13 +28,12 @@ RECIPE_OWNS = {
 }
 
 
-def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
+def accumulation(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """Return (samples per rank and forward, accumulation steps) that make up the global batch on `world_size` ranks.
 
     Raises UserError that lists the world sizes which divide the global batch.
     """
-    whole = recipe.train.global_batch
-    micro = recipe.train.micro_batch
+    whole, micro = train.global_batch, train.micro_batch
     if whole % (world_size * (micro or 1)):
         fitting = ", ".join(map(str, divisors(whole // (micro or 1))))
         batch = f"global batch {whole}" + (f" in micro batches of {micro}" if micro else "")
@@ -44,17 +42,18 @@ def accumulation(recipe: Recipe, world_size: int) -> tuple[int, int]:
     return micro, whole // (micro * world_size)
 
 
-def deepspeed_config(recipe: Recipe, world_size: int, node: int | None = None) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int | None = None) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
 
-    `auto` that `pipeline.planning.auto` has not replaced is ZeRO-3, as on CPUs. `node` is the number of ranks on each
-    node where all ranks know it (see `with_node_size`).
+    `auto` that `pipeline.planning.auto` has not replaced is ZeRO-3, as on CPUs. `dtype` is the model's precision,
+    `node` the number of ranks on each node where all ranks know it (see `with_node_size`).
+
     Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
     """
-    file = ZERO3 if recipe.train.deepspeed == AUTO else recipe.train.deepspeed
+    file = ZERO3 if train.deepspeed == AUTO else train.deepspeed
     config = with_node_size(deepspeed_file(file), world_size, node=node)
-    micro, steps = accumulation(recipe, world_size)
-    return with_recipe(config, micro, steps, recipe.train.clip, recipe.model.dtype)
+    micro, steps = accumulation(train, world_size)
+    return with_recipe(config, micro, steps, train.clip, dtype)
 
 
 def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def train_stage(
             factor = rate.factor(step)
             engine.scale_learning_rates(factor)
             scale = float(world.size * engine.accumulation)
-            terms = _accumulated(engine, micro_batches, Normaliser(*counts, scale=scale), world.device)
+            terms = _accumulated(engine, micro_batches, Normaliser(counts[0], counts[1], scale), world.device)
             due = saver is not None and saver.is_due(step + 1)
             agreed = Agreed.of(terms, session.stop.requested, due)
             if not all(map(math.isfinite, agreed.losses)):

@@ -43,7 +43,7 @@ def test_every_shipped_recipe_loads_and_has_its_file_name(name: str) -> None:
 def test_the_shipped_default_fits_two_ranks_and_one() -> None:
     recipe = load_recipe("nano")
     for ranks in (1, 2):
-        micro, steps = accumulation(recipe, ranks)
+        micro, steps = accumulation(recipe.train, ranks)
         assert micro * steps * ranks == recipe.train.global_batch
 
 
@@ -193,20 +193,20 @@ def test_a_folder_that_is_no_run_is_refused_with_the_nearest_run(recipe_file: Pa
 def test_accumulation_makes_up_the_global_batch_or_lists_the_sizes_that_do(batch: int, ranks: int) -> None:
     recipe = _with_train(global_batch=batch)
     if batch % ranks == 0:
-        micro, steps = accumulation(recipe, ranks)
+        micro, steps = accumulation(recipe.train, ranks)
         assert (micro * steps * ranks, steps) == (batch, 1)
     else:
         with pytest.raises(UserError) as caught:
-            accumulation(recipe, ranks)
+            accumulation(recipe.train, ranks)
         sizes = str(caught.value).split("start ")[1].split(" ranks")[0].split(", ")
         assert all(batch % int(size) == 0 for size in sizes)
         assert len(sizes) == sum(batch % size == 0 for size in range(1, batch + 1))
 
 
 def test_a_micro_batch_leads_to_accumulation() -> None:
-    assert accumulation(_with_train(global_batch=16, micro_batch=2), 2) == (2, 4)
+    assert accumulation(_with_train(global_batch=16, micro_batch=2).train, 2) == (2, 4)
     with pytest.raises(UserError, match=r"16 ranks do not divide.*micro batches of 2; start 1, 2, 4, 8 ranks"):
-        accumulation(_with_train(global_batch=16, micro_batch=2), 16)
+        accumulation(_with_train(global_batch=16, micro_batch=2).train, 16)
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "zero3_offload", "zero3_multinode"])
@@ -214,7 +214,7 @@ def test_deepspeed_accepts_every_shipped_configuration(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     recipe = _with_train(global_batch=16, micro_batch=2, clip=0.5, deepspeed=f"ds_configs/{name}.json")
-    config = DeepSpeedConfig(deepspeed_config(recipe, 1))
+    config = DeepSpeedConfig(deepspeed_config(recipe.train, recipe.model.dtype, 1))
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (16, 8)
     assert config.gradient_clipping == 0.5
     assert config.zero_config.stage == int(name[4])
@@ -223,8 +223,8 @@ def test_deepspeed_accepts_every_shipped_configuration(name: str) -> None:
 def test_precision_comes_from_the_model() -> None:
     recipe = _with_train()
     bf16 = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
-    assert deepspeed_config(recipe, 1)["bf16"] == {"enabled": False}
-    assert deepspeed_config(bf16, 1)["bf16"] == {"enabled": True}
+    assert deepspeed_config(recipe.train, recipe.model.dtype, 1)["bf16"] == {"enabled": False}
+    assert deepspeed_config(bf16.train, bf16.model.dtype, 1)["bf16"] == {"enabled": True}
 
 
 @pytest.mark.parametrize("key", RECIPE_OWNS)
@@ -232,7 +232,7 @@ def test_what_belongs_to_the_recipe_is_refused_in_the_deepspeed_file(key: str, t
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({key: {}}))
     with pytest.raises(UserError, match=f"sets {key}, which belongs to the recipe"):
-        deepspeed_config(_with_train(deepspeed=str(path)), 1)
+        deepspeed_config(_with_train(deepspeed=str(path)).train, "float32", 1)
 
 
 @pytest.mark.parametrize(("content", "words"), [("{", "is not JSON"), ("[]", "expected a JSON object")])
@@ -240,12 +240,12 @@ def test_a_damaged_deepspeed_file_is_refused(content: str, words: str, tmp_path:
     path = tmp_path / "ds.json"
     path.write_text(content)
     with pytest.raises(UserError, match=words):
-        deepspeed_config(_with_train(deepspeed=str(path)), 1)
+        deepspeed_config(_with_train(deepspeed=str(path)).train, "float32", 1)
 
 
 def test_an_unknown_deepspeed_file_gets_the_nearest() -> None:
     with pytest.raises(UserError, match=r"zero33\.json.*Did you mean 'ds_configs/zero3\.json'\?"):
-        deepspeed_config(_with_train(deepspeed="ds_configs/zero33.json"), 1)
+        deepspeed_config(_with_train(deepspeed="ds_configs/zero33.json").train, "float32", 1)
 
 
 def test_project_files_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,8 @@ def train_once(
     recipe = recipe.model_copy(update={"train": train})
     session = Session(folder, world, StopFlag(), Watchdog(world, None))
     files = StageFiles(session, [("a", "drawn")], {})
-    trainer = StageTrainer(recipe, session, lambda: engine, [(*samples, None)], files)
+    parts: Any = [(*samples, None)]
+    trainer = StageTrainer(recipe, session, lambda: engine, parts, files)
     trained = trainer.train(len(pool), Stage("a", (0,)), Learned(pool))
     return trained.history, engine.values()
 
