@@ -11,15 +11,15 @@ import base64
 import binascii
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
+from pipeline.adapter.answering import Question, read_image
+from pipeline.adapter.load import load_adapter
+from pipeline.data.image_limits import ImageLimits, plan_image
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.adapter.answering import Question
 
 
 class AdapterModel(PythonModel):
@@ -31,8 +31,6 @@ class AdapterModel(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        from pipeline.adapter.load import load_adapter
-
         config = context.model_config or {}
         self.answerer = load_adapter(context.artifacts["adapter"], config.get("model"), config.get("clip"))
         self.opens_files = config.get("files") is True
@@ -56,8 +54,6 @@ class AdapterModel(PythonModel):
 
 def question(row: dict[str, Any], opens_files: bool = False) -> Question:
     """The question in a row of the frame; raises UserError for an image that is none of those expected."""
-    from pipeline.adapter.answering import Question, read_image
-
     image, task = row.get("image"), row.get("task")
     encoded: bytes | None
     if isinstance(image, bytes | bytearray):
@@ -76,19 +72,8 @@ def question(row: dict[str, Any], opens_files: bool = False) -> Question:
             expected = "a path, bytes or base64 text" if opens_files else "bytes or base64 text"
             raise UserError(f"{found}; expected {expected}{hint}.") from None
     if encoded is not None and not opens_files:
-        _check(encoded)
+        plan_image(encoded, ImageLimits())  # these callers are not trusted: by its header alone, as the service does
     return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
-
-
-def _check(encoded: bytes) -> None:
-    """Refuse an image that may not be decoded for callers who are not trusted: as the service does, by its header."""
-    from pipeline.serve.images import ImageLimits, plan_image
-    from pipeline.serve.refusal import RefusedError
-
-    try:
-        plan_image(encoded, ImageLimits())
-    except RefusedError as error:
-        raise UserError(str(error)) from None
 
 
 def _is_file(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pipeline.backbones.recompute import divided
+from pipeline.backbones.shortcuts import why_not_gated
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
-
-SILU = ("SiLU", "SiLUActivation")
 
 
 @contextlib.contextmanager
@@ -36,16 +35,6 @@ def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
     finally:
         for mlp in changed:
             del mlp.forward
-
-
-def why_not_gated(mlp: Any, classes: Collection[str]) -> str:
-    """Why a decoder layer's MLP keeps its activation too, given the classes that are gated; "" where it need not."""
-    name, activation = type(mlp).__name__, type(getattr(mlp, "act_fn", None)).__name__
-    if name not in classes:
-        return f"{name} is not known to be down(act(gate(x)) * up(x))"
-    if activation not in SILU:
-        return f"its activation is {activation}, not SiLU"
-    return ""
 
 
 def _forward(mlp: Any) -> Callable[[Tensor], Tensor]:

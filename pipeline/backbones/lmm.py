@@ -242,7 +242,7 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: t
     model = load_weights(config, folder, zero3, device)
     check_image_size(config, model.config, processor)
     lmm = LMM(model, processor, config)
-    log_shortcuts(lmm)
+    log_shortcuts(lmm.family, lmm.decoder)
     return lmm
 
 

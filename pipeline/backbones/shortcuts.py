@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.backbones.gated import why_not_gated
+from torch import nn
+
+from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.last_layer import why_whole
 
-if TYPE_CHECKING:
-    from pipeline.backbones.lmm import LMM
-
 logger = logging.getLogger("pipeline.backbones.shortcuts")
+SILU = ("SiLU", "SiLUActivation")
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,9 @@ class Shortcut:
     obstacle: str
 
 
-def shortcuts_of(lmm: LMM) -> list[Shortcut]:
-    """The shortcuts, with what is in the way of each for this model."""
-    family = lmm.family
-    layer: Any = lmm.decoder.layers[-1]  # type: ignore[index]
+def shortcuts_of(family: LMMFamily, decoder: nn.Module) -> list[Shortcut]:
+    """The shortcuts, with what is in the way of each for a model of this family with this decoder."""
+    layer: Any = decoder.layers[-1]  # type: ignore[index]
     return [
         Shortcut("last layer at the answers only", why_whole(layer.self_attn, family.lean_attentions)),
         Shortcut("gated MLPs keep two vectors per token", why_not_gated(layer.mlp, family.gated_mlps)),
@@ -34,9 +34,19 @@ def shortcuts_of(lmm: LMM) -> list[Shortcut]:
     ]
 
 
-def log_shortcuts(lmm: LMM) -> None:
+def log_shortcuts(family: LMMFamily, decoder: nn.Module) -> None:
     """One line: the shortcuts that are taken, and the reason for each that is not."""
-    found = shortcuts_of(lmm)
+    found = shortcuts_of(family, decoder)
     taken = ", ".join(one.name for one in found if not one.obstacle) or "none"
     others = "".join(f"; not {one.name}: {one.obstacle}" for one in found if one.obstacle)
-    logger.info("%s: shortcuts taken: %s%s", lmm.family.kind, taken, others)
+    logger.info("%s: shortcuts taken: %s%s", family.kind, taken, others)
+
+
+def why_not_gated(mlp: Any, classes: Collection[str]) -> str:
+    """Why a decoder layer's MLP keeps its activation too, given the classes that are gated; "" where it need not."""
+    name, activation = type(mlp).__name__, type(getattr(mlp, "act_fn", None)).__name__
+    if name not in classes:
+        return f"{name} is not known to be down(act(gate(x)) * up(x))"
+    if activation not in SILU:
+        return f"its activation is {activation}, not SiLU"
+    return ""

@@ -12,8 +12,8 @@ from pipeline.data.grouped_order import image_groups
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
-from pipeline.planning.memory_plan import GIB
 from pipeline.planning.model_files import ModelFiles
+from pipeline.planning.plan import GIB
 
 
 def check_kept_features(recipe: Recipe, model: ModelFiles) -> str:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UserError, UserErrors
-from pipeline.planning.memory_plan import BESIDE, GIB, MemoryPlan
+from pipeline.planning.plan import BESIDE, GIB, MemoryPlan
 from pipeline.ranks.environment import launched_place
 from pipeline.ranks.launch import local_processes
 

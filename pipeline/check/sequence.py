@@ -19,9 +19,10 @@ from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.auto import fit_to_memory, gpu_memory, least_for_zero2, without_gpus
-from pipeline.planning.memory_plan import Tokens, plan_memory
+from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles, clip_key_width
 from pipeline.planning.model_shape import meta_model
+from pipeline.planning.plan import Tokens
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.training.deepspeed_config import AUTO, accumulation, deepspeed_config
 

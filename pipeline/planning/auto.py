@@ -10,9 +10,10 @@ from torch import nn
 
 from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
-from pipeline.planning.memory_plan import GIB, Tokens, plan_memory
+from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
+from pipeline.planning.plan import GIB, Tokens
 from pipeline.ranks.environment import ranks_per_node
 from pipeline.ranks.world import World, on_main
 from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3

@@ -27,7 +27,8 @@ from pipeline.hub.known_models import known_config, known_settings
 from pipeline.hub.pickled import is_converted, with_safetensors
 from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import weights_of
-from pipeline.planning.memory_plan import ASSUMED_ANSWER, ASSUMED_TEXT, Tokens
+from pipeline.planning.memory_plan import ASSUMED_ANSWER, ASSUMED_TEXT
+from pipeline.planning.plan import Tokens
 
 PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
 

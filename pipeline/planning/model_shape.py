@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.backbones.gated import why_not_gated
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
+from pipeline.backbones.shortcuts import why_not_gated
 from pipeline.config.recipe import Recipe
 from pipeline.hub.snapshots import settings_folder
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
-from pipeline.planning.memory_plan import GIB, MemoryPlan, Tokens, plan_memory
+from pipeline.planning.memory_plan import plan_memory
+from pipeline.planning.plan import GIB, MemoryPlan, Tokens
 from pipeline.ranks.environment import USUAL_NODE
 
 if TYPE_CHECKING:

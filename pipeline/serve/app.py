@@ -23,12 +23,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pipeline.adapter.answering import Tokenised
+from pipeline.data.image_limits import WORK_SIDE
 from pipeline.data.smaller_pictures import Decoding, decode_smaller
 from pipeline.errors import UserError
 from pipeline.serve.admission import Budget, Share, read_body, unless_gone
 from pipeline.serve.chat import ChatRequest, Limits, Offer, read_chat, unknown_model
 from pipeline.serve.completion import completion, error_body
-from pipeline.serve.images import WORK_SIDE, DecodingSpace
+from pipeline.serve.images import DecodingSpace
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.refusal import RefusedError
 from pipeline.serve.reply import EventStream, Reply

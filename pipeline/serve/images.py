@@ -7,32 +7,16 @@ import binascii
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from PIL import Image, PngImagePlugin
+from PIL import PngImagePlugin
 
-from pipeline.data.smaller_pictures import FORMATS, Decoding, plan_decoding
+from pipeline.data.image_limits import MIB, ImageLimits, ImageRefusedError
+from pipeline.data.image_limits import plan_image as accepted
+from pipeline.data.smaller_pictures import Decoding
 from pipeline.serve.json_body import JsonBody
 from pipeline.serve.refusal import RefusedError
 
-MIB = 1 << 20
-WORK_SIDE = 2048
-WORK_PIXELS = WORK_SIDE**2  # larger images are made smaller before models' processors, which copy them several times
-DECODE_BYTES = 10  # per pixel of the largest image that is accepted: 160 MiB for 4096 x 4096
 PNG_TEXTS = 4 * MIB
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Which images are accepted; `side` is the longest side for models whose images are padded to squares."""
-
-    pixels: int = 4096 * 4096
-    side: int | None = None
-
-    @property
-    def decode_bytes(self) -> int:
-        """Bytes that one image, or several that are read at once, may take while they are decoded."""
-        return max(DECODE_BYTES * self.pixels, 128 * MIB)
 
 
 class DecodingSpace:
@@ -85,22 +69,11 @@ def read_image(address: str, body: JsonBody) -> bytes:
 
 
 def plan_image(encoded: bytes, limits: ImageLimits) -> Decoding:
-    """How an image will be decoded, known from its header; refused where it is none or too large."""
+    """How an image will be decoded, known from its header; RefusedError where it is none or too large.
+
+    Registered MLflow models of earlier versions import it, and `ImageLimits`, from here.
+    """
     try:
-        plan = plan_decoding(encoded, WORK_PIXELS, limits.side)
-    except Image.DecompressionBombError:
-        raise RefusedError(f"the image is huge; expected at most {limits.pixels} pixels.", 413) from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise RefusedError(
-            f"the image is not readable ({type(error).__name__}); expected {', '.join(FORMATS)}."
-        ) from None
-    size = f"{plan.width} x {plan.height} pixels"
-    if plan.width * plan.height > limits.pixels:
-        raise RefusedError(f"the image has {size}; expected at most {limits.pixels} in all.", 413)
-    if plan.nbytes > limits.decode_bytes:
-        raise RefusedError(
-            f"the {plan.format} image of {size} would take {plan.nbytes // MIB} MiB to decode; expected at most "
-            f"{limits.decode_bytes // MIB} MiB. Send it smaller, or as an ordinary JPEG.",
-            413,
-        )
-    return plan
+        return accepted(encoded, limits)
+    except ImageRefusedError as error:
+        raise RefusedError(str(error), 413 if error.too_large else 400) from None

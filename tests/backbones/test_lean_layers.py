@@ -112,7 +112,7 @@ def test_the_shortcuts_of_a_model_are_told_with_what_is_in_the_way_of_the_others
     lmm: LMM, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="pipeline.backbones"):
-        log_shortcuts(lmm)
+        log_shortcuts(lmm.family, lmm.decoder)
     (line,) = caplog.messages
     if lmm.family.kind in WHOLE:
         assert "shortcuts taken: none; not last layer at the answers only: Gemma3Attention is not known" in line

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipeline.backbones.gated import gates_kept_once
-from pipeline.planning.memory_plan import ModelShape, Tokens, plan_memory, training_activations
+from pipeline.planning.memory_plan import ModelShape, plan_memory, training_activations
 from pipeline.planning.model_shape import meta_model
+from pipeline.planning.plan import Tokens
 from tests import tiny
 from tests.processes import torchrun
 from tests.training.worlds import KEY_WIDTH, make_recipe

@@ -9,10 +9,11 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
 from pipeline.errors import OutOfMemory
 from pipeline.planning.auto import GIB, fit_to_memory
-from pipeline.planning.memory_plan import Tokens, plan_memory
+from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.out_of_memory import told_what_helps
+from pipeline.planning.plan import Tokens
 from tests.backbones.tiny_families import FAMILIES
 from tests.planning.test_sample_lengths import png
 from tests.training.worlds import make_recipe

@@ -19,8 +19,9 @@ from pipeline.config.train import TrainConfig
 from pipeline.planning import auto as fitting_module
 from pipeline.planning import scaling
 from pipeline.planning.auto import ESTIMATED, KEPT_FREE, POLICIES, fit_to_memory, least_for_zero2, resolve_auto
-from pipeline.planning.memory_plan import Tokens, plan_memory
+from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_shape import meta_model
+from pipeline.planning.plan import Tokens
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
 from pipeline.sequence.engine import lmm_engine

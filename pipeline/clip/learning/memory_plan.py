@@ -16,7 +16,7 @@ from pipeline.clip.methods import METHODS, learner_of_sizes
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.clip.towers.encode import AT_ONCE
-from pipeline.planning.memory_plan import FLOAT32, Entry, MemoryPlan
+from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan
 from pipeline.training.deepspeed_config import deepspeed_file
 
 ASSUMED_TEXT = 24  # tokens of a class's text, template and prompts included, where a text may end at its last token
