@@ -101,6 +101,7 @@ test-browser: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
 # What the modules hold, from their docstrings, as pages in build/api. Every module by name: pdoc leaves out those that a

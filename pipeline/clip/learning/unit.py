@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.benchmark.results import Row
 from pipeline.clip.images.classes import Group
 from pipeline.clip.learning.regularisers import Consistency, KnowledgeGuided, Regulariser
 from pipeline.clip.methods import METHODS, PromptLearner, make_learner
@@ -33,8 +32,8 @@ class Unit:
         return f"{self.method.name}-{self.dataset.name}-s{self.seed}"
 
     @property
-    def row(self) -> Row:
-        """The unit's row of the results."""
+    def row(self) -> tuple[str, str, int]:
+        """Method, dataset and seed: the unit's row of the results."""
         return self.method.name, self.dataset.name, self.seed
 
     @property
