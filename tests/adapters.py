@@ -12,7 +12,7 @@ from pipeline.adapter.answering import Question
 from pipeline.adapter.load import FORMAT_VERSION, Adapter, Meta, write_adapter
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.backbones.lmm import base_fingerprint
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import method_options
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.sample import decode_image
 from pipeline.prompts.pool import PromptPool
@@ -59,7 +59,7 @@ def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1,
         sets=pool.names,
         tasks=pool.names,
         recipe="tiny",
-        method=MethodConfig(**{"prompt_length": LENGTH, "k": 2, "gate": 0.001, **method}),
+        method=method_options(**{"prompt_length": LENGTH, "k": 2, "gate": 0.001, **method}),
         model=model,
         clip=clip,
         base_model=base_fingerprint(model),

@@ -14,20 +14,19 @@ from torch import Tensor
 
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodOptions
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.conversation import Example
 from pipeline.data.keys import Keys
 from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
-from pipeline.data.selection import NO_SET
+from pipeline.data.selection import Selection
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import similarity
 from pipeline.ranks.devices import choose_device
 
 BATCH = 16
@@ -65,12 +64,13 @@ class Answer:
     text: str
     selected: list[str]
     similarity: dict[str, float]
+    weights: dict[str, float] | None = None  # of the inserted sets; None: each counts in full
 
     @property
     def sets(self) -> str:
         """The inserted sets for people, the most similar one first: `Count 0.70, Boxes 0.65`."""
-        named = (f"{name} {self.similarity[name]:.2f}" for name in reversed(self.selected))
-        return ", ".join(named) or "none"
+        known = {name: f" {score:.2f}" for name, score in self.similarity.items()}
+        return ", ".join(f"{name}{known.get(name, '')}" for name in reversed(self.selected)) or "none"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Source:
 
     pool: PromptPool
     tasks: list[str]  # all tasks of the sequence; those of the pool come first
-    method: MethodConfig
+    method: MethodOptions
     model: ModelConfig
     keys: KeysConfig
     max_new_tokens: int
@@ -88,13 +88,12 @@ class Source:
 
     def task_number(self, task: str | None) -> int:
         """Number of the named task; raises UserError for an unknown one, or for none where one is needed."""
-        names, needed = self.tasks, make_method(self.method).needs_task
+        names, method = self.tasks, make_method(self.method)
+        needed = method.needs_task
         if task is None:
             if needed:
-                method = self.method
-                what = method.name if method.name == "independent" else f"selection {method.selection}"
                 raise UserError(
-                    f"method {what} has to be told the task; say task (--task) with one of {', '.join(names)}."
+                    f"method {method.title} has to be told the task; say task (--task) with one of {', '.join(names)}."
                 )
             return 0
         if task not in names:
@@ -108,11 +107,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Routed:
-    """Questions ready for the model: their samples, the sets they get [N, m] and their similarities [N, T]."""
+    """Questions ready for the model: their samples, the modules they get, and their scores for every task."""
 
     examples: Examples
-    selected: Tensor
-    similarity: Tensor
+    selection: Selection
+    similarity: Tensor  # [N, T]; [N, 0] of a method without a router
 
 
 class SampleList(list[Sample]):
@@ -175,11 +174,16 @@ class Answerer:
             self.lmm,
             routed.examples,
             range(len(questions)),
-            InsertedSets(self.pool.prompts, routed.selected, self.source.method.insertion),
+            InsertedSets(self.pool.prompts, routed.selection, self.method.insertion),
             Decoding(length, BATCH),
         )
         return [
-            Answer(texts[number], self.set_names(routed, number), self.similarities(routed, number))
+            Answer(
+                texts[number],
+                self.set_names(routed, number),
+                self.similarities(routed, number),
+                self.weights(routed, number),
+            )
             for number in range(len(questions))
         ]
 
@@ -202,9 +206,9 @@ class Answerer:
             )
         encoded = image if isinstance(image, bytes) else read_image(image)
         routed = self.route([Question(question, encoded, task)])
-        batch = collate_prompts(routed.examples, [0], routed.selected).to(self.lmm.model.device)
+        batch = collate_prompts(routed.examples, [0], routed.selection).to(self.lmm.model.device)
         bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
-        return embed_with_sets(self.lmm, batch, bank, self.source.method.insertion)[0][0].cpu()
+        return embed_with_sets(self.lmm, batch, bank, self.method.insertion)[0][0].cpu()
 
     def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
         """Decode and tokenise a question, which messages call by its number; raises UserError as `answer`.
@@ -240,36 +244,29 @@ class Answerer:
             question if isinstance(question, Tokenised) else self.tokenise(question, number)
             for number, question in enumerate(questions, start=1)
         ]
-        numbers = [question.task for question in tokenised]
-        keys = self._keys(tokenised)
-        weight = self.source.method.image_weight
-        if len(self.pool):
-            scores = similarity(keys.image, keys.text, self.pool.prototypes.cpu(), weight, keys.has_image)
-        else:
-            scores = torch.zeros(len(questions), 0)
-        # A method is asked for the samples of one task at a time.
-        rows: dict[int, Tensor] = {}
-        for number in sorted(set(numbers)):
-            mine = [place for place, other in enumerate(numbers) if other == number]
-            chosen = self.method.answering_sets(self.pool, number, scores[mine], keys.has_image[mine])
-            rows |= dict(zip(mine, chosen, strict=True))
-        width = max(len(row) for row in rows.values())
-        selected = torch.full((len(questions), width), NO_SET, dtype=torch.long)
-        for place, row in rows.items():
-            selected[place, : len(row)] = row
+        tasks = torch.tensor([question.task for question in tokenised], dtype=torch.long)
+        keys, routing = self._keys(tokenised), self.method.routing
+        scores = routing.scores(keys, self.pool.states)
+        selection = routing.inference(scores, tasks, keys.has_image)
         examples = [question.example for question in tokenised]
         samples = SampleList(Sample(e.id, None, q.text, "") for e, q in zip(examples, tokenised, strict=True))
         data = StageData([(samples, keys, None)])
-        return Routed(Examples(data, self.lmm.conversation, ready=examples), selected, scores)
+        return Routed(Examples(data, self.lmm.conversation, ready=examples), selection, routing.shown(scores))
 
     def set_names(self, routed: Routed, number: int) -> list[str]:
         """Names of the sets of a routed question, in the order of insertion."""
-        return [self.pool.names[index] for index in routed.selected[number].tolist() if index != NO_SET]
+        return [self.pool.names[index] for index, _ in routed.selection.chosen(number)]
 
     def similarities(self, routed: Routed, number: int) -> dict[str, float]:
-        """Similarity of a routed question to every set by name, rounded."""
+        """The router's scores of a routed question by the name of the set, rounded; none without a router."""
         scores = routed.similarity[number].tolist()
-        return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=True)}
+        return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=False)}
+
+    def weights(self, routed: Routed, number: int) -> dict[str, float] | None:
+        """The weights of a routed question's sets by their names, rounded; None where each counts in full."""
+        if routed.selection.weights is None:
+            return None
+        return {self.pool.names[index]: round(weight, 4) for index, weight in routed.selection.chosen(number)}
 
     def _keys(self, questions: Sequence[Tokenised]) -> Keys:
         text = self.encoder.text([question.text for question in questions])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.methods import make_method
+
 if TYPE_CHECKING:
     from pipeline.adapter.load import Meta
 
@@ -26,7 +28,6 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
         if name in meta.scores or name in meta.sets
     ]
     metrics = ", ".join(f"{name} {meta.metrics[name]:.1f}" for name in SHOWN if meta.metrics.get(name) is not None)
-    method = meta.method
     sets, length, width = shape
     return "\n".join(
         [
@@ -35,10 +36,8 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
             f"# Prompt sets for {', '.join(meta.sets)}",
             "",
             f"{sets} prompt sets of {length} vectors (width {width}) for the frozen model "
-            f"{_named(meta.model.path)}, learned one after the other with the method {method.name}. A question gets "
-            f"the sets whose prototypes are most similar to "
-            f"its image and its text as the CLIP `{meta.clip.path}` sees them: at most {method.k}"
-            + (f", those within {method.gate} of the best." if method.gate is not None else "."),
+            f"{_named(meta.model.path)}, learned one after the other with the method {meta.method.name}. "
+            + _choice(meta),
             "",
             "## Scores",
             "",
@@ -72,3 +71,19 @@ def _named(path: str) -> str:
     """The model as somebody knows it who has no copy of this repository."""
     shipped = path.startswith(f"{SHIPPED}/")
     return f"`{path}`" + " (a small model that the source of continual-prompts has in that folder)" * shipped
+
+
+def _choice(meta: Meta) -> str:
+    """Which sets a question gets, in a sentence or two."""
+    method = make_method(meta.method)
+    routing = method.routing
+    if routing.router is None or not routing.rule.compares:
+        told = " and has to be told with it" if method.needs_task else ""
+        return f"Which sets a question gets does not depend on its image and text{told}."
+    gate = getattr(meta.method, "gate", None)
+    return (
+        "A question gets the sets whose prototypes are most similar to "
+        f"its image and its text as the CLIP `{meta.clip.path}` sees them: at most "
+        f"{routing.rule.most(max(len(meta.sets), getattr(meta.method, 'k', 1)))}"
+        + (f", those within {gate} of the best." if gate is not None else ".")
+    )

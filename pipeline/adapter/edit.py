@@ -111,8 +111,9 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
     found = [] if _same_base(one, two) else ["another base model"]
     found += [f"another CLIP ({name})" for name in IDENTITY_FIELDS if one.keys.get(name) != two.keys.get(name)]
     found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
-    selection = ("name", "selection", "k", "gate", "image_weight", "insertion", "text_only", "prompt_length")
-    found += _differing("method", one, two, selection)
+    # Whatever the method has, but for what only training reads.
+    own = dict.fromkeys([*type(one.method).model_fields, *type(two.method).model_fields])
+    found += _differing("method", one, two, [name for name in own if name not in one.method.TRAINING_ONLY])
     if one.repetition_penalty != two.repetition_penalty and _penalty(one) != _penalty(two):
         found.append(f"repetition_penalty {two.repetition_penalty!r} instead of {one.repetition_penalty!r}")
     if "trained" in (one.projector, two.projector):
@@ -136,8 +137,5 @@ def _same_base(one: Meta, two: Meta) -> bool:
 
 def _differing(section: str, one: Meta, two: Meta, fields: Sequence[str]) -> list[str]:
     left, right = getattr(one, section), getattr(two, section)
-    return [
-        f"{section}.{name} {getattr(right, name)!r} instead of {getattr(left, name)!r}"
-        for name in fields
-        if getattr(left, name) != getattr(right, name)
-    ]
+    values = [(name, getattr(left, name, None), getattr(right, name, None)) for name in fields]
+    return [f"{section}.{name} {other!r} instead of {value!r}" for name, value, other in values if value != other]

@@ -16,7 +16,7 @@ from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
 from pipeline.config.load import load_run
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodField, of_a_record
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
@@ -44,7 +44,7 @@ class Meta(BaseModel):
     sets: list[str]
     tasks: list[str]
     recipe: str
-    method: MethodConfig
+    method: MethodField
     model: ModelConfig
     clip: KeysConfig
     base_model: str  # fingerprint
@@ -184,7 +184,7 @@ def read_adapter(folder: Path) -> Adapter:
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has adapter format {found}, expected {FORMAT_VERSION}; export the run again.")
     try:
-        meta = Meta.model_validate(content)
+        meta = Meta.model_validate({**content, "method": of_a_record(content.get("method"))})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -88,10 +88,10 @@ class _Matrix:
                     self.encoder.image(pictures)
 
     def routed(self, stage: int, task: int) -> Routed:
-        """The sets of a task's samples after a stage."""
-        test, pool = self.tests[task], self.pools[stage]
-        scores = test.similarity(pool, self.recipe.method.image_weight)
-        return Routed(self.method.answering_sets(pool, task, scores, test.data.keys.has_image), scores)
+        """The modules of a task's samples after a stage."""
+        keys, routing = self.tests[task].data.keys, self.method.routing
+        scores = routing.scores(keys, self.pools[stage].states)
+        return Routed(routing.inference(scores, task, keys.has_image), routing.shown(scores))
 
 
 def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _pipeline(
     here = folder / str(stage)
     earlier = [folder / str(before) for before in range(stage)] if reuse else []
     routed, test, settings = matrix.routed(stage, task), matrix.tests[task], matrix.recipe
-    store = AnswerStore(here, earlier, AnswerKey(settings.method.insertion))
+    store = AnswerStore(here, earlier, AnswerKey(matrix.method.insertion))
     answering = Answering(lambda: matrix.lmm, settings.evaluate.batch, share)
     evaluate_task(test, matrix.pools[stage], lambda: routed, store, answering, world)
     assert (here / SETS_FILE).is_file()
@@ -198,7 +198,7 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
     """One cell as the official scripts fill it in."""
     test, pool, lmm = matrix.tests[task], matrix.pools[stage], matrix.lmm
     examples = Examples(test.data, lmm.conversation)
-    selected = matrix.routed(stage, task).selected
+    selection = matrix.routed(stage, task).selection
     answers = []
     for index in range(len(test.data)):
         keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[torch.tensor([index])].float()]
@@ -206,10 +206,8 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
             prototype = matrix.heads[number](prompt)
             for key in keys:
                 cosine_similarity(key, prototype[None], dim=-1)
-        inputs = collate_prompts(examples, [index], selected)
-        tokens = generate_once(
-            lmm, inputs, pool.prompts.to(lmm.dtype), test.max_new_tokens, matrix.recipe.method.insertion
-        )
+        inputs = collate_prompts(examples, [index], selection)
+        tokens = generate_once(lmm, inputs, pool.prompts.to(lmm.dtype), test.max_new_tokens, matrix.method.insertion)
         answers.append(lmm.conversation.decode(tokens[0]))
     return answers
 

@@ -26,7 +26,8 @@ from pipeline.data.collate import Batch
 from pipeline.files.atomic import write_json
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.model import PromptedLMM
-from pipeline.prompts.routing import select_for_inference, similarity
+from pipeline.prompts.routers.mean import similarity
+from pipeline.prompts.rules.top_k import select_for_inference
 from pipeline.ranks.world import init_world
 from pipeline.training.deepspeed_config import DS_CONFIGS
 from pipeline.training.engine import gather_layer_by_layer, start_deepspeed

@@ -26,7 +26,6 @@ from pipeline.bench import measure
 from pipeline.bench.noise import draw_jpeg
 from pipeline.config.paths import PROJECT
 from pipeline.errors import UserError
-from pipeline.methods import make_method
 from pipeline.serve.server import KEY_VARIABLE
 
 MODEL = "bench"
@@ -52,7 +51,7 @@ def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[st
     other is measured; the ratio is the median over them. Raises UserError for a folder that cannot be served.
     """
     answerer = load_adapter(folder)
-    needs_task = make_method(answerer.source.method).needs_task
+    needs_task = answerer.method.needs_task
     task = answerer.pool.names[0] if needs_task else None
     pictures = [draw_jpeg(number) for number in range(PICTURES)]
     questions = [

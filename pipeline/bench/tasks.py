@@ -15,13 +15,14 @@ from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import method_options
 from pipeline.data.collate import Batch
 from pipeline.data.keys import Keys
 from pipeline.methods import make_method
 from pipeline.prompts.generation import generate_once
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import select_for_inference, similarity
+from pipeline.prompts.routers.mean import similarity
+from pipeline.prompts.rules.top_k import select_for_inference
 
 STAGE_SAMPLES = 2_000  # for the time that a stage's selection takes
 
@@ -111,6 +112,6 @@ def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str
 def _selection_seconds(size: Size, pool: PromptPool) -> float:
     generator = torch.Generator().manual_seed(3)
     keys: list[Tensor] = [torch.randn(STAGE_SAMPLES, size.key_width, generator=generator) for _ in range(2)]
-    method = make_method(MethodConfig(k=size.k))
+    method = make_method(method_options(k=size.k))
     data = Keys(keys[0], keys[1], torch.ones(STAGE_SAMPLES, dtype=torch.bool), {})
-    return min(measure.seconds(lambda: method.training_sets(pool, data)) for _ in range(3))
+    return min(measure.seconds(lambda: method.routing.training(data, pool.states)) for _ in range(3))

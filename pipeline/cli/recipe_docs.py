@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.clip.recipe import ClipRecipe
-from pipeline.config.messages import model_in
+from pipeline.config import registry
+from pipeline.config.messages import model_in, variants_of
+from pipeline.config.method import FromRegistry
 from pipeline.config.recipe import Recipe
 
 HEAD = """# Every field of a recipe
 
-Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config/` and
+Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config/`, `pipeline/methods/` and
 `pipeline/clip/recipe.py`; change it there. A recipe may `extends:` another, whose groups it then adds to and whose
-lists it replaces. On the command line `--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of
-an item by its name. Why a
-switch exists and what it does to numbers is in [switches](switches.md).
+lists it replaces; where it names another method, options that this one has not got are left behind. On the command line
+`--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of an item by its name. Why a switch
+exists and what it does to numbers is in [switches](switches.md).
 """
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
@@ -34,10 +36,18 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _groups(model: type[BaseModel], place: str, shown: dict[type[BaseModel], str]) -> Iterator[str]:
-    """The table of a group, then those of the groups in it that are not `shown`; `place` is its dotted path."""
+def _groups(
+    model: type[BaseModel], place: str, shown: dict[type[BaseModel], str], named: str = "", without: Container[str] = ()
+) -> Iterator[str]:
+    """The table of a group, then those of the groups in it that are not `shown`; `place` is its dotted path.
+
+    A group whose fields depend on the name in it has a table for each: that of the fields `without` the common ones
+    where it is `named` so.
+    """
     rows, inside = list[str](), list[tuple[type[BaseModel], str]]()
     for name, info in model.model_fields.items():
+        if name in without:
+            continue
         inner = model_in(info.annotation)
         if inner is None:
             rows.append(f"| `{name}` | {_kind(info.annotation, info)} | {_default(info)} | {_cell(info.description)} |")
@@ -51,8 +61,15 @@ def _groups(model: type[BaseModel], place: str, shown: dict[type[BaseModel], str
         kind = f"{'list of groups' if many else 'group'} `{shown[inner]}`"
         rows.append(f"| `{name}` | {kind} | {default} | {_cell(what)} |")
     first = (model.__doc__ or "").strip().splitlines()[0]
-    yield f"### {f'`{place}`' if place else 'The recipe itself'}\n\n{first}\n"
-    yield "\n".join(["| field | what it takes | default | meaning |", "|---|---|---|---|", *rows, ""])
+    title = f"`{place}`{f', name {named}' if named else ''}" if place else "The recipe itself"
+    yield f"### {title}\n\n{first}\n"
+    if rows:
+        yield "\n".join(["| field | what it takes | default | meaning |", "|---|---|---|---|", *rows, ""])
+    variants = {} if named else variants_of(model)
+    for variant in dict.fromkeys(variants.values()):
+        names = [name for name, other in variants.items() if other is variant and name in registry.BUILT_IN["methods"]]
+        if names:
+            yield from _groups(variant, place, shown, ", ".join(names), model.model_fields)
     for inner, path in inside:
         yield from _groups(inner, path, shown)
 
@@ -60,6 +77,9 @@ def _groups(model: type[BaseModel], place: str, shown: dict[type[BaseModel], str
 def _kind(annotation: Any, info: FieldInfo | None = None) -> str:
     """What a field takes, in words."""
     origin, inside = get_origin(annotation), get_args(annotation)
+    registered = next((m for m in (info.metadata if info else ()) if isinstance(m, FromRegistry)), None)
+    if registered is not None:
+        return ", ".join(f"`{name}`" for name in registry.BUILT_IN[registered.kind]) + ", or another that is registered"
     limits = _limits(info.metadata) if info is not None else ""
     if origin is Annotated:
         return _kind(inside[0]) + _limits(inside[1:])
@@ -90,6 +110,8 @@ def _limits(metadata: Any) -> str:
 def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
+    if info.default_factory is not None:
+        return "as below"
     return f"`{json.dumps(info.default, ensure_ascii=False)}`" if info.default != "" else "empty"
 
 

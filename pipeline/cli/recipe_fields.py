@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config.messages import model_in
+from pipeline.config import registry
+from pipeline.config.messages import model_in, variants_of
+from pipeline.config.method import DEFAULT, FromRegistry
 
 
 def dotted_fields(content: dict[str, Any]) -> dict[str, list[str]]:
@@ -28,7 +30,10 @@ def _fields(model: type[BaseModel], content: Any, place: str) -> Iterator[tuple[
     content = content if isinstance(content, dict) else {}
     for name, info in model.model_fields.items():
         inner, path, value = model_in(info.annotation), place + name, content.get(name)
-        if inner is None:
+        registered = next((mark for mark in info.metadata if isinstance(mark, FromRegistry)), None)
+        if registered is not None:
+            yield path, registry.names(registered.kind)
+        elif inner is None:
             yield path, _choices(info.annotation)
         elif isinstance(value, list):
             names = [str(item["name"]) for item in value if isinstance(item, dict) and "name" in item]
@@ -36,7 +41,8 @@ def _fields(model: type[BaseModel], content: Any, place: str) -> Iterator[tuple[
             for item in names:
                 yield from _fields(inner, {}, f"{path}.{item}.")
         else:
-            yield from _fields(inner, value, f"{path}.")
+            named = value.get("name", DEFAULT) if isinstance(value, dict) else DEFAULT
+            yield from _fields(variants_of(inner).get(named, inner), value, f"{path}.")
 
 
 def _choices(annotation: Any) -> list[str]:

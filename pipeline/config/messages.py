@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -122,9 +122,16 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
     return next((model for inner in get_args(annotation) if (model := model_in(inner)) is not None), None)
 
 
+def variants_of(model: type[BaseModel]) -> Mapping[str, type[BaseModel]]:
+    """The classes that a group may have by the name in it, such as the options of each method; mostly none."""
+    variants: Mapping[str, type[BaseModel]] = getattr(model, "variants", dict)()
+    return variants
+
+
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
         yield prefix + name
         inner = model_in(info.annotation)
         if inner is not None:
-            yield from _paths(inner, f"{prefix}{name}.")
+            for one in (inner, *variants_of(inner).values()):
+                yield from _paths(one, f"{prefix}{name}.")

@@ -1,63 +1,156 @@
-"""The section `method`: what is learned per task and which prompt sets are inserted."""
+"""What a recipe says of its method: a name, and the options that the method of this name has, and no others."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, PlainValidator, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import InitErrorDetails
 
+from pipeline.config import registry
 from pipeline.config.base import Section
+from pipeline.config.messages import sentence
+from pipeline.errors import UserError, nearest
+
+DEFAULT = "modalprompt"
+# All methods had these fields before each had options of its own: the recipes of older runs and adapters hold all.
+ONCE_OF_ALL = (
+    *("prompt_length", "init", "k", "selection", "insertion", "text_only", "gate", "earlier_gates", "image_weight"),
+    "prototype_weight",
+)
+Choice: TypeAlias = "str | Mapping[str, Any]"  # a name, or `{name: ..., and its options}`
 
 
-class EarlierGate(Section):
-    """A gate that a run had before another one was chosen: what was measured with it stays as it was."""
+@dataclass(frozen=True)
+class FromRegistry:
+    """Marks a field that takes a name of this kind, or a group with `name` and the options of what it names."""
 
-    stages: int = Field(ge=0, description="after so many stages and fewer the gate was this one, for training and rows")
-    gate: float | None = Field(ge=0, description="see method.gate")
+    kind: str
+
+    def checked(self, choice: Any) -> Any:
+        """The choice; ValueError where nothing has its name."""
+        name = choice.get("name") if isinstance(choice, Mapping) else choice
+        if not isinstance(name, str):
+            raise ValueError("expected a name, or a group of fields with `name` and the options of what it names")
+        if not registry.knows(self.kind, name):
+            raise ValueError(registry.unknown(self.kind, name))
+        return choice
 
 
-class MethodConfig(Section):
-    """What is learned per task and which sets are inserted."""
+class MethodOptions(Section):
+    """The continual-learning method, and what is learned per task."""
 
-    name: Literal["modalprompt", "sequential", "independent", "joint", "zero_shot"] = Field(
-        "modalprompt", description="the continual-learning method"
-    )
-    prompt_length: int = Field(10, ge=1, description="L, vectors per prompt set")
-    init: Literal["vocab_rows", "normal", "previous"] = Field("vocab_rows", description="where a new prompt set starts")
-    k: int = Field(3, ge=1, description="most prompt sets inserted for one sample, 1 to the number of tasks")
-    selection: Literal["topk", "all", "current", "oracle"] = Field(
-        "topk",
-        description="which sets a sample gets: the k most similar; all, unselected; the newest; those of its own task "
-        "(told, not routed)",
-    )
-    insertion: Literal["after_bos", "before_image", "after_image"] = Field(
-        "after_bos",
-        description="where sets stand: after the first token, directly before the image, or directly behind it, where "
-        "what precedes them is computed without gradients and once for all questions about an image",
-    )
-    text_only: Literal["insert", "skip"] = Field(
-        "insert", description="skip: questions without an image are answered without sets, as in the official code"
-    )
-    gate: float | None = Field(
-        None,
-        ge=0,
-        description="insert a set only if its similarity is at least the best minus this; null: always k (paper)",
-    )
-    earlier_gates: tuple[EarlierGate, ...] = Field(
-        (), description="the gates before it was changed, which `add --gate` writes here"
-    )
-    image_weight: float = Field(0.5, ge=0, le=1, description="share of the image in the similarity")
-    prototype_weight: float = Field(1.0, ge=0, description="weight of the two prototype terms in the loss")
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset()  # options that decide on nothing once a module is learned
 
-    def after(self, stages: int) -> MethodConfig:
-        """The method as it is after so many stages, with the gate of that time."""
-        gates = [earlier.gate for earlier in self.earlier_gates if stages <= earlier.stages]
-        return self.model_copy(update={"gate": gates[0] if gates else self.gate, "earlier_gates": ()})
+    name: Annotated[str, FromRegistry("methods")] = Field(DEFAULT, description="the continual-learning method")
 
-    def with_gate(self, gate: float | None, stages: int) -> MethodConfig:
-        """The method with another gate from the stage behind the first `stages` on."""
-        if gate == self.after(stages + 1).gate:
-            return self
-        kept = [earlier for earlier in self.earlier_gates if earlier.stages < stages]
-        before = EarlierGate(stages=stages, gate=self.after(stages).gate)
-        return self.model_copy(update={"gate": gate, "earlier_gates": (*kept, before)})
+    def after(self, stages: int) -> MethodOptions:
+        """The method as it is after so many stages, where it was changed between two of them."""
+        return self
+
+    def with_gate(self, gate: float | None, stages: int) -> MethodOptions:
+        """The method with another gate from the stage behind the first `stages` on; UserError where it has none."""
+        raise UserError(f"the method {self.name} has no gate; expected one that selects by similarity.")
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Section]]:
+        """The options of every method by its name, for messages, completion and the documentation."""
+        return {name: options_of(name) for name in registry.names("methods")}
+
+
+RULE, ROUTER = FromRegistry("rules"), FromRegistry("routers")
+RuleChoice = Annotated[str | dict[str, Any], PlainValidator(RULE.checked), RULE]
+RouterChoice = Annotated[str | dict[str, Any], PlainValidator(ROUTER.checked), ROUTER]
+
+
+def choice_name(choice: Choice) -> str:
+    """The name in a choice."""
+    return choice if isinstance(choice, str) else str(choice["name"])
+
+
+def chosen_options(kind: str, options: type[Section], choice: Choice, method: Section | None) -> Section:
+    """The options of a chosen router or rule.
+
+    Those that its choice gives, and of the others those that the method has under the same name. UserError for an
+    option that it has not got, or a value that it cannot take.
+    """
+    own = {} if isinstance(choice, str) else {name: value for name, value in choice.items() if name != "name"}
+    shared = {} if method is None else {n: getattr(method, n) for n in options.model_fields if hasattr(method, n)}
+    word, name = registry.WORDS[kind], choice_name(choice)
+    for option in own:
+        if option not in options.model_fields:
+            known = list(options.model_fields)
+            raise UserError(
+                f"The {word} {name} has no option '{option}'; it has {', '.join(known) or 'none'}."
+                + nearest(option, known)
+            )
+    try:
+        return options.model_validate({**shared, **own})
+    except ValidationError as error:
+        raise UserError(f"The {word} {name} cannot take its options: {sentence(error, options)}") from None
+
+
+def options_of(name: str) -> type[MethodOptions]:
+    """The class of a method's options; UserError where nothing has this name."""
+    options: type[MethodOptions] = registry.load("methods", name).Options
+    return options
+
+
+def method_options(fields: Mapping[str, Any] | None = None, /, **more: Any) -> MethodOptions:
+    """The options of the method that `name` says; pydantic's ValidationError for what this method cannot take."""
+    given = {**(fields or {}), **more}
+    if given.keys() >= set(ONCE_OF_ALL):  # nobody writes all of them but an earlier version, into a resolved recipe
+        given = of_a_record(given)
+    name = given.get("name", DEFAULT)
+    if not isinstance(name, str):
+        return MethodOptions.model_validate({"name": name})
+    if not registry.knows("methods", name):
+        raise _wrong({"name": registry.unknown("methods", name)}, given)
+    try:
+        options = options_of(name)
+    except UserError as error:
+        raise _wrong({"name": str(error)}, given) from None
+    foreign = [str(option) for option in given if option not in options.model_fields]
+    if foreign:
+        raise _wrong({option: _no_option(name, option, options) for option in foreign}, given)
+    return options.model_validate({**given, "name": name})
+
+
+def validated(value: Any, handler: ValidatorFunctionWrapHandler) -> MethodOptions:
+    """For a field of a recipe: the options of the method that is named, of its own class."""
+    if isinstance(value, MethodOptions):
+        return value
+    if not isinstance(value, Mapping):
+        handler(value)  # says what was expected
+    return method_options(value)
+
+
+def _wrong(sentences: Mapping[str, str], given: Mapping[str, Any]) -> ValidationError:
+    """What pydantic would raise for these fields of the method."""
+    details: list[InitErrorDetails] = [
+        {"type": "value_error", "loc": (field,), "input": given.get(field), "ctx": {"error": ValueError(text)}}
+        for field, text in sentences.items()
+    ]
+    return ValidationError.from_exception_data("method", details)
+
+
+# The field of a recipe.
+MethodField = Annotated[SerializeAsAny[MethodOptions], WrapValidator(validated)]
+
+
+def of_a_record(fields: Any) -> Any:
+    """The `method` of a run or an adapter from when all methods had all fields, without those that meant nothing."""
+    if not isinstance(fields, Mapping) or not registry.knows("methods", str(fields.get("name", DEFAULT))):
+        return fields
+    known = options_of(str(fields.get("name", DEFAULT))).model_fields
+    return {name: value for name, value in fields.items() if name in known or name not in ONCE_OF_ALL}
+
+
+def _no_option(name: str, option: str, options: type[MethodOptions]) -> str:
+    """The sentence for an option that the method has not got: what it has, and which methods have that option."""
+    known = [field for field in options.model_fields if field != "name"]
+    others = [other for other in registry.names("methods") if option in options_of(other).model_fields]
+    hint = f" It is an option of {', '.join(others)}." if others else nearest(option, known)
+    return f"the method {name} has no option '{option}'; it has {', '.join(known) or 'none'}.{hint}"

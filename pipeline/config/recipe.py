@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.config.base import FileRecipe, TrackingConfig
 from pipeline.config.data import TASK_CONTENT, DataConfig
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodField, method_options, of_a_record
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.config.train import TrainConfig
 from pipeline.data.origin import shared_or_each
@@ -30,14 +30,14 @@ class Recipe(FileRecipe):
     data: DataConfig
     model: ModelConfig
     keys: KeysConfig
-    method: MethodConfig = MethodConfig()
+    method: MethodField = Field(default_factory=method_options)
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _one_order_of_samples(self) -> Recipe:
-        if self.method.insertion == "after_image" and self.train.length_buckets and self.train.questions_per_image > 1:
+        if self._behind_the_image and self.train.length_buckets and self.train.questions_per_image > 1:
             raise ValueError(
                 "with method.insertion after_image train.questions_per_image orders the samples by image and "
                 "train.length_buckets by length; expected questions_per_image 1 or length_buckets false"
@@ -46,12 +46,16 @@ class Recipe(FileRecipe):
 
     @model_validator(mode="after")
     def _gradients_reach_the_projector(self) -> Recipe:
-        if self.method.insertion == "after_image" and self.train.projector == "trained":
+        if self._behind_the_image and self.train.projector == "trained":
             raise ValueError(
                 "method.insertion after_image computes the image without gradients, so train.projector trained would "
                 "never learn; expected train.projector frozen or another insertion"
             )
         return self
+
+    @property
+    def _behind_the_image(self) -> bool:
+        return getattr(self.method, "insertion", None) == "after_image"
 
     def data_settings(self) -> dict[str, Any]:
         """The settings that decide on the content of the prepared data; those at their defaults are left out.
@@ -79,9 +83,10 @@ class Recipe(FileRecipe):
         if not isinstance(fields, dict) or not isinstance(fields.get("data"), dict):
             return fields
         # Runs from before samples were held out have trained on all of them.
-        return {**fields, "data": {"validation_share": 0.0, **fields["data"]}}
+        completed = {**fields, "data": {"validation_share": 0.0, **fields["data"]}}
+        return {**completed, "method": of_a_record(fields["method"])} if "method" in fields else completed
 
     @property
     def run_path(self) -> Path:
         """Folder of this run."""
-        return Path(self.run_dir.format(name=self.name, method=self.method.name, seed=self.seed))
+        return Path(self.run_dir.format(name=self.name, method=self.method.name.replace(":", "."), seed=self.seed))

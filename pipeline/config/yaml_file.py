@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config import registry
 from pipeline.errors import UserError, nearest
 from pipeline.files.paths import expanded
 from pipeline.files.strict_text import load_yaml, plain_words, quoting
@@ -19,6 +20,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 # Two fields for one thing, of which the second counts where both stand side by side. The first takes it back where it
 # is given later: by --set, or in a recipe that extends the one with the second.
 OVERRULED = {"train.epochs": "train.steps"}
+# Groups whose fields depend on the name in them, with the kind of extension that the name is one of and the name where
+# none is given. Where another name is given later, options that only the earlier one has are forgotten.
+NAMED = {"method": ("methods", "modalprompt")}
 CHOSEN_BY_NAME = {"data.tasks": "task", "methods": "method"}  # lists from which --set may take some by name
 
 
@@ -71,6 +75,12 @@ def read_recipe(path: Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
     for path_above in OVERRULED:
         if _has(fields, path_above):
             _overrule(below, path_above)
+    for group in NAMED:
+        given = fields.get(group)
+        if isinstance(given, dict) and isinstance(below.get(group), dict):
+            _rename(below, group, given.get("name"))
+            # What is chosen with options of its own is replaced, not mixed with what was chosen before.
+            below[group] = {k: v for k, v in below[group].items() if not (isinstance(v, dict) and k in given)}
     return _merged(below, fields)
 
 
@@ -80,7 +90,9 @@ def apply_overrides(fields: dict[str, Any], overrides: Iterable[str]) -> dict[st
     `data.tasks=[A, B]` chooses from the recipe's own tasks, in that order, and `methods=[A]` from its methods.
     """
     fields = copy.deepcopy(fields)
-    for override in overrides:
+    names = [f"{group}.name" for group in NAMED]
+    # Names first: an option that is given beside a name is meant for it, wherever it stands.
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         dotted, equals, text = override.partition("=")
         dotted = dotted.strip()
         if not equals or not all(dotted.split(".")):
@@ -94,6 +106,8 @@ def apply_overrides(fields: dict[str, Any], overrides: Iterable[str]) -> dict[st
             raise UserError(f"--set {dotted}: {error}.") from None
         if unquoted:
             raise UserError(f"--set {dotted}: {quoting(unquoted)}.")
+        if dotted in names:
+            _rename(fields, dotted.removesuffix(".name"), value)
         _set(fields, dotted, value)
         _overrule(fields, dotted)
     return fields
@@ -159,6 +173,18 @@ def _overrule(fields: dict[str, Any], dotted: str) -> None:
         for part in parents:
             fields = fields[part]
         del fields[last]
+
+
+def _rename(fields: dict[str, Any], group: str, name: Any) -> None:
+    """Forget the options of a named group that it has by its present name and will not have by the new one."""
+    kind, default = NAMED[group]
+    inside = fields.get(group)
+    present = inside.get("name", default) if isinstance(inside, dict) else name
+    known = [registry.knows(kind, given) if isinstance(given, str) else False for given in (present, name)]
+    if not isinstance(inside, dict) or present == name or not all(known):
+        return
+    old, new = (registry.load(kind, given).Options.model_fields for given in (present, name))
+    fields[group] = {field: value for field, value in inside.items() if field in new or field not in old}
 
 
 def _position(items: list[Any], part: str, dotted: str) -> int:

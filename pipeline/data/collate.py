@@ -21,7 +21,7 @@ from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.keys import Keys, PickedKeys, join_keys
 from pipeline.data.order import Order, rank_slice
 from pipeline.data.sample import Sample
-from pipeline.data.selection import NO_SET
+from pipeline.data.selection import Selection, as_selection
 
 if TYPE_CHECKING:
     from pipeline.data.ids import Ids
@@ -65,6 +65,7 @@ class Batch:
     image_key: Tensor  # [B, K] float32
     text_key: Tensor  # [B, K] float32
     ids: list[str]
+    selected_weights: Tensor | None = None  # [B, m] float32 weights of these sets; None: each counts in full
     # Where samples that begin alike share their beginning, `images` are those of the G beginnings in turn:
     groups: Tensor | None = None  # [B] number of each sample's beginning
     leaders: Tensor | None = None  # [G] the first sample with each beginning
@@ -87,6 +88,11 @@ class Batch:
         }
         moved["images"] = {name: value.pin_memory() for name, value in self.images.items()}
         return dataclasses.replace(self, **moved)
+
+    @property
+    def selection(self) -> Selection:
+        """The earlier modules of each sample, with their weights."""
+        return Selection(self.selected, self.selected_weights)
 
     def counts(self) -> tuple[float, float]:
         """(answer tokens, samples) that count, duplicates left out."""
@@ -205,9 +211,13 @@ class Examples:
 
 
 def collate(
-    examples: Examples, indices: Sequence[int], weights: Sequence[float], selected: Tensor, with_answer: bool = True
+    examples: Examples,
+    indices: Sequence[int],
+    weights: Sequence[float],
+    selected: Selection | Tensor,
+    with_answer: bool = True,
 ) -> Batch:
-    """The batch of the given samples; `selected` [N, m] holds the earlier sets of every sample of the stage.
+    """The batch of the given samples; `selected` holds the earlier modules of every sample of the stage.
 
     With the answer the rows are padded on the right; without it (for generation) on the left.
     """
@@ -219,7 +229,7 @@ def collated(
     chosen: Sequence[Example],
     indices: Sequence[int],
     weights: Sequence[float],
-    selected: Tensor,
+    selected: Selection | Tensor,
     with_answer: bool = True,
 ) -> Batch:
     """`collate` of samples whose examples are made already."""
@@ -237,7 +247,9 @@ def collated(
         if with_answer:
             labels[place, len(example.prompt) : len(row)] = torch.tensor(example.labels)
     index = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-    groups = None if examples.sharing == "none" else _groups(examples, chosen, selected[index].tolist())
+    selection = as_selection(selected)
+    selection = selection.rows(index) if len(selection) else Selection.none(len(rows))
+    groups = None if examples.sharing == "none" else _groups(examples, chosen, selection)
     leaders = range(len(chosen)) if groups is None else [groups.index(group) for group in range(max(groups) + 1)]
     pictured = [chosen[place].images for place in leaders]
     # Every batch has an image, so that all ranks run the vision tower (design.md decision 2).
@@ -249,7 +261,8 @@ def collated(
         images={name: torch.cat([image[name] for image in images]) for name in images[0]},
         has_image=torch.tensor([example.images is not None for example in chosen]),
         weights=torch.as_tensor(np.asarray(weights), dtype=torch.float32),
-        selected=selected[index] if len(selected) else torch.full((len(rows), 0), NO_SET),
+        selected=selection.numbers,
+        selected_weights=selection.weights,
         image_key=keys.image[index].float(),
         text_key=keys.text[index].float(),
         ids=[example.id for example in chosen],
@@ -258,11 +271,11 @@ def collated(
     )
 
 
-def _groups(examples: Examples, chosen: Sequence[Example], selected: list[list[int]]) -> list[int]:
+def _groups(examples: Examples, chosen: Sequence[Example], selection: Selection) -> list[int]:
     """The number of each sample's beginning: samples with the same tokens up to their image's end, and that image."""
     image, numbers = examples.conversation.image_number, dict[Any, int]()
     groups = []
-    for example, sets in zip(chosen, selected, strict=True):
+    for example, sets in zip(chosen, selection.listed(), strict=True):
         prompt = example.prompt
         end = len(prompt) - prompt[::-1].index(image) if example.picture and image in prompt else 1
         beginning = (example.picture, tuple(prompt[:end]), tuple(sets) if examples.sharing == "sets" else ())
@@ -270,7 +283,7 @@ def _groups(examples: Examples, chosen: Sequence[Example], selected: list[list[i
     return groups
 
 
-def collate_prompts(examples: Examples, indices: Sequence[int], selected: Tensor) -> Batch:
+def collate_prompts(examples: Examples, indices: Sequence[int], selected: Selection | Tensor) -> Batch:
     """A batch for generation: prompts only, padded on the left."""
     return collate(examples, indices, [1.0] * len(indices), selected, with_answer=False)
 
@@ -279,9 +292,16 @@ class MicroBatches(Dataset[Batch]):
     """The micro-batches of one rank in the order of a stage; item i belongs to step i // accumulation."""
 
     def __init__(
-        self, examples: Examples, order: Order, selected: Tensor, steps: int, accumulation: int, rank: int, world: int
+        self,
+        examples: Examples,
+        order: Order,
+        selected: Selection | Tensor,
+        steps: int,
+        accumulation: int,
+        rank: int,
+        world: int,
     ) -> None:
-        self.examples, self.order, self.selected = examples, order, selected
+        self.examples, self.order, self.selection = examples, order, as_selection(selected)
         self.steps, self.accumulation, self.rank, self.world = steps, accumulation, rank, world
 
     def __len__(self) -> int:
@@ -294,7 +314,7 @@ class MicroBatches(Dataset[Batch]):
         indices, weights = rank_slice(indices, self.rank, self.world), rank_slice(weights, self.rank, self.world)
         size = len(indices) // self.accumulation
         part = slice(micro * size, (micro + 1) * size)
-        return collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selected)
+        return collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selection)
 
     def samples_of(self, steps: Iterable[int]) -> list[int]:
         """The samples that all ranks together see in these steps."""

@@ -1,5 +1,98 @@
-"""Which modules of the pool a sample gets."""
+"""Which modules (prompt sets, low-rank updates) each sample gets, and with what weight."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 NO_SET = -1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules of N samples: one row of module numbers per sample, the least similar one first.
+
+    That is the order of insertion of prompt sets, so the most similar one is next to the text. Rows are filled up with
+    `NO_SET` on the right. `weights` None: every selected module counts in full, as everywhere in ModalPrompt. Rows hold
+    only what a sample gets, never all T modules, because pools reach a thousand tasks.
+    """
+
+    numbers: Tensor  # [N, m] long
+    weights: Tensor | None = None  # [N, m] float32; those of NO_SET are 0
+
+    @classmethod
+    def none(cls, samples: int) -> Selection:
+        """No module for any of so many samples."""
+        return cls(torch.full((samples, 0), NO_SET, dtype=torch.long))
+
+    @classmethod
+    def same(cls, samples: int, numbers: Sequence[int]) -> Selection:
+        """The same modules for each of so many samples."""
+        return cls(torch.tensor(list(numbers), dtype=torch.long).repeat(samples, 1))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Selection]) -> Selection:
+        """The selections of further samples below those of the first, all as wide as the widest."""
+        width = max(part.width for part in parts)
+        gaps = [(0, width - part.width) for part in parts]
+        numbers = torch.cat([pad(part.numbers, gap, value=NO_SET) for part, gap in zip(parts, gaps, strict=True)])
+        if all(part.weights is None for part in parts):
+            return cls(numbers)
+        return cls(numbers, torch.cat([pad(part.full_weights(), gap) for part, gap in zip(parts, gaps, strict=True)]))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def width(self) -> int:
+        """m, the most modules of one sample."""
+        return self.numbers.shape[1]
+
+    def full_weights(self) -> Tensor:
+        """The weights [N, m] written out: 1 where a module counts in full, 0 at NO_SET."""
+        given = torch.ones(self.numbers.shape) if self.weights is None else self.weights.float()
+        return given.to(self.numbers.device).masked_fill(self.numbers == NO_SET, 0.0)
+
+    def rows(self, index: Tensor) -> Selection:
+        """The selections of some samples, by their numbers [B]."""
+        return Selection(self.numbers[index], None if self.weights is None else self.weights[index])
+
+    def renumbered(self, numbers: Tensor) -> Selection:
+        """The same modules under other numbers [N, m], as when a pool is cut down to those that are used."""
+        return replace(self, numbers=numbers)
+
+    def without(self, samples: Tensor) -> Selection:
+        """No module for the samples that the flags [N] name."""
+        hidden = samples.bool().to(self.numbers.device)[:, None]
+        weights = None if self.weights is None else self.weights.masked_fill(hidden, 0.0)
+        return Selection(self.numbers.masked_fill(hidden, NO_SET), weights)
+
+    def to(self, device: torch.device) -> Selection:
+        weights = None if self.weights is None else self.weights.to(device)
+        return Selection(self.numbers.to(device), weights)
+
+    def listed(self) -> list[list[tuple[int, float]]]:
+        """`chosen` of every sample."""
+        rows = self.numbers.tolist()
+        weights = [[1.0] * self.width] * len(rows) if self.weights is None else self.weights.tolist()
+        pairs = (zip(numbers, given, strict=True) for numbers, given in zip(rows, weights, strict=True))
+        return [[pair for pair in row if pair[0] != NO_SET] for row in pairs]
+
+    def chosen(self, sample: int) -> list[tuple[int, float]]:
+        """One sample's modules with their weights, in their order, what fills up left out."""
+        return self.rows(torch.tensor([sample], device=self.numbers.device)).listed()[0]
+
+
+def as_selection(selected: Selection | Tensor) -> Selection:
+    """A selection, of which bare numbers [N, m] are one without weights."""
+    return selected if isinstance(selected, Selection) else Selection(selected)
+
+
+def without_gaps(numbers: Tensor) -> Tensor:
+    """Rows [N, m] with NO_SET moved to the right, the order of the others kept."""
+    order = (numbers == NO_SET).to(torch.int8).sort(dim=1, stable=True).indices
+    return torch.gather(numbers, 1, order)

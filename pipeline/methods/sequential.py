@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from pipeline.methods.base import Method
-from pipeline.prompts.pool import PromptPool
+from pipeline.methods.base import Changes, Method
 
 
 class Sequential(Method):
@@ -14,6 +10,8 @@ class Sequential(Method):
 
     name = "sequential"
     carries_prompt = True
+    rule = "current"
 
-    def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
-        return torch.full((len(scores), 1), len(pool) - 1, dtype=torch.long)
+    @property
+    def changes_earlier(self) -> Changes:
+        return "modules"

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from pipeline.data.selection import NO_SET
-from pipeline.methods.base import Method, Stage
-from pipeline.prompts.pool import PromptPool
+from pipeline.methods.base import InputOptions, Method, Stage
 
 
 class ZeroShot(Method):
     """No stage and no set."""
 
     name = "zero_shot"
+    Options = InputOptions
+    rule = "none"
+    has_next_stage = False
 
     def stages(self, tasks: Sequence[str]) -> list[Stage]:
         return []
-
-    def evaluation_sets(self, pool: PromptPool, task: int, scores: Tensor) -> Tensor:
-        return torch.full((len(scores), 0), NO_SET, dtype=torch.long)

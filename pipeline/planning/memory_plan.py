@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.recompute import recomputed_layers
 from pipeline.config.recipe import Recipe
+from pipeline.methods import make_method
 from pipeline.planning.model_shape import (
     ModelShape,
     head_size,
@@ -51,9 +52,10 @@ def plan_memory(
     shape = model_shape(model, projector_learns)
     groups = trainable_groups(recipe, shape, key_width, projector_learns)
     micro, _ = accumulation(recipe.train, ranks)
-    sets = _sets_inserted(recipe)
-    length = tokens.image + tokens.text + tokens.answer + sets * recipe.method.prompt_length
-    length = min(length, recipe.model.max_length + sets * recipe.method.prompt_length)
+    method = make_method(recipe.method)
+    inserted = method.routing.rule.most(len(recipe.data.tasks)) * method.prompt_length
+    length = tokens.image + tokens.text + tokens.answer + inserted
+    length = min(length, recipe.model.max_length + inserted)
 
     weights, weights_note = _weights(shape, zero, stage, ranks, element)
     held, gradients, optimizer = _trained(groups, zero, stage, ranks, element, config)
@@ -94,7 +96,8 @@ def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projecto
     width = shape.text.hidden_size
     with torch.device("meta"):
         head = ProjectionHead(width, key_width)
-    groups = [[recipe.method.prompt_length * width], [parameter.numel() for parameter in head.parameters()]]
+    prompt = make_method(recipe.method).prompt_length * width
+    groups = [[prompt], [parameter.numel() for parameter in head.parameters()]]
     return [*groups, shape.projector] if projector_learns else groups
 
 
@@ -127,7 +130,7 @@ def training_activations(
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
         per_token += (2 * width + attention + inner) * element
     again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
-    two_passes = recipe.method.insertion == "after_image"
+    two_passes = make_method(recipe.method).insertion == "after_image"
     own = length - tokens.image * two_passes  # tokens with gradients
     layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
     kept = batch * (layers + own * FLOAT32 * width)
@@ -232,13 +235,6 @@ def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:
     pixels = tokens.values * (FLOAT32 + element)
     # All hidden states, and about ten vectors of the layer at work.
     return batch * (seen * width * (layers + 10) * element + pixels)
-
-
-def _sets_inserted(recipe: Recipe) -> int:
-    method, tasks = recipe.method, len(recipe.data.tasks)
-    if method.name != "modalprompt":
-        return 0 if method.name == "zero_shot" else 1
-    return {"all": tasks, "current": 1}.get(method.selection, min(method.k, tasks))
 
 
 def _resident(sizes: list[int], zero: Any) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
+from pipeline.methods import make_method
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.plan import GIB, MemoryPlan, Tokens
 from pipeline.ranks.environment import USUAL_NODE
@@ -118,7 +119,9 @@ def plan(recipe: Recipe, model: nn.Module, ranks: int, deepspeed: str) -> Memory
 def main() -> None:
     """Print the tables."""
     recipe = load_recipe("coin_llava15_7b")
-    tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + recipe.method.k * recipe.method.prompt_length)
+    method = make_method(recipe.method)
+    prompts = method.routing.rule.most(len(recipe.data.tasks)) * method.prompt_length
+    tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + prompts)
     built = list(models())
     print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | evaluation GiB |")
     print("|---|---|---|---|---|---|---|")

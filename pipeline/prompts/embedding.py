@@ -23,7 +23,7 @@ def embed_with_sets(lmm: LMM, batch: Batch, bank: Tensor, insertion: str) -> tup
     places = lmm.image_places(batch.input_ids)
     if not batch.selected.shape[1] or not len(bank):
         return embeddings, attention, places
-    vectors, valid = gather_sets(bank, batch.selected)
+    vectors, valid = gather_sets(bank, batch.selected, batch.selected_weights)
     place = insertion_place(attention, lmm.image_spans(places), insertion)
     places = insert_gaps(places, attention, valid, place, left=True)
     embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, left=True, place=place)

@@ -17,7 +17,7 @@ from pipeline.data.conversation import Example
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.loader import loaded
 from pipeline.data.prompt_lengths import prompt_lengths
-from pipeline.data.selection import NO_SET
+from pipeline.data.selection import NO_SET, Selection, as_selection
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.insertion import gather_sets, insert_prompts
 from pipeline.prompts.two_passes import cut_behind_images
@@ -48,7 +48,7 @@ class InsertedSets:
     """Which prompt sets the samples get, and where those stand."""
 
     sets: Tensor  # [T, L, D]
-    selected: Tensor  # [N, m] numbers of the sets, NO_SET = none, for all samples
+    selected: Selection | Tensor  # numbers of the sets, for all samples
     insertion: str = "after_bos"  # see `insertion_place`
 
 
@@ -84,8 +84,10 @@ def generate_answers(
         conditions: loader processes, progress, and whether to go on before each batch.
     """
     device, batch, sets = lmm.model.device, decoding.batch, inserted.sets
-    ordered = _ordered(examples, indices, inserted.selected, sets.shape[1] if len(sets) else 0)
-    bank, selected = _used_sets(sets, inserted.selected, indices)
+    selection = as_selection(inserted.selected)
+    ordered = _ordered(examples, indices, selection.numbers, sets.shape[1] if len(sets) else 0)
+    bank, numbers = _used_sets(sets, selection.numbers, indices)
+    selection = selection.renumbered(numbers)
     bank = bank.to(device, lmm.dtype)
     answers: dict[int, str] = {}
     made = _made(examples, ordered, batch, conditions.workers)
@@ -98,7 +100,7 @@ def generate_answers(
         for _ in part:
             chosen.append(next(made))
             conditions.progress()
-        inputs = collated(examples, chosen, part, [1.0] * len(part), selected, with_answer=False)
+        inputs = collated(examples, chosen, part, [1.0] * len(part), selection, with_answer=False)
         if device.type == "cuda":
             inputs = inputs.pinned()
         generated = answer(lmm, inputs.to(device), bank, decoding.max_new_tokens, inserted.insertion)
@@ -162,7 +164,7 @@ def _generate_after_prefix(
     cut = cut_behind_images(lmm, inputs, bank, insertion)
     embeddings, attention = cut.embeddings, cut.attention
     if insertion == "after_image" and inputs.selected.shape[1] and len(bank):
-        vectors, valid = gather_sets(bank, inputs.selected)
+        vectors, valid = gather_sets(bank, inputs.selected, inputs.selected_weights)
         foremost = torch.zeros_like(cut.groups)
         embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
         used = int(attention.sum(1).max())

@@ -9,16 +9,20 @@ from torch import Tensor
 from pipeline.data.selection import NO_SET
 
 
-def gather_sets(bank: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+def gather_sets(bank: Tensor, selected: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pick the selected sets of each sample from a bank.
 
-    `bank` [M, L, D], `selected` [B, m] (NO_SET = none) -> vectors [B, m*L, D] and their validity [B, m*L].
+    `bank` [M, L, D], `selected` [B, m] (NO_SET = none) -> vectors [B, m*L, D] and their validity [B, m*L]. With
+    `weights` [B, m] every set's vectors are multiplied by its weight.
     """
     samples, places = selected.shape
     length, width = bank.shape[-2:]
     if places == 0:
         return bank.new_zeros(samples, 0, width), torch.zeros(samples, 0, dtype=torch.bool, device=bank.device)
-    vectors = rearrange(bank[selected.clamp(min=0)], "b m l d -> b (m l) d")
+    sets = bank[selected.clamp(min=0)]
+    if weights is not None:
+        sets = sets * weights.to(sets)[..., None, None]
+    vectors = rearrange(sets, "b m l d -> b (m l) d")
     valid = repeat(selected != NO_SET, "b m -> b (m l)", l=length)
     return vectors, valid
 

@@ -17,7 +17,7 @@ from pipeline.data.collate import Batch
 from pipeline.data.selection import NO_SET
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.routing import prototype_term_weights
+from pipeline.prompts.routers.mean import prototype_term_weights
 from pipeline.prompts.two_passes import cut_behind_images
 from pipeline.training.normaliser import Normaliser
 

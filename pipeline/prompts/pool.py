@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.prompts.routers import States
+from pipeline.prompts.routers.mean import PROTOTYPE
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -40,9 +42,17 @@ class PromptPool:
     prototypes: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     _prints: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
     _printed: tuple[Tensor, int] | None = field(default=None, repr=False, compare=False)  # whose, at which version
+    _states: tuple[Tensor, States] | None = field(default=None, repr=False, compare=False)  # of which prototypes
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def states(self) -> States:
+        """What the router knows of each task, the same object as long as no set is added."""
+        if self._states is None or self._states[0] is not self.prototypes:
+            self._states = (self.prototypes, States.of_stacked({PROTOTYPE: self.prototypes}))
+        return self._states[1]
 
     def append(self, name: str, prompt: Tensor, prototype: Tensor) -> None:
         """Add one finished set `prompt` [L, D] with its `prototype` [K]."""

@@ -33,7 +33,8 @@ def cut_behind_images(lmm: LMM, batch: Batch, bank: Tensor | None = None, insert
     spans = lmm.image_spans(lmm.image_places(batch.input_ids))
     end = insertion_place(batch.attention, spans, "after_image")
     everyone = torch.arange(len(end), device=end.device)
-    groups, leaders = (everyone, everyone) if batch.groups is None else (batch.groups, batch.leaders)
+    groups = everyone if batch.groups is None else batch.groups
+    leaders = everyone if batch.leaders is None else batch.leaders
     before = torch.arange(batch.attention.shape[1], device=end.device) < end[:, None]
     first, first_attention = _moved_left(before[leaders] & batch.attention[leaders].bool())
     rest, attention = _moved_left(~before & batch.attention.bool())
@@ -45,7 +46,8 @@ def cut_behind_images(lmm: LMM, batch: Batch, bank: Tensor | None = None, insert
     )
     places = lmm.image_places(ids)
     if bank is not None and len(bank) and batch.selected.shape[1] and insertion != "after_image":
-        vectors, valid = gather_sets(bank, batch.selected[leaders])
+        selection = batch.selection.rows(leaders)
+        vectors, valid = gather_sets(bank, selection.numbers, selection.weights)
         place = insertion_place(first_attention, lmm.image_spans(places), insertion)
         places = insert_gaps(places, first_attention, valid, place)
         embeddings, first_attention, _ = insert_prompts(embeddings, first_attention, vectors, valid, place=place)

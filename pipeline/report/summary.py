@@ -59,6 +59,6 @@ def _next(run: RunFolder, run_path: Path, verb: str, name: str) -> str:
     finished = run.last_stage is not None and run.last_stage + 1 == len(run.tasks)
     if verb == "train":
         return command("evaluate", run_path)
-    if finished or run.method == "zero_shot":
+    if finished or run.learned_nothing:
         return command("predict", run_path, "--image", "FILE", "--question", "TEXT")
     return command(verb, name) if verb != "evaluate" else command("run", run_path / "config.yaml")

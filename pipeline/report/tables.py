@@ -47,7 +47,7 @@ def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         scores = _by_task(blind, blind.majority, tasks)
         rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
     for run in runs:
-        if run.method == "zero_shot" and run.last_stage is None and frozen is not None:
+        if run.learned_nothing and run.last_stage is None and frozen is not None:
             continue  # it is the row above
         stage = run.last_stage
         unfinished = stage is not None and stage + 1 < len(run.tasks)

@@ -52,6 +52,16 @@ class RunFolder:
         return str(self.state.get("method") or self.config.get("method", {}).get("name") or "?")
 
     @property
+    def learned_nothing(self) -> bool:
+        """Whether the run is finished without a stage, as the zero-shot method's are."""
+        return self.state.get("stages") == []
+
+    @property
+    def changes_earlier(self) -> str:
+        """What each stage changes of earlier tasks: modules, answers or nothing; empty where the run does not say."""
+        return str(self.state.get("changes_earlier") or "")
+
+    @property
     def set_names(self) -> list[str]:
         """The prompt sets in the order in which they were learned; joint training has one for all tasks."""
         stages = self.state.get("stages")
@@ -68,7 +78,7 @@ class RunFolder:
         """The scores per task [T] after the last stage; the zero-shot scores of a run that trains nothing."""
         if self.last_stage is not None:
             return self.accuracy[self.last_stage]
-        if self.method == "zero_shot" and self.zero_shot is not None:
+        if self.learned_nothing and self.zero_shot is not None:
             return self.zero_shot
         return [None] * len(self.tasks)
 

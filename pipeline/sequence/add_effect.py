@@ -17,15 +17,16 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodOptions
 from pipeline.config.recipe import Recipe
 from pipeline.files.paths import command
+from pipeline.methods import make_method
 from pipeline.runs.folder import read_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.prompts.pool import PromptPool
+    from pipeline.prompts.routers import States
     from pipeline.sequence.data import RunData
 
 NOTICED = 1.0  # percent of an earlier task's samples: less than this is not worth a word
@@ -82,29 +83,21 @@ class Interference:
 def foretell(run: Path, recipe: Recipe) -> Interference:
     """The effect of the recipe's last task on each earlier one, before it is trained; all tasks have to be prepared.
 
-    The task's own prototype is not known yet: the one that minimises the prototype loss stands in for it. Nothing for
-    methods and selections that do not compare prototypes.
+    A state that a router learns is not known yet: the one that it makes of the keys stands in for it. Nothing for
+    methods and selections that do not compare the scores of tasks.
     """
-    import torch
-
     from pipeline.adapter.load import source_of
     from pipeline.data.collate import StageData
-    from pipeline.prompts.pool import PromptPool
-    from pipeline.prompts.routing import provisional_prototype
+    from pipeline.prompts.routers import States
 
-    if not _compares_prototypes(recipe.method):
+    router = make_method(recipe.method).routing.router
+    if router is None or not _routes(recipe.method):
         return Interference([])
     count = len(recipe.data.tasks) - 1
     known = source_of(run).pool
     data = _opened(recipe)
     keys = StageData([data.train[count]]).keys
-    stand_in = provisional_prototype(keys.image, keys.text, keys.has_image)[None]
-    pool = PromptPool(
-        [*known.names[:count], recipe.data.tasks[count].name],
-        torch.cat([known.prompts[:count], torch.zeros_like(known.prompts[:1])]),
-        torch.cat([known.prototypes[:count], stand_in.to(known.prototypes)]),
-    )
-    return _interference(recipe, data, pool)
+    return _interference(recipe, data, States([*known.states[:count], router.observe(keys)]))
 
 
 def counted(run: Path, recipe: Recipe) -> Interference:
@@ -116,7 +109,7 @@ def counted(run: Path, recipe: Recipe) -> Interference:
     last = len(recipe.data.tasks) - 1
     if len(found.accuracy) <= last or last == 0 or None in found.accuracy[last][: last + 1]:
         return Interference([])
-    measured = _interference(recipe, _opened(recipe), source_of(run).pool)
+    measured = _interference(recipe, _opened(recipe), source_of(run).pool.states)
     effects = [
         replace(effect, before=found.accuracy[last - 1][number], after=found.accuracy[last][number])
         for number, effect in enumerate(measured.effects)
@@ -124,10 +117,15 @@ def counted(run: Path, recipe: Recipe) -> Interference:
     return replace(measured, effects=effects)
 
 
-def _compares_prototypes(method: MethodConfig) -> bool:
-    from pipeline.methods import make_method
+def _routes(method: MethodOptions) -> bool:
+    """Whether a sample's modules follow from comparing the scores of all tasks."""
+    routing = make_method(method).routing
+    return routing.router is not None and routing.rule.compares and not routing.rule.needs_task
 
-    return make_method(method).learns_prototypes and method.selection == "topk"
+
+def _has_gate(method: MethodOptions) -> bool:
+    """Whether a gate keeps modules away from samples that fit another task better."""
+    return hasattr(method, "gate") and "gate" in make_method(method).routing.rule.Options.model_fields
 
 
 def _opened(recipe: Recipe) -> RunData:
@@ -148,78 +146,76 @@ class Similarities:
     scores: Tensor  # [N, T]
     has_image: Tensor  # [N]
 
-    def inserted(self, pool: PromptPool, method: MethodConfig) -> Tensor:
+    def inserted(self, method: MethodOptions) -> Tensor:
         """Which samples [N] get the newest set."""
-        from pipeline.methods import make_method
-
-        chosen = make_method(method).answering_sets(pool, self.number, self.scores, self.has_image)
-        return (chosen == len(pool) - 1).any(1)
+        chosen = make_method(method).routing.inference(self.scores, self.number, self.has_image)
+        return (chosen.numbers == self.scores.shape[1] - 1).any(1)
 
     def behind(self) -> Tensor:
         """By how much [N] the newest set is less similar than the best earlier one; below 0: it is the first."""
         return self.scores[:, :-1].amax(1) - self.scores[:, -1]
 
 
-def _interference(recipe: Recipe, data: RunData, pool: PromptPool) -> Interference:
-    """What the newest set of the pool does to the earlier tasks."""
-    method = recipe.method.after(len(pool))
+def _interference(recipe: Recipe, data: RunData, states: States) -> Interference:
+    """What the newest set does to the earlier tasks; `states` are the router's of all tasks, the newest last."""
+    method = recipe.method.after(len(states))
     found, effects = [], []
-    for number in range(len(pool) - 1):
-        similar, held_out = _similarities(recipe, data, pool, number)
+    for number in range(len(states) - 1):
+        similar, held_out = _similarities(recipe, data, states, number)
         found.append(similar)
         effects.append(
             Effect(
                 similar.task,
                 samples=len(similar.scores),
                 held_out=held_out,
-                inserted=_percent(similar.inserted(pool, method)),
-                first=_percent(similar.behind() < 0) if _compares_prototypes(method) else 0.0,
+                inserted=_percent(similar.inserted(method)),
+                first=_percent(similar.behind() < 0) if _routes(method) else 0.0,
             )
         )
     whole = Interference(effects)
-    if not _compares_prototypes(method):
+    if not _routes(method) or not _has_gate(method):
         return whole
     spared = [similar for similar in found if similar.task not in whole.taken]
-    gate = keeping_gate(pool, method, spared)
+    gate = keeping_gate(method, spared)
     if gate is None:
         return whole
     gated = method.model_copy(update={"gate": gate})
-    remaining = {similar.task: _percent(similar.inserted(pool, gated)) for similar in spared}
+    remaining = {similar.task: _percent(similar.inserted(gated)) for similar in spared}
     return Interference(effects, gate, remaining)
 
 
-def _similarities(recipe: Recipe, data: RunData, pool: PromptPool, number: int) -> tuple[Similarities, bool]:
+def _similarities(recipe: Recipe, data: RunData, states: States, number: int) -> tuple[Similarities, bool]:
     """The similarities of a task's samples that choices are made with, and whether those were held out."""
     from pipeline.data.collate import StageData
-    from pipeline.prompts.routing import similarities
 
     part, held_out = data.for_choices(number)
     keys = StageData([part]).keys
-    scores = similarities(keys, pool.prototypes.cpu(), recipe.method.image_weight)
+    scores = make_method(recipe.method).routing.scores(keys, states)
     return Similarities(recipe.data.tasks[number].name, number, scores, keys.has_image), held_out
 
 
-def keeping_gate(pool: PromptPool, method: MethodConfig, tasks: list[Similarities]) -> float | None:
+def keeping_gate(method: MethodOptions, tasks: list[Similarities]) -> float | None:
     """The largest gate with which at most `NOTICED` percent of each task's samples get the newest set.
 
     None where the method's own gate is no larger, so that it does so already.
     """
-    limit = math.inf if method.gate is None else method.gate
+    own = getattr(method, "gate", None)
+    limit = math.inf if own is None else own
     always = method.model_copy(update={"gate": None})
     for similar in tasks:
         # A set outside of the k best is never inserted, whatever the gate; of the others the nearest come first.
-        distances = similar.behind()[similar.inserted(pool, always)].sort().values.tolist()
+        distances = similar.behind()[similar.inserted(always)].sort().values.tolist()
         allowed = math.floor(len(similar.scores) * NOTICED / 100)
         if len(distances) > allowed:
             limit = min(limit, distances[allowed])
-    if method.gate is not None and limit >= method.gate:
+    if own is not None and limit >= own:
         return None
     if limit == math.inf:
         return None
     steps = max(0, math.ceil(limit / STEP) - 1)  # below the limit
     # The distances are rounded as float32: what counts is what the selection itself does.
     while steps and any(
-        _percent(s.inserted(pool, always.model_copy(update={"gate": steps * STEP}))) > NOTICED for s in tasks
+        _percent(s.inserted(always.model_copy(update={"gate": steps * STEP}))) > NOTICED for s in tasks
     ):
         steps -= 1
     return round(steps * STEP, 3)

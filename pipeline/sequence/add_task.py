@@ -14,6 +14,7 @@ from pipeline.config.task_file import TASK_FILE, read_task_file
 from pipeline.errors import UserError, nearest
 from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
+from pipeline.methods import make_method
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
     cannot be used.
     """
     recipe = load_run(run)
-    if recipe.method.name in ("joint", "zero_shot"):
+    if not make_method(recipe.method).has_next_stage:
         raise UserError(f"{run} was made with method {recipe.method.name}, which has no next stage; expected another.")
     task = _task(root, name)
     names = [known.name for known in recipe.data.tasks]

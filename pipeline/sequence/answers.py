@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from pipeline.data.selection import NO_SET
+from pipeline.data.selection import Selection
 from pipeline.files.atomic import write_if_other, write_json
 from pipeline.metrics.scoring import Answered, TaskScore, score_task
 from pipeline.prompts.pool import PromptPool, tensor_fingerprint
@@ -28,6 +28,9 @@ SCORES_VERSION = 1  # higher when a metric gives other points to the same answer
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
 UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
 PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
+
+# A sample's modules by name, and their weights where each does not count in full.
+Modules: TypeAlias = "tuple[list[str], list[float] | None]"
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,10 @@ class AnswerKey:
 
 @dataclass(frozen=True)
 class Routed:
-    """The prompt sets of a task's test samples."""
+    """The modules of a task's test samples."""
 
-    selected: Tensor  # [N, m] numbers of sets in the pool, NO_SET = none
-    scores: Tensor  # [N, T] similarities to every set
+    selection: Selection
+    scores: Tensor  # [N, T] by the router; [N, 0] of a method without one
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,18 @@ class TaskAnswers:
         }
 
     @functools.cached_property
-    def _chosen(self) -> list[list[str]]:
-        """The names of every sample's sets."""
-        rows = self.routed.selected.tolist()
-        return [[self._pool.names[number] for number in row if number != NO_SET] for row in rows]
+    def _chosen(self) -> list[Modules]:
+        """Every sample's modules."""
+        return named_modules(self.routed.selection, self._pool.names)
 
     @functools.cached_property
     def _wanted(self) -> list[tuple[str, ...]]:
-        """What the answer to every sample must have been made with: projector and sets, by their fingerprints."""
-        return [(self._key.projector, *(self._prints[name] for name in row)) for row in self._chosen]
+        """What the answer to every sample must have been made with: projector and modules, by their fingerprints."""
+        return [(self._key.projector, *made_of(modules, self._prints)) for modules in self._chosen]
 
     @property
     def _identity(self) -> str:
-        return identity_of(self.test, self._pool, self.routed.selected, self._key.projector)
+        return identity_of(self.test, self._pool, self.routed.selection, self._key.projector)
 
     def finished_score(self) -> float | None:
         """The score in percent that is there, if it and the predictions are those of these samples, sets and settings.
@@ -141,19 +143,19 @@ class TaskAnswers:
         pictured = self.test.data.keys.has_image.tolist()
         for index, sample in enumerate(self.test.texts):
             answered.append(Answered(self.answers[index], sample.answer, sample.meta, pictured[index]))
-            lines.append(
-                {
-                    "id": sample.id,
-                    "question": sample.question,
-                    "prediction": self.answers[index],
-                    "answer": sample.answer,
-                    "selected": self._chosen[index],
-                    "similarity": [round(s, 6) for s in self.routed.scores[index].tolist()],
-                }
-            )
+            names, weights = self._chosen[index]
+            line: dict[str, Any] = {
+                "id": sample.id,
+                "question": sample.question,
+                "prediction": self.answers[index],
+                "answer": sample.answer,
+                "selected": names,
+                "similarity": [round(s, 6) for s in self.routed.scores[index].tolist()],
+            }
+            lines.append(line if weights is None else {**line, "weights": weights})
         scored = score_task(self.test.metric, answered, self.test.scoring)
-        for line, points in zip(lines, scored.points, strict=True):
-            line["score"] = points
+        for written, points in zip(lines, scored.points, strict=True):
+            written["score"] = points
         return lines, scored
 
     def _write_score(self, scored: TaskScore) -> None:
@@ -177,15 +179,35 @@ class TaskAnswers:
         write_json(self._folder / f"{self.test.name}.score.json", content)
 
 
-def identity_of(test: TestSet, pool: PromptPool, selected: Tensor, projector: str) -> str:
+def named_modules(selection: Selection, names: Sequence[str]) -> list[Modules]:
+    """Every sample's modules by name, with their weights where the selection has any."""
+    weighted = selection.weights is not None
+    return [([names[n] for n, _ in row], [w for _, w in row] if weighted else None) for row in selection.listed()]
+
+
+def made_of(modules: Modules, prints: Mapping[str, str]) -> tuple[str, ...]:
+    """What an answer is a function of beside its question: the fingerprints of its modules, with their weights.
+
+    It names every module that has weight, so an answer is used again only where none of them has changed.
+    """
+    names, weights = modules
+    if weights is None:
+        return tuple(prints[name] for name in names)
+    return tuple(f"{prints[name]}*{weight!r}" for name, weight in zip(names, weights, strict=True))
+
+
+def identity_of(test: TestSet, pool: PromptPool, selection: Selection, projector: str) -> str:
     """A hash [hex] of what a task's predictions and score are a function of, beside what `made_with` says.
 
-    That is the sets of every sample [N, m], the sets' values and prototypes, the projector, and the metric.
+    That is the modules of every sample with their weights, the modules' values and prototypes, the projector, and the
+    metric.
     """
+    selected = selection.numbers
     facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names]
     facts += [list(selected.shape), sorted(test.unanswered)]
     facts += [pool.fingerprint(number) for number in range(len(pool))]
     facts += [tensor_fingerprint(pool.prototypes), tensor_fingerprint(selected)]
+    facts += [] if selection.weights is None else [tensor_fingerprint(selection.weights)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -224,7 +246,7 @@ def known_answers(
             prints = written["sets"] if "sets" in written else json.loads((folder / SETS_FILE).read_text("utf-8"))
             lines = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text("utf-8").splitlines()]
             for line in lines:
-                used = (prints.get(PROJECTOR, ""), *(prints[name] for name in line["selected"]))
+                used = (prints.get(PROJECTOR, ""), *made_of((line["selected"], line.get("weights")), prints))
                 known[line["id"], used] = line["prediction"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not there, or not whole: it is generated anew

@@ -22,6 +22,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.errors import UserError
+from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.too_long import Decision, decide
 from pipeline.ranks.world import World, on_main, on_main_in_rounds, together
@@ -76,7 +77,7 @@ class RunData:
 
 def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
     """Which samples form which batch of the stage `index` (0-based), by the recipe's way of putting them together."""
-    together = recipe.train.questions_per_image if recipe.method.insertion == "after_image" else 1
+    together = recipe.train.questions_per_image if make_method(recipe.method).insertion == "after_image" else 1
     used = slice(None) if data.used is None else data.used
     order: Order
     if together == 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.config.recipe import Recipe
+from pipeline.methods import make_method
 from pipeline.prompts.model import PromptedLMM
 from pipeline.ranks.world import World, agreed_node_size
 from pipeline.training.deepspeed_config import AUTO, deepspeed_config
@@ -25,7 +26,7 @@ def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
     sharded = int(config.get("zero_optimization", {}).get("stage", 0)) == 3
     lmm = load_lmm(recipe.model, config if sharded else None, None if sharded else world.device)
     lmm.cuts = recipe.data.too_long == "truncate"
-    method, train = recipe.method, recipe.train
+    method, train = make_method(recipe.method), recipe.train
     # As for the DeepSpeed file, `auto` that `pipeline.planning.auto` has not resolved means what it does on CPUs.
     checkpointing = "none" if train.checkpointing == AUTO else train.checkpointing
     if train.vision_features == "kept":

@@ -65,7 +65,7 @@ def evaluate_task(
     missing = on_main(world, lambda: opened[0].missing())
     if missing:
         routed = opened[0].routed if world.main else route()
-        inserted = InsertedSets(pool.prompts, routed.selected, store.key.insertion)
+        inserted = InsertedSets(pool.prompts, routed.selection, store.key.insertion)
         answers, stopped = _generate(test, missing, inserted, answering, world)
         on_main(world, lambda: opened[0].keep(answers))
         if stopped:

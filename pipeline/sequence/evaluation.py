@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config.recipe import Recipe
+from pipeline.data.selection import Selection
 from pipeline.methods import make_method
 from pipeline.planning.out_of_memory import told_what_helps
 from pipeline.prompts.generation import Conditions
@@ -86,20 +87,20 @@ class Evaluator:
         return score
 
     def route(self, task: int, pool: PromptPool) -> Routed:
-        """The sets that the test samples of a task get, as the method chooses them after as many stages."""
-        test, config = self.tests[task], self.recipe.method
-        scores = test.similarity(pool, config.image_weight)
+        """The modules that the test samples of a task get, as the method chooses them after as many stages."""
+        keys = self.tests[task].data.keys
         if not len(pool):
-            return Routed(torch.zeros(len(test.data), 0, dtype=torch.long), scores)
-        method = make_method(config.after(len(pool)))
-        return Routed(method.answering_sets(pool, task, scores, test.data.keys.has_image), scores)
+            return Routed(Selection.none(len(keys.text)), torch.zeros(len(keys.text), 0))
+        routing = make_method(self.recipe.method.after(len(pool))).routing
+        scores = routing.scores(keys, pool.states)
+        return Routed(routing.inference(scores, task, keys.has_image), routing.shown(scores))
 
     def _task(self, number: int, learned: Learned, folder: Path, earlier: Sequence[Path] = ()) -> float:
         """Score one task in percent; its predictions go to `folder`, the `earlier` ones may have answers to use."""
         session, recipe = self.session, self.recipe
         session.stop_if_told("during evaluation")
         began = time.perf_counter()
-        key = AnswerKey(recipe.method.insertion, fingerprint_of(learned.projector), self.made_by)
+        key = AnswerKey(self.method.insertion, fingerprint_of(learned.projector), self.made_by)
         conditions = Conditions(
             recipe.train.workers, go_on=lambda: not session.told_to_stop(), progress=session.watchdog.progress
         )

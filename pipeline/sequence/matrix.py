@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routers import Router, States
 from pipeline.sequence.test_set import TestSet
 
 Row = list[float | None]
 
 
-def routing_accuracy(tests: Sequence[TestSet], pool: PromptPool, image_weight: float) -> dict[str, list[float]]:
-    """Share (percent) of each task's test samples whose most similar set is the task's own: both keys, and either
-    alone.
-
-    Samples without an image are routed by their text whatever the weight. Set i must be that of task i.
-    """
-    result: dict[str, list[float]] = {}
-    for name, weight in (("accuracy", image_weight), ("image_only", 1.0), ("text_only", 0.0)):
-        result[name] = [
-            100.0 * float((test.similarity(pool, weight).argmax(1) == number).double().mean())
+def routing_accuracy(tests: Sequence[TestSet], states: States, router: Router) -> dict[str, list[float]]:
+    """Share (percent) of each task's test samples that fit the task itself best, by the router and by each of its
+    `views`, which look at one kind of key alone. State i must be that of task i."""
+    return {
+        name: [
+            100.0 * float((view.scores(test.data.keys, states).argmax(1) == number).double().mean())
             for number, test in enumerate(tests)
         ]
-    return result
+        for name, view in router.views().items()
+    }
 
 
 @dataclass

@@ -64,6 +64,7 @@ class RunRecord:
         facts = {
             "recipe": self.run.recipe.name,
             "method": self.run.method.name,
+            "changes_earlier": self.run.method.changes_earlier,
             "status": status,
             "seed": self.run.recipe.seed,
             "stage": len(self.learned.pool),
@@ -85,8 +86,9 @@ class RunRecord:
         """
         pool, tests, world = self.learned.pool, self.run.data.tests, self.run.session.world
         routing = None
-        if last and matrix.rows and len(pool) == len(tests) and self.run.method.learns_prototypes:
-            routing = routing_accuracy(tests, pool, self.run.recipe.method.image_weight)
+        router = self.run.method.routing.router
+        if last and matrix.rows and len(pool) == len(tests) and router is not None:
+            routing = routing_accuracy(tests, pool.states, router)
         if self._majority is None:  # not before the first stage: it reads the texts of all tasks
             folder = self.run.session.path / "eval"
             self._majority = on_main(world, lambda: majority_scores(folder, self.run.data.train, tests))
@@ -115,7 +117,7 @@ class RunRecord:
     def _is_to_be_registered(self) -> bool:
         """Whether the adapter becomes a version in the model registry: all stages are done and learned something."""
         recipe, complete = self.run.recipe, len(self.learned.pool) == len(self.run.stages)
-        return complete and recipe.tracking.registry and recipe.method.name != "zero_shot"
+        return complete and recipe.tracking.registry and bool(self.run.stages)
 
     def _register(self, stored: StoredRun) -> None:
         recipe = self.run.recipe

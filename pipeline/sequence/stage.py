@@ -88,7 +88,7 @@ class StageTrainer:
         watchdog.beat(f"beginning stage {stage.name}", slow=True)
         began = time.perf_counter()
         batches = self._batches(engine, index, stage, learned.pool)
-        self._start(engine, index, learned, uses_pool=batches.selected.shape[1] > 0)
+        self._start(engine, index, learned, uses_pool=batches.selection.width > 0)
         earlier = fingerprint_of({"prompts": learned.pool.prompts, "prototypes": learned.pool.prototypes})
         begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": earlier}
         found = on_main(world, lambda: self.files.begin(index, stage, begun))
@@ -112,7 +112,7 @@ class StageTrainer:
         saver = StepSaver(engine, world, folder, config, begun)
         with self.tracker.stage(index, stage.name):
             begins()
-            self.tracker.metrics(set_shares(batches.selected, learned.pool.names), 0)
+            self.tracker.metrics(set_shares(batches.selection, learned.pool.names), 0)
             numbers = StepNumbers(batches, learned.pool.names, start)
             with told_what_helps(self.recipe, "training"):
                 history = train_stage(
@@ -151,7 +151,7 @@ class StageTrainer:
         data = StageData(parts)
         order = stage_order(recipe, data, index)
         steps = total_steps(recipe.train, order.batches_per_epoch)
-        selected = make_method(recipe.method.after(index + 1)).training_sets(pool, data.keys)
+        selected = make_method(recipe.method.after(index + 1)).routing.training(data.keys, pool.states)
         sharing: Literal["image", "none"] = "image" if module.in_two_passes else "none"
         kept = None
         if recipe.train.vision_features == "kept":
@@ -169,11 +169,11 @@ class StageTrainer:
 
     def _start(self, engine: Engine, index: int, learned: Learned, uses_pool: bool) -> None:
         """Give the engine the values that the stage starts from; the same on every rank."""
-        method, pool = self.recipe.method, learned.pool
+        method, pool = self.method, learned.pool
         previous = pool.prompts[-1] if len(pool) else None
-        init = "previous" if self.method.carries_prompt else method.init
+        init = "previous" if method.carries_prompt else method.init
         values = initial_values(engine.module, init, self.recipe.seed, index, previous)
         values.update({f"{PROJECTOR}{name}": value for name, value in learned.projector.items()})
         bank = pool.prompts if uses_pool else torch.zeros(0, method.prompt_length, engine.module.lmm.width)
-        engine.module.start_stage(bank, method.prototype_weight if self.method.learns_prototypes else 0.0)
+        engine.module.start_stage(bank, method.prototype_weight)
         engine.restart(values)

@@ -1,17 +1,12 @@
-"""A task's test set, and how similar its samples are to the prompt sets of a pool."""
+"""A task's test set."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from pipeline.data.collate import StageData
 from pipeline.data.texts import Texts
-from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import similarities
 
 
 @dataclass(frozen=True)
@@ -31,9 +26,3 @@ class TestSet:
     def texts(self) -> Texts:
         """Question, answer and meta of every sample, read at most once."""
         return Texts(self.data)
-
-    def similarity(self, pool: PromptPool, image_weight: float) -> Tensor:
-        """Similarities [N, T] of the samples to the pool's prototypes."""
-        if not len(pool):
-            return torch.zeros(len(self.data), 0)
-        return similarities(self.data.keys, pool.prototypes.cpu(), image_weight)

@@ -32,13 +32,13 @@ class RunningBatch(GreedyDecoder[Running]):
 
     def __init__(self, answerer: Answerer) -> None:
         super().__init__(answerer.lmm)
-        self.insertion = answerer.source.method.insertion
+        self.insertion = answerer.method.insertion
         self.sets = answerer.pool.prompts.to(self.lmm.model.device, self.lmm.dtype)
 
     @torch.no_grad()
     def begin(self, routed: Routed, answers: Sequence[Running]) -> list[Running]:
         """Begin the answers to routed questions; returns them, which have their first token."""
-        batch = collate_prompts(routed.examples, range(len(answers)), routed.selected).to(self.lmm.model.device)
+        batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
         embeddings, attention, places = embed_with_sets(self.lmm, batch, self.sets, self.insertion)
         return self._read_texts(self.join(Prompts(embeddings, attention, places, batch.images), answers))
 

@@ -123,8 +123,7 @@ class Worker:
         """The tokens that a request will have with as many prompt sets as it may get."""
         question, pool = request.question, self.answerer.pool
         prompt = len(question.example.prompt) if isinstance(question, Tokenised) else 0
-        method = self.answerer.source.method
-        sets = len(pool) if method.selection == "all" else min(len(pool), method.k)
+        sets = self.answerer.method.routing.rule.most(len(pool))
         return Extent(prompt + sets * (pool.prompts.shape[1] if len(pool) else 0), request.longest)
 
     def _turn(self, joining: list[Request]) -> None:

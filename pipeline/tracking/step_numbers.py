@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from torch import Tensor
 
 from pipeline.console.progress import Progress
 from pipeline.data.collate import MicroBatches
+from pipeline.data.selection import Selection
 
 
-def set_shares(selected: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Percent of a stage's training samples that get each earlier set; `selected` [N, m] numbers of `names`."""
-    shares = [100.0 * float((selected == number).any(1).float().mean()) for number in range(len(names))]
+def set_shares(selection: Selection, names: Sequence[str]) -> dict[str, float]:
+    """Percent of a stage's training samples that get each earlier set, numbered as in `names`."""
+    shares = [100.0 * float((selection.numbers == number).any(1).float().mean()) for number in range(len(names))]
     return {f"routing_share.{name}": share for name, share in zip(names, shares, strict=True)}
 
 
@@ -27,13 +27,13 @@ class StepNumbers:
 
     def __init__(self, batches: MicroBatches, names: Sequence[str], start: int = 0) -> None:
         self.batches, self.done = batches, start
-        used = [number for number in batches.selected.unique().tolist() if number >= 0]
+        used = [number for number in batches.selection.numbers.unique().tolist() if number >= 0]
         self.names = {number: names[number] for number in used}
 
     def __call__(self, progress: Progress) -> dict[str, float]:
         numbers = {**progress.numbers(), "memory_gib": _memory_gib()}
         if self.names:
-            selected = self.batches.selected[self.batches.samples_of(range(self.done, progress.step))]
+            selected = self.batches.selection.numbers[self.batches.samples_of(range(self.done, progress.step))]
             for number, name in self.names.items():
                 numbers[f"routing_share_of_step.{name}"] = 100.0 * float((selected == number).any(1).float().mean())
         self.done = progress.step

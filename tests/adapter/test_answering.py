@@ -39,5 +39,5 @@ def test_questions_tokenised_in_several_threads_are_answered_as_in_one(answerer:
         tokenised = list(threads.map(answerer.tokenise, QUESTIONS * 20))
     routed = answerer.route(tokenised)
     alone = answerer.route(QUESTIONS * 20)
-    assert routed.selected.equal(alone.selected)
+    assert routed.selection.numbers.equal(alone.selection.numbers)
     assert [e.prompt for e in routed.examples.ready or []] == [e.prompt for e in alone.examples.ready or []]

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.paths import PROJECT
-from pipeline.methods import METHODS
-from pipeline.report.predictions import WITHOUT_PROTOTYPES
 from tests.report.test_report import make_run
 
 ALWAYS = ("torch", "transformers", "deepspeed", "mlflow", "matplotlib", "webdataset", "pyarrow", "pandas", "sklearn")
@@ -53,5 +51,12 @@ def test_a_report_is_written_without_torch(tmp_path: Path) -> None:
     assert not modules & {"torch", "transformers", "deepspeed", "mlflow"}
 
 
-def test_the_methods_that_learn_no_prototypes_are_named() -> None:
-    assert {name for name, method in METHODS.items() if not method.learns_prototypes} == set(WITHOUT_PROTOTYPES)
+def test_a_recipe_is_read_without_torch_whatever_its_method() -> None:
+    program = (
+        "import sys; from pipeline.config import registry; from pipeline.config.load import load_recipe\n"
+        "from pipeline.methods import make_method\n"
+        "for name in registry.names('methods'): make_method(load_recipe('nano', [f'method.name={name}']).method)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

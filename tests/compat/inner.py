@@ -12,13 +12,14 @@ from pipeline.clip.benchmark.checkpoint import classifier_from
 from pipeline.clip.methods import METHODS as CLIP_METHODS
 from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.towers.backbone import Backbone
+from pipeline.config import registry
 from pipeline.config.base import FileRecipe
 from pipeline.config.load import load_recipe, recipe_kind
 from pipeline.config.yaml_file import recipe_names
-from pipeline.methods import METHODS as SEQUENCE_METHODS
 
 __all__ = ["CLIP_METHODS", "SEQUENCE_METHODS", "load_any", "logits_of", "recipe_names"]
 
+SEQUENCE_METHODS = registry.names("methods")
 NAMES = ("church", "red_panda", "parachute")
 
 

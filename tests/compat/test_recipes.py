@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,22 +11,30 @@ import yaml
 from tests.compat.inner import load_any, recipe_names
 from tests.compat.kept import KEPT, assert_contains
 
+# Recipes held these for every method, although only this one reads them; they are left out of the others' by now.
+OF_MODALPROMPT = ("k", "selection", "gate", "earlier_gates", "image_weight", "prototype_weight")
 RESOLVED = sorted((KEPT / "resolved").glob("*.yaml"))
 SHIPPED = [path.stem for path in RESOLVED if not (KEPT / "recipes" / path.name).is_file()]
+
+
+def meaning(path: Path) -> Any:
+    """The fields of a kept recipe, without the options that its method never read."""
+    fields = yaml.safe_load(path.read_text("utf-8"))
+    if fields.get("method", {}).get("name", "modalprompt") != "modalprompt":
+        fields["method"] = {name: value for name, value in fields["method"].items() if name not in OF_MODALPROMPT}
+    return fields
 
 
 @pytest.mark.parametrize("path", RESOLVED, ids=[path.stem for path in RESOLVED])
 def test_a_resolved_recipe_loads_and_is_written_as_it_was(path: Path, tmp_path: Path) -> None:
     load_any(path).dump_yaml(tmp_path / "again.yaml")
-    assert_contains(
-        yaml.safe_load((tmp_path / "again.yaml").read_text("utf-8")), yaml.safe_load(path.read_text("utf-8"))
-    )
+    assert_contains(yaml.safe_load((tmp_path / "again.yaml").read_text("utf-8")), meaning(path))
 
 
 @pytest.mark.parametrize("path", RESOLVED, ids=[path.stem for path in RESOLVED])
 def test_a_recipe_resolves_to_what_it_did(path: Path) -> None:
     source = path.stem if path.stem in SHIPPED else KEPT / "recipes" / path.name
-    assert_contains(load_any(source).model_dump(mode="json"), yaml.safe_load(path.read_text("utf-8")))
+    assert_contains(load_any(source).model_dump(mode="json"), meaning(path))
 
 
 def test_every_shipped_recipe_of_then_ships_now() -> None:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_recipe, load_run, recipe_kind
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import method_options
 from pipeline.config.paths import locate
 from pipeline.config.recipe import Recipe
 from pipeline.config.yaml_file import recipe_names
 from pipeline.errors import UserError, nearest
+from pipeline.methods.modalprompt import ModalPromptOptions
 from pipeline.training.deepspeed_config import RECIPE_OWNS, accumulation, deepspeed_config
 
 MINIMAL = """
@@ -52,6 +53,7 @@ def test_coin_is_in_its_published_order_with_the_official_learning_rate() -> Non
     names = [task.name for task in recipe.data.tasks]
     assert names == ["ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA"]
     assert (recipe.train.lr_prompt, recipe.train.lr_head, recipe.train.schedule) == (2e-4, 2e-4, "constant")
+    assert isinstance(recipe.method, ModalPromptOptions)
     assert (recipe.method.k, recipe.method.gate, recipe.method.prompt_length) == (3, None, 10)
 
 
@@ -83,6 +85,7 @@ def test_extends_merges_mappings_and_replaces_lists(recipe_file: Path) -> None:
     child.write_text("extends: small\ndata: {tasks: [{name: C}]}\nmethod: {k: 1}\n")
     recipe = load_recipe(child)
     assert [task.name for task in recipe.data.tasks] == ["C"]
+    assert isinstance(recipe.method, ModalPromptOptions)
     assert (recipe.name, recipe.method.k, recipe.data.source, recipe.train.lr_prompt) == ("child", 1, "coin", 1e-2)
 
 
@@ -276,10 +279,10 @@ def _with_train(**train) -> Recipe:
 
 
 def test_a_gate_that_is_changed_leaves_the_stages_before_it_theirs() -> None:
-    method = MethodConfig(gate=0.1)
+    method = ModalPromptOptions(gate=0.1)
     changed = method.with_gate(0.05, stages=6)
     assert [changed.after(stages).gate for stages in (1, 6, 7, 9)] == [0.1, 0.1, 0.05, 0.05]
     again = changed.with_gate(None, stages=6).with_gate(0.2, stages=7)
     assert [again.after(stages).gate for stages in (6, 7, 8)] == [0.1, None, 0.2]
     assert method.with_gate(0.1, stages=6) == method and again.after(8).earlier_gates == ()
-    assert MethodConfig.model_validate(again.model_dump(mode="json")) == again
+    assert method_options(again.model_dump(mode="json")) == again

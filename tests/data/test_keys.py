@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-import pipeline.prompts.routing as routing
+import pipeline.prompts.routers.mean as mean
 from pipeline.data.collate import Examples, StageData, collate
 from pipeline.data.conversation import Example
 from pipeline.data.grouped_order import image_groups
@@ -64,9 +64,9 @@ def save(folder: Path, keys: Keys) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of this test is as large for the code as one of millions of rows."""
-    for module in ("pipeline.prompts.routing", "pipeline.methods.modalprompt"):
+    for module in ("pipeline.prompts.routers.mean", "pipeline.prompts.routing"):
         monkeypatch.setattr(f"{module}.SAMPLES_AT_ONCE", 256)
-    monkeypatch.setattr(routing, "SUMMED_BYTES", 4096)
+    monkeypatch.setattr(mean, "SUMMED_BYTES", 4096)
 
 
 def test_keys_of_a_split_are_read_as_they_lie_on_the_disk(tmp_path: Path) -> None:
@@ -107,18 +107,18 @@ def test_one_part_is_not_copied_and_several_are_chained() -> None:
 def test_similarities_are_those_of_the_whole_table_in_float32(small_parts: None, parts: int) -> None:
     keys = join_keys([(stored(1001, seed), 1001) for seed in range(parts)])
     prototypes, whole = torch.randn(5, WIDTH), in_float32(keys)
-    expected = routing.similarity(whole.image, whole.text, prototypes, 0.3, whole.has_image)
-    assert torch.equal(routing.similarities(keys, prototypes, 0.3), expected)
+    expected = mean.similarity(whole.image, whole.text, prototypes, 0.3, whole.has_image)
+    assert torch.equal(mean.similarities(keys, prototypes, 0.3), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_provisional_prototype_is_that_of_the_whole_table_in_float32(small_parts: None, parts: int) -> None:
     keys = join_keys([(stored(1001, seed), 1001) for seed in range(parts)])
     whole = in_float32(keys)
-    image_weight, text_weight = routing.prototype_term_weights(whole.has_image)
+    image_weight, text_weight = mean.prototype_term_weights(whole.has_image)
     total = (image_weight[:, None] * normalize(whole.image, dim=-1)).sum(0)
     total = total + (text_weight[:, None] * normalize(whole.text, dim=-1)).sum(0)
-    found = routing.provisional_prototype(keys.image, keys.text, keys.has_image)
+    found = mean.provisional_prototype(keys.image, keys.text, keys.has_image)
     assert torch.equal(found, normalize(total, dim=-1))
 
 
@@ -133,7 +133,8 @@ def test_training_selections_are_those_of_the_whole_table_in_float32(small_parts
             f"t{number}", torch.zeros(4, 8), torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
         )
     method = make_method(make_recipe("none", method__gate=0.05).method)
-    assert torch.equal(method.training_sets(pool, keys), method.training_sets(pool, in_float32(keys)))
+    found = [method.routing.training(each, pool.states).numbers for each in (keys, in_float32(keys))]
+    assert torch.equal(*found)
 
 
 def test_images_are_numbered_in_the_order_in_which_they_appear() -> None:

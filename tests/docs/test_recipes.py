@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from pipeline.cli.recipe_docs import page
 from pipeline.clip.recipe import ClipRecipe
-from pipeline.config.messages import model_in
+from pipeline.config.messages import model_in, variants_of
 from pipeline.config.paths import PROJECT
 from pipeline.config.recipe import Recipe
 
@@ -17,7 +17,9 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str | None]]:
     found = []
     for name, info in model.model_fields.items():
         inner = model_in(info.annotation)
-        found += fields(inner) if inner is not None else [(name, info.description)]
+        for group in (inner, *variants_of(inner).values()) if inner is not None else ():
+            found += fields(group)
+        found += [(name, info.description)] if inner is None else []
     return found
 
 
@@ -37,7 +39,7 @@ def test_every_field_is_described_and_on_the_page(recipe: type[BaseModel]) -> No
 def test_the_page_says_choices_bounds_and_defaults() -> None:
     rows = page().splitlines()
     for row in (
-        '| `name` | `modalprompt`, `sequential`, `independent`, `joint`, `zero_shot` | `"modalprompt"` |',
+        "| `name` | `modalprompt`, `sequential`, `independent`, `joint`, `zero_shot`, ",
         "| `image_weight` | number from 0 to 1 | `0.5` |",
         "| `lr_prompt` | number above 0 | required |",
         "| `gate` | number from 0, null | `null` |",

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from data_prep.own_task import make_task
 from pipeline.cli.commands import app
 from pipeline.config.load import load_run
-from pipeline.config.method import EarlierGate
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_OK, EXIT_USER
+from pipeline.methods.modalprompt import EarlierGate, ModalPromptOptions
 from pipeline.sequence.run import run_sequence
 from tests.tiny_clip import picture
 
@@ -65,6 +65,7 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert result["accuracy"][:2] == rows
     assert {path: path.read_bytes() for path in answers} == answers
     config = load_run(run)
+    assert isinstance(config.method, ModalPromptOptions)
     assert (config.method.gate, config.method.earlier_gates) == (2.0, (EarlierGate(stages=2, gate=0.0),))
     assert {path: (run / path).read_bytes() for path in before} == before
     again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])

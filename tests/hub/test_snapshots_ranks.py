@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.hub import snapshots
 from pipeline.backbones.lmm import load_lmm
-from pipeline.config.recipe import ModelConfig
+from pipeline.config.models import ModelConfig
 from pipeline.ranks.world import close_world, init_world
 from pipeline.hub.snapshots import Source, checkpoint, share
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from pipeline.config.method import MethodConfig
+from pipeline.config import registry
+from pipeline.config.method import method_options
 from pipeline.data.keys import Keys
 from pipeline.data.selection import NO_SET
 from pipeline.errors import UserError
-from pipeline.methods import METHODS, make_method
+from pipeline.methods import Method, make_method
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import similarity
+from pipeline.prompts.routers.mean import similarity
 from tests.training.worlds import make_pool, make_samples
 
 TASKS = ["a", "b", "c"]
+METHODS = registry.names("methods")
 
 
-def method(name: str, **fields: Any):
-    return make_method(MethodConfig.model_validate({"name": name, **fields}))
+def method(name: str, **fields: Any) -> Method:
+    return make_method(method_options(name=name, **fields))
+
+
+def trained_behind(method: Method, pool: PromptPool, keys: Any) -> Tensor:
+    """Numbers of the earlier sets [N, m] of the training samples."""
+    return method.routing.training(keys, pool.states).numbers
+
+
+def inserted(method: Method, scores: Tensor, task: int = 0, has_image: Tensor | None = None) -> Tensor:
+    """Numbers of the sets [N, m] at inference."""
+    pictured = torch.ones(len(scores), dtype=torch.bool) if has_image is None else has_image
+    return method.routing.inference(scores, task, pictured).numbers
 
 
 @pytest.mark.parametrize("name", ["modalprompt", "sequential", "independent"])
@@ -39,41 +52,66 @@ def test_joint_has_one_stage_on_all_tasks() -> None:
 
 def test_zero_shot_has_no_stage_and_no_set() -> None:
     assert method("zero_shot").stages(TASKS) == []
-    assert method("zero_shot").evaluation_sets(PromptPool(), 0, torch.zeros(2, 0)).shape == (2, 0)
+    assert inserted(method("zero_shot"), torch.zeros(2, 0)).shape == (2, 0)
 
 
 @pytest.mark.parametrize("name", ["sequential", "independent", "joint"])
 def test_only_modalprompt_trains_behind_earlier_sets(name: str) -> None:
     _, keys = make_samples(5)
-    assert method(name).training_sets(make_pool(3), keys).shape == (5, 0)
-    assert method("modalprompt").training_sets(make_pool(3), keys).shape == (5, 2)
+    assert trained_behind(method(name), make_pool(3), keys).shape == (5, 0)
+    assert trained_behind(method("modalprompt"), make_pool(3), keys).shape == (5, 2)
 
 
 def test_the_evaluated_set_is_the_newest_the_tasks_own_or_the_only_one() -> None:
     scores = torch.zeros(2, 3)
-    pool = make_pool(3)
-    assert method("sequential").evaluation_sets(pool, 0, scores).tolist() == [[2], [2]]
-    assert method("independent").evaluation_sets(pool, 1, scores).tolist() == [[1], [1]]
-    assert method("joint").evaluation_sets(make_pool(1), 1, scores).tolist() == [[0], [0]]
+    assert inserted(method("sequential"), scores).tolist() == [[2], [2]]
+    assert inserted(method("independent"), scores, task=1).tolist() == [[1], [1]]
+    assert inserted(method("joint"), torch.zeros(2, 1), task=1).tolist() == [[0], [0]]
+
+
+def test_samples_of_several_tasks_are_chosen_for_together() -> None:
+    tasks, pictured = torch.tensor([2, 0, 1]), torch.ones(3, dtype=torch.bool)
+    own = method("independent").routing.inference(torch.zeros(3, 3), tasks, pictured)
+    assert own.numbers.tolist() == [[2], [0], [1]]
+    scores = torch.tensor([[0.1, 0.9, 0.85], [0.5, 0.1, 0.9], [0.3, 0.2, 0.9]])
+    told = method("modalprompt", selection="oracle").routing.inference(scores, tasks, pictured)
+    assert told.numbers.tolist() == [[0, 1, 2], [0, NO_SET, NO_SET], [0, 1, NO_SET]]
 
 
 def test_a_gate_of_zero_trains_behind_no_set_less_similar_than_the_task_itself() -> None:
     _, keys = make_samples(6)
-    selected = method("modalprompt", gate=0.0).training_sets(make_pool(3), keys)
+    selected = trained_behind(method("modalprompt", gate=0.0), make_pool(3), keys)
     assert (selected >= 0).sum() < 12  # random prototypes seldom beat the task's own
 
 
 def test_only_sequential_carries_its_prompt_and_only_modalprompt_learns_prototypes() -> None:
-    assert {name for name, kind in METHODS.items() if kind.carries_prompt} == {"sequential"}
-    assert {name for name, kind in METHODS.items() if kind.learns_prototypes} == {"modalprompt"}
+    kinds = {name: registry.load("methods", name) for name in METHODS}
+    assert {name for name, kind in kinds.items() if kind.carries_prompt} == {"sequential"}
+    assert {name for name, kind in kinds.items() if kind.learns_prototypes} == {"modalprompt"}
+    for name in METHODS:
+        router = method(name).routing.router
+        assert method(name).learns_prototypes == (router is not None and router.learned)
+
+
+def test_what_a_stage_changes_of_earlier_tasks_is_said() -> None:
+    assert {name: method(name).changes_earlier for name in METHODS} == {
+        "modalprompt": "nothing",
+        "sequential": "modules",
+        "independent": "nothing",
+        "joint": "nothing",
+        "zero_shot": "nothing",
+    }
+    assert method("modalprompt", selection="all").changes_earlier == "answers"
+    assert method("modalprompt", selection="current").changes_earlier == "answers"
 
 
 def test_k_is_the_most_sets_in_training_and_at_inference() -> None:
     _, keys = make_samples(5)
     scores = torch.randn(5, 3)
-    for k, earlier, inserted in ((1, 0, 1), (2, 1, 2), (3, 2, 3), (9, 3, 3)):
-        assert method("modalprompt", k=k).training_sets(make_pool(3), keys).shape == (5, earlier)
-        assert method("modalprompt", k=k).evaluation_sets(make_pool(3), 0, scores).shape == (5, inserted)
+    for k, earlier, most in ((1, 0, 1), (2, 1, 2), (3, 2, 3), (9, 3, 3)):
+        assert trained_behind(method("modalprompt", k=k), make_pool(3), keys).shape == (5, earlier)
+        assert inserted(method("modalprompt", k=k), scores).shape == (5, most)
+        assert method("modalprompt", k=k).routing.rule.most(3) == most
 
 
 def test_the_image_weight_decides_which_earlier_sets_are_most_similar() -> None:
@@ -81,22 +119,22 @@ def test_the_image_weight_decides_which_earlier_sets_are_most_similar() -> None:
     for name, prototype in (("like the images", [1.0, 0.0]), ("like the texts", [0.0, 1.0])):
         pool.append(name, torch.zeros(4, 2), torch.tensor(prototype))
     keys = Keys(torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 1.0]]), torch.tensor([True]), {})
-    assert method("modalprompt", k=2, image_weight=1.0).training_sets(pool, keys).tolist() == [[0]]
-    assert method("modalprompt", k=2, image_weight=0.0).training_sets(pool, keys).tolist() == [[1]]
+    assert trained_behind(method("modalprompt", k=2, image_weight=1.0), pool, keys).tolist() == [[0]]
+    assert trained_behind(method("modalprompt", k=2, image_weight=0.0), pool, keys).tolist() == [[1]]
 
 
 def test_selection_all_inserts_every_set_in_the_order_of_the_stages() -> None:
     _, keys = make_samples(2)
     everything = method("modalprompt", selection="all", k=1)
-    assert everything.training_sets(make_pool(3), keys).tolist() == [[0, 1, 2]] * 2
-    assert everything.evaluation_sets(make_pool(3), 0, torch.randn(2, 3)).tolist() == [[0, 1, 2]] * 2
+    assert trained_behind(everything, make_pool(3), keys).tolist() == [[0, 1, 2]] * 2
+    assert inserted(everything, torch.randn(2, 3)).tolist() == [[0, 1, 2]] * 2
 
 
 def test_selection_current_trains_a_set_alone_and_answers_with_the_newest() -> None:
     _, keys = make_samples(2)
     current = method("modalprompt", selection="current")
-    assert current.training_sets(make_pool(3), keys).shape == (2, 0)
-    assert current.evaluation_sets(make_pool(3), 0, torch.randn(2, 3)).tolist() == [[2], [2]]
+    assert trained_behind(current, make_pool(3), keys).shape == (2, 0)
+    assert inserted(current, torch.randn(2, 3)).tolist() == [[2], [2]]
 
 
 def test_selection_oracle_answers_behind_the_sets_the_task_was_trained_behind() -> None:
@@ -106,17 +144,16 @@ def test_selection_oracle_answers_behind_the_sets_the_task_was_trained_behind() 
     earlier = PromptPool(pool.names[:2], pool.prompts[:2], pool.prototypes[:2])
     for k in (1, 2, 3, 4):
         oracle = method("modalprompt", selection="oracle", k=k)
-        trained = oracle.training_sets(earlier, keys)
+        trained = trained_behind(oracle, earlier, keys)
         own = torch.full((6, 1), 2)
-        assert torch.equal(oracle.evaluation_sets(pool, 2, scores), torch.cat([trained, own], dim=1))
-    first = method("modalprompt", selection="oracle").evaluation_sets(pool, 0, scores)
-    assert first.tolist() == [[0]] * 6
+        assert torch.equal(inserted(oracle, scores, task=2), torch.cat([trained, own], dim=1))
+    assert inserted(method("modalprompt", selection="oracle"), scores).tolist() == [[0]] * 6
 
 
 def test_the_oracles_gate_leaves_no_hole_before_the_own_set() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.85], [0.1, 0.1, 0.9]])
     oracle = method("modalprompt", selection="oracle", k=3, gate=0.1)
-    assert oracle.evaluation_sets(make_pool(3), 2, scores).tolist() == [[1, 2, NO_SET], [2, NO_SET, NO_SET]]
+    assert inserted(oracle, scores, task=2).tolist() == [[1, 2, NO_SET], [2, NO_SET, NO_SET]]
 
 
 def test_only_what_is_not_routed_has_to_be_told_the_task() -> None:
@@ -127,11 +164,11 @@ def test_only_what_is_not_routed_has_to_be_told_the_task() -> None:
 
 @pytest.mark.parametrize("name", ["modalprompt", "sequential", "joint"])
 def test_skip_leaves_questions_without_an_image_without_sets(name: str) -> None:
-    has_image, scores, pool = torch.tensor([True, False]), torch.zeros(2, 1), make_pool(1)
-    assert method(name).answering_sets(pool, 0, scores, has_image).tolist() == [[0], [0]]
-    assert method(name, text_only="skip").answering_sets(pool, 0, scores, has_image).tolist() == [[0], [NO_SET]]
+    has_image, scores = torch.tensor([True, False]), torch.zeros(2, 1)
+    assert inserted(method(name), scores, has_image=has_image).tolist() == [[0], [0]]
+    assert inserted(method(name, text_only="skip"), scores, has_image=has_image).tolist() == [[0], [NO_SET]]
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="Did you mean 'modalprompt'"):
-        make_method(SimpleNamespace(name="modalpromt"))  # type: ignore[arg-type]
+        registry.load("methods", "modalpromt")

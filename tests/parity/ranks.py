@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import method_options
 from pipeline.data.collate import MicroBatches
 from pipeline.data.order import Order
 from pipeline.methods import make_method
@@ -60,13 +60,13 @@ def main(job_file: str) -> None:
     examples = recorded.examples(lmm.processor, lmm.image_token, (vision.image_size // vision.patch_size) ** 2)
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in job["methods"]}
     for (name, settings), (task, case) in itertools.product(job["methods"].items(), recorded.train.items()):
-        method = make_method(MethodConfig.model_validate(settings))
-        engine.module.insertion = method.config.insertion
+        method = make_method(method_options(settings))
+        engine.module.insertion = method.insertion
         pool = recorded.pool(case, task - 1)
         order = Order(recorded.samples, recipe.train.global_batch, recipe.seed, task)
-        selected = method.training_sets(pool, examples.data.keys)
+        selected = method.routing.training(examples.data.keys, pool.states)
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
-        engine.module.start_stage(pool.prompts, method.config.prototype_weight)
+        engine.module.start_stage(pool.prompts, method.prototype_weight)
         engine.restart(recorded.start(task))
         folder = Path(job["out"]).parent / f"{name}-task{task}"
         folder.mkdir(exist_ok=True)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.load import load_recipe
-from pipeline.config.method import MethodConfig
+from pipeline.config.method import MethodOptions, method_options
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.methods import Method, make_method
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.routing import similarities
+from pipeline.prompts.routers.mean import similarities
 from pipeline.training.normaliser import Normaliser
 from tests.parity import reference
 from tests.parity.recorded import Recorded
@@ -54,25 +54,25 @@ def model(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Path:
 MODES = ("default", "compat")
 
 
-def method_of(mode: str, recorded: Recorded) -> MethodConfig:
-    chosen = MethodConfig() if mode == "default" else load_recipe("coin_llava15_7b_compat").method
+def method_of(mode: str, recorded: Recorded) -> MethodOptions:
+    chosen = method_options() if mode == "default" else load_recipe("coin_llava15_7b_compat").method
     return chosen.model_copy(update={"prompt_length": recorded.prompt_length, "k": recorded.k})
 
 
 @pytest.fixture(scope="module", params=MODES)
-def config(request: pytest.FixtureRequest, recorded: Recorded) -> MethodConfig:
+def config(request: pytest.FixtureRequest, recorded: Recorded) -> MethodOptions:
     return method_of(request.param, recorded)
 
 
 @pytest.fixture(scope="module")
-def method(config: MethodConfig) -> Method:
+def method(config: MethodOptions) -> Method:
     return make_method(config)
 
 
 @pytest.fixture(scope="module")
-def module(recorded: Recorded, model: Path, config: MethodConfig) -> PromptedLMM:
+def module(recorded: Recorded, model: Path, config: MethodOptions) -> PromptedLMM:
     lmm = load_lmm(ModelConfig(path=str(model)))
-    return PromptedLMM(lmm, recorded.prompt_length, recorded.key_width, config.insertion)
+    return PromptedLMM(lmm, recorded.prompt_length, recorded.key_width, make_method(config).insertion)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def start(
 ) -> tuple[PromptPool, Batch]:
     """Set up training of `task` (1-based); the pool of earlier sets and the recorded batch with our selection."""
     pool = recorded.pool(recorded.train[task], task - 1)
-    selected = method.training_sets(pool, examples.data.keys)
+    selected = method.routing.training(examples.data.keys, pool.states)
     values = recorded.start(task)
     module.prompt.data.copy_(values.pop("prompt"))
     module.head.load_state_dict({name.removeprefix("head."): value for name, value in values.items()})
-    module.start_stage(pool.prompts, method.config.prototype_weight)
+    module.start_stage(pool.prompts, method.prototype_weight)
     return pool, collate(examples, range(recorded.samples), [1.0] * recorded.samples, selected)
 
 
@@ -111,9 +111,9 @@ def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: M
     keys = examples.data.keys
     for task, case in recorded.train.items():
         pool = recorded.pool(case, task - 1)
-        found = method.training_sets(pool, keys)
+        found = method.routing.training(keys, pool.states).numbers
         if "similarity_previous" in case:
-            scores = similarities(keys, pool.prototypes, method.config.image_weight)
+            scores = similarities(keys, pool.prototypes, method.options.image_weight)
             torch.testing.assert_close(scores, case["similarity_previous"], atol=LOSS, rtol=0)
         if "top_previous" in case:
             assert torch.equal(found, case["top_previous"].flip(1))
@@ -122,9 +122,9 @@ def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: M
     sets = next(iter(recorded.train.values()))
     for tasks, case in recorded.infer.items():
         pool = recorded.pool(sets, tasks)
-        scores = similarities(keys, pool.prototypes, method.config.image_weight)
+        scores = similarities(keys, pool.prototypes, method.options.image_weight)
         torch.testing.assert_close(scores, case["similarity"], atol=LOSS, rtol=0)
-        assert torch.equal(method.answering_sets(pool, 0, scores, keys.has_image), case["top"].flip(1))
+        assert torch.equal(method.routing.inference(scores, 0, keys.has_image).numbers, case["top"].flip(1))
 
 
 def test_losses_and_gradients(recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples) -> None:
@@ -206,9 +206,9 @@ def test_greedy_answers_and_their_first_logits(
     keys = examples.data.keys
     for tasks, case in recorded.infer.items():
         pool = recorded.pool(sets, tasks)
-        scores = similarities(keys, pool.prototypes, method.config.image_weight)
-        selected = method.answering_sets(pool, 0, scores, keys.has_image)
-        inserted = InsertedSets(pool.prompts, selected, method.config.insertion)
+        scores = similarities(keys, pool.prototypes, method.options.image_weight)
+        selected = method.routing.inference(scores, 0, keys.has_image).numbers
+        inserted = InsertedSets(pool.prompts, selected, method.insertion)
         new = case["generated"].shape[1]
         for number in range(recorded.samples):
             first.clear()
@@ -246,7 +246,7 @@ def test_two_processes_under_zero3_equal_one_process_and_the_recorded_steps(
         torch.testing.assert_close(two, (case["trajectory"], case["prompt_after"]), atol=RANKS, rtol=0)
 
 
-def on_ranks(recorded: Recorded, model: Path, methods: dict[str, MethodConfig], folder: Path, ranks: int) -> Any:
+def on_ranks(recorded: Recorded, model: Path, methods: dict[str, MethodOptions], folder: Path, ranks: int) -> Any:
     """The recorded steps of every training case by `pipeline.training.loop` under ZeRO-3 on so many processes."""
     job = {
         "folder": str(recorded.folder),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.data.collate import StageData
+from pipeline.data.selection import Selection
 from pipeline.files.atomic import write_json
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
     nothing: Any = None
 
     def score(place: Path, earlier: list[Path]) -> float:
-        chosen, scores = torch.zeros(SAMPLES, 1, dtype=torch.long), torch.zeros(SAMPLES, 1)
+        chosen, scores = Selection.same(SAMPLES, [0]), torch.zeros(SAMPLES, 1)
         store, answering = AnswerStore(place, earlier), Answering(lambda: nothing, 4)
         return evaluate_task(test, pool, lambda: Routed(chosen, scores), store, answering, world)
 

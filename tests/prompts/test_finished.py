@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.collate import StageData
+from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.sequence import answers
 from tests.prompts.test_reuse import Generated, run
@@ -114,5 +115,8 @@ def test_an_evaluation_of_an_earlier_version_is_taken_over_without_generating(
 def test_the_same_selection_has_the_same_identity_however_it_is_stored() -> None:
     pool = make_pool(2)
     test: Any = type("Test", (), {"metric": "exact", "scoring": "fixed", "data": [0, 0], "unanswered": ()})
-    one = answers.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]), "")
-    assert one == answers.identity_of(test, pool, torch.tensor([[0, 1], [1, 0]]).T.contiguous().T, "")
+    numbers = torch.tensor([[0, 1], [1, 0]])
+    one = answers.identity_of(test, pool, Selection(numbers), "")
+    assert one == answers.identity_of(test, pool, Selection(numbers.T.contiguous().T), "")
+    weighted = Selection(numbers, torch.tensor([[0.2, 0.8], [0.5, 0.5]]))
+    assert one != answers.identity_of(test, pool, weighted, "")

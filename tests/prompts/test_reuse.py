@@ -14,6 +14,7 @@ import torch
 from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, StageData
+from pipeline.data.selection import Selection, as_selection
 from pipeline.errors import Interrupted
 from pipeline.prompts.generation import Conditions, InsertedSets
 from pipeline.prompts.pool import PromptPool
@@ -36,7 +37,9 @@ class Generated:
 
     def generate(self, lmm: Any, examples: Examples, indices: list[int], inserted: InsertedSets, *_: Any) -> Any:
         self.asked += indices
-        return {index: f"{inserted.sets[inserted.selected[index]].sum():.3f}" for index in indices}
+        return {
+            index: f"{inserted.sets[as_selection(inserted.selected).numbers[index]].sum():.3f}" for index in indices
+        }
 
 
 def run(
@@ -52,7 +55,7 @@ def run(
     """Evaluate after stage `number`, with answers of the stages before."""
     samples, keys = make_samples(len(chosen))
     test = TestSet(task, "exact", 8, StageData([(samples, keys, None)]))
-    routed = Routed(torch.tensor(chosen), torch.zeros(len(chosen), len(pool)))
+    routed = Routed(Selection(torch.tensor(chosen)), torch.zeros(len(chosen), len(pool)))
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
     store = AnswerStore(folder / str(number), earlier, AnswerKey(**key))

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from pipeline.data.selection import NO_SET
-from pipeline.prompts.routing import provisional_prototype, select_for_inference, select_for_training, similarity
+from pipeline.prompts.routers.mean import provisional_prototype, similarity
+from pipeline.prompts.rules.top_k import select_for_inference, select_for_training
 
 
 def test_similarity_is_the_mean_of_both_cosines() -> None:

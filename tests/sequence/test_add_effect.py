@@ -8,15 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.method import MethodConfig
-from pipeline.prompts.pool import PromptPool
+from pipeline.methods.modalprompt import ModalPromptOptions
 from pipeline.sequence.add_effect import Effect, Interference, Similarities, advice, basis, keeping_gate
 
 RUN = Path("runs/mine")
-
-
-def pool(sets: int) -> PromptPool:
-    return PromptPool([f"t{number}" for number in range(sets)], torch.zeros(sets, 1, 1), torch.zeros(sets, 1))
 
 
 def similar(rows: list[list[float]] | Tensor, number: int = 0) -> Similarities:
@@ -24,18 +19,18 @@ def similar(rows: list[list[float]] | Tensor, number: int = 0) -> Similarities:
     return Similarities(f"t{number}", number, scores, torch.ones(len(scores), dtype=torch.bool))
 
 
-def method(gate: float | None = 0.1, k: int = 3) -> MethodConfig:
-    return MethodConfig(gate=gate, k=k)
+def method(gate: float | None = 0.1, k: int = 3) -> ModalPromptOptions:
+    return ModalPromptOptions(gate=gate, k=k)
 
 
 def percent(found: Similarities, gate: float | None, k: int = 3) -> float:
-    chosen = found.inserted(pool(found.scores.shape[1]), method(gate, k))
+    chosen = found.inserted(method(gate, k))
     return 100.0 * float(chosen.double().mean())
 
 
 def test_who_gets_the_set_follows_from_the_similarities() -> None:
     found = similar([[0.7, 0.2, 0.62], [0.7, 0.1, 0.64], [0.5, 0.1, 0.6], [0.7, 0.3, 0.1]])
-    assert found.inserted(pool(3), method()).tolist() == [True, True, True, False]
+    assert found.inserted(method()).tolist() == [True, True, True, False]
     assert found.behind().tolist() == pytest.approx([0.08, 0.06, -0.1, 0.6])
 
 
@@ -48,7 +43,7 @@ def test_the_advised_gate_is_the_largest_that_keeps_the_set_out_of_99_of_100_of_
         scores[:, 3] += torch.rand(count, generator=generator) * 0.1
         scores[:, 3] = scores[:, 3].minimum(scores[:, :3].amax(1) - 0.004)
         tasks.append(similar(scores, number))
-    gate = keeping_gate(pool(4), method(gate=0.3), tasks)
+    gate = keeping_gate(method(gate=0.3), tasks)
     assert gate is not None and 0 < gate < 0.3
     assert all(percent(task, gate) <= 1 for task in tasks)
     assert any(percent(task, gate + 0.0015) > 1 for task in tasks)
@@ -56,17 +51,17 @@ def test_the_advised_gate_is_the_largest_that_keeps_the_set_out_of_99_of_100_of_
 
 def test_always_k_sets_is_a_gate_that_can_be_too_large() -> None:
     found = similar([[0.7, 0.6]] * 100)
-    assert keeping_gate(pool(2), method(gate=None), [found]) == pytest.approx(0.099)
+    assert keeping_gate(method(gate=None), [found]) == pytest.approx(0.099)
 
 
 @pytest.mark.parametrize(("rows", "k"), [([[0.7, 0.2, 0.1]] * 100, 3), ([[0.7, 0.65, 0.64]] * 100, 2)])
 def test_a_gate_that_keeps_the_set_out_already_is_left_alone(rows: list[list[float]], k: int) -> None:
-    assert keeping_gate(pool(3), method(gate=0.1, k=k), [similar(rows)]) is None
+    assert keeping_gate(method(gate=0.1, k=k), [similar(rows)]) is None
 
 
 def test_one_in_a_hundred_may_remain() -> None:
     found = similar([[0.7, 0.69]] + [[0.7, 0.65]] * 99)
-    gate = keeping_gate(pool(2), method(), [found])
+    gate = keeping_gate(method(), [found])
     assert gate == pytest.approx(0.049) and percent(found, gate) == 1.0
 
 

@@ -315,9 +315,11 @@ def test_creating_a_store_is_silent_and_importing_tracking_does_not_import_mlflo
 def test_shares_count_the_samples_that_get_each_earlier_set() -> None:
     import torch
 
-    selected = torch.tensor([[0, 1], [0, -1], [-1, -1], [0, -1]])
+    from pipeline.data.selection import Selection
+
+    selected = Selection(torch.tensor([[0, 1], [0, -1], [-1, -1], [0, -1]]))
     assert set_shares(selected, ["colour", "count"]) == {"routing_share.colour": 75.0, "routing_share.count": 25.0}
-    assert set_shares(torch.zeros(3, 0, dtype=torch.long), []) == {}
+    assert set_shares(Selection.none(3), []) == {}
 
 
 def test_a_step_tells_its_memory_and_the_shares_since_the_step_before() -> None:

@@ -1,0 +1,127 @@
+"""What may be named in a recipe: methods, routers, rules and the other kinds of extension, by name.
+
+A name stands for a target "module:attribute", which is imported when it is used. So this module knows the names without
+knowing what they mean, lies below everything that it names, and costs nothing to import.
+
+Names come from three places: `BUILT_IN`; the entry points of installed packages, in the group
+`continual_prompts.<kind>` (`continual_prompts.rules` for a selection rule); and `register`, for the process that calls
+it. Where a recipe expects a name it also takes a target itself, `my_rules:NearestTwo`, for a module on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pipeline.errors import UserError, nearest
+
+GROUP = "continual_prompts."  # of entry points, with the kind behind it
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "methods": {
+        "modalprompt": "pipeline.methods.modalprompt:ModalPrompt",
+        "sequential": "pipeline.methods.sequential:Sequential",
+        "independent": "pipeline.methods.independent:Independent",
+        "joint": "pipeline.methods.joint:Joint",
+        "zero_shot": "pipeline.methods.zero_shot:ZeroShot",
+    },
+    "routers": {
+        "prototype": "pipeline.prompts.routers.mean:Prototype",
+        "mean": "pipeline.prompts.routers.mean:Mean",
+    },
+    "rules": {
+        "topk": "pipeline.prompts.rules.top_k:TopK",
+        "oracle": "pipeline.prompts.rules.top_k:Oracle",
+        "all": "pipeline.prompts.rules.fixed:All",
+        "current": "pipeline.prompts.rules.fixed:Current",
+        "own": "pipeline.prompts.rules.fixed:Own",
+        "first": "pipeline.prompts.rules.fixed:First",
+        "none": "pipeline.prompts.rules.fixed:Nothing",
+        "hard": "pipeline.prompts.rules.mixture:Hard",
+        "soft": "pipeline.prompts.rules.mixture:Soft",
+    },
+    "sources": {},
+    "metrics": {},
+    "clip_methods": {},
+    "lmm_families": {},
+}
+# One of a kind, in a sentence.
+WORDS = {
+    "methods": "method",
+    "routers": "router",
+    "rules": "selection rule",
+    "sources": "data source",
+    "metrics": "metric",
+    "clip_methods": "method",
+    "lmm_families": "model family",
+}
+
+_registered: dict[str, dict[str, Any]] = {}
+
+
+def register(kind: str, name: str, target: Any) -> None:
+    """Let recipes of this process use `name` for `target`, which is "module:attribute" or the object itself.
+
+    Processes that a launcher starts do not know of it: what is trained on several ranks is named by an entry point or
+    by its target. Raises UserError where the kind is unknown or another target has the name already.
+    """
+    known = _targets(kind)
+    if name in known and known[name] != target:
+        raise UserError(f"There is a {WORDS[kind]} '{name}' already; register this one under another name.")
+    _registered.setdefault(kind, {})[name] = target
+
+
+def names(kind: str) -> list[str]:
+    """The names of a kind, those of the project first."""
+    return list(_targets(kind))
+
+
+def knows(kind: str, name: str) -> bool:
+    """Whether `load` would look for something under this name: one of `names`, or a target itself."""
+    return name in _targets(kind) or ":" in name
+
+
+def unknown(kind: str, name: str) -> str:
+    """The sentence for a name that no one has given."""
+    known = names(kind)
+    return f"there is no {WORDS[kind]} '{name}'; expected one of {', '.join(known)}.{nearest(name, known)}"
+
+
+def load(kind: str, name: str) -> Any:
+    """Import what a name stands for; UserError for an unknown name, and for a target that cannot be imported."""
+    if not knows(kind, name):
+        sentence = unknown(kind, name)
+        raise UserError(sentence[0].upper() + sentence[1:])
+    target = _targets(kind).get(name, name)
+    if isinstance(target, EntryPoint):
+        target = target.value
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"The {WORDS[kind]} '{name}' is {target}, which cannot be imported ({error}); expected module:attribute of "
+            "an installed package or of a module on PYTHONPATH."
+        ) from error
+    return found
+
+
+def _targets(kind: str) -> dict[str, Any]:
+    if kind not in BUILT_IN:
+        raise UserError(f"There is no kind of extension '{kind}'; expected one of {', '.join(BUILT_IN)}.")
+    # The project's own names cannot be taken by an installed package: a recipe would mean something else there.
+    own = BUILT_IN[kind]
+    added = {**_entry_points(kind), **_registered.get(kind, {})}
+    return own | {name: target for name, target in added.items() if name not in own}
+
+
+@functools.cache
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    """What installed packages add, by name; looked for once, for it opens the metadata of every package."""
+    return {point.name: point for point in entry_points(group=f"{GROUP}{kind}")}
