@@ -20,6 +20,8 @@ def predict(
 ) -> dict[str, Any]:
     """Return {answer, sets (for people), selected, similarity} for a question about an image file, or about none.
 
+    Where the rule weighs the modules, `weights` too.
+
     `run` is the folder of a run or an adapter; `task` is for methods that have to be told the task; `model` and
     `clip` say where the frozen models are, if not where they were. Raises UserError for an empty question, a run
     without finished stages, an image that cannot be read, a missing or unknown task, or other models.
@@ -30,4 +32,5 @@ def predict(
     source = source_of(run, model, clip)
     source.task_number(task)  # said before the model is loaded
     answer = Answerer(source).answer([Question(question, encoded, task)])[0]
-    return {"answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity}
+    found = {"answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity}
+    return found if answer.weights is None else {**found, "weights": answer.weights}

@@ -184,6 +184,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = {
         "recipe": state.get("recipe") or config.get("name"),
         "method": run.method,
+        "a stage changes of earlier tasks": run.changes_earlier,
         "seed": config.get("seed"),
         "status": state.get("status"),
         "model": config.get("model", {}).get("path"),

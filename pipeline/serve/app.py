@@ -254,8 +254,13 @@ def line_of(client: Any, status: int, seconds: float, asked: ChatRequest | None,
     if update.completion_tokens:
         parts.append(f"{update.prompt_tokens}+{update.completion_tokens} tokens")
     if update.selected:
-        parts.append("+".join(f"{name} {update.similarity.get(name, 0.0):.2f}" for name in update.selected))
+        parts.append("+".join(_scored(name, update) for name in update.selected))
     return ", ".join(parts)
+
+
+def _scored(name: str, update: Update) -> str:
+    """A set with the question's similarity to it, where the method compares them."""
+    return f"{name} {update.similarity[name]:.2f}" if name in update.similarity else name
 
 
 async def _other_method(http: HttpRequest, error: Exception) -> Response:

@@ -45,9 +45,11 @@ def usage(update: Update) -> dict[str, int]:
 def about(update: Update, ignored: Sequence[str]) -> dict[str, Any]:
     """What a reply says beyond OpenAI's protocol: the prompt sets that answered, and what had no effect, if anything.
 
-    `similarity` is the question's to each set: where all are low, no set was made for such a question.
+    `similarity` is the question's to each set: where all are low, no set was made for such a question. `weights` are
+    those of the selected sets, where the rule weighs them.
     """
-    sets = {"prompt_sets": {"selected": update.selected, "similarity": update.similarity}}
+    chosen: dict[str, Any] = {"selected": update.selected, "similarity": update.similarity}
+    sets = {"prompt_sets": chosen if update.weights is None else {**chosen, "weights": update.weights}}
     return {**sets, "ignored": list(ignored)} if ignored else sets
 
 

@@ -19,6 +19,7 @@ class Update:
     error: str | None = None
     selected: list[str] = field(default_factory=list)
     similarity: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] | None = None  # of the selected sets; None: each counts in full
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -54,3 +55,4 @@ class Request:
     cancelled: bool = False
     selected: list[str] = field(default_factory=list)
     similarity: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] | None = None

@@ -227,6 +227,7 @@ class Worker:
         for number, request in enumerate(requests):
             request.selected = self.answerer.set_names(routed, number)
             request.similarity = self.answerer.similarities(routed, number)
+            request.weights = self.answerer.weights(routed, number)
         began = [Running(request, request.longest, request.stops) for request in requests]
         try:
             self.running.begin(routed, began)
@@ -261,6 +262,13 @@ class Worker:
             request: Request = row.key
             request.tell(
                 Update(
-                    row.text, row.finish, None, request.selected, request.similarity, row.prompt_tokens, len(row.tokens)
+                    row.text,
+                    row.finish,
+                    None,
+                    request.selected,
+                    request.similarity,
+                    request.weights,
+                    row.prompt_tokens,
+                    len(row.tokens),
                 )
             )
