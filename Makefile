@@ -104,11 +104,14 @@ lint: venv
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
-# What the modules hold, from their docstrings, as pages in build/api. Every module by name: pdoc leaves out those that a
-# package's __all__ does not have. Some libraries start uname when they are imported, which pdoc has to allow.
+# What the modules hold, from their docstrings, as pages in build/api. pdoc leaves out the modules of a package with an __all__,
+# so these are named. Some libraries start uname when they are imported, which pdoc has to allow.
 docs: venv
 	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep \
-	  $$(find pipeline data_prep -name '*.py' ! -name '__*__.py' | sort | sed -e 's|\.py$$||' -e 's|/|.|g')
+	  $$(for package in $$(grep -l '^__all__' $$(find pipeline data_prep -name __init__.py) | sed 's|/__init__.py$$||'); do \
+	    find $$package -mindepth 1 -maxdepth 1 -name '*.py' ! -name '__*__.py'; \
+	    find $$package -mindepth 2 -maxdepth 2 -name __init__.py; \
+	  done | sed -e 's|/__init__||' -e 's|\.py$$||' -e 's|/|.|g')
 	@echo "$(DOCS)/index.html"
 
 # The tracked runs in a browser, at http://127.0.0.1:5000 or another PORT (macOS has AirPlay at 5000). One user needs one process, which starts four times as fast.

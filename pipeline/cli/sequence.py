@@ -65,6 +65,7 @@ def start(
 
 def evaluate(run: Path, as_json: bool) -> None:
     """Fill in what is missing of a run's accuracy matrix."""
+    require_extras("report")
 
     def work(recipe: Recipe) -> Result:
         return running.evaluate_run(run)

@@ -1,10 +1,10 @@
 """Task sequences: training on one task after the other, and the evaluations in between.
 
-`run_sequence` is the stable name. It is imported on first use, so that reading a result loads no training code."""
+`run_sequence` is the stable name. It is imported on first use, so that reading a result loads no training code. There
+is no __all__, in which pdoc would look for a module of this name.
+"""
 
 from typing import Any
-
-__all__ = ["run_sequence"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from pipeline.serve.memory import Extent
 class Running(Row):
     """One answer in progress and its text so far, which ends before the first of `stops` that it holds."""
 
+    key: Any  # the request, when the worker begins it
     stops: Sequence[str] = ()
     text: str = field(default="", kw_only=True)
 
