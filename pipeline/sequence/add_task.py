@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
     if name in names[:-1]:
         raise UserError(f"{run} has learned the task {name} already; choose another name for a new task.")
     if name not in names:
-        _require_finished(run, recipe)
+        _require_finished(run, names)
     from data_prep.prepare import prepare
     from data_prep.split import NotRewritten
 
@@ -96,12 +96,12 @@ def _task(root: Path, name: str) -> TaskConfig:
         raise UserError(f"{folder / TASK_FILE} is not as `new-task` writes it ({first}); mend or remove it.") from None
 
 
-def _require_finished(run: Path, recipe: Recipe) -> None:
+def _require_finished(run: Path, tasks: Sequence[str]) -> None:
     from pipeline.prompts.stage_files import load_stage
 
-    for index, task in enumerate(recipe.data.tasks):
-        if load_stage(run, index, task.name) is None:
+    for index, task in enumerate(tasks):
+        if load_stage(run, index, task) is None:
             raise UserError(
-                f"stage {index + 1} ({task.name}) of {run} is not finished; let "
+                f"stage {index + 1} ({task}) of {run} is not finished; let "
                 f"`{command('run', run / 'config.yaml')}` finish first."
             )

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.data import DataConfig
 from pipeline.config.recipe import Recipe
+from pipeline.config.train import TrainConfig
 from pipeline.data.collate import StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.held_out import Rows, held_out_rows, other_rows
@@ -22,7 +24,6 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stored_pictures import require_upright
 from pipeline.errors import UserError
-from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.too_long import Decision, decide
 from pipeline.ranks.world import World, on_main, on_main_in_rounds, together
@@ -75,17 +76,25 @@ class RunData:
         return [whole[row] for whole, rows in wholes for row in rows]
 
 
-def stage_order(recipe: Recipe, data: StageData, index: int) -> Order:
-    """Which samples form which batch of the stage `index` (0-based), by the recipe's way of putting them together."""
-    together = recipe.train.questions_per_image if make_method(recipe.method).insertion == "after_image" else 1
+def stage_order(train: TrainConfig, seed: int, index: int, data: StageData, by_image: bool) -> Order:
+    """Which samples form which batch of a stage.
+
+    Args:
+        train: says how batches are put together: their size, by length, by image.
+        seed: the run's seed; with the stage's number it gives the order.
+        index: the stage's number, 0-based.
+        data: the stage's samples.
+        by_image: whether questions about one image may stand together, because the model computes it once for them.
+    """
+    together = train.questions_per_image if by_image else 1
     used = slice(None) if data.used is None else data.used
     order: Order
     if together == 1:
-        lengths = data.lengths()[used] if recipe.train.length_buckets else None
+        lengths = data.lengths()[used] if train.length_buckets else None
         count = len(data) if data.used is None else len(data.used)
-        order = Order(count, recipe.train.global_batch, recipe.seed, index, lengths)
+        order = Order(count, train.global_batch, seed, index, lengths)
     else:
-        order = GroupedOrder(image_groups(data.keys)[used], together, recipe.train.global_batch, recipe.seed, index)
+        order = GroupedOrder(image_groups(data.keys)[used], together, train.global_batch, seed, index)
     order.rows = data.used
     return order
 
@@ -110,12 +119,12 @@ def open_data(
     def parts(split: str) -> list[Part]:
         # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
         verified: list[Part] = []
-        marks = on_main(world, lambda: [shards.marks() for shards, *_ in _open(recipe, split, identity, verified)])
+        marks = on_main(world, lambda: [shards.marks() for shards, *_ in _open(recipe.data, split, identity, verified)])
 
         def mine() -> list[Part]:
             if world.main:
                 return verified
-            found = _open(recipe, split, identity, [], check=False)
+            found = _open(recipe.data, split, identity, [], check=False)
             for (shards, *_), expected in zip(found, marks, strict=True):
                 _compare(shards, expected)
             return found
@@ -175,10 +184,10 @@ def _only(part: Part, rows: Rows) -> Part:
     return shards.only(rows), keys.only(rows), None
 
 
-def _open(recipe: Recipe, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:
+def _open(data: DataConfig, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:
     """Add one split of every task to `found` and return that."""
-    for task in recipe.data.tasks:
-        shards = IndexedShards(recipe.data.split_path(task.name, split), check)
+    for task in data.tasks:
+        shards = IndexedShards(data.split_path(task.name, split), check)
         limit = task.limit_train if split == "train" else task.limit_test
         found.append((shards, shards.keys(identity), limit))
     return found

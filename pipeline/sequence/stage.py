@@ -149,7 +149,8 @@ class StageTrainer:
         recipe, world, module = self.recipe, self.session.world, engine.module
         parts = [self.parts[task] for task in stage.tasks]
         data = StageData(parts)
-        order = stage_order(recipe, data, index)
+        by_image = self.method.insertion == "after_image"
+        order = stage_order(recipe.train, recipe.seed, index, data, by_image)
         steps = total_steps(recipe.train, order.batches_per_epoch)
         selected = make_method(recipe.method.after(index + 1)).routing.training(data.keys, pool.states)
         sharing: Literal["image", "none"] = "image" if module.in_two_passes else "none"
