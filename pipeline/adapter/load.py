@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import DTYPES, base_fingerprint
 from pipeline.config.load import load_run
@@ -27,6 +26,7 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import load_stage
 from pipeline.runs.claim import check_stage
 from pipeline.runs.layout import stage_folder
+from pipeline.runs.recorded import recorded_base_model
 
 if TYPE_CHECKING:
     from pipeline.adapter.answering import Answerer, Source

@@ -30,7 +30,7 @@ from pipeline.hub import repository as hub
 from pipeline.hub.known_models import known_config
 from pipeline.ranks.devices import require_usable_gpus, torch_build
 from pipeline.runs.claim import claim_run
-from pipeline.runs.finished import COMPLETE
+from pipeline.runs.layout import COMPLETE
 from pipeline.training.deepspeed_config import deepspeed_file
 
 FEW = 4  # datasets with a number of steps of their own that are still named

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
@@ -14,8 +13,9 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import free_space
 from pipeline.planning.model_files import ModelFiles
 from pipeline.runs.claim import check_stage, claim_run, is_empty
-from pipeline.runs.finished import COMPLETE, META
 from pipeline.runs.folder import read_run
+from pipeline.runs.layout import COMPLETE, META, STAGES
+from pipeline.runs.recorded import recorded_base_model
 
 LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in float32, and some predictions
 
@@ -32,7 +32,7 @@ def check_run_folder(recipe: Recipe, model: ModelFiles | None, identity: dict[st
         expected["base_model"] = base_fingerprint(recipe.model, recorded_base_model(path))
     if identity is not None:
         expected["clip"] = {field: identity[field] for field in IDENTITY_FIELDS}
-    stages = sorted(found.parent for found in (path / "stages").glob(f"*/{COMPLETE}"))
+    stages = sorted(found.parent for found in (path / STAGES).glob(f"*/{COMPLETE}"))
     for folder in stages:
         try:
             meta = json.loads((folder / META).read_text("utf-8"))

@@ -13,10 +13,11 @@ from pipeline.cli.lazy import lazy
 from pipeline.cli.on_ranks import on_ranks, speaks
 from pipeline.cli.outcome import Result
 from pipeline.clip.benchmark.prepared import require_prepared
-from pipeline.clip.benchmark.report import REPORT, terminal_results
+from pipeline.clip.benchmark.report import terminal_results
 from pipeline.clip.recipe import ClipRecipe, load_benchmark
 from pipeline.ranks.environment import is_distributed
 from pipeline.runs.claim import claim_run
+from pipeline.runs.layout import CONFIG, REPORT
 from pipeline.tracking.store import passwords_to_environment
 
 if TYPE_CHECKING:
@@ -49,6 +50,6 @@ def start(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
 def _load(verb: str, name: str, overrides: Iterable[str]) -> ClipRecipe:
     """The recipe of that name, or, to evaluate, the recipe of the run in that folder."""
     if verb == "evaluate":
-        recipe = load_benchmark(str(Path(name) / "config.yaml"))
+        recipe = load_benchmark(str(Path(name) / CONFIG))
         return recipe.model_copy(update={"run_dir": name.replace("{", "{{").replace("}", "}}")})
     return load_benchmark(name, overrides)

@@ -7,7 +7,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_file import find_recipe, read_recipe, recipe_names
+from pipeline.config.yaml_file import CONFIG, STATE, find_recipe, read_recipe, recipe_names
 from pipeline.errors import UserError
 
 COIN = "data/own"  # where `new-task` puts tasks unless it is told otherwise
@@ -22,7 +22,7 @@ def recipes(incomplete: str) -> list[str]:
 def runs(incomplete: str) -> list[str]:
     """Folders of runs, those of `runs` until another folder is named."""
     begun = incomplete if "/" in incomplete else RUNS
-    found = sorted(str(Path(path).parent) for path in glob(f"{escape(begun)}*/config.yaml"))
+    found = sorted(str(Path(path).parent) for path in glob(f"{escape(begun)}*/{CONFIG}"))
     return [folder for folder in found if folder.startswith(incomplete)]
 
 
@@ -52,7 +52,7 @@ def own_tasks(ctx: Any, incomplete: str) -> list[str]:
 def sets(ctx: Any, incomplete: str) -> list[str]:
     """Prompt sets of the adapter, or of the run, that stands before them on the command line."""
     folder = Path(str(ctx.params.get("adapter") or ctx.params.get("run") or ""))
-    for file, key in (("adapter.json", "sets"), ("run.json", "stages")):
+    for file, key in (("adapter.json", "sets"), (STATE, "stages")):
         try:
             names = json.loads((folder / file).read_text("utf-8"))[key]
         except (OSError, ValueError, KeyError, TypeError):

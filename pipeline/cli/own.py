@@ -13,6 +13,7 @@ from pipeline.cli import completion, sequence
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
+from pipeline.config.yaml_file import CONFIG
 from pipeline.files.paths import command
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def add(
         return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
 
     with addition.written():
-        sequence.start("run", str(run / "config.yaml"), [f"run_dir={_run_dir(run)}"], None, as_json, with_effects)
+        sequence.start("run", str(run / CONFIG), [f"run_dir={_run_dir(run)}"], None, as_json, with_effects)
 
 
 def _run_dir(run: Path) -> str:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pipeline.config.messages import sentence
 from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import with_task_files
-from pipeline.config.yaml_file import CONFIG, apply_overrides, find_recipe, read_recipe
+from pipeline.config.yaml_file import CONFIG, STATE, apply_overrides, find_recipe, read_recipe
 from pipeline.errors import UserError, nearest
 
 
@@ -53,7 +53,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         )
     path = find_recipe(str(name_or_path))
     fields = read_recipe(path)
-    if path.name == CONFIG and (path.parent / "run.json").is_file():
+    if path.name == CONFIG and (path.parent / STATE).is_file():
         fields = Recipe.as_a_run_meant(fields)
     fields = with_task_files(apply_overrides(fields, overrides))
     try:
@@ -65,7 +65,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 def load_run(run_path: Path) -> Recipe:
     """Return the recipe a run folder was made with; UserError when the folder is no run."""
     if not (run_path / CONFIG).is_file():
-        runs = [found.parent.name for found in run_path.parent.glob("*/config.yaml")]
+        runs = [found.parent.name for found in run_path.parent.glob(f"*/{CONFIG}")]
         what = "is a file" if run_path.is_file() else "does not exist"
         found = "has no config.yaml" if run_path.is_dir() else what
         raise UserError(

@@ -15,7 +15,8 @@ from pipeline.files.paths import expanded
 from pipeline.files.strict_text import load_yaml, plain_words, quoting
 
 CONFIG = "config.yaml"  # the recipe of a run, in its folder
-WRITTEN = (CONFIG, "run.json", "adapter.json")  # what a run and an exported adapter have in their folders
+STATE = "run.json"  # how far the run is
+WRITTEN = (CONFIG, STATE, "adapter.json")  # what a run and an exported adapter have in their folders
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Two fields for one thing, of which the second counts where both stand side by side. The first takes it back where it
 # is given later: by --set, or in a recipe that extends the one with the second.

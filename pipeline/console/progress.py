@@ -66,20 +66,26 @@ class Estimate:
 class ProgressLog:
     """Counts what a training has done, writes its lines and shows how far it is; only rank 0 (`main`) writes and shows.
 
-    `folder` takes metrics.jsonl and names the bar; without `counts_tokens` only samples are counted. Used as a context,
-    which is how long the bar stands.
+    `file` takes the lines, `name` stands before the bar; without `counts_tokens` only samples are counted. Used as a
+    context, which is how long the bar stands.
     """
 
     def __init__(
-        self, folder: Path, total: int, main: bool, counts_tokens: bool = True, console: Console | None = None
+        self,
+        file: Path,
+        name: str,
+        total: int,
+        main: bool,
+        counts_tokens: bool = True,
+        console: Console | None = None,
     ) -> None:
-        self.folder, self.total, self.main, self.counts_tokens = folder, total, main, counts_tokens
+        self.file, self.total, self.main, self.counts_tokens = file, total, main, counts_tokens
         self.step, self.tokens, self.samples, self.since = 0, 0.0, 0.0, time.perf_counter()
         self.estimate = Estimate(total)
         self.bar = _bar(console, TextColumn("{task.fields[told]}")) if main else None
         self.told, self.drawn = "", -math.inf
         if self.bar is not None:
-            self.task = self.bar.add_task(folder.name.removesuffix(".unfinished"), total=total, told="")
+            self.task = self.bar.add_task(name, total=total, told="")
 
     def __enter__(self) -> ProgressLog:
         if self.bar is not None:
@@ -117,7 +123,7 @@ class ProgressLog:
             self.drawn = now
 
     def _write(self, progress: Progress) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": progress.step, **progress.numbers()}) + "\n")
         eta = clock(self.estimate.left(progress.step, time.perf_counter()))
         terms = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in progress.terms.items())

@@ -23,8 +23,7 @@ from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserErrors
 from pipeline.files.atomic import write_json
 from pipeline.planning.sample_lengths import SplitLengths, long_answers, measure
-from pipeline.runs.finished import COMPLETE, META
-from pipeline.runs.layout import LENGTHS_FILE
+from pipeline.runs.layout import COMPLETE, LENGTHS_FILE, META, STAGES
 
 log = logging.getLogger("pipeline.planning.too_long")
 SPLITS = ("train", "test")
@@ -113,7 +112,7 @@ def _learned(run: Path) -> set[str]:
     """Tasks of finished stages: an earlier version trained them without looking at every sample's length, and a run
     that is finished has to stay one that can be evaluated and added to."""
     tasks: set[str] = set()
-    for finished in (run / "stages").glob(f"*/{COMPLETE}"):
+    for finished in (run / STAGES).glob(f"*/{COMPLETE}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged stage is said by its reader
             tasks |= set(json.loads((finished.parent / META).read_text("utf-8"))["data"])
     return tasks

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.files.atomic import empty_folder
 from pipeline.prompts.heads import ProjectionHead
-from pipeline.runs.finished import TENSORS, finish_folder, read_finished
-from pipeline.runs.layout import stage_folder, unfinished_folder
+from pipeline.runs.finished import finish_folder, read_finished
+from pipeline.runs.layout import TENSORS, stage_folder, unfinished_folder
 
 
 @dataclass(frozen=True)

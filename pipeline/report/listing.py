@@ -15,6 +15,7 @@ from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
 from pipeline.runs.contents import BenchmarkState, read_json
 from pipeline.runs.folder import read_run
+from pipeline.runs.layout import STATE
 
 LONG_NAME = 16  # a longer one is put on several lines, so that the numbers of six tasks fit on 80 columns
 RUN_WIDTH = 20  # in the list of runs, which has three numbers
@@ -62,7 +63,7 @@ def benchmark_figures(path: Path) -> dict[str, Any]:
 
     Raises UserError when run.json is damaged.
     """
-    state = read_json(path / "run.json", BenchmarkState)
+    state = read_json(path / STATE, BenchmarkState)
     units = f"{state.get('units_done', 0)}/{len(state.get('units', []))}"
     updated = str(state.get("updated", ""))[:16].replace("T", " ")
     return {"method": "benchmark", "status": state.get("status", "new"), "stages": units, "updated": updated}

@@ -28,6 +28,7 @@ from pipeline.report.listing import narrow
 from pipeline.report.predictions import examples, routing_shares, similarity_distributions
 from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.runs.folder import RunFolder, Scores, read_run
+from pipeline.runs.layout import REPORT
 
 __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
@@ -71,7 +72,7 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         costs=cost_rows(run),
         examples=shown,
     )
-    page = run_path / "report.html"
+    page = run_path / REPORT
     with replacing(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return page

@@ -12,6 +12,7 @@ from rich.table import Table
 from pipeline.files.paths import command
 from pipeline.report.listing import narrow
 from pipeline.runs.folder import RunFolder, read_run
+from pipeline.runs.layout import CONFIG, REPORT
 
 NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing"}
 
@@ -25,7 +26,7 @@ def show_end(run_path: Path, verb: str, name: str) -> None:
     if run.last_stage is not None or run.zero_shot is not None:
         Console().print(matrix_table(run))
         print(key_figures(run))
-    page = run_path / "report.html"
+    page = run_path / REPORT
     if page.is_file() and verb != "train":
         print(f"report: {page}")
     print(f"next: {_next(run, run_path, verb, name)}")
@@ -61,4 +62,4 @@ def _next(run: RunFolder, run_path: Path, verb: str, name: str) -> str:
         return command("evaluate", run_path)
     if finished or run.learned_nothing:
         return command("predict", run_path, "--image", "FILE", "--question", "TEXT")
-    return command(verb, name) if verb != "evaluate" else command("run", run_path / "config.yaml")
+    return command(verb, name) if verb != "evaluate" else command("run", run_path / CONFIG)

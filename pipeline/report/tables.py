@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.runs.contents import StageMeta, read_json
 from pipeline.runs.folder import RunFolder, Scores
+from pipeline.runs.layout import COMPLETE, META, STAGES
 
 METRIC_TEXTS = {
     "last": "mean over the tasks after the last stage",
@@ -103,10 +104,10 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
     """
     curves = run.losses()
     rows = []
-    for folder in sorted((run.path / "stages").glob("*/")):
-        if not (folder / "COMPLETE").is_file():
+    for folder in sorted((run.path / STAGES).glob("*/")):
+        if not (folder / COMPLETE).is_file():
             continue
-        meta = read_json(folder / "meta.json", StageMeta)
+        meta = read_json(folder / META, StageMeta)
         # The first line is one step with everything that happens once in it.
         speeds = [line["samples_per_s"] for line in curves.get(folder.name, [])[1:] if "samples_per_s" in line]
         trained, kept = _numbers(folder / "prompts.safetensors")

@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from pipeline.data.shards import DATASET_FILE, IndexedShards
+from pipeline.runs.layout import CONFIG, EVALUATIONS, META, STAGES, STATE
+from pipeline.runs.state import read_state
 
 DATA = "data"  # in run.json
-STAGES = "stages/*/meta.json"
+STAGE_META = f"{STAGES}/*/{META}"
 NAMED = 5  # runs that a message names
 
 
@@ -35,7 +37,7 @@ def data_record(splits: Iterable[tuple[str, str, IndexedShards, int | None]]) ->
 
 def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
     """The fingerprint of the data that a run has used for a split; None where it has used none yet."""
-    used = _state(run).get(DATA)
+    used = read_state(run).get(DATA)
     if used is None:
         return _recorded_before(run, task, split)
     return used.get(task, {}).get(split, {}).get("fingerprint")
@@ -44,11 +46,11 @@ def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
 def _recorded_before(run: Path, task: str, split: str) -> str | None:
     """The same of a run of an earlier version: its stages name the training data, its scores the test data."""
     if split == "train":
-        learned = [data for meta in _contents(run, STAGES) if isinstance(data := meta.get(DATA), dict)]
+        learned = [data for meta in _contents(run, STAGE_META) if isinstance(data := meta.get(DATA), dict)]
         return next((data[task] for data in learned if task in data), None)
     scored = [
         made
-        for score in _contents(run, f"eval/*/{task}.score.json")
+        for score in _contents(run, f"{EVALUATIONS}/*/{task}.score.json")
         if isinstance(made := score.get("made_with"), dict)
     ]
     return next((made[DATA] for made in scored if isinstance(made.get(DATA), str)), None)
@@ -62,8 +64,8 @@ def dependants(folder: Path, runs: Path) -> list[str]:
         return []
     where = folder.resolve()
     found = []
-    for run in sorted(path.parent for path in runs.glob("*/config.yaml")):
-        used = _state(run).get(DATA)
+    for run in sorted(path.parent for path in runs.glob(f"*/{CONFIG}")):
+        used = read_state(run).get(DATA)
         if used is None:
             depends = _depended(run, where, fingerprint)
         else:
@@ -86,15 +88,15 @@ def named(runs: list[str]) -> str:
 def _depended(run: Path, folder: Path, fingerprint: str) -> bool:
     """Whether a run of an earlier version, which recorded no folders, has learned from a split or scores on it."""
     try:
-        prepared = yaml.safe_load((run / "config.yaml").read_text("utf-8"))["data"]["prepared"]
+        prepared = yaml.safe_load((run / CONFIG).read_text("utf-8"))["data"]["prepared"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return False
     if folder.parent.parent != Path(prepared).resolve():
         return False
-    learned = [value for meta in _contents(run, STAGES) if isinstance(value := meta.get(DATA), dict)]
+    learned = [value for meta in _contents(run, STAGE_META) if isinstance(value := meta.get(DATA), dict)]
     if folder.name == "train" and learned:
         return any(fingerprint in data.values() for data in learned)
-    return (run / "run.json").is_file()
+    return (run / STATE).is_file()
 
 
 def _contents(run: Path, pattern: str) -> Iterator[dict[str, Any]]:
@@ -106,10 +108,3 @@ def _contents(run: Path, pattern: str) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(content, dict):
             yield content
-
-
-def _state(run: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -24,10 +24,9 @@ from pipeline.files.atomic import (
     sync_folder,
     write_synced,
 )
-from pipeline.runs.layout import RESUME
+from pipeline.runs.layout import COMPLETE, META, RESUME, TENSORS
 
 FORMAT_VERSION = 1
-TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"
 
 
 def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:

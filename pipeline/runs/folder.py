@@ -25,6 +25,7 @@ from pipeline.runs.contents import (
     read_json,
     require,
 )
+from pipeline.runs.layout import CONFIG, MATRIX, METRICS, STAGES, STATE, after_folders, zero_shot_folder
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class RunFolder:
         Raises UserError for a line that is damaged.
         """
         curves = {}
-        for file in sorted((self.path / "stages").glob("*/metrics.jsonl")):
+        for file in sorted((self.path / STAGES).glob(f"*/{METRICS}")):
             # A stage that was interrupted and resumed has written some steps twice: the later line is what counted.
             lines = {line["step"]: line for line in read_lines(file, LogLine)}
             if lines:
@@ -118,8 +119,7 @@ class RunFolder:
 
         Raises UserError for a line that is damaged.
         """
-        folders = sorted((self.path / "eval").glob("after-*"), reverse=True)
-        for folder in [*folders, self.path / "eval" / "zero-shot"]:
+        for folder in [*after_folders(self.path), zero_shot_folder(self.path)]:
             found = {task: list(read_lines(folder / f"{task}.jsonl", PredictionLine)) for task in self.tasks}
             found = {task: lines for task, lines in found.items() if lines}
             if found:
@@ -133,15 +133,15 @@ def read_run(path: Path) -> RunFolder:
         raise UserError(f"{path} is a file; expected the folder of a run, which `python -m pipeline run` wrote.")
     if not path.is_dir():
         raise UserError(f"The run folder {path} does not exist; expected one that `python -m pipeline run` wrote.")
-    if not any((path / file).is_file() for file in ("run.json", "config.yaml", "matrix.json")):
+    if not any((path / file).is_file() for file in (STATE, CONFIG, MATRIX)):
         raise UserError(
             f"{path} is not a run: it has no run.json, config.yaml or matrix.json. Name a folder that "
             "`python -m pipeline run` wrote (by default under runs/)."
         )
-    config = _read_config(path / "config.yaml")
-    matrix = read_json(path / "matrix.json", MatrixFile)
+    config = _read_config(path / CONFIG)
+    matrix = read_json(path / MATRIX, MatrixFile)
     routing = matrix.get("routing") or {}
-    require(routing, Routing, f"routing in {path / 'matrix.json'}")
+    require(routing, Routing, f"routing in {path / MATRIX}")
     try:
         tasks = [str(task) for task in matrix.get("tasks") or [t["name"] for t in config["data"]["tasks"]]]
     except (KeyError, TypeError):
@@ -151,17 +151,17 @@ def read_run(path: Path) -> RunFolder:
     try:
         accuracy = square(matrix.get("accuracy") or [[None] * len(tasks)])
     except UserError as error:
-        raise UserError(f"{path / 'matrix.json'}: {error}") from None
+        raise UserError(f"{path / MATRIX}: {error}") from None
     zero_shot, majority, ahead = (matrix.get(name) or None for name in ("zero_shot", "majority", "ahead"))
     routing = {name: routing[name] for name in Routing.model_fields if routing.get(name)}
     rows = {"zero_shot": zero_shot, "majority": majority, "ahead": ahead, "accuracy": accuracy[0], **routing}
     for name, scores in rows.items():
         if scores is not None and len(scores) != len(tasks):
             raise UserError(
-                f"{path / 'matrix.json'} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
+                f"{path / MATRIX} has {len(scores)} scores in {name}; expected {len(tasks)}, one per task. "
                 "Evaluate the run again."
             )
-    state = read_json(path / "run.json", StateFile)
+    state = read_json(path / STATE, StateFile)
     return RunFolder(path, config, state, tasks, accuracy, zero_shot, routing, majority, ahead)
 
 

@@ -15,6 +15,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.methods import make_method
+from pipeline.runs.layout import CONFIG, begun_stages
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,13 @@ class Addition:
     def written(self) -> Iterator[None]:
         """Make it the run's recipe while the block trains it; where that fails before its stage has begun, the run is
         again what it was: finished, with the tasks that it has learned."""
-        path = self.run / "config.yaml"
+        path = self.run / CONFIG
         before = path.read_bytes()
         self.recipe.dump_yaml(path)
         try:
             yield
         except BaseException:
-            begun = (self.run / "stages").glob(f"{len(self.recipe.data.tasks):02d}-*")
-            if self.is_new and not any(begun):
+            if self.is_new and not begun_stages(self.run, len(self.recipe.data.tasks)):
                 with replacing(path) as temporary:
                     temporary.write_bytes(before)
             raise

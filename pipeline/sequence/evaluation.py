@@ -16,6 +16,7 @@ from pipeline.methods import make_method
 from pipeline.planning.out_of_memory import told_what_helps
 from pipeline.prompts.generation import Conditions
 from pipeline.prompts.pool import PromptPool, fingerprint_of
+from pipeline.runs.layout import after_folder, ahead_folder, zero_shot_folder
 from pipeline.runs.session import Session
 from pipeline.sequence.answers import AnswerKey, AnswerStore, Routed
 from pipeline.sequence.evaluate import Answering, evaluate_task
@@ -57,7 +58,7 @@ class Evaluator:
         """Scores [T] of the frozen model alone; None where the recipe leaves them out."""
         if not self.recipe.evaluate.zero_shot and self.method.stages([test.name for test in self.tests]):
             return None
-        row = [self._task(number, Learned(), self._folder("zero-shot")) for number in range(len(self.tests))]
+        row = [self._task(number, Learned(), zero_shot_folder(self.session.path)) for number in range(len(self.tests))]
         log.info("zero-shot: %s", _named(self.tests, row))
         self.tracker.metrics({f"zero_shot.{test.name}": s for test, s in zip(self.tests, row, strict=True)}, 0)
         return row
@@ -65,8 +66,8 @@ class Evaluator:
     def row(self, seen: int, stage: str, learned: Learned) -> list[float | None]:
         """Row [T] of the accuracy matrix after the stage of this name: the first `seen` tasks, None for the others."""
         reused = range(1, seen) if self.recipe.evaluate.reuse else ()
-        earlier = [self._folder(f"after-{number:02d}") for number in reused]
-        folder = self._folder(f"after-{seen:02d}")
+        earlier = [after_folder(self.session.path, number) for number in reused]
+        folder = after_folder(self.session.path, seen)
         row: list[float | None] = [self._task(task, learned, folder, earlier) for task in range(seen)]
         row += [None] * (len(self.tests) - seen)
         log.info("after stage %d (%s): %s", len(learned.pool), stage, _named(self.tests, row))
@@ -80,7 +81,7 @@ class Evaluator:
         if not self.recipe.evaluate.ahead or self.method.needs_task:
             return None
         # Not among the answers after the stage: those are of tasks learned by then.
-        score = self._task(task, learned, self._folder(f"ahead-{task + 1:02d}"))
+        score = self._task(task, learned, ahead_folder(self.session.path, task + 1))
         name = self.tests[task].name
         log.info("%s before its own stage: %.1f", name, score)
         self.tracker.metrics({f"ahead.{name}": score}, task)
@@ -121,9 +122,6 @@ class Evaluator:
             )
         self.seconds += time.perf_counter() - began
         return score
-
-    def _folder(self, name: str) -> Path:
-        return self.session.path / "eval" / name
 
 
 def _named(tests: Sequence[TestSet], row: Sequence[Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backbones.base_model import recorded_base_model
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config.recipe import Recipe
@@ -13,6 +12,7 @@ from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.methods import Method, Stage, make_method
 from pipeline.planning.frozen_models import fetch_models
 from pipeline.ranks.world import on_main
+from pipeline.runs.recorded import recorded_base_model
 from pipeline.runs.session import Session
 from pipeline.sequence.data import RunData, open_data
 from pipeline.sequence.models import Models

@@ -9,6 +9,7 @@ from pipeline.adapter.registry import register_run
 from pipeline.methods import Stage
 from pipeline.metrics.continual import after_stage
 from pipeline.ranks.world import on_main
+from pipeline.runs.layout import EVALUATIONS
 from pipeline.sequence.evaluation import Evaluator
 from pipeline.sequence.learned import Learned
 from pipeline.sequence.majority import majority_scores
@@ -90,7 +91,7 @@ class RunRecord:
         if last and matrix.rows and len(pool) == len(tests) and router is not None:
             routing = routing_accuracy(tests, pool.states, router)
         if self._majority is None:  # not before the first stage: it reads the texts of all tasks
-            folder = self.run.session.path / "eval"
+            folder = self.run.session.path / EVALUATIONS
             self._majority = on_main(world, lambda: majority_scores(folder, self.run.data.train, tests))
         content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing)
         on_main(world, lambda: self._results.write_matrix(content, last))

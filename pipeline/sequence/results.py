@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files.atomic import write_if_other
-from pipeline.runs.results import FINISHED, RunState
+from pipeline.runs.layout import MATRIX
+from pipeline.runs.state import FINISHED, RunState
 
 log = logging.getLogger("pipeline.sequence.run")
-MATRIX = "matrix.json"
 OF_THE_RUN = ("status", "stage", "stages")  # of run.json: how far the run is
 
 

@@ -15,7 +15,7 @@ from pipeline.methods import Stage
 from pipeline.prompts.stage_files import StageCheckpoint, load_stage, save_stage, start_stage_folder
 from pipeline.ranks.world import on_main
 from pipeline.runs.claim import check_stage
-from pipeline.runs.layout import stage_folder, unfinished_folder
+from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_folder, unfinished_folder
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 
@@ -61,12 +61,12 @@ class StageFiles:
         if found is not None:
             check_stage(folder, found.meta, self.expected(stage))
             if all(found.meta.get(name) == begun[name] for name in ("earlier_sets", "steps")):
-                cut_log(folder / "metrics.jsonl", found.step)
+                cut_log(folder / METRICS, found.step)
                 return found
             log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
         for number in range(max(stage.tasks) + 1, len(self.data) + 1):
-            for name in (f"after-{number:02d}", f"ahead-{number + 1:02d}"):
-                shutil.rmtree(path / "eval" / name, ignore_errors=True)
+            for answers in (after_folder(path, number), ahead_folder(path, number + 1)):
+                shutil.rmtree(answers, ignore_errors=True)
         start_stage_folder(path, index, stage.name)
         return None
 

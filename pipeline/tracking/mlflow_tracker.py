@@ -14,6 +14,7 @@ from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
 from pipeline.files.passwords import masked
 from pipeline.runs import provenance
 from pipeline.runs.folder import read_run
+from pipeline.runs.layout import CONFIG, MATRIX, REPORT
 from pipeline.tracking.description import dataset_inputs, flatten, note
 from pipeline.tracking.store import first_line, open_store, store_in_use, tracking_uri
 from pipeline.tracking.tracker import Register, RunFacts, StoredRun, never
@@ -155,7 +156,7 @@ class MlflowTracker:
         run_id = self._current()
         if run_id is None:
             return
-        for name in ("report.html", "matrix.json"):
+        for name in (REPORT, MATRIX):
             self.artifact(run_path / name)
         self.artifact(run_path / "figures", "figures")
         run = None
@@ -251,7 +252,7 @@ class MlflowTracker:
             changes = provenance.uncommitted_changes()
             if changes or not is_new:
                 self.client.log_text(run_id, changes or "", "uncommitted.diff")
-            config = self.run_path / "config.yaml"
+            config = self.run_path / CONFIG
             if config.is_file():
                 # As text: a folder that an earlier version made may still hold a password.
                 self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)

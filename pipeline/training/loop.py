@@ -18,6 +18,7 @@ from pipeline.data.collate import counts_of_step
 from pipeline.data.loader import loaded
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.ranks.world import World, gather_objects, on_main, sum_over_ranks
+from pipeline.runs.layout import METRICS, label_of
 from pipeline.runs.session import Session
 from pipeline.training.normaliser import Normaliser
 from pipeline.training.resume import StepSaver
@@ -116,7 +117,9 @@ def train_stage(
     """
     world, saver, start, total, history = session.world, attempt.saver, attempt.start, batches.steps, []
     loader = loaded_steps(batches, config.workers, start)
-    with ProgressLog(attempt.folder, total, world.main, engine.counts_tokens) as shown:
+    with ProgressLog(
+        attempt.folder / METRICS, label_of(attempt.folder), total, world.main, engine.counts_tokens
+    ) as shown:
         for step in range(start, total):
             session.watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
             micro_batches = [batch.to(world.device) for batch in next(loader)]

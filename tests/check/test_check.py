@@ -28,7 +28,7 @@ from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.hub import repository as hub
 from pipeline.hub import weights
 from pipeline.runs.claim import claim_run
-from pipeline.runs.finished import COMPLETE, META
+from pipeline.runs.layout import COMPLETE, META
 from tests import tiny, tiny_clip
 from tests.processes import PROJECT
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.backbones.base_model import fingerprint, recorded_base_model
+from pipeline.backbones.base_model import fingerprint
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import Source
 from pipeline.hub.weights import INDEX, SCHEME, file_fingerprints, tensors_fingerprint, tensors_of, weights_of
+from pipeline.runs.recorded import recorded_base_model
 from tests import tiny
 
 LARGE = 3 << 20  # bytes before and behind the tensor in the middle: more than the first and last MiB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.runs.results import STATE
+from pipeline.runs.layout import STATE
 from pipeline.sequence.results import RunResults
 
 

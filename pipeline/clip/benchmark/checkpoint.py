@@ -14,7 +14,8 @@ from pipeline.clip.methods import METHODS, PromptLearner, learner_of_sizes
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError
-from pipeline.runs.finished import COMPLETE, finish_folder, read_finished
+from pipeline.runs.finished import finish_folder, read_finished
+from pipeline.runs.layout import COMPLETE, unfinished
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,6 @@ class LearnedPrompts:
 
     values: dict[str, Tensor]
     meta: dict[str, Any]
-
-
-def unfinished(folder: Path) -> Path:
-    """Where a unit is while it is trained."""
-    return folder.with_name(folder.name + ".unfinished")
 
 
 def save_prompts(folder: Path, values: dict[str, Tensor], meta: dict[str, Any]) -> None:

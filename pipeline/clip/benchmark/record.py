@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.clip.benchmark.results import UnitResult, results_json
-from pipeline.clip.benchmark.run_results import RESULTS, BenchmarkResults
+from pipeline.clip.benchmark.run_results import BenchmarkResults
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.learning.unit import Unit
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.runs.data_use import data_record
+from pipeline.runs.layout import RESULTS
 from pipeline.runs.session import Session
 from pipeline.tracking.tracker import Tracker
 

@@ -12,8 +12,8 @@ from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.runs.contents import BenchmarkState, LogLine, read_json
 from pipeline.runs.folder import read_lines
+from pipeline.runs.layout import METRICS, REPORT, RESULTS, STATE, unit_folder
 
-RESULTS, REPORT = "results.json", "report.html"
 TEMPLATES = Path(__file__).resolve().parents[2] / "report" / "templates"
 
 
@@ -64,7 +64,7 @@ def terminal_results(run: Path) -> Any:
 
 
 def _state(run: Path) -> dict[str, Any]:
-    return read_json(run / "run.json", BenchmarkState)
+    return read_json(run / STATE, BenchmarkState)
 
 
 def _by_class(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def _losses(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for unit in content["units"]:
         label = f"{unit['method']}-{unit['dataset']}-s{unit['seed']}"
-        logged = list(read_lines(run / "units" / label / "metrics.jsonl", LogLine))
+        logged = list(read_lines(unit_folder(run, label) / METRICS, LogLine))
         if logged:
             first, last = logged[0], logged[-1]
             found.append({"label": label, "steps": last["step"], "first": first["loss"], "last": last["loss"]})

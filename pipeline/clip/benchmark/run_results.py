@@ -11,10 +11,10 @@ from typing import Any
 
 from pipeline.clip.benchmark.results import Row, UnitResult
 from pipeline.files.atomic import write_if_other
-from pipeline.runs.results import FINISHED, RunState
+from pipeline.runs.layout import RESULTS
+from pipeline.runs.state import FINISHED, RunState
 
 log = logging.getLogger("pipeline.clip")
-RESULTS = "results.json"
 
 
 class BenchmarkResults(RunState):

@@ -18,6 +18,7 @@ from pipeline.clip.learning.unit import Unit
 from pipeline.files.atomic import empty_folder, write_json
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.claim import check_stage
+from pipeline.runs.layout import METRICS
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 
@@ -64,7 +65,7 @@ class UnitFiles:
             empty_folder(work)
             return None
         check_stage(work, found.meta, self.expected(unit))
-        cut_log(work / "metrics.jsonl", found.step)
+        cut_log(work / METRICS, found.step)
         return found
 
     def save(self, unit: Unit, values: dict[str, Tensor], facts: Mapping[str, Any]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.backbones.base_model import fingerprint, recorded_base_model
+from pipeline.backbones.base_model import fingerprint
 from pipeline.clip.images.pixels import Pixels
 from pipeline.clip.images.ready_pixels import ReadyPixels, Room, decoding_threads
 from pipeline.clip.learning.engine import clip_engine, shards_parameters
@@ -22,6 +22,7 @@ from pipeline.clip.towers.backbone import backbone_folder, backbone_source, load
 from pipeline.hub.snapshots import share
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, on_main, together
+from pipeline.runs.recorded import recorded_base_model
 from pipeline.training.engine import Engine
 
 

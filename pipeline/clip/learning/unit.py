@@ -14,6 +14,7 @@ from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.text import Words
+from pipeline.runs.layout import unit_folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Unit:
 
     def folder(self, run: Path) -> Path:
         """Where a run keeps the unit."""
-        return run / "units" / self.label
+        return unit_folder(run, self.label)
 
     def options(self, classes: int) -> dict[str, Any]:
         """The method's options for so many classes to learn from."""
