@@ -16,7 +16,7 @@ from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.console.log import log_to_terminal
 from pipeline.console.progress import Estimate, ProgressLog, clock, counted
 from pipeline.prompts.model import PromptedLMM
-from pipeline.runs.layout import METRICS
+from pipeline.runs.layout import METRICS, label_of
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def terminal(is_one: bool = True) -> tuple[Console, io.StringIO]:
 def train(folder: Path, seconds: list[float], console: Console | None, main: bool = True, tokens: bool = True) -> None:
     """Ten steps of two seconds with 8 samples and 24 answer tokens, a line every five."""
     folder.mkdir(exist_ok=True)
-    with ProgressLog(folder / METRICS, folder.name, 10, main, tokens, console) as shown:
+    with ProgressLog(folder / METRICS, label_of(folder), 10, main, tokens, console) as shown:
         for step in range(1, 11):
             seconds[0] += 30.0 if step == 1 else 2.0
             shown.moved(step, 24.0, 8.0)
@@ -115,7 +115,7 @@ def test_a_log_line_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(logger, "handlers", [])
     log_to_terminal()
     console, written = terminal()
-    with ProgressLog(tmp_path / METRICS, tmp_path.name, 10, True, console=console):
+    with ProgressLog(tmp_path / METRICS, label_of(tmp_path), 10, True, console=console):
         logger.warning("a checkpoint was saved")
     assert "a checkpoint was saved" in written.getvalue()
 
