@@ -17,7 +17,7 @@ from pipeline.ranks.world import World, on_main
 from pipeline.runs.claim import claim_run, unbegun
 from pipeline.runs.layout import CONFIG, LOCK
 
-log = logging.getLogger("pipeline.runs.lock")
+log = logging.getLogger(__name__)
 WAIT_S = 20.0  # for a holder that is just ending
 # For a holder on another machine, which may have failed: file servers keep the locks of a client that does not answer
 # for its lease (NFS: 90 s) or until they give it up (Lustre: 100 s and more).

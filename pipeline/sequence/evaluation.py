@@ -25,7 +25,7 @@ from pipeline.sequence.models import Models
 from pipeline.sequence.test_set import TestSet
 from pipeline.tracking.tracker import NullTracker, Tracker
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 
 
 class Evaluator:

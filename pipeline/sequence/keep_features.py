@@ -35,7 +35,7 @@ from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, gather_objects, on_main, together
 from pipeline.sequence.data import Part
 
-log = logging.getLogger("pipeline.sequence.keep_features")
+log = logging.getLogger(__name__)
 POLL_S, TOLD_EVERY = 1.0, 60  # between two tries to get a lock, and tries between two log lines
 FAR = 0.01  # of the largest feature: more than another card or library version rounds differently
 

@@ -17,7 +17,7 @@ from pipeline.sequence.matrix import AccuracyMatrix, routing_accuracy
 from pipeline.sequence.opened import OpenRun
 from pipeline.tracking.tracker import StoredRun, Tracker
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 
 
 class RunRecord:

@@ -13,7 +13,7 @@ from pipeline.files.atomic import write_if_other
 from pipeline.runs.layout import MATRIX
 from pipeline.runs.state import FINISHED, RunState
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 OF_THE_RUN = ("status", "stage", "stages")  # of run.json: how far the run is
 
 

@@ -21,7 +21,7 @@ from pipeline.sequence.stage import StageTrainer
 from pipeline.tracking.open import make_tracker, sequence_facts
 from pipeline.training.deepspeed_config import accumulation
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 
 
 def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state
 from pipeline.training.schedule import LearningRate, schedule, total_steps
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

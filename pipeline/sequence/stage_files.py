@@ -19,7 +19,7 @@ from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_fold
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 
-log = logging.getLogger("pipeline.sequence.run")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from pipeline.runs.layout import RESUME
 from pipeline.training.engine import Engine
 from pipeline.training.optimizer_state import Moments, read_moments
 
-log = logging.getLogger("pipeline.training.resume")
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 TENSORS, META = "state.safetensors", "state.json"
 UNFINISHED = ".tmp"

@@ -16,7 +16,7 @@ from pipeline.runs.layout import RESULTS
 from pipeline.runs.session import Session
 from pipeline.tracking.tracker import Tracker
 
-log = logging.getLogger("pipeline.clip")
+log = logging.getLogger(__name__)
 
 
 class BenchmarkRecord:

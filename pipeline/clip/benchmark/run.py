@@ -23,7 +23,7 @@ from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
 from pipeline.tracking.open import make_tracker
 
-log = logging.getLogger("pipeline.clip")
+log = logging.getLogger(__name__)
 
 
 def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True) -> dict[str, Any]:

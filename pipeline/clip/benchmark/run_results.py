@@ -14,7 +14,7 @@ from pipeline.files.atomic import write_if_other
 from pipeline.runs.layout import RESULTS
 from pipeline.runs.state import FINISHED, RunState
 
-log = logging.getLogger("pipeline.clip")
+log = logging.getLogger(__name__)
 
 
 class BenchmarkResults(RunState):

@@ -18,7 +18,7 @@ from pipeline.ranks.world import World, together
 from pipeline.runs.session import Session
 from pipeline.tracking.tracker import Tracker
 
-log = logging.getLogger("pipeline.clip")
+log = logging.getLogger(__name__)
 
 
 def open_test_images(

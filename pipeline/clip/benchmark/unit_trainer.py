@@ -28,7 +28,7 @@ from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state
 from pipeline.training.schedule import LearningRate
 
-log = logging.getLogger("pipeline.clip")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
