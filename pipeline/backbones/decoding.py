@@ -7,7 +7,8 @@ a batch changes the order in which numbers are added, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,12 +17,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from pipeline.backbones.decoding_state import DecodingState, ParkedState
 from pipeline.backbones.generation_rules import generation_rules
-from pipeline.backbones.kv_cache import ROOM, cache_of, layers_of, new_cache
+from pipeline.backbones.kv_cache import ROOM, layers_of, new_cache
 from pipeline.backbones.prefix_cache import PrefixCache, decode_after_prefix
+from pipeline.data.selection import Selection
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
+
+# A context in which the modules that a batch's rows have (low-rank updates, say) act on the decoder's calls.
+Attached = Callable[[Selection], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Prompts:
     images: dict[str, Tensor] | None = None  # for the same
     prefix: PrefixCache | None = None  # of U prefixes
     groups: Tensor | None = None  # [B] whose prefix each prompt has
+    selection: Selection | None = None  # modules of each prompt, where some are attached to the decoder
 
 
 @dataclass
@@ -57,66 +64,69 @@ class Parked(Generic[R]):
     """Rows that left the batch for a while, in the host's memory."""
 
     rows: list[R]
-    layers: list[tuple[Tensor, Tensor]]  # keys and values [B, heads, S, d]
-    attention: Tensor  # [B, S]
-    positions: Tensor  # [B]
-    last: Tensor  # [B]
+    state: ParkedState
 
     def halves(self) -> list[Parked[R]]:
         """The same rows in two."""
         half = len(self.rows) // 2
-        return [self._part(slice(0, half)), self._part(slice(half, None))]
-
-    def _part(self, rows: slice) -> Parked[R]:
-        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
-        return Parked(self.rows[rows], layers, self.attention[rows], self.positions[rows], self.last[rows])
+        return [Parked(self.rows[part], self.state.part(part)) for part in (slice(0, half), slice(half, None))]
 
 
 class GreedyDecoder(Generic[R]):
     """The rows being decoded, with their keys and values.
 
-    The cache of all rows ends in the same column: the shorter of the batch and those that join are padded on the left.
     A mask and explicit positions make padding and gaps count for nothing. Sliding-window layers keep the keys of all
     tokens too; the architecture's own mask leaves out those before the window. Where memory runs out in `join` or
     `step`, the rows are what they were before.
 
+    Each row keeps its own modules: every call of the decoder runs inside `attached`, which is given the selection of
+    the rows in their order at the time; None: no modules are attached to the decoder.
+
     Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other.
     """
 
-    def __init__(self, lmm: LMM) -> None:
+    def __init__(self, lmm: LMM, attached: Attached | None = None) -> None:
         self.lmm = lmm
+        self.attached = attached
         self.rows: list[R] = []
         settings, device = lmm.model.generation_config, lmm.model.device
         stops = lmm.stops
         self._rules = generation_rules(settings, stops, device)
         self._settings, self._stops = settings, frozenset(stops)
         self._stop_list = torch.tensor(stops, device=device)
-        self._forget()
-
-    def _forget(self) -> None:
-        device = self.lmm.model.device
-        self._cache: Cache = new_cache()
-        self._attention = torch.zeros(0, 0, dtype=torch.long, device=device)  # [B, S]
-        self._positions = torch.zeros(0, dtype=torch.long, device=device)  # [B] of each row's next token
-        self._last = torch.zeros(0, dtype=torch.long, device=device)  # [B] each row's newest token
+        self._state = DecodingState.empty(device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(layer.nbytes for layer in layers_of(self._cache))
+        return self._state.nbytes
 
     @torch.no_grad()
     def join(self, prompts: Prompts, rows: Sequence[R]) -> list[R]:
         """Begin the answers to prompts; returns these rows, which have their first token."""
         cache = new_cache(min(ROOM, max(row.longest for row in rows)))
-        hidden, attention, positions = self._read(prompts, cache)
+        with self._modules(prompts.selection):
+            hidden, attention, positions = self._read(prompts, cache)
         scores = self.lmm.logits(hidden)[:, -1]
         lengths = attention.sum(1).tolist()
-        self._append(cache, attention, positions, positions.new_zeros(len(rows)))
+        self._append(DecodingState(cache, attention, positions, torch.zeros_like(positions), prompts.selection))
         for row, length in zip(rows, lengths, strict=True):
             row.prompt_tokens = length
         self.rows += rows
         return self._advance(range(len(self.rows) - len(rows), len(self.rows)), scores)
+
+    def _append(self, state: DecodingState) -> None:
+        if self.rows:
+            self._state.append(state)
+        else:
+            self._state = state
+
+    def _modules(self, selection: Selection | None) -> AbstractContextManager[None]:
+        """A context for a call of the decoder on rows with these modules."""
+        if self.attached is None:
+            return nullcontext()
+        assert selection is not None, "modules are attached to the decoder, so every row has to say which"
+        return self.attached(selection)
 
     def _read(self, prompts: Prompts, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states [B, 1, D] of prompts, their attention [B, S] and next positions [B]; fills the cache."""
@@ -140,29 +150,31 @@ class GreedyDecoder(Generic[R]):
         """One more token for every row; returns the rows that got it, of which the finished ones have left."""
         if not self.rows:
             return []
-        width = self._attention.shape[1]
-        attention = pad(self._attention, (0, 1), value=1)
+        state = self._state
+        width = state.attention.shape[1]
+        attention = pad(state.attention, (0, 1), value=1)
         try:
-            hidden = self.lmm.decoder(
-                inputs_embeds=self.lmm.words(self._last[:, None]),
-                attention_mask=attention,
-                position_ids=self.lmm.family.position_ids(self._positions[:, None]),
-                past_key_values=self._cache,
-                use_cache=True,
-            ).last_hidden_state
+            with self._modules(state.selection):
+                hidden = self.lmm.decoder(
+                    inputs_embeds=self.lmm.words(state.last[:, None]),
+                    attention_mask=attention,
+                    position_ids=self.lmm.family.position_ids(state.positions[:, None]),
+                    past_key_values=state.cache,
+                    use_cache=True,
+                ).last_hidden_state
             scores = self.lmm.logits(hidden)[:, -1]
         except Exception:
-            for layer in layers_of(self._cache):
+            for layer in layers_of(state.cache):
                 layer.cut(width)  # the first layers may have the token already
             raise
-        self._attention, self._positions = attention, self._positions + 1
+        state.attention, state.positions = attention, state.positions + 1
         return self._advance(range(len(self.rows)), scores)
 
     def _advance(self, numbers: range, scores: Tensor) -> list[R]:
         """Give the rows of these numbers their best token by scores [n, V]; returns them, finished ones leave."""
         rows = [self.rows[number] for number in numbers]
         best = self._ruled(rows, scores).argmax(-1)
-        self._last[numbers.start : numbers.stop] = best
+        self._state.last[numbers.start : numbers.stop] = best
         for row, token in zip(rows, best.tolist(), strict=True):
             row.tokens.append(token)
             if token in self._stops:
@@ -202,22 +214,15 @@ class GreedyDecoder(Generic[R]):
     def park(self, number: int) -> Parked[R]:
         """Take the last `number` rows out, to come back by `resume`."""
         first = len(self.rows) - number
-        layers = [layer.taken(first) for layer in layers_of(self._cache)]
-        attention, positions, last = (
-            part[first:].to("cpu", copy=True) for part in (self._attention, self._positions, self._last)
-        )
-        parked = Parked(self.rows[first:], layers, attention, positions, last)
+        parked = Parked(self.rows[first:], self._state.parked(first))
         self._keep(list(range(first)))
-        for layer in layers_of(self._cache):
-            layer.release()
+        self._state.release()
         return parked
 
     @torch.no_grad()
     def resume(self, parked: Parked[R]) -> None:
         """Go on with rows that were parked."""
-        device = self.lmm.model.device
-        moved = (part.to(device) for part in (parked.attention, parked.positions, parked.last))
-        self._append(cache_of(parked.layers, device), *moved)
+        self._append(parked.state.on(self.lmm.model.device))
         self.rows += parked.rows
 
     def leave(self) -> None:
@@ -228,56 +233,33 @@ class GreedyDecoder(Generic[R]):
         """Take out rows that nobody waits for any more."""
         self._keep([number for number, row in enumerate(self.rows) if row.key not in keys])
 
-    def _append(self, cache: Cache, attention: Tensor, positions: Tensor, last: Tensor) -> None:
-        """Take in rows behind the others; where memory runs out, the others are what they were."""
-        if not self.rows:
-            self._cache, self._attention, self._positions, self._last = cache, attention, positions, last
-            return
-        rows, old, width = len(self.rows), self._attention.shape[1], max(self._attention.shape[1], attention.shape[1])
-        joined = torch.cat([_widened(self._attention, width), _widened(attention, width)])
-        both = torch.cat([self._positions, positions]), torch.cat([self._last, last])
-        done = []
-        try:
-            for layer, added in zip(layers_of(self._cache), layers_of(cache), strict=True):
-                layer.append(added, width)
-                done.append(layer)
-        except Exception:
-            for layer in done:
-                layer.narrow(rows, width - old)
-            raise
-        self._attention, (self._positions, self._last) = joined, both
-
     def _keep(self, kept: list[int]) -> None:
-        """Keep these rows, in ascending order, taking no memory: the last ones move to the places of those gone."""
+        """Keep these rows, in ascending order."""
         if len(kept) == len(self.rows):
             return
-        if not kept:
-            self.rows = []
-            self._forget()
-            return
-        staying = set(kept)
-        holes = [number for number in range(len(kept)) if number not in staying]
-        movers = [number for number in kept if number >= len(kept)]
-        order = list(range(len(kept)))
-        for source, target in zip(movers, holes, strict=True):
-            order[target] = source
-            for layer in layers_of(self._cache):
-                layer.move(source, target)
-        self.rows = [self.rows[number] for number in order]
-        index = torch.tensor(order, device=self._attention.device)
-        attention = self._attention[index]
-        first = int(attention.any(0).float().argmax())  # columns before it are padding in every row that stays
-        self._attention, self._positions, self._last = attention[:, first:], self._positions[index], self._last[index]
-        for layer in layers_of(self._cache):
-            layer.narrow(len(kept), first)
+        if kept:
+            self.rows = [self.rows[number] for number in self._state.keep(kept)]
+        else:
+            self.rows, self._state = [], DecodingState.empty(self.lmm.model.device)
 
 
-def generate(lmm: LMM, prompts: Prompts, max_new_tokens: int, min_new_tokens: int | None = None) -> list[list[int]]:
+def generate(
+    lmm: LMM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    min_new_tokens: int | None = None,
+    attached: Attached | None = None,
+) -> list[list[int]]:
     """Greedy answers to prompts: token ids up to and with the one that ends each.
 
-    `min_new_tokens`: no answer ends before it has so many; None: what the checkpoint says.
+    Args:
+        lmm: the frozen model, whole on one device.
+        prompts: what it reads.
+        max_new_tokens: an answer's most tokens.
+        min_new_tokens: no answer ends before it has so many; None: what the checkpoint says.
+        attached: as for `GreedyDecoder`.
     """
-    decoder = GreedyDecoder[Row](lmm)
+    decoder = GreedyDecoder[Row](lmm, attached)
     rows = [Row(number, max_new_tokens, shortest=min_new_tokens) for number in range(len(prompts.attention))]
     decoder.join(prompts, rows)
     while decoder.rows:
@@ -289,8 +271,3 @@ def _by_length(rows: Sequence[Row]) -> Iterator[list[int]]:
     """The places of rows whose answers have the same number of tokens."""
     for length in sorted({len(row.tokens) for row in rows}):
         yield [place for place, row in enumerate(rows) if len(row.tokens) == length]
-
-
-def _widened(attention: Tensor, width: int) -> Tensor:
-    """Which tokens are read [B, S], with zeros in front, so that it is `width` long."""
-    return pad(attention, (width - attention.shape[1], 0))

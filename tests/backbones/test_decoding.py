@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from tests.backbones.test_families import EVERY, NEW, NONE, SAMPLES, plain_answer, plain_inputs, seen
 from tests.training.worlds import make_samples
@@ -57,6 +61,41 @@ def test_rows_that_were_parked_go_on_where_they_were(lmm: LMM, examples: Example
     while decoder.rows:
         decoder.step()
     assert [row.tokens for row in rows] == expected
+
+
+@pytest.mark.parametrize("checkpoint", ["llava"], indirect=True)
+def test_every_row_keeps_its_own_modules_whoever_joins_and_leaves(lmm: LMM, examples: Examples) -> None:
+    """Modules that add a vector to what an MLP of the decoder gives, each with the weight that a row has for it."""
+    torch.manual_seed(0)
+    modules = torch.randn(3, lmm.width)
+    layer: Any = lmm.decoder.layers[0]  # type: ignore[index]
+
+    @contextlib.contextmanager
+    def attached(selection: Selection) -> Iterator[None]:
+        chosen = modules[selection.numbers.clamp(min=0)] * selection.full_weights()[..., None]  # [B, m, D]
+        handle = layer.mlp.register_forward_hook(lambda _module, _inputs, output: output + chosen.sum(1)[:, None])
+        yield
+        handle.remove()
+
+    numbers = torch.tensor([[0, 1], [2, -1], [1, 0], [-1, -1], [2, 1], [0, 2]])
+    weights = torch.tensor([[0.5, 2.0], [1.0, 0.0], [0.1, 3.0], [0.0, 0.0], [1.0, 1.0], [4.0, 0.2]])
+
+    def asked(chosen: list[int], width: int = 2) -> Prompts:
+        selection = Selection(numbers[chosen, :width], weights[chosen, :width])
+        return dataclasses.replace(prompts(lmm, examples, chosen), selection=selection)
+
+    alone = [generate(lmm, asked([number]), NEW, attached=attached)[0] for number in EVERY]
+    decoder, rows = GreedyDecoder[Row](lmm, attached), [Row(number, NEW - number % 3) for number in EVERY]
+    for chosen in ([3, 0], [1], [4, 2], [5]):
+        width = 1 if chosen == [1] else 2  # row 1 has fewer modules than the others
+        decoder.join(asked(chosen, width), [rows[number] for number in chosen])
+        decoder.step()
+    decoder.resume(decoder.park(1))
+    while decoder.rows:
+        decoder.step()
+    assert [row.tokens for row in rows] == [tokens[: row.longest] for row, tokens in zip(rows, alone, strict=True)]
+    without = generate(lmm, prompts(lmm, examples, EVERY), NEW)
+    assert [number for number in EVERY if alone[number] == without[number]] == [3]
 
 
 # The tiny model's answers begin with 227, 153, 207, 25, 196 and 149.

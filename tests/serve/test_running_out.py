@@ -63,7 +63,7 @@ def test_a_token_is_written_behind_the_others_without_a_copy_of_them(answerer: A
     batch = RunningBatch(answerer)
     batch.begin(answerer.route([question(0), question(1)]), [Running(n, 60) for n in range(2)])
     batch.step()  # makes room
-    (layer, *_) = batch._cache.layers
+    (layer, *_) = batch._state.cache.layers
     buffer, held = layer.keys.data_ptr(), batch.nbytes
     for _ in range(20):
         batch.step()

@@ -1,0 +1,142 @@
+"""The tensors of the rows that are being decoded: how rows are taken in, taken out and parked in the host's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
+
+from pipeline.backbones.kv_cache import cache_of, layers_of, new_cache
+from pipeline.data.selection import NO_SET, Selection
+
+
+@dataclass(frozen=True)
+class ParkedState:
+    """The same of rows in the host's memory."""
+
+    layers: list[tuple[Tensor, Tensor]]  # keys and values [B, heads, S, d]
+    attention: Tensor  # [B, S]
+    positions: Tensor  # [B]
+    last: Tensor  # [B]
+    selection: Selection | None
+
+    def part(self, rows: slice) -> ParkedState:
+        """Some of the rows."""
+        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        index = torch.arange(len(self.last))[rows]
+        selection = None if self.selection is None else self.selection.rows(index)
+        return ParkedState(layers, self.attention[rows], self.positions[rows], self.last[rows], selection)
+
+    def on(self, device: torch.device) -> DecodingState:
+        """The rows on a device again."""
+        cache = cache_of(self.layers, device)
+        selection = None if self.selection is None else self.selection.to(device)
+        return DecodingState(
+            cache, self.attention.to(device), self.positions.to(device), self.last.to(device), selection
+        )
+
+
+@dataclass
+class DecodingState:
+    """Keys and values of B rows, and what the next token of each depends on besides them.
+
+    The cache of all rows ends in the same column: rows that are shorter are padded on the left.
+    """
+
+    cache: Cache
+    attention: Tensor  # [B, S] which columns count
+    positions: Tensor  # [B] of each row's next token
+    last: Tensor  # [B] each row's newest token
+    selection: Selection | None = None  # of each row, the modules attached to the decoder, where there are any
+
+    @classmethod
+    def empty(cls, device: torch.device) -> DecodingState:
+        """No rows."""
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        return cls(new_cache(), none[:, None], none, none)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(layer.nbytes for layer in layers_of(self.cache))
+
+    def append(self, other: DecodingState) -> None:
+        """Take in the rows of another state, which is empty afterwards; where memory runs out, nothing is changed."""
+        rows, old, width = len(self), self.attention.shape[1], max(self.attention.shape[1], other.attention.shape[1])
+        attention = torch.cat([_widened(self.attention, width), _widened(other.attention, width)])
+        positions, last = torch.cat([self.positions, other.positions]), torch.cat([self.last, other.last])
+        selection = _joined(self.selection, other.selection)
+        done = []
+        try:
+            for layer, added in zip(layers_of(self.cache), layers_of(other.cache), strict=True):
+                layer.append(added, width)
+                done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.narrow(rows, width - old)
+            raise
+        self.attention, self.positions, self.last, self.selection = attention, positions, last, selection
+
+    def keep(self, kept: list[int]) -> list[int]:
+        """Keep these rows, in ascending order, at least one; returns their new order.
+
+        That takes no memory: the last rows move to the places of those gone.
+        """
+        staying = set(kept)
+        holes = [number for number in range(len(kept)) if number not in staying]
+        movers = [number for number in kept if number >= len(kept)]
+        order = list(range(len(kept)))
+        for source, target in zip(movers, holes, strict=True):
+            order[target] = source
+            for layer in layers_of(self.cache):
+                layer.move(source, target)
+        index = torch.tensor(order, device=self.attention.device)
+        attention = self.attention[index]
+        first = int(attention.any(0).float().argmax())  # columns before it are padding in every row that stays
+        self.attention, self.positions, self.last = attention[:, first:], self.positions[index], self.last[index]
+        self.selection = None if self.selection is None else self.selection.rows(index)
+        for layer in layers_of(self.cache):
+            layer.narrow(len(kept), first)
+        return order
+
+    def parked(self, first: int) -> ParkedState:
+        """A copy of the rows from `first` on, in the host's memory."""
+        host = torch.device("cpu")
+        layers = [layer.taken(first) for layer in layers_of(self.cache)]
+        attention, positions, last = (
+            part[first:].to(host, copy=True) for part in (self.attention, self.positions, self.last)
+        )
+        selection = None
+        if self.selection is not None:
+            selection = self.selection.rows(torch.arange(first, len(self), device=self.last.device)).to(host)
+        return ParkedState(layers, attention, positions, last, selection)
+
+    def release(self) -> None:
+        """Free what the cache has beyond its rows."""
+        for layer in layers_of(self.cache):
+            layer.release()
+
+
+def _widened(attention: Tensor, width: int) -> Tensor:
+    """Which columns count [B, S], with zeros in front, so that there are `width`."""
+    return pad(attention, (width - attention.shape[1], 0))
+
+
+def _joined(first: Selection | None, second: Selection | None) -> Selection | None:
+    """The modules of the first rows, below them those of the second; the narrower is filled up on the right."""
+    if first is None or second is None:
+        return None
+    width = max(first.width, second.width)
+    return Selection.joined([_filled_up(part, width) for part in (first, second)])
+
+
+def _filled_up(selection: Selection, width: int) -> Selection:
+    more = (0, width - selection.width)
+    weights = None if selection.weights is None else pad(selection.weights, more)
+    return Selection(pad(selection.numbers, more, value=NO_SET), weights)
