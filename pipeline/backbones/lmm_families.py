@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 from pipeline.backbones.families.base import LMMFamily
+from pipeline.config import registry
 from pipeline.errors import UserError
-
-TARGETS = {
-    "llava": "pipeline.backbones.families.llava:Llava",
-    "llava_next": "pipeline.backbones.families.llava:LlavaNext",
-    "qwen2_5_vl": "pipeline.backbones.families.qwen2_5_vl:Qwen25VL",
-    "internvl": "pipeline.backbones.families.internvl:InternVL",
-    "idefics3": "pipeline.backbones.families.idefics3:Idefics3",
-    "smolvlm": "pipeline.backbones.families.idefics3:SmolVLM",
-    "gemma3": "pipeline.backbones.families.gemma3:Gemma3",
-}
 
 
 def known_families() -> tuple[str, ...]:
-    """The model_types that are supported."""
-    return tuple(TARGETS)
+    """The model_types that are supported: the project's, and those that installed packages add."""
+    return tuple(registry.names("lmm_families"))
 
 
 def family_of(kind: str) -> type[LMMFamily]:
@@ -30,8 +19,7 @@ def family_of(kind: str) -> type[LMMFamily]:
             f"The model is of type '{kind}'; supported are {', '.join(known_families())}. "
             "Set model.path to a checkpoint of one of these in Hugging Face format."
         )
-    module, _, name = TARGETS[kind].partition(":")
-    family: type[LMMFamily] = getattr(importlib.import_module(module), name)
+    family: type[LMMFamily] = registry.load("lmm_families", kind)
     return family
 
 

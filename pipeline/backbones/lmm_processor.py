@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,15 @@ def _complete(processor: Any, model: Any, folder: Path) -> None:
         return
     path = folder / "processor_config.json"
     named = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    tower = model.vision_config
-    needed = {
-        "patch_size": tower.patch_size,
-        "vision_feature_select_strategy": model.vision_feature_select_strategy,
-        "num_additional_image_tokens": int(tower.model_type == "clip_vision_model"),  # the class token
+    needed: dict[str, Callable[[], Any]] = {
+        "patch_size": lambda: model.vision_config.patch_size,
+        "vision_feature_select_strategy": lambda: model.vision_feature_select_strategy,
+        # The class token.
+        "num_additional_image_tokens": lambda: int(model.vision_config.model_type == "clip_vision_model"),
     }
     for name, value in needed.items():
         if named.get(name) is None:
-            setattr(processor, name, value)
+            setattr(processor, name, value())
 
 
 def _check_template(config: ModelConfig, family: type[LMMFamily], processor: Any) -> None:

@@ -45,7 +45,16 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "sources": {},
     "metrics": {},
     "clip_methods": {},
-    "lmm_families": {},
+    # By the model_type of their config.json.
+    "lmm_families": {
+        "llava": "pipeline.backbones.families.llava:Llava",
+        "llava_next": "pipeline.backbones.families.llava:LlavaNext",
+        "qwen2_5_vl": "pipeline.backbones.families.qwen2_5_vl:Qwen25VL",
+        "internvl": "pipeline.backbones.families.internvl:InternVL",
+        "idefics3": "pipeline.backbones.families.idefics3:Idefics3",
+        "smolvlm": "pipeline.backbones.families.idefics3:SmolVLM",
+        "gemma3": "pipeline.backbones.families.gemma3:Gemma3",
+    },
 }
 # One of a kind, in a sentence.
 WORDS = {
