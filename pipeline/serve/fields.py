@@ -1,4 +1,9 @@
-"""Fields of a chat request beside its messages, each checked: what was found, what was expected."""
+"""Fields of a chat request beside its messages, each checked: what was found, what was expected.
+
+By hand and not by a pydantic model: the limits come with the server's options, null means that a field is left out, and
+each sentence names what was found in the request's own terms; as validators these functions are as long, and need a
+second table from pydantic's errors to the sentences.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,9 @@ from typing import Any
 
 from pipeline.serve.refusal import RefusedError, kind_of, shown
 
-# Fields that change what a reply means and that nothing here could honour.
+# Fields that change what a reply means, which is not supported here.
 REFUSED = ("tools", "functions", "tool_choice", "logprobs", "logit_bias", "audio", "modalities", "response_format")
-# What some clients write out of what is the case anyway.
+# Values that some clients send explicitly and that equal the defaults here: they are accepted.
 HARMLESS: dict[str, Any] = {"tool_choice": "none", "modalities": ["text"], "response_format": {"type": "text"}}
 STOPS = 16
 STOP_CHARACTERS = 256

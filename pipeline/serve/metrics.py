@@ -1,4 +1,7 @@
-"""Counters of the service in Prometheus' text format."""
+"""Counters of the service in Prometheus' text format.
+
+Written by hand: four kinds of line do not need prometheus_client, whose registry is global to the process.
+"""
 
 from __future__ import annotations
 
