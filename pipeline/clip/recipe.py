@@ -120,10 +120,11 @@ class ClipMethodConfig(Section):
         template = self.options.get("template")
         if template is not None and MARK not in template:
             raise ValueError(f"the template '{template}' needs {MARK} where the class name goes")
-        if self.per_class and self.kind != "coop":
-            raise ValueError(f"per_class belongs to coop; {self.kind} learns one context for all classes")
-        if self.kind == "zero_shot" and (self.consistency or self.average):
-            raise ValueError("zero_shot learns nothing that could be regularised or averaged")
+        if self.per_class and not METHODS[self.kind].takes_classes:
+            able = ", ".join(name for name, method in METHODS.items() if method.takes_classes)
+            raise ValueError(f"per_class belongs to {able}; {self.kind} learns one context for all classes")
+        if not METHODS[self.kind].learns and (self.consistency or self.average):
+            raise ValueError(f"{self.kind} learns nothing that could be regularised or averaged")
         return self
 
 

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.clip.learning.averaging import WeightAverage, gaussian_weights
 from pipeline.clip.learning.model import ImageBatch
-from pipeline.clip.learning.regularisers import Consistency, KnowledgeGuided
 from pipeline.clip.methods import METHODS, learner_of_sizes, refuse_options
+from pipeline.clip.methods.regularisers import Consistency, KnowledgeGuided
 from pipeline.clip.towers.backbone import normalised
 from pipeline.clip.towers.text import class_texts
 from pipeline.errors import UserError

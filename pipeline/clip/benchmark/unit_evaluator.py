@@ -67,7 +67,7 @@ class UnitEvaluator:
         counts, names = {}, {}
         for name, group, dataset in groups:
             self.session.stop_if_told(f"in the evaluation of {unit.label}")
-            if unit.method.kind == "zero_shot" and "template" not in unit.method.options:
+            if not unit.learns and "template" not in unit.method.options:
                 learner.template = self.recipe.template_of(dataset)  # its words are the dataset's own
             counts[name], names[name] = evaluate_group(module, self.images[dataset], group), group.names
         named = {f"accuracy.{name}": 100 * found.accuracy for name, found in counts.items()}

@@ -157,7 +157,7 @@ class UnitTrainer:
         unit, learner, engine = opened.unit, opened.learner, opened.engine
         template = self.recipe.template_of(unit.dataset.name)
         engine.module.learner.template = learner.template
-        engine.module.regularisers = tuple(regularisers_of(unit.method, template))
+        engine.module.regularisers = tuple(regularisers_of(unit.method, learner, template))
         engine.module.set_classes(opened.group.names, self.models.backbone)
         average = unit.method.average
         averaging = None

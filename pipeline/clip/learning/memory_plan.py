@@ -89,7 +89,7 @@ def _activations(
     recipe: ClipRecipe, method: ClipMethodConfig, ranks: int, model: Any, classes: int, element: int
 ) -> int:
     """Bytes that one forward pass of a method keeps for the backward pass, over both towers."""
-    if method.kind == "zero_shot":
+    if not METHODS[method.kind].learns:
         return 0
     learner, train = _learner(method, model, classes), recipe.train_of(method)
     micro, _ = micro_batches(train.global_batch, train.micro_batch, ranks)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.clip.learning.regularisers import Features, Regulariser
 from pipeline.clip.methods.base import PromptLearner, Prompts
+from pipeline.clip.methods.regulariser import Features, Regulariser
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.encode import encode_texts
 from pipeline.clip.towers.text import Words

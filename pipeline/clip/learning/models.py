@@ -83,7 +83,7 @@ class ClipModels:
                 copy.deepcopy(learner),
                 self.words,
                 names,
-                regularisers_of(unit.method, recipe.template_of(unit.dataset.name)),
+                regularisers_of(unit.method, learner, recipe.template_of(unit.dataset.name)),
                 recipe.model.text_chunk,
             )
             self._engine = shapes, clip_engine(module, train, recipe.model.dtype, self.world)

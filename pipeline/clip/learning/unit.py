@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.images.classes import Group
-from pipeline.clip.learning.regularisers import Consistency, KnowledgeGuided, Regulariser
 from pipeline.clip.methods import METHODS, PromptLearner, make_learner
+from pipeline.clip.methods.regulariser import Regulariser
+from pipeline.clip.methods.regularisers import Consistency
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.recipe_data import DatasetConfig
 from pipeline.clip.towers.backbone import Backbone
@@ -40,7 +41,7 @@ class Unit:
     @property
     def learns(self) -> bool:
         """Whether there is anything to train."""
-        return self.method.kind != "zero_shot"
+        return METHODS[self.method.kind].learns
 
     def folder(self, run: Path) -> Path:
         """Where a run keeps the unit."""
@@ -51,9 +52,9 @@ class Unit:
         options = dict(self.method.options)
         if self.method.per_class:
             options["classes"] = classes
-        if "template" in inspect.signature(METHODS[self.method.kind]).parameters:
-            options.setdefault("template", self.dataset.description.template)
-        return options
+        known = inspect.signature(METHODS[self.method.kind]).parameters
+        further = {"template": self.dataset.description.template, "knowledge": self.method.knowledge}
+        return {**{name: value for name, value in further.items() if name in known}, **options}
 
 
 def units_of(recipe: ClipRecipe) -> list[Unit]:
@@ -62,7 +63,7 @@ def units_of(recipe: ClipRecipe) -> list[Unit]:
     units = []
     for method in recipe.methods:
         for dataset in recipe.data.datasets:
-            for seed in recipe.seeds if method.kind != "zero_shot" else recipe.seeds[:1]:
+            for seed in recipe.seeds if METHODS[method.kind].learns else recipe.seeds[:1]:
                 units.append(Unit(method, dataset, seed, group, _groups(recipe, dataset)))
     return units
 
@@ -80,12 +81,11 @@ def learner_of(unit: Unit, backbone: Backbone, words: Words, classes: int) -> Pr
     return make_learner(unit.method.kind, backbone, words, seed=unit.seed, **unit.options(classes))
 
 
-def regularisers_of(method: ClipMethodConfig, template: str) -> list[Regulariser]:
-    """What keeps a method near the frozen model; `template` is what a text about the dataset says."""
+def regularisers_of(method: ClipMethodConfig, learner: PromptLearner, template: str) -> list[Regulariser]:
+    """The further terms of a row's loss: those of the recipe, then the method's own; `template` is what a text about
+    the dataset says."""
     found: list[Regulariser] = []
     if method.consistency is not None:
         weights = method.consistency
         found.append(Consistency(weights.text, weights.image, weights.logits, weights.templates))
-    if method.kind == "kgcoop":
-        found.append(KnowledgeGuided(method.knowledge, template))
-    return found
+    return [*found, *learner.regularisers(template)]

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.clip.methods.regulariser import Regulariser
 from pipeline.clip.towers.schedule import PromptSchedule
 from pipeline.clip.towers.text import MARK, ClassTexts, Position, Words, class_texts
 
@@ -37,6 +38,8 @@ class PromptLearner(nn.Module):
     """
 
     name: ClassVar[str]
+    learns: ClassVar[bool] = True  # whether there is anything to train; without it all seeds are alike
+    takes_classes: ClassVar[bool] = False  # whether `per_class` of the recipe gives it an option `classes`
     per_image: ClassVar[bool] = False  # prompts depend on the image: text features cannot be kept
     position: Position = "end"
 
@@ -57,6 +60,10 @@ class PromptLearner(nn.Module):
     def texts(self, words: Words, names: Sequence[str]) -> ClassTexts:
         """The texts of these classes."""
         return class_texts(words, names, self.template, self.length, self.position)
+
+    def regularisers(self, template: str) -> Sequence[Regulariser]:
+        """Terms of the loss that belong to the method; `template` is what a text about the dataset says."""
+        return ()
 
     def start_words(self) -> str | None:
         """Words whose embeddings the context starts from; None when it starts at random."""

@@ -20,6 +20,7 @@ class CoOp(PromptLearner):
     """
 
     name = "coop"
+    takes_classes = True
 
     def __init__(
         self,

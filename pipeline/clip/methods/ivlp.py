@@ -12,7 +12,7 @@ from pipeline.clip.towers.schedule import ivlp
 class IVLP(PromptLearner):
     """`length` text and `length_vision` image prompts for each of the first `depth` blocks, replaced block by block.
 
-    With `pipeline.clip.learning.regularisers.Consistency` and `pipeline.clip.learning.averaging` this is PromptSRC.
+    With `pipeline.clip.methods.regularisers.Consistency` and `pipeline.clip.learning.averaging` this is PromptSRC.
     """
 
     name = "ivlp"

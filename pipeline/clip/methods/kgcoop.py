@@ -1,16 +1,25 @@
-"""KgCoOp: CoOp whose text features stay near those of the hand-written template (clip_prompts.md 6)."""
+"""KgCoOp: CoOp whose text features stay near those of the hand-written template."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.clip.methods.base import WORDS
 from pipeline.clip.methods.coop import CoOp
+from pipeline.clip.methods.regulariser import Regulariser
+from pipeline.clip.methods.regularisers import KnowledgeGuided
 from pipeline.clip.towers.backbone import Sizes
 
 
 class KgCoOp(CoOp):
-    """CoOp from the words "a photo of a"; its loss needs `pipeline.clip.learning.regularisers.KnowledgeGuided`."""
+    """CoOp from the words "a photo of a", with `knowledge` times the distance to the hand-written texts in its loss."""
 
     name = "kgcoop"
+    takes_classes = False
 
-    def __init__(self, sizes: Sizes, length: int = 4, words: str | None = WORDS) -> None:
+    def __init__(self, sizes: Sizes, length: int = 4, words: str | None = WORDS, knowledge: float = 8.0) -> None:
         super().__init__(sizes, length, words=words)
+        self.knowledge = knowledge
+
+    def regularisers(self, template: str) -> Sequence[Regulariser]:
+        return (KnowledgeGuided(self.knowledge, template),)

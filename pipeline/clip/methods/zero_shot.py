@@ -13,6 +13,7 @@ class ZeroShot(PromptLearner):
     """The frozen model as it is, with the dataset's own `template` (clip_prompts.md 7.1)."""
 
     name = "zero_shot"
+    learns = False
 
     def __init__(self, sizes: Sizes, template: str = TEMPLATE) -> None:
         super().__init__(schedule([], [], sizes.blocks), template)

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from pipeline.clip.methods.base import TEMPLATE
+from pipeline.clip.methods.regulariser import Features, Regulariser
 from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.towers.backbone import Backbone, normalised
 from pipeline.clip.towers.encode import encode_texts
 from pipeline.clip.towers.schedule import schedule
 from pipeline.clip.towers.text import Words, class_texts
 from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a regulariser sees of a batch.
-
-    `images` [B, J] and `texts` [K, J], not normalised, `logits` [B, K], and `share` [B] of each sample in the loss.
-    """
-
-    images: Tensor
-    texts: Tensor
-    logits: Tensor
-    share: Tensor
-    pixel_values: Tensor | None
-
-
-class Regulariser:
-    """Terms added to the cross-entropy, named in `names`; `start` is called whenever the classes change."""
-
-    names: ClassVar[tuple[str, ...]]
-
-    def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
-        raise NotImplementedError
-
-    def terms(self, backbone: Backbone, features: Features) -> dict[str, Tensor]:
-        """The weighted terms of this batch by name."""
-        raise NotImplementedError
 
 
 def frozen_text_features(
