@@ -84,7 +84,7 @@ def tasks(
     """Training steps and answers with many tasks against few."""
     from pipeline.bench.tasks import bench_tasks
 
-    show(bench_tasks(_size(size), few, many, samples, rounds, insertion, 12, device, dtype), as_json)
+    show(bench_tasks(_size(size), few, many, samples, rounds, insertion, device, dtype), as_json)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers.mean import similarity
 from pipeline.prompts.rules.top_k import select_for_inference
 
+NEW_TOKENS = 12  # of an answer
 STAGE_SAMPLES = 2_000  # for the time that a stage's selection takes
 
 
@@ -34,7 +35,6 @@ def bench_tasks(
     samples: int = 2,
     rounds: int = 5,
     insertion: str = "after_bos",
-    new_tokens: int = 12,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def bench_tasks(
         step = OurStep(lmm, size, pool.prompts[:-1], pool.prompts[-1], insertion)
         calls[f"step, {tasks} tasks"] = partial(step, batch), samples, partial(held, step)
         asked = every_image(make_batch(size, samples, 1, answers=False)).to(torch.device(device))
-        answer = partial(_answer, lmm, mapped, asked, size, insertion, new_tokens)
+        answer = partial(_answer, lmm, mapped, asked, size, insertion)
         calls[f"answer, {tasks} tasks"] = answer, samples, partial(_held, [*frozen, pool.prototypes])
     measured = measure.compare(calls, rounds, device)
     ratios = {
@@ -99,14 +99,14 @@ def _from_file(pool: PromptPool) -> tuple[PromptPool, int]:
 
 
 @torch.no_grad()
-def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str, new_tokens: int) -> list[list[int]]:
+def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str) -> list[list[int]]:
     """Route questions whose keys are there and answer them, as `predict` does behind CLIP."""
     scores = similarity(batch.image_key.cpu(), batch.text_key.cpu(), pool.prototypes, has_image=batch.has_image.cpu())
     selected = select_for_inference(scores, size.k)
     used, numbers = selected.unique(return_inverse=True)
     batch.selected = numbers.reshape(selected.shape).to(batch.input_ids.device)
     bank = pool.prompts[used].to(batch.input_ids.device, lmm.dtype)
-    return generate_once(lmm, batch, bank, new_tokens, insertion)
+    return generate_once(lmm, batch, bank, NEW_TOKENS, insertion)
 
 
 def _selection_seconds(size: Size, pool: PromptPool) -> float:
