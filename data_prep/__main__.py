@@ -6,12 +6,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.lazy import lazy
 from pipeline.cli.outcome import App
+from pipeline.config.load import load_recipe
 from pipeline.files.descriptors import raise_descriptor_limit
+
+if TYPE_CHECKING:
+    from data_prep import prepare as preparing
+    from data_prep import share as share_of
+    from data_prep import verify as verifying
+else:
+    preparing, share_of, verifying = lazy("data_prep.prepare"), lazy("data_prep.share"), lazy("data_prep.verify")
 
 app = App(add_completion=False, help=__doc__)
 
@@ -36,11 +45,8 @@ def prepare_command(
     ] = 1,
 ) -> None:
     """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
-    from data_prep.prepare import prepare  # here: torch and transformers take seconds, --help should not
-    from pipeline.config.load import load_recipe
-
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
-    for split in prepare(load_recipe(recipe, changes), replace=replace, gpus=gpus)["splits"]:
+    for split in preparing.prepare(load_recipe(recipe, changes), replace=replace, gpus=gpus)["splits"]:
         wrote = " and ".join(split["wrote"])
         typer.echo(
             f"{split['task']}/{split['split']}: {split['samples']} samples in {split['shards']} shards, "
@@ -51,37 +57,27 @@ def prepare_command(
 @app.command("shards")
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Write this process's share of the shards; `join` follows when all have ended."""
-    from data_prep.share import Share, share_shards
-    from pipeline.config.load import load_recipe
-
-    typer.echo(f"share {share}: wrote {share_shards(load_recipe(recipe, overrides or []), Share.parse(share))} shards")
+    wrote = share_of.share_shards(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
+    typer.echo(f"share {share}: wrote {wrote} shards")
 
 
 @app.command("join")
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Put the index beside the shards that `shards` wrote, and write those that are missing."""
-    from data_prep.share import join_shards
-    from pipeline.config.load import load_recipe
-
-    typer.echo(f"{join_shards(load_recipe(recipe, overrides or []))} samples")
+    typer.echo(f"{share_of.join_shards(load_recipe(recipe, overrides or []))} samples")
 
 
 @app.command("keys")
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
-    from data_prep.share import Share, share_keys
-    from pipeline.config.load import load_recipe
-
-    wrote = share_keys(load_recipe(recipe, overrides or []), Share.parse(share))
+    wrote = share_of.share_keys(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
     typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
 
 @app.command("verify")
 def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split, or a folder of them")]) -> None:
     """Check every prepared split under FOLDER: hashes, index, images and keys."""
-    from data_prep.verify import verify_all
-
-    for split in verify_all(folder):
+    for split in verifying.verify_all(folder):
         typer.echo(f"{split}: whole")
 
 

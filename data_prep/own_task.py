@@ -17,6 +17,7 @@ from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
 from pipeline.config.task_file import TASK_FILE
 from pipeline.errors import UserError, UserErrors, nearest, require_extras
 from pipeline.files.atomic import write_json
+from pipeline.metrics.scoring import metric_names
 
 COLUMNS = ("image", "question", "answer")
 LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called
@@ -50,8 +51,6 @@ def make_task(
     `table` is CSV with a header or JSONL, with image, question and answer per line. Samples on one image stay in one
     split. Raises UserError (UserErrors with one sentence per line) for what cannot be used; nothing is written then.
     """
-    from pipeline.metrics.scoring import metric_names
-
     if metric not in metric_names():
         known = ", ".join(metric_names())
         raise UserError(f"unknown metric '{metric}'; expected one of {known}.{nearest(metric, metric_names())}")
@@ -77,7 +76,7 @@ def make_task(
     for split, members in splits.items():
         write_json(target / f"{split}.json", [_entry(name, row, split) for row in members])
     write_json(target / TASK_FILE, {"name": name, "metric": metric, "max_new_tokens": max_new_tokens})
-    from data_prep.sheet import draw_sheet
+    from data_prep.sheet import draw_sheet  # here: matplotlib, for which a wrong table need not wait
 
     sheet = draw_sheet(
         [(images / row.image if row.image else None, row.question, row.answer) for row in _spread(rows, 10)],

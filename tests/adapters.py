@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.adapter.answering import Question
-from pipeline.adapter.load import FORMAT_VERSION, Adapter, Meta, write_adapter
+from pipeline.adapter.format import Adapter, write_adapter
+from pipeline.adapter.meta import FORMAT_VERSION, Meta
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.method import method_options

@@ -6,12 +6,28 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_prep.nano import CHECKPOINTS
+from pipeline.cli.lazy import lazy
 from pipeline.cli.outcome import App
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_prep.nano import behaviours, keys, language, vision
+    from data_prep.nano import tasks as nano_tasks
+    from data_prep.nano import tokenizer as tokens
+else:
+    torch = lazy("torch")
+    behaviours = lazy("data_prep.nano.behaviours")
+    keys = lazy("data_prep.nano.keys")
+    language = lazy("data_prep.nano.language")
+    nano_tasks = lazy("data_prep.nano.tasks")
+    tokens = lazy("data_prep.nano.tokenizer")
+    vision = lazy("data_prep.nano.vision")
 
 app = App(help=__doc__, add_completion=False)
 
@@ -26,40 +42,34 @@ def train(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     """Train vision tower, key CLIP and language model from scratch and save them as ordinary checkpoints (float16)."""
-    import torch
-
-    from data_prep.nano.behaviours import RowMaker
-    from data_prep.nano.keys import train_keys
-    from data_prep.nano.language import Speaker, build_llava, measure, train_language
-    from data_prep.nano.tokenizer import build_clip_tokenizer, build_tokenizer, save_processors
-    from data_prep.nano.vision import draw_pool, encode, train_vision
-
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.time()
-    pool, fresh = draw_pool(scenes, seed=1), draw_pool(min(2000, scenes), seed=2)
+    pool, fresh = vision.draw_pool(scenes, seed=1), vision.draw_pool(min(2000, scenes), seed=2)
     _say(f"drew {len(pool.scenes)} scenes", started)
-    tower = train_vision(pool, vision_minutes, device)
-    features, pooled = encode(tower, pool.pixels, device)
+    tower = vision.train_vision(pool, vision_minutes, device)
+    features, pooled = vision.encode(tower, pool.pixels, device)
     _say("vision tower trained and features cached", started)
-    clip = train_keys(tower, pooled, pool.scenes, build_clip_tokenizer(), key_minutes, device)
+    clip = keys.train_keys(tower, pooled, pool.scenes, tokens.build_clip_tokenizer(), key_minutes, device)
     clip.cpu().half().save_pretrained(out / "clip")
     _say("key CLIP trained", started)
-    tokenizer = build_tokenizer()
+    tokenizer = tokens.build_tokenizer()
     torch.manual_seed(0)
-    speaker = Speaker.of(build_llava(tower.cpu(), tokenizer), features).to(device)
-    unseen = (RowMaker(tokenizer, fresh.scenes, seed=4), encode(tower.to(device), fresh.pixels, device)[0])
+    speaker = language.Speaker.of(language.build_llava(tower.cpu(), tokenizer), features).to(device)
+    unseen_features = vision.encode(tower.to(device), fresh.pixels, device)[0]
+    unseen = (behaviours.RowMaker(tokenizer, fresh.scenes, seed=4), unseen_features)
 
     def save() -> None:
         kept, speaker.features = speaker.features, features[:0]  # no need to copy the cache
         copy.deepcopy(speaker).cpu().finished().half().save_pretrained(out / "llava")
         speaker.features = kept
 
-    train_language(speaker, RowMaker(tokenizer, pool.scenes, seed=3), unseen, language_minutes, save=save)
+    rows = behaviours.RowMaker(tokenizer, pool.scenes, seed=3)
+    language.train_language(speaker, rows, unseen, language_minutes, save=save)
     save()
-    save_processors(out / "llava", out / "clip")
+    tokens.save_processors(out / "llava", out / "clip")
     speaker.features = unseen[1]
-    typer.echo(measure(speaker, unseen[0], batches=20))
+    typer.echo(language.measure(speaker, unseen[0], batches=20))
     _say(f"saved in {out}", started)
 
 
@@ -69,9 +79,7 @@ def tasks(
     seed: Annotated[int, typer.Option(help="seed of pictures and questions")] = 0,
 ) -> None:
     """Write the six embedded tasks."""
-    from data_prep.nano.tasks import write_coin
-
-    write_coin(root, seed)
+    nano_tasks.write_coin(root, seed)
     typer.echo(f"six tasks in {root}")
 
 

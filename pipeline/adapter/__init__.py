@@ -1,9 +1,21 @@
 """Adapters: what was learned as one portable folder, and what answering with it needs.
 
 `load_adapter` and `export` are the stable names: model cards and notebooks outside the repository import them from
-here.
+here. They are imported on first use, so that editing an adapter loads no model code.
 """
 
-from pipeline.adapter.load import export, load_adapter
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.adapter.from_run import export as export
+    from pipeline.adapter.load import load_adapter as load_adapter
 
 __all__ = ["export", "load_adapter"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        module = {"export": "pipeline.adapter.from_run", "load_adapter": "pipeline.adapter.load"}[name]
+        return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

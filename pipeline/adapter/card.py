@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pipeline.adapter.meta import Meta
 from pipeline.methods import make_method
-
-if TYPE_CHECKING:
-    from pipeline.adapter.load import Meta
 
 SHOWN = ("last", "average", "forgetting", "retention")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.adapter.load import META, Adapter, Meta, read_adapter, write_adapter
+from pipeline.adapter.format import Adapter, read_adapter, write_adapter
+from pipeline.adapter.meta import META, Meta
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import own_penalty, source_of
 from pipeline.data.key_file import IDENTITY_FIELDS

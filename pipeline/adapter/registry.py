@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.adapter.load import export, read_adapter
+from pipeline.adapter.format import read_adapter
+from pipeline.adapter.from_run import export
 from pipeline.prompts.pool import fingerprint_of
 from pipeline.runs.folder import read_run
 from pipeline.runs.provenance import package_versions

@@ -5,15 +5,40 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.bench.sizes import SIZES
+from pipeline.cli.lazy import lazy
 from pipeline.cli.outcome import App
 from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pipeline.bench import clip as clip_bench
+    from pipeline.bench import data as data_bench
+    from pipeline.bench import evaluate as evaluate_bench
+    from pipeline.bench import gpu as gpu_bench
+    from pipeline.bench import keys as keys_bench
+    from pipeline.bench import loader as loader_bench
+    from pipeline.bench import operations as operations_bench
+    from pipeline.bench import serve as serve_bench
+    from pipeline.bench import step as step_bench
+    from pipeline.bench import tasks as tasks_bench
+else:
+    step_bench = lazy("pipeline.bench.step")
+    operations_bench = lazy("pipeline.bench.operations")
+    evaluate_bench = lazy("pipeline.bench.evaluate")
+    tasks_bench = lazy("pipeline.bench.tasks")
+    loader_bench = lazy("pipeline.bench.loader")
+    data_bench = lazy("pipeline.bench.data")
+    keys_bench = lazy("pipeline.bench.keys")
+    clip_bench = lazy("pipeline.bench.clip")
+    serve_bench = lazy("pipeline.bench.serve")
+    gpu_bench = lazy("pipeline.bench.gpu")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 SizeName = Annotated[str, typer.Option("--size", help=f"Shape of the model: {', '.join(SIZES)}.")]
@@ -41,10 +66,8 @@ def step(
     as_json: AsJson = False,
 ) -> None:
     """A training step: ours against the official implementation's and PEFT's prompt tuning."""
-    from pipeline.bench.step import VARIANTS, bench_step
-
-    chosen = tuple(filter(None, variants.split(","))) or VARIANTS
-    show(bench_step(_size(size), samples, rounds, chosen, device, dtype, layers), as_json)
+    chosen = tuple(filter(None, variants.split(","))) or step_bench.VARIANTS
+    show(step_bench.bench_step(_size(size), samples, rounds, chosen, device, dtype, layers), as_json)
 
 
 @app.command()
@@ -52,9 +75,7 @@ def operations(
     samples: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4, as_json: AsJson = False
 ) -> None:
     """A training step's operations at every size by a closed form; nothing is run."""
-    from pipeline.bench.operations import bench_operations
-
-    show(bench_operations(samples), as_json)
+    show(operations_bench.bench_operations(samples), as_json)
 
 
 @app.command()
@@ -64,9 +85,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """The whole accuracy matrix of a run, against one sample after the other."""
-    from pipeline.bench.evaluate import bench_evaluate
-
-    show(bench_evaluate(run, limit), as_json)
+    show(evaluate_bench.bench_evaluate(run, limit), as_json)
 
 
 @app.command()
@@ -82,9 +101,7 @@ def tasks(
     as_json: AsJson = False,
 ) -> None:
     """Training steps and answers with many tasks against few."""
-    from pipeline.bench.tasks import bench_tasks
-
-    show(bench_tasks(_size(size), few, many, samples, rounds, insertion, device, dtype), as_json)
+    show(tasks_bench.bench_tasks(_size(size), few, many, samples, rounds, insertion, device, dtype), as_json)
 
 
 @app.command()
@@ -95,9 +112,7 @@ def loader(
     as_json: AsJson = False,
 ) -> None:
     """Reading by index against sequential WebDataset reading of the same shards."""
-    from pipeline.bench.loader import bench_loader
-
-    show(bench_loader(folder, samples, rounds), as_json)
+    show(loader_bench.bench_loader(folder, samples, rounds), as_json)
 
 
 @app.command()
@@ -116,9 +131,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """What large data costs without a large model: check, prepare, first step, starting again; a synthetic CoIN."""
-    from pipeline.bench.data import bench_data
-
-    show(bench_data(records, folder, index_only, key_width, against), as_json)
+    show(data_bench.bench_data(records, folder, index_only, key_width, against), as_json)
 
 
 @app.command()
@@ -131,9 +144,7 @@ def keys(
     as_json: AsJson = False,
 ) -> None:
     """CLIP keys: the share of the time that is spent in the towers."""
-    from pipeline.bench.keys import bench_keys
-
-    show(bench_keys(_size(size), samples, batch, workers, device), as_json)
+    show(keys_bench.bench_keys(_size(size), samples, batch, workers, device), as_json)
 
 
 @app.command()
@@ -148,12 +159,8 @@ def clip(
     as_json: AsJson = False,
 ) -> None:
     """The exact speed-ups of prompt learning for CLIP, each against the plain path."""
-    from pipeline.bench.clip import SIZES as SHAPES
-    from pipeline.bench.clip import bench_clip
-
-    if size not in SHAPES:
-        raise UserError(f"No size '{size}'; expected one of {', '.join(SHAPES)}.{nearest(size, list(SHAPES))}")
-    show(bench_clip(size, classes, images, rounds, chunk, batches, device), as_json)
+    _require_size(size, list(clip_bench.SIZES))
+    show(clip_bench.bench_clip(size, classes, images, rounds, chunk, batches, device), as_json)
 
 
 @app.command()
@@ -164,9 +171,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """The service as a process on loopback under load, against the same questions one by one."""
-    from pipeline.bench.serve import bench_serve
-
-    show(bench_serve(folder, clients, requests), as_json)
+    show(serve_bench.bench_serve(folder, clients, requests), as_json)
 
 
 @app.command()
@@ -181,13 +186,9 @@ def gpu(
     as_json: AsJson = False,
 ) -> None:
     """All that only a GPU can tell: steps, checkpointing, answers with sets and without, ZeRO-2 and ZeRO-3."""
-    import torch
-
-    from pipeline.bench.gpu import bench_gpu
-
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError("There is no GPU here; start this where there is one, or give --device cpu and --size tiny.")
-    show(bench_gpu(_size(size), samples, answers, rounds, device, out, deadline), as_json)
+    show(gpu_bench.bench_gpu(_size(size), samples, answers, rounds, device, out, deadline), as_json)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
@@ -213,9 +214,13 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _size(name: str) -> str:
-    if name not in SIZES:
-        raise UserError(f"No size '{name}'; expected one of {', '.join(SIZES)}.{nearest(name, list(SIZES))}")
+    _require_size(name, list(SIZES))
     return name
+
+
+def _require_size(name: str, known: list[str]) -> None:
+    if name not in known:
+        raise UserError(f"No size '{name}'; expected one of {', '.join(known)}.{nearest(name, known)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pipeline.bench import measure
 from pipeline.bench.noise import draw_jpeg
 from pipeline.config.paths import PROJECT
 from pipeline.errors import UserError
-from pipeline.serve.server import KEY_VARIABLE
+from pipeline.serve.options import KEY_VARIABLE
 
 MODEL = "bench"
 TIMEOUT_S = 300.0  # for one request

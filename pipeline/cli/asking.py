@@ -14,6 +14,8 @@ from pipeline.cli import completion
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson, Clip, Learned, Model
 from pipeline.cli.outcome import show
+from pipeline.errors import require_extras
+from pipeline.serve.options import Options
 
 if TYPE_CHECKING:
     from pipeline.adapter import chat as chatting
@@ -69,7 +71,8 @@ def serve(
     clip: Clip = None,
 ) -> None:
     """Answer questions over HTTP as OpenAI's chat API does; a key is read from PIPELINE_API_KEY."""
-    options = server.Options(
+    require_extras("serve")
+    options = Options(
         host,
         port,
         batch,

@@ -14,9 +14,9 @@ from pipeline.cli.outcome import show
 
 if TYPE_CHECKING:
     from pipeline.adapter import edit as editing
-    from pipeline.adapter import load as exporting
+    from pipeline.adapter import from_run
 else:
-    editing, exporting = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.load")
+    editing, from_run = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.from_run")
 
 
 def export(
@@ -31,7 +31,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the learned pool of all stages as one portable adapter."""
-    result = exporting.export(run, target, licence)
+    result = from_run.export(run, target, licence)
     if push is not None:
         result["pushed"] = editing.push(target, push, public)
     show(result, as_json)

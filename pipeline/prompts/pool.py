@@ -80,10 +80,11 @@ class PromptPool:
             self._prints[index] = tensor_fingerprint(self.prompts[index])
         return self._prints[index]
 
-    def save(self, path: Path) -> None:
-        """Write the pool as one safetensors file (names in the metadata)."""
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the pool as one safetensors file (names in the metadata), the prompts in this precision."""
+        prompts = self.prompts.to(dtype).cpu().contiguous()
         save_file(
-            {"prompts": self.prompts.cpu().contiguous(), "prototypes": self.prototypes.cpu().contiguous()},
+            {"prompts": prompts, "prototypes": self.prototypes.cpu().contiguous()},
             path,
             metadata={"names": "\n".join(self.names), "format": "prompt-pool-1"},
         )

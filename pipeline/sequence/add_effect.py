@@ -11,23 +11,24 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
+from pipeline.adapter.load import source_of
 from pipeline.config.method import MethodOptions
 from pipeline.config.recipe import Recipe
+from pipeline.data.collate import StageData
 from pipeline.files.paths import command
 from pipeline.methods import make_method
+from pipeline.prompts.routers import States
+from pipeline.ranks.world import World
 from pipeline.runs.folder import read_run
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.prompts.routers import States
-    from pipeline.sequence.data import RunData
+from pipeline.sequence.data import RunData, open_data
 
 NOTICED = 1.0  # percent of an earlier task's samples: less than this is not worth a word
 OFTEN = 5.0  # percent of an earlier task's samples that get the new set: less cannot cost much
@@ -86,10 +87,6 @@ def foretell(run: Path, recipe: Recipe) -> Interference:
     A state that a router learns is not known yet: the one that it makes of the keys stands in for it. Nothing for
     methods and selections that do not compare the scores of tasks.
     """
-    from pipeline.adapter.load import source_of
-    from pipeline.data.collate import StageData
-    from pipeline.prompts.routers import States
-
     router = make_method(recipe.method).routing.router
     if router is None or not _routes(recipe.method):
         return Interference([])
@@ -103,8 +100,6 @@ def foretell(run: Path, recipe: Recipe) -> Interference:
 def counted(run: Path, recipe: Recipe) -> Interference:
     """The effect of the recipe's last stage, with what it has learned, and the scores around it; nothing before the
     matrix has them."""
-    from pipeline.adapter.load import source_of
-
     found = read_run(run)
     last = len(recipe.data.tasks) - 1
     if len(found.accuracy) <= last or last == 0 or None in found.accuracy[last][: last + 1]:
@@ -129,11 +124,6 @@ def _has_gate(method: MethodOptions) -> bool:
 
 
 def _opened(recipe: Recipe) -> RunData:
-    import torch
-
-    from pipeline.ranks.world import World
-    from pipeline.sequence.data import open_data
-
     return open_data(recipe, World(0, 1, 0, torch.device("cpu")))
 
 
@@ -186,8 +176,6 @@ def _interference(recipe: Recipe, data: RunData, states: States) -> Interference
 
 def _similarities(recipe: Recipe, data: RunData, states: States, number: int) -> tuple[Similarities, bool]:
     """The similarities of a task's samples that choices are made with, and whether those were held out."""
-    from pipeline.data.collate import StageData
-
     part, held_out = data.for_choices(number)
     keys = StageData([part]).keys
     scores = make_method(recipe.method).routing.scores(keys, states)

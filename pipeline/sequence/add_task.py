@@ -59,6 +59,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
         raise UserError(f"{run} has learned the task {name} already; choose another name for a new task.")
     if name not in names:
         _require_finished(run, names)
+    # Here: torch and pyarrow take seconds, and what is wrong with the run or the task has been said before.
     from data_prep.prepare import prepare
     from data_prep.split import NotRewritten
 
@@ -97,7 +98,7 @@ def _task(root: Path, name: str) -> TaskConfig:
 
 
 def _require_finished(run: Path, tasks: Sequence[str]) -> None:
-    from pipeline.prompts.stage_files import load_stage
+    from pipeline.prompts.stage_files import load_stage  # torch, see `prepare_addition`
 
     for index, task in enumerate(tasks):
         if load_stage(run, index, task) is None:

@@ -10,13 +10,21 @@ import re
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import UserError, require_extras
+import uvicorn
 
-KEY_VARIABLE = "PIPELINE_API_KEY"
+from pipeline.adapter.answering import Answerer
+from pipeline.adapter.load import source_of
+from pipeline.errors import UserError
+from pipeline.serve.app import LOOPBACK, Service, Settings
+from pipeline.serve.chat import Limits
+from pipeline.serve.connection import ImpatientProtocol
+from pipeline.serve.images import ImageLimits, bound_png_texts
+from pipeline.serve.options import KEY_VARIABLE, Options
+from pipeline.serve.worker import Worker
+
 KEEP_ALIVE_S = 15
 GRACE_S = 10
 TOLD_S = 3  # for those who are told that the server stops to hear it
@@ -25,46 +33,12 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a service is offered; `batch` rows are decoded together, `queue` requests may wait.
-
-    `memory_gib` bounds keys and values, `name` is what clients call the model, `origins` are those of pages that may
-    ask from a browser, `ignore_system` answers requests with system messages, without heeding these, `quiet` leaves out
-    the line per request.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    batch: int = 32
-    queue: int = 256
-    memory_gib: float | None = None
-    max_tokens: int = 256
-    max_pixels: int = 4096 * 4096
-    max_body: int = 8 << 20
-    name: str | None = None
-    origins: tuple[str, ...] = ()
-    ignore_system: bool = False
-    quiet: bool = False
-
-
 def serve(path: Path, options: Options, model: str | None = None, clip: str | None = None) -> None:
     """Serve a run or an adapter until SIGINT or SIGTERM.
 
     The key that clients have to send is in the environment, PIPELINE_API_KEY. Raises UserError for a folder that cannot
     be served, a port that is taken, and an address beyond this machine, or any page of any origin, without a key.
     """
-    require_extras("serve")
-    import uvicorn  # here, and what follows: what the extra `serve` installs
-
-    from pipeline.adapter.answering import Answerer
-    from pipeline.adapter.load import source_of
-    from pipeline.serve.app import LOOPBACK, Service, Settings
-    from pipeline.serve.chat import Limits
-    from pipeline.serve.connection import ImpatientProtocol
-    from pipeline.serve.images import ImageLimits, bound_png_texts
-    from pipeline.serve.worker import Worker
-
     host, key = options.host, os.environ.get(KEY_VARIABLE, "").strip() or None
     if host not in LOOPBACK and key is None:
         raise UserError(
@@ -99,22 +73,28 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     listener.listen(CONNECTIONS)  # before it is announced: who connects at once waits and is not refused
     sets = len(worker.answerer.pool)
 
-    class Server(uvicorn.Server):
-        """Ends what is still being answered after its time with a sentence, where uvicorn would drop it."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            super().handle_exit(sig, frame)
-            late = threading.Timer(GRACE_S, worker.close)
-            late.daemon = True
-            late.start()
-
-    server = Server(config)
+    server = Server(config, worker)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Until uvicorn listens to these itself. It stops on them and then raises them once more: to be told to stop is
         # no failure.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
     server.run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Ends what is still being answered after its time with a sentence, where uvicorn would drop it."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self.worker = worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop as uvicorn does, and close the worker when the time to finish answers is over."""
+        super().handle_exit(sig, frame)
+        late = threading.Timer(GRACE_S, self.worker.close)
+        late.daemon = True
+        late.start()
 
 
 def _check_origins(origins: tuple[str, ...], key: str | None) -> None:

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.edit import merge, prune, push
-from pipeline.adapter.load import META, Adapter, load_adapter, read_adapter, write_adapter
+from pipeline.adapter.format import Adapter, read_adapter, write_adapter
+from pipeline.adapter.load import load_adapter
+from pipeline.adapter.meta import META
 from pipeline.cli.commands import app
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.hub.weights import file_fingerprints

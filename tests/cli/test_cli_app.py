@@ -85,7 +85,7 @@ def test_the_licence_is_given_in_either_spelling(option: str, tmp_path: Path, mo
         given.append(licence)
         return {}
 
-    monkeypatch.setattr("pipeline.adapter.load.export", export)
+    monkeypatch.setattr("pipeline.adapter.from_run.export", export)
     assert run("export", str(tmp_path), str(tmp_path / "adapter"), option, "cc-by-4.0").exit_code == EXIT_OK
     assert given == ["cc-by-4.0"]
 

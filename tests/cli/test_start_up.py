@@ -20,10 +20,12 @@ NEEDED = {
     "pipeline.report.page": ("matplotlib",),
     "pipeline.clip.benchmark.report": (),
     "pipeline.data.shards": ("pyarrow",),
-    "pipeline.adapter.load": ("torch",),
+    "pipeline.adapter.from_run": ("torch",),
+    "pipeline.adapter.edit": ("torch",),
+    "pipeline.adapter.load": ("torch", "transformers"),
     "pipeline.adapter.predict": ("torch", "transformers"),
     "pipeline.sequence.add_task": (),
-    "data_prep.own_task": ("torch",),
+    "data_prep.own_task": (),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.adapter.load import export
+from pipeline.adapter import export
 from pipeline.cli.commands import app
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.sequence.run import evaluate_run, run_sequence

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import pipeline.prompts.embedding
 import pipeline.prompts.model
 import pipeline.sequence.evaluate
-from pipeline.adapter.load import export
+from pipeline.adapter import export
 from pipeline.adapter.predict import predict
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.lmm import LMM, load_lmm

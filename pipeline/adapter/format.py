@@ -1,0 +1,93 @@
+"""The adapter as a folder: written, and read with everything that is recorded of it checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.adapter.card import card
+from pipeline.adapter.meta import CARD, FORMAT_VERSION, META, PROJECTOR, TENSORS, Meta
+from pipeline.backbones.lmm import DTYPES
+from pipeline.config.method import of_a_record
+from pipeline.errors import UserError
+from pipeline.files.atomic import replacing, sha256, write_json
+from pipeline.prompts.pool import PromptPool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: what it holds and what it belongs to."""
+
+    meta: Meta
+    pool: PromptPool
+    projector: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
+    """Write an adapter into a new, empty or adapter's folder and return what it holds.
+
+    `prompts.safetensors` has prompts [T, L, D] in the model's precision and prototypes [T, K]; `adapter.json` says what
+    they belong to and how sets are selected, `README.md` the same for people; a trained image projector is
+    `projector.safetensors`.
+    """
+    refuse_foreign(target)
+    pool, dtype = adapter.pool, DTYPES[adapter.meta.model.dtype]
+    with replacing(target / TENSORS) as temporary:
+        pool.save(temporary, dtype)
+    (target / PROJECTOR).unlink(missing_ok=True)
+    if adapter.projector:
+        with replacing(target / PROJECTOR) as temporary:
+            save_file({k: v.to(dtype).contiguous() for k, v in adapter.projector.items()}, temporary)
+    sums = {"sha256": sha256(target / TENSORS)}
+    sums["projector_sha256"] = sha256(target / PROJECTOR) if adapter.projector else ""
+    meta = adapter.meta.model_copy(update={"sets": pool.names, **sums})
+    write_json(target / META, meta.model_dump(mode="json"))
+    with replacing(target / CARD) as temporary:
+        temporary.write_text(card(meta, tuple(pool.prompts.shape)), encoding="utf-8")
+    size = sum(path.stat().st_size for path in target.iterdir())
+    return {"adapter": str(target), "sets": pool.names, "bytes": size}
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter's folder; UserError when it is none, damaged, or of another format."""
+    try:
+        content = json.loads((folder / META).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"'{folder}' has no {META}; expected the folder of an adapter, which `python -m pipeline export` writes."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / META} is not JSON ({error}); export the run again.") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise UserError(f"{folder} has adapter format {found}, expected {FORMAT_VERSION}; export the run again.")
+    try:
+        meta = Meta.model_validate({**content, "method": of_a_record(content.get("method"))})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / META}: {place}: {first['msg']}; export the run again.") from None
+    for name, sum_ in ((TENSORS, meta.sha256), (PROJECTOR, meta.projector_sha256)):
+        if (name == TENSORS or sum_) and (not (folder / name).is_file() or sha256(folder / name) != sum_):
+            raise UserError(f"{folder / name} is missing or not the file that {META} describes; export the run again.")
+    try:
+        pool = PromptPool.load(folder / TENSORS)
+        projector = load_file(folder / PROJECTOR) if meta.projector == "trained" else {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the tensors of {folder} cannot be read ({error}); export the run again.") from None
+    if pool.names != meta.sets or len(pool.prompts) != len(pool.names) or len(pool.prototypes) != len(pool.names):
+        raise UserError(f"{folder / TENSORS} does not hold the sets that {META} names; export the run again.")
+    return Adapter(meta, pool, projector)
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise UserError unless the folder is new, empty or an adapter's."""
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / META).is_file())):
+        raise UserError(f"'{target}' exists and is not an adapter; expected a new or empty folder.")

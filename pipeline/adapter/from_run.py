@@ -1,0 +1,93 @@
+"""A run's learned pool as an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.adapter.format import Adapter, refuse_foreign, write_adapter
+from pipeline.adapter.meta import FORMAT_VERSION, Meta
+from pipeline.backbones.clip import key_identity
+from pipeline.backbones.lmm import base_fingerprint
+from pipeline.config.load import load_run
+from pipeline.config.recipe import Recipe
+from pipeline.data.key_file import IDENTITY_FIELDS
+from pipeline.errors import UserError
+from pipeline.methods import make_method
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.stage_files import load_stage
+from pipeline.runs.claim import check_stage
+from pipeline.runs.folder import read_run
+from pipeline.runs.layout import stage_folder
+from pipeline.runs.recorded import recorded_base_model
+
+
+def read_pool(run: Path, recipe: Recipe) -> PromptPool:
+    """Return the pool of a run's finished stages.
+
+    Raises UserError when no stage is finished, one is damaged, or model or CLIP are not those it was trained with.
+    """
+    identity = key_identity(*recipe.keys.source)
+    expected = {
+        "base_model": base_fingerprint(recipe.model, recorded_base_model(run)),
+        "clip": {name: identity[name] for name in IDENTITY_FIELDS},
+    }
+    pool = PromptPool()
+    stages = make_method(recipe.method).stages([task.name for task in recipe.data.tasks])
+    for index, stage in enumerate(stages):
+        checkpoint = load_stage(run, index, stage.name)
+        if checkpoint is None:
+            break
+        check_stage(stage_folder(run, index, stage.name), checkpoint.meta, expected)
+        pool.append(stage.name, checkpoint.prompt, checkpoint.prototype)
+    if stages and not len(pool):
+        raise UserError(f"{run} has no finished stage yet; let `python -m pipeline run` finish at least one.")
+    return pool
+
+
+def read_projector(run: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """Return the image projector as the last finished stage left it, by its names in the projector.
+
+    Empty when `train.projector` is frozen. `read_pool` has checked the stages.
+    """
+    projector: dict[str, Tensor] = {}
+    for index, stage in enumerate(make_method(recipe.method).stages([task.name for task in recipe.data.tasks])):
+        checkpoint = load_stage(run, index, stage.name)
+        if checkpoint is None:
+            break
+        projector = checkpoint.projector
+    return projector
+
+
+def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any]:
+    """Write a run's adapter into the folder `target` and return what it holds.
+
+    Raises UserError as `read_pool`, and when `target` holds something else.
+    """
+    recipe = load_run(run)
+    refuse_foreign(target)
+    pool = read_pool(run, recipe)
+    if not len(pool):
+        raise UserError(f"{run} learned nothing (method {recipe.method.name}); there is no adapter to export.")
+    scored = read_run(run)
+    meta = Meta(
+        format=FORMAT_VERSION,
+        sets=pool.names,
+        tasks=[task.name for task in recipe.data.tasks],
+        recipe=recipe.name,
+        method=recipe.method.after(len(recipe.data.tasks)),
+        model=recipe.model,
+        clip=recipe.keys,
+        base_model=base_fingerprint(recipe.model, recorded_base_model(run)),
+        keys=key_identity(*recipe.keys.source),
+        max_new_tokens=max(task.max_new_tokens for task in recipe.data.tasks),
+        projector=recipe.train.projector,
+        repetition_penalty=recipe.evaluate.repetition_penalty,
+        scores=dict(zip(scored.tasks, scored.last_scores, strict=True)),
+        metrics={name: value for name, value in scored.metrics().items() if value is not None},
+        licence=licence,
+    )
+    projector = read_projector(run, recipe) if recipe.train.projector == "trained" else {}
+    return write_adapter(Adapter(meta, pool, projector), target)

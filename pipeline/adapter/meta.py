@@ -1,0 +1,37 @@
+"""adapter.json: what an adapter holds and what it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config.method import MethodField
+from pipeline.config.models import KeysConfig, ModelConfig
+
+FORMAT_VERSION = 2
+TENSORS, META, PROJECTOR, CARD = "prompts.safetensors", "adapter.json", "projector.safetensors", "README.md"
+
+
+class Meta(BaseModel):
+    """What stands in adapter.json."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    format: int
+    sets: list[str]
+    tasks: list[str]
+    recipe: str
+    method: MethodField
+    model: ModelConfig
+    clip: KeysConfig
+    base_model: str  # fingerprint
+    keys: dict[str, str]  # identity of the CLIP
+    max_new_tokens: int
+    projector: str = "frozen"
+    repetition_penalty: float | Literal["checkpoint"] = "checkpoint"  # which adapters of earlier versions had
+    scores: dict[str, float | None] = {}  # task -> last score in percent
+    metrics: dict[str, Any] = {}
+    licence: str | None = None
+    sha256: str = ""  # of the prompt sets
+    projector_sha256: str = ""  # empty in adapters of earlier versions, and without a trained projector
