@@ -16,12 +16,13 @@ from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.method import MethodOptions
 from pipeline.config.models import KeysConfig, ModelConfig
-from pipeline.data.collate import Examples, StageData, collate_prompts
-from pipeline.data.conversation import Example
+from pipeline.data.collate import Examples, collate_prompts
+from pipeline.data.example import Example
 from pipeline.data.keys import Keys
 from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.selection import Selection
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets

@@ -18,8 +18,9 @@ from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.bench import measure
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
-from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.prompts.generation import generate_once

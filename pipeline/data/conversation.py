@@ -1,10 +1,12 @@
-"""From a sample to tokens: the prompt in the model's own form of conversation, and the answers that are learned."""
+"""From a sample to tokens: the prompt in the model's own form of conversation, and the answers that are learned.
+
+One file because prompt, answer, further turns and image of a sample go through one processor: how each is tokenised
+depends on what the template puts before it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.example import Example, Length, picture_digest
 from pipeline.data.image_sizes import ImageShape, ImageSizes, image_sizes
 from pipeline.data.pictures import SQUARE_SIDE, squared
 from pipeline.data.plain_text import PlainText
@@ -30,47 +33,6 @@ VICUNA_SYSTEM = (
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # an answer that no template changes and no question holds
 PLACE = "\ue000"  # the same for a question
 TOO_LONG = ("refuse", "skip", "truncate")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised sample: `prompt` (first token, image tokens, question) and `answer` (with the end token).
-
-    Further turns follow in `answer`; `learned` then marks its tokens that are answers.
-    """
-
-    id: str
-    prompt: list[int]
-    answer: list[int]
-    images: dict[str, Tensor] | None  # `ImageSizes.inputs`; crops or patches in the first dimension
-    learned: list[bool] | None = None
-    picture: bytes = b""  # digest of the image file: equal for equal images, empty without one
-
-    @property
-    def labels(self) -> list[int]:
-        """What is learned of `answer`: its tokens, -100 for those of further questions."""
-        if self.learned is None:
-            return self.answer
-        return [token if learn else -100 for token, learn in zip(self.answer, self.learned, strict=True)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
-        pixels = sum(value.nbytes for value in (self.images or {}).values())
-        return pixels + 36 * (len(self.prompt) + len(self.answer))  # a Python int in a list: 28 + 8 bytes
-
-
-@dataclass(frozen=True)
-class Length:
-    """Tokens of a sample: of its prompt, the image's `image` among them, and of its answer with the end token."""
-
-    prompt: int
-    answer: int
-    image: int
-
-    @property
-    def all(self) -> int:
-        return self.prompt + self.answer
 
 
 class Conversation:
@@ -349,8 +311,3 @@ class Conversation:
     def decode(self, tokens: list[int]) -> str:
         """The text of generated tokens up to the end token."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-
-def picture_digest(image: bytes | None) -> bytes:
-    """Equal for equal image files, empty without one."""
-    return b"" if image is None else hashlib.blake2b(image, digest_size=16).digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.data.conversation import Example
+from pipeline.data.example import Example
 
 CACHE_BYTES = 256 << 20
 

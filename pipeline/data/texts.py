@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.data.collate import StageData
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 
 READERS = 8  # threads, which wait for the file system most of the time
 AT_ONCE = 2048  # samples that they are given at a time

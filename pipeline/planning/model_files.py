@@ -19,7 +19,8 @@ from transformers import AutoConfig
 from pipeline.backbones.lmm import load_processor
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.config.recipe import Recipe
-from pipeline.data.conversation import Conversation, Example
+from pipeline.data.conversation import Conversation
+from pipeline.data.example import Example
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.hub import repository as hub

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.conversation import Conversation, Length
+from pipeline.data.conversation import Conversation
+from pipeline.data.example import Length
 from pipeline.data.image_sizes import ImageShape
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards

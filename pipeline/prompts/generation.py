@@ -13,7 +13,7 @@ from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.console.progress import counted
 from pipeline.data.collate import Batch, Examples, collated
-from pipeline.data.conversation import Example
+from pipeline.data.example import Example
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.loader import loaded
 from pipeline.data.prompt_lengths import prompt_lengths

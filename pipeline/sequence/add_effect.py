@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.adapter.load import source_of
 from pipeline.config.method import MethodOptions
 from pipeline.config.recipe import Recipe
-from pipeline.data.collate import StageData
+from pipeline.data.stage_data import StageData
 from pipeline.files.paths import command
 from pipeline.methods import make_method
 from pipeline.prompts.routers import States

@@ -15,13 +15,13 @@ import numpy as np
 from pipeline.config.data import DataConfig
 from pipeline.config.recipe import Recipe
 from pipeline.config.train import TrainConfig
-from pipeline.data.collate import StageData
 from pipeline.data.grouped_order import GroupedOrder, image_groups
 from pipeline.data.held_out import Rows, held_out_rows, other_rows
 from pipeline.data.keys import Keys, PickedKeys
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stage_data import StageData
 from pipeline.data.stored_pictures import require_upright
 from pipeline.errors import UserError
 from pipeline.metrics.scoring import require_metrics

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.lmm import LMM
-from pipeline.data.collate import Samples
-from pipeline.data.conversation import picture_digest
+from pipeline.data.example import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stage_data import Samples
 from pipeline.data.stored_pictures import UPRIGHT, changed_pictures
 from pipeline.errors import UserError
 from pipeline.files.atomic import sweep_temporaries

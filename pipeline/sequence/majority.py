@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.collate import StageData
+from pipeline.data.stage_data import StageData
 from pipeline.files.atomic import write_if_other
 from pipeline.metrics.blind import majority_score
 from pipeline.sequence.answers import SCORES_VERSION

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
-from pipeline.data.collate import Examples, MicroBatches, StageData
+from pipeline.data.collate import Examples, MicroBatches
+from pipeline.data.stage_data import StageData
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import told_what_helps
 from pipeline.prompts.pool import PromptPool, fingerprint_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from pipeline.data.collate import StageData
+from pipeline.data.stage_data import StageData
 from pipeline.data.texts import Texts
 
 

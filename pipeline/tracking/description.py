@@ -7,10 +7,76 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.files.passwords import masked
+from pipeline.runs import provenance
 from pipeline.runs.folder import RunFolder, Scores
+from pipeline.runs.layout import CONFIG
 from pipeline.runs.provenance import dataset_fingerprint
+from pipeline.tracking.tracker import RunFacts
 
 DIGEST = 36  # most characters that MLflow takes
+BATCH = 100  # MLflow takes at most 100 parameters in one call
+PARAM_CHARS = 6000
+
+
+class RunDescription:
+    """Writes what a run depends on into its run in an MLflow store."""
+
+    def __init__(self, client: Any, facts: RunFacts, run_path: Path) -> None:
+        self.client, self.facts, self.run_path = client, facts, run_path
+
+    def write(self, run_id: str, state: Mapping[str, Any], is_new: bool) -> None:
+        """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
+
+        A parameter cannot change in MLflow: the tag `changed.<name>` holds what it is now.
+        """
+        tags = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
+        tags |= provenance.describe(self.facts.prepared, self.facts.tasks)
+        tags |= self._changed_params(run_id)
+        for name, value in tags.items():
+            self.client.set_tag(run_id, name, value[:PARAM_CHARS])
+        self._log_inputs(run_id)
+        changes = provenance.uncommitted_changes()
+        if changes or not is_new:
+            self.client.log_text(run_id, changes or "", "uncommitted.diff")
+        config = self.run_path / CONFIG
+        if config.is_file():
+            # As text: a folder that an earlier version made may still hold a password.
+            self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)
+
+    def _log_inputs(self, run_id: str) -> None:
+        """Log the prepared data as inputs; those of an earlier attempt are known already."""
+        known = self.client.get_run(run_id).inputs
+        logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
+        inputs = dataset_inputs(self.facts.prepared, self.facts.tasks)
+        new = [found for found in inputs if (found.dataset.name, found.dataset.digest) not in logged]
+        if new:
+            self.client.log_inputs(run_id, datasets=new)
+
+    def _settings(self) -> dict[str, str]:
+        """The recipe as parameters, without a password in the store's own address."""
+        settings = flatten(self.facts.settings)
+        return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
+
+    def _changed_params(self, run_id: str) -> dict[str, str]:
+        """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
+        logged = self.client.get_run(run_id).data
+        values = self._settings()
+        send_params(self.client, run_id, {key: value for key, value in values.items() if key not in logged.params})
+        tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
+        for name in logged.tags:
+            if name.startswith("changed.") and name not in tags:
+                self.client.delete_tag(run_id, name)  # it is again as it was
+        return tags
+
+
+def send_params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    """Log parameters of a run that it does not have yet."""
+    from mlflow.entities import Param  # MLflow takes two seconds to import, and only rank 0 of a tracked run needs it
+
+    params = [Param(key, value[:PARAM_CHARS]) for key, value in values.items()]
+    for start in range(0, len(params), BATCH):
+        client.log_batch(run_id, params=params[start : start + BATCH])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
 from pipeline.files.passwords import masked
-from pipeline.runs import provenance
 from pipeline.runs.folder import read_run
-from pipeline.runs.layout import CONFIG, MATRIX, REPORT
-from pipeline.tracking.description import dataset_inputs, flatten, note
+from pipeline.runs.layout import MATRIX, REPORT
+from pipeline.tracking.description import PARAM_CHARS, RunDescription, flatten, note, send_params
 from pipeline.tracking.store import first_line, open_store, store_in_use, tracking_uri
 from pipeline.tracking.tracker import Register, RunFacts, StoredRun, never
 from pipeline.tracking.waiting_metrics import WaitingMetrics
@@ -27,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "FINISHED"
 RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
-BATCH = 100  # MLflow takes at most 100 parameters in one call
 PREDICTIONS = 20  # per task, as a sample
-PARAM_CHARS = 6000
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
 SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the numbers of the last stage
 
@@ -42,6 +39,7 @@ class MlflowTracker:
         self.run_path = run_path
         self.uri = tracking_uri(facts.tracking.uri)
         self.client, self.experiment_id = open_store(self.uri, facts.tracking.experiment or facts.name)
+        self._description = RunDescription(self.client, facts, run_path)
         self._parent: str | None = None
         self._open: list[str | None] = []  # the runs that are open, innermost last
         self._stages: dict[str, str] = {}
@@ -71,7 +69,8 @@ class MlflowTracker:
             ) from error
         self._parent = self._waiting.parent = run_id
         with self._running(run_id):
-            self._describe(state, is_new)
+            with self._tolerant("describing the run"):
+                self._description.write(run_id, state, is_new)
             yield
 
     @contextmanager
@@ -88,7 +87,7 @@ class MlflowTracker:
             run_id, is_new = self._start(self._stages.get(label), label, tags)
             self._stages[label] = run_id
             if is_new:
-                self._send_params(run_id, {"stage": str(index + 1), "task": name, "method": self.facts.method})
+                send_params(self.client, run_id, {"stage": str(index + 1), "task": name, "method": self.facts.method})
         with self._running(run_id):
             yield
 
@@ -107,7 +106,9 @@ class MlflowTracker:
             return
         with self._tolerant("logging parameters"):
             logged = self.client.get_run(run_id).data.params  # immutable in MLflow: a restart must not send them again
-            self._send_params(run_id, {key: value for key, value in flatten(values).items() if key not in logged})
+            send_params(
+                self.client, run_id, {key: value for key, value in flatten(values).items() if key not in logged}
+            )
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         run_id = self._current()
@@ -234,60 +235,6 @@ class MlflowTracker:
             if run_id is not None and not (kept and self._left_finished):
                 with self._tolerant("closing a run"):
                     self.client.set_terminated(run_id, FINISHED if kept else status)
-
-    def _describe(self, state: Mapping[str, Any], is_new: bool) -> None:
-        """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
-
-        A parameter cannot change in MLflow: the tag `changed.<name>` holds what it is now.
-        """
-        run_id = self._current()
-        assert run_id is not None
-        with self._tolerant("describing the run"):
-            tags = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
-            tags |= provenance.describe(self.facts.prepared, self.facts.tasks)
-            tags |= self._changed_params(run_id)
-            for name, value in tags.items():
-                self.client.set_tag(run_id, name, value[:PARAM_CHARS])
-            self._log_inputs(run_id)
-            changes = provenance.uncommitted_changes()
-            if changes or not is_new:
-                self.client.log_text(run_id, changes or "", "uncommitted.diff")
-            config = self.run_path / CONFIG
-            if config.is_file():
-                # As text: a folder that an earlier version made may still hold a password.
-                self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)
-
-    def _log_inputs(self, run_id: str) -> None:
-        """Log the prepared data as inputs; those of an earlier attempt are known already."""
-        known = self.client.get_run(run_id).inputs
-        logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
-        inputs = dataset_inputs(self.facts.prepared, self.facts.tasks)
-        new = [found for found in inputs if (found.dataset.name, found.dataset.digest) not in logged]
-        if new:
-            self.client.log_inputs(run_id, datasets=new)
-
-    def _settings(self) -> dict[str, str]:
-        """The recipe as parameters, without a password in the store's own address."""
-        settings = flatten(self.facts.settings)
-        return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
-
-    def _changed_params(self, run_id: str) -> dict[str, str]:
-        """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
-        logged = self.client.get_run(run_id).data
-        values = self._settings()
-        self._send_params(run_id, {key: value for key, value in values.items() if key not in logged.params})
-        tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
-        for name in logged.tags:
-            if name.startswith("changed.") and name not in tags:
-                self.client.delete_tag(run_id, name)  # it is again as it was
-        return tags
-
-    def _send_params(self, run_id: str, values: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, value[:PARAM_CHARS]) for key, value in values.items()]
-        for start in range(0, len(params), BATCH):
-            self.client.log_batch(run_id, params=params[start : start + BATCH])
 
     def _entries(self, values: Mapping[str, float | None], step: int, model_id: str | None = None) -> list[Metric]:
         from mlflow.entities import Metric

@@ -12,9 +12,11 @@ from PIL import Image
 from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import load_processor
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, StageData, collate
-from pipeline.data.conversation import Conversation, Example
+from pipeline.data.collate import Examples, collate
+from pipeline.data.conversation import Conversation
+from pipeline.data.example import Example
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from tests import tiny
 from tests.backbones.tiny_families import FAMILIES

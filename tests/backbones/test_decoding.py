@@ -12,8 +12,9 @@ import torch
 
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
-from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.selection import Selection
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from tests.backbones.test_families import EVERY, NEW, NONE, SAMPLES, plain_answer, plain_inputs, seen
 from tests.training.worlds import make_samples

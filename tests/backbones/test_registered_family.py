@@ -15,7 +15,8 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.backbones.lmm_families import family_of, known_families
 from pipeline.config import registry
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, StageData, collate_prompts
+from pipeline.data.collate import Examples, collate_prompts
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from tests.backbones.test_families import EVERY, NEW, NONE, SAMPLES, plain_answer, plain_inputs, seen
 from tests.backbones.tiny_families import FAMILIES

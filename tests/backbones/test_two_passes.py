@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM
-from pipeline.data.collate import Batch, Examples, StageData, collate
+from pipeline.data.collate import Batch, Examples, collate
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.insertion import insertion_place

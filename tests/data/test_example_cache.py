@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.data.conversation import Example
+from pipeline.data.example import Example
 from pipeline.data.example_cache import ExampleCache
 
 

@@ -14,8 +14,8 @@ import yaml
 from data_prep.prepare import prepare
 from pipeline.config.load import load_recipe, load_run
 from pipeline.config.recipe import Recipe
-from pipeline.data.collate import StageData
 from pipeline.data.held_out import held_out_rows, other_rows
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.ranks.world import World
 from pipeline.runs.claim import claim_run

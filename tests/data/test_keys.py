@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 import pipeline.prompts.routers.mean as mean
-from pipeline.data.collate import Examples, StageData, collate
-from pipeline.data.conversation import Example
+from pipeline.data.collate import Examples, collate
+from pipeline.data.example import Example
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.ids import Ids
 from pipeline.data.keys import AnyKeys, ChainedRows, Keys, join_keys, read_keys
+from pipeline.data.stage_data import StageData
 from pipeline.prompts.pool import PromptPool
 from tests.training.worlds import make_recipe, make_samples
 

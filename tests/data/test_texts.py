@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.data.checksums import CHECKSUMS_FILE, write_checksums
-from pipeline.data.collate import StageData
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
 from pipeline.data.shard_files import ShardFiles
 from pipeline.data.shards import IndexedShards
+from pipeline.data.stage_data import StageData
 from pipeline.data.texts import Texts
 from pipeline.errors import UserError
 from tests.training.worlds import make_samples

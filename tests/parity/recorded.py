@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.adapter.answering import SampleList
-from pipeline.data.collate import Examples, StageData
-from pipeline.data.conversation import Conversation, Example
+from pipeline.data.collate import Examples
+from pipeline.data.conversation import Conversation
+from pipeline.data.example import Example
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool
 from tests import tiny

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.data.collate import StageData
 from pipeline.data.selection import Selection
+from pipeline.data.stage_data import StageData
 from pipeline.files.atomic import write_json
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data.collate import StageData
 from pipeline.data.selection import Selection
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.sequence import answers
 from tests.prompts.test_reuse import Generated, run

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, StageData
+from pipeline.data.collate import Examples
 from pipeline.data.selection import Selection, as_selection
+from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted
 from pipeline.prompts.generation import Conditions, InsertedSets
 from pipeline.prompts.pool import PromptPool

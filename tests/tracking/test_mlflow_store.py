@@ -79,7 +79,7 @@ def test_ranks_are_told_a_password_by_their_environment_and_not_by_their_argumen
 
 def test_neither_parameters_nor_the_uploaded_recipe_hold_a_password(store: Path, tmp_path: Path) -> None:
     tracker: Any = make_tracker(sequence_facts(recipe(store)), tmp_path / "small-s0", rank=0)
-    tracker.facts = sequence_facts(recipe(SECRET))
+    tracker._description.facts = sequence_facts(recipe(SECRET))
     (tmp_path / "small-s0").mkdir()
     (tmp_path / "small-s0" / "config.yaml").write_text(f"tracking: {{uri: {SECRET}}}\n")  # as versions before wrote it
     with tracker.sequence({}):

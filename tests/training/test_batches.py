@@ -9,10 +9,11 @@ import torch
 
 from pipeline.backbones.lmm import load_lmm, load_processor
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, MicroBatches, StageData, collate, collate_prompts
+from pipeline.data.collate import Examples, MicroBatches, collate, collate_prompts
 from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from tests import tiny
 from tests.training.worlds import make_samples

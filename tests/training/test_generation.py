@@ -11,10 +11,12 @@ import torch
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, StageData
-from pipeline.data.conversation import Conversation, Example
+from pipeline.data.collate import Examples
+from pipeline.data.conversation import Conversation
+from pipeline.data.example import Example
 from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 from pipeline.prompts import generation
 from pipeline.prompts.generation import Conditions, Decoding, InsertedSets, generate_answers
 from tests.training.worlds import make_pool, make_samples

@@ -22,10 +22,11 @@ from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.check.features import check_kept_features
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipe import Recipe
-from pipeline.data.collate import Examples, StageData, collate
+from pipeline.data.collate import Examples, collate
 from pipeline.data.conversation import KEPT
 from pipeline.data.kept_features import KeptFeatures, SplitFeatures
 from pipeline.data.sample import Sample
+from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.lock import FileLock
 from pipeline.planning.model_files import ModelFiles

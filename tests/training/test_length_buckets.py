@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from pipeline.backbones.lmm import load_processor
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Examples, StageData, collate
+from pipeline.data.collate import Examples, collate
 from pipeline.data.conversation import Conversation
 from pipeline.data.order import Order
+from pipeline.data.stage_data import StageData
 from pipeline.sequence import data as run_data
 from pipeline.sequence import run as sequence
 from tests.e2e.conftest import recipe_on

@@ -12,8 +12,9 @@ import torch
 
 from pipeline.backbones.lmm import load_lmm
 from pipeline.config.models import ModelConfig
-from pipeline.data.collate import Batch, Examples, StageData, collate
+from pipeline.data.collate import Batch, Examples, collate
 from pipeline.data.conversation import Conversation
+from pipeline.data.stage_data import StageData
 from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
 from pipeline.prompts.model import PromptedLMM
 from pipeline.training.normaliser import Normaliser
