@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
+from pipeline.methods.modalprompt import ModalPromptOptions
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "switches.md"
 
@@ -47,7 +48,8 @@ def test_default_and_official_value_are_those_of_the_recipes(
     field: str, named: list[str], official: str, default: str
 ) -> None:
     section, name = field.split(".")
-    described = Recipe.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+    group: Any = ModalPromptOptions if section == "method" else Recipe.model_fields[section].annotation
+    described = group.model_fields[name]
     choices = getattr(described.annotation, "__args__", ())
     if named and all(isinstance(choice, str) for choice in choices):
         assert set(named) == set(choices)
