@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
+from data_prep.shards import dataset_fingerprint, write_shards
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, FINGERPRINT, INDEX_FILE, KEYS_FILE, SHARD_NAME, read_description
 
@@ -133,8 +134,6 @@ def write_prepared(root: Path, counts: Counts, identity: dict[str, str], width: 
 
 
 def _write_linked(folder: Path, task: str, split: str, count: int) -> None:
-    from data_prep.shards import dataset_fingerprint, write_shards
-
     def read(start: int) -> list[Sample]:
         return [
             Sample(

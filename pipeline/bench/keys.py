@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from data_prep.keys import write_keys
+from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.bench import measure
 from pipeline.bench.noise import write_noise
 from pipeline.bench.sizes import SIZES, Size
 from pipeline.config.paths import PROJECT
+from pipeline.data.shards import KEYS_FILE
 
 TOKENIZER = "data_prep/nano/checkpoints/clip"
 
@@ -24,10 +27,6 @@ def bench_keys(
     size_name: str = "base", samples: int = 128, batch: int = 32, workers: int = 2, device: str = "cpu"
 ) -> dict[str, Any]:
     """Compute the keys of photographs of noise with a random CLIP and tell how the time was spent."""
-    from data_prep.keys import write_keys
-    from pipeline.backbones.clip import KeyEncoder, key_identity
-    from pipeline.data.shards import KEYS_FILE
-
     size = SIZES[size_name]
     with TemporaryDirectory() as temporary:
         clip, split = save_clip(Path(temporary) / "clip", size), write_noise(Path(temporary) / "split", samples)

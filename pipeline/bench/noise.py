@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.shards import write_shards
 from pipeline.data.sample import Sample
 
 WIDTH, HEIGHT = 640, 480  # of a usual photograph in CoIN
@@ -16,8 +17,6 @@ DRAWN = 64  # so many pictures are drawn; further ones differ from them by a few
 
 def write_noise(folder: Path, samples: int, shard_samples: int = 500) -> Path:
     """Write shards and index of so many samples with a JPEG of about 150 kB each, all different; returns `folder`."""
-    from data_prep.shards import write_shards
-
     pictures = [draw_jpeg(number) for number in range(min(samples, DRAWN))]
 
     def read(start: int) -> list[Sample]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pipeline.config import registry
 from pipeline.config.messages import model_in, variants_of
 from pipeline.config.method import DEFAULT, FromRegistry
+from pipeline.config.recipe import Recipe
 
 
 def dotted_fields(content: dict[str, Any]) -> dict[str, list[str]]:
@@ -18,11 +19,9 @@ def dotted_fields(content: dict[str, Any]) -> dict[str, list[str]]:
     A field of a list of groups is named by the items' names, as `--set data.tasks.Count.limit_test=5` does.
     """
     if content.get("kind") == "clip":
-        from pipeline.clip.recipe import ClipRecipe
+        from pipeline.clip.recipe import ClipRecipe  # torch, which the fields of a task sequence do not need
 
         return dict(_fields(ClipRecipe, content, ""))
-    from pipeline.config.recipe import Recipe
-
     return dict(_fields(Recipe, content, ""))
 
 

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UserError
-from pipeline.files.atomic import replacing
 from pipeline.metrics.continual import retention_per_task
 from pipeline.report.figures import (
     cell_colours,
@@ -24,15 +23,14 @@ from pipeline.report.figures import (
     save,
     similarity_figure,
 )
+from pipeline.report.html import write_page
 from pipeline.report.listing import narrow
 from pipeline.report.predictions import examples, routing_shares, similarity_distributions
 from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.runs.folder import RunFolder, Scores, read_run
-from pipeline.runs.layout import REPORT
 
 __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
 FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
@@ -43,39 +41,27 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
 
     Works on a run in progress, with what is there. Raises UserError when a folder is missing or is not a run.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     run = read_run(run_path)
     runs = [run, *(read_run(other) for other in others)]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "cell": _cell_style, "spread": _spread, "amount": _amount}
     shown: dict[str, list[dict[str, Any]]] = {}
     for example in examples(run):
         shown.setdefault(example["task"], []).append(example)
-    html = environment.get_template("report.html.j2").render(
-        run=run,
-        facts=_facts(run),
-        header=comparison_header(run.tasks),
-        comparison=comparison_rows(runs),
-        seeds=seed_rows(runs),
-        matrix=_matrix_rows(run),
-        metric_runs=[other.name for other in runs],
-        metrics=metric_rows(runs),
-        routing=[(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
-        figures=_figures(run, runs),
-        costs=cost_rows(run),
-        examples=shown,
-    )
-    page = run_path / REPORT
-    with replacing(page) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    return page
+    page = {
+        "run": run,
+        "facts": _facts(run),
+        "header": comparison_header(run.tasks),
+        "comparison": comparison_rows(runs),
+        "seeds": seed_rows(runs),
+        "matrix": _matrix_rows(run),
+        "metric_runs": [other.name for other in runs],
+        "metrics": metric_rows(runs),
+        "routing": [(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
+        "figures": _figures(run, runs),
+        "costs": cost_rows(run),
+        "examples": shown,
+    }
+    filters = {"percent": _percent, "cell": _cell_style, "spread": _spread, "amount": _amount}
+    return write_page(run_path, "report.html.j2", filters, page)
 
 
 def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:

@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.clip.benchmark.results import UnitResult, results_json, results_table
+from pipeline.clip.benchmark.results import UnitResult, results_json, results_table, spread_text
 from pipeline.errors import UserError
-from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
+from pipeline.report.html import write_page
 from pipeline.runs.contents import BenchmarkState, LogLine, read_json
 from pipeline.runs.folder import read_lines
-from pipeline.runs.layout import METRICS, REPORT, RESULTS, STATE, unit_folder
-
-TEMPLATES = Path(__file__).resolve().parents[2] / "report" / "templates"
+from pipeline.runs.layout import METRICS, RESULTS, STATE, unit_folder
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -32,30 +30,17 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def write_benchmark_report(run: Path) -> Path:
     """Write report.html into the run folder and return its path; works on a run in progress."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     content = read_results(run)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"spread": _spread, "number": _number}
-    html = environment.get_template("clip_report.html.j2").render(
-        name=run.resolve().name,
-        state=_state(run),
-        content=content,
-        groups=list(dict.fromkeys(group for line in content["lines"] for group in line["groups"])),
-        targets=any(line.get("target_mean") for line in content["lines"]),
-        classes=_by_class(content),
-        losses=_losses(run, content),
-    )
-    page = run / REPORT
-    with replacing(page) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    return page
+    page = {
+        "name": run.resolve().name,
+        "state": _state(run),
+        "content": content,
+        "groups": list(dict.fromkeys(group for line in content["lines"] for group in line["groups"])),
+        "targets": any(line.get("target_mean") for line in content["lines"]),
+        "classes": _by_class(content),
+        "losses": _losses(run, content),
+    }
+    return write_page(run, "clip_report.html.j2", {"spread": spread_text, "number": _number}, page)
 
 
 def terminal_results(run: Path) -> Any:
@@ -98,12 +83,6 @@ def _losses(run: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
             first, last = logged[0], logged[-1]
             found.append({"label": label, "steps": last["step"], "first": first["loss"], "last": last["loss"]})
     return found
-
-
-def _spread(spread: dict[str, Any] | None) -> str:
-    if spread is None:
-        return ""
-    return f"{spread['mean']:.2f}" + (f" ± {spread['deviation']:.2f}" if spread["deviation"] is not None else "")
 
 
 def _number(value: float | None) -> str:

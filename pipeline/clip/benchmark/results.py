@@ -155,12 +155,12 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
         table.add_column(title_, justify="right", no_wrap=True)
     for line in found:
         cells = [line["method"], *([line["dataset"]] if several else [])]
-        cells += [_spread(line["groups"].get(group)) for group in groups]
+        cells += [spread_text(line["groups"].get(group)) for group in groups]
         if targets:
-            cells.append(_spread(line["target_mean"]))
+            cells.append(spread_text(line["target_mean"]))
         if harmonic:
             both = line["harmonic"], line["harmonic_of_seeds"]
-            cells += [f"{both[0]:.2f}" if both[0] is not None else "", _spread(both[1])]
+            cells += [f"{both[0]:.2f}" if both[0] is not None else "", spread_text(both[1])]
         table.add_row(*cells, str(max(spread["seeds"] for spread in line["groups"].values())))
     if several:
         table.add_section()
@@ -175,7 +175,8 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
     return table
 
 
-def _spread(spread: dict[str, Any] | None) -> str:
+def spread_text(spread: dict[str, Any] | None) -> str:
+    """Mean and deviation over seeds; the mean alone of one seed, nothing of none."""
     if spread is None:
         return ""
     if spread["deviation"] is None:
