@@ -14,8 +14,7 @@ from data_prep.bad_records import BadRecord, Tolerance
 from data_prep.key_processes import keys_by_processes
 from data_prep.keys import KnownImages, refuse_keys_of_another, write_keys
 from data_prep.shards import discard
-from data_prep.sources import generated
-from data_prep.sources.coin import CoinSplit, coin_split
+from data_prep.sources.base import SourceSplit, source_class, source_split
 from data_prep.sources.image_states import remember, remembered_file, remembered_fingerprint
 from data_prep.split import Place, Rewriting, prepare_split
 from data_prep.verify import is_verified, mark_verified, unmark, verify_split
@@ -45,9 +44,7 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
     """
     require_metrics([task.metric for task in recipe.data.tasks])
     identity = key_identity(*recipe.keys.source)
-    root = Path(recipe.data.root)
-    if recipe.data.source == "generated":
-        generated.draw(root, recipe.data.seed, _common_limit(recipe))
+    source_class(recipe.data).draw(recipe.data)
 
     @cache
     def encoder() -> KeyEncoder:
@@ -93,7 +90,7 @@ def _prepare_split(
     recipe: Recipe, task: TaskConfig, split: str, clip: Clip, tolerance: Tolerance, bars: Progress
 ) -> dict[str, Any]:
     data, name = recipe.data, f"{task.name}/{split}"
-    source, folder = coin_split(data, task, split), recipe.data.split_path(task.name, split)
+    source, folder = source_split(data, task, split), recipe.data.split_path(task.name, split)
     settings = data.split_settings(task, split)
     place = Place(folder, task.name, split, data.shard_samples, data.workers)
     bar = bars.add_task(f"{name}: shards", total=None)
@@ -124,7 +121,7 @@ def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
     with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
             for split in SPLITS:
-                source, folder = coin_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
+                source, folder = source_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
                 place = Place(folder, task.name, split, recipe.data.shard_samples, recipe.data.workers)
                 bar = bars.add_task(f"{task.name}/{split}: shards", total=None)
                 with waiting_for(lock_of(folder), f"{task.name}/{split}"):
@@ -135,7 +132,7 @@ def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
 
 
 def _ready(
-    source: CoinSplit, settings: Mapping[str, Any], place: Place, identity: dict[str, str]
+    source: SourceSplit, settings: Mapping[str, Any], place: Place, identity: dict[str, str]
 ) -> dict[str, Any] | None:
     """dataset.json of a split that is whole, verified, and made from this source by these settings, else None."""
     folder, made = place.folder, source.origin(settings)
@@ -168,7 +165,7 @@ def _result(description: dict[str, Any], wrote: list[str]) -> dict[str, Any]:
     }
 
 
-def _remember(folder: Path, source: CoinSplit, description: dict[str, Any]) -> None:
+def _remember(folder: Path, source: SourceSplit, description: dict[str, Any]) -> None:
     """Keep the state of the source's images where it is not kept yet."""
     fingerprint = description["source_fingerprint"]
     if remembered_fingerprint(folder, source.root, source.text_names) != fingerprint:
@@ -183,13 +180,6 @@ def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:
         discard(folder)  # the next call writes it anew, as the error says
         raise
     mark_verified(folder, fingerprint, identity)
-
-
-def _common_limit(recipe: Recipe) -> tuple[int, int] | None:
-    """Return the largest (train, test) limit when every task has both: more need not be drawn."""
-    limits = [(task.limit_train, task.limit_test) for task in recipe.data.tasks]
-    train, test = ([limit for limit in part if limit is not None] for part in zip(*limits, strict=True))
-    return (max(train), max(test)) if len(train) == len(test) == len(limits) else None
 
 
 def progress_bars(enabled: bool) -> Progress:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.keys import KnownImages, write_some_keys
 from data_prep.shards import write_shards, write_some_shards
-from data_prep.sources.coin import CoinSplit, coin_split
+from data_prep.sources.base import SourceSplit, source_class, source_split
 from data_prep.sources.image_states import remember, remembered_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.data.shards import read_description
@@ -62,7 +62,7 @@ def share_shards(recipe: Recipe, share: Share) -> int:
     return wrote
 
 
-def _fingerprint(source: CoinSplit, folder: Path) -> str:
+def _fingerprint(source: SourceSplit, folder: Path) -> str:
     """The source's fingerprint: the first process asks for the state of every image, the others take what it kept.
 
     An image that changes afterwards is noticed by the `prepare` that ends the work, which asks for all of them again.
@@ -129,13 +129,8 @@ def share_keys(recipe: Recipe, share: Share) -> int:
     return wrote
 
 
-def _splits(recipe: Recipe) -> Iterator[tuple[CoinSplit, Path]]:
-    root = Path(recipe.data.root)
-    if recipe.data.source == "generated" and not (root / "instructions").is_dir():
-        raise UserError(
-            f"The data of this recipe are generated and not in {root} yet; one process draws them: "
-            "`python -m pipeline prepare RECIPE`."
-        )
+def _splits(recipe: Recipe) -> Iterator[tuple[SourceSplit, Path]]:
+    source_class(recipe.data).require_drawn(recipe.data)
     for task in recipe.data.tasks:
         for split in SPLITS:
-            yield coin_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
+            yield source_split(recipe.data, task, split), recipe.data.split_path(task.name, split)

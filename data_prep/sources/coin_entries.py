@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.bad_records import BadRecord
 from data_prep.sources.annotations import Annotations
+from data_prep.sources.base import Entry, UnusableError
 from data_prep.sources.image_files import IMAGE_SUFFIXES
-from pipeline.errors import PipelineError
 
 IMAGE_TAG = "<image>"
 SPEAKERS = ("human", "gpt")
@@ -31,27 +29,6 @@ OTHER_IMAGE_KEYS = frozenset(
         "pic",
     )
 )
-
-
-class UnusableError(PipelineError):
-    """Says of one record why it cannot be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One JSON entry, checked, its image not yet read."""
-
-    file: str
-    record: str
-    id: str
-    image: str | None
-    question: str
-    answer: str
-    meta: dict[str, Any]
-
-    def bad(self, reason: object) -> BadRecord:
-        """This entry as one that cannot be used."""
-        return BadRecord(self.file, self.record, str(reason))
 
 
 def read_entry(raw: Any, file: str, number: int, known: Annotations | None) -> Entry:

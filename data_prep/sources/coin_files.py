@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,12 +71,6 @@ def annotation_file(root: Path, task: str, named: str | None = None) -> Path | N
     candidates = [folder / name for folder in own for name in ANNOTATIONS]
     candidates += [root / "datasets" / name for name, tasks in ANNOTATIONS.items() if plain_name(task) in tasks]
     return next((path for path in candidates if path.is_file()), None)
-
-
-def image_path(root: Path, image: str) -> Path:
-    """Return the path of an image file: below the root or its datasets folder; below the root when in neither."""
-    candidates = [root / folder / image for folder in IMAGE_ROOTS]
-    return next((path for path in candidates if os.path.isfile(path)), candidates[0])
 
 
 def _task_folder(root: Path, task: str) -> Path:

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from data_prep.sources.coin import CoinSplit
+from data_prep.sources.coin_files import INSTRUCTIONS
+from pipeline.errors import UserError
 from pipeline.files.lock import lock_of, waiting_for
 
+if TYPE_CHECKING:
+    from pipeline.config.data import DataConfig, TaskConfig
+
 STAMP = "GENERATED.txt"  # in the root: what was drawn
+
+
+class Generated(CoinSplit):
+    """One split of an embedded task."""
+
+    drawn = True
+
+    @classmethod
+    def draw(cls, data: DataConfig) -> None:
+        draw(Path(data.root), data.seed, _common_limit(data.tasks))
+
+    @classmethod
+    def require_drawn(cls, data: DataConfig) -> None:
+        if not (Path(data.root) / INSTRUCTIONS).is_dir():
+            raise UserError(
+                f"The data of this recipe are generated and not in {Path(data.root)} yet; one process draws them: "
+                "`python -m pipeline prepare RECIPE`."
+            )
+
+    @classmethod
+    def missing(cls, data: DataConfig, tasks: Sequence[TaskConfig]) -> list[str]:
+        return []  # `prepare` draws them
 
 
 def draw(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
@@ -26,3 +56,10 @@ def draw(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
             # The first samples of a larger drawing are those of a smaller one, so one drawing serves both recipes.
             limit = (max(limit[0], there[0]), max(limit[1], there[1]))
         write_coin(root, seed, limit)  # leaves the same drawing alone
+
+
+def _common_limit(tasks: Sequence[TaskConfig]) -> tuple[int, int] | None:
+    """Return the largest (train, test) limit when every task has both: more need not be drawn."""
+    limits = [(task.limit_train, task.limit_test) for task in tasks]
+    train, test = ([limit for limit in part if limit is not None] for part in zip(*limits, strict=True))
+    return (max(train), max(test)) if len(train) == len(test) == len(limits) else None

@@ -15,9 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.files.atomic import replacing
 
 THREADS, CHUNK = 32, 500  # calls under way at a time, and images per piece of work
@@ -63,6 +60,9 @@ def remembered_file(folder: Path) -> Path:
 
 def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: Mapping[str, ImageState | None]) -> None:
     """Keep the state of a split's source: its fingerprint, its text files, and its images' sizes."""
+    import pyarrow as pa  # here: a recipe loads its data format also where nothing is prepared and pyarrow is missing
+    import pyarrow.parquet as pq
+
     there = {name: state for name, state in states.items() if state is not None}
     table = pa.table(
         {
@@ -77,6 +77,9 @@ def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: M
 
 def remembered_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> str | None:
     """The source's fingerprint as it was kept, where the text files `names` are those of then by size and time."""
+    import pyarrow as pa  # here: see `remember`
+    import pyarrow.parquet as pq
+
     try:
         facts = pq.read_schema(remembered_file(folder)).metadata or {}
         files, fingerprint = json.loads(facts[b"files"]), facts[b"fingerprint"].decode()
@@ -91,6 +94,9 @@ def remembered_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> st
 
 def resized_images(folder: Path, folders: Sequence[Path]) -> list[str]:
     """Images of a split's source that have another size than when it was prepared; those that are gone do not count."""
+    import pyarrow as pa  # here: see `remember`
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(remembered_file(folder))
     except (OSError, pa.ArrowInvalid):

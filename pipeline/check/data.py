@@ -1,4 +1,4 @@
-"""The checks of the data: prepared splits and their keys, or, where nothing is prepared yet, the CoIN folder."""
+"""The checks of the data: prepared splits and their keys, or, where nothing is prepared yet, the source."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.bad_records import BadRecord
-from data_prep.sources.addresses import Benchmark, benchmark_of, images_of
-from data_prep.sources.coin import coin_split
+from data_prep.sources.base import source_class, source_split
 from pipeline.config.data import TaskConfig
 from pipeline.config.recipe import Recipe
 from pipeline.data.conversation import Conversation
@@ -169,18 +168,12 @@ class CheckedData:
     def _sources(self, tasks: list[TaskConfig]) -> list[str]:
         """Sentences about what `prepare` would miss for these tasks, and where it is to be had."""
         data = self.recipe.data
-        if data.source == "generated":
+        source = source_class(data)
+        if source.drawn:
             return []
-        root, benchmark = Path(data.root), benchmark_of(task.name for task in data.tasks)
-        absent = [task for task in tasks if not (root / "instructions" / task.name).is_dir()]
-        wrong = []
-        if absent:
-            wrong.append(_instructions_missing(root, [task.name for task in absent], benchmark))
+        wrong = source.missing(data, tasks)
         for task in tasks:
-            images = images_of(benchmark, task.name)
-            fetch = f"its images are to be had at {images}; they belong under {root / 'datasets'}."
-            if task in absent:
-                wrong += [f"{task.name}: {fetch}"] * (images is not None)
+            if not source.task_folder(Path(data.root), task.name).is_dir():
                 continue
             found = []
             for split in SPLITS:
@@ -188,12 +181,13 @@ class CheckedData:
                     found += self._source_samples(task, split)
                 except UserError as error:
                     found.append(f"{task.name}/{split}: {error}")
-            wrong += [*found, *[f"{task.name}: {fetch}"] * (bool(found) and images is not None)]
+            fetch = source.fetching(data, task.name) if found else None
+            wrong += [*found, *([fetch] if fetch else [])]
         return wrong
 
     def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
         """Sentences about bad records: all of the split's files, the images only of the first few."""
-        source = coin_split(self.recipe.data, task, split)
+        source = source_split(self.recipe.data, task, split)
         first = list(islice(source.records(), LOOKED_AT))
         samples = [record for record in first if not isinstance(record, BadRecord)]
         if split == "train":
@@ -214,19 +208,3 @@ def telling_samples(shards: IndexedShards, rows: list[int]) -> list[Sample]:
     if not len(shards):
         return []
     return [shards[row] for row in sorted({0, len(shards) - 1, *(rows or [int(np.argmax(shards.lengths))])})]
-
-
-def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:
-    files = ", ".join(f"instructions/{task}" for task in tasks)
-    found = f"'{root}' has no" if root.is_dir() else f"the folder '{root}' does not exist; it should hold"
-    sentence = f"data.root: {found} {files}, each with train.json and test.json."
-    if benchmark is None:
-        return f"{sentence} Put them there, or set data.root to the folder that has them."
-    folder = f"folder {benchmark.folder} of " if benchmark.folder else ""
-    only = f" --include '{benchmark.folder}/*'" if benchmark.folder else ""
-    rename = f" and rename {benchmark.folder} to instructions" if benchmark.folder else ""
-    return (
-        f"{sentence} {benchmark.name}'s are the {folder}https://huggingface.co/datasets/{benchmark.repository}: "
-        f"run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`{rename}; "
-        "or set data.root to the folder that has them."
-    )

@@ -7,20 +7,28 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from pipeline.config import registry
 from pipeline.config.base import PREPARED, Name, Section, each_once
 from pipeline.data.origin import LIMIT
 from pipeline.errors import nearest
 from pipeline.files.paths import GivenPath
-from pipeline.metrics.scoring import metric_names
 
 TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
+
+
+def known_name(kind: str, name: str) -> str:
+    """A name that `pipeline.config.registry` knows; ValueError, for pydantic, for any other."""
+    if not registry.knows(kind, name):
+        known = sorted(registry.names(kind))
+        raise ValueError(f"expected one of {', '.join(known)}.{nearest(name, known)}")
+    return name
 
 
 class TaskConfig(Section):
     """One task of the sequence."""
 
     name: Name = Field(description="folder of the task under the data's instructions/")
-    metric: str = Field("exact", description="how answers are scored; a name that pipeline.metrics.scoring knows")
+    metric: str = Field("exact", description="how answers are scored: a metric's name")
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(
         None,
@@ -44,16 +52,17 @@ class TaskConfig(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:
-        if metric not in metric_names():
-            raise ValueError(f"expected one of {', '.join(metric_names())}.{nearest(metric, metric_names())}")
-        return metric
+        return known_name("metrics", metric)
 
 
 class DataConfig(Section):
     """Where samples come from and where they are kept prepared."""
 
-    source: Literal["coin", "generated"] = Field(description="coin: read root as it is; generated: draw it there first")
-    root: GivenPath = Field(description="folder in CoIN layout: instructions/<Task>/{train,test}.json and images")
+    source: str = Field(
+        description="format of the tasks under root. coin: instructions/<Task>/{train,test}.json, read as it is; "
+        "generated: the same, drawn there first; or another data format"
+    )
+    root: GivenPath = Field(description="folder of the tasks and their images")
     prepared: GivenPath = Field(
         PREPARED,
         description="folder of the shards: <prepared>/<task>/<split>/; {settings} is filled in from what decides on "
@@ -86,11 +95,21 @@ class DataConfig(Section):
         "refuse", description="number: a record whose id was used before is kept as id#2, id#3, ..."
     )
 
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, source: str) -> str:
+        return known_name("sources", source)
+
     @field_validator("tasks")
     @classmethod
     def _unique_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
         each_once("task", (task.name for task in tasks))
         return tasks
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the source draws its files by `seed` rather than reading what the user has put under the root."""
+        return bool(registry.load("sources", self.source).drawn)
 
     def split_path(self, task: str, split: str) -> Path:
         """Return the folder that holds one prepared split (train or test) of a task."""
@@ -104,6 +123,6 @@ class DataConfig(Section):
         settings["files"] = list(task.train_files if train else task.test_files)
         if not train:
             settings["annotations"] = task.annotations
-        if self.source == "generated":
+        if self.drawn:
             settings["seed"] = self.seed
         return settings

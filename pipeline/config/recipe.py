@@ -72,7 +72,7 @@ class Recipe(FileRecipe):
             "root": os.path.normpath(data.root),
             "tasks": shared_or_each(said),
             "repeated_ids": data.repeated_ids if data.repeated_ids != "refuse" else None,
-            "seed": data.seed if data.source == "generated" else None,
+            "seed": data.seed if data.drawn else None,
             "keys": keys.model_dump(mode="json", exclude={"batch"}, exclude_defaults=True),
         }
         return {name: value for name, value in found.items() if value not in (None, {})}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -42,9 +43,27 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "hard": "pipeline.prompts.rules.mixture:Hard",
         "soft": "pipeline.prompts.rules.mixture:Soft",
     },
-    "sources": {},
-    "metrics": {},
-    "clip_methods": {},
+    "sources": {
+        "coin": "data_prep.sources.coin:CoinSplit",
+        "generated": "data_prep.sources.generated:Generated",
+    },
+    "metrics": {
+        name: f"pipeline.metrics.named:{name}"
+        for name in (
+            *("anls", "bleu_4", "caption", "cider", "contains", "exact", "exact_ci", "gqa", "grounding", "imagenet"),
+            *("iou", "iou_compat", "ocrvqa", "rouge_l", "scienceqa", "textvqa", "vizwiz", "vqa", "vqav2"),
+        )
+    },
+    "clip_methods": {
+        "zero_shot": "pipeline.clip.methods.zero_shot:ZeroShot",
+        "coop": "pipeline.clip.methods.coop:CoOp",
+        "cocoop": "pipeline.clip.methods.cocoop:CoCoOp",
+        "kgcoop": "pipeline.clip.methods.kgcoop:KgCoOp",
+        "vpt": "pipeline.clip.methods.vpt:VPT",
+        "ivlp": "pipeline.clip.methods.ivlp:IVLP",
+        "maple": "pipeline.clip.methods.maple:MaPLe",
+        "mpl": "pipeline.clip.methods.mpl:MPL",
+    },
     # By the model_type of their config.json.
     "lmm_families": {
         "llava": "pipeline.backbones.families.llava:Llava",
@@ -56,16 +75,29 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gemma3": "pipeline.backbones.families.gemma3:Gemma3",
     },
 }
+# What a target of a kind has to be: a subclass of this class, of the metrics an instance.
+BASES = {
+    "methods": "pipeline.methods.base:Method",
+    "routers": "pipeline.prompts.routers.base:Router",
+    "rules": "pipeline.prompts.rules.base:Rule",
+    "sources": "data_prep.sources.base:SourceSplit",
+    "metrics": "pipeline.metrics.metric:Metric",
+    "clip_methods": "pipeline.clip.methods.base:PromptLearner",
+    "lmm_families": "pipeline.backbones.families.base:LMMFamily",
+}
 # One of a kind, in a sentence.
 WORDS = {
     "methods": "method",
     "routers": "router",
     "rules": "selection rule",
-    "sources": "data source",
+    "sources": "data format",
     "metrics": "metric",
-    "clip_methods": "method",
+    "clip_methods": "method of CLIP prompts",
     "lmm_families": "model family",
 }
+
+# What `load` imports where it stands in place of a name.
+_TARGET = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 _registered: dict[str, dict[str, Any]] = {}
 
@@ -87,9 +119,14 @@ def names(kind: str) -> list[str]:
     return list(_targets(kind))
 
 
+def is_target(name: str) -> bool:
+    """Whether a name is no name but what one stands for, "module:attribute"."""
+    return _TARGET.fullmatch(name) is not None
+
+
 def knows(kind: str, name: str) -> bool:
     """Whether `load` would look for something under this name: one of `names`, or a target itself."""
-    return name in _targets(kind) or ":" in name
+    return name in _targets(kind) or is_target(name)
 
 
 def unknown(kind: str, name: str) -> str:
@@ -99,25 +136,48 @@ def unknown(kind: str, name: str) -> str:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import what a name stands for; UserError for an unknown name, and for a target that cannot be imported."""
+    """Import what a name stands for.
+
+    Raises UserError for an unknown name, a target that cannot be imported, and one that is not of this kind.
+    """
     if not knows(kind, name):
         sentence = unknown(kind, name)
         raise UserError(sentence[0].upper() + sentence[1:])
+    if name in BUILT_IN[kind]:
+        return _imported(BUILT_IN[kind][name])
     target = _targets(kind).get(name, name)
     if isinstance(target, EntryPoint):
         target = target.value
     if not isinstance(target, str):
-        return target
-    module, _, attribute = target.partition(":")
+        return _of_its_kind(kind, name, target)
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = _imported(target)
+    except Exception as error:  # whatever the code of another package raises when it is imported
         raise UserError(
-            f"The {WORDS[kind]} '{name}' is {target}, which cannot be imported ({error}); expected module:attribute of "
-            "an installed package or of a module on PYTHONPATH."
+            f"The {WORDS[kind]} '{name}' is {target}, which cannot be imported ({type(error).__name__}: {error}); "
+            "expected module:attribute of an installed package or of a module on PYTHONPATH."
         ) from error
+    return _of_its_kind(kind, name, found)
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _of_its_kind(kind: str, name: str, found: Any) -> Any:
+    """What was found; UserError where its base class is not that of the kind."""
+    base = _imported(BASES[kind])
+    wanted = "an instance" if kind == "metrics" else "a subclass"
+    right = isinstance(found, base) if kind == "metrics" else isinstance(found, type) and issubclass(found, base)
+    if not right:
+        raise UserError(
+            f"The {WORDS[kind]} '{name}' is {found!r}; expected {wanted} of {BASES[kind].replace(':', '.')}, as "
+            "docs/extending.md describes."
+        )
     return found
 
 

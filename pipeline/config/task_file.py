@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import registry
 from pipeline.config.data import DataConfig
 from pipeline.errors import UserError
 from pipeline.files.paths import expanded
@@ -32,13 +33,24 @@ def read_task_file(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not as `new-task` writes it ({first}); mend or remove it.") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not as `new-task` writes it (no object); mend or remove it.")
+    if registry.is_target(str(fields.get("metric", ""))):
+        raise UserError(
+            f"{path} names the metric {fields['metric']!r}, which would be imported; expected a metric's name, for the "
+            "file may come from somebody else. Name it in the recipe instead if you trust it."
+        )
     return fields
 
 
 def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
     """A recipe's fields with what its tasks leave to their task.json."""
     data = fields.get("data")
-    if not isinstance(data, dict) or data.get("source") != "coin" or not isinstance(data.get("root"), str):
+    if not isinstance(data, dict) or not isinstance(data.get("root"), str):
+        return fields
+    source = data.get("source")
+    if not isinstance(source, str) or not registry.knows("sources", source):
+        return fields  # the field's own validation says so
+    form = registry.load("sources", source)
+    if form.drawn:
         return fields
     tasks = data.get("tasks")
     if not isinstance(tasks, list):
@@ -47,23 +59,23 @@ def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
         root = Path(expanded(data["root"]))
     except UserError:  # the field's own validation says so, with its name
         return fields
-    return {**fields, "data": {**data, "tasks": [_filled(root, task) for task in tasks]}}
+    return {**fields, "data": {**data, "tasks": [_filled(form, root, task) for task in tasks]}}
 
 
-def _filled(root: Path, task: Any) -> Any:
+def _filled(form: Any, root: Path, task: Any) -> Any:
     if not isinstance(task, dict) or not isinstance(task.get("name"), str) or all(name in task for name in TAKEN):
         return task
-    there = read_task_file(root / "instructions" / task["name"])
+    there = read_task_file(form.task_folder(root, task["name"]))
     return {**{name: there[name] for name in TAKEN if name in there}, **task}
 
 
 def contradictions(data: DataConfig) -> list[str]:
     """Where a recipe scores a task otherwise than its task.json says, one clause each."""
-    if data.source != "coin":
+    if data.drawn:
         return []
     found = []
     for task in data.tasks:
-        there = read_task_file(Path(data.root) / "instructions" / task.name)
+        there = read_task_file(registry.load("sources", data.source).task_folder(Path(data.root), task.name))
         for name in TAKEN:
             if name in there and there[name] != getattr(task, name):
                 found.append(f"{task.name}: {name} {getattr(task, name)}, {TASK_FILE} says {there[name]}")

@@ -1,33 +1,15 @@
-"""The score of one predicted answer, in [0, 1], by the metric that its task names.
+"""The score of one predicted answer, in [0, 1]: what the metrics of named.py are made of.
 
 Every benchmark task has a metric of its name whose `compat` twin (pipeline/metrics/compat.py) scores as the published
-scripts do. Metrics of a whole test set, such as CIDEr, are in captions.py; scoring.py brings the two together.
+scripts do. Metrics of a whole test set, such as CIDEr, are in captions.py.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import UserError, nearest
-from pipeline.metrics import compat
-from pipeline.metrics.boxes import box_iou, grounding, iou, parse_box
 from pipeline.metrics.evalai import normalise
-from pipeline.metrics.letters import LETTERS, choices, option_letter, true_letter
-
-__all__ = [
-    "COMPAT",
-    "LETTERS",
-    "METRICS",
-    "anls",
-    "box_iou",
-    "levenshtein",
-    "option_letter",
-    "parse_box",
-    "score",
-    "vqa",
-]
+from pipeline.metrics.letters import choices, option_letter, true_letter
 
 Meta = dict[str, Any]
-Metric = Callable[[str, str, Meta], float]
 
 ANLS_THRESHOLD = 0.5  # ST-VQA: a normalised similarity below one half counts as a wrong reading
 
@@ -82,52 +64,6 @@ def vqa(prediction: str, answer: str, meta: Meta) -> float:
 def anls(prediction: str, answer: str, meta: Meta) -> float:
     """The best normalised Levenshtein similarity over `meta["answers"]`, without case; below 0.5 it counts as 0."""
     return max(_similarity(prediction, text) for text in references(answer, meta))
-
-
-METRICS: dict[str, Metric] = {
-    "exact": exact,
-    "exact_ci": exact_ci,
-    "contains": contains,
-    "iou": iou,
-    "iou_compat": compat.grounding,
-    "vqa": vqa,
-    "anls": anls,
-    # The eight tasks of CoIN; VizWiz and VQAv2 by their one answer, `vqa` is the official score of both.
-    "scienceqa": scienceqa,
-    "textvqa": vqa,
-    "imagenet": contains,
-    "gqa": exact_ci,
-    "vizwiz": exact_ci,
-    "grounding": grounding,
-    "vqav2": exact_ci,
-    "ocrvqa": exact_ci,
-}
-# Where the published scripts score differently; every other metric is the same in both.
-COMPAT: dict[str, Metric] = {
-    "contains": compat.imagenet,
-    "iou": compat.grounding,
-    "scienceqa": compat.scienceqa,
-    "imagenet": compat.imagenet,
-    "gqa": compat.gqa,
-    "vizwiz": compat.single_answer,
-    "grounding": compat.grounding,
-    "vqav2": compat.single_answer,
-    "ocrvqa": compat.ocrvqa,
-}
-
-
-def score(metric: str, prediction: str, answer: str, meta: Meta | None = None, scoring: str = "fixed") -> float:
-    """Score one prediction with the named metric; `scoring` "compat" scores as the published scripts do.
-
-    Returns a number in [0, 1]. Raises UserError for an unknown metric.
-    """
-    if metric not in METRICS:
-        raise UserError(
-            f"Unknown metric '{metric}'.{nearest(metric, METRICS)} Expected one of: {', '.join(METRICS)}. "
-            "Change the task's `metric` in the recipe."
-        )
-    chosen = COMPAT.get(metric, METRICS[metric]) if scoring == "compat" else METRICS[metric]
-    return chosen(prediction, answer, meta or {})
 
 
 def references(answer: str, meta: Meta) -> list[str]:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from pipeline.errors import UserError
+from pipeline.metrics.answers import references
+from pipeline.metrics.metric import Answered, Metric, TaskScore
 
 PACKAGE = "pycocoevalcap"
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 PARTS = (*BLEU, "rouge_l", "cider")
-# `caption` is the mean of the six: UCIT's scripts average over these and METEOR.
-METRICS = {"bleu_4": ("bleu_4",), "rouge_l": ("rouge_l",), "cider": ("cider",), "caption": PARTS}
+METRICS = ("bleu_4", "rouge_l", "cider", "caption")  # their names, for messages
 
 # Words as the Penn Treebank splits them, without punctuation; the first alternative that fits at a place wins.
 _WORDS = re.compile(
@@ -32,6 +33,30 @@ _WORDS = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+class Captions(Metric):
+    """The mean of some of `PARTS` over a test set; its parts are all six."""
+
+    needs = (PACKAGE,)
+
+    def __init__(self, measures: Sequence[str]) -> None:
+        self.measures = tuple(measures)
+
+    def require(self) -> None:
+        require()
+
+    def score(self, answered: Sequence[Answered], scoring: str) -> TaskScore:
+        if not answered:
+            return TaskScore(0.0, {}, [])
+        totals, each = caption_scores(
+            [item.prediction for item in answered], [references(item.answer, item.meta) for item in answered]
+        )
+        points = [
+            sum(values) / len(self.measures) for values in zip(*(each[name] for name in self.measures), strict=True)
+        ]
+        percent = 100.0 * sum(totals[name] for name in self.measures) / len(self.measures)
+        return TaskScore(percent, {name: 100.0 * value for name, value in totals.items()}, points)
 
 
 def require() -> None:

@@ -1,73 +1,59 @@
-"""The score of a whole test set: the mean of its answers' scores, or what a corpus metric says of them together."""
+"""The score of a test set by the metric that its task names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from pipeline.metrics import answers, captions
+from pipeline.config import registry
+from pipeline.errors import UserError, nearest
+from pipeline.metrics.metric import Answered, Meta, Metric, PerAnswer, TaskScore
 
-
-@dataclass(frozen=True)
-class Answered:
-    """A test sample with what the model answered."""
-
-    prediction: str
-    answer: str
-    meta: dict[str, Any] = field(default_factory=dict)
-    has_image: bool = True
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """What a test set scored: in percent, by part (percent), and for every sample (a share of 1)."""
-
-    percent: float
-    parts: dict[str, float]
-    points: list[float]
+__all__ = ["Answered", "TaskScore", "metric_names", "metric_of", "require_metrics", "score", "score_task"]
 
 
 def metric_names() -> list[str]:
-    """Every name a task's `metric` may have."""
-    return sorted([*answers.METRICS, *captions.METRICS])
+    """Every name that a task's `metric` may have."""
+    return sorted(registry.names("metrics"))
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of that name; UserError for an unknown one."""
+    if not registry.knows("metrics", name):
+        known = metric_names()
+        raise UserError(
+            f"Unknown metric '{name}'.{nearest(name, known)} Expected one of: {', '.join(known)}. "
+            "Change the task's `metric` in the recipe."
+        )
+    found: Metric = registry.load("metrics", name)
+    return found
 
 
 def require_metrics(names: Sequence[str]) -> None:
     """Raise UserError when a package that one of these metrics needs is not installed."""
-    if any(name in captions.METRICS for name in names):
-        captions.require()
+    for name in dict.fromkeys(names):
+        metric_of(name).require()
 
 
 def score_task(metric: str, answered: Sequence[Answered], scoring: str = "fixed") -> TaskScore:
-    """Score a test set with the named metric; `scoring` is "fixed" or "compat" (see `answers.score`).
+    """Score a test set with the named metric; `scoring` is "fixed" or "compat" (see `data.scoring`).
 
-    A test set with and without images has the parts `image` and `text` (ScienceQA's IMG accuracy, spec 7.1); captions
-    have one part per measure. CIDEr counts in percent of 1 as it is published, so it may pass 100. Raises UserError
-    for an unknown metric or a missing package.
+    CIDEr counts in percent of 1 as it is published, so it may pass 100. Raises UserError for an unknown metric, a
+    missing package, and a metric that does not give every sample a number.
     """
-    if metric in captions.METRICS:
-        return _captions(metric, answered)
-    points = [answers.score(metric, item.prediction, item.answer, item.meta, scoring) for item in answered]
-    split = {
-        name: [value for value, item in zip(points, answered, strict=True) if item.has_image == with_image]
-        for name, with_image in (("image", True), ("text", False))
-    }
-    parts = {name: _percent(values) for name, values in split.items()} if all(split.values()) else {}
-    return TaskScore(_percent(points), parts, points)
+    scored = metric_of(metric).score(answered, scoring)
+    if len(scored.points) != len(answered):
+        raise UserError(
+            f"The metric {metric} gave {len(scored.points)} points to {len(answered)} answers; expected one each."
+        )
+    if not all(map(math.isfinite, (scored.percent, *scored.parts.values(), *scored.points))):
+        raise UserError(f"The metric {metric} gave a score that is no finite number; correct the metric.")
+    return scored
 
 
-def _captions(metric: str, answered: Sequence[Answered]) -> TaskScore:
-    if not answered:
-        return TaskScore(0.0, {}, [])
-    totals, each = captions.caption_scores(
-        [item.prediction for item in answered], [answers.references(item.answer, item.meta) for item in answered]
-    )
-    names = captions.METRICS[metric]
-    points = [sum(values) / len(names) for values in zip(*(each[name] for name in names), strict=True)]
-    percent = 100.0 * sum(totals[name] for name in names) / len(names)
-    return TaskScore(percent, {name: 100.0 * value for name, value in totals.items()}, points)
-
-
-def _percent(points: Sequence[float]) -> float:
-    return 100.0 * sum(points) / max(1, len(points))
+def score(metric: str, prediction: str, answer: str, meta: Meta | None = None, scoring: str = "fixed") -> float:
+    """Score one prediction with the named metric, in [0, 1]; UserError for an unknown metric or one of whole sets."""
+    named = metric_of(metric)
+    if not isinstance(named, PerAnswer):
+        raise UserError(f"The metric {metric} scores whole test sets; expected one that scores each answer.")
+    return named(prediction, answer, meta, scoring)

@@ -16,6 +16,7 @@ from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.methods import make_method
 from pipeline.runs.layout import CONFIG, begun_stages
+from pipeline.sequence.prepared import ADDED
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
     from data_prep.split import NotRewritten
 
     # The new task may lie elsewhere than the others, which are prepared already.
-    changes = {"source": "coin", "root": str(root), "tasks": (task,)}
+    changes = {"source": ADDED, "root": str(root), "tasks": (task,)}
     try:
         prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
     except NotRewritten as error:

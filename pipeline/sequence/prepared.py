@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.coin import coin_split
-from data_prep.sources.coin_files import IMAGE_ROOTS
+from data_prep.sources.base import source_class, source_split
 from data_prep.sources.image_states import resized_images
 from pipeline.config.base import PREPARED
 from pipeline.config.data import DataConfig, TaskConfig
@@ -18,7 +17,8 @@ from pipeline.files.paths import command
 from pipeline.runs.data_use import recorded_fingerprint
 
 SPLITS = ("train", "test")
-SOURCE = "source"  # the setting that tells generated data from what was read as it is
+SOURCE = "source"  # the setting that names the data format
+ADDED = "coin"  # the format of the tasks that `new-task` writes and `add` reads
 
 
 def require_prepared(recipe: Recipe, name: str) -> None:
@@ -70,16 +70,16 @@ def other_data(
     clause = other_settings(description, wanted)
     if clause is not None:
         return [f"{folder} {clause}. {REMEDY}"]
-    if not source or data.source == "generated":  # what a seed draws does not change
+    if not source or data.drawn:  # what a seed draws does not change
         return []
     return _changed(data, task, split, description, images)
 
 
 def _was_added(data: DataConfig, task: TaskConfig, description: dict[str, Any]) -> bool:
-    """Whether `add` has put a task of the user's own beside those that are generated: it was read from another root."""
+    """Whether `add` has put a task beside those of another data format: it was read from another root."""
     made_from = (description.get(SETTINGS) or {}).get(SOURCE)
-    drawn = (Path(data.root) / "instructions" / task.name).is_dir()
-    return data.source == "generated" and made_from == "coin" and not drawn
+    there = source_class(data).task_folder(Path(data.root), task.name).is_dir()
+    return data.source != ADDED and made_from == ADDED and not there
 
 
 def earlier_folder(data: DataConfig, task: str) -> str:
@@ -100,7 +100,7 @@ def earlier_folder(data: DataConfig, task: str) -> str:
 def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], images: bool) -> list[str]:
     folder, root = data.split_path(task.name, split), Path(data.root)
     advice = "Run `python -m pipeline prepare RECIPE` to take the source as it is now."
-    if not (root / "instructions" / task.name).is_dir():
+    if not source_class(data).task_folder(root, task.name).is_dir():
         return []  # it was prepared elsewhere, or the source is no longer needed
     if not description.get(SETTINGS):
         return _changed_before(data, task, split, description, advice)
@@ -108,7 +108,7 @@ def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[s
     if changed:
         return [f"{folder} was prepared before {root / changed[0]} changed. {advice}"]
     if images:
-        resized = resized_images(folder, [root / place for place in IMAGE_ROOTS])
+        resized = resized_images(folder, source_class(data).image_roots(root))
         if resized:
             more = f" and {len(resized) - 1} more images" if len(resized) > 1 else ""
             return [f"{folder} was prepared before {resized[0]}{more} changed. {advice}"]
@@ -120,7 +120,7 @@ def _changed_before(
 ) -> list[str]:
     """The same of a split that an earlier version prepared: by the fingerprint, with the recipe's limit or without."""
     try:
-        source = coin_split(data, task, split)
+        source = source_split(data, task, split)
         taken = description["count"] + len(description.get("skipped", []))
         enough = {source.limit, None}
         if taken >= (source.limit or len(source.with_limit(None))):

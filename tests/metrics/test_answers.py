@@ -3,11 +3,15 @@
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.metrics.answers import METRICS, box_iou, levenshtein, option_letter, parse_box, score
+from pipeline.metrics.answers import levenshtein
+from pipeline.metrics.boxes import box_iou, parse_box
 from pipeline.metrics.evalai import normalise
+from pipeline.metrics.letters import option_letter
+from pipeline.metrics.metric import PerAnswer
+from pipeline.metrics.scoring import metric_names, metric_of, score
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [name for name in metric_names() if isinstance(metric_of(name), PerAnswer)])
 def test_every_metric_gives_one_for_the_answer_itself_and_zero_for_another(metric: str) -> None:
     boxes = ("iou", "grounding")
     right, wrong = ("[0.1,0.2,0.5,0.6]", "[0.6,0.7,0.9,0.9]") if metric in boxes else ("B", "D")

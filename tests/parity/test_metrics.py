@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.metrics.answers import LETTERS, anls, option_letter, score, vqa
+from pipeline.metrics.answers import anls, vqa
 from pipeline.metrics.evalai import normalise
-from pipeline.metrics.scoring import Answered, score_task
+from pipeline.metrics.letters import LETTERS, option_letter
+from pipeline.metrics.scoring import Answered, score, score_task
 
 
 @pytest.fixture(scope="module")
