@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.clip.methods import METHODS, refuse_options
+from pipeline.clip.methods import method_class, refuse_options
 from pipeline.clip.recipe_data import DATASET_CONTENT, ClipDataConfig, DatasetConfig
 from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.towers.text import MARK
+from pipeline.config import registry
 from pipeline.config.base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
 from pipeline.config.messages import sentence
 from pipeline.config.paths import locate
@@ -109,21 +110,21 @@ class ClipMethodConfig(Section):
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> ClipMethodConfig:
-        if self.kind not in METHODS:
-            raise ValueError(
-                f"there is no method '{self.kind}'; expected one of {', '.join(METHODS)}." + nearest(self.kind, METHODS)
-            )
+        if not registry.knows("clip_methods", self.kind):
+            raise ValueError(registry.unknown("clip_methods", self.kind))
         try:
+            learner = method_class(self.kind)
             refuse_options(self.kind, self.options, hidden=("classes",))  # those are the dataset's: per_class
         except UserError as error:
             raise ValueError(str(error)) from None
         template = self.options.get("template")
         if template is not None and MARK not in template:
             raise ValueError(f"the template '{template}' needs {MARK} where the class name goes")
-        if self.per_class and not METHODS[self.kind].takes_classes:
-            able = ", ".join(name for name, method in METHODS.items() if method.takes_classes)
+        if self.per_class and not learner.takes_classes:
+            names = registry.names("clip_methods")
+            able = ", ".join(name for name in names if method_class(name).takes_classes)
             raise ValueError(f"per_class belongs to {able}; {self.kind} learns one context for all classes")
-        if not METHODS[self.kind].learns and (self.consistency or self.average):
+        if not learner.learns and (self.consistency or self.average):
             raise ValueError(f"{self.kind} learns nothing that could be regularised or averaged")
         return self
 

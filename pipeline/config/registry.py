@@ -92,7 +92,7 @@ WORDS = {
     "rules": "selection rule",
     "sources": "data format",
     "metrics": "metric",
-    "clip_methods": "method of CLIP prompts",
+    "clip_methods": "method",
     "lmm_families": "model family",
 }
 
@@ -133,6 +133,14 @@ def unknown(kind: str, name: str) -> str:
     """The sentence for a name that no one has given."""
     known = names(kind)
     return f"there is no {WORDS[kind]} '{name}'; expected one of {', '.join(known)}.{nearest(name, known)}"
+
+
+def provide(kind: str, name: str) -> str:
+    """What to do where a file from elsewhere, such as an adapter, needs a name that is not known here."""
+    return (
+        f"install the package that has '{name}' among its entry points {GROUP}{kind}, or call "
+        f'pipeline.config.registry.register("{kind}", "{name}", ...) before.'
+    )
 
 
 def load(kind: str, name: str) -> Any:

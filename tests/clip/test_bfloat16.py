@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from data_prep.benchmark import prepare_benchmark
 from pipeline.clip.benchmark.run import run_benchmark
-from pipeline.clip.methods import METHODS
+from pipeline.config import registry
 from tests.clip.project import make_project, recipe
 
 METHODS_HERE: list[Any] = [
@@ -40,7 +40,7 @@ def test_every_method_learns_and_is_scored(tmp_path: Path, stage: int) -> None:
     folder = make_project(tmp_path)
     model, train = {"path": str(folder / "model"), "dtype": "bfloat16"}, {"deepspeed": f"ds_configs/zero{stage}.json"}
     benchmark = recipe(folder, *METHODS_HERE, seeds=[1], model=model, train=train)
-    assert {method.kind for method in benchmark.methods} == set(METHODS)
+    assert {method.kind for method in benchmark.methods} == set(registry.names("clip_methods"))
     prepare_benchmark(benchmark, progress=False)
     result = run_benchmark(benchmark)
     assert [line["method"] for line in result["lines"]] == [method.name for method in benchmark.methods]

@@ -10,10 +10,11 @@ import torch
 
 from pipeline.clip.learning.averaging import WeightAverage, gaussian_weights
 from pipeline.clip.learning.model import ImageBatch
-from pipeline.clip.methods import METHODS, learner_of_sizes, refuse_options
+from pipeline.clip.methods import learner_of_sizes, method_class, refuse_options
 from pipeline.clip.methods.regularisers import Consistency, KnowledgeGuided
 from pipeline.clip.towers.backbone import normalised
 from pipeline.clip.towers.text import class_texts
+from pipeline.config import registry
 from pipeline.errors import UserError
 from pipeline.training.normaliser import Normaliser
 from tests.clip.tiny import NAMES, batch, byte_tokenizer, classifier, images
@@ -202,8 +203,8 @@ def test_class_lists_that_cannot_be_read_are_refused(names: list[str], sentence:
 
 
 def test_every_method_takes_the_values_it_starts_with() -> None:
-    for name, method in METHODS.items():
-        parameters = inspect.signature(method).parameters
+    for name in registry.names("clip_methods"):
+        parameters = inspect.signature(method_class(name)).parameters
         refuse_options(name, {option: p.default for option, p in parameters.items() if option != "sizes"})
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
-from pipeline.clip.methods import METHODS
+from pipeline.clip.methods import method_class
 from pipeline.clip.recipe import AverageConfig, ConsistencyConfig, load_benchmark
 from pipeline.clip.templates import PROMPTSRC
 
@@ -95,9 +95,9 @@ def test_datasets_shots_seeds_and_backbone_are_the_published_ones(
 
 
 def test_what_a_recipe_leaves_out_starts_as_published() -> None:
-    start = {name: inspect.signature(METHODS[name]).parameters for name in ("cocoop", "kgcoop", "maple", "ivlp")}
+    start = {name: inspect.signature(method_class(name)).parameters for name in ("cocoop", "kgcoop", "maple", "ivlp")}
     assert {name: found["words"].default for name, found in start.items()} == dict.fromkeys(start, WORDS)
-    mpl = inspect.signature(METHODS["mpl"]).parameters
+    mpl = inspect.signature(method_class("mpl")).parameters
     assert [mpl[option].default for option in ("first", "tied", "template_words")] == ["code", False, False]
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from pipeline.clip.benchmark.checkpoint import classifier_from
-from pipeline.clip.methods import METHODS as CLIP_METHODS
 from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config import registry
@@ -20,6 +19,7 @@ from pipeline.config.yaml_file import recipe_names
 __all__ = ["CLIP_METHODS", "SEQUENCE_METHODS", "load_any", "logits_of", "recipe_names"]
 
 SEQUENCE_METHODS = registry.names("methods")
+CLIP_METHODS = registry.names("clip_methods")
 NAMES = ("church", "red_panda", "parachute")
 
 

@@ -93,7 +93,7 @@ def test_the_first_process_asks_for_every_image_and_the_others_take_its_word(
         asked.append(len(found))
         return found
 
-    monkeypatch.setattr("data_prep.sources.coin.image_states", counted)
+    monkeypatch.setattr("data_prep.sources.base.image_states", counted)
     shared = recipe()
     for number in (1, 2, 3):
         share_shards(shared, Share(number, 3))

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.clip.learning.model import PromptedCLIP
-from pipeline.clip.methods import METHODS, PromptLearner, learner_of_sizes
+from pipeline.clip.methods import PromptLearner, learner_of_sizes
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.text import Words
+from pipeline.config import registry
 from pipeline.errors import UserError
 from pipeline.runs.finished import finish_folder, read_finished
 from pipeline.runs.layout import COMPLETE, unfinished
@@ -40,8 +41,11 @@ def load_prompts(folder: Path) -> LearnedPrompts | None:
 def learner_from(learned: LearnedPrompts, backbone: Backbone) -> PromptLearner:
     """The learner that a checkpoint holds, for a backbone of the sizes it was learned on; UserError for another one."""
     meta = learned.meta
-    if meta["method"] not in METHODS:
-        raise UserError(f"The checkpoint is of the method '{meta['method']}', which this version does not know.")
+    if meta["method"] not in registry.names("clip_methods"):  # nothing is imported because a file says so
+        raise UserError(
+            f"The checkpoint is of the method '{meta['method']}', which this version does not know; "
+            + registry.provide("clip_methods", meta["method"])
+        )
     learner = learner_of_sizes(meta["method"], backbone.sizes, 0, **meta["options"])
     expected = {name: tuple(value.shape) for name, value in learner.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in learned.values.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.clip.learning.few_shot_batches import micro_batches
-from pipeline.clip.methods import METHODS, learner_of_sizes
+from pipeline.clip.methods import learner_of_sizes, method_class
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.clip.towers.encode import AT_ONCE
@@ -89,7 +89,7 @@ def _activations(
     recipe: ClipRecipe, method: ClipMethodConfig, ranks: int, model: Any, classes: int, element: int
 ) -> int:
     """Bytes that one forward pass of a method keeps for the backward pass, over both towers."""
-    if not METHODS[method.kind].learns:
+    if not method_class(method.kind).learns:
         return 0
     learner, train = _learner(method, model, classes), recipe.train_of(method)
     micro, _ = micro_batches(train.global_batch, train.micro_batch, ranks)
@@ -128,7 +128,7 @@ def image_tokens(vision: Any) -> int:
 
 def _evaluation(recipe: ClipRecipe, model: Any, classes: int, element: int) -> int:
     """Bytes of the larger of the two towers at work, without gradients."""
-    per_image = any(METHODS[method.kind].per_image for method in recipe.methods)
+    per_image = any(method_class(method.kind).per_image for method in recipe.methods)
     texts = classes * (recipe.evaluate_batch if per_image else 1)
     texts = min(texts, recipe.model.text_chunk or texts, AT_ONCE)
     config = model.config

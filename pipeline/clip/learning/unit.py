@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.images.classes import Group
-from pipeline.clip.methods import METHODS, PromptLearner, make_learner
+from pipeline.clip.methods import PromptLearner, make_learner, method_class
 from pipeline.clip.methods.regulariser import Regulariser
 from pipeline.clip.methods.regularisers import Consistency
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
@@ -41,7 +41,7 @@ class Unit:
     @property
     def learns(self) -> bool:
         """Whether there is anything to train."""
-        return METHODS[self.method.kind].learns
+        return method_class(self.method.kind).learns
 
     def folder(self, run: Path) -> Path:
         """Where a run keeps the unit."""
@@ -52,7 +52,7 @@ class Unit:
         options = dict(self.method.options)
         if self.method.per_class:
             options["classes"] = classes
-        known = inspect.signature(METHODS[self.method.kind]).parameters
+        known = inspect.signature(method_class(self.method.kind)).parameters
         further = {"template": self.dataset.description.template, "knowledge": self.method.knowledge}
         return {**{name: value for name, value in further.items() if name in known}, **options}
 
@@ -63,7 +63,7 @@ def units_of(recipe: ClipRecipe) -> list[Unit]:
     units = []
     for method in recipe.methods:
         for dataset in recipe.data.datasets:
-            for seed in recipe.seeds if METHODS[method.kind].learns else recipe.seeds[:1]:
+            for seed in recipe.seeds if method_class(method.kind).learns else recipe.seeds[:1]:
                 units.append(Unit(method, dataset, seed, group, _groups(recipe, dataset)))
     return units
 

@@ -1,4 +1,4 @@
-"""The methods by name, and one way to make any of them."""
+"""Prompt methods on CLIP, one file each: their classes by name, and one way to make any of them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,25 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from pipeline.clip.methods.base import PromptLearner
-from pipeline.clip.methods.cocoop import CoCoOp
-from pipeline.clip.methods.coop import CoOp
-from pipeline.clip.methods.ivlp import IVLP
-from pipeline.clip.methods.kgcoop import KgCoOp
-from pipeline.clip.methods.maple import MaPLe
-from pipeline.clip.methods.mpl import MPL
-from pipeline.clip.methods.vpt import VPT
-from pipeline.clip.methods.zero_shot import ZeroShot
 from pipeline.clip.towers.backbone import Backbone, Sizes
 from pipeline.clip.towers.text import Words
+from pipeline.config import registry
 from pipeline.config.messages import sentence
 from pipeline.errors import UserError, nearest
 
-__all__ = ["METHODS", "PromptLearner", "learner_of_sizes", "make_learner", "refuse_options"]
+__all__ = ["PromptLearner", "learner_of_sizes", "make_learner", "method_class", "refuse_options"]
 
-METHODS: dict[str, type[PromptLearner]] = {
-    method.name: method for method in (ZeroShot, CoOp, CoCoOp, KgCoOp, VPT, IVLP, MaPLe, MPL)
-}
+
+def method_class(name: str) -> type[PromptLearner]:
+    """The class of a method; UserError where nothing has this name."""
+    found: type[PromptLearner] = registry.load("clip_methods", name)
+    return found
 
 
 def refuse_options(name: str, options: Mapping[str, Any], hidden: tuple[str, ...] = ()) -> None:
     """Raise UserError for an option that a method has not got or that is `hidden`, or a value its signature forbids."""
-    parameters = inspect.signature(METHODS[name]).parameters
+    method = method_class(name)
+    parameters = inspect.signature(method).parameters
     known = [option for option in parameters if option not in ("sizes", *hidden)]
     for option in options:
         if option not in known:
@@ -40,7 +36,7 @@ def refuse_options(name: str, options: Mapping[str, Any], hidden: tuple[str, ...
                 f"The method {name} has no option '{option}'; it has {', '.join(known) or 'none'}."
                 + nearest(option, known)
             )
-    kinds = get_type_hints(METHODS[name].__init__)
+    kinds = get_type_hints(method.__init__)
     fields: dict[str, Any] = {option: (kinds[option], parameters[option].default) for option in known}
     signature = create_model(name, __config__=ConfigDict(strict=True), **fields)
     try:
@@ -54,12 +50,10 @@ def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) 
 
     Raises UserError for an unknown method or option, and for an option's value of another kind.
     """
-    if name not in METHODS:
-        raise UserError(f"There is no method '{name}'; the methods are {', '.join(METHODS)}.{nearest(name, METHODS)}")
     refuse_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return METHODS[name](sizes, **options)  # type: ignore[arg-type]
+        return method_class(name)(sizes, **options)  # type: ignore[arg-type]
 
 
 def make_learner(name: str, backbone: Backbone, words: Words, /, seed: int = 0, **options: Any) -> PromptLearner:
