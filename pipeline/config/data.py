@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from pipeline.config import registry
 from pipeline.config.base import PREPARED, Name, Section, each_once
+from pipeline.config.method import FromRegistry
 from pipeline.data.origin import LIMIT
 from pipeline.errors import nearest
 from pipeline.files.paths import GivenPath
@@ -28,7 +29,9 @@ class TaskConfig(Section):
     """One task of the sequence."""
 
     name: Name = Field(description="folder of the task under the data's instructions/")
-    metric: str = Field("exact", description="how answers are scored: a metric's name")
+    metric: Annotated[str, FromRegistry("metrics")] = Field(
+        "exact", description="how answers are scored: a metric's name"
+    )
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(
         None,
@@ -58,9 +61,9 @@ class TaskConfig(Section):
 class DataConfig(Section):
     """Where samples come from and where they are kept prepared."""
 
-    source: str = Field(
-        description="format of the tasks under root. coin: instructions/<Task>/{train,test}.json, read as it is; "
-        "generated: the same, drawn there first; or another data format"
+    source: Annotated[str, FromRegistry("sources")] = Field(
+        description="data format of the tasks under root. coin: instructions/<Task>/{train,test}.json, read as it is; "
+        "generated: the same, drawn there first"
     )
     root: GivenPath = Field(description="folder of the tasks and their images")
     prepared: GivenPath = Field(

@@ -16,6 +16,7 @@ from pipeline.files.paths import expanded
 from pipeline.files.strict_text import load_json
 
 TASK_FILE = "task.json"
+ADDED = "coin"  # the data format that `new-task` writes and `add` reads
 TAKEN = ("metric", "max_new_tokens")  # fields that a recipe takes from it
 
 

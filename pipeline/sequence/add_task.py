@@ -10,13 +10,12 @@ from pathlib import Path
 from pipeline.config.data import TaskConfig
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
-from pipeline.config.task_file import TASK_FILE, read_task_file
+from pipeline.config.task_file import ADDED, TASK_FILE, read_task_file
 from pipeline.errors import UserError, nearest
 from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.methods import make_method
 from pipeline.runs.layout import CONFIG, begun_stages
-from pipeline.sequence.prepared import ADDED
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from data_prep.sources.image_states import resized_images
 from pipeline.config.base import PREPARED
 from pipeline.config.data import DataConfig, TaskConfig
 from pipeline.config.recipe import Recipe
+from pipeline.config.task_file import ADDED
 from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
 from pipeline.data.shards import DATASET_FILE, read_description
 from pipeline.errors import UserError, UserErrors
@@ -18,7 +19,6 @@ from pipeline.runs.data_use import recorded_fingerprint
 
 SPLITS = ("train", "test")
 SOURCE = "source"  # the setting that names the data format
-ADDED = "coin"  # the format of the tasks that `new-task` writes and `add` reads
 
 
 def require_prepared(recipe: Recipe, name: str) -> None:
