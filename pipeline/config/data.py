@@ -29,9 +29,7 @@ class TaskConfig(Section):
     """One task of the sequence."""
 
     name: Name = Field(description="folder of the task under the data's instructions/")
-    metric: Annotated[str, FromRegistry("metrics")] = Field(
-        "exact", description="how answers are scored: a metric's name"
-    )
+    metric: Annotated[str, FromRegistry("metrics")] = Field("exact", description="how answers are scored")
     max_new_tokens: int = Field(16, ge=1, description="longest answer that is generated, in tokens")
     limit_train: int | None = Field(
         None,
