@@ -1,7 +1,7 @@
 """Computes the CLIP keys of a prepared split: routing's view of every sample, once and for all.
 
 `keys.safetensors` (float16, row i belongs to index row i) is for training, `keys.parquet` (with ids) for analysis.
-Spec: modalprompt.md 3.3, engineering.md C4.
+See docs/design.md 4.3 and 7.6.
 """
 
 from __future__ import annotations

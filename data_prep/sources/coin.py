@@ -1,7 +1,7 @@
 """Reads tasks in CoIN layout: `<root>/instructions/<Task>/{train,test}.json`, image paths relative to `<root>`.
 
 A record that cannot be used (an answer or image missing, an id used twice, ...) comes out as a `BadRecord` in its
-place; a file that cannot be used raises UserError. Spec: modalprompt.md section 6 (data formats).
+place; a file that cannot be used raises UserError. Formats: docs/own_data.md.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ INSTRUCTIONS = "instructions"
 STEMS = {"train": ("train",), "test": ("test", "val")}
 # CoIN's own image paths start below this folder.
 IMAGE_ROOTS = ("", "datasets")
-# Files beside the benchmarks' test splits that hold more answers, as their scripts name them (spec 7.1), and the tasks
-# they belong to. In a task's own folder a file of any of these names is the task's; in `datasets`, which all tasks
-# share, its own task's alone: equal question ids or image names would give another task foreign answers.
+# Files of annotations beside the benchmarks' test splits, under the names that CoIN's scripts use (docs/design.md 6.1),
+# and the tasks they belong to. In a task's own folder, a file of any of these names belongs to that task. In
+# `datasets`, which all tasks share, it is read for its own task alone: question ids and image names repeat between
+# benchmarks, so another task would get foreign answers.
 ANNOTATIONS = {
     "TextVQA_0.5.1_val.json": ("textvqa",),
     "problems.json": ("scienceqa",),

@@ -1,7 +1,7 @@
 """Datasets of the base-to-new benchmark as published: split files, image folders, and what is missing or altered.
 
 A split file `split_zhou_<Name>.json` holds `train`, `val` and `test`, each a list of `[path, label, class name]`.
-Source: clip_prompts.md 7.1, 7.2.
+Source: docs/design.md 5.11.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def read_dataset(description: Dataset, root: Path) -> Splits:
     """The splits of a known dataset under `root`, by the layout of its description.
 
     ImageNet's validation images are the test split, and its files are taken in sorted order: the published few-shot
-    subset of ImageNet depends on the file system (7.3), this one does not. The four variants have a test split alone.
+    subset of ImageNet depends on the file system (docs/design.md 5.12), this one does not. The four variants have only
+    a test split.
     """
     splits = _read_layout(description, root / description.folder)
     if not description.classes:  # one of the user's own; ImageNet as published has two classes "sunglasses"

@@ -1,4 +1,4 @@
-"""The frozen CLIP that turns an image and a question into the two keys routing compares (modalprompt.md 3.3)."""
+"""The frozen CLIP that turns an image and a question into the two keys routing compares (docs/design.md 4.3)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KeyEncoder:
     Image keys are CLIP's projected image embeddings. Text keys are the projected text embeddings (`projected`, the
     joint space) or the text tower's pooled output before the projection (`pooled`, what the official code compares).
     Of a text longer than CLIP's context `text_truncation` keeps the head (CLIP's own way) or the tail, where benchmark
-    questions carry the instruction that tells their task (spec 8, B20); the start and end tokens stay.
+    questions carry the instruction that tells their task (docs/design.md 4.10, F5); the start and end tokens stay.
     Raises UserError when the checkpoint is not a whole CLIP, or `pooled` has another width than the image key.
     """
 

@@ -28,7 +28,7 @@ __all__ = ["DTYPES", "LMM", "base_fingerprint", "load_lmm", "load_processor"]
 class LMM(nn.Module):
     """A frozen image-text-to-text model in eval mode with its processor.
 
-    Only submodules are called, never bare weights, so that ZeRO-3 can gather what is needed (engineering.md B2).
+    Only submodules are called, never bare weights, so that ZeRO-3 can gather what is needed (docs/design.md 7.2).
     What differs between architectures is in `family`.
     """
 

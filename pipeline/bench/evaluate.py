@@ -98,7 +98,7 @@ class _Matrix:
 def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
     """Fill in the matrix of a finished run with `limit` samples per task, each cell once by every variant in turn.
 
-    reference: as the official scripts do (modalprompt.md 3.3, 5), sample by sample with CLIP's text tower and all
+    reference: as the official scripts do (docs/design.md 4.3), sample by sample with CLIP's text tower and all
     prototypes computed each time, every cell anew; its image key is by-product of the model's own tower and costs
     nothing. batched: the pipeline without reuse. ours: the pipeline. shared: with evaluate.share_images. All three have
     one pass of both towers over every test sample on top, as data_prep computes the keys. Operations are counted in a

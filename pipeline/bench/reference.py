@@ -1,4 +1,4 @@
-"""A training step as the official implementation does it, written anew from its description (modalprompt.md 3, 4).
+"""A training step as the official implementation does it, written anew from its description (docs/design.md 4, 4.11).
 
 Prompt vectors are rows of the embedding table, which is trained as a whole and set back to its old values but for the
 current rows before every step; both CLIP towers run in the step; the prototypes of all tasks are computed every time;

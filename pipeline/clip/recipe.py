@@ -40,7 +40,7 @@ class ClipModelConfig(Section):
 
 
 class ConsistencyConfig(Section):
-    """PromptSRC's three terms (clip_prompts.md 6)."""
+    """PromptSRC's three terms (docs/design.md 5.9)."""
 
     text: float = Field(25.0, ge=0, description="weight of the text features' distance to the frozen ones")
     image: float = Field(10.0, ge=0, description="weight of the image features' distance")
@@ -53,7 +53,7 @@ class ConsistencyConfig(Section):
 
 
 class AverageConfig(Section):
-    """Gaussian weight averaging over epochs (clip_prompts.md 6)."""
+    """Gaussian weight averaging over epochs (docs/design.md 5.9)."""
 
     mean: float = Field(15.0, description="epoch with the largest weight")
     deviation: float = Field(1.0, gt=0, description="width of the bell, in epochs")

@@ -164,7 +164,7 @@ def collated(
     groups = None if examples.sharing == "none" else _groups(examples, chosen, selection)
     leaders = range(len(chosen)) if groups is None else [groups.index(group) for group in range(max(groups) + 1)]
     pictured = [chosen[place].images for place in leaders]
-    # Every batch has an image, so that all ranks run the vision tower (design.md decision 2).
+    # Every batch has an image, so that all ranks run the vision tower (docs/design.md 3.2).
     images = [picture for picture in pictured if picture is not None] or [examples.blank]
     return Batch(
         input_ids=input_ids,

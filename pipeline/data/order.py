@@ -1,6 +1,6 @@
 """Which samples form which batch: a pure function of (seed, task, epoch), so that a restart needs only integers.
 
-Spec: engineering.md C3 (global permutation), design.md decision 5. Only `rank_slice` knows that there are ranks.
+See docs/design.md 3.5 and 7.5. Only `rank_slice` knows that there are ranks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A split folder holds `shard-NNNNNN.tar` (members `<key>.json`, `<key>.<image extension>`), `index.parquet` (one row per
 sample), `dataset.json` (counts, sizes, hashes) and `keys.safetensors` (CLIP keys, row i belongs to index row i).
-Spec: engineering.md C3, C4; design.md decision 6.
+See docs/design.md 3.6, 7.5 and 7.6.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def exact(prediction: str, answer: str, meta: Meta) -> float:
 def exact_ci(prediction: str, answer: str, meta: Meta) -> float:
     """1 when the texts are equal without case, outer white space and a final full stop.
 
-    For CoIN's GQA, VizWiz and VQAv2 (one answer each) and OCR-VQA (spec 7.1).
+    For CoIN's GQA, VizWiz and VQAv2 (one answer each) and OCR-VQA (docs/design.md 6.1).
     """
     return float(_plain(prediction) == _plain(answer))
 
@@ -30,7 +30,7 @@ def exact_ci(prediction: str, answer: str, meta: Meta) -> float:
 def contains(prediction: str, answer: str, meta: Meta) -> float:
     """1 when one of the two texts contains the other; case counts, an empty text never does.
 
-    For CoIN's ImageNet, without its fault of counting empty outputs as right (spec 8, B12).
+    For CoIN's ImageNet, without its fault of counting empty outputs as right (docs/design.md 4.10, F3).
     """
     found, wanted = prediction.strip(), answer.strip()
     return float(bool(found) and bool(wanted) and (found in wanted or wanted in found))
@@ -50,7 +50,7 @@ def vqa(prediction: str, answer: str, meta: Meta) -> float:
     """Soft accuracy: mean over the annotators of min(1, agreeing others / 3), texts normalised as EvalAI does.
 
     The annotators' answers are `meta["answers"]` (texts, or `{"answer": text}`); with a single one it is a plain match.
-    The official score of TextVQA, VQAv2 and VizWiz; source: TextVQA's M4C evaluator (spec 7.1).
+    The official score of TextVQA, VQAv2 and VizWiz; source: TextVQA's M4C evaluator (docs/design.md 6.1).
     """
     answers = [normalise(text) for text in references(answer, meta)]
     found = normalise(prediction)

@@ -18,7 +18,8 @@ def iou(prediction: str, answer: str, meta: dict[str, Any]) -> float:
 def grounding(prediction: str, answer: str, meta: dict[str, Any]) -> float:
     """1 when the intersection over union is more than 0.5; unreadable = 0.
 
-    For CoIN's Grounding: RefCOCO, RefCOCO+ and RefCOCOg (spec 7.1), without its fault of losing digits (spec 8, B11).
+    For CoIN's Grounding: RefCOCO, RefCOCO+ and RefCOCOg (docs/design.md 6.1), without the script's fault of losing
+    digits (docs/design.md 4.10, F2).
     """
     covered = _covered(prediction, answer, meta)
     return float(covered is not None and covered > IOU_THRESHOLD)

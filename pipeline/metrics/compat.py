@@ -1,7 +1,8 @@
 """The scores of CoIN's published scripts, faults included: what published numbers are comparable with.
 
-ModalPrompt's repository scores with the same logic (spec 7.1 and 8). Recipes choose these with `data.scoring: compat`.
-A model's answer arrives here stripped of outer white space, as the scripts' model side does it too.
+ModalPrompt's repository scores with the same logic (docs/design.md 4.10 and 6.1). Recipes choose these with
+`data.scoring: compat`. Predictions arrive stripped of outer white space, because the scripts that generate them strip
+them too.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ def scienceqa(prediction: str, answer: str, meta: Meta) -> float:
 
 
 def imagenet(prediction: str, answer: str, meta: Meta) -> float:
-    """Substring either way; an empty answer is part of every text and counts as right (B12)."""
+    """Substring either way; an empty answer is part of every text and counts as right (docs/design.md 4.10, F3)."""
     return float(answer in prediction or prediction in answer)
 
 
@@ -37,12 +38,18 @@ def single_answer(prediction: str, answer: str, meta: Meta) -> float:
 
 
 def ocrvqa(prediction: str, answer: str, meta: Meta) -> float:
-    """Equal in lower case; a prediction with "Unanswerable" in it is never right, even where that is true (B13)."""
+    """Equal in lower case; a prediction with "Unanswerable" in it counts as wrong, even where that is the answer.
+
+    Source: docs/design.md 4.10, F4.
+    """
     return float(UNANSWERABLE not in prediction and prediction.lower() == answer.lower())
 
 
 def grounding(prediction: str, answer: str, meta: Meta) -> float:
-    """IoU > 0.5 after brackets and then the first and last character are cut off: "0.78]" is read as 0.7 (B11)."""
+    """IoU > 0.5, after brackets and then the first and last character are cut off: "0.78]" is read as 0.7.
+
+    Source: docs/design.md 4.10, F2.
+    """
     text = prediction.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
     try:
         numbers = [float(part) for part in text.split(",")]

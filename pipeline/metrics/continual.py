@@ -1,4 +1,4 @@
-"""What an accuracy matrix says about learning and forgetting (spec 7.2).
+"""What an accuracy matrix says about learning and forgetting (docs/design.md 6.2).
 
 `A[t][i]` is the score on task i after stage t, in percent; entries with i > t are None (not learned yet). T columns and
 up to T rows: a run in progress lacks the last rows (or has them all None), joint training knows only the last row. A
@@ -50,20 +50,21 @@ def square(accuracy: Matrix) -> list[list[float | None]]:
 
 
 def last(accuracy: Matrix) -> float | None:
-    """Mean over i of A[T][i]: the score over all tasks at the end (MFN, A-bar or final accuracy; spec 7.2)."""
+    """Mean over i of A[T][i]: the score over all tasks at the end (MFN or final accuracy; docs/design.md 6.2)."""
     return _mean(square(accuracy)[-1])
 
 
 def average(accuracy: Matrix) -> float | None:
     """Mean over t of the mean over i <= t of A[t][i]: the tasks seen, averaged over the stages.
 
-    CoIN's and MCITlib's mean average accuracy (MAA; spec 7.2), so it is also found under `mean_average_accuracy`.
+    CoIN's and MCITlib's mean average accuracy (MAA; docs/design.md 6.2), so it is also reported as
+    `mean_average_accuracy`.
     """
     return _mean([_mean(row[: stage + 1]) for stage, row in enumerate(square(accuracy))])
 
 
 def immediate(accuracy: Matrix) -> float | None:
-    """Mean over i of A[i][i]: the score on each task right after learning it (MFT; spec 7.2)."""
+    """Mean over i of A[i][i]: the score on each task right after learning it (MFT; docs/design.md 6.2)."""
     return _mean(_diagonal(square(accuracy)))
 
 
@@ -78,7 +79,7 @@ def forgetting(accuracy: Matrix) -> float | None:
 
 
 def forgetting_coin(accuracy: Matrix) -> float | None:
-    """Mean over i < T of A[i][i] - A[T][i]: CoIN's and ModalPrompt's "BWT"; positive = forgetting (spec 7.2, B)."""
+    """Mean over i < T of A[i][i] - A[T][i]: CoIN's "BWT", where positive means forgetting (docs/design.md 6.2)."""
     matrix = square(accuracy)
     return _mean([_difference(first, now) for first, now in list(zip(_diagonal(matrix), matrix[-1], strict=True))[:-1]])
 
@@ -86,7 +87,7 @@ def forgetting_coin(accuracy: Matrix) -> float | None:
 def backward_transfer(accuracy: Matrix) -> float | None:
     """Mean over i < T of A[T][i] - A[i][i]; negative = forgetting. None for a single task.
 
-    Lopez-Paz and Ranzato 2017 (GEM, eq. 3) and MCITlib's sign; `forgetting_coin` is the other one (spec 7.2).
+    Lopez-Paz and Ranzato 2017 (GEM, eq. 3) and MCITlib's sign; `forgetting_coin` is the other one (docs/design.md 6.2).
     """
     matrix = square(accuracy)
     return _mean([_difference(now, first) for first, now in list(zip(_diagonal(matrix), matrix[-1], strict=True))[:-1]])

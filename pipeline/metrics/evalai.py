@@ -121,7 +121,7 @@ def normalise(text: str) -> str:
     """Return `text` as the EvalAI evaluator compares it.
 
     Lower case; punctuation, articles and most full stops gone; number words as digits; apostrophes restored.
-    Source: TextVQA's M4C evaluator (spec 7.1), reproduced including its quirks.
+    Source: TextVQA's M4C evaluator (docs/design.md 6.1), reproduced including its quirks.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()

@@ -12,7 +12,7 @@ def option_letter(text: str, letters: str = LETTERS) -> str | None:
     """Return the letter of `letters` that a free text chooses, or None.
 
     In this order: the text is the letter; it starts with "X. "; exactly one sentence says "The answer is X"; the first
-    single-character word is the letter. Source: ScienceQA evaluation of LLaVA and of CoIN (spec 7.1).
+    single-character word is the letter. Source: ScienceQA evaluation of LLaVA and of CoIN (docs/design.md 6.1).
     """
     text = text.strip()
     sentences = _ANSWER_SENTENCE.findall(text)

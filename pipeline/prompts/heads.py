@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """Two linear layers with a SiLU between them, D -> D -> K (modalprompt.md 2, f_i)."""
+    """Two linear layers with a SiLU between them, D -> D -> K (docs/design.md 4.1, f_i)."""
 
     def __init__(self, width: int, key_width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -15,5 +15,5 @@ class ProjectionHead(nn.Module):
         self.fc2 = nn.Linear(width, key_width, dtype=dtype)
 
     def forward(self, prompt: Tensor) -> Tensor:
-        """The prototype [K] of a prompt set [L, D]: the mean over L of the projected vectors (modalprompt.md 3.4)."""
+        """The prototype [K] of a prompt set [L, D]: the mean over L of the projected vectors (docs/design.md 4.4)."""
         return self.fc2(nn.functional.silu(self.fc1(prompt))).mean(dim=-2)

@@ -1,4 +1,4 @@
-"""Where prompt sets stand: after the first token of each sample (modalprompt.md 3.7), before its image or behind it."""
+"""Where prompt sets stand: after the first token of each sample (docs/design.md 4.7), before its image or behind it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def answers_of(labels: Tensor) -> Answers:
 
 
 class PromptedLMM(nn.Module):
-    """Trainables of the current stage on a frozen multimodal model (modalprompt.md 13).
+    """Trainables of the current stage on a frozen multimodal model (docs/design.md 4).
 
     `prompt` [L, D] and `head` are the only parameters with gradients, besides the model's projector where the recipe
     trains it. The earlier sets are `bank` [t-1, L, D], a plain tensor that no optimizer can reach.
@@ -62,7 +62,7 @@ class PromptedLMM(nn.Module):
         self.insertion = insertion
         if self.in_two_passes:
             lmm.require_two_passes()
-        # Trainables take the model's precision; DeepSpeed keeps float32 masters of them (engineering.md B2.6).
+        # Trainables take the model's precision; DeepSpeed keeps float32 masters of them (docs/design.md 7.2).
         self.prompt = nn.Parameter(torch.zeros(prompt_length, lmm.width, dtype=lmm.dtype))
         self.head = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
         self.bank = torch.zeros(0, prompt_length, lmm.width)
@@ -135,7 +135,7 @@ class PromptedLMM(nn.Module):
         """Summed cross-entropy of the answer tokens; only their positions go through the LM head."""
         sample, position = (targets != -100).nonzero(as_tuple=True)
         weight = weights[sample]
-        if not len(sample):  # the head runs on every rank, whatever the batch holds (design.md decision 2)
+        if not len(sample):  # the head runs on every rank, whatever the batch holds (docs/design.md 3.2)
             sample = position = torch.zeros(1, dtype=torch.long, device=targets.device)
             weight = torch.zeros(1, device=targets.device)
         logits = self.lmm.logits(hidden[sample, position])
@@ -143,7 +143,7 @@ class PromptedLMM(nn.Module):
         return (losses * weight).sum()
 
     def _prototype_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed 1 - cos(key, prototype) for both keys (modalprompt.md 3.8)."""
+        """Summed 1 - cos(key, prototype) for both keys (docs/design.md 4.8)."""
         prototype = self.head(self.prompt).float()[None]
         image_weight, text_weight = prototype_term_weights(batch.has_image)
         image = 1.0 - cosine_similarity(batch.image_key, prototype, dim=-1)

@@ -33,7 +33,7 @@ def start_stage_folder(run: Path, index: int, name: str) -> Path:
 
 
 def prototype_of(values: dict[str, Tensor]) -> Tensor:
-    """The prototype [K] of a stage's final trainables, in float32 (modalprompt.md 3.4)."""
+    """The prototype [K] of a stage's final trainables, in float32 (docs/design.md 4.4)."""
     fc1, fc2 = values["head.fc1.weight"], values["head.fc2.weight"]
     head = ProjectionHead(fc1.shape[1], fc2.shape[0])
     head.load_state_dict(_part(values, "head."))

@@ -1,7 +1,7 @@
 """Ends a job that hangs: which rank waits where, in which collective, and a stack of every thread of every rank.
 
 A rank that takes another path than its peers, or stops answering, leaves the others waiting in a collective for ever
-(engineering.md B6). Each rank has a thread that counts its progress into one number for all ranks; when that number
+(docs/design.md 7.3). Each rank has a thread that counts its progress into one number for all ranks; when that number
 stands still for too long, every rank writes its stacks and the job ends with exit code 1.
 """
 

@@ -55,7 +55,7 @@ def initial_values(
 ) -> dict[str, Tensor]:
     """Starting values of a stage's trainables, a function of (seed, stage) alone and so equal on every rank.
 
-    `init`: vocab_rows (rows of the frozen input embedding picked at random, modalprompt.md 3.2), normal (deviation
+    `init`: vocab_rows (rows of the frozen input embedding picked at random, docs/design.md 4.2), normal (deviation
     0.02), previous (the previous stage's set `previous` [L, D]; vocab_rows in the first stage). The head starts as
     `torch.nn.Linear` does.
     """

@@ -1,6 +1,6 @@
 """What the optimizer remembers of the trainables, whole and in float32, whatever DeepSpeed has made of it.
 
-Every ZeRO stage keeps them elsewhere (engineering.md B1): per parameter, per float32 master, or in flat pieces that
+Every ZeRO stage keeps them elsewhere (docs/design.md 7.1): per parameter, per float32 master, or in flat pieces that
 are split over the ranks. Here they have the parameters' names and shapes, so that what was saved on N ranks can be
 given to M.
 """

@@ -4,7 +4,7 @@
 `state.safetensors` (trainables, the optimizer's moments, what else the engine carries, random state of every rank) and
 `state.json` (step, position in the data, what it was trained on, checksums). The folder gets its name when all of it is
 on the disk; a reader checks every byte and takes the one before if anything is off.
-Design: design.md decisions 5 to 7, engineering.md B1.
+See docs/design.md 3.5 to 3.7 and 7.1.
 """
 
 from __future__ import annotations

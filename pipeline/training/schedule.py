@@ -25,7 +25,7 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
 def schedule(config: TrainConfig, step: int, total: int) -> float:
     """Factor of the learning rates at a step (0-based): warm-up, then constant, cosine or linear to 0.
 
-    The warm-up is linear, or logarithmic as DeepSpeed's WarmupLR, whose first step has rate 0 (modalprompt.md 4.2).
+    The warm-up is linear, or logarithmic as DeepSpeed's WarmupLR, whose first step has rate 0 (docs/design.md 4.9).
     """
     warmup = math.ceil(config.warmup * total)
     if step < warmup:

@@ -1,7 +1,7 @@
 """The methods written down plainly on bare weights, and a folder of recorded runs at sizes of its own.
 
 Independent of the package: towers as loops over blocks in [tokens, batch, width] order, texts as token slices, one
-image at a time for CoCoOp. Only the formulas of clip_prompts.md sections 2 to 5.
+image at a time for CoCoOp. Only the formulas of docs/design.md 5.1 to 5.4.
 """
 
 from __future__ import annotations

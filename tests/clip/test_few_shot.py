@@ -48,7 +48,7 @@ CALTECH101_PLACES = {
 
 
 def published(splits: Splits, shots: int, seed: int) -> list[list[Any]]:
-    """clip_prompts.md 7.3, word for word, with the global generator."""
+    """docs/design.md 5.12, word for word, with the global generator."""
     random.seed(seed)
     result = []
     for images, count in ((splits.train, shots), (splits.val, min(shots, 4))):

@@ -37,7 +37,7 @@ def slot_differences(tied: bool) -> list[float]:
 
 
 def test_tied_slots_of_the_last_prompted_block_never_part() -> None:
-    # clip_prompts.md 2.9, defect 1: what is not removed later stays symmetrical.
+    # docs/design.md 5.6, M1: what is not removed later stays symmetrical.
     earlier, last = slot_differences(tied=True)
     assert earlier > 1e-4
     assert last < 1e-6

@@ -16,7 +16,7 @@ def test_eleven_datasets_and_four_variants_of_imagenet() -> None:
     assert DOMAIN_TARGETS == ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
-# clip_prompts.md 7.1.
+# docs/design.md 5.11.
 HALVES = {
     "imagenet": (500, 500),
     "caltech101": (50, 50),
@@ -36,7 +36,7 @@ def test_base_and_new_classes_are_as_many_as_published() -> None:
     assert {name: (DATASETS[name].base, DATASETS[name].new) for name in BASE_TO_NEW} == HALVES
 
 
-# clip_prompts.md 2.7: steps of 5 epochs of 16 shots on the base half, batch 4.
+# docs/design.md 5.5: steps of 5 epochs of 16 shots on the base half, batch 4.
 STEPS = {
     "imagenet": 2000,
     "sun397": 796,
@@ -89,7 +89,7 @@ def test_accuracy_counts_images_and_classes() -> None:
 
 
 def test_harmonic_means_both_ways() -> None:
-    # CLIP's rows of Caltech101 and EuroSAT (clip_prompts.md 8).
+    # CLIP's rows of Caltech101 and EuroSAT (as CoCoOp's paper prints them).
     rows = {"caltech101": base_to_new([(0.9684, 0.94)]), "eurosat": base_to_new([(0.5648, 0.6405)])}
     result = average(rows)
     assert result.harmonic_of_means == pytest.approx(harmonic_mean(result.base, result.new))

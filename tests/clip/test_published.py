@@ -1,4 +1,4 @@
-"""The shipped ViT-B/16 recipes are the published settings, number by number (clip_prompts.md 2.7, 5, 6, 7)."""
+"""The shipped ViT-B/16 recipes are the published settings, number by number (docs/design.md 5.1 to 5.11)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ VIT = (12, 12)
 
 
 def test_mpl_grows_as_the_released_setting_does() -> None:
-    # clip_prompts.md 2.4: prompts per block of ViT-B/16 with n = 1, add 2, remove 1, depth 9.
+    # docs/design.md 5.4: prompts per block of ViT-B/16 with n = 1, add 2, remove 1, depth 9.
     vision = schedule.mpl(1, add=2, remove=1, depth=9, blocks=VIT).vision
     assert vision.present == (1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9)
     assert [197 + count for count in vision.present] == [198, 199, 200, 201, 202, 203, 204, 205, 206, 206, 206, 206]
@@ -53,7 +53,7 @@ def test_coop_stands_in_the_text_tower_alone() -> None:
 
 
 def test_removing_more_than_there_is_names_tower_and_block() -> None:
-    # The released code would delete image patches here (clip_prompts.md 2.9, defect 2).
+    # The released code would delete image patches here (docs/design.md 5.6, M2).
     with pytest.raises(UserError, match="Block 1 of the vision tower would remove 2 prompts, but only 1"):
         schedule.mpl(1, add=2, remove=2, depth=9, blocks=VIT)
 

@@ -66,7 +66,7 @@ def test_textvqa_is_soft_over_ten_annotators_in_both() -> None:
         ("tabby cat", (1, 1)),
         ("a tabby cat on a sofa", (1, 1)),
         ("cat", (1, 1)),
-        ("", (0, 1)),  # an empty answer is part of every text (B12)
+        ("", (0, 1)),  # an empty answer is part of every text (docs/design.md 4.10, F3)
         ("a", (1, 1)),  # any shared substring counts in both
         ("dog", (0, 0)),
         ("Tabby Cat", (0, 0)),
@@ -113,7 +113,7 @@ def test_grounding_needs_more_than_one_half() -> None:
     ("prediction", "expected"),
     [
         ("[0.00,0.50,0.10,0.78]", (1, 1)),
-        ("[0.00,0.50,0.10,0.68]", (1, 0)),  # .00 and 0.6 (B11)
+        ("[0.00,0.50,0.10,0.68]", (1, 0)),  # .00 and 0.6 (docs/design.md 4.10, F2)
         ("The box is [0.00,0.50,0.10,0.78]", (1, 0)),
         ("[0.00,0.50,0.10]", (0, 0)),
         ("nothing", (0, 0)),
@@ -131,7 +131,7 @@ def test_grounding_in_the_published_scripts_loses_the_outer_characters(
     ("prediction", "answer", "expected"),
     [
         ("J. R. Author", "j. r. author", (1, 1)),
-        ("Unanswerable", "Unanswerable", (1, 0)),  # skipped, but kept in the denominator (B13)
+        ("Unanswerable", "Unanswerable", (1, 0)),  # skipped, but kept in the denominator (docs/design.md 4.10, F4)
         ("1998.", "1998", (1, 0)),
         ("1998", "1999", (0, 0)),
     ],

@@ -1,7 +1,7 @@
 """The method once more in a hundred lines of plain torch, to record a fixture folder of other sizes.
 
 It shares no code with the pipeline: one sample at a time, no padding, no key/value cache, the formulas of
-modalprompt.md 3 written out. It does not replace numbers of the real reference; it shows that the parity suite, and
+docs/design.md 4 written out. It does not replace numbers of the real reference; it shows that the parity suite, and
 what it tests, holds for any sizes.
 """
 

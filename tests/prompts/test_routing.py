@@ -1,4 +1,4 @@
-"""Which sets a sample gets, and in which order (modalprompt.md 3.5, 3.6)."""
+"""Which sets a sample gets, and in which order (docs/design.md 4.5, 4.6)."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def lines(results: Sequence[UnitResult]) -> list[Line]:
 
 
 def averages(found: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """By method: the mean of each group over the datasets, and the harmonic mean both ways (clip_prompts.md 7.4).
+    """By method: the mean of each group over the datasets, and the harmonic mean both ways (docs/design.md 5.13).
 
     Only groups that every dataset of the method has: base, new, all, or the targets, whose mean is there too.
     """

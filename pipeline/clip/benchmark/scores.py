@@ -1,4 +1,4 @@
-"""What the benchmark reports: accuracies, harmonic means both ways, mean and deviation over seeds (7.4)."""
+"""Scores of the benchmark: accuracies, harmonic means both ways, mean and deviation of seeds (docs/design.md 5.13)."""
 
 from __future__ import annotations
 

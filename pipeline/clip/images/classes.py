@@ -1,4 +1,4 @@
-"""Labelled images and their classes: splits of a dataset, and its base and new halves (clip_prompts.md 7.4)."""
+"""Labelled images and their classes: splits of a dataset, and its base and new halves (docs/design.md 5.13)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The datasets of the benchmark: what they hold, what a text about them says, where their files go and come from.
 
 Class names are not listed here: they are taken from the split file, `classnames.txt` or `variants.txt` of a dataset.
-Source: clip_prompts.md 7.1; counts and file names as published with CoOp.
+Source: docs/design.md 5.11; counts and file names as published with CoOp.
 """
 
 from __future__ import annotations

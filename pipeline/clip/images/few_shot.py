@@ -1,4 +1,4 @@
-"""Few-shot subsets: the published ones for seeds 1 to 3, and any other (clip_prompts.md 7.3).
+"""Few-shot subsets: the published ones for seeds 1 to 3, and any other (docs/design.md 5.12).
 
 The published pickles came from Python's random module, seeded and first used for this. The same order of calls gives
 the same images: training classes in order of first appearance, one sample each, then the same for validation.

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.data.pictures import central
 from pipeline.errors import UserError
 
-SCALE = (0.08, 1.0)  # share of the picture's area that a crop covers (clip_prompts.md 2.7)
+SCALE = (0.08, 1.0)  # share of the picture's area that a crop covers (docs/design.md 5.5)
 RATIO = (3 / 4, 4 / 3)  # of its width to its height
 TRIES = 10
 

@@ -1,4 +1,4 @@
-"""Gaussian weight averaging: the final prompts are a weighted mean of those after each epoch (clip_prompts.md 6)."""
+"""Gaussian weight averaging: the final prompts are a weighted mean of those after each epoch (docs/design.md 5.9)."""
 
 from __future__ import annotations
 

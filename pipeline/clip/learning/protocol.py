@@ -1,4 +1,4 @@
-"""Steps and learning rates as the published runs count them (clip_prompts.md 2.7, 7.6)."""
+"""Steps and learning rates as the published runs count them (docs/design.md 5.5, 5.14)."""
 
 from __future__ import annotations
 

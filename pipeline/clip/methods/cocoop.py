@@ -1,4 +1,4 @@
-"""CoCoOp: a small network shifts the context by what is in the image (clip_prompts.md 5.2)."""
+"""CoCoOp: a small network shifts the context by what is in the image (docs/design.md 5.2)."""
 
 from __future__ import annotations
 

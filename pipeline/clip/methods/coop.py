@@ -1,4 +1,4 @@
-"""CoOp: the words around the class name are learned (clip_prompts.md 5.1)."""
+"""CoOp: the words around the class name are learned (docs/design.md 5.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IVLP: prompts of their own in both towers (clip_prompts.md 6)."""
+"""IVLP: prompts of their own in both towers (docs/design.md 5.8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MaPLe: deep text prompts, each mapped linearly to the image prompt of its block (clip_prompts.md 6)."""
+"""MaPLe: deep text prompts, each mapped linearly to the image prompt of its block (docs/design.md 5.7)."""
 
 from __future__ import annotations
 

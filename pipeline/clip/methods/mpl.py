@@ -1,7 +1,8 @@
 """MPL, Modular Prompt Learning: image prompts are removed, added and carried from block to block.
 
-Source: clip_prompts.md 2. The released code starts all projections of a block equal; in the last prompted block, where
-nothing is removed later, they then stay equal for ever (2.9). So each slot starts on its own here unless `tied`.
+Source: docs/design.md 5.3 to 5.6. The released code starts all projections of a block equal; in the last prompted
+block, where nothing is removed later, they then stay equal for ever (M1). So each slot starts on its own here unless
+`tied`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Terms that keep what is learned near the frozen model: PromptSRC's three and KgCoOp's one (clip_prompts.md 6)."""
+"""Terms that keep the prompts near the frozen model: PromptSRC's three and KgCoOp's one (docs/design.md 5.9, 5.10)."""
 
 from __future__ import annotations
 

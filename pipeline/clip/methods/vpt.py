@@ -1,4 +1,4 @@
-"""VPT: prompts in the image tower alone (clip_prompts.md 6, 11.1)."""
+"""VPT: prompts in the image tower alone (docs/design.md 5.8)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pipeline.clip.towers.schedule import schedule
 
 
 class ZeroShot(PromptLearner):
-    """The frozen model as it is, with the dataset's own `template` (clip_prompts.md 7.1)."""
+    """The frozen model as it is, with the dataset's own `template` (docs/design.md 5.11)."""
 
     name = "zero_shot"
     learns = False

@@ -3,7 +3,7 @@
 The model's own code runs unchanged, so any weights, attention implementation, precision and sharding it supports work.
 Image prompts stand at the end of the sequence and get no position; they enter before CLIP's first layer norm. Text
 prompts stand at given rows; those of the first block replace token embeddings and so get positions, later ones do not.
-Source: clip_prompts.md 2.3, 2.4.
+Source: docs/design.md 5.3, 5.4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which prompts stand in each block of each tower: remove, add, carry. Every method is one such schedule.
 
 Before block b runs, `remove` of the newest prompts are dropped and `add` fresh ones appended; all others are carried
-with what the blocks before made of them. Source: clip_prompts.md 2.4 and 11.1.
+with what the blocks before made of them. Source: docs/design.md 5.4 and 5.8.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def coop(n: int, blocks: tuple[int, int]) -> PromptSchedule:
-    """`n` context tokens at the input of the text tower (clip_prompts.md 5.1); CoCoOp and KgCoOp have the same."""
+    """`n` context tokens at the input of the text tower (docs/design.md 5.1); CoCoOp and KgCoOp have the same."""
     return schedule([Op(add=at_least_one("length", n))], [], blocks)
 
 
@@ -123,18 +123,18 @@ def vpt(n: int, depth: int, blocks: tuple[int, int], carry: bool = False) -> Pro
 
 
 def ivlp(n_text: int, n_vision: int, depth: int, blocks: tuple[int, int]) -> PromptSchedule:
-    """Independent prompts in both towers, replaced before each of the first `depth` blocks (clip_prompts.md 6)."""
+    """Independent prompts in both towers, replaced before each of the first `depth` blocks (docs/design.md 5.8)."""
     at_least_one("length", min(n_text, n_vision))
     return schedule(_replaced(n_text, depth), _replaced(n_vision, depth), blocks)
 
 
 def maple(n: int, depth: int, blocks: tuple[int, int]) -> PromptSchedule:
-    """As many prompts in both towers, replaced before each of the first `depth` blocks (clip_prompts.md 6)."""
+    """As many prompts in both towers, replaced before each of the first `depth` blocks (docs/design.md 5.8)."""
     return ivlp(n, n, depth, blocks)
 
 
 def mpl(n: int, add: int, remove: int, depth: int, blocks: tuple[int, int], first: First = "code") -> PromptSchedule:
-    """Text prompts replaced, image prompts removed, added and carried (clip_prompts.md 2.3 to 2.5).
+    """Text prompts replaced, image prompts removed, added and carried (docs/design.md 5.3 to 5.4).
 
     Each text prompt makes `add` image prompts per block; `remove` of the newest ones go. The first block gets `n` image
     prompts as in the released code, or `add * n` as in the paper's figure. Raises UserError for another `first`.

@@ -1,7 +1,7 @@
 """Class names as token sequences, with the rows where learned context stands.
 
 A text is tokenised whole; the first `length` positions after the start token are the learned ones, whatever words stand
-there. With the class name in the middle or in front the same tokens are moved. Source: clip_prompts.md 2.3, 5.1.
+there. With the class name in the middle or in front the same tokens are moved. Source: docs/design.md 5.3, 5.1.
 """
 
 from __future__ import annotations

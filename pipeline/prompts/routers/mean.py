@@ -91,7 +91,7 @@ def similarities(keys: AnyKeys, prototypes: Tensor, image_weight: float = 0.5) -
 def provisional_prototype(image_key: Rows, text_key: Rows, has_image: Tensor) -> Tensor:
     """The prototype [K] that minimises the prototype loss over a task's samples, in closed form.
 
-    The loss is the mean of 1 - cos(key, prototype) over both keys (modalprompt.md 3.8), so its minimiser points along
+    The loss is the mean of 1 - cos(key, prototype) over both keys (docs/design.md 4.8), so its minimiser points along
     the sum of the unit keys. It stands in for the current task's prototype before that is learned.
     """
     image_weight, text_weight = prototype_term_weights(has_image)
