@@ -62,7 +62,7 @@ class PerAnswer(Metric):
     """The mean of a score of each answer; `compat` is the published scripts' score where theirs is another one.
 
     A test set that has samples with and without images has the parts `image` and `text` (ScienceQA's IMG accuracy,
-    spec 7.1). May stand as a decorator before the function that scores one answer.
+    docs/design.md 6.1). May stand as a decorator before the function that scores one answer.
     """
 
     def __init__(self, one: AnswerScore, compat: AnswerScore | None = None, needs: Sequence[str] = ()) -> None:
