@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.backbones.clip import key_identity
 from pipeline.bench import measure
 from pipeline.bench.data_source import counts_of, write_coin, write_prepared
 from pipeline.bench.data_watch import MIB, Watched, watch
@@ -122,8 +123,6 @@ def _generate(root: Path, records: int, key_width: int, index_only: bool) -> dic
         counts = counts_of(size)
         facts["records"] = max(facts["records"], sum(map(sum, counts.values())))
         if index_only:
-            from pipeline.backbones.clip import key_identity
-
             write_prepared(part / "prepared", counts, key_identity(clip), key_width)
         else:
             facts["images"] = max(facts["images"], write_coin(part / "coin", counts))

@@ -19,9 +19,13 @@ def prepare(recipe_path: str) -> dict[str, Any]:
     """`prepare` with generated keys in place of CLIP's; the time that writing those takes is told apart."""
     import numpy as np
 
-    import data_prep.prepare as verb
-    from pipeline.config.load import load_recipe
-    from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_index
+    import data_prep.prepare as verb  # a phase is measured with what it needs alone
+    from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
+    from pipeline.data.shards import (  # a phase is measured with what it needs alone
+        KEYS_TABLE,
+        IndexedShards,
+        read_index,
+    )
 
     source, spent = _beside("data_source"), [0.0, 0.0]
 
@@ -64,7 +68,7 @@ def _write_table(path: Path, shards: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.data.shards import FINGERPRINT
+    from pipeline.data.shards import FINGERPRINT  # a phase is measured with what it needs alone
 
     table = pa.table({"id": pa.array(list(shards.ids))}).replace_schema_metadata({FINGERPRINT: shards.fingerprint})
     pq.write_table(table, path)
@@ -72,9 +76,9 @@ def _write_table(path: Path, shards: Any) -> None:
 
 def fill(recipe_path: str) -> dict[str, Any]:
     """A run whose first stages are finished and evaluated; the answers are not generated but all the same."""
-    import pipeline.sequence.evaluate
-    from pipeline.config.load import load_recipe
-    from pipeline.sequence.run import run_sequence
+    import pipeline.sequence.evaluate  # a phase is measured with what it needs alone
+    from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
+    from pipeline.sequence.run import run_sequence  # a phase is measured with what it needs alone
 
     def answers(*arguments: Any, **named: Any) -> dict[int, str]:
         indices = named["indices"] if "indices" in named else arguments[2]

@@ -9,7 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "run_sequence":
-        from pipeline.sequence.run import run_sequence
+        from pipeline.sequence.run import run_sequence  # torch and DeepSpeed, see above
 
         return run_sequence
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

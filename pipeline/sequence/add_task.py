@@ -61,7 +61,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
         _require_finished(run, names)
     # Here: torch and pyarrow take seconds, and what is wrong with the run or the task has been said before.
     from data_prep.prepare import prepare
-    from data_prep.split import NotRewritten
+    from data_prep.split import NotRewritten  # see above
 
     # The new task may lie elsewhere than the others, which are prepared already.
     changes = {"source": ADDED, "root": str(root), "tasks": (task,)}

@@ -109,7 +109,7 @@ def open_data(
     """
 
     def key_identity() -> dict[str, str]:
-        from pipeline.backbones import clip
+        from pipeline.backbones import clip  # transformers, where the keys have to be compared
 
         return clip.key_identity(*recipe.keys.source)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.metrics.continual import retention_per_task, summarise
 from pipeline.prompts.routers import Router, States
 from pipeline.sequence.test_set import TestSet
 
@@ -52,8 +53,6 @@ class AccuracyMatrix:
             majority: scores [T] of each task's most frequent training answer.
             routing: shares [T] of samples routed to their own task, by the keys used.
         """
-        from pipeline.metrics.continual import retention_per_task, summarise
-
         ahead = [self.ahead.get(task) for task in range(len(self.tasks))] if with_ahead else None
         zero_shot = self.zero_shot
         metrics: dict[str, Any] = {"zero_shot": sum(zero_shot) / len(zero_shot) if zero_shot else None}

@@ -92,7 +92,7 @@ class BenchmarkRecord:
             self.tracker.metrics(numbers, 0)
         if not self.session.world.main:
             return
-        from pipeline.clip.benchmark.report import write_benchmark_report
+        from pipeline.clip.benchmark.report import write_benchmark_report  # matplotlib, which only rank 0 draws with
 
         path = self.session.path
         try:
