@@ -8,8 +8,6 @@ optimizer. Estimates: the gathered window (an upper bound), activations, and wha
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -26,6 +24,7 @@ from pipeline.planning.model_shape import (
     number_in,
 )
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
+from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
@@ -43,11 +42,9 @@ def plan_memory(
     `model` is the frozen model on the meta device (`meta_model`), `key_width` that of the CLIP keys. Raises UserError
     when ranks and batch or the DeepSpeed file do not fit (see `accumulation`, `deepspeed_config`).
     """
-    from deepspeed.runtime.zero.config import get_zero_config  # DeepSpeed: an import of seconds, for this plan alone
-
-    config = deepspeed_config(recipe.train, recipe.model.dtype, ranks, node)
-    zero: Any = get_zero_config(config)
-    stage, element = int(zero.stage), DTYPES[recipe.model.dtype].itemsize
+    element = DTYPES[recipe.model.dtype].itemsize
+    zero = Zero.of(deepspeed_config(recipe.train, recipe.model.dtype, ranks, node), ranks, element)
+    stage = zero.stage
     projector_learns = recipe.train.projector == "trained"
     shape = model_shape(model, projector_learns)
     groups = trainable_groups(recipe, shape, key_width, projector_learns)
@@ -57,9 +54,9 @@ def plan_memory(
     length = tokens.image + tokens.text + tokens.answer + inserted
     length = min(length, recipe.model.max_length + inserted)
 
-    weights, weights_note = _weights(shape, zero, stage, ranks, element)
-    held, gradients, optimizer = _trained(groups, zero, stage, ranks, element, config)
-    window, window_note = _window(shape, [size for group in groups for size in group], zero, stage, ranks, element)
+    weights, weights_note = zero.frozen(shape.frozen, shape.buffers)
+    held, gradients, optimizer = zero.trained(groups, states=2)
+    window, window_note = zero.window(shape.frozen, shape.fetched, [size for group in groups for size in group])
     activations = training_activations(recipe, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     replica = whole if stage == 3 else 0
@@ -77,7 +74,7 @@ def plan_memory(
                 generation,
                 f"training {micro} x {length} tokens ({tokens.source}); generating {recipe.evaluate.batch} at once",
             ),
-            Entry("trainables", held, held, f"{_count(trained)} parameters"),
+            Entry("trainables", held, held, f"{in_words(trained)} parameters"),
             Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
             Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
             Entry(
@@ -150,76 +147,6 @@ def generation_memory(recipe: Recipe, shape: ModelShape, length: int, tokens: To
     return cache + layer + _vision(shape, batch, tokens, element)
 
 
-def _weights(shape: ModelShape, zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
-    count = f"{_count(sum(shape.frozen))} frozen parameters"
-    if stage < 3:
-        return sum(shape.frozen) * element + shape.buffers, count
-    if _on_host(zero.offload_param):
-        return shape.buffers, f"{count}, kept in the host's memory"
-    held = sum(_share(size, ranks) for size in shape.frozen) + _resident(shape.frozen, zero)
-    note = f"{count}, 1/{ranks} on each"
-    node = int(zero.zero_hpz_partition_size)
-    if node > 1:  # hpZ: a second copy, divided over the GPUs of one node (ZeRO++, arXiv 2306.10209, section 3.2)
-        held += sum(_share(size, node) for size in shape.frozen)
-        note += f" and 1/{node} again for gathering within a node"
-    return held * element + shape.buffers, note
-
-
-def _trained(
-    groups: list[list[int]], zero: Any, stage: int, ranks: int, element: int, config: dict[str, Any]
-) -> tuple[int, int, int]:
-    """(trainables, gradients, optimizer) in bytes."""
-    count = sum(map(sum, groups))
-    if stage == 0:
-        masters = 0 if element == FLOAT32 else FLOAT32
-        # bfloat16 gradients become float32 ones for the step.
-        return count * element, count * (element + masters), count * (masters + 2 * FLOAT32)
-    sizes = {"fp32": FLOAT32, "fp16": 2, "bf16": 2}
-    accumulated = sizes.get(str((config.get("data_types") or {}).get("grad_accum_dtype")), element)
-    bucket = int(zero.reduce_bucket_size) * sizes.get(str(config.get("communication_data_type")), element)
-    if stage < 3:
-        # A group is one flat buffer, padded so that the parts of all ranks begin at 4 bytes.
-        padded = [_share(sum(group), 2 * ranks) * 2 * ranks for group in groups]
-        part = sum(padded) // ranks
-        trainables, reduced = sum(padded) * element, part if stage == 2 else count
-        buffers = bucket * (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
-        optimizer = part * 3 * FLOAT32
-        gradients = count * element + reduced * accumulated + part * FLOAT32 * (element != FLOAT32) + buffers
-    else:
-        part = sum(_share(size, ranks) for group in groups for size in group)
-        trainables = (part + sum(_resident(group, zero) for group in groups)) * element
-        optimizer = part * 3 * FLOAT32
-        step = max(sum(_share(size, ranks) for size in group) for group in groups) * FLOAT32 * (element != FLOAT32)
-        gradients = count * element + part * accumulated + step + (bucket if zero.contiguous_gradients else 0)
-    return trainables, gradients, 0 if _on_host(zero.offload_optimizer) else optimizer
-
-
-def _window(shape: ModelShape, trained: list[int], zero: Any, stage: int, ranks: int, element: int) -> tuple[int, str]:
-    """Most that ZeRO-3 holds gathered at once: an upper bound, and how it comes about.
-
-    DeepSpeed gathers the current module whole, a layer in one piece. It keeps what is used again within
-    max_reuse_distance, which at the end of the forward pass are the last layers, and prefetches whole parameters until
-    the prefetch bucket is full, while fewer than max_live_parameters are there; what it prefetched for the backward
-    pass is not released in between (partitioned_param_coordinator.py, `_fetch_sub_module_impl`, `__params_to_release`).
-    The trainables stand outside the layers and are there throughout. With several ranks a gathered piece exists twice
-    for a moment: as it was sent and as parameters.
-    """
-    if stage < 3:
-        return 0, "nothing is gathered"
-    gathered = [size for size in [*shape.frozen, *trained] if size > int(zero.param_persistence_threshold)]
-    if not gathered:
-        return 0, "all weights stay whole"
-    layer, bucket, limit = max(shape.fetched), int(zero.prefetch_bucket_size), int(zero.max_live_parameters)
-    kept = int(zero.max_reuse_distance)
-    live = kept + layer + sum(trained)
-    if bucket and live < limit:
-        live = min(live + layer + bucket, limit) + max(gathered)
-    copied = layer if ranks > 1 else 0
-    if live >= sum(gathered):
-        return (sum(gathered) + copied) * element, "at most: all weights, for there are few"
-    return (live + copied) * element, f"at most: layers of {_count(layer)}, {_count(kept)} kept for reuse, prefetched"
-
-
 def _waiting(recipe: Recipe, micro: int, tokens: Tokens) -> int:
     """Bytes of pixels that the loader processes of a rank hold at once, in float32."""
     training = recipe.train.workers * AHEAD * micro
@@ -235,23 +162,3 @@ def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:
     pixels = tokens.values * (FLOAT32 + element)
     # All hidden states, and about ten vectors of the layer at work.
     return batch * (seen * width * (layers + 10) * element + pixels)
-
-
-def _resident(sizes: list[int], zero: Any) -> int:
-    """Elements that DeepSpeed keeps whole beside their partitions, being small."""
-    return sum(size for size in sizes if size <= int(zero.param_persistence_threshold))
-
-
-def _on_host(offload: Any) -> bool:
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) not in ("none", "None")
-
-
-def _share(size: int, ranks: int) -> int:
-    return -(-size // ranks)
-
-
-def _count(number: int) -> str:
-    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g} {letter}"
-    return str(number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,12 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         "costs": cost_rows(run),
         "examples": shown,
     }
-    filters = {"percent": _percent, "cell": _cell_style, "spread": _spread, "amount": _amount}
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "cell": _cell_style,
+        "spread": _spread,
+        "amount": _amount,
+    }
     return write_page(run_path, "report.html.j2", filters, page)
 
 

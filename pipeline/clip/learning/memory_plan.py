@@ -17,7 +17,9 @@ from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.clip.towers.encode import AT_ONCE
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan
-from pipeline.training.deepspeed_config import deepspeed_file
+from pipeline.planning.zero import Zero
+from pipeline.training.deepspeed_config import deepspeed_file, with_recipe
+from pipeline.training.hpz import with_node_size
 
 ASSUMED_TEXT = 24  # tokens of a class's text, template and prompts included, where a text may end at its last token
 
@@ -28,28 +30,22 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
     `model` is the backbone on the meta device, `classes` the most that a unit learns from and `tested` the most that
     one is evaluated on. Raises UserError for a DeepSpeed file that is wrong.
     """
-    zero = deepspeed_file(recipe.train.deepspeed).get("zero_optimization", {})
-    stage, element = int(zero.get("stage", 0)), 2 if recipe.model.dtype == "bfloat16" else FLOAT32
+    element = 2 if recipe.model.dtype == "bfloat16" else FLOAT32
+    config = with_node_size(deepspeed_file(recipe.train.deepspeed), ranks)
+    zero = Zero.of(with_recipe(config, 1, 1, None, recipe.model.dtype), ranks, element)
+    stage = zero.stage
     sizes = [parameter.numel() for parameter in model.parameters()]
-    whole = sum(sizes) * element + sum(buffer.nbytes for buffer in model.buffers())
-    sharded = sum(-(-size // ranks) for size in sizes) * element
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    whole = sum(sizes) * element + buffers
+    weights, weights_note = zero.frozen(sizes, buffers)
     most, by_method = max((_activations(recipe, m, ranks, model, classes, element), m.name) for m in recipe.methods)
     learned, trained_by = max((_trainables(m, model, classes), m.name) for m in recipe.methods)
-    mixed = element != FLOAT32
-    # ZeRO 1 to 3 update a float32 copy of their part, with its momentum; without ZeRO bfloat16 alone has such a copy.
-    part, copies = (-(-learned // ranks), 2) if stage else (learned, 1 + mixed)
-    bucket = int(zero.get("reduce_bucket_size", 5e8)) * element if zero.get("contiguous_gradients", True) else 0
-    gradients = learned * (element + FLOAT32 * mixed) + (bucket if stage else 0)
+    held, gradients, optimizer = zero.trained([[learned]], states=1)
     return MemoryPlan(
         ranks,
         stage,
         (
-            Entry(
-                "weights",
-                sharded if stage == 3 else whole,
-                sharded if stage == 3 else whole,
-                f"{sum(sizes):,} frozen parameters" + f", 1/{ranks} on each" * (stage == 3),
-            ),
+            Entry("weights", weights, weights, weights_note),
             Entry(
                 "gathered window",
                 whole if stage == 3 else 0,
@@ -62,9 +58,9 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
                 _evaluation(recipe, model, tested, element),
                 f"training {by_method}, {classes} classes; evaluating {tested} classes, {recipe.evaluate_batch} images",
             ),
-            Entry("trainables", learned * element, learned * element, f"{learned:,} parameters, {trained_by}"),
+            Entry("trainables", held, held, f"{learned:,} parameters, {trained_by}"),
             Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
-            Entry("optimizer", part * copies * FLOAT32, part * copies * FLOAT32, "float32 copies and SGD's momentum"),
+            Entry("optimizer", optimizer, optimizer, "float32 copies and SGD's momentum"),
             Entry(
                 "evaluation replica",
                 whole if stage == 3 else 0,
