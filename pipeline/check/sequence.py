@@ -17,6 +17,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import contradictions
 from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
+from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.auto import fit_to_memory, gpu_memory, least_for_zero2, without_gpus
 from pipeline.planning.memory_plan import plan_memory
@@ -74,6 +75,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
 
 def _recipe(recipe: Recipe) -> str:
     require_extras("train", *recipe.tracking.extras, "report")
+    _ = make_method(recipe.method).routing  # refuses options that a chosen router or rule has not got
     return f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}"
 
 
