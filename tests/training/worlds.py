@@ -74,6 +74,8 @@ def make_recipe(model: Path | str, **changes: Any) -> Recipe:
             fields.setdefault(section, {})[field] = value
         else:
             fields[section] = value
+    if fields["method"].get("name") == "zero_shot" and "method__prompt_length" not in changes:
+        fields["method"].pop("prompt_length", None)  # it learns no set
     return Recipe.model_validate(fields)
 
 
