@@ -21,27 +21,23 @@ def prepare(recipe_path: str) -> dict[str, Any]:
 
     import data_prep.prepare as verb  # a phase is measured with what it needs alone
     from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
-    from pipeline.data.shards import (  # a phase is measured with what it needs alone
-        KEYS_TABLE,
-        IndexedShards,
-        read_index,
-    )
+    from pipeline.data import shards as prepared  # a phase is measured with what it needs alone
 
     source, spent = _beside("data_source"), [0.0, 0.0]
 
     def generated(folder: Path, identity: dict[str, str], *_: Any, **__: Any) -> bool:
         began = time.perf_counter(), time.process_time()
-        shards = IndexedShards(folder)
+        shards = prepared.IndexedShards(folder)
         try:
             shards.keys(identity)
             return False
         except Exception:  # whatever is wrong with them, they are written
             pass
-        index = read_index(folder, shards.description)
+        index = prepared.read_index(folder, shards.description)
         has_image = ~index["image_size"].is_null().to_numpy()
         width = json.loads((Path(recipe_path).parent / "generated.json").read_text("utf-8"))["key_width"]
         source.write_keys_of(folder, identity, width, np.asarray(has_image))
-        _write_table(folder / KEYS_TABLE, shards)
+        _write_table(folder / prepared.KEYS_TABLE, shards, prepared.FINGERPRINT)
         for place, clock in enumerate((time.perf_counter, time.process_time)):
             spent[place] += clock() - began[place]
         return True
@@ -63,14 +59,12 @@ def _beside(name: str) -> Any:
     return module
 
 
-def _write_table(path: Path, shards: Any) -> None:
+def _write_table(path: Path, shards: Any, fingerprint: Any) -> None:
     """The table of the keys, as far as it is checked: the ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.data.shards import FINGERPRINT  # a phase is measured with what it needs alone
-
-    table = pa.table({"id": pa.array(list(shards.ids))}).replace_schema_metadata({FINGERPRINT: shards.fingerprint})
+    table = pa.table({"id": pa.array(list(shards.ids))}).replace_schema_metadata({fingerprint: shards.fingerprint})
     pq.write_table(table, path)
 
 
