@@ -54,7 +54,8 @@ def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1,
         prototype = sum(torch.nn.functional.normalize(key, dim=-1) for key in keys)
         assert isinstance(prototype, torch.Tensor)
         generator = torch.Generator().manual_seed(number)
-        pool.append(f"T{number}", torch.randn(LENGTH, tiny.HIDDEN, generator=generator), prototype[0])
+        prompt = torch.randn(LENGTH, tiny.HIDDEN, generator=generator)
+        pool.append(f"T{number}", {"prompt": prompt}, {"prototype": prototype[0]})
     meta = Meta(
         format=FORMAT_VERSION,
         sets=pool.names,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,9 @@ from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
+from pipeline.prompts.generation import Decoding, Modules, generate_answers
+from pipeline.prompts.parts.base import entry_of
+from pipeline.prompts.parts.projector import load_projector
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.devices import choose_device
 
@@ -84,7 +86,6 @@ class Source:
     model: ModelConfig
     keys: KeysConfig
     max_new_tokens: int
-    projector: dict[str, Tensor] = field(default_factory=dict)
     repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
 
     def task_number(self, task: str | None) -> int:
@@ -149,8 +150,8 @@ class Answerer:
         place = choose_device(device)
         self.lmm: LMM = load_lmm(source.model, device=place)
         self.lmm.use_repetition_penalty(source.repetition_penalty)
-        if source.projector:
-            self.lmm.load_projector(source.projector)
+        load_projector(self.lmm, source.pool.shared)
+        self.entry = entry_of(self.method)
         self.encoder = KeyEncoder(*source.keys.source, device=place)
 
     @property
@@ -175,7 +176,7 @@ class Answerer:
             self.lmm,
             routed.examples,
             range(len(questions)),
-            InsertedSets(self.pool.prompts, routed.selection, self.method.insertion),
+            Modules(self.pool.tensors, routed.selection, self.entry),
             Decoding(length, BATCH),
         )
         return [
@@ -190,8 +191,7 @@ class Answerer:
 
     def ask(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Answer:
         """The answer to one question about an image (a file's path or its bytes), or about none; errors as `answer`."""
-        encoded = image if isinstance(image, bytes) else read_image(image)
-        return self.answer([Question(question, encoded, task)])[0]
+        return self.answer([Question(question, image if isinstance(image, bytes) else read_image(image), task)])[0]
 
     @torch.no_grad()
     def prompt_embeds(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Tensor:
@@ -200,13 +200,14 @@ class Answerer:
         For servers that take `prompt_embeds` in place of text, such as vLLM with the same language model. Raises
         UserError as `answer`, and for architectures whose decoder needs more than these vectors.
         """
-        if self.lmm.family.needs_image_mask:
+        kind = self.lmm.family.kind
+        if self.lmm.family.needs_image_mask or self.entry.attaches:
+            needs = "which tokens are the image's" if self.lmm.family.needs_image_mask else "the updates of its layers"
             raise UserError(
-                f"The decoder of {self.lmm.family.kind} has to know which tokens are the image's, which prompt_embeds "
-                "alone cannot say; expected another architecture, such as llava."
+                f"The decoder of {kind} has to know {needs}, which prompt_embeds alone cannot say; expected "
+                "another architecture, such as llava, and prompt sets."
             )
-        encoded = image if isinstance(image, bytes) else read_image(image)
-        routed = self.route([Question(question, encoded, task)])
+        routed = self.route([Question(question, image if isinstance(image, bytes) else read_image(image), task)])
         batch = collate_prompts(routed.examples, [0], routed.selection).to(self.lmm.model.device)
         bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
         return embed_with_sets(self.lmm, batch, bank, self.method.insertion)[0][0].cpu()

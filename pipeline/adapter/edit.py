@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.meta import META, Meta
 from pipeline.backbones.lmm import base_fingerprint
@@ -42,11 +40,7 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
         raise UserError(
             f"{', '.join(twice)} is in more than one of the adapters; expected every set once. Prune it from one."
         )
-    pool = PromptPool(
-        names,
-        torch.cat([adapter.pool.prompts for adapter in adapters]),
-        torch.cat([adapter.pool.prototypes for adapter in adapters]),
-    )
+    pool = PromptPool.joined([adapter.pool for adapter in adapters])
     licences = list(dict.fromkeys(adapter.meta.licence for adapter in adapters))
     meta = first.meta.model_copy(
         update={
@@ -75,13 +69,11 @@ def prune(folder: Path, tasks: Sequence[str], target: Path) -> dict[str, Any]:
     kept = [number for number, name in enumerate(adapter.meta.sets) if name not in tasks]
     if not kept:
         raise UserError(f"nothing of {folder} would be left; keep at least one of {', '.join(adapter.meta.sets)}.")
-    pool = PromptPool(
-        [adapter.meta.sets[number] for number in kept], adapter.pool.prompts[kept], adapter.pool.prototypes[kept]
-    )
+    pool = adapter.pool.picked(kept)
     left = [task for task in adapter.meta.tasks if task not in tasks]
     scores = {name: score for name, score in adapter.meta.scores.items() if name not in tasks}
     meta = adapter.meta.model_copy(update={"tasks": left, "scores": scores, "metrics": {}})
-    return write_adapter(Adapter(meta, pool, adapter.projector), target)
+    return write_adapter(Adapter(meta, pool), target)
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pipeline.adapter.card import card
 from pipeline.adapter.meta import CARD, FORMAT_VERSION, META, PROJECTOR, TENSORS, Meta
@@ -18,6 +17,7 @@ from pipeline.backbones.lmm import DTYPES
 from pipeline.config.method import of_a_record
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256, write_json
+from pipeline.prompts.parts.projector import projector_of, shared_projector
 from pipeline.prompts.pool import PromptPool
 
 
@@ -27,26 +27,26 @@ class Adapter:
 
     meta: Meta
     pool: PromptPool
-    projector: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
     """Write an adapter into a new, empty or adapter's folder and return what it holds.
 
-    `prompts.safetensors` has prompts [T, L, D] in the model's precision and prototypes [T, K]; `adapter.json` says what
-    they belong to and how sets are selected, `README.md` the same for people; a trained image projector is
-    `projector.safetensors`.
+    `prompts.safetensors` has the modules' tensors [T, ...] in the model's precision and the router's states;
+    `adapter.json` says what they belong to and how modules are selected, `README.md` the same for people; a trained
+    image projector is `projector.safetensors`.
     """
     refuse_foreign(target)
     pool, dtype = adapter.pool, DTYPES[adapter.meta.model.dtype]
     with replacing(target / TENSORS) as temporary:
         pool.save(temporary, dtype)
     (target / PROJECTOR).unlink(missing_ok=True)
-    if adapter.projector:
+    projector = projector_of(pool.shared)
+    if projector:
         with replacing(target / PROJECTOR) as temporary:
-            save_file({k: v.to(dtype).contiguous() for k, v in adapter.projector.items()}, temporary)
+            save_file({k: v.to(dtype).contiguous() for k, v in projector.items()}, temporary)
     sums = {"sha256": sha256(target / TENSORS)}
-    sums["projector_sha256"] = sha256(target / PROJECTOR) if adapter.projector else ""
+    sums["projector_sha256"] = sha256(target / PROJECTOR) if projector else ""
     meta = adapter.meta.model_copy(update={"sets": pool.names, **sums})
     write_json(target / META, meta.model_dump(mode="json"))
     with replacing(target / CARD) as temporary:
@@ -79,12 +79,13 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"{folder / name} is missing or not the file that {META} describes; export the run again.")
     try:
         pool = PromptPool.load(folder / TENSORS)
-        projector = load_file(folder / PROJECTOR) if meta.projector == "trained" else {}
+        if meta.projector == "trained":
+            pool.shared = shared_projector(load_file(folder / PROJECTOR))
     except (SafetensorError, OSError) as error:
         raise UserError(f"the tensors of {folder} cannot be read ({error}); export the run again.") from None
-    if pool.names != meta.sets or len(pool.prompts) != len(pool.names) or len(pool.prototypes) != len(pool.names):
+    if pool.names != meta.sets or not pool.tensors or any(len(v) != len(pool) for v in pool.tensors.values()):
         raise UserError(f"{folder / TENSORS} does not hold the sets that {META} names; export the run again.")
-    return Adapter(meta, pool, projector)
+    return Adapter(meta, pool)
 
 
 def refuse_foreign(target: Path) -> None:

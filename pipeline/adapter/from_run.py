@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pipeline.adapter.format import Adapter, refuse_foreign, write_adapter
 from pipeline.adapter.meta import FORMAT_VERSION, Meta
 from pipeline.backbones.clip import key_identity
@@ -17,7 +15,7 @@ from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.stage_files import load_stage
+from pipeline.prompts.stage_files import add_stage, load_stage
 from pipeline.runs.claim import check_stage
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import stage_folder
@@ -41,24 +39,10 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
         if checkpoint is None:
             break
         check_stage(stage_folder(run, index, stage.name), checkpoint.meta, expected)
-        pool.append(stage.name, checkpoint.prompt, checkpoint.prototype)
+        add_stage(pool, stage.name, checkpoint.tensors)
     if stages and not len(pool):
         raise UserError(f"{run} has no finished stage yet; let `python -m pipeline run` finish at least one.")
     return pool
-
-
-def read_projector(run: Path, recipe: Recipe) -> dict[str, Tensor]:
-    """Return the image projector as the last finished stage left it, by its names in the projector.
-
-    Empty when `train.projector` is frozen. `read_pool` has checked the stages.
-    """
-    projector: dict[str, Tensor] = {}
-    for index, stage in enumerate(make_method(recipe.method).stages([task.name for task in recipe.data.tasks])):
-        checkpoint = load_stage(run, index, stage.name)
-        if checkpoint is None:
-            break
-        projector = checkpoint.projector
-    return projector
 
 
 def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any]:
@@ -89,5 +73,4 @@ def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any
         metrics={name: value for name, value in scored.metrics().items() if value is not None},
         licence=licence,
     )
-    projector = read_projector(run, recipe) if recipe.train.projector == "trained" else {}
-    return write_adapter(Adapter(meta, pool, projector), target)
+    return write_adapter(Adapter(meta, pool), target)

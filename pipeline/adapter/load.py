@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.adapter.answering import Answerer, Source
 from pipeline.adapter.format import read_adapter
-from pipeline.adapter.from_run import read_pool, read_projector
+from pipeline.adapter.from_run import read_pool
 from pipeline.adapter.meta import META, Meta
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import base_fingerprint
@@ -25,19 +25,18 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None) -> 
     """
     if (path / META).is_file():
         adapter = read_adapter(path)
-        meta, pool, projector = adapter.meta, adapter.pool, adapter.projector
+        meta, pool = adapter.meta, adapter.pool
         model_config, keys = _moved(meta.model, model), _moved(meta.clip, clip)
         _require_same_models(path, meta, model_config, keys)
         longest, penalty = meta.max_new_tokens, meta.repetition_penalty
-        return Source(pool, meta.tasks, meta.method, model_config, keys, longest, projector, penalty)
+        return Source(pool, meta.tasks, meta.method, model_config, keys, longest, penalty)
     recipe = load_run(path)
     recipe = recipe.model_copy(update={"model": _moved(recipe.model, model), "keys": _moved(recipe.keys, clip)})
     pool = read_pool(path, recipe)
-    projector = read_projector(path, recipe) if recipe.train.projector == "trained" else {}
     longest = max(task.max_new_tokens for task in recipe.data.tasks)
     tasks = [task.name for task in recipe.data.tasks]
     penalty = recipe.evaluate.repetition_penalty
-    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, projector, penalty)
+    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, penalty)
 
 
 def load_adapter(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapter.format import read_adapter
 from pipeline.adapter.from_run import export
-from pipeline.prompts.pool import fingerprint_of
 from pipeline.runs.folder import read_run
 from pipeline.runs.provenance import package_versions
 from pipeline.tracking.store import against_others
@@ -52,7 +51,7 @@ def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> Non
         export(run_path, adapter)
         pool = read_adapter(adapter).pool
         # Of the values: a safetensors file may hold the same ones in another order of its header.
-        content = fingerprint_of({"prompts": pool.prompts, "prototypes": pool.prototypes})
+        content = pool.whole_fingerprint()
         known = stored.client.search_model_versions(f"name = '{name}'")
         if not any(version.tags.get(CONTENT) == content for version in known):
             run = read_run(run_path)

@@ -42,7 +42,6 @@ class LMM(nn.Module):
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
-        self.checkpoint_projector: dict[str, Tensor] = {}  # float32 values from before its training; where it trains
         self.cuts = False  # whether samples that are too long lose text, see `Conversation`
         if config is not None and config.image_tokens is not None:
             self.family.adopt(processor)
@@ -74,11 +73,16 @@ class LMM(nn.Module):
                 "Set train.projector to frozen."
             ) from None
 
-    def train_projector(self) -> None:
-        """Let gradients reach the projector, and it alone; under ZeRO-3 all ranks call it."""
+    def projector_values(self) -> dict[str, Tensor]:
+        """The projector's weights in float32 on the CPU; under ZeRO-3 all ranks call it."""
+        values = {}
         for name, parameter in self.projector().named_parameters():
             with _gathered(parameter):
-                self.checkpoint_projector[name] = parameter.detach().float().cpu().clone()
+                values[name] = parameter.detach().float().cpu().clone()
+        return values
+
+    def train_projector(self) -> None:
+        """Let gradients reach the projector, and it alone."""
         self.projector().requires_grad_(True)
         self.trains_projector = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +37,32 @@ def divided(lmm: LMM, policy: str) -> tuple[list[Any], list[Any]]:
 
 
 @contextlib.contextmanager
-def recomputing(lmm: LMM, policy: str, whole: bool = False) -> Iterator[None]:
+def recomputing(
+    lmm: LMM,
+    policy: str,
+    whole: bool = False,
+    again_in: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[None]:
     """Let the decoder's layers that run inside be recomputed in the backward pass.
 
     `policy`: none; selective, every second layer; full, all. A recomputation stops at the last activation that is
-    needed; with `whole` it does not, as older implementations.
+    needed; with `whole` it does not, as older implementations. `again_in` makes the context in which a layer is
+    computed again: hooks that changed its forward pass are gone by then. It goes with `whole` False only.
     """
     if policy == "none" or not torch.is_grad_enabled():
         yield
         return
 
     def again(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda hidden, **inputs: checkpoint(partial(plain, **inputs), hidden, use_reentrant=whole)
+        if whole:
+            return lambda hidden, **inputs: checkpoint(partial(plain, **inputs), hidden, use_reentrant=True)
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return contextlib.nullcontext(), again_in()
+
+        return lambda hidden, **inputs: checkpoint(
+            partial(plain, **inputs), hidden, use_reentrant=False, context_fn=contexts
+        )
 
     layers, _ = divided(lmm, policy)
     for layer in layers:

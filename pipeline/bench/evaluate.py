@@ -23,10 +23,11 @@ from pipeline.data.shards import IndexedShards
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.methods import make_method
-from pipeline.prompts.generation import generate_once
+from pipeline.prompts.generation import generate_once, prompt_sets
 from pipeline.prompts.heads import ProjectionHead
+from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.stage_files import load_stage
+from pipeline.prompts.stage_files import add_stage, load_stage
 from pipeline.ranks.world import World, init_world
 from pipeline.sequence.answers import SETS_FILE, AnswerKey, AnswerStore, Routed
 from pipeline.sequence.evaluate import Answering, evaluate_task
@@ -60,8 +61,8 @@ class _Matrix:
             stage = load_stage(run, index, task.name)
             if stage is None:
                 raise UserError(f"'{run}' has no finished stage {task.name}; expected a run that is done.")
-            pool.append(task.name, stage.prompt, stage.prototype)
-            self.pools.append(PromptPool(list(pool.names), pool.prompts.clone(), pool.prototypes.clone()))
+            add_stage(pool, task.name, stage.tensors)
+            self.pools.append(pool.picked(range(index + 1)))
         self.tests = []
         for task in self.recipe.data.tasks:
             shards = IndexedShards(self.recipe.data.split_path(task.name, "test"))
@@ -188,7 +189,7 @@ def _pipeline(
     earlier = [folder / str(before) for before in range(stage)] if reuse else []
     routed, test, settings = matrix.routed(stage, task), matrix.tests[task], matrix.recipe
     store = AnswerStore(here, earlier, AnswerKey(matrix.method.insertion))
-    answering = Answering(lambda: matrix.lmm, settings.evaluate.batch, share)
+    answering = Answering(lambda: matrix.lmm, settings.evaluate.batch, entry_of(matrix.method), share)
     evaluate_task(test, matrix.pools[stage], lambda: routed, store, answering, world)
     assert (here / SETS_FILE).is_file()
     return [json.loads(line)["prediction"] for line in (here / f"{test.name}.jsonl").read_text("utf-8").splitlines()]
@@ -208,7 +209,8 @@ def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
             for key in keys:
                 cosine_similarity(key, prototype[None], dim=-1)
         inputs = collate_prompts(examples, [index], selection)
-        tokens = generate_once(lmm, inputs, pool.prompts.to(lmm.dtype), test.max_new_tokens, matrix.method.insertion)
+        sets = prompt_sets(pool.prompts.to(lmm.dtype), inputs.selection, matrix.method.insertion)
+        tokens = generate_once(lmm, inputs, sets, test.max_new_tokens)
         answers.append(lmm.conversation.decode(tokens[0]))
     return answers
 

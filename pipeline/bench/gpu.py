@@ -25,7 +25,8 @@ from pipeline.bench.step import RATE, OurStep
 from pipeline.data.collate import Batch
 from pipeline.files.atomic import write_json
 from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.routers.mean import similarity
 from pipeline.prompts.rules.top_k import select_for_inference
 from pipeline.ranks.world import init_world
@@ -212,12 +213,12 @@ def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int,
         "zero_force_ds_cpu_optimizer": False,
     }
     sets = _sets(size)
-    module = PromptedLMM(lmm, size.prompt_length, size.key_width).to(device)
-    module.start_stage(sets[:-1], 1.0)
-    module.prompt.data.copy_(sets[-1])
+    module = LearnerOnLMM(lmm, prompt_learner(lmm, size.prompt_length, size.key_width)).to(device)
+    module.learner.start_stage({"prompt": sets[:-1]})
+    module.learner["module"].prompt.data.copy_(sets[-1])
     if stage == "zero3":
         gather_layer_by_layer(module)
-    trained = [module.prompt, *module.head.parameters()]
+    trained = list(module.learner.trainables().values())
     engine = deepspeed.initialize(
         model=module, optimizer=torch.optim.AdamW(trained, lr=RATE), config=config, dist_init_required=False
     )[0]

@@ -19,21 +19,22 @@ from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
 from pipeline.data.conversation import KEPT
 from pipeline.errors import UserError
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.training.normaliser import Normaliser
 
 RATE = 2e-4
 
 
 class OurStep:
-    """One optimizer step after another of `PromptedLMM`, without DeepSpeed: what is compared is arithmetic."""
+    """One optimizer step after another of `LearnerOnLMM`, without DeepSpeed: what is compared is arithmetic."""
 
     def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, insertion: str) -> None:
-        self.module = PromptedLMM(lmm, size.prompt_length, size.key_width, insertion)
+        self.module = LearnerOnLMM(lmm, prompt_learner(lmm, size.prompt_length, size.key_width, insertion))
         self.module.to(lmm.model.device)
-        self.module.prompt.data.copy_(prompt)
-        self.module.start_stage(bank, 1.0)
-        self.parameters = [self.module.prompt, *self.module.head.parameters()]
+        self.module.learner["module"].prompt.data.copy_(prompt)
+        self.module.learner.start_stage({"prompt": bank})
+        self.parameters = list(self.module.learner.trainables().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -49,7 +50,7 @@ class OurStep:
     def held(self) -> dict[str, Any]:
         """Tensors that live from step to step."""
         moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "bank": self.module.bank, "moments": moments}
+        return {"trained": self.parameters, "bank": self.module.learner.bank["prompt"], "moments": moments}
 
 
 class PeftStep:
@@ -180,7 +181,7 @@ def _agreement(steps: dict[str, Any]) -> dict[str, float]:
     if not {"reference", "after_bos"} <= steps.keys():
         return {}
     (reference, batch), (ours, _) = steps["reference"], steps["after_bos"]
-    ours.module.head.load_state_dict(reference.heads[-1].state_dict())
+    ours.module.learner["head"].load_state_dict(reference.heads[-1].state_dict())
     with torch.no_grad():
         expected = reference.terms(batch)
         found = torch.stack([*ours.module(batch, Normaliser(*batch.counts()))[1].values()])

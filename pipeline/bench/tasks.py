@@ -19,7 +19,7 @@ from pipeline.config.method import method_options
 from pipeline.data.collate import Batch
 from pipeline.data.keys import Keys
 from pipeline.methods import make_method
-from pipeline.prompts.generation import generate_once
+from pipeline.prompts.generation import generate_once, prompt_sets
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers.mean import similarity
 from pipeline.prompts.rules.top_k import select_for_inference
@@ -83,7 +83,7 @@ def _held(frozen: list[Tensor], step: OurStep | None = None) -> dict[str, Any]:
 
 def _pool(size: Size, tasks: int) -> PromptPool:
     generator = torch.Generator().manual_seed(2)
-    return PromptPool(
+    return PromptPool.of_prompts(
         [str(task) for task in range(tasks)],
         torch.randn(tasks, size.prompt_length, size.width, generator=generator) * 0.02,
         torch.randn(tasks, size.key_width, generator=generator),
@@ -106,7 +106,7 @@ def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str
     used, numbers = selected.unique(return_inverse=True)
     batch.selected = numbers.reshape(selected.shape).to(batch.input_ids.device)
     bank = pool.prompts[used].to(batch.input_ids.device, lmm.dtype)
-    return generate_once(lmm, batch, bank, NEW_TOKENS, insertion)
+    return generate_once(lmm, batch, prompt_sets(bank, batch.selection, insertion), NEW_TOKENS)
 
 
 def _selection_seconds(size: Size, pool: PromptPool) -> float:

@@ -27,6 +27,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "independent": "pipeline.methods.independent:Independent",
         "joint": "pipeline.methods.joint:Joint",
         "zero_shot": "pipeline.methods.zero_shot:ZeroShot",
+        "task_lora": "pipeline.methods.task_lora:TaskLora",
+    },
+    "parts": {
+        "input_rows": "pipeline.prompts.parts.input_rows:InputRows",
+        "low_rank": "pipeline.prompts.parts.low_rank:LowRank",
     },
     "routers": {
         "prototype": "pipeline.prompts.routers.mean:Prototype",
@@ -88,6 +93,7 @@ BASES = {
 # One of a kind, in a sentence.
 WORDS = {
     "methods": "method",
+    "parts": "part",
     "routers": "router",
     "rules": "selection rule",
     "sources": "data format",

@@ -61,6 +61,7 @@ class Method:
 
     name: ClassVar[str]
     Options: ClassVar[type[MethodOptions]] = PromptOptions
+    part: ClassVar[str | None] = "input_rows"  # what a stage learns, by its name in the registry; None: nothing
     learns_prototypes: ClassVar[bool] = False  # whether the router's state is learned with the module
     carries_prompt: ClassVar[bool] = False  # whether a stage goes on from the module of the stage before
     has_next_stage: ClassVar[bool] = True  # whether a finished run can learn one more task

@@ -11,6 +11,7 @@ class ZeroShot(Method):
     """No stage and no set."""
 
     name = "zero_shot"
+    part = None
     Options = InputOptions
     rule = "none"
     has_next_stage = False

@@ -16,11 +16,13 @@ from pipeline.backbones.recompute import recomputed_layers
 from pipeline.config.recipe import Recipe
 from pipeline.methods import make_method
 from pipeline.planning.model_shape import (
+    LinearShape,
     ModelShape,
     head_size,
     intermediate_size,
     key_value_width,
     model_shape,
+    named_by,
     number_in,
 )
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
@@ -90,12 +92,23 @@ def plan_memory(
 
 def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projector_learns: bool) -> list[list[int]]:
     """Elements of each trained parameter, by group of the optimizer."""
-    width = shape.text.hidden_size
-    with torch.device("meta"):
-        head = ProjectionHead(width, key_width)
-    prompt = make_method(recipe.method).prompt_length * width
-    groups = [[prompt], [parameter.numel() for parameter in head.parameters()]]
+    method, width = make_method(recipe.method), shape.text.hidden_size
+    updated = updated_linears(recipe, shape)
+    groups = [[method.prompt_length * width]] if method.prompt_length else []
+    if updated:
+        rank = recipe.method.rank  # type: ignore[attr-defined]
+        groups.append([rank * size for layer in updated for size in (layer.inputs, layer.outputs)])
+    router = method.routing.router
+    if router is not None and router.learned:
+        with torch.device("meta"):
+            head = ProjectionHead(width, key_width)
+        groups.append([parameter.numel() for parameter in head.parameters()])
     return [*groups, shape.projector] if projector_learns else groups
+
+
+def updated_linears(recipe: Recipe, shape: ModelShape) -> list[LinearShape]:
+    """The decoder's linear layers that get low-rank updates; [] of a method without any."""
+    return named_by(shape.linears, getattr(recipe.method, "targets", ()))
 
 
 def training_activations(
@@ -126,6 +139,9 @@ def training_activations(
         per_token += (attention + length) * element + heads * FLOAT32
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
         per_token += (2 * width + attention + inner) * element
+    else:  # what the gradients of low-rank updates need
+        read = dict(layer.reads for layer in updated_linears(recipe, shape))
+        per_token += sum(read.values()) * element // text.num_hidden_layers
     again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
     two_passes = make_method(recipe.method).insertion == "after_image"
     own = length - tokens.image * two_passes  # tokens with gradients

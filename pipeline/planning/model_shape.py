@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,21 @@ from pipeline.hub.snapshots import settings_folder
 
 
 @dataclass(frozen=True)
+class LinearShape:
+    """One linear layer of the decoder."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def reads(self) -> tuple[str, int]:
+        """What it reads: layers of one module with inputs of one width share these, as query, key and value do."""
+        module, _, end = self.name.rpartition(".")
+        return f"{module}.{'output' if end in ('o_proj', 'down_proj') else 'input'}", self.inputs
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What the plan needs to know of a model; counts in elements."""
 
@@ -28,6 +43,7 @@ class ModelShape:
     text: Any
     vision: Any
     gates_kept_once: bool = False  # see `pipeline.backbones.gated`
+    linears: tuple[LinearShape, ...] = ()  # of the decoder
 
 
 def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
@@ -61,7 +77,20 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         text=config.get_text_config(),
         vision=getattr(config, "vision_config", None),
         gates_kept_once=not why_not_gated(inner.get_submodule(family.decoder).layers[0].mlp, family.gated_mlps),
+        linears=tuple(_linears(inner.get_submodule(family.decoder))),
     )
+
+
+def named_by(linears: Sequence[LinearShape], targets: Sequence[str]) -> list[LinearShape]:
+    """Those whose names end in one of the targets."""
+    ends = tuple(f".{target}" for target in targets)
+    return [linear for linear in linears if ends and f".{linear.name}".endswith(ends)]
+
+
+def _linears(decoder: nn.Module) -> Iterator[LinearShape]:
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            yield LinearShape(name, module.in_features, module.out_features)
 
 
 def _fetched_together(module: nn.Module, layers: frozenset[str] | None = None) -> Iterator[int]:

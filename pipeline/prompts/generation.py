@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.selection import NO_SET, Selection, as_selection
 from pipeline.prompts.embedding import embed_with_sets
 from pipeline.prompts.insertion import gather_sets, insert_prompts
+from pipeline.prompts.parts.base import Entry, attachment
+from pipeline.prompts.parts.input_rows import PROMPT, RowsEntry
 from pipeline.prompts.two_passes import cut_behind_images
 
 WAITING_BYTES = 128 << 20  # of samples that loader processes have made and that wait for their batch
@@ -44,12 +46,22 @@ PLAIN = Conditions()
 
 
 @dataclass(frozen=True)
-class InsertedSets:
-    """Which prompt sets the samples get, and where those stand."""
+class Modules:
+    """What the samples get of what was learned, and how it enters the frozen model."""
 
-    sets: Tensor  # [T, L, D]
-    selected: Selection | Tensor  # numbers of the sets, for all samples
-    insertion: str = "after_bos"  # see `insertion_place`
+    tensors: Mapping[str, Tensor]  # [T, ...] by name
+    selected: Selection | Tensor  # numbers of the modules, for all samples
+    entry: Entry
+
+    @property
+    def rows(self) -> Tensor:
+        """The prompt sets [T, L, D]; [0, 0, 0] of modules of another kind."""
+        return self.tensors.get(PROMPT, torch.zeros(0, 0, 0))
+
+
+def prompt_sets(sets: Tensor, selected: Selection | Tensor, insertion: str = "after_bos") -> Modules:
+    """Prompt sets [T, L, D] that stand where `insertion` says (see `insertion_place`)."""
+    return Modules({PROMPT: sets}, selected, RowsEntry(insertion))
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ def generate_answers(
     lmm: LMM,
     examples: Examples,
     indices: Sequence[int],
-    inserted: InsertedSets,
+    modules: Modules,
     decoding: Decoding,
     conditions: Conditions = PLAIN,
 ) -> dict[int, str]:
@@ -79,16 +91,16 @@ def generate_answers(
         lmm: the frozen model on this rank's device.
         examples: all samples, tokenised as the model reads them.
         indices: the samples to answer.
-        inserted: the prompt sets of all samples, not only of those to answer.
+        modules: those of all samples, not only of those to answer.
         decoding: length of the answers and size of the batches.
         conditions: loader processes, progress, and whether to go on before each batch.
     """
-    device, batch, sets = lmm.model.device, decoding.batch, inserted.sets
-    selection = as_selection(inserted.selected)
-    ordered = _ordered(examples, indices, selection.numbers, sets.shape[1] if len(sets) else 0)
-    bank, numbers = _used_sets(sets, selection.numbers, indices)
+    device, batch = lmm.model.device, decoding.batch
+    selection = as_selection(modules.selected)
+    ordered = _ordered(examples, indices, selection.numbers, modules.rows.shape[1])
+    used, numbers = _used(selection.numbers, indices)
     selection = selection.renumbered(numbers)
-    bank = bank.to(device, lmm.dtype)
+    tensors = {name: value[used.to(value.device)].to(device, lmm.dtype) for name, value in modules.tensors.items()}
     answers: dict[int, str] = {}
     made = _made(examples, ordered, batch, conditions.workers)
     parts = (ordered[start : start + batch] for start in range(0, len(ordered), batch))
@@ -103,7 +115,9 @@ def generate_answers(
         inputs = collated(examples, chosen, part, [1.0] * len(part), selection, with_answer=False)
         if device.type == "cuda":
             inputs = inputs.pinned()
-        generated = answer(lmm, inputs.to(device), bank, decoding.max_new_tokens, inserted.insertion)
+        inputs = inputs.to(device)
+        given = Modules(tensors, inputs.selection, modules.entry)
+        generated = answer(lmm, inputs, given, decoding.max_new_tokens)
         for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
         conditions.progress()
@@ -139,28 +153,28 @@ def _ordered(examples: Examples, indices: Sequence[int], selected: Tensor, set_l
     return sorted(ordered, key=lambda index: first[int(groups[index])])
 
 
-def _used_sets(sets: Tensor, selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of the sets [T, L, D] those that the samples `indices` get, and their numbers among these for all samples.
+def _used(selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The numbers of the modules that the samples `indices` get, and those of all samples among these.
 
-    So a pool of a thousand sets takes no more of the device's memory than one of eight.
+    So a pool of a thousand modules takes no more of the device's memory than one of eight.
     """
     used = selected[list(indices)].unique()
     used = used[used != NO_SET]
-    numbers = torch.full((len(sets) + 1,), NO_SET, dtype=torch.long)  # the last is that of NO_SET itself
+    numbers = torch.full((max(int(selected.max()) if selected.numel() else 0, 0) + 2,), NO_SET, dtype=torch.long)
     numbers[used] = torch.arange(len(used))
-    return sets[used.to(sets.device)], numbers[selected]
+    return used, numbers[selected]  # the last of the numbers is that of NO_SET itself
 
 
-def generate_once(lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str) -> list[list[int]]:
+def generate_once(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
-    embeddings, attention, places = embed_with_sets(lmm, inputs, bank, insertion)
-    return generate(lmm, Prompts(embeddings, attention, places, inputs.images), max_new_tokens)
+    embeddings, attention, places = embed_with_sets(lmm, inputs, modules.rows, modules.entry.insertion or "after_bos")
+    prompts = Prompts(embeddings, attention, places, inputs.images, selection=inputs.selection)
+    return generate(lmm, prompts, max_new_tokens, attached=attachment(lmm, modules.entry, modules.tensors))
 
 
-def _generate_after_prefix(
-    lmm: LMM, inputs: Batch, bank: Tensor, max_new_tokens: int, insertion: str
-) -> list[list[int]]:
+def _generate_after_prefix(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
     """Answers [B] to a batch, in which what samples begin with in common is computed once."""
+    bank, insertion = modules.rows, modules.entry.insertion or "after_bos"
     cut = cut_behind_images(lmm, inputs, bank, insertion)
     embeddings, attention = cut.embeddings, cut.attention
     if insertion == "after_image" and inputs.selected.shape[1] and len(bank):

@@ -1,23 +1,23 @@
-"""The module that DeepSpeed wraps: a frozen model, one prompt set, one head; its forward computes the whole loss."""
+"""The module that DeepSpeed wraps: a frozen model and what a stage trains on it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.prefix_cache import hidden_after_prefix
 from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
-from pipeline.data.selection import NO_SET
-from pipeline.prompts.heads import ProjectionHead
-from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.routers.mean import prototype_term_weights
+from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
+from pipeline.prompts.learner import Learner
 from pipeline.prompts.two_passes import cut_behind_images
 from pipeline.training.normaliser import Normaliser
 
@@ -38,95 +38,87 @@ def answers_of(labels: Tensor) -> Answers:
     return Answers(at, targets.gather(1, at))
 
 
-class PromptedLMM(nn.Module):
-    """Trainables of the current stage on a frozen multimodal model (docs/design.md 4).
+class LearnerOnLMM(nn.Module):
+    """What a stage trains, on a frozen multimodal model: its forward computes the whole loss.
 
-    `prompt` [L, D] and `head` are the only parameters with gradients, besides the model's projector where the recipe
-    trains it. The earlier sets are `bank` [t-1, L, D], a plain tensor that no optimizer can reach.
+    Nothing but the `learner` has gradients, besides the model's projector where the learner has that among its parts.
     """
 
     counts_tokens = True
-    term_names: tuple[str, ...] = ("loss_lm", "loss_image", "loss_text")
 
-    def __init__(
-        self,
-        lmm: LMM,
-        prompt_length: int,
-        key_width: int,
-        insertion: str = "after_bos",
-        checkpointing: str = "none",
-    ) -> None:
+    def __init__(self, lmm: LMM, learner: Learner, checkpointing: str = "none") -> None:
         super().__init__()
-        self.lmm = lmm
-        self.checkpointing = checkpointing
-        self.insertion = insertion
-        if self.in_two_passes:
-            lmm.require_two_passes()
-        # Trainables take the model's precision; DeepSpeed keeps float32 masters of them (docs/design.md 7.2).
-        self.prompt = nn.Parameter(torch.zeros(prompt_length, lmm.width, dtype=lmm.dtype))
-        self.head = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
-        self.bank = torch.zeros(0, prompt_length, lmm.width)
-        self.prototype_weight = 0.0
+        self.lmm, self.learner, self.checkpointing = lmm, learner, checkpointing
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's parameters first, then the frozen model's, then those of the other parts.
+
+        Without ZeRO, DeepSpeed adds the squares of the gradients in this order for their norm: another one would clip
+        by a number with other last bits, and a run of an earlier version would not go on bit for bit.
+        """
+        found = dict(super().named_parameters(*args, **kwargs))
+        first = {name for name in found if "learner.parts.module." in name}
+        yield from ((name, found[name]) for name in found if name in first)
+        yield from ((name, found[name]) for name in found if name not in first)
 
     @property
     def in_two_passes(self) -> bool:
         """Whether what stands before the sets is computed by itself, without gradients."""
-        return self.insertion == "after_image"
+        return self.learner.insertion == "after_image"
 
-    def start_stage(self, bank: Tensor, prototype_weight: float) -> None:
-        """Set what is constant during a stage."""
-        # No copy where it is there already: sets of a pool never change in place, and 1,024 of them are large.
-        self.bank = bank.detach().to(device=self.prompt.device, dtype=self.lmm.dtype)
-        self.prototype_weight = prototype_weight
-
-    def prompt_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sets of each sample [B, m*L, D] and their validity: the selected earlier ones, then the current one."""
-        chosen = batch.selected
-        # Only the sets of this batch are joined with the current one: the cost does not grow with the pool.
-        used = self.bank[chosen.clamp(min=0).flatten()] if chosen.numel() else self.bank[:0]
-        sets = torch.cat([used, self.prompt[None]])
-        numbers = torch.arange(chosen.numel(), device=chosen.device).reshape(chosen.shape)
-        own = chosen.new_full((len(chosen), 1), chosen.numel())
-        return gather_sets(sets, torch.cat([numbers.masked_fill(chosen == NO_SET, NO_SET), own], dim=1))
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The loss of the answers and the learner's further terms."""
+        return ("loss_lm", *self.learner.term_names)
 
     def total(self, terms: Sequence[float]) -> float:
         """The loss that is minimised, from its terms in the order of `term_names`."""
-        return terms[0] + self.prototype_weight * (terms[1] + terms[2])
+        loss, rest = terms[0], list(terms[1:])
+        for term in self.learner.terms:
+            count = len(term.names)
+            loss, rest = loss + term.weight * sum(rest[:count]), rest[count:]
+        return loss
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate, and its terms by name: shares of the language, image and text means."""
-        with recomputing(self.lmm, self.checkpointing), gates_kept_once(self.lmm, self.checkpointing):
+        """The loss to differentiate, and its terms by name: shares of the means over the optimizer step."""
+
+        def attached() -> AbstractContextManager[None]:
+            return self.learner.attached(self.lmm, batch.selection)
+
+        layers = recomputing(self.lmm, self.checkpointing, again_in=attached)
+        with layers, gates_kept_once(self.lmm, self.checkpointing), attached():
             hidden, answers = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
         language = self._language_loss(hidden, answers.targets, batch.weights) / max(normaliser.tokens, 1.0)
-        image, text = self._prototype_losses(batch)
-        image, text = image / max(normaliser.samples, 1.0), text / max(normaliser.samples, 1.0)
-        loss = (language + self.prototype_weight * (image + text)) * normaliser.scale
-        terms = zip(self.term_names, (language, image, text), strict=True)
-        return loss, {name: term.detach() for name, term in terms}
+        loss, terms = language, {"loss_lm": language.detach()}
+        for term in self.learner.terms:
+            losses = term.losses(self.learner.parts, batch, normaliser)
+            loss = loss + term.weight * sum(losses)
+            terms |= {name: value.detach() for name, value in zip(term.names, losses, strict=True)}
+        return loss * normaliser.scale, terms
 
     def _in_one_pass(self, batch: Batch) -> tuple[Tensor, Answers]:
-        """Last hidden states [B, A, D] at the answers of the samples with their sets."""
+        """Last hidden states [B, A, D] at the answers of the samples with their modules."""
         embeddings = self.lmm.embed(batch.input_ids, batch.images, batch.has_image)
-        vectors, valid = self.prompt_vectors(batch)
-        places = self.lmm.image_places(batch.input_ids)
-        place = insertion_place(batch.attention, self.lmm.image_spans(places), self.insertion)
-        embeddings, attention, labels = insert_prompts(
-            embeddings, batch.attention, vectors, valid, batch.labels, place=place
-        )
-        assert labels is not None
-        if self.lmm.family.needs_image_mask:
-            places = insert_gaps(places, batch.attention, valid, place)
+        attention, labels = batch.attention, batch.labels
+        places, rows = self.lmm.image_places(batch.input_ids), self.learner.rows(batch.selection)
+        if rows is not None:
+            vectors, valid = rows
+            spans = self.lmm.image_spans(places)
+            place = insertion_place(attention, spans, self.learner.insertion or "after_bos")
+            if self.lmm.family.needs_image_mask:
+                places = insert_gaps(places, attention, valid, place)
+            embeddings, attention, moved = insert_prompts(embeddings, attention, vectors, valid, labels, place=place)
+            assert moved is not None
+            labels = moved
         answers = answers_of(labels)
         return self.lmm.hidden(embeddings, attention, places, batch.images, answers.at), answers
 
     def _in_two_passes(self, batch: Batch) -> tuple[Tensor, Answers]:
         """The same of what stands behind the image: the sets, the question and the answer."""
-        cut = cut_behind_images(self.lmm, batch)
-        vectors, valid = self.prompt_vectors(batch)
+        cut, rows = cut_behind_images(self.lmm, batch), self.learner.rows(batch.selection)
+        assert rows is not None
         foremost = torch.zeros_like(cut.groups)
-        embeddings, attention, labels = insert_prompts(
-            cut.embeddings, cut.attention, vectors, valid, cut.labels, place=foremost
-        )
+        embeddings, attention, labels = insert_prompts(cut.embeddings, cut.attention, *rows, cut.labels, place=foremost)
         assert labels is not None
         answers = answers_of(labels)
         return hidden_after_prefix(self.lmm, cut.prefix, cut.groups, embeddings, attention, answers.at), answers
@@ -141,11 +133,3 @@ class PromptedLMM(nn.Module):
         logits = self.lmm.logits(hidden[sample, position])
         losses = cross_entropy(logits, targets[sample, position].clamp(min=0), reduction="none")
         return (losses * weight).sum()
-
-    def _prototype_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed 1 - cos(key, prototype) for both keys (docs/design.md 4.8)."""
-        prototype = self.head(self.prompt).float()[None]
-        image_weight, text_weight = prototype_term_weights(batch.has_image)
-        image = 1.0 - cosine_similarity(batch.image_key, prototype, dim=-1)
-        text = 1.0 - cosine_similarity(batch.text_key, prototype, dim=-1)
-        return (image * image_weight * batch.weights).sum(), (text * text_weight * batch.weights).sum()

@@ -1,8 +1,9 @@
-"""The prompt pool: the finished prompt sets and their prototypes, as constant stacked tensors."""
+"""The pool: what all finished stages have learned, as constant stacked tensors by name."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.prompts.routers import States
+from pipeline.prompts.parts.input_rows import PROMPT
+from pipeline.prompts.parts.projector import projector_of
+from pipeline.prompts.routers import State, States
 from pipeline.prompts.routers.mean import PROTOTYPE
+
+FORMAT = "prompt-pool-1"
+# The names of stacked tensors in a file, where they are not those of a stage's tensors.
+STACKED = {PROMPT: "prompts"}
+STATE = "router."  # how the names of a router's tensors begin, other than the prototypes'
+PROTOTYPES = "prototypes"
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -22,7 +31,7 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(str(tuple(values.shape)).encode() + values.numpy().tobytes()).hexdigest()
 
 
-def fingerprint_of(tensors: dict[str, Tensor]) -> str:
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of named tensors; "" of none."""
     if not tensors:
         return ""
@@ -32,62 +41,138 @@ def fingerprint_of(tensors: dict[str, Tensor]) -> str:
 
 @dataclass
 class PromptPool:
-    """Finished prompt sets in the order of their stages; values never change, sets are only appended.
+    """Finished modules in the order of their stages; values never change, modules are only appended.
 
-    `names` T strings, `prompts` [T, L, D] and `prototypes` [T, K], both float32.
+    `names` T strings; `tensors` [T, ...] float32, of each name that a module's tensors have ("prompt" [T, L, D]);
+    `states` what the router knows of each task; `shared` what all modules have in common as the last stage left it,
+    such as a trained projector.
     """
 
     names: list[str] = field(default_factory=list)
-    prompts: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
-    prototypes: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    states: States = field(default_factory=lambda: States([]))
+    shared: dict[str, Tensor] = field(default_factory=dict)
     _prints: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
-    _printed: tuple[Tensor, int] | None = field(default=None, repr=False, compare=False)  # whose, at which version
-    _states: tuple[Tensor, States] | None = field(default=None, repr=False, compare=False)  # of which prototypes
+    _printed: list[tuple[Tensor, int]] = field(default_factory=list, repr=False, compare=False)  # at which versions
+
+    @classmethod
+    def of_prompts(cls, names: Sequence[str], prompts: Tensor, prototypes: Tensor) -> PromptPool:
+        """Prompt sets [T, L, D] with their prototypes [T, K]."""
+        return cls(list(names), {PROMPT: prompts}, States.of_stacked({PROTOTYPE: prototypes}))
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
-    def states(self) -> States:
-        """What the router knows of each task, the same object as long as no set is added."""
-        if self._states is None or self._states[0] is not self.prototypes:
-            self._states = (self.prototypes, States.of_stacked({PROTOTYPE: self.prototypes}))
-        return self._states[1]
+    def prompts(self) -> Tensor:
+        """The prompt sets [T, L, D]; [T, 0, 0] of modules of another kind."""
+        return self.tensors.get(PROMPT, torch.zeros(len(self), 0, 0))
 
-    def append(self, name: str, prompt: Tensor, prototype: Tensor) -> None:
-        """Add one finished set `prompt` [L, D] with its `prototype` [K]."""
-        prompt = prompt.detach().float().clone()[None]
-        prototype = prototype.detach().float().clone()[None]
-        if not self.names:
-            self.prompts, self.prototypes = prompt, prototype
+    @property
+    def prototypes(self) -> Tensor:
+        """The prototypes [T, K]; [0, 0] where not every task has one."""
+        if not len(self) or not all(PROTOTYPE in state for state in self.states):
+            return torch.zeros(0, 0)
+        return self.states.stacked(PROTOTYPE)
+
+    def append(
+        self, name: str, tensors: Mapping[str, Tensor], state: State, shared: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Add a finished module.
+
+        Args:
+            name: its stage's.
+            tensors: what samples select, by name.
+            state: what the router knows of its task.
+            shared: what all modules have in common from this stage on; None for nothing.
+        """
+        added = {key: value.detach().float().clone()[None] for key, value in tensors.items()}
+        if self.names:
+            self._require_alike(name, added, state)
+            joined = {key: torch.cat([old, added[key].to(old.device)]) for key, old in self.tensors.items()}
         else:
-            if prompt.shape[1:] != self.prompts.shape[1:] or prototype.shape[1:] != self.prototypes.shape[1:]:
-                raise UserError(
-                    f"Prompt set '{name}' has shapes {tuple(prompt.shape[1:])} and {tuple(prototype.shape[1:])}, the "
-                    f"pool holds {tuple(self.prompts.shape[1:])} and {tuple(self.prototypes.shape[1:])}. All stages of "
-                    "a run need the same prompt length, language model and CLIP model."
-                )
-            self.prompts = torch.cat([self.prompts, prompt.to(self.prompts.device)])
-            self.prototypes = torch.cat([self.prototypes, prototype.to(self.prototypes.device)])
-        self.names = [*self.names, name]
+            joined = added
+        state = {key: value.detach().float().clone() for key, value in state.items()}
+        self.tensors, self.states = joined, States([*self.states, state])
+        self.shared, self.names = dict(shared or {}), [*self.names, name]
+
+    def _require_alike(self, name: str, added: Mapping[str, Tensor], state: State) -> None:
+        found = {key: tuple(value.shape[1:]) for key, value in added.items()}
+        known = {key: tuple(value.shape[1:]) for key, value in self.tensors.items()}
+        key_shapes = [tuple(part[PROTOTYPE].shape) for part in (self.states[-1], state) if PROTOTYPE in part]
+        if found == known and len(set(key_shapes)) < 2:
+            return
+        differing = [key for key in {**known, **found} if known.get(key) != found.get(key)]
+        shapes = [(found.get(key), known.get(key)) for key in differing[:1]] or [(key_shapes[1], key_shapes[0])]
+        raise UserError(
+            f"The module '{name}' has {differing[0] if differing else PROTOTYPE} of shape {shapes[0][0]}, the pool "
+            f"holds {shapes[0][1]}. All stages of a run need the same method, prompt length, language model and CLIP "
+            "model."
+        )
+
+    def newest(self) -> dict[str, Tensor]:
+        """What the last stage learned, by name; empty before the first."""
+        return {**{name: value[-1] for name, value in self.tensors.items()}, **self.shared} if self.names else {}
+
+    def picked(self, numbers: Sequence[int]) -> PromptPool:
+        """The pool of these modules alone."""
+        rows = torch.tensor(list(numbers), dtype=torch.long)
+        tensors = {name: value[rows.to(value.device)] for name, value in self.tensors.items()}
+        states = States([self.states[number] for number in numbers])
+        return PromptPool([self.names[number] for number in numbers], tensors, states, dict(self.shared))
+
+    @classmethod
+    def joined(cls, pools: Sequence[PromptPool]) -> PromptPool:
+        """The modules of several pools, one pool behind the other; they share nothing else."""
+        tensors = {name: torch.cat([pool.tensors[name] for pool in pools]) for name in pools[0].tensors}
+        states = States([state for pool in pools for state in pool.states])
+        return cls([name for pool in pools for name in pool.names], tensors, states)
 
     def fingerprint(self, index: int) -> str:
-        """SHA-256 (hex) of one prompt set's values, computed once as long as they are not written to."""
-        version = self.prompts._version
-        if self._printed is None or self._printed[0] is not self.prompts or self._printed[1] != version:
-            self._prints, self._printed = {}, (self.prompts, version)
+        """SHA-256 (hex) of one module's values, computed once as long as they are not written to."""
+        printed = [(value, value._version) for value in self.tensors.values()]
+        same = len(printed) == len(self._printed)
+        if not same or any(a is not b or x != y for (a, x), (b, y) in zip(printed, self._printed, strict=True)):
+            self._prints, self._printed = {}, printed
         if index not in self._prints:
-            self._prints[index] = tensor_fingerprint(self.prompts[index])
+            module = {name: value[index] for name, value in self.tensors.items()}
+            # Of prompt sets it is the set's own, under which answers of earlier versions are kept.
+            alone = tensor_fingerprint(module[PROMPT]) if list(module) == [PROMPT] else fingerprint_of(module)
+            self._prints[index] = alone
         return self._prints[index]
 
+    def shared_fingerprint(self) -> str:
+        """SHA-256 (hex) of what all modules have in common, "" of nothing."""
+        return fingerprint_of(projector_of(self.shared))
+
+    def states_fingerprint(self) -> str:
+        """SHA-256 (hex) of what the router knows of all tasks."""
+        if len(self) and any(set(state) != {PROTOTYPE} for state in self.states):
+            return fingerprint_of({f"{n}.{key}": v for n, state in enumerate(self.states) for key, v in state.items()})
+        return tensor_fingerprint(self.prototypes)
+
+    def whole_fingerprint(self) -> str:
+        """SHA-256 (hex) of all modules and states, which a stage begun beside them records."""
+        if set(self.tensors) <= {PROMPT}:
+            prompts = self.prompts if len(self) else torch.zeros(0, 0, 0)
+            return fingerprint_of({"prompts": prompts, PROTOTYPES: self.prototypes})
+        return fingerprint_of({**self.tensors, STATE: torch.zeros(0)}) + self.states_fingerprint()
+
+    def stacked(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """All modules and states as a file has them: modules in this precision, states in float32."""
+        content = {STACKED.get(name, name): value.cpu().to(dtype) for name, value in self.tensors.items()}
+        for key in {key: None for state in self.states for key in state}:
+            values = [state[key] for state in self.states if key in state]
+            if key == PROTOTYPE and len(values) == len(self):
+                content[PROTOTYPES] = torch.stack(values).cpu()
+                continue
+            # One by one: centres of tasks may differ in number.
+            content |= {f"{STATE}{n}.{key}": state[key].cpu() for n, state in enumerate(self.states) if key in state}
+        return {name: value.contiguous() for name, value in content.items()}
+
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the pool as one safetensors file (names in the metadata), the prompts in this precision."""
-        prompts = self.prompts.to(dtype).cpu().contiguous()
-        save_file(
-            {"prompts": prompts, "prototypes": self.prototypes.cpu().contiguous()},
-            path,
-            metadata={"names": "\n".join(self.names), "format": "prompt-pool-1"},
-        )
+        """Write modules and states as one safetensors file (names in the metadata), `shared` left out."""
+        save_file(self.stacked(dtype), path, metadata={"names": "\n".join(self.names), "format": FORMAT})
 
     @classmethod
     def load(cls, path: Path) -> PromptPool:
@@ -96,4 +181,12 @@ class PromptPool:
             raise UserError(f"No prompt pool at {path}. Expected a safetensors file written by an earlier run.")
         with safe_open(str(path), framework="pt") as file:
             names = [name for name in (file.metadata() or {}).get("names", "").split("\n") if name]
-            return cls(names, file.get_tensor("prompts"), file.get_tensor("prototypes"))
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        states: list[dict[str, Tensor]] = [{} for _ in names]
+        for number, prototype in enumerate(content.pop(PROTOTYPES, ())):
+            states[number][PROTOTYPE] = prototype
+        for name in [name for name in content if name.startswith(STATE)]:
+            number, _, key = name.removeprefix(STATE).partition(".")
+            states[int(number)][key] = content.pop(name)
+        plain = {stacked: name for name, stacked in STACKED.items()}
+        return cls(names, {plain.get(name, name): value for name, value in content.items()}, States(states))

@@ -206,7 +206,7 @@ def identity_of(test: TestSet, pool: PromptPool, selection: Selection, projector
     facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names]
     facts += [list(selected.shape), sorted(test.unanswered)]
     facts += [pool.fingerprint(number) for number in range(len(pool))]
-    facts += [tensor_fingerprint(pool.prototypes), tensor_fingerprint(selected)]
+    facts += [pool.states_fingerprint(), tensor_fingerprint(selected)]
     facts += [] if selection.weights is None else [tensor_fingerprint(selection.weights)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -1,85 +1,69 @@
-"""The engine that trains prompt sets on a frozen multimodal model, and what a stage's trainables start from."""
+"""The engine that trains a method's parts on a frozen multimodal model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
+from pipeline.config import registry
 from pipeline.config.recipe import Recipe
-from pipeline.methods import make_method
-from pipeline.prompts.model import PromptedLMM
+from pipeline.errors import UserError
+from pipeline.methods import Method, make_method
+from pipeline.prompts.heads import ProjectionHead
+from pipeline.prompts.learner import Learner
+from pipeline.prompts.model import LearnerOnLMM
+from pipeline.prompts.parts.base import Part
+from pipeline.prompts.parts.projector import Projector
+from pipeline.prompts.terms import PrototypeTerm, Term
 from pipeline.ranks.world import World, agreed_node_size
 from pipeline.training.deepspeed_config import AUTO, deepspeed_config
-from pipeline.training.engine import Engine, Group, start_deepspeed
-
-PROJECTOR = "projector."  # how the names of a trained projector's weights begin among the trainables
+from pipeline.training.engine import Engine, start_deepspeed
 
 
 def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
-    """One engine for a whole sequence: its `module` is a `PromptedLMM`, whose trainables keep their shapes."""
+    """One engine for a whole sequence: its `module` is a `LearnerOnLMM`, whose trainables keep their shapes."""
     start_deepspeed()
     config = deepspeed_config(recipe.train, recipe.model.dtype, world.size, agreed_node_size())
     sharded = int(config.get("zero_optimization", {}).get("stage", 0)) == 3
     lmm = load_lmm(recipe.model, config if sharded else None, None if sharded else world.device)
     lmm.cuts = recipe.data.too_long == "truncate"
-    method, train = make_method(recipe.method), recipe.train
+    train = recipe.train
     # As for the DeepSpeed file, `auto` that `pipeline.planning.auto` has not resolved means what it does on CPUs.
     checkpointing = "none" if train.checkpointing == AUTO else train.checkpointing
     if train.vision_features == "kept":
         require_kept_features(lmm.family.kind)
-    module = PromptedLMM(lmm, method.prompt_length, key_width, method.insertion, checkpointing)
+    learner = learner_of(lmm, make_method(recipe.method), key_width, train.projector == "trained")
+    module = LearnerOnLMM(lmm, learner, checkpointing)
     module.to(world.device)
-    trainables: dict[str, nn.Parameter] = {
-        "prompt": module.prompt,
-        **{f"head.{name}": parameter for name, parameter in module.head.named_parameters()},
-    }
-    groups = [Group([module.prompt], train.lr_prompt), Group(list(module.head.parameters()), train.lr_head)]
-    if train.projector == "trained":
-        lmm.train_projector()
-        projector = dict(lmm.projector().named_parameters())
-        trainables |= {f"{PROJECTOR}{name}": value for name, value in projector.items()}
-        groups.append(Group(list(projector.values()), train.lr_projector))
 
     def optimizer(parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
 
-    return Engine(module, trainables, groups, optimizer, config)
+    return Engine(module, learner.trainables(), learner.groups(train), optimizer, config)
 
 
-def initial_values(
-    module: PromptedLMM, init: str, seed: int, stage: int, previous: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Starting values of a stage's trainables, a function of (seed, stage) alone and so equal on every rank.
+def learner_of(lmm: LMM, method: Method, key_width: int, trains_projector: bool = False) -> Learner:
+    """What a stage of a method trains; UserError where its parts do not go together.
 
-    `init`: vocab_rows (rows of the frozen input embedding picked at random, docs/design.md 4.2), normal (deviation
-    0.02), previous (the previous stage's set `previous` [L, D]; vocab_rows in the first stage). The head starts as
-    `torch.nn.Linear` does.
+    A projection head belongs to it only where the method's router is learned, from CLIP keys [K = `key_width`].
     """
-    length, width = module.bank.shape[1:]
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + stage) % 2**63)
-    if init == "normal":
-        prompt = torch.randn(length, width, generator=generator) * 0.02
-    else:
-        words = usable_rows(module.lmm)
-        prompt = module.lmm.vocabulary_rows(words[torch.randint(len(words), (length,), generator=generator)])
-        if init == "previous" and previous is not None:
-            prompt = previous.clone()
-    values = {"prompt": prompt}
-    if module.lmm.trains_projector:  # every run's first stage starts from the checkpoint's own
-        values |= {f"{PROJECTOR}{name}": value for name, value in module.lmm.checkpoint_projector.items()}
-    for name, parameter in module.head.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        bound = module.lmm.width**-0.5  # both layers read vectors of the model's width
-        values[f"head.{name}"] = (torch.rand(tuple(shape), generator=generator) * 2 - 1) * bound
-    return values
-
-
-def usable_rows(lmm: LMM) -> Tensor:
-    """Numbers of the vocabulary rows that are ordinary words: no special tokens, no padding of the table."""
-    special: set[Any] = {*lmm.tokenizer.all_special_ids, lmm.image_token}
-    size = min(len(lmm.tokenizer), lmm.model.config.text_config.vocab_size)
-    return torch.tensor([row for row in range(size) if row not in special])
+    if method.part is None:
+        raise UserError(f"the method {method.name} learns nothing; expected one with stages.")
+    kind: type[Part] = registry.load("parts", method.part)
+    parts: dict[str, Part] = {"module": kind.of(lmm, method)}
+    terms: list[Term] = []
+    router = method.routing.router
+    if router is not None and router.learned:
+        if parts["module"].insertion is None:
+            raise UserError(
+                f"the method {method.name} has no prompt set that its router could be learned from; expected a router "
+                "in closed form, such as mean."
+            )
+        parts["head"] = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
+        terms.append(PrototypeTerm(method.prototype_weight))
+    if trains_projector:
+        parts["projector"] = Projector(lmm)
+    return Learner(parts, terms)

@@ -15,12 +15,12 @@ from pipeline.data.selection import Selection
 from pipeline.methods import make_method
 from pipeline.planning.out_of_memory import told_what_helps
 from pipeline.prompts.generation import Conditions
-from pipeline.prompts.pool import PromptPool, fingerprint_of
+from pipeline.prompts.parts.base import entry_of
+from pipeline.prompts.pool import PromptPool
 from pipeline.runs.layout import after_folder, ahead_folder, zero_shot_folder
 from pipeline.runs.session import Session
 from pipeline.sequence.answers import AnswerKey, AnswerStore, Routed
 from pipeline.sequence.evaluate import Answering, evaluate_task
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.models import Models
 from pipeline.sequence.test_set import TestSet
 from pipeline.tracking.tracker import NullTracker, Tracker
@@ -58,30 +58,32 @@ class Evaluator:
         """Scores [T] of the frozen model alone; None where the recipe leaves them out."""
         if not self.recipe.evaluate.zero_shot and self.method.stages([test.name for test in self.tests]):
             return None
-        row = [self._task(number, Learned(), zero_shot_folder(self.session.path)) for number in range(len(self.tests))]
+        row = [
+            self._task(number, PromptPool(), zero_shot_folder(self.session.path)) for number in range(len(self.tests))
+        ]
         log.info("zero-shot: %s", _named(self.tests, row))
         self.tracker.metrics({f"zero_shot.{test.name}": s for test, s in zip(self.tests, row, strict=True)}, 0)
         return row
 
-    def row(self, seen: int, stage: str, learned: Learned) -> list[float | None]:
+    def row(self, seen: int, stage: str, pool: PromptPool) -> list[float | None]:
         """Row [T] of the accuracy matrix after the stage of this name: the first `seen` tasks, None for the others."""
         reused = range(1, seen) if self.recipe.evaluate.reuse else ()
         earlier = [after_folder(self.session.path, number) for number in reused]
         folder = after_folder(self.session.path, seen)
-        row: list[float | None] = [self._task(task, learned, folder, earlier) for task in range(seen)]
+        row: list[float | None] = [self._task(task, pool, folder, earlier) for task in range(seen)]
         row += [None] * (len(self.tests) - seen)
-        log.info("after stage %d (%s): %s", len(learned.pool), stage, _named(self.tests, row))
+        log.info("after stage %d (%s): %s", len(pool), stage, _named(self.tests, row))
         named = {f"accuracy.{t.name}": s for t, s in zip(self.tests, row, strict=True) if s is not None}
         self.tracker.metrics(named, seen)
         self.tracker.model_metrics(stage, named, seen)
         return row
 
-    def ahead(self, task: int, learned: Learned) -> float | None:
+    def ahead(self, task: int, pool: PromptPool) -> float | None:
         """Score of the task that is learned next with what is there; None for a method that is told the task."""
         if not self.recipe.evaluate.ahead or self.method.needs_task:
             return None
         # Not among the answers after the stage: those are of tasks learned by then.
-        score = self._task(task, learned, ahead_folder(self.session.path, task + 1))
+        score = self._task(task, pool, ahead_folder(self.session.path, task + 1))
         name = self.tests[task].name
         log.info("%s before its own stage: %.1f", name, score)
         self.tracker.metrics({f"ahead.{name}": score}, task)
@@ -96,26 +98,27 @@ class Evaluator:
         scores = routing.scores(keys, pool.states)
         return Routed(routing.inference(scores, task, keys.has_image), routing.shown(scores))
 
-    def _task(self, number: int, learned: Learned, folder: Path, earlier: Sequence[Path] = ()) -> float:
+    def _task(self, number: int, pool: PromptPool, folder: Path, earlier: Sequence[Path] = ()) -> float:
         """Score one task in percent; its predictions go to `folder`, the `earlier` ones may have answers to use."""
         session, recipe = self.session, self.recipe
         session.stop_if_told("during evaluation")
         began = time.perf_counter()
-        key = AnswerKey(self.method.insertion, fingerprint_of(learned.projector), self.made_by)
+        key = AnswerKey(self.method.insertion, pool.shared_fingerprint(), self.made_by)
         conditions = Conditions(
             recipe.train.workers, go_on=lambda: not session.told_to_stop(), progress=session.watchdog.progress
         )
         answering = Answering(
-            lambda: self.models.replica(learned.projector),
+            lambda: self.models.replica(pool),
             recipe.evaluate.batch,
+            entry_of(self.method),
             recipe.evaluate.share_images,
             conditions,
         )
         with told_what_helps(recipe, "evaluation"):
             score = evaluate_task(
                 self.tests[number],
-                learned.pool,
-                lambda: self.route(number, learned.pool),
+                pool,
+                lambda: self.route(number, pool),
                 AnswerStore(folder, earlier, key),
                 answering,
                 session.world,

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
 from pipeline.planning.auto import resolve_auto
 from pipeline.planning.memory_plan import KEEP_REPLICA_BYTES
+from pipeline.prompts.parts.projector import load_projector
+from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, agreed_node_size
 from pipeline.sequence.engine import lmm_engine
@@ -60,8 +61,8 @@ class Models:
             self._engine = lmm_engine(self.recipe, self.world, self.key_width)
         return self._engine
 
-    def replica(self, projector: dict[str, Tensor]) -> LMM:
-        """A whole model on this rank with this projector (empty: its own): the engine's where whole, else a copy.
+    def replica(self, pool: PromptPool) -> LMM:
+        """A whole model on this rank with what the pool's modules share: the engine's where whole, else a copy.
 
         A copy stays for all tasks that are evaluated before the next stage is trained.
         """
@@ -73,8 +74,7 @@ class Models:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
             self._replica = load_lmm(self.recipe.model, device=self.world.device)
             self._replica.cuts = self.recipe.data.too_long == "truncate"
-        if projector:
-            self._replica.load_projector(projector)
+        load_projector(self._replica, pool.shared)
         return self._show_progress(self._replica)
 
     def _resolve_auto(self) -> int:

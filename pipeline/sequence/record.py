@@ -8,10 +8,10 @@ from typing import Any
 from pipeline.adapter.registry import register_run
 from pipeline.methods import Stage
 from pipeline.metrics.continual import after_stage
+from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
 from pipeline.runs.layout import EVALUATIONS
 from pipeline.sequence.evaluation import Evaluator
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.majority import majority_scores
 from pipeline.sequence.matrix import AccuracyMatrix, routing_accuracy
 from pipeline.sequence.opened import OpenRun
@@ -30,8 +30,8 @@ class RunRecord:
         tracker: takes the numbers of the matrix and the report.
     """
 
-    def __init__(self, run: OpenRun, learned: Learned, evaluator: Evaluator, tracker: Tracker) -> None:
-        self.run, self.learned, self.evaluator, self.tracker = run, learned, evaluator, tracker
+    def __init__(self, run: OpenRun, pool: PromptPool, evaluator: Evaluator, tracker: Tracker) -> None:
+        self.run, self.pool, self.evaluator, self.tracker = run, pool, evaluator, tracker
         self._main, self._results = run.session.world.main, run.results
         self._timing: dict[str, float] = {}
         self._majority: list[float] | None = None
@@ -51,7 +51,7 @@ class RunRecord:
 
     def write_end(self, evaluated: bool) -> None:
         """Write what the run is at the end of a call: done, trained (the matrix is to come) or stopped (stages are)."""
-        whole = len(self.learned.pool) == len(self.run.stages)
+        whole = len(self.pool) == len(self.run.stages)
         self.write_state("stopped" if not whole else "done" if evaluated else "trained")
 
     def write_state(self, status: str) -> None:
@@ -68,7 +68,7 @@ class RunRecord:
             "changes_earlier": self.run.method.changes_earlier,
             "status": status,
             "seed": self.run.recipe.seed,
-            "stage": len(self.learned.pool),
+            "stage": len(self.pool),
             "stages": [stage.name for stage in self.run.stages],
             **self._results.common(self.run.session.world, self.tracker.run_ids()),
             "timing": self._results.times(self._timing),
@@ -85,7 +85,7 @@ class RunRecord:
 
         `last`: no more rows come in this call.
         """
-        pool, tests, world = self.learned.pool, self.run.data.tests, self.run.session.world
+        pool, tests, world = self.pool, self.run.data.tests, self.run.session.world
         routing = None
         router = self.run.method.routing.router
         if last and matrix.rows and len(pool) == len(tests) and router is not None:
@@ -117,7 +117,7 @@ class RunRecord:
 
     def _is_to_be_registered(self) -> bool:
         """Whether the adapter becomes a version in the model registry: all stages are done and learned something."""
-        recipe, complete = self.run.recipe, len(self.learned.pool) == len(self.run.stages)
+        recipe, complete = self.run.recipe, len(self.pool) == len(self.run.stages)
         return complete and recipe.tracking.registry and bool(self.run.stages)
 
     def _register(self, stored: StoredRun) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 from pipeline.config.load import as_recorded, load_run
 from pipeline.config.recipe import Recipe
 from pipeline.errors import require_extras
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.stage_files import add_stage
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
 from pipeline.sequence.evaluation import Evaluator
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.matrix import AccuracyMatrix
 from pipeline.sequence.opened import open_run
 from pipeline.sequence.record import RunRecord
@@ -51,10 +52,10 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
                 "train.projector is 'trained': every stage changes the model for all tasks, so earlier answers may "
                 "change although earlier prompt sets do not."
             )
-        learned, matrix = Learned(), AccuracyMatrix([task.name for task in recipe.data.tasks])
+        pool, matrix = PromptPool(), AccuracyMatrix([task.name for task in recipe.data.tasks])
         trainer = StageTrainer(recipe, here, run.models.engine, run.data.train, run.files, tracker)
         evaluator = Evaluator(recipe, here, run.data.tests, run.models, run.made_by, tracker)
-        record = RunRecord(run, learned, evaluator, tracker)
+        record = RunRecord(run, pool, evaluator, tracker)
         result: dict[str, Any] = {}
         with here.running(tracker.sequence(run.results.state, run.results.stay_finished), record.write_state):
             if train and evaluate and not all(finished):
@@ -67,18 +68,18 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
                 if checkpoint is not None:
                     log.info("stage %d/%d %s: finished earlier", index + 1, len(run.stages), stage.name)
                 elif train:
-                    new = trainer.train(index, stage, learned, partial(record.begins, index, stage))
+                    new = trainer.train(index, stage, pool, partial(record.begins, index, stage))
                     record.trained(stage, new.seconds)
                     checkpoint = new.checkpoint
                 else:
                     break
-                learned.add(stage.name, checkpoint)
+                add_stage(pool, stage.name, checkpoint.tensors)
                 record.write_state("running")
                 if evaluate:
                     seen = max(stage.tasks) + 1
-                    matrix.add(evaluator.row(seen, stage.name, learned), seen)
+                    matrix.add(evaluator.row(seen, stage.name, pool), seen)
                     if seen < len(matrix.tasks):
-                        matrix.ahead[seen] = evaluator.ahead(seen, learned)
+                        matrix.ahead[seen] = evaluator.ahead(seen, pool)
                     if index + 1 < len(todo):
                         record.write_matrix(matrix, last=False)
             if evaluate:
@@ -86,7 +87,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
             record.write_end(evaluate)
             if evaluate:
                 record.report()
-        return {"run": str(here.path), "method": run.method.name, "stages": len(learned.pool), **result}
+        return {"run": str(here.path), "method": run.method.name, "stages": len(pool), **result}
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
@@ -16,15 +16,14 @@ from pipeline.data.collate import Examples, MicroBatches
 from pipeline.data.stage_data import StageData
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import told_what_helps
-from pipeline.prompts.pool import PromptPool, fingerprint_of
-from pipeline.prompts.stage_files import StageCheckpoint
+from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routers import State
+from pipeline.prompts.stage_files import StageCheckpoint, stage_tensors
 from pipeline.ranks.world import on_main
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
 from pipeline.sequence.data import Part, stage_order
-from pipeline.sequence.engine import PROJECTOR, initial_values
 from pipeline.sequence.keep_features import keep_features
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage_files import StageFiles
 from pipeline.tracking.step_numbers import StepNumbers, set_shares
 from pipeline.tracking.tracker import NullTracker, Tracker
@@ -71,14 +70,14 @@ class StageTrainer:
         self.method = make_method(recipe.method)
 
     def train(
-        self, index: int, stage: Stage, learned: Learned, begins: Callable[[], object] = lambda: None
+        self, index: int, stage: Stage, pool: PromptPool, begins: Callable[[], object] = lambda: None
     ) -> TrainedStage:
         """Train a stage from where an earlier attempt left it, or from its start, and save it.
 
         Args:
             index: the stage's number, 0-based.
             stage: the stage.
-            learned: what the stages before have left; it is not changed.
+            pool: what the stages before have left; it is not changed.
             begins: called on every rank just before the first step, within the stage's run of the tracker.
 
         Raises:
@@ -88,10 +87,9 @@ class StageTrainer:
         engine, world, watchdog = self.engine(), self.session.world, self.session.watchdog
         watchdog.beat(f"beginning stage {stage.name}", slow=True)
         began = time.perf_counter()
-        batches = self._batches(engine, index, stage, learned.pool)
-        self._start(engine, index, learned, uses_pool=batches.selection.width > 0)
-        earlier = fingerprint_of({"prompts": learned.pool.prompts, "prototypes": learned.pool.prototypes})
-        begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": earlier}
+        batches = self._batches(engine, index, stage, pool)
+        self._start(engine, index, pool, uses_pool=batches.selection.width > 0)
+        begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": pool.whole_fingerprint()}
         found = on_main(world, lambda: self.files.begin(index, stage, begun))
         start, seconds_before = 0, 0.0
         if found is not None:
@@ -113,8 +111,8 @@ class StageTrainer:
         saver = StepSaver(engine, world, folder, config, begun)
         with self.tracker.stage(index, stage.name):
             begins()
-            self.tracker.metrics(set_shares(batches.selection, learned.pool.names), 0)
-            numbers = StepNumbers(batches, learned.pool.names, start)
+            self.tracker.metrics(set_shares(batches.selection, pool.names), 0)
+            numbers = StepNumbers(batches, pool.names, start)
             with told_what_helps(self.recipe, "training"):
                 history = train_stage(
                     engine,
@@ -137,7 +135,9 @@ class StageTrainer:
                 "loss": final.loss,
                 "versions": package_versions(),
             }
-            saved = self.files.save(index, stage, engine.values(), facts)
+            values = engine.values()
+            state = self._state(engine, batches.examples.data, values)
+            saved = self.files.save(index, stage, stage_tensors(values, state), facts)
             self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
             self.tracker.artifact(saved / "meta.json")
         checkpoint = self.files.restore(index, stage)
@@ -169,13 +169,16 @@ class StageTrainer:
         examples = Examples(data, module.lmm.conversation, sharing, kept=kept)
         return MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
 
-    def _start(self, engine: Engine, index: int, learned: Learned, uses_pool: bool) -> None:
+    def _start(self, engine: Engine, index: int, pool: PromptPool, uses_pool: bool) -> None:
         """Give the engine the values that the stage starts from; the same on every rank."""
-        method, pool = self.method, learned.pool
-        previous = pool.prompts[-1] if len(pool) else None
-        init = "previous" if method.carries_prompt else method.init
-        values = initial_values(engine.module, init, self.recipe.seed, index, previous)
-        values.update({f"{PROJECTOR}{name}": value for name, value in learned.projector.items()})
-        bank = pool.prompts if uses_pool else torch.zeros(0, method.prompt_length, engine.module.lmm.width)
-        engine.module.start_stage(bank, method.prototype_weight)
-        engine.restart(values)
+        module = engine.module
+        module.learner.start_stage(pool.tensors if uses_pool else {})
+        engine.restart(module.learner.start(module.lmm, self.recipe.seed, index, pool.newest()))
+
+    def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor]) -> State:
+        """What the router keeps of the stage's task: of the learned values, or of its training samples' keys."""
+        router = self.method.routing.router
+        if router is None or router.learned:
+            learned: State = engine.module.learner.finish(values)
+            return learned
+        return router.observe(data.keys)

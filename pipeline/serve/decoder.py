@@ -12,6 +12,8 @@ from pipeline.adapter.answering import Answerer, Routed
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.data.collate import collate_prompts
 from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.parts.base import attachment
+from pipeline.prompts.parts.input_rows import PROMPT
 from pipeline.serve.memory import Extent
 
 
@@ -33,16 +35,18 @@ class RunningBatch(GreedyDecoder[Running]):
     """The answers being decoded; greedy, so that one does not depend on what it shares a batch with."""
 
     def __init__(self, answerer: Answerer) -> None:
-        super().__init__(answerer.lmm)
-        self.insertion = answerer.method.insertion
-        self.sets = answerer.pool.prompts.to(self.lmm.model.device, self.lmm.dtype)
+        lmm, entry = answerer.lmm, answerer.entry
+        tensors = {name: value.to(lmm.model.device, lmm.dtype) for name, value in answerer.pool.tensors.items()}
+        super().__init__(lmm, attachment(lmm, entry, tensors))
+        self.insertion, self.sets = entry.insertion or "after_bos", tensors.get(PROMPT, torch.zeros(0))
 
     @torch.no_grad()
     def begin(self, routed: Routed, answers: Sequence[Running]) -> list[Running]:
         """Begin the answers to routed questions; returns them, which have their first token."""
         batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
         embeddings, attention, places = embed_with_sets(self.lmm, batch, self.sets, self.insertion)
-        return self._read_texts(self.join(Prompts(embeddings, attention, places, batch.images), answers))
+        prompts = Prompts(embeddings, attention, places, batch.images, selection=batch.selection)
+        return self._read_texts(self.join(prompts, answers))
 
     def step(self) -> list[Running]:
         """One more token for every answer; returns those that got it, of which the finished ones have left."""

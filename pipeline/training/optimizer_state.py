@@ -93,7 +93,7 @@ def master_of(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
     for group, copies in zip(optimizer.fp16_groups, masters, strict=True):
         for candidate, master in zip(group, copies, strict=True):
             if candidate is parameter:
-                return master  # type: ignore[no-any-return]
+                return master
     return None
 
 

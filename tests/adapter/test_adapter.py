@@ -197,13 +197,14 @@ def with_projector(whole: Path, target: Path) -> Path:
     """The adapter with a trained projector."""
     adapter = read_adapter(whole)
     meta = adapter.meta.model_copy(update={"projector": "trained"})
-    write_adapter(Adapter(meta, adapter.pool, {"linear_1.weight": torch.ones(2, 2)}), target)
+    adapter.pool.shared = {"projector.linear_1.weight": torch.ones(2, 2)}
+    write_adapter(Adapter(meta, adapter.pool), target)
     return target
 
 
 def test_a_damaged_projector_is_named(whole: Path, tmp_path: Path) -> None:
     folder = with_projector(whole, tmp_path / "adapter")
-    assert read_adapter(folder).projector.keys() == {"linear_1.weight"}
+    assert read_adapter(folder).pool.shared.keys() == {"projector.linear_1.weight"}
     save_file({"linear_1.weight": torch.zeros(2, 2)}, folder / "projector.safetensors")
     with pytest.raises(UserError, match=r"projector.safetensors is missing or not the file"):
         read_adapter(folder)
@@ -214,7 +215,7 @@ def test_an_adapter_from_before_projectors_had_checksums_is_loaded(whole: Path, 
     meta = json.loads((folder / "adapter.json").read_text())
     del meta["projector_sha256"]
     (folder / "adapter.json").write_text(json.dumps(meta))
-    assert read_adapter(folder).projector.keys() == {"linear_1.weight"}
+    assert read_adapter(folder).pool.shared.keys() == {"projector.linear_1.weight"}
 
 
 def test_the_card_names_the_given_licence_as_a_hub_reads_it(whole: Path, tmp_path: Path) -> None:

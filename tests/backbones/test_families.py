@@ -20,14 +20,13 @@ from pipeline.data.collate import Batch, Examples, collate, collate_prompts
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
 from pipeline.data.stage_data import StageData
-from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
+from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
-from pipeline.prompts.model import PromptedLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
-from pipeline.sequence.engine import initial_values, lmm_engine
+from pipeline.sequence.engine import lmm_engine
 from pipeline.training.normaliser import Normaliser
-from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
+from tests.training.worlds import KEY_WIDTH, make_module, make_recipe, make_samples, train_once
 
 NEW = 6  # tokens generated
 
@@ -201,17 +200,16 @@ def test_steps_under_zero3_are_the_whole_models_and_saved_prompts_answer_the_sam
     recipe = make_recipe(checkpoint, seed=seed, train__steps=3, train__global_batch=2)
     engine = lmm_engine(recipe, init_world(), KEY_WIDTH)
     assert engine.zero_stage == 3
-    values = initial_values(engine.module, "vocab_rows", seed, 0)
+    values = engine.module.learner.start(engine.module.lmm, seed, 0)
     samples = (SAMPLES, make_samples(len(SAMPLES))[1])
     history, learned = train_once(engine, recipe, init_world(), tmp_path / "stage", PromptPool(), samples)
 
-    whole = PromptedLMM(lmm, 4, KEY_WIDTH)
-    torch.testing.assert_close(values["prompt"], initial_values(whole, "vocab_rows", seed, 0)["prompt"])
-    whole.start_stage(torch.zeros(0, 4, lmm.width), 1.0)
-    trainables = {"prompt": whole.prompt, **{f"head.{name}": value for name, value in whole.head.named_parameters()}}
+    whole = make_module(lmm)
+    torch.testing.assert_close(values["prompt"], whole.learner.start(lmm, seed, 0)["prompt"])
+    trainables = whole.learner.trainables()
     for name, value in trainables.items():
         value.data.copy_(values[name])
-    groups = [{"params": [whole.prompt], "lr": 0.05}, {"params": list(whole.head.parameters()), "lr": 0.01}]
+    groups = [{"params": group.parameters, "lr": group.rate} for group in whole.learner.groups(recipe.train)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for step, indices in enumerate(batches_of(seed)):
         batch = collate(examples, indices, [1.0, 1.0], NONE)
@@ -221,16 +219,16 @@ def test_steps_under_zero3_are_the_whole_models_and_saved_prompts_answer_the_sam
         torch.nn.utils.clip_grad_norm_(list(trainables.values()), 1.0)
         optimizer.step()
         assert history[step].loss == pytest.approx(loss.item(), abs=1e-4)
-    torch.testing.assert_close(learned["prompt"], whole.prompt.data, atol=1e-3, rtol=0)
+    torch.testing.assert_close(learned["prompt"], trainables["prompt"].data, atol=1e-3, rtol=0)
 
     pool = PromptPool()
-    pool.append("a", learned["prompt"], torch.zeros(KEY_WIDTH))
+    pool.append("a", {"prompt": learned["prompt"]}, {"prototype": torch.zeros(KEY_WIDTH)})
     pool.save(tmp_path / "prompts.safetensors")
     again = PromptPool.load(tmp_path / "prompts.safetensors")
     selected = torch.zeros(len(SAMPLES), 1, dtype=torch.long)
     fresh = load_lmm(ModelConfig(path=str(checkpoint)))
     first, second = (
-        generate_answers(model, examples, EVERY, InsertedSets(sets.prompts, selected), Decoding(NEW, batch=4))
+        generate_answers(model, examples, EVERY, prompt_sets(sets.prompts, selected), Decoding(NEW, batch=4))
         for model, sets in ((lmm, pool), (fresh, again))
     )
     assert first == second

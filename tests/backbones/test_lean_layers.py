@@ -16,10 +16,10 @@ from pipeline.backbones.lmm import LMM
 from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.data.collate import collate
 from pipeline.prompts import model as prompted
-from pipeline.prompts.model import PromptedLMM, answers_of
+from pipeline.prompts.model import answers_of
 from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_two_passes import EVERY, SELECTED, examples_of
-from tests.training.worlds import KEY_WIDTH, make_pool
+from tests.training.worlds import make_module, make_pool
 
 WHOLE = ("gemma3",)  # its attention norms the keys, and its layers more
 
@@ -32,14 +32,14 @@ def whole(decoder: nn.Module, positions: Tensor | None, attentions: Collection[s
 def trained(lmm: LMM, insertion: str = "after_bos", checkpointing: str = "none") -> tuple[Tensor, Tensor]:
     """Loss terms of a step, and the gradient of its prompt set."""
     torch.manual_seed(0)
-    module = PromptedLMM(lmm, 4, KEY_WIDTH, insertion, checkpointing)
-    torch.nn.init.normal_(module.prompt, std=0.2)
-    module.start_stage(make_pool(3, width=lmm.width).prompts, 1.0)
+    module = make_module(lmm, 4, insertion, checkpointing)
+    torch.nn.init.normal_(module.learner["module"].prompt, std=0.2)
+    module.learner.start_stage(make_pool(3, width=lmm.width).tensors)
     batch = collate(examples_of(lmm, "none"), EVERY, [1.0] * len(EVERY), SELECTED)
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
-    assert module.prompt.grad is not None
-    return torch.stack([*terms.values()]), module.prompt.grad
+    assert module.learner["module"].prompt.grad is not None
+    return torch.stack([*terms.values()]), module.learner["module"].prompt.grad
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

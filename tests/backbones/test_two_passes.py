@@ -14,12 +14,12 @@ from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
-from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
+from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
 from pipeline.prompts.insertion import insertion_place
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_families import SAMPLES, photo
-from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
+from tests.training.worlds import make_module, make_pool, make_samples
 
 # Two questions on one picture that are not neighbours, the same question on another, and questions without one.
 SHARED = SampleList(
@@ -45,11 +45,11 @@ def able(lmm: LMM) -> LMM:
 
 
 @pytest.fixture(scope="module")
-def module(able: LMM) -> PromptedLMM:
+def module(able: LMM) -> LearnerOnLMM:
     torch.manual_seed(0)
-    module = PromptedLMM(able, 4, KEY_WIDTH, "after_image")
-    torch.nn.init.normal_(module.prompt, std=0.2)
-    module.start_stage(make_pool(3, width=able.width).prompts, 1.0)
+    module = make_module(able, 4, "after_image")
+    torch.nn.init.normal_(module.learner["module"].prompt, std=0.2)
+    module.learner.start_stage(make_pool(3, width=able.width).tensors)
     return module
 
 
@@ -58,21 +58,21 @@ def examples_of(lmm: LMM, sharing: str) -> Examples:
     return Examples(data, lmm.conversation, sharing=sharing)  # type: ignore[arg-type]
 
 
-def loss_and_gradient(module: PromptedLMM, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(module: LearnerOnLMM, batch: Batch) -> tuple[Tensor, Tensor]:
     module.zero_grad()
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
-    assert module.prompt.grad is not None
-    return torch.stack([*terms.values()]), module.prompt.grad.clone()
+    assert module.learner["module"].prompt.grad is not None
+    return torch.stack([*terms.values()]), module.learner["module"].prompt.grad.clone()
 
 
 @pytest.mark.parametrize("chosen", [EVERY, [1, 4, 5], [0, 3], [2]])
 def test_loss_and_gradient_equal_those_of_one_pass(
-    module: PromptedLMM, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+    module: LearnerOnLMM, chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = partial(collate, indices=chosen, weights=[1.0] * len(chosen), selected=SELECTED)
     found = {kind: loss_and_gradient(module, make(examples_of(module.lmm, kind))) for kind in ("none", "image")}
-    monkeypatch.setattr(PromptedLMM, "in_two_passes", False)
+    monkeypatch.setattr(LearnerOnLMM, "in_two_passes", False)
     expected = loss_and_gradient(module, make(examples_of(module.lmm, "none")))
     assert expected[1].abs().max() > 1e-3
     for result in found.values():
@@ -107,7 +107,7 @@ def test_sets_stand_behind_what_ends_the_image(able: LMM) -> None:
 @pytest.mark.parametrize("insertion", ["after_image", "after_bos", "before_image"])
 def test_answers_behind_shared_beginnings_are_those_of_one_pass(able: LMM, insertion: str) -> None:
     sets = make_pool(3, width=able.width).prompts
-    ask = partial(generate_answers, able, indices=EVERY, inserted=InsertedSets(sets, SELECTED, insertion))
+    ask = partial(generate_answers, able, indices=EVERY, modules=prompt_sets(sets, SELECTED, insertion))
     expected = ask(examples=examples_of(able, "none"), decoding=Decoding(6, batch=1))
     sharing = "image" if insertion == "after_image" else "sets"
     for batch in (1, 3, len(EVERY)):
@@ -119,6 +119,6 @@ def test_what_cannot_be_computed_in_two_passes_is_refused_with_the_reason(lmm: L
     if lmm.family.kind not in CANNOT:
         pytest.skip("this architecture can")
     with pytest.raises(UserError, match=r"after_image is not possible.*Gemma 3 has layers that see a window"):
-        PromptedLMM(lmm, 4, KEY_WIDTH, "after_image")
+        make_module(lmm, 4, "after_image")
     with pytest.raises(UserError, match=r"^evaluate\.share_images: true is not possible"):
         lmm.require_two_passes("evaluate.share_images: true")

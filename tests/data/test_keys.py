@@ -130,9 +130,8 @@ def test_training_selections_are_those_of_the_whole_table_in_float32(small_parts
     keys = join_keys([(stored(1001, seed), 1001) for seed in range(parts)])
     pool = PromptPool()
     for number in range(4):
-        pool.append(
-            f"t{number}", torch.zeros(4, 8), torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
-        )
+        prototype = torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
+        pool.append(f"t{number}", {"prompt": torch.zeros(4, 8)}, {"prototype": prototype})
     method = make_method(make_recipe("none", method__gate=0.05).method)
     found = [method.routing.training(each, pool.states).numbers for each in (keys, in_float32(keys))]
     assert torch.equal(*found)

@@ -22,9 +22,9 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.hub import snapshots
 from pipeline.hub.snapshots import Source
 from pipeline.hub.weights import file_fingerprints
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.model import LearnerOnLMM
+from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import StageCheckpoint
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.run import evaluate_run, run_sequence
 from pipeline.sequence.stage import StageTrainer, TrainedStage
 from pipeline.training.engine import Engine
@@ -75,19 +75,19 @@ def check_frozen(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     saved: list[StageCheckpoint] = []  # of the stages so far
 
-    def check_pool(learned: Learned) -> None:
-        assert len(learned.pool) == len(saved)
+    def check_pool(pool: PromptPool) -> None:
+        assert len(pool) == len(saved)
         for number, earlier in enumerate(saved):
-            assert torch.equal(learned.pool.prompts[number], earlier.prompt)
-            assert torch.equal(learned.pool.prototypes[number], earlier.prototype)
+            assert torch.equal(pool.prompts[number], earlier.tensors["prompt"])
+            assert torch.equal(pool.prototypes[number], earlier.tensors["prototype"])
 
-    def watched(self: StageTrainer, index: int, stage: Any, learned: Learned, *given: Any) -> TrainedStage:
+    def watched(self: StageTrainer, index: int, stage: Any, pool: PromptPool, *given: Any) -> TrainedStage:
         base = {name: weight.clone() for name, weight in self.engine().module.lmm.state_dict().items()}
-        check_pool(learned)
-        trained = train(self, index, stage, learned, *given)
+        check_pool(pool)
+        trained = train(self, index, stage, pool, *given)
         for name, weight in self.engine().module.lmm.state_dict().items():
             assert torch.equal(weight, base[name]), f"{name} of the base model changed"
-        check_pool(learned)
+        check_pool(pool)
         saved.append(trained.checkpoint)
         seen.append(index)
         return trained
@@ -165,15 +165,15 @@ def test_a_run_may_go_on_with_another_micro_batch_and_zero_stage(make: MakeRecip
 def test_a_loss_that_is_not_finite_stops_with_the_samples_of_the_step(
     make: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = PromptedLMM.forward, []
+    forward, calls = LearnerOnLMM.forward, []
 
-    def poisoned(self: PromptedLMM, batch: Any, normaliser: Any) -> Any:
+    def poisoned(self: LearnerOnLMM, batch: Any, normaliser: Any) -> Any:
         loss, terms = forward(self, batch, normaliser)
         calls.append(batch.ids)
         poison = float("nan") if len(calls) == 4 else 1.0
         return loss * poison, {name: term * poison for name, term in terms.items()}
 
-    monkeypatch.setattr(PromptedLMM, "forward", poisoned)
+    monkeypatch.setattr(LearnerOnLMM, "forward", poisoned)
     recipe = make()
     with pytest.raises(DivergedError, match="step 2 is not a finite number") as caught:
         run_sequence(recipe, stages="train")
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples_of_the_step(
 
 def test_a_signal_stops_at_a_step_boundary_and_keeps_finished_stages(make: MakeRecipe) -> None:
     recipe = make()
-    with signal_in_forward(PromptedLMM, 3, signal.SIGTERM), pytest.raises(Interrupted, match="after step 1 of 2"):
+    with signal_in_forward(LearnerOnLMM, 3, signal.SIGTERM), pytest.raises(Interrupted, match="after step 1 of 2"):
         run_sequence(recipe, stages="train")
     assert read(recipe.run_path / "run.json")["status"] == "stopped"
     assert (recipe.run_path / "stages" / "01-T0" / "COMPLETE").is_file()

@@ -17,17 +17,17 @@ ENDS_WITHIN_S = 300.0
 
 def at_step(number: int, do: Callable[[], object]) -> None:
     """Sabotage: do something in the `number`-th forward pass of this process."""
-    from pipeline.prompts.model import PromptedLMM
+    from pipeline.prompts.model import LearnerOnLMM
 
-    forward, calls = PromptedLMM.forward, []
+    forward, calls = LearnerOnLMM.forward, []
 
-    def sabotaged(self: PromptedLMM, *arguments: Any) -> Any:
+    def sabotaged(self: LearnerOnLMM, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == number:
             do()
         return forward(self, *arguments)
 
-    PromptedLMM.forward = sabotaged  # type: ignore[method-assign, assignment]
+    LearnerOnLMM.forward = sabotaged  # type: ignore[method-assign, assignment]
 
 
 def other_path() -> None:

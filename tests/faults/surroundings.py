@@ -124,18 +124,18 @@ def read_only(bench: Bench) -> Row:
 
 def not_a_number(bench: Bench) -> Row:
     """The loss of one step is not a number; the next attempt computes it right."""
-    from pipeline.prompts.model import PromptedLMM
+    from pipeline.prompts.model import LearnerOnLMM
 
     def poison() -> None:
-        forward, calls = PromptedLMM.forward, []
+        forward, calls = LearnerOnLMM.forward, []
 
-        def poisoned(self: PromptedLMM, *arguments: Any) -> Any:
+        def poisoned(self: LearnerOnLMM, *arguments: Any) -> Any:
             calls.append(1)
             loss, terms = forward(self, *arguments)
             poison = float("nan") if len(calls) == 4 else 1.0
             return loss * poison, {name: term * poison for name, term in terms.items()}
 
-        PromptedLMM.forward = poisoned  # type: ignore[method-assign, assignment]
+        LearnerOnLMM.forward = poisoned  # type: ignore[method-assign, assignment]
 
     recipe = bench.recipe("nan")
     code, process = bench.run(recipe, poison)

@@ -100,6 +100,7 @@ def test_what_a_stage_changes_of_earlier_tasks_is_said() -> None:
         "independent": "nothing",
         "joint": "nothing",
         "zero_shot": "nothing",
+        "task_lora": "nothing",
     }
     assert method("modalprompt", selection="all").changes_earlier == "answers"
     assert method("modalprompt", selection="current").changes_earlier == "answers"
@@ -117,7 +118,7 @@ def test_k_is_the_most_sets_in_training_and_at_inference() -> None:
 def test_the_image_weight_decides_which_earlier_sets_are_most_similar() -> None:
     pool = PromptPool()
     for name, prototype in (("like the images", [1.0, 0.0]), ("like the texts", [0.0, 1.0])):
-        pool.append(name, torch.zeros(4, 2), torch.tensor(prototype))
+        pool.append(name, {"prompt": torch.zeros(4, 2)}, {"prototype": torch.tensor(prototype)})
     keys = Keys(torch.tensor([[1.0, 0.1]]), torch.tensor([[0.1, 1.0]]), torch.tensor([True]), {})
     assert trained_behind(method("modalprompt", k=2, image_weight=1.0), pool, keys).tolist() == [[0]]
     assert trained_behind(method("modalprompt", k=2, image_weight=0.0), pool, keys).tolist() == [[1]]
@@ -141,7 +142,7 @@ def test_selection_oracle_answers_behind_the_sets_the_task_was_trained_behind() 
     _, keys = make_samples(6)
     pool = make_pool(3)
     scores = similarity(keys.image, keys.text, pool.prototypes, 0.5, keys.has_image)
-    earlier = PromptPool(pool.names[:2], pool.prompts[:2], pool.prototypes[:2])
+    earlier = pool.picked([0, 1])
     for k in (1, 2, 3, 4):
         oracle = method("modalprompt", selection="oracle", k=k)
         trained = trained_behind(oracle, earlier, keys)

@@ -61,12 +61,13 @@ def main(job_file: str) -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in job["methods"]}
     for (name, settings), (task, case) in itertools.product(job["methods"].items(), recorded.train.items()):
         method = make_method(method_options(settings))
-        engine.module.insertion = method.insertion
+        engine.module.learner["module"].insertion = method.insertion
         pool = recorded.pool(case, task - 1)
         order = Order(recorded.samples, recipe.train.global_batch, recipe.seed, task)
         selected = method.routing.training(examples.data.keys, pool.states)
         batches = MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
-        engine.module.start_stage(pool.prompts, method.prototype_weight)
+        engine.module.learner.start_stage(pool.tensors)
+        engine.module.learner.terms[0].weight = method.prototype_weight
         engine.restart(recorded.start(task))
         folder = Path(job["out"]).parent / f"{name}-task{task}"
         folder.mkdir(exist_ok=True)

@@ -69,10 +69,11 @@ class Recorded:
         for number in range(sets):
             head = ProjectionHead(self.width, self.key_width)
             head.load_state_dict({name: case[f"head.{name}"][number] for name in HEAD})
-            pool.append(f"task{number + 1}", case["prompts"][number], head(case["prompts"][number]))
+            prompt = case["prompts"][number]
+            pool.append(f"task{number + 1}", {"prompt": prompt}, {"prototype": head(prompt)})
         if not sets:
-            pool.prompts = torch.zeros(0, self.prompt_length, self.width)
-            pool.prototypes = torch.zeros(0, self.key_width)
+            none = torch.zeros(0, self.prompt_length, self.width), torch.zeros(0, self.key_width)
+            return PromptPool.of_prompts([], *none)
         return pool
 
     def save_model(self, target: Path) -> Path:

@@ -21,8 +21,9 @@ from pipeline.config.method import MethodOptions, method_options
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.methods import Method, make_method
-from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
+from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers.mean import similarities
 from pipeline.training.normaliser import Normaliser
@@ -70,32 +71,35 @@ def method(config: MethodOptions) -> Method:
 
 
 @pytest.fixture(scope="module")
-def module(recorded: Recorded, model: Path, config: MethodOptions) -> PromptedLMM:
+def module(recorded: Recorded, model: Path, config: MethodOptions) -> LearnerOnLMM:
     lmm = load_lmm(ModelConfig(path=str(model)))
-    return PromptedLMM(lmm, recorded.prompt_length, recorded.key_width, make_method(config).insertion)
+    return LearnerOnLMM(
+        lmm, prompt_learner(lmm, recorded.prompt_length, recorded.key_width, make_method(config).insertion)
+    )
 
 
 @pytest.fixture(scope="module")
-def examples(recorded: Recorded, module: PromptedLMM) -> Examples:
+def examples(recorded: Recorded, module: LearnerOnLMM) -> Examples:
     vision = module.lmm.model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2
     return recorded.examples(module.lmm.processor, module.lmm.image_token, tokens)
 
 
 def start(
-    module: PromptedLMM, method: Method, recorded: Recorded, examples: Examples, task: int
+    module: LearnerOnLMM, method: Method, recorded: Recorded, examples: Examples, task: int
 ) -> tuple[PromptPool, Batch]:
     """Set up training of `task` (1-based); the pool of earlier sets and the recorded batch with our selection."""
     pool = recorded.pool(recorded.train[task], task - 1)
     selected = method.routing.training(examples.data.keys, pool.states)
     values = recorded.start(task)
-    module.prompt.data.copy_(values.pop("prompt"))
-    module.head.load_state_dict({name.removeprefix("head."): value for name, value in values.items()})
-    module.start_stage(pool.prompts, method.prototype_weight)
+    module.learner["module"].prompt.data.copy_(values.pop("prompt"))
+    module.learner["head"].load_state_dict({name.removeprefix("head."): value for name, value in values.items()})
+    module.learner.start_stage(pool.tensors)
+    module.learner.terms[0].weight = method.prototype_weight
     return pool, collate(examples, range(recorded.samples), [1.0] * recorded.samples, selected)
 
 
-def step(module: PromptedLMM, batch: Batch) -> Tensor:
+def step(module: LearnerOnLMM, batch: Batch) -> Tensor:
     module.zero_grad()
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
@@ -127,18 +131,18 @@ def test_sets_are_selected_and_ordered_as_recorded(recorded: Recorded, method: M
         assert torch.equal(method.routing.inference(scores, 0, keys.has_image).numbers, case["top"].flip(1))
 
 
-def test_losses_and_gradients(recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples) -> None:
+def test_losses_and_gradients(recorded: Recorded, module: LearnerOnLMM, method: Method, examples: Examples) -> None:
     for task, case in recorded.train.items():
         terms = step(module, start(module, method, recorded, examples, task)[1])
         expected = torch.stack([case[f"loss_{name}"].reshape(()) for name in ("lm", "image", "text")])
         torch.testing.assert_close(terms, expected, atol=LOSS, rtol=0)
-        assert_gradient(module.prompt.grad, case["grad.prompt"])
-        for name, parameter in module.head.named_parameters():
+        assert_gradient(module.learner["module"].prompt.grad, case["grad.prompt"])
+        for name, parameter in module.learner["head"].named_parameters():
             assert_gradient(parameter.grad, case[f"grad.head.{name}"])
 
 
 def test_answer_logits(
-    recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples, monkeypatch: pytest.MonkeyPatch
+    recorded: Recorded, module: LearnerOnLMM, method: Method, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watch_logits(monkeypatch)
     for task, case in recorded.train.items():
@@ -162,7 +166,7 @@ def watch_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-def test_three_optimizer_steps(recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples) -> None:
+def test_three_optimizer_steps(recorded: Recorded, module: LearnerOnLMM, method: Method, examples: Examples) -> None:
     for task, case in recorded.train.items():
         losses, prompt = optimizer_steps(module, method, recorded, examples, task)
         torch.testing.assert_close(losses, case["trajectory"], atol=LOSS, rtol=1e-6)
@@ -182,21 +186,21 @@ def undetermined(case: dict[str, Tensor], rate: float) -> Tensor:
 
 
 def optimizer_steps(
-    module: PromptedLMM, method: Method, recorded: Recorded, examples: Examples, task: int
+    module: LearnerOnLMM, method: Method, recorded: Recorded, examples: Examples, task: int
 ) -> tuple[Tensor, Tensor]:
     """Losses of as many steps as were recorded, in this process, and the prompt set after them."""
     _, batch = start(module, method, recorded, examples, task)
-    trainables = [module.prompt, *module.head.parameters()]
+    trainables = list(module.learner.trainables().values())
     optimizer = torch.optim.AdamW(trainables, lr=recorded.meta["lr"], weight_decay=0.0)
     losses = []
     for _ in range(len(recorded.train[task]["trajectory"])):
         losses.append(step(module, batch))
         optimizer.step()
-    return torch.stack(losses), module.prompt.detach().clone()
+    return torch.stack(losses), module.learner["module"].prompt.detach().clone()
 
 
 def test_greedy_answers_and_their_first_logits(
-    recorded: Recorded, module: PromptedLMM, method: Method, examples: Examples
+    recorded: Recorded, module: LearnerOnLMM, method: Method, examples: Examples
 ) -> None:
     sets = next(iter(recorded.train.values()))
     first: list[Tensor] = []
@@ -207,8 +211,8 @@ def test_greedy_answers_and_their_first_logits(
     for tasks, case in recorded.infer.items():
         pool = recorded.pool(sets, tasks)
         scores = similarities(keys, pool.prototypes, method.options.image_weight)
-        selected = method.routing.inference(scores, 0, keys.has_image).numbers
-        inserted = InsertedSets(pool.prompts, selected, method.insertion)
+        selected = method.routing.inference(scores, 0, keys.has_image)
+        inserted = prompt_sets(pool.prompts, selected, method.insertion)
         new = case["generated"].shape[1]
         for number in range(recorded.samples):
             first.clear()
@@ -222,7 +226,7 @@ def test_greedy_answers_and_their_first_logits(
     handle.remove()
 
 
-def check_tokens(module: PromptedLMM, found: list[int], expected: list[int]) -> None:
+def check_tokens(module: LearnerOnLMM, found: list[int], expected: list[int]) -> None:
     """Equal up to the end token; behind it each side may fill up as it likes."""
     end = module.lmm.tokenizer.eos_token_id
     stop = expected.index(end) + 1 if end in expected else len(expected)
@@ -234,7 +238,7 @@ def test_two_processes_under_zero3_equal_one_process_and_the_recorded_steps(
     recorded: Recorded, model: Path, tmp_path: Path
 ) -> None:
     lmm = load_lmm(ModelConfig(path=str(model)))
-    module = PromptedLMM(lmm, recorded.prompt_length, recorded.key_width)
+    module = LearnerOnLMM(lmm, prompt_learner(lmm, recorded.prompt_length, recorded.key_width))
     vision = lmm.model.config.vision_config
     examples = recorded.examples(lmm.processor, lmm.image_token, (vision.image_size // vision.patch_size) ** 2)
     methods = {mode: method_of(mode, recorded) for mode in MODES}

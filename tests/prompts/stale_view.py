@@ -11,6 +11,7 @@ import torch
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.files.atomic import write_json
+from pipeline.prompts.parts.base import Entry
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import close_world, init_world
 from pipeline.sequence.answers import SETS_FILE, AnswerStore, Routed
@@ -31,7 +32,7 @@ def main(folder: Path) -> None:
 
     def score(place: Path, earlier: list[Path]) -> float:
         chosen, scores = Selection.same(SAMPLES, [0]), torch.zeros(SAMPLES, 1)
-        store, answering = AnswerStore(place, earlier), Answering(lambda: nothing, 4)
+        store, answering = AnswerStore(place, earlier), Answering(lambda: nothing, 4, Entry())
         return evaluate_task(test, pool, lambda: Routed(chosen, scores), store, answering, world)
 
     if world.main:

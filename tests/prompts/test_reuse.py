@@ -17,7 +17,8 @@ from pipeline.data.collate import Examples
 from pipeline.data.selection import Selection, as_selection
 from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted
-from pipeline.prompts.generation import Conditions, InsertedSets
+from pipeline.prompts.generation import Conditions, Modules
+from pipeline.prompts.parts.input_rows import RowsEntry
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
 from pipeline.sequence import evaluate
@@ -36,11 +37,9 @@ class Generated:
         monkeypatch.setattr(evaluate, "generate_answers", self.generate)
         monkeypatch.setattr(evaluate, "_share_of", lambda missing, *_: missing)
 
-    def generate(self, lmm: Any, examples: Examples, indices: list[int], inserted: InsertedSets, *_: Any) -> Any:
+    def generate(self, lmm: Any, examples: Examples, indices: list[int], modules: Modules, *_: Any) -> Any:
         self.asked += indices
-        return {
-            index: f"{inserted.sets[as_selection(inserted.selected).numbers[index]].sum():.3f}" for index in indices
-        }
+        return {index: f"{modules.rows[as_selection(modules.selected).numbers[index]].sum():.3f}" for index in indices}
 
 
 def run(
@@ -60,7 +59,7 @@ def run(
     earlier = [folder / str(before) for before in range(number)]
     lmm: Any = dataclasses.make_dataclass("Model", ["conversation"])(None)
     store = AnswerStore(folder / str(number), earlier, AnswerKey(**key))
-    answering = Answering(lambda: lmm, batch, conditions=Conditions(go_on=go_on))
+    answering = Answering(lambda: lmm, batch, RowsEntry("after_bos"), conditions=Conditions(go_on=go_on))
     return evaluate_task(test, pool, lambda: routed, store, answering, init_world())
 
 

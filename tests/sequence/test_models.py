@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
 from pipeline.sequence import models
@@ -69,7 +70,7 @@ def on_gpu(**changes: Any) -> Models:
 
 def test_one_replica_answers_all_tasks_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     loads, found = Loads(monkeypatch, whole=False), on_gpu()
-    assert len({id(found.replica({})) for _ in range(TASKS)}) == 1
+    assert len({id(found.replica(PromptPool())) for _ in range(TASKS)}) == 1
     assert loads.replicas == 1
     assert loads.devices == [torch.device("cuda", 0)]
 
@@ -78,12 +79,12 @@ def test_a_large_replica_makes_room_for_training_and_is_loaded_once_more_after_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loads, found = Loads(monkeypatch, whole=False), on_gpu()
-    found.replica({})
+    found.replica(PromptPool())
     found.engine()
     assert found._replica is None
     assert loads.emptied == 1
     for _ in range(TASKS):
-        found.replica({})
+        found.replica(PromptPool())
     assert (loads.replicas, loads.engines) == (2, 1)
 
 
@@ -91,7 +92,7 @@ def test_a_small_replica_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     loads, found = Loads(monkeypatch, whole=False), on_gpu()
     monkeypatch.setattr(models, "KEEP_REPLICA_BYTES", 1 << 20)
     for _ in range(TASKS):
-        found.replica({})
+        found.replica(PromptPool())
         found.engine()
     assert (loads.replicas, loads.emptied) == (1, 0)
 
@@ -101,7 +102,7 @@ def test_an_engine_that_is_whole_answers_before_the_first_stage_too(monkeypatch:
     loads, found = Loads(monkeypatch, whole=True), on_gpu(train__deepspeed=f"ds_configs/{file}.json")
     found.prepare_to_train()
     for _ in range(TASKS):
-        found.replica({})
+        found.replica(PromptPool())
     assert (loads.replicas, loads.engines) == (0, 1)
 
 
@@ -117,5 +118,5 @@ def test_an_engine_that_cannot_answer_is_not_made_for_it(
 ) -> None:
     loads, found = Loads(monkeypatch, whole=False), on_gpu(**changes)
     found.prepare_to_train()
-    found.replica({})
+    found.replica(PromptPool())
     assert (loads.replicas, loads.engines) == (1, 0)

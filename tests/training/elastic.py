@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import Interrupted
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.world import World, barrier, init_world, on_main
 from pipeline.sequence.run import run_sequence
@@ -33,7 +33,7 @@ CHANGES: dict[str, Any] = {
 def stop_half_way(recipe: Recipe, world: World) -> None:
     """Stop in the middle of the second stage: told on the last rank alone, which all have to hear of."""
     last = world.rank == world.size - 1
-    told = signal_in_forward(PromptedLMM, STEPS + STEPS // 2) if last else contextlib.nullcontext()
+    told = signal_in_forward(LearnerOnLMM, STEPS + STEPS // 2) if last else contextlib.nullcontext()
     with told, contextlib.suppress(Interrupted):
         run_sequence(recipe, stages="train")
         raise AssertionError("the run was not stopped")

@@ -40,8 +40,8 @@ def test_gradients_are_the_same_and_more_memory_is_left(insertion: str) -> None:
         step = OurStep(lmm, size, sets[:-1], sets[-1], insertion)
         step.module.checkpointing = policy
         step(batch)
-        assert step.module.prompt.grad is not None
-        gradient = step.module.prompt.grad.clone()
+        assert step.module.learner["module"].prompt.grad is not None
+        gradient = step.module.learner["module"].prompt.grad.clone()
         found[policy] = gradient, peak_bytes(partial(step, batch)), operations(partial(step, batch))[0]
     for policy in ("selective", "full"):
         torch.testing.assert_close(found[policy][0], found["none"][0])

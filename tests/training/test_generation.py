@@ -18,7 +18,7 @@ from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.sample import Sample
 from pipeline.data.stage_data import StageData
 from pipeline.prompts import generation
-from pipeline.prompts.generation import Conditions, Decoding, InsertedSets, generate_answers
+from pipeline.prompts.generation import Conditions, Decoding, generate_answers, prompt_sets
 from tests.training.worlds import make_pool, make_samples
 
 SELECTED = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [2, 1], [0, 2], [0, 1]])
@@ -37,7 +37,7 @@ def examples(lmm: LMM) -> Examples:
 
 
 def answers(lmm: LMM, examples: Examples, batch: int = 2, **conditions: Any) -> dict[int, str]:
-    inserted = InsertedSets(make_pool(3).prompts, SELECTED)
+    inserted = prompt_sets(make_pool(3).prompts, SELECTED)
     return generate_answers(lmm, examples, range(COUNT), inserted, Decoding(6, batch), Conditions(**conditions))
 
 

@@ -30,7 +30,6 @@ from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.lock import FileLock
 from pipeline.planning.model_files import ModelFiles
-from pipeline.prompts.model import PromptedLMM
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
 from pipeline.sequence.keep_features import keep_features
@@ -39,7 +38,7 @@ from pipeline.training.normaliser import Normaliser
 from tests.e2e.conftest import recipe_on
 from tests.processes import PROJECT, torchrun
 from tests.tiny_clip import picture
-from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
+from tests.training.worlds import make_module, make_pool, make_samples
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 COUNT = 9
@@ -113,9 +112,9 @@ def test_prompts_and_answers_are_the_same_tokens(lmm: LMM, tmp_path: Path) -> No
 @pytest.mark.parametrize("insertion", ["after_bos", "after_image"])
 def test_loss_and_gradient_are_those_of_computed_features(lmm: LMM, tmp_path: Path, insertion: str) -> None:
     data = StageData([(SAMPLES, make_samples(COUNT, text_only=(1, 5))[1], None)])
-    module = PromptedLMM(lmm, 4, KEY_WIDTH, insertion)
-    torch.nn.init.normal_(module.prompt, std=0.2)
-    module.start_stage(make_pool(2).prompts, 1.0)
+    module = make_module(lmm, 4, insertion)
+    torch.nn.init.normal_(module.learner["module"].prompt, std=0.2)
+    module.learner.start_stage(make_pool(2).tensors)
     selected = torch.tensor([[n % 2] for n in range(COUNT)])
     found = []
     for kept in (None, keep(lmm, tmp_path)):
@@ -125,8 +124,8 @@ def test_loss_and_gradient_are_those_of_computed_features(lmm: LMM, tmp_path: Pa
         module.zero_grad()
         loss, terms = module(batch, Normaliser(*batch.counts()))
         loss.backward()
-        assert module.prompt.grad is not None
-        found.append((torch.stack([*terms.values()]), module.prompt.grad.clone()))
+        assert module.learner["module"].prompt.grad is not None
+        found.append((torch.stack([*terms.values()]), module.learner["module"].prompt.grad.clone()))
     # float16 keeps eleven bits of a feature.
     torch.testing.assert_close(found[1][0], found[0][0], atol=2e-3, rtol=0)
     torch.testing.assert_close(found[1][1], found[0][1], atol=2e-3, rtol=0)

@@ -14,31 +14,33 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.data.conversation import Conversation
+from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
-from pipeline.prompts.generation import Decoding, InsertedSets, generate_answers
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
+from pipeline.prompts.learner import Learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.training.normaliser import Normaliser
-from tests.training.worlds import KEY_WIDTH, make_pool, make_samples
+from tests.training.worlds import make_module, make_pool, make_samples
 
 SELECTED = torch.tensor([[0, 1], [2, 0], [1, -1], [-1, -1], [2, 1], [0, 2]])
 
 
 @pytest.fixture(scope="module")
-def module(llava: Path) -> PromptedLMM:
+def module(llava: Path) -> LearnerOnLMM:
     torch.manual_seed(0)
-    module = PromptedLMM(load_lmm(ModelConfig(path=str(llava))), 4, KEY_WIDTH)
-    torch.nn.init.normal_(module.prompt, std=0.2)
-    module.start_stage(make_pool(3).prompts, 1.0)
+    module = make_module(load_lmm(ModelConfig(path=str(llava))))
+    torch.nn.init.normal_(module.learner["module"].prompt, std=0.2)
+    module.learner.start_stage(make_pool(3).tensors)
     return module
 
 
 @pytest.fixture(scope="module")
-def examples(module: PromptedLMM) -> Examples:
+def examples(module: LearnerOnLMM) -> Examples:
     data = StageData([(*make_samples(6, text_only=(1, 4)), None)])
     return Examples(data, Conversation(module.lmm.processor, 200))
 
 
-def run(module: PromptedLMM, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+def run(module: LearnerOnLMM, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss terms [3] and prompt gradient of one step cut into these micro-batches."""
     module.zero_grad()
     counts = torch.tensor([batch.counts() for batch in batches]).sum(0)
@@ -47,15 +49,15 @@ def run(module: PromptedLMM, batches: list[Batch]) -> tuple[torch.Tensor, torch.
         loss, terms = module(batch, Normaliser(float(counts[0]), float(counts[1])))
         loss.backward()
         total += torch.stack([*terms.values()])
-    assert module.prompt.grad is not None
-    return total, module.prompt.grad.clone()
+    assert module.learner["module"].prompt.grad is not None
+    return total, module.learner["module"].prompt.grad.clone()
 
 
 def parts(examples: Examples, cuts: list[list[int]], selected: torch.Tensor = SELECTED) -> list[Batch]:
     return [collate(examples, cut, [1.0] * len(cut), selected) for cut in cuts]
 
 
-def test_the_loss_does_not_depend_on_how_the_batch_is_cut(module: PromptedLMM, examples: Examples) -> None:
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut(module: LearnerOnLMM, examples: Examples) -> None:
     whole = run(module, parts(examples, [[0, 1, 2, 3, 4, 5]]))
     for cuts in ([[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3], [4], [5]]):
         found = run(module, parts(examples, cuts))
@@ -63,7 +65,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(module: PromptedLMM, e
         torch.testing.assert_close(found[1], whole[1], atol=1e-5, rtol=0)
 
 
-def test_a_duplicate_of_weight_zero_changes_nothing(module: PromptedLMM, examples: Examples) -> None:
+def test_a_duplicate_of_weight_zero_changes_nothing(module: LearnerOnLMM, examples: Examples) -> None:
     alone = run(module, parts(examples, [[0, 1]]))
     filled = run(module, [collate(examples, [0, 1, 2], [1.0, 1.0, 0.0], SELECTED)])
     # The rows are padded to another length, so sums are rounded in another order; losses are about 6.
@@ -71,13 +73,20 @@ def test_a_duplicate_of_weight_zero_changes_nothing(module: PromptedLMM, example
     torch.testing.assert_close(filled[1], alone[1], atol=1e-6, rtol=1e-6)
 
 
-def test_selection_is_per_sample_and_follows_a_shuffled_batch(module: PromptedLMM, examples: Examples) -> None:
-    straight = module.prompt_vectors(parts(examples, [[0, 1, 2, 3]])[0])[0]
-    turned = module.prompt_vectors(parts(examples, [[3, 1, 0, 2]])[0])[0]
+def rows_of(module: LearnerOnLMM, batch: Batch) -> torch.Tensor:
+    """The vectors that are inserted for each sample."""
+    rows = module.learner.rows(batch.selection)
+    assert rows is not None
+    return rows[0]
+
+
+def test_selection_is_per_sample_and_follows_a_shuffled_batch(module: LearnerOnLMM, examples: Examples) -> None:
+    straight = rows_of(module, parts(examples, [[0, 1, 2, 3]])[0])
+    turned = rows_of(module, parts(examples, [[3, 1, 0, 2]])[0])
     assert torch.equal(turned, straight[[3, 1, 0, 2]])
 
 
-def test_a_batch_without_answer_tokens_still_runs_every_part(module: PromptedLMM, examples: Examples) -> None:
+def test_a_batch_without_answer_tokens_still_runs_every_part(module: LearnerOnLMM, examples: Examples) -> None:
     batch = parts(examples, [[0]])[0]
     batch.labels.fill_(-100)
     loss, terms = module(batch, Normaliser(5.0, 1.0))
@@ -87,7 +96,7 @@ def test_a_batch_without_answer_tokens_still_runs_every_part(module: PromptedLMM
 
 
 def test_text_only_samples_train_behind_prompts_with_the_text_term_alone(
-    module: PromptedLMM, examples: Examples
+    module: LearnerOnLMM, examples: Examples
 ) -> None:
     terms, gradient = run(module, parts(examples, [[1, 4]]))
     assert terms[1] == 0
@@ -96,20 +105,20 @@ def test_text_only_samples_train_behind_prompts_with_the_text_term_alone(
 
 
 def test_the_language_loss_reaches_the_prompt_and_the_prototype_loss_the_head(
-    module: PromptedLMM, examples: Examples
+    module: LearnerOnLMM, examples: Examples
 ) -> None:
     batch = parts(examples, [[0, 1]])[0]
     for weight, reached in ((0.0, False), (1.0, True)):
         module.zero_grad()
-        module.prototype_weight = weight
+        module.learner.terms[0].weight = weight
         module(batch, Normaliser(1.0, 1.0))[0].backward()
-        assert module.prompt.grad is not None and module.prompt.grad.abs().sum() > 0
-        assert module.head.fc1.weight.grad is not None
-        assert bool(module.head.fc1.weight.grad.abs().sum() > 0) is reached
+        assert module.learner["module"].prompt.grad is not None and module.learner["module"].prompt.grad.abs().sum() > 0
+        assert module.learner["head"].fc1.weight.grad is not None
+        assert bool(module.learner["head"].fc1.weight.grad.abs().sum() > 0) is reached
     assert all(parameter.grad is None for parameter in module.lmm.parameters())
 
 
-def check_insertion(module: PromptedLMM, batch: Batch) -> None:
+def check_insertion(module: LearnerOnLMM, batch: Batch) -> None:
     """The decoder sees: first token, selected sets in their order, the current set, the other tokens."""
     seen: list[torch.Tensor] = []
     handle = module.lmm.model.model.language_model.register_forward_pre_hook(
@@ -119,7 +128,9 @@ def check_insertion(module: PromptedLMM, batch: Batch) -> None:
     handle.remove()
     tokens = module.lmm.embed(batch.input_ids, batch.images, batch.has_image)
     for row, chosen in enumerate(batch.selected.tolist()):
-        sets = [module.bank[number] for number in chosen if number >= 0] + [module.prompt.detach()]
+        sets = [module.learner.bank["prompt"][number] for number in chosen if number >= 0] + [
+            module.learner["module"].prompt.detach()
+        ]
         length = int(batch.attention[row].sum())
         expected = torch.cat([tokens[row, :1], *sets, tokens[row, 1:length]])
         found = seen[0][row, : len(expected)]
@@ -128,12 +139,12 @@ def check_insertion(module: PromptedLMM, batch: Batch) -> None:
 
 
 def test_the_decoder_sees_the_selected_sets_in_order_and_the_current_one_last(
-    module: PromptedLMM, examples: Examples
+    module: LearnerOnLMM, examples: Examples
 ) -> None:
     check_insertion(module, parts(examples, [[0, 1, 2, 3]])[0])
 
 
-def seen_by_the_decoder(module: PromptedLMM, call: Callable[[], Any]) -> torch.Tensor:
+def seen_by_the_decoder(module: LearnerOnLMM, call: Callable[[], Any]) -> torch.Tensor:
     """The input vectors of the first pass through the decoder during `call`."""
     seen: list[torch.Tensor] = []
     handle = module.lmm.model.model.language_model.register_forward_pre_hook(
@@ -146,19 +157,23 @@ def seen_by_the_decoder(module: PromptedLMM, call: Callable[[], Any]) -> torch.T
 
 @pytest.mark.parametrize("insertion", ["after_bos", "before_image"])
 def test_sets_stand_where_the_switch_says_in_training_and_generation(
-    module: PromptedLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch, insertion: str
+    module: LearnerOnLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch, insertion: str
 ) -> None:
-    monkeypatch.setattr(module, "insertion", insertion)
+    monkeypatch.setattr(module.learner["module"], "insertion", insertion)
     batch = parts(examples, [[0, 1]])[0]  # with an image, without one
-    sets = torch.cat([module.bank[[0, 1]].flatten(0, 1), module.prompt.detach()])
+    bank, own = module.learner.bank["prompt"], module.learner["module"].prompt.detach()
+    sets = torch.cat([bank[[0, 1]].flatten(0, 1), own])
     trained = seen_by_the_decoder(module, lambda: module(batch, Normaliser(1.0, 1.0)))
-    pool, chosen = torch.cat([module.bank, module.prompt.detach()[None]]), torch.tensor([[0, 1, 3]])
+    pool, chosen = (
+        torch.cat([module.learner.bank["prompt"], module.learner["module"].prompt.detach()[None]]),
+        torch.tensor([[0, 1, 3]]),
+    )
     for number in (0, 1):
         place = 1
         if insertion == "before_image" and number == 0:
             place = examples[0].prompt.index(module.lmm.image_token)
             assert place > 1
-        inserted = InsertedSets(pool, chosen.repeat(6, 1), insertion)
+        inserted = prompt_sets(pool, chosen.repeat(6, 1), insertion)
         ask = partial(generate_answers, module.lmm, examples, [number], inserted, Decoding(1, 1))
         asked = seen_by_the_decoder(module, ask)
         assert torch.equal(asked[0, place : place + 12], sets)
@@ -167,36 +182,36 @@ def test_sets_stand_where_the_switch_says_in_training_and_generation(
 
 
 def test_a_method_that_drops_the_current_set_is_noticed(
-    module: PromptedLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch
+    module: LearnerOnLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = PromptedLMM.prompt_vectors
+    original = Learner.rows
 
-    def dropped(self: PromptedLMM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors, valid = original(self, batch)
+    def dropped(self: Learner, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors, valid = original(self, selection)  # type: ignore[misc]
         return vectors[:, :-4], valid[:, :-4]
 
-    monkeypatch.setattr(PromptedLMM, "prompt_vectors", dropped)
+    monkeypatch.setattr(Learner, "rows", dropped)
     with pytest.raises(AssertionError):
         check_insertion(module, parts(examples, [[0, 1]])[0])
 
 
 def test_a_method_that_swaps_the_order_is_noticed(
-    module: PromptedLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch
+    module: LearnerOnLMM, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = PromptedLMM.prompt_vectors
+    original = Learner.rows
 
-    def swapped(self: PromptedLMM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors, valid = original(self, batch)
+    def swapped(self: Learner, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors, valid = original(self, selection)  # type: ignore[misc]
         sets = vectors.unflatten(1, (-1, 4))[:, [1, 0, 2]]
         return sets.flatten(1, 2), valid
 
-    monkeypatch.setattr(PromptedLMM, "prompt_vectors", swapped)
+    monkeypatch.setattr(Learner, "rows", swapped)
     with pytest.raises(AssertionError, match="order"):
         check_insertion(module, parts(examples, [[0, 1]])[0])
 
 
-def test_batched_generation_equals_one_by_one(module: PromptedLMM, examples: Examples) -> None:
-    inserted, indices = InsertedSets(make_pool(3).prompts, SELECTED), list(range(6))
+def test_batched_generation_equals_one_by_one(module: LearnerOnLMM, examples: Examples) -> None:
+    inserted, indices = prompt_sets(make_pool(3).prompts, SELECTED), list(range(6))
     together = generate_answers(module.lmm, examples, indices, inserted, Decoding(6, batch=6))
     alone = generate_answers(module.lmm, examples, indices, inserted, Decoding(6, batch=1))
     assert together == alone

@@ -15,7 +15,7 @@ from rich.console import Console
 from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.console.log import log_to_terminal
 from pipeline.console.progress import Estimate, ProgressLog, clock, counted
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.runs.layout import METRICS, label_of
 
 
@@ -70,7 +70,7 @@ def test_a_line_says_the_speeds_of_all_ranks_since_the_line_before(tmp_path: Pat
 
 
 def test_only_texts_have_tokens(tmp_path: Path, seconds: list[float]) -> None:
-    assert (PromptedLMM.counts_tokens, PromptedCLIP.counts_tokens) == (True, False)
+    assert (LearnerOnLMM.counts_tokens, PromptedCLIP.counts_tokens) == (True, False)
     train(tmp_path, seconds, None, tokens=False)
     assert "answer_tokens_per_s" not in (tmp_path / "metrics.jsonl").read_text()
 

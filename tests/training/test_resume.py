@@ -17,7 +17,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.console.progress import SPEEDS
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.atomic import sha256
-from pipeline.prompts.model import PromptedLMM
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.runs import lock as run_lock
 from pipeline.runs.claim import claim_run
 from pipeline.sequence.run import run_sequence
@@ -58,7 +58,7 @@ def losses(recipe: Recipe, number: int = 2) -> list[dict[str, float]]:
 def stopped(recipe: Recipe, step: int = 3, **how: Any) -> Recipe:
     """Stop a run by a signal after that step of its second stage."""
     with (
-        signal_in_forward(PromptedLMM, STEPS + step, **how),
+        signal_in_forward(LearnerOnLMM, STEPS + step, **how),
         pytest.raises(Interrupted, match=f"after step {step} of {STEPS}.*go on from step-0000000{step}"),
     ):
         run_sequence(recipe, stages="train")
@@ -84,7 +84,7 @@ def test_a_stopped_stage_goes_on_bit_for_bit(make: MakeRecipe, zero: int, dtype:
     calls = 1 if accumulate is None else 2
     recipe = make("stopped", **changes)
     with (
-        signal_in_forward(PromptedLMM, (STEPS + 3) * calls),
+        signal_in_forward(LearnerOnLMM, (STEPS + 3) * calls),
         pytest.raises(Interrupted, match="after step 3 of 6"),
     ):
         run_sequence(recipe, stages="train")
@@ -103,13 +103,13 @@ def test_a_trained_projector_goes_on_too(make: MakeRecipe) -> None:
 
 
 def test_random_numbers_go_on_where_they_were(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = PromptedLMM.forward
+    forward = LearnerOnLMM.forward
 
-    def noisy(self: PromptedLMM, *arguments: Any) -> Any:
+    def noisy(self: LearnerOnLMM, *arguments: Any) -> Any:
         loss, terms = forward(self, *arguments)
         return loss * (1 + torch.rand(())), terms
 
-    monkeypatch.setattr(PromptedLMM, "forward", noisy)
+    monkeypatch.setattr(LearnerOnLMM, "forward", noisy)
     torch.manual_seed(0)
     whole = make("whole")
     run_sequence(whole, stages="train")
@@ -127,7 +127,7 @@ def test_a_second_signal_does_not_harm_the_saving(make: MakeRecipe) -> None:
 
 def test_a_signal_in_the_last_step_keeps_the_finished_stage(make: MakeRecipe) -> None:
     recipe = make()
-    with signal_in_forward(PromptedLMM, STEPS), pytest.raises(Interrupted, match="between two stages"):
+    with signal_in_forward(LearnerOnLMM, STEPS), pytest.raises(Interrupted, match="between two stages"):
         run_sequence(recipe, stages="train")
     assert (stage(recipe, 1) / "COMPLETE").is_file()
     assert not stage(recipe, 2, unfinished=True).exists()
@@ -228,14 +228,14 @@ def test_a_loss_that_is_no_number_is_named_on_a_full_disk_too(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    forward = PromptedLMM.forward
+    forward = LearnerOnLMM.forward
 
     def poisoned(*given: Any) -> Any:
         loss, terms = forward(*given)
         return loss * float("nan"), {name: term * float("nan") for name, term in terms.items()}
 
     monkeypatch.setattr("pipeline.training.loop.save_file", full)
-    monkeypatch.setattr(PromptedLMM, "forward", poisoned)
+    monkeypatch.setattr(LearnerOnLMM, "forward", poisoned)
     with pytest.raises(DivergedError, match=r"loss of step 1 is not a finite number.*could not be kept.*No space left"):
         run_sequence(make(), stages="train")
 

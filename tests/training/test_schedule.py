@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backbones.lmm import load_lmm
+from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.models import ModelConfig
 from pipeline.config.train import TrainConfig
-from pipeline.prompts.model import PromptedLMM
-from pipeline.sequence.engine import initial_values, usable_rows
+from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.parts.input_rows import usable_rows
 from pipeline.training.schedule import schedule, total_steps
 from tests.training.worlds import KEY_WIDTH
 
@@ -68,33 +68,38 @@ def test_steps_override_epochs() -> None:
 
 
 @pytest.fixture(scope="module")
-def module(llava: Path) -> PromptedLMM:
-    return PromptedLMM(load_lmm(ModelConfig(path=str(llava))), 6, KEY_WIDTH)
+def lmm(llava: Path) -> LMM:
+    return load_lmm(ModelConfig(path=str(llava)))
 
 
-def test_vocab_rows_are_rows_of_ordinary_words(module: PromptedLMM) -> None:
-    prompt = initial_values(module, "vocab_rows", 0, 0)["prompt"]
-    table = module.lmm.vocabulary_rows(usable_rows(module.lmm))
-    assert all((table == row).all(dim=1).any() for row in prompt)
+def started(
+    lmm: LMM, init: str, seed: int, stage: int, previous: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The prompt set that a stage starts from."""
+    return prompt_learner(lmm, 6, KEY_WIDTH, init=init).start(lmm, seed, stage, previous)["prompt"]
 
 
-def test_normal_vectors_have_a_deviation_of_two_hundredths(module: PromptedLMM) -> None:
-    prompt = initial_values(module, "normal", 0, 0)["prompt"]
+def test_vocab_rows_are_rows_of_ordinary_words(lmm: LMM) -> None:
+    table = lmm.vocabulary_rows(usable_rows(lmm))
+    assert all((table == row).all(dim=1).any() for row in started(lmm, "vocab_rows", 0, 0))
+
+
+def test_normal_vectors_have_a_deviation_of_two_hundredths(lmm: LMM) -> None:
+    prompt = started(lmm, "normal", 0, 0)
     assert prompt.std() == pytest.approx(0.02, rel=0.15)
-    table = module.lmm.vocabulary_rows(usable_rows(module.lmm))
+    table = lmm.vocabulary_rows(usable_rows(lmm))
     assert not any((table == row).all(dim=1).any() for row in prompt)
 
 
-def test_previous_starts_from_the_set_before_and_in_the_first_stage_from_words(module: PromptedLMM) -> None:
-    before = torch.randn(6, module.lmm.width)
-    assert torch.equal(initial_values(module, "previous", 0, 1, before)["prompt"], before)
-    words = initial_values(module, "vocab_rows", 0, 0)["prompt"]
-    assert torch.equal(initial_values(module, "previous", 0, 0)["prompt"], words)
+def test_previous_starts_from_the_set_before_and_in_the_first_stage_from_words(lmm: LMM) -> None:
+    before = torch.randn(6, lmm.width)
+    assert torch.equal(started(lmm, "previous", 0, 1, {"prompt": before}), before)
+    assert torch.equal(started(lmm, "previous", 0, 0), started(lmm, "vocab_rows", 0, 0))
 
 
 @pytest.mark.parametrize("init", ["vocab_rows", "normal"])
-def test_a_start_depends_on_seed_and_stage_alone(module: PromptedLMM, init: str) -> None:
-    start = initial_values(module, init, 3, 2)["prompt"]
-    assert torch.equal(start, initial_values(module, init, 3, 2)["prompt"])
-    assert not torch.equal(start, initial_values(module, init, 4, 2)["prompt"])
-    assert not torch.equal(start, initial_values(module, init, 3, 1)["prompt"])
+def test_a_start_depends_on_seed_and_stage_alone(lmm: LMM, init: str) -> None:
+    start = started(lmm, init, 3, 2)
+    assert torch.equal(start, started(lmm, init, 3, 2))
+    assert not torch.equal(start, started(lmm, init, 4, 2))
+    assert not torch.equal(start, started(lmm, init, 3, 1))

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from pipeline.adapter.answering import SampleList
+from pipeline.backbones.lmm import LMM
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
 from pipeline.methods import Stage
+from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.launch import end_as_rank
 from pipeline.ranks.shutdown import StopFlag
@@ -22,7 +25,6 @@ from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World, close_world, init_world
 from pipeline.runs.session import Session
 from pipeline.sequence.engine import lmm_engine
-from pipeline.sequence.learned import Learned
 from pipeline.sequence.stage import StageTrainer
 from pipeline.sequence.stage_files import StageFiles
 from pipeline.training.engine import Engine
@@ -86,10 +88,17 @@ def make_pool(sets: int, length: int = 4, width: int = tiny.HIDDEN) -> PromptPoo
     for number in range(sets):
         pool.append(
             f"t{number}",
-            torch.randn(length, width, generator=generator) * 0.2,
-            torch.randn(KEY_WIDTH, generator=generator),
+            {"prompt": torch.randn(length, width, generator=generator) * 0.2},
+            {"prototype": torch.randn(KEY_WIDTH, generator=generator)},
         )
     return pool
+
+
+def make_module(
+    lmm: LMM, length: int = 4, insertion: str = "after_bos", checkpointing: str = "none", key_width: int = KEY_WIDTH
+) -> LearnerOnLMM:
+    """ModalPrompt's learner on a frozen model."""
+    return LearnerOnLMM(lmm, prompt_learner(lmm, length, key_width, insertion), checkpointing)
 
 
 def train_once(
@@ -103,7 +112,7 @@ def train_once(
     files = StageFiles(session, [("a", "drawn")], {})
     parts: Any = [(*samples, None)]
     trainer = StageTrainer(recipe, session, lambda: engine, parts, files)
-    trained = trainer.train(len(pool), Stage("a", (0,)), Learned(pool))
+    trained = trainer.train(len(pool), Stage("a", (0,)), pool)
     return trained.history, engine.values()
 
 

@@ -1,0 +1,130 @@
+"""Low-rank updates: what they add, to which rows, and that they learn alike however a step is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.backbones.lmm import LMM, load_lmm
+from pipeline.config.recipe import ModelConfig
+from pipeline.data.collate import Batch, Examples, StageData, collate
+from pipeline.data.selection import Selection
+from pipeline.errors import UserError
+from pipeline.prompts.learner import Learner
+from pipeline.prompts.model import LearnerOnLMM
+from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, low_rank_output
+from pipeline.training.normaliser import Normaliser
+from tests.training.worlds import make_samples
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EVERY = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 3, 6.0
+# Rows with one module, two with weights, one at half, and none.
+NUMBERS, WEIGHTS = [[0, -1], [2, 1], [1, -1], [-1, -1]], [[1.0, 0.0], [0.7, 0.3], [0.5, 0.0], [0.0, 0.0]]
+SELECTION = Selection(torch.tensor(NUMBERS), torch.tensor(WEIGHTS))
+
+
+@pytest.fixture(scope="module")
+def lmm(llava: Path) -> LMM:
+    return load_lmm(ModelConfig(path=str(llava)))
+
+
+def modules(lmm: LMM, count: int = 3) -> dict[str, Tensor]:
+    """Random finished modules, stacked."""
+    generator = torch.Generator().manual_seed(3)
+    part = LowRank(lmm, EVERY, RANK, ALPHA)
+    return {
+        name: torch.randn(count, *value.shape, generator=generator) * 0.2 for name, value in part.trainables().items()
+    }
+
+
+def batch_of(lmm: LMM, selection: Selection | None = None) -> Batch:
+    data = StageData([(*make_samples(4, text_only=(1,)), None)])
+    examples = Examples(data, lmm.conversation)
+    return collate(examples, range(4), [1.0] * 4, selection or Selection.none(4))
+
+
+@torch.no_grad()
+def test_each_row_is_computed_as_by_the_model_with_its_own_modules_merged_in(lmm: LMM) -> None:
+    tensors = modules(lmm)
+    torch.manual_seed(0)
+    embeddings, attention = torch.randn(4, 7, lmm.width) * 0.3, torch.ones(4, 7, dtype=torch.long)
+    with LowRankEntry(ALPHA / RANK).attached(lmm, tensors, SELECTION):
+        together = lmm.hidden(embeddings, attention)
+    names = {name.removeprefix("low_rank.")[:-2] for name in tensors}
+    weights = {name: lmm.decoder.get_parameter(f"{name}.weight") for name in names}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for row, chosen in enumerate(SELECTION.listed()):
+        for name, weight in weights.items():
+            for number, share in chosen:
+                update = tensors[f"low_rank.{name}.b"][number] @ tensors[f"low_rank.{name}.a"][number]
+                weight.add_(ALPHA / RANK * share * update)
+        alone = lmm.hidden(embeddings[row : row + 1], attention[row : row + 1])
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_gathered_modules_give_what_all_weighted_ones_give() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(2, 5, 8, generator=generator)
+    a, b = torch.randn(9, RANK, 8, generator=generator), torch.randn(9, 6, RANK, generator=generator)
+    weights, used = torch.tensor([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([2, 4, 7])
+    gathered = low_rank_output(inputs, a, b, Selection(torch.tensor([[7, 2], [4, -1]]), weights))
+    weighted = low_rank_output(inputs, a[used], b[used], Selection(torch.tensor([[2, 0], [1, -1]]), weights))
+    torch.testing.assert_close(gathered, weighted)
+
+
+def trained(lmm: LMM, checkpointing: str, bank: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of a step."""
+    learner = Learner({"module": LowRank(lmm, EVERY, RANK, ALPHA)})
+    module = LearnerOnLMM(lmm, learner, checkpointing)
+    generator = torch.Generator().manual_seed(5)
+    for value in learner.trainables().values():
+        value.data.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    learner.start_stage(modules(lmm) if bank else {})
+    batch = batch_of(lmm, SELECTION if bank else None)
+    loss, terms = module(batch, Normaliser(*batch.counts()))
+    loss.backward()
+    assert tuple(terms) == module.term_names == ("loss_lm",)
+    gradients = {name: value.grad for name, value in learner.trainables().items() if value.grad is not None}
+    assert len(gradients) == len(learner.trainables()) and all(value.abs().sum() > 0 for value in gradients.values())
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_recomputed_layers_are_computed_with_the_updates_too(lmm: LMM, bank: bool) -> None:
+    loss, gradients = trained(lmm, "none", bank)
+    for policy in ("selective", "full"):
+        again, found = trained(lmm, policy, bank)
+        torch.testing.assert_close(again, loss)
+        for name, value in gradients.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_a_new_module_changes_nothing_and_its_gradient_is_that_of_the_loss(lmm: LMM) -> None:
+    learner = Learner({"module": LowRank(lmm, ATTENTION, RANK, ALPHA)})
+    module, batch = LearnerOnLMM(lmm, learner), batch_of(lmm)
+    values = learner.start(lmm, 0, 0)
+    for name, parameter in learner.trainables().items():
+        parameter.data.copy_(values[name])
+    loss, _ = module(batch, Normaliser(*batch.counts()))
+    loss.backward()
+    frozen, _ = LearnerOnLMM(lmm, Learner({}))(batch, Normaliser(*batch.counts()))
+    torch.testing.assert_close(loss, frozen)
+    ups = [value for name, value in learner.trainables().items() if name.endswith(".b")]
+    slope = sum(float(value.grad.square().sum()) for value in ups if value.grad is not None)
+    step = 1e-3 / slope**0.5
+    with torch.no_grad():
+        for value in ups:
+            value.sub_(step * value.grad)
+        moved, _ = module(batch, Normaliser(*batch.counts()))
+    assert float((loss - moved).detach()) == pytest.approx(step * slope, rel=0.05)
+
+
+def test_targets_that_name_no_layer_are_refused(lmm: LMM) -> None:
+    with pytest.raises(UserError, match=r"ends in 'wq'; expected among .*q_proj"):
+        LowRank(lmm, ("q_proj", "wq"), RANK, ALPHA)
