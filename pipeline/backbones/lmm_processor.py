@@ -21,6 +21,9 @@ from pipeline.hub.snapshots import Source, settings_folder
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 VIDEOS = "video_processor"
+# Part of the fingerprint of answers with a repetition penalty. Versions without it decoded with transformers' generate,
+# which did not penalise the first tokens of a padded row, so their answers depended on the batch and are not reused.
+PENALISED = "repetition_penalty:all_tokens"
 
 
 def source_of(config: ModelConfig) -> Source:
@@ -61,8 +64,8 @@ def load_processor(config: ModelConfig) -> Any:
 def settings_fingerprint(config: ModelConfig, repetition_penalty: float | str = "checkpoint") -> str:
     """SHA-256 (hex) of the files beside the weights that an answer depends on, all but config.json.
 
-    That one is part of `base_fingerprint`. A `repetition_penalty` counts where it is not the checkpoint's own, which
-    is in these files. Raises UserError when the checkpoint cannot be had.
+    config.json is part of `base_fingerprint`. A `repetition_penalty` is added where it differs from the checkpoint's
+    own, which is in these files. Raises UserError when the checkpoint cannot be fetched.
     """
     folder = settings_folder(source_of(config))
     digest = hashlib.sha256()
@@ -72,13 +75,17 @@ def settings_fingerprint(config: ModelConfig, repetition_penalty: float | str = 
             digest.update(f"{path.name}:{len(content)}:".encode() + content)
     if config.image_tokens is not None:
         digest.update(f"image_tokens:{config.image_tokens}".encode())
-    if repetition_penalty not in ("checkpoint", own_penalty(folder)):
+    own = own_penalty(folder)
+    penalty = own if repetition_penalty == "checkpoint" else repetition_penalty
+    if penalty != own:
         digest.update(f"repetition_penalty:{repetition_penalty}".encode())
+    if penalty != 1:
+        digest.update(PENALISED.encode())
     return digest.hexdigest()
 
 
 def own_penalty(folder: Path) -> float:
-    """The penalty for repetition that a checkpoint comes with; 1: none."""
+    """A checkpoint's own repetition penalty; 1: none."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             return float(json.loads((folder / name).read_text("utf-8")).get("repetition_penalty") or 1.0)

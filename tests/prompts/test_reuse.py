@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.data.collate import Examples
 from pipeline.data.selection import Selection, as_selection
 from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted
+from pipeline.hub.pickled import SETTINGS
 from pipeline.prompts.generation import Conditions, Modules
 from pipeline.prompts.parts.input_rows import RowsEntry
 from pipeline.prompts.pool import PromptPool
@@ -197,6 +199,30 @@ def test_a_penalty_for_repetition_counts_where_it_is_not_the_checkpoints_own(tmp
     assert settings_fingerprint(config, 1.0) == settings_fingerprint(config) != settings_fingerprint(config, 1.1)
     (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
     assert settings_fingerprint(config, 1.05) == settings_fingerprint(config) != settings_fingerprint(config, 1.0)
+
+
+def _fingerprint_of_padded_batches(folder: Path, penalty: float | str = "checkpoint") -> str:
+    """`settings_fingerprint` as it was while answers with a penalty depended on the padding of their rows."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SETTINGS for path in folder.glob(pattern)}):
+        if path.name != "config.json":
+            content = path.read_bytes()
+            digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    if penalty != "checkpoint":
+        digest.update(f"repetition_penalty:{penalty}".encode())
+    return digest.hexdigest()
+
+
+def test_kept_answers_are_not_reused_where_a_penalty_made_them_depend_on_padding(tmp_path: Path) -> None:
+    folder = tiny.save_llava(tmp_path / "llava")
+    config = ModelConfig(path=str(folder))
+    none = _fingerprint_of_padded_batches(folder)
+    assert settings_fingerprint(config) == settings_fingerprint(config, 1.0) == none
+    assert settings_fingerprint(config, 1.1) != _fingerprint_of_padded_batches(folder, 1.1)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
+    assert settings_fingerprint(config) != _fingerprint_of_padded_batches(folder)
+    assert settings_fingerprint(config, 1.1) != _fingerprint_of_padded_batches(folder, 1.1)
+    assert settings_fingerprint(config, 1.0) == _fingerprint_of_padded_batches(folder, 1.0)
 
 
 def test_a_fingerprint_follows_the_values_it_was_taken_of() -> None:
