@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.planning.memory_plan import ModelShape, plan_memory, training_activations
 from pipeline.planning.model_shape import meta_model
@@ -92,7 +93,7 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
     prompts = torch.randn(batch, length, 128, dtype=dtype, requires_grad=True)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, -20:] = 0
-    frozen: Any = SimpleNamespace(decoder=model)
+    frozen: Any = SimpleNamespace(decoder=model, family=LMMFamily)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), gates_kept_once(frozen):
         hidden = model(inputs_embeds=prompts, attention_mask=mask, use_cache=False).last_hidden_state
     size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
