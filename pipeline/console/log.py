@@ -10,7 +10,7 @@ from pipeline.ranks.environment import rank
 
 
 class _Lines(logging.StreamHandler):
-    """Writes to what sys.stderr is at the moment: a bar takes its place, so that lines go above it."""
+    """Writes to the current sys.stderr, which rich replaces while a bar is shown so that lines appear above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, IN_BAR, False):

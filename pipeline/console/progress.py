@@ -1,4 +1,4 @@
-"""What a training tells of itself: metrics.jsonl, and a bar on a terminal or lines in a log; a bar for answers too."""
+"""Progress of training, written to metrics.jsonl and shown as a bar on a terminal or as log lines; bars for answers."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from rich.progress import Progress as Bar
 
 log = logging.getLogger("pipeline.training.loop")
 
-IN_BAR = "in_bar"  # marks a log record that a terminal has as a bar
+IN_BAR = "in_bar"  # attribute of a log record: True where a bar on the terminal shows the same numbers
 REDRAW_S = 0.2
-SPEEDS = ("samples_per_s", "answer_tokens_per_s")  # what depends on the machine in a line of metrics.jsonl
+SPEEDS = ("samples_per_s", "answer_tokens_per_s")  # the fields of a line of metrics.jsonl that depend on the machine
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one line of metrics.jsonl says; the speeds are those of all ranks together since the line before."""
+    """One line of metrics.jsonl; speeds are over all ranks, since the line before."""
 
     step: int
     loss: float
-    terms: dict[str, float]  # the engine's, by name
+    terms: dict[str, float]  # terms of the loss by name
     lr: float
     samples_per_s: float
-    answer_tokens_per_s: float | None = None  # None where answers are no texts
+    answer_tokens_per_s: float | None = None  # None where answers are not text, as in classification with CLIP
 
     def numbers(self) -> dict[str, float]:
-        """All but the step, by name."""
+        """All fields but the step, by name."""
         speeds = {name: getattr(self, name) for name in SPEEDS if getattr(self, name) is not None}
         return {"loss": self.loss, **self.terms, "lr": self.lr, **speeds}
 
     def speeds(self) -> str:
-        """The speeds for people."""
+        """The speeds as text."""
         tokens = "" if self.answer_tokens_per_s is None else f"{self.answer_tokens_per_s:.1f} tokens/s  "
         return f"{tokens}{self.samples_per_s:.1f} samples/s"
 
 
 class Estimate:
-    """The time that is left of so many steps, without the first one (loading, warm-up) in the mean."""
+    """Estimates the time until step `total`; the mean leaves out the first step, which includes loading and warm-up."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.first: tuple[int, float] | None = None
 
     def left(self, step: int, now: float) -> float:
-        """Seconds after so many steps at the time `now`; not a number until a second step is done."""
+        """Seconds that are left after `step` steps at the time `now`; NaN until a second step is done."""
         if self.first is None:
             self.first = (step, now)
         done = step - self.first[0]
@@ -64,10 +64,17 @@ class Estimate:
 
 
 class ProgressLog:
-    """Counts what a training has done, writes its lines and shows how far it is; only rank 0 (`main`) writes and shows.
+    """Counts steps, samples and answer tokens of a training, writes them to `file` and shows a progress bar.
 
-    `file` takes the lines, `name` stands before the bar; without `counts_tokens` only samples are counted. Used as a
-    context, which is how long the bar stands.
+    Only rank 0 (`main`) writes and shows. As a context manager it starts and stops the bar.
+
+    Args:
+        file: metrics.jsonl, to which lines are appended.
+        name: label of the bar.
+        total: number of steps of the training.
+        main: whether this process is rank 0.
+        counts_tokens: whether answer tokens are counted beside samples.
+        console: where the bar is shown; None: the error output.
     """
 
     def __init__(
@@ -99,13 +106,13 @@ class ProgressLog:
             self.bar.stop()
 
     def moved(self, step: int, tokens: float, samples: float) -> None:
-        """So many steps are done; the last one had so many answer tokens and samples, over all ranks."""
+        """Count a step: its number, and its answer tokens and samples over all ranks."""
         self.step, self.tokens, self.samples = step, self.tokens + tokens, self.samples + samples
-        self.estimate.left(step, time.perf_counter())  # counts from the first step on
+        self.estimate.left(step, time.perf_counter())  # the first call sets the time from which the mean counts
         self._draw()
 
     def report(self, loss: float, terms: dict[str, float], lr: float) -> Progress:
-        """Make the line of the step; on a terminal the bar has it, in a log it is one of its own."""
+        """Return the step's line; rank 0 writes it to the file, and to the log where no bar shows it."""
         now = time.perf_counter()
         seconds = max(now - self.since, 1e-9)
         tokens_per_s = self.tokens / seconds if self.counts_tokens else None
@@ -139,7 +146,7 @@ class ProgressLog:
 def counted(
     parts: Iterable[Sequence[T]], total: int, name: str | None, console: Console | None = None
 ) -> Iterator[Sequence[T]]:
-    """The parts of so many things as they are, with a bar of that name on a terminal; None: without."""
+    """Yield the parts unchanged and show a bar labelled `name` that counts their items up to `total`; None: no bar."""
     bar = _bar(console) if name is not None else None
     if bar is None:
         yield from parts
@@ -152,7 +159,7 @@ def counted(
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any."""
+    """Seconds as "m:ss", or "h:mm:ss" from an hour on; "-:--" where they are not finite."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, rest = divmod(int(seconds), 60)
@@ -162,7 +169,8 @@ def clock(seconds: float) -> str:
 def _bar(console: Console | None, *columns: TextColumn) -> Bar | None:
     """A bar on the error output, None where that is no terminal.
 
-    It is drawn when something moved and not by a thread, whose locks the loader's forked processes would take over.
+    The caller redraws it. rich's refresh thread is off: a DataLoader worker that is forked while this thread holds a
+    lock would inherit a lock that nobody releases.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import UserError
-from pipeline.ranks.shutdown import heed_rank_alone
+from pipeline.ranks.shutdown import ignore_signals_from_others
 
 AHEAD = 4  # items that each process makes ahead
 SHARED_MEMORY = Path("/dev/shm")
@@ -40,14 +40,15 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
         options = {
             "persistent_workers": True,
             "prefetch_factor": ahead,
-            "worker_init_fn": heed_rank_alone,
+            "worker_init_fn": ignore_signals_from_others,
             "multiprocessing_context": "fork",
         }
     # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
     own = torch.Generator()
     source = cast(Dataset[Any], _Telling(data))
-    # With SIGTERM blocked from their first moment: threads that torch starts in a process before `heed_rank_alone` runs
-    # there (where the rank called torch.set_num_threads) would take the signal, and the process die of it.
+    # Workers are forked with SIGTERM blocked. Where the rank called torch.set_num_threads, torch starts threads in a
+    # worker before `ignore_signals_from_others` runs in it; unblocked, one of them would take the signal and the
+    # process would die of it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if workers else ())
     try:
         loading = DataLoader(source, batch_size=None, sampler=numbers, num_workers=workers, generator=own, **options)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing and content hashes."""
+"""Atomic writing of files and folders, and content hashes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing import Any
 from pipeline.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
-NFS_OPEN = ".nfs"  # how the names of removed files begin that somebody has open
-OLD_S = 24 * 3600.0  # a temporary of another machine is taken for a dead process's when it is this old
+NFS_OPEN = ".nfs"  # prefix of the names that an NFS client gives to removed files which are still open
+OLD_S = 24 * 3600.0  # age at which a temporary of another machine counts as a dead process's
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-_counter = itertools.count()  # two threads may write one file
+_counter = itertools.count()  # tells the temporaries of two threads apart that write one file
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it takes the name `path` when the block ends without error.
+    """Yield a temporary path beside `path` to write to; it is renamed to `path` when the block ends without error.
 
-    Every writer has a temporary of its own, so several may replace one file: the last one's content stays, whole. The
-    file may be read by whom the umask says, whatever writes it: safetensors' own files are for their owner alone.
+    Every writer has a temporary of its own, so several may replace one file at the same time; the last one's content
+    stays. Permissions are those of the umask, because safetensors creates its files with mode 0600.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
@@ -40,17 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary.stat().st_mode & 0o777 != mode:
             temporary.chmod(mode)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
+            os.fsync(file.fileno())  # before the rename: after a power cut the new name must not have an old content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def empty_folder(path: Path) -> Path:
-    """Make an empty folder `path`, whatever is there; UserError when that cannot be removed.
+    """Make an empty folder `path` and remove what was in it; UserError when that cannot be removed.
 
-    Over NFS a file that somebody has open is only renamed to `.nfs*` when it is removed, and its folder stays with it
-    until it is closed. Such a file is nobody's content any more.
+    Over NFS a removed file that a process still has open is renamed to `.nfs*`, and stays in its folder until it is
+    closed. Such files are ignored.
     """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def empty_folder(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Free the name of a folder and remove it, as far as nobody has files in it open (see `empty_folder`)."""
+    """Rename a folder, which frees its name at once, and remove it; over NFS open files stay (see `empty_folder`)."""
     gone = temporary_of(path)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -73,9 +73,9 @@ def temporary_of(path: Path) -> Path:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove the temporaries that killed writers left in a folder; those of running processes stay.
+    """Remove the temporaries of killed writers from a folder and keep those of running processes.
 
-    A temporary of this machine is stale when its process is gone, any other one when it is a day old.
+    A temporary of this machine is stale when its process is gone, one of another machine when it is a day old.
     """
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         if not _is_stale(path):
@@ -92,7 +92,7 @@ def _is_stale(path: Path) -> bool:
         return not _is_running(int(pid))
     try:
         return time.time() - path.stat().st_mtime > OLD_S
-    except OSError:  # its writer was just done with it
+    except OSError:  # its writer has just renamed or removed it
         return False
 
 
@@ -101,13 +101,13 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # the process belongs to another user
         return True
     return True
 
 
 def write_if_other(path: Path, content: str) -> None:
-    """Write a text file atomically, unless it has this content already."""
+    """Write a text file atomically unless it has this content already, so that its modification time stays."""
     encoded = content.encode("utf-8")
     try:
         if path.stat().st_size == len(encoded) and path.read_bytes() == encoded:
@@ -119,7 +119,7 @@ def write_if_other(path: Path, content: str) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it; raises OSError, which names the file, when the disk is full."""
+    """Write a file and flush it to the disk (fsync); raises OSError, which names the file, when the disk is full."""
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -130,7 +130,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder, which a power cut may otherwise lose."""
+    """Flush a folder's entries to the disk (fsync); a rename in it may otherwise be lost in a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -139,7 +139,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def free_space(path: Path) -> int:
-    """Bytes that are free on the disk where `path` is or will be."""
+    """Free bytes on the file system that holds `path`, or will hold it."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(there).free
 
@@ -154,6 +154,6 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

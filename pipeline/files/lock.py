@@ -1,7 +1,7 @@
 """Locks between processes, on one machine or on several with one file system, by `lockf` on a file of their own.
 
-The lock is the operating system's, so that of a dead process is gone by itself. It is `lockf`'s and not `flock`'s: the
-latter is shared with forked processes, and a DataLoader worker would hold it on after its parent was killed.
+The operating system holds the lock, so it releases that of a dead process. Locks of `flock` are inherited by forked
+processes: a DataLoader worker would keep holding one after its parent was killed. Those of `lockf` are not.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from typing import Any
 
 log = logging.getLogger("pipeline.files.lock")
 POLL_S = 0.2
-TOLD_EVERY_S = 60.0  # while waiting, who is waited for is said this often
+TOLD_EVERY_S = 60.0  # between two log lines that name the holder of a lock that is waited for
 
 
 class FileLock:
-    """A lock that at most one process holds; what it protects is named by its file, whose content is for people."""
+    """A lock on `path` that at most one process holds; the file's content names the holder, for people only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIOWrapper | None = None
 
     def acquire(self) -> bool:
-        """Take the lock unless another process has it; where the file system knows no locks a warning says so."""
+        """Take the lock and return True, or return False when another process holds it.
+
+        On a file system without locks it logs a warning and returns True.
+        """
         if self._file is not None:
             return True
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,23 +54,23 @@ class FileLock:
                 error,
             )
         self._file = file
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same, without its holder's name
             file.truncate(0)
             file.write(json.dumps(_self()) + "\n")
             file.flush()
         return True
 
     def holder(self) -> str:
-        """Who holds the lock, in words."""
+        """Describe the process that holds the lock."""
         try:
             told = self._content()
             job = f" (Slurm job {told['job']})" if told["job"] else ""
             return f"process {told['pid']} on {told['host']}{job}, since {told['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "another process, which has not said which"
+            return "another process, whose name is not in the lock's file"
 
     def held_elsewhere(self) -> bool:
-        """Whether its holder says that it is on another machine."""
+        """Whether the lock's file names another machine as that of its holder."""
         try:
             return bool(self._content()["host"] != socket.gethostname())
         except (OSError, ValueError, KeyError, TypeError):
@@ -77,22 +80,22 @@ class FileLock:
         return json.loads(self.path.read_text("utf-8"))
 
     def release(self) -> None:
-        """Give the lock up; nothing where it is not held."""
+        """Release the lock; does nothing where it is not held."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def lock_of(folder: Path) -> Path:
-    """The file whose lock a process holds while it writes into a prepared split's folder: beside it."""
+    """The lock file of a prepared split's folder, beside it; held while a process writes into the folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 @contextlib.contextmanager
 def waiting_for(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock `path` while the block runs; waits for as long as another process has it, saying who and for what.
+    """Hold the lock `path` while the block runs; while another process holds it, wait and log that process and `what`.
 
-    Not for one rank of several: the others would wait in a collective operation meanwhile.
+    Must not be called by one rank of several: the others would reach their next collective and time out in it.
     """
     lock, told = FileLock(path), -TOLD_EVERY_S
     try:

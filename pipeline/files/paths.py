@@ -1,6 +1,6 @@
-"""Paths as people write them: `~` and `$VARIABLES` mean what they mean to a shell, also where no shell saw them.
+"""Expand `~` and `$VARIABLES` in paths from recipes and options, as a shell does.
 
-A shell replaces `~` only where a word begins with it, so not in `--root=~/own`, nor in a recipe.
+A shell replaces `~` only at the start of a word, so neither in `--root=~/own` nor in a recipe.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def expanded(path: str) -> str:
-    """Return a path with a leading `~` or `~user` and every `$NAME` or `${NAME}` replaced; other text stays as it is.
+    """Return a path with a leading `~` or `~user` and every `$NAME` or `${NAME}` replaced; other text is kept.
 
-    Raises UserError for a user or a variable that is not there, and for `~` where the working folder holds a folder of
-    that very name, which earlier versions made: which of the two is meant cannot be known.
+    Raises UserError for an unknown user, for an unset variable, and for a path such as `~/own` that exists literally
+    in the working folder. Earlier versions made such folders, so it is ambiguous which of the two is meant.
     """
     found = os.path.expanduser(path)
     if found != path and os.path.lexists(path):
         raise UserError(f"'{path}' {_literally(path, found)}")
     if found.startswith("~"):
         raise UserError(f"'{path}' {UNKNOWN_HOME}")
-    if "$" not in found or os.path.lexists(found):  # a file may have the sign in its name
+    if "$" not in found or os.path.lexists(found):  # an existing file may have a $ in its name
         return found
     unset = [name for match in VARIABLE.findall(found) for name in match if name and name not in os.environ]
     if unset:
@@ -41,7 +41,7 @@ def expanded(path: str) -> str:
 
 
 def expanded_uri(uri: str) -> str:
-    """Return a tracking URI with the `~` of its path replaced; a `$` may belong to a password and stays."""
+    """Return a tracking URI with the `~` of its path replaced; a `$` is kept, as it may belong to a password."""
     match = FILE_URI.match(uri)
     return match[1] + expanded(match[2]) if match is not None else uri
 
@@ -54,7 +54,7 @@ def _literally(path: str, found: str) -> str:
 
 
 def _for_pydantic(replace: Callable[[str], str]) -> Callable[[object], object]:
-    """As a validator, whose errors are ValueErrors; what is no text is left to the field's own type."""
+    """`replace` as a pydantic validator: it raises ValueError and leaves values other than text to the field's type."""
 
     def validated(value: object) -> object:
         try:
@@ -70,5 +70,5 @@ GivenUri = Annotated[str, BeforeValidator(_for_pydantic(expanded_uri))]
 
 
 def command(verb: str, *arguments: str | Path) -> str:
-    """Return a command as it may be pasted into a shell, whatever is in its paths."""
+    """Return a command that can be pasted into a shell, with its arguments quoted where they need it."""
     return f"python -m pipeline {verb} {shlex.join(map(str, arguments))}".rstrip()

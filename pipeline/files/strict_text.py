@@ -1,6 +1,6 @@
-"""Reading YAML and JSON that a person wrote: every key once, and every key is text.
+"""Strict reading of YAML and JSON that people write: duplicate keys and keys that are not text are errors.
 
-PyYAML and the json module keep the last of several values under one key and drop the others without a word.
+PyYAML and the json module silently keep only the last value of a duplicate key.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ TEXT = "tag:yaml.org,2002:str"
 def load_yaml(text: str) -> Any:
     """Return the content of a YAML text.
 
-    Raises yaml.YAMLError for what is not YAML, and UserError, without the file's name and a full stop, for a key that
-    stands there twice and for one that is no text.
+    Raises yaml.YAMLError for what is not YAML, and UserError for a duplicate key and for a key that is not text. The
+    sentence of the UserError has neither the file's name nor a full stop; the caller adds both.
     """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        # Before the values are made: PyYAML then writes the keys that `<<` brings in beside those they stand under.
+        # Before the values are constructed: PyYAML then copies the keys that `<<` merges into their mapping, where they
+        # would look like duplicates of the keys that override them.
         _require_keys(node)
         return loader.construct_document(node)
     finally:
@@ -50,7 +51,7 @@ def _require_keys(root: yaml.Node) -> None:
             seen: dict[str, list[int]] = {}
             for key, _ in node.value:
                 if key.tag == MERGE:
-                    continue  # it may stand there several times, and what it brings in may be overridden
+                    continue  # `<<` may occur several times
                 if not isinstance(key, yaml.ScalarNode) or (key.tag != TEXT and key.style is None):
                     raise UserError(f"line {key.start_mark.line + 1}: {_not_text(key)}")
                 seen.setdefault(key.value, []).append(key.start_mark.line + 1)
@@ -78,13 +79,13 @@ def load_json(text: str) -> Any:
 
 
 def plain_words(text: str) -> list[str]:
-    """The scalars of a YAML list (or the one scalar) that its writer did not quote and that are no text for YAML 1.1.
+    """The unquoted scalars of a YAML list (or the one scalar) that YAML 1.1 does not read as text.
 
-    They are found as they were written, `Yes` and not True.
+    They are returned as they were written: `Yes`, not True.
     """
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is None or node.tag == NULL:
-        return []  # no list at all
+        return []  # an empty value
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     return [
         item.value for item in items if isinstance(item, yaml.ScalarNode) and item.style is None and item.tag != TEXT
@@ -92,14 +93,14 @@ def plain_words(text: str) -> list[str]:
 
 
 def quoting(words: list[str]) -> str:
-    """What to do about unquoted words that YAML takes for numbers, dates or true and false."""
+    """Part of a sentence that asks to quote words which YAML reads as numbers, dates or booleans."""
     shown = ", ".join(f'"{word}"' for word in words)
     names = "name" if len(words) == 1 else "names"
     return f"YAML does not take {', '.join(words)} for text without quotes; quote the {names}: {shown}"
 
 
 def _not_text(key: yaml.Node) -> str:
-    """The sentence for a key that is no text, without a full stop."""
+    """Part of a sentence on a key that is not text."""
     if isinstance(key, yaml.ScalarNode):
         return f"the key {key.value} is no text ({quoting([key.value])})"
     return "a list or group stands where a key is expected"

@@ -1,4 +1,4 @@
-"""Devices: those that the user or Slurm gave to a launch, and whether torch can use what was asked for."""
+"""Devices: those that the user or Slurm made visible to a launch, and whether torch can use them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-GIVEN = "PIPELINE_VISIBLE_DEVICES"  # what a launch was given, on its way to the ranks
-# In these DeepSpeed's launcher numbers the ranks of a machine, one for each kind of accelerator. It leaves the
-# others alone (HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, NVIDIA_VISIBLE_DEVICES); they reach the ranks by themselves.
+GIVEN = "PIPELINE_VISIBLE_DEVICES"  # hands the variables below from the launching process to its ranks
+# DeepSpeed's launcher overwrites these, one for each kind of accelerator, with the local numbers of the ranks. It does
+# not touch HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES and NVIDIA_VISIBLE_DEVICES, which the ranks inherit.
 NUMBERED = (
     "CUDA_VISIBLE_DEVICES",
     "ZE_AFFINITY_MASK",
@@ -25,24 +25,24 @@ NUMBERED = (
     "SDAA_VISIBLE_DEVICES",
     "SUPA_VISIBLE_DEVICES",
 )
-BOOKED = ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_TASK")  # by a Slurm job
-NO_DEVICE = re.compile(r"\s*(-\d.*|NoDevFiles|none|void)?\s*", re.IGNORECASE)  # of CUDA_VISIBLE_DEVICES
+BOOKED = ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_TASK")  # name the GPUs that a Slurm job requested
+NO_DEVICE = re.compile(r"\s*(-\d.*|NoDevFiles|none|void)?\s*", re.IGNORECASE)  # CUDA_VISIBLE_DEVICES without a GPU
 FIRST_GPU = Path("/dev/nvidia0")
 DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}  # that the CUDA of a torch build runs with
+OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}  # oldest NVIDIA driver by major version of torch's CUDA
 ON_PURPOSE = "set DS_ACCELERATOR=cpu to run on CPUs on purpose"
 
 
 def given_devices(env: Mapping[str, str] = os.environ) -> str:
-    """What a process may use, as `restore_devices` takes it."""
+    """The visible devices of this process as JSON for `restore_devices`."""
     return json.dumps({name: env[name] for name in NUMBERED if name in env})
 
 
 def restore_devices(env: MutableMapping[str, str] = os.environ) -> None:
-    """Give a rank the devices of the process that launched it; before anything imports torch.
+    """Restore the visible devices of the launching process in a rank; must run before anything imports torch.
 
-    DeepSpeed's launcher deletes what CUDA_VISIBLE_DEVICES said and numbers the ranks in it from 0, so that they would
-    run on a machine's first GPUs whoever these belong to. UUIDs and names of MIG devices do not survive it at all.
+    DeepSpeed's launcher overwrites CUDA_VISIBLE_DEVICES with 0, 1, ..., so the ranks would run on the machine's first
+    GPUs, which may belong to another job; UUIDs and names of MIG devices are lost.
     """
     given = env.pop(GIVEN, None)
     if given is None:
@@ -53,7 +53,7 @@ def restore_devices(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def require_usable_gpus(env: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where GPUs were asked for, or are there, and torch cannot use any."""
+    """Raise UserError where GPUs were requested or are present and torch cannot use any."""
     import torch
 
     if torch.cuda.is_available() or env.get("DS_ACCELERATOR") == "cpu":
@@ -84,7 +84,7 @@ def require_usable_gpus(env: Mapping[str, str] = os.environ) -> None:
 
 
 def _expected(env: Mapping[str, str]) -> str | None:
-    """By what GPUs are to be expected here; None: by nothing."""
+    """Evidence that this process should have GPUs, as text for an error; None where there is none."""
     for name in BOOKED:
         value = env.get(name, "")
         if value and value.split(":")[-1] != "0":  # "8", "0,1", "a100:2"
@@ -96,14 +96,14 @@ def _expected(env: Mapping[str, str]) -> str | None:
 
 
 def numbered_by_launcher(env: Mapping[str, str]) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES is the numbering of a deepspeed launcher, which does so on CPUs too."""
+    """Whether CUDA_VISIBLE_DEVICES was set by DeepSpeed's launcher, which numbers the ranks in it on CPUs too."""
     size = env.get("LOCAL_SIZE", "")
     numbers = ",".join(map(str, range(int(size)))) if size.isdecimal() else None
     return "CROSS_RANK" in env and env.get("CUDA_VISIBLE_DEVICES") == numbers
 
 
 def settle_accelerator(env: MutableMapping[str, str] = os.environ) -> None:
-    """Tell DeepSpeed that it is on a machine without GPUs: it warns where it finds that out by itself."""
+    """Set DS_ACCELERATOR=cpu on a machine without GPUs; without it DeepSpeed logs a warning when it detects that."""
     import torch
 
     if not torch.cuda.is_available() and _expected(env) is None:
@@ -111,7 +111,7 @@ def settle_accelerator(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver that is loaded, None without one."""
+    """The version of the loaded NVIDIA driver, None without one."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -120,7 +120,7 @@ def driver_version() -> str | None:
 
 
 def torch_build() -> str:
-    """Which torch this is: "torch 2.13.0+cpu", "torch 2.13.0, CUDA 13.0"."""
+    """The installed torch as text: "torch 2.13.0+cpu", "torch 2.13.0, CUDA 13.0"."""
     import torch
 
     build = str(torch.__version__)
@@ -132,9 +132,9 @@ def torch_build() -> str:
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device | str:
-    """The device that one process computes on: `name`, else a GPU where there is one.
+    """The device of a single process: `name`, else a GPU where there is one.
 
-    Raises UserError where GPUs are to be expected and torch cannot use them.
+    Raises UserError where GPUs were requested or are present and torch cannot use them.
     """
     import torch
 
@@ -145,7 +145,7 @@ def choose_device(name: torch.device | str | None = None) -> torch.device | str:
 
 
 def described(device: torch.device, ranks: int) -> str:
-    """What a run computes on, for its first line."""
+    """The ranks and devices of a run as text, for its first log line."""
     import torch
 
     who = f"{ranks} rank{'s' * (ranks > 1)}"

@@ -1,6 +1,6 @@
-"""Who this process is among the ranks of a launch, by what torchrun, deepspeed or srun put into its environment.
+"""This process's rank and world size, read from the environment that torchrun, deepspeed or srun set.
 
-Nothing heavy is imported here: a process asks before it loads torch.
+Nothing heavy is imported at the top, because a process reads its rank before it loads torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 
-USUAL_NODE = 8  # GPUs per node when a job is planned on a machine that is not part of it
+USUAL_NODE = 8  # GPUs per node that are assumed when a job is planned on a machine without GPUs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ ALONE = Place(0, 1, 0)
 
 
 def launched_place(env: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that torchrun or deepspeed, else srun with several tasks, gave to this process; None without them."""
+    """The rank of this process as torchrun or deepspeed set it, else srun with several tasks; None without them."""
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK") or 0))
     tasks = int(env.get("SLURM_NTASKS") or 1)
@@ -39,7 +39,7 @@ def launched_place(env: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
-    """Return this process's rank, 0 where it was not launched as one of several."""
+    """Return this process's rank; 0 where no launcher started it."""
     return (launched_place(env) or ALONE).rank
 
 
@@ -49,7 +49,7 @@ def is_distributed(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def require_srun(env: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError in the shell of a Slurm job with several tasks, which looks like the first of them."""
+    """Raise UserError in the batch shell of a Slurm job with several tasks: Slurm gives it the variables of task 0."""
     if "RANK" not in env and is_distributed(env) and "SLURM_STEP_ID" not in env:
         raise UserError(
             f"This is the shell of Slurm job {env.get('SLURM_JOB_ID', '?')} and not one of its {env['SLURM_NTASKS']} "
@@ -58,18 +58,18 @@ def require_srun(env: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def told_ranks_per_node(env: Mapping[str, str] = os.environ) -> int | None:
-    """Return the ranks on this machine as torchrun (LOCAL_WORLD_SIZE), deepspeed (LOCAL_SIZE) or Slurm says."""
+def launched_ranks_per_node(env: Mapping[str, str] = os.environ) -> int | None:
+    """Return the ranks per node that torchrun (LOCAL_WORLD_SIZE), deepspeed (LOCAL_SIZE) or Slurm set; else None."""
     told = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or _tasks_of_slurm(env)
     return int(told) if told else None
 
 
 def ranks_per_node(env: Mapping[str, str] = os.environ) -> int:
-    """Return the ranks on this machine as the launcher says, else one per GPU, else the usual eight.
+    """Return the ranks on this machine: the launcher's number, else one per GPU, else USUAL_NODE.
 
-    A task of Slurm may see one GPU of its node only, so Slurm's own numbers come first.
+    The launcher's number comes first because a Slurm task may see only one GPU of its node.
     """
-    told = told_ranks_per_node(env)
+    told = launched_ranks_per_node(env)
     if told:
         return told
     import torch
@@ -78,7 +78,7 @@ def ranks_per_node(env: Mapping[str, str] = os.environ) -> int:
 
 
 def _tasks_of_slurm(env: Mapping[str, str]) -> str | None:
-    """Return the tasks of each node of a Slurm step, None for a process that is not one of them or unequal nodes.
+    """Return the tasks per node of a Slurm step; None outside a step and where its nodes have unequal numbers.
 
     Slurm writes "8(x2)" for two nodes of eight tasks, "8,4" for unequal ones.
     """
@@ -88,7 +88,7 @@ def _tasks_of_slurm(env: Mapping[str, str]) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
+    """A TCP port of this machine that is free at the moment."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

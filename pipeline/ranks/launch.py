@@ -1,7 +1,7 @@
-"""Starting the ranks of a run on this machine with the deepspeed launcher, and bringing their outcome back whole.
+"""Launch the ranks of a run on this machine with DeepSpeed's launcher, and collect their outcomes.
 
-The launcher reports little: the code of whichever rank it saw failing first, and its own log between the ranks'
-output. So every rank writes how it ended to a file, and the process that started the launcher reads it from there.
+The launcher reports only the exit code of the rank that it saw fail first. So every rank writes its exit code, error
+and result to a file, which the launching process reads.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pipeline.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER
 from pipeline.ranks.devices import GIVEN, NUMBERED, given_devices
 from pipeline.ranks.environment import free_port, is_distributed
 from pipeline.ranks.outcome import OUTCOMES, Outcome
-from pipeline.ranks.shutdown import STOP_SIGNALS, heeded
+from pipeline.ranks.shutdown import STOP_SIGNALS, handled_signals
 
 
 def end_as_rank(work: Callable[[], object]) -> None:
-    """Do a process's `work`; a process that is a rank then ends right after its exit handlers.
+    """Run `work`; a rank then exits by `os._exit` right after its exit handlers, before the interpreter is torn down.
 
-    Without it a rank may die of SIGABRT after all its work: a thread of gloo that lets go of its last tensor while the
-    interpreter is already being torn down cannot take its lock any more, and C++ ends the process.
+    Otherwise a rank may abort (SIGABRT) after it finished: when a gloo thread releases its last tensor while the
+    interpreter is being torn down, it cannot take the interpreter's lock, and C++ terminates the process.
     """
     code: list[int] = [EXIT_FAILURE]
 
     def ended() -> None:
-        # Whatever ended the work, a launcher that ends the ranks because of it must not break off the exit handlers.
+        # A launcher that terminates the ranks because one of them ended must not interrupt the exit handlers.
         if is_distributed():
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
@@ -44,7 +44,7 @@ def end_as_rank(work: Callable[[], object]) -> None:
             sys.stderr.flush()
             os._exit(code[0])
 
-    atexit.register(leave)  # before the work registers handlers of its own, which thus run first
+    atexit.register(leave)  # handlers run in reverse order, so those that `work` registers run before this one
     try:
         work()
         code[0] = EXIT_OK
@@ -56,9 +56,9 @@ def end_as_rank(work: Callable[[], object]) -> None:
 
 
 def local_processes(wanted: int | None) -> int:
-    """Return how many ranks to start here: as many as `wanted`, at most one per GPU where there are GPUs.
+    """Return the number of ranks to start here: `wanted`, at most one per GPU where there are GPUs.
 
-    None: one per GPU, one without GPUs.
+    With None: one per GPU, or one without GPUs.
     """
     import torch
 
@@ -71,12 +71,13 @@ def local_processes(wanted: int | None) -> int:
 def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Outcome:
     """Run `python -m <module> <arguments>` on `processes` ranks of this machine and return how it ended.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP reach the ranks as SIGTERM, which have the launcher's 30 seconds to save and
-    leave. A hang-up that this process ignores (`nohup`) does not.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are handed to the ranks as SIGTERM; the launcher gives them 30 seconds to save
+    and exit. A SIGHUP that this process ignores (`nohup`) is not handed on.
     """
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         command = launcher_command([module, *arguments], processes)
-        # A session of its own: a Ctrl-C reaches the ranks once, through us, and not a second time from the terminal.
+        # In a session of its own, so that a Ctrl-C reaches the ranks through this process only and not from the
+        # terminal too.
         launcher = subprocess.Popen(command, env=launcher_environment(processes, folder), start_new_session=True)
         stopped = False
 
@@ -85,7 +86,7 @@ def launch(arguments: list[str], processes: int, module: str = "pipeline") -> Ou
             stopped = True
             _terminate(launcher)
 
-        before = {number: signal.signal(number, stop) for number in heeded((signal.SIGINT, *STOP_SIGNALS))}
+        before = {number: signal.signal(number, stop) for number in handled_signals((signal.SIGINT, *STOP_SIGNALS))}
         try:
             code = launcher.wait()
         finally:
@@ -99,14 +100,11 @@ def launcher_command(arguments: list[str], processes: int) -> list[str]:
     """Return the deepspeed launcher's command line for ranks on this machine only."""
     return [
         *[sys.executable, "-m", "deepspeed.launcher.runner"],
-        # An empty name, for a hostfile in the launcher's default place would send the ranks to other machines.
+        # An empty name: a hostfile in the launcher's default place would start the ranks on other machines.
         *["--hostfile", "", "--num_accelerators", str(processes)],
         *["--master_port", str(free_port()), "--no_local_rank", "--log_level", "error"],
-        *[
-            "--module",
-            "pipeline.ranks.launched",
-            *arguments,
-        ],  # which first undoes what the launcher does to the devices
+        # This module restores the visible devices, which the launcher overwrites, and then runs the command.
+        *["--module", "pipeline.ranks.launched", *arguments],
     ]
 
 
@@ -114,12 +112,12 @@ def launcher_environment(processes: int, outcomes: str) -> dict[str, str]:
     """Return the launcher's environment: ours, plus what DeepSpeed needs to count ranks on a machine without GPUs."""
     import torch
 
-    # Without what the ranks get back, of which the launcher would say that it ignores it.
+    # Without the variables that the ranks restore: the launcher would warn that it ignores them.
     env = {name: value for name, value in os.environ.items() if name not in NUMBERED}
     env |= {OUTCOMES: outcomes, GIVEN: given_devices()}
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
-        env["LOCAL_SIZE"] = str(processes)  # without it DeepSpeed takes the number of NUMA nodes for that of the ranks
+        env["LOCAL_SIZE"] = str(processes)  # otherwise DeepSpeed takes the number of NUMA nodes as that of the ranks
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     return env
 
@@ -127,22 +125,22 @@ def launcher_environment(processes: int, outcomes: str) -> dict[str, str]:
 def combined(outcomes: list[Outcome], launcher_code: int, stopped: bool) -> Outcome:
     """Return the outcome of the launch from those of its ranks.
 
-    A rank that fails makes the launcher terminate the others, so a wrong input or a failure goes before an
-    interruption.
+    The launcher terminates the other ranks when one fails, so bad input and failures take precedence over
+    interruptions.
     """
     for code in (EXIT_USER, EXIT_FAILURE, EXIT_RESUMABLE):
         found = next((outcome for outcome in outcomes if outcome.code == code), None)
         if found is not None:
             return found
     if stopped:
-        return Outcome(EXIT_RESUMABLE, "stopped before the end; the same command goes on.")
+        return Outcome(EXIT_RESUMABLE, "stopped before the end; run the same command again to resume.")
     if launcher_code or not outcomes:
         return Outcome(EXIT_FAILURE, f"the ranks died (launcher's exit code {launcher_code}); see their output.")
     return Outcome(EXIT_OK, result=outcomes[0].result)
 
 
 def _terminate(launcher: subprocess.Popen[bytes]) -> None:
-    # The outer launcher dies of SIGTERM and would leave the ranks behind; its child, the inner one, stops them.
+    # SIGTERM ends the outer launcher without its ranks; its child process, the inner launcher, terminates them.
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""How a rank ended, left in a file for the process that launched it."""
+"""The outcome of a rank, written to a file for the process that launched it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from pipeline.ranks.environment import rank
 
-OUTCOMES = "PIPELINE_OUTCOMES"  # folder in which the ranks of a launch leave how they ended
+OUTCOMES = "PIPELINE_OUTCOMES"  # environment variable: the folder for the outcomes of a launch's ranks
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank, or a whole launch, ended: exit code, the sentence for the user, and the result."""
+    """The outcome of a rank or of a whole launch: exit code, error message for the user, and result."""
 
     code: int
     error: str | None = None
@@ -23,7 +23,7 @@ class Outcome:
 
 
 def leave_outcome(outcome: Outcome) -> bool:
-    """Write how this rank ended for the process that launched it; False when nobody asked for it."""
+    """Write this rank's outcome for the process that launched it; False where that set no folder for it."""
     folder = os.environ.get(OUTCOMES)
     if folder is None:
         return False

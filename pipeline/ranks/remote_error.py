@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError, RankFailed, for_user
 
 @dataclass(frozen=True)
 class RemoteError:
-    """What a rank tells the others of its error: small, and always able to be pickled."""
+    """A rank's error in a form that can be pickled and sent to the other ranks."""
 
     error: PipelineError
     cause: str | None  # class and message of what the error was raised from
@@ -19,9 +19,9 @@ class RemoteError:
     def of(cls, error: Exception, rank: int) -> RemoteError:
         """Describe an error of `rank`.
 
-        An error of the project keeps its class, message and attributes. One that has a sentence for users (a full disk,
-        a missing package) becomes the project's error with this sentence, which ends a command with the same exit code;
-        anything else is a bug, whose traceback that rank shows, and becomes RankFailed.
+        An error of the project keeps its class, message and attributes. A library's error that `for_user` has a message
+        for (a full disk, a missing package) becomes the project's error with this message and the same exit code.
+        Anything else is a bug, whose traceback is shown by the rank that met it, and becomes RankFailed.
         """
         told = for_user(error)
         if told is None:

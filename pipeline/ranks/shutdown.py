@@ -1,7 +1,7 @@
-"""Being told to stop: a signal sets a flag, and whoever looks at it leaves at a place where nothing is lost.
+"""Graceful shutdown: a stop signal sets a flag, which the training loop reads at step boundaries to save and exit.
 
-Nothing heavy is imported here, so that a process can listen from its first second. All imports are at the top: a signal
-may come in the middle of an import, when what is half imported cannot be used.
+Nothing heavy is imported here, so that a process can install the handlers before it loads torch. All imports are at
+the top: a handler may run in the middle of another import, when importing inside it could meet a half-loaded module.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pipeline.errors import EXIT_RESUMABLE
 from pipeline.ranks.outcome import Outcome, leave_outcome
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-HEARD_S = 3.0  # in which a wait ends by itself, or the process that was told to stop meanwhile ends
-LEFT_S = 60.0  # in which a process that leaves has closed what it had open
+HEARD_S = 3.0  # after a signal in `leave_from_wait`: time for the wait to end by itself before the process exits
+LEFT_S = 60.0  # after sys.exit: time for the exit handlers before the process is ended by os._exit
 
 
 @dataclass
 class StopFlag:
-    """Set by a stop signal; the loop agrees on it with the other ranks at a step boundary."""
+    """Set by a stop signal; the training loop reduces it over the ranks at step boundaries."""
 
     requested: bool = False
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Catch the stop signals while the block runs, and restore the previous handlers after it.
+    """Set a flag on the stop signals while the block runs, and restore the previous handlers after it.
 
-    A second signal sets the flag that is set already: it cannot break off the saving that the first one caused.
+    Further signals only set the flag again, so they do not interrupt the saving that the first one caused.
     """
     flag = StopFlag()
 
@@ -42,8 +42,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
         flag.requested = True
 
     previous = {}
-    for number in heeded(STOP_SIGNALS):
-        # Handlers can only be set in the main thread; elsewhere (some test runners) the flag is simply never set.
+    for number in handled_signals(STOP_SIGNALS):
+        # Python sets handlers in the main thread only; in another one (some test runners) the flag is never set.
         with contextlib.suppress(ValueError):
             previous[number] = signal.signal(number, handler)
     try:
@@ -54,50 +54,52 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 def leave_on_signals() -> None:
-    """From now on end with "the same command goes on" when told to stop, until somebody can do better.
+    """Exit with code 75 (resumable) on a stop signal, until another handler replaces this one.
 
-    For a process that is still importing, loading or preparing data: nothing of it is lost, and a scheduler must not
-    take it for failed.
+    For a process that is still importing, loading or preparing data: no training is lost, and the exit code tells a
+    scheduler that the job did not fail.
     """
     mine = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != mine:  # a forked child, which is nobody's rank: as if there were no handler
+        if os.getpid() != mine:  # a forked child inherited the handler but is no rank: take the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        message = "stopped by a signal before anything was trained; the same command goes on."
+        message = "stopped by a signal before anything was trained; run the same command again to resume."
         if not leave_outcome(Outcome(EXIT_RESUMABLE, message)):
             print(f"stopped: {message}", file=sys.stderr, flush=True)
-        # A library that catches whatever its imports raise must not keep the process alive.
+        # A library that catches every exception of its imports would swallow SystemExit, so a timer ends the process.
         late = threading.Timer(LEFT_S, os._exit, [EXIT_RESUMABLE])
         late.daemon = True
         late.start()
         sys.exit(EXIT_RESUMABLE)
 
-    for number in heeded(STOP_SIGNALS):
+    for number in handled_signals(STOP_SIGNALS):
         signal.signal(number, leave)
 
 
 @contextlib.contextmanager
 def leave_from_wait(what: str) -> Iterator[None]:
-    """End the process with "the same command goes on" when it is told to stop while the block waits in C++.
+    """Exit with code 75 (resumable) on a stop signal while the block waits inside C++ code.
 
-    Python runs its handlers between two of its own instructions, so a process that waits inside a library for peers
-    that never come would hear no signal for as long as that may take. The interpreter writes the signal's number to a
-    pipe at once, and a thread reads it from there. `what` says what the process waits for. Only the main thread can
-    wait like this; in others the block just runs.
+    Python runs signal handlers between two bytecode instructions, so a process that waits inside a library for peers
+    runs none until the wait ends. With `signal.set_wakeup_fd` the interpreter writes the signal's number to a pipe at
+    once, and a thread reads it. Outside the main thread, where this cannot be set, the block runs without it.
+
+    Args:
+        what: what the process waits for, for the message.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     ended = threading.Event()
-    heard = {*heeded(STOP_SIGNALS), signal.SIGINT}
+    heard = {*handled_signals(STOP_SIGNALS), signal.SIGINT}
 
     def listen() -> None:
         while not ended.is_set():
             number = os.read(reading, 1)
             if number and number[0] in heard and not ended.wait(HEARD_S):
-                _leave_at_once(f"stopped by a signal while waiting for {what}; the same command goes on.")
+                _leave_at_once(f"stopped by a signal while waiting for {what}; run the same command again to resume.")
 
     listening = threading.Thread(target=listen, name="signals", daemon=True)
     try:
@@ -125,16 +127,16 @@ def _leave_at_once(message: str) -> None:
     os._exit(EXIT_RESUMABLE)
 
 
-def heed_rank_alone(worker: int = 0) -> None:
-    """Ignore stop signals that are not from the rank itself: for the workers of its DataLoader (`worker_init_fn`).
+def ignore_signals_from_others(worker: int = 0) -> None:
+    """Ignore stop signals that its rank did not send; the `worker_init_fn` of a rank's DataLoader.
 
-    Launchers and Slurm signal every process they find, and a rank whose worker dies cannot finish its step. The rank
-    itself may end its workers with SIGTERM, and a worker whose rank is gone ends by itself.
+    Launchers and Slurm signal every process of a job, and a rank whose worker dies cannot finish its step. The rank may
+    still end its workers with SIGTERM; a worker whose rank is gone is ended by torch.
     """
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
     rank = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads: it waits for the one that asks
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for `sigwaitinfo`, which takes blocked signals
 
     def listen() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
@@ -144,6 +146,6 @@ def heed_rank_alone(worker: int = 0) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def heeded(signals: tuple[signal.Signals, ...]) -> list[signal.Signals]:
-    """The signals without a hang-up that this process was started to ignore, as `nohup` does."""
+def handled_signals(signals: tuple[signal.Signals, ...]) -> list[signal.Signals]:
+    """The signals to handle: all but a SIGHUP that this process was started to ignore, as `nohup` does."""
     return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]

@@ -1,8 +1,8 @@
-"""Ends a job that hangs: which rank waits where, in which collective, and a stack of every thread of every rank.
+"""Ends a job that hangs, and logs in which collective each rank waits and the stacks of all its threads.
 
-A rank that takes another path than its peers, or stops answering, leaves the others waiting in a collective for ever
-(docs/design.md 7.3). Each rank has a thread that counts its progress into one number for all ranks; when that number
-stands still for too long, every rank writes its stacks and the job ends with exit code 1.
+A rank that diverges from its peers or stops responding leaves the others in a collective that never ends
+(docs/design.md 7.3). On each rank a thread adds its progress to a counter that all ranks share. When the counter has
+not changed for longer than the limit, every rank logs its stacks and the job ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pipeline.errors import EXIT_FAILURE
 from pipeline.ranks.outcome import Outcome, leave_outcome
 from pipeline.ranks.world import World
 
-SLOW_S = 1800.0  # what is done once (loading, saving, the first step of a stage) may take longer than a step
-MARGIN_S = 600.0  # by which the process group waits longer than the watchdog
-POLLS = 20  # looks at the clock within the limit, at least one every five seconds
-GRACE_S = 10.0  # for the other ranks to write their stacks too
+SLOW_S = 1800.0  # smallest limit for what is done once (loading, saving, the first step of a stage)
+MARGIN_S = 600.0  # by which the timeout of collectives exceeds the watchdog's limit
+POLLS = 20  # polls within the limit; at least one every five seconds
+GRACE_S = 10.0  # time for the other ranks to log their stacks too
 _BEATS, _HUNG, _WHERE = "pipeline/beats", "pipeline/hung", "pipeline/where/{}"
 _COLLECTED, _COLLECTORS = "pipeline/collected", "pipeline/collectors"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,22 +39,24 @@ _PROJECT = _PACKAGE.parent
 
 
 def collective_timeout(limit_s: float | None) -> datetime.timedelta:
-    """How long a collective may wait: longer than the watchdog, for torch would end the job without saying where."""
+    """The timeout of collectives: longer than the watchdog's limit, because torch's own error names no place."""
     return datetime.timedelta(seconds=max(limit_s or 0.0, SLOW_S) + MARGIN_S)
 
 
 class Watchdog:
-    """Watches the progress of all ranks while its block runs; `limit_s` None watches nothing."""
+    """Watches the progress of all ranks while its block runs; with `limit_s` None it is off."""
 
     def __init__(self, world: World, limit_s: float | None) -> None:
         self.world, self.limit_s = world, limit_s
         store: Any = dist.distributed_c10d._get_default_store() if limit_s and world.size > 1 else None
-        self._store = store.clone() if store else None  # a connection for each thread
+        self._store = (
+            store.clone() if store else None
+        )  # a connection of its own; calls on a shared one wait for each other
         self._pause = min(5.0, (limit_s or 0.0) / POLLS)
         self._beats, self._doing, self._slow = 0, "starting", True
         self._total = 0  # progress of all ranks
-        self._hung: str | None = None  # what the first rank that gives up says
-        self._told = False  # whether the store has taken what this rank says
+        self._hung: str | None = None  # message of the first rank that finds the job hanging
+        self._told = False  # whether this rank's place has been written to the store
         self._main = threading.get_ident()
         self._ended = threading.Event()
 
@@ -76,18 +78,21 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, doing: str, slow: bool = False) -> None:
-        """Tell that there was progress and what comes next; `slow` for what may take longer than a step."""
+        """Count progress and name the next activity; `slow` for one that may take longer than a step."""
         self._doing, self._slow = doing, slow
         self.progress()
 
     def progress(self) -> None:
-        """Tell that there was progress in what goes on."""
+        """Count progress within the current activity."""
         self._beats += 1
 
     # ------------------------------------------------------------------ the threads
 
     def _count(self) -> None:
-        """Add own progress to that of all ranks; a thread of its own, for the store is a rank that may hang too."""
+        """Add this rank's progress to the shared counter.
+
+        In a thread of its own, because a call of the store blocks while rank 0, which serves it, hangs.
+        """
         own = 0
         while not self._ended.wait(self._pause):
             new = self._beats - own
@@ -95,7 +100,7 @@ class Watchdog:
             if self._store is None:
                 self._total += new
                 continue
-            with contextlib.suppress(Exception):  # rank 0 is gone: the total stands still, and that is what it means
+            with contextlib.suppress(Exception):  # rank 0 is gone: the total no longer changes, which `_watch` detects
                 self._total = self._store.add(_BEATS, new)
                 if self._store.check([_HUNG]):
                     self._hung = self._store.get(_HUNG).decode()
@@ -106,15 +111,15 @@ class Watchdog:
         since = looked = time.monotonic()
         while not self._ended.wait(self._pause):
             now = time.monotonic()
-            # A limit that has just changed is for what begins now, and a job that was suspended must get its time back.
+            # The time counts anew when the limit changes with the activity, and after the job was suspended.
             allowed = max(self.limit_s, SLOW_S) if self._slow else self.limit_s
             suspended = now - looked > 5 * self._pause + 1.0
             if self._total != total or allowed != limit or suspended:
                 total, limit, since = self._total, allowed, now
             looked = now
-            # Should this thread itself be kept from running (a library that never gives the interpreter back), this
-            # timer, which needs no interpreter, writes the stacks and ends the process. It goes on while a job is
-            # suspended, so it gives as much time as the collectives do.
+            # If a library never releases the interpreter's lock, this thread cannot run. faulthandler's timer is a C
+            # thread that then writes the stacks and ends the process. It also runs while a job is suspended, so its
+            # time is that of the collectives.
             timer = collective_timeout(self.limit_s).total_seconds()
             with contextlib.suppress(ValueError, OSError):  # no stderr to write to
                 faulthandler.dump_traceback_later(timer, exit=True, file=2)
@@ -134,7 +139,7 @@ class Watchdog:
         sharing = threading.Thread(target=self._share, args=(hung, place, places), daemon=True)
         sharing.start()
         sharing.join(GRACE_S)
-        if sharing.is_alive() and self._told:  # the store answers, so what the others say is still to come
+        if sharing.is_alive() and self._told:  # the store responds, so wait for the places of the other ranks
             sharing.join(2 * GRACE_S)
         places = dict(places)
         silent = [other for other in range(self.world.size) if other not in places]
@@ -142,32 +147,32 @@ class Watchdog:
         lost = f"; rank {', '.join(map(str, silent))} does not answer at all (stopped or dead)" if silent else ""
         message = (
             f"The job hung and was ended. {hung} {summary}{lost}. The stacks of all ranks that answer are in the log; "
-            "what was finished and the checkpoints are kept, and the same command goes on from them."
+            "finished stages and checkpoints are kept. Run the same command again to resume from them."
         )
         leave_outcome(Outcome(EXIT_FAILURE, message))
         if rank == min(places):
             print(f"error: {message}", file=sys.stderr, flush=True)
         if self.world.main and self._store is not None:
-            time.sleep(min(GRACE_S, 2.0))  # the others still read from the store that rank 0 may hold
-        os._exit(EXIT_FAILURE)  # a rank that hangs in a collective cannot be asked to leave
+            time.sleep(min(GRACE_S, 2.0))  # the other ranks still read from the store, which this rank serves
+        os._exit(EXIT_FAILURE)  # the main thread hangs in a collective, where no exception can be raised
 
     def _share(self, hung: str, place: str, places: dict[int, str]) -> None:
-        """Tell the other ranks where this one is, and put in `places` what all of them say.
+        """Write this rank's place to the store and fill `places` with those of all ranks.
 
-        Rank 0 collects, and the others ask for what it has collected: were each to ask for each, 512 ranks would put a
-        quarter of a million questions to one store, and most would have no answer in time. Where rank 0 does not
-        answer but its store does, one of the others does it.
+        Rank 0 collects the places and the others read its result: with every rank reading those of every other, 512
+        ranks would send a quarter of a million requests to one store, too many for the time there is. Where rank 0
+        does not respond but its store does, one of the others collects.
         """
         if self._store is None:
             return
-        with contextlib.suppress(Exception):  # what the others say is lost with rank 0
+        with contextlib.suppress(Exception):  # the store ended with rank 0
             self._store.set(_WHERE.format(self.world.rank), json.dumps(place))
             self._store.set(_HUNG, hung)
             self._told = True
             if self.world.main:
                 self._collect(places, GRACE_S)
                 return
-            try:  # for longer than rank 0 collects, which may have noticed later
+            try:  # for longer than rank 0 collects, as it may have found the hang later
                 self._store.wait([_COLLECTED], datetime.timedelta(seconds=1.7 * GRACE_S))
             except Exception:
                 if self._store.add(_COLLECTORS, 1) == 1:
@@ -178,7 +183,7 @@ class Watchdog:
             places.update({int(rank): text for rank, text in found.items()})
 
     def _collect(self, places: dict[int, str], seconds: float) -> None:
-        """Put where the ranks are in `places`, for at most so long, and then into the store."""
+        """Fill `places` from the store for at most `seconds`, then write the result to the store."""
         assert self._store is not None
         until = time.monotonic() + seconds
         missing = set(range(self.world.size)) - places.keys()
@@ -211,7 +216,7 @@ class Place:
 
     @property
     def collective(self) -> str | None:
-        """The collective operation that this call is, in torch's or DeepSpeed's words."""
+        """The name of the collective operation that this call runs, as torch or DeepSpeed name it; else None."""
         if self.function.startswith("_") or self.function in ("wrapper", "log_wrapper"):
             return None
         if self.file.endswith(("distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "deepspeed/comm/torch.py")):
@@ -234,9 +239,9 @@ def calls(frame: FrameType) -> list[Place]:
 
 
 def where(frames: dict[int, FrameType], main: int) -> str:
-    """In which collective this process waits and which line of ours called it; without one, where the main thread is.
+    """The collective that this process waits in and the project's line that called it; else the main thread's line.
 
-    On GPUs the collective runs on its own; then the line that waits for its result tells.
+    On GPUs collectives are asynchronous; the process then waits in the line that needs the result.
     """
     found: tuple[str, list[Place]] | None = None
     for thread in sorted(frames, key=lambda number: number != main):  # backward passes have threads of their own

@@ -1,4 +1,4 @@
-"""Ranks: who we are, and the few collective operations that decisions need."""
+"""The process group: joining it, this process's rank, and collectives on Python objects, flags and errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pipeline.ranks.shutdown import leave_from_wait
 
 log = logging.getLogger("pipeline.ranks.world")
 T = TypeVar("T")
-# Longer than the watchdog waits, which can say more; what is asked for is `watchdog.collective_timeout`.
+# Longer than the watchdog's limit, so that the watchdog ends a hanging job; runs pass `watchdog.collective_timeout`.
 TIMEOUT = datetime.timedelta(minutes=40)
-ROUND_S = 10.0  # after so many seconds of work in a thread all ranks look whether the run was told to stop
+ROUND_S = 10.0  # seconds between two rounds in which all ranks check for a stop signal while a thread works
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """The rank of this process, the number of ranks and its device."""
 
     rank: int
     size: int
@@ -44,10 +44,10 @@ class World:
 
 
 def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
-    """Join the process group (gloo on CPU, NCCL on GPUs) and return this process's place in it; safe to call again.
+    """Join the process group (gloo on CPUs, NCCL on GPUs) and return this process's place in it; may be called again.
 
-    A collective fails when a rank waits in it longer than `timeout`, in the groups that DeepSpeed makes too. Raises
-    UserError where GPUs are to be expected and torch cannot use them.
+    A collective fails when a rank waits in it longer than `timeout`, also in the groups that DeepSpeed makes. Raises
+    UserError where GPUs were requested or are present and torch cannot use them.
     """
     raise_descriptor_limit()
     place = launched_place() or ALONE
@@ -61,8 +61,8 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         share_cores(int(os.environ["LOCAL_SIZE"]))
-    # DeepSpeed insists on these, and takes LOCAL_RANK for the number of the device: with one visible device per task
-    # (Slurm's --gpus-per-task, --gpu-bind) that is 0 in all of them.
+    # DeepSpeed requires these variables and takes LOCAL_RANK as the number of the device: with one visible device per
+    # task (Slurm's --gpus-per-task, --gpu-bind) that is 0 in every task.
     device_number = device.index if device.type == "cuda" else local
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(device_number)})
     if not dist.is_initialized():
@@ -74,7 +74,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
                 f"{size} processes were started but MASTER_ADDR and MASTER_PORT are not set. "
                 "Start them with `deepspeed`, `torchrun` or `python -m pipeline run`, or export both variables."
             )
-        # DeepSpeed makes groups without saying for how long they wait: they get torch's defaults, 10 minutes with NCCL.
+        # DeepSpeed makes groups without a timeout; torch's default (10 minutes with NCCL) would apply to them.
         c10d = dist.distributed_c10d
         c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
         with leave_from_wait("the other ranks") if size > 1 else contextlib.nullcontext():
@@ -85,10 +85,10 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
 
 
 def share_cores(processes: int) -> None:
-    """Let each of so many processes of this machine compute with its share of the cores, unless threads were set.
+    """Set torch's threads to this process's share of the cores, with `processes` on the machine, unless they were set.
 
-    By default each takes all of them, and threads that wait for their turn slow each other down. A task of Slurm with
-    CPUs of its own has no others to share with.
+    By default each process starts a thread per core, and more threads than cores slow each other down. A Slurm task
+    that has CPUs of its own keeps all of them.
     """
     cores = len(os.sched_getaffinity(0))
     by_default = torch.get_num_threads() in (cores, os.cpu_count(), psutil.cpu_count(logical=False))
@@ -110,7 +110,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's object, on every rank."""
+    """Rank 0's object, on every rank. All ranks must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -119,7 +119,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's object in rank order, on every rank."""
+    """Every rank's object in rank order, on every rank. All ranks must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
@@ -130,7 +130,7 @@ def gather_objects(value: T) -> list[T]:
 def agreed_node_size() -> int:
     """Return the ranks per node, the same on every rank; 1 where nodes differ. All ranks must call it.
 
-    Each rank knows its own node only, and ranks with different groups would wait for each other for ever.
+    Each rank knows only its own node, and ranks that derive different process groups from it would deadlock.
     """
     sizes = set(gather_objects(ranks_per_node()))
     return sizes.pop() if len(sizes) == 1 else 1
@@ -153,10 +153,10 @@ def agree(flag: bool, device: torch.device) -> bool:
 
 
 def on_main(world: World, work: Callable[[], T]) -> T:
-    """Do something on rank 0 alone and give every rank its result; an exception of rank 0 is raised on every rank.
+    """Run `work` on rank 0 and return its result on every rank; an exception of rank 0 is raised on every rank.
 
-    The others raise what `RemoteError` makes of it: the same class where it is the project's, so that all ranks end
-    with the same exit code.
+    The other ranks raise the error that `RemoteError` carries: of the same class where it is one of the project's, so
+    that all ranks end with the same exit code.
     """
     result: T | None = None
     error: Exception | None = None
@@ -174,10 +174,16 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 
 
 def in_rounds(world: World, thread: threading.Thread | None, each_round: Callable[[], object], seconds: float) -> None:
-    """Start this rank's `thread`, if it has one, and return when those of all ranks have ended.
+    """Start this rank's `thread`, if it has one, and return when the threads of all ranks have ended.
 
-    All ranks call it, and together `each_round` about every so many seconds meanwhile, so that none waits in a
-    collective for as long as the work takes.
+    All ranks must call it. About every `seconds` they call `each_round` together, so that no rank waits in one
+    collective, up to its timeout, for as long as the work takes.
+
+    Args:
+        world: this process's place.
+        thread: the work of this rank; None where it has none.
+        each_round: called on all ranks in every round, for example to check for a stop signal.
+        seconds: length of a round.
     """
     if thread is not None:
         thread.start()
@@ -190,9 +196,9 @@ def in_rounds(world: World, thread: threading.Thread | None, each_round: Callabl
 
 
 def on_main_in_rounds(world: World, work: Callable[[], T], each_round: Callable[[], object]) -> T:
-    """`on_main` for work that may take long: all ranks call `each_round` together every few seconds meanwhile.
+    """`on_main` for long work: meanwhile all ranks call `each_round` together every ROUND_S seconds.
 
-    When that raises, the work is left behind in its thread, which does not keep the process.
+    When `each_round` raises, the work is abandoned in its daemon thread, which does not keep the process alive.
     """
     results: list[T] = []
     errors: list[Exception] = []
@@ -215,9 +221,10 @@ def on_main_in_rounds(world: World, work: Callable[[], T], each_round: Callable[
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do something on every rank; an error with a sentence for users, on any of them, is raised on all.
+    """Run `work` on every rank; an error that `for_user` has a message for is raised on all ranks, whichever met it.
 
-    So that none waits for ever. A bug is raised where it is met: the launcher ends the other ranks.
+    Otherwise the other ranks would wait for the failed one in their next collective. A bug is raised only on the rank
+    that met it; the launcher then ends the others.
     """
     result: T | None = None
     error: Exception | None = None

@@ -18,7 +18,7 @@ import torch
 from pipeline.errors import EXIT_RESUMABLE, UserError
 from pipeline.ranks.environment import require_srun
 from pipeline.ranks.outcome import OUTCOMES
-from pipeline.ranks.shutdown import STOP_SIGNALS, heeded, stop_on_signals
+from pipeline.ranks.shutdown import STOP_SIGNALS, handled_signals, stop_on_signals
 from pipeline.training.loop import loaded_steps
 from tests.processes import PROJECT
 
@@ -33,9 +33,9 @@ def test_every_stop_signal_sets_the_flag(number: signal.Signals) -> None:
 
 
 def test_a_hang_up_is_ignored_under_nohup() -> None:
-    assert signal.SIGHUP in heeded((signal.SIGINT, *STOP_SIGNALS))  # what `launch` hands on
+    assert signal.SIGHUP in handled_signals((signal.SIGINT, *STOP_SIGNALS))  # what `launch` hands on
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert signal.SIGHUP not in heeded((signal.SIGINT, *STOP_SIGNALS))
+    assert signal.SIGHUP not in handled_signals((signal.SIGINT, *STOP_SIGNALS))
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.requested
@@ -58,7 +58,7 @@ def test_a_rank_that_is_still_starting_leaves_as_one_that_was_stopped(number: si
     rank.send_signal(number)
     assert rank.wait(60) == EXIT_RESUMABLE
     told = json.loads((tmp_path / "rank-1.json").read_text())
-    assert (told["code"], "the same command goes on" in told["error"]) == (EXIT_RESUMABLE, True)
+    assert (told["code"], "run the same command again" in told["error"]) == (EXIT_RESUMABLE, True)
 
 
 class Numbers:

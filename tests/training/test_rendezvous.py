@@ -58,4 +58,6 @@ def test_a_signal_ends_the_wait_for_other_ranks(rank: int, number: signal.Signal
     finally:
         process.kill()
     told = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-    assert told["error"] == "stopped by a signal while waiting for the other ranks; the same command goes on."
+    assert (
+        told["error"] == "stopped by a signal while waiting for the other ranks; run the same command again to resume."
+    )

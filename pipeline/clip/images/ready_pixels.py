@@ -20,7 +20,7 @@ from pipeline.clip.images.pixels import Pixels
 from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserError
-from pipeline.ranks.environment import told_ranks_per_node
+from pipeline.ranks.environment import launched_ranks_per_node
 from pipeline.ranks.world import World
 
 MOST_KEPT = 8 << 30  # bytes on one machine: ImageNet's 50,000 test images at 224 pixels are 7.5 GB
@@ -94,4 +94,4 @@ def decoding_threads(world: World) -> int:
 
 def ranks_here(world: World) -> int:
     """Ranks on this machine, as the launcher says; all of them where it does not."""
-    return told_ranks_per_node() or world.size
+    return launched_ranks_per_node() or world.size
