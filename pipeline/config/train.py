@@ -28,7 +28,7 @@ class TrainConfig(LoopConfig):
     )
     global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")
-    lr_prompt: float = Field(gt=0, description="learning rate of the prompt set")
+    lr_prompt: float = Field(gt=0, description="learning rate of a task's module, such as its prompt set")
     lr_head: float = Field(gt=0, description="learning rate of the projection head")
     projector: Literal["frozen", "trained"] = Field(
         "frozen", description="trained: the model's image projector learns too, so earlier tasks' answers may change"

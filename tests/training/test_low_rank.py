@@ -13,11 +13,13 @@ from pipeline.config.recipe import ModelConfig
 from pipeline.data.collate import Batch, Examples, StageData, collate
 from pipeline.data.selection import Selection
 from pipeline.errors import UserError
+from pipeline.planning.memory_plan import Tokens, trainable_groups, training_activations
+from pipeline.planning.model_shape import head_size, meta_model, model_shape
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, low_rank_output
 from pipeline.training.normaliser import Normaliser
-from tests.training.worlds import make_samples
+from tests.training.worlds import make_recipe, make_samples
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EVERY = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -128,3 +130,17 @@ def test_a_new_module_changes_nothing_and_its_gradient_is_that_of_the_loss(lmm: 
 def test_targets_that_name_no_layer_are_refused(lmm: LMM) -> None:
     with pytest.raises(UserError, match=r"ends in 'wq'; expected among .*q_proj"):
         LowRank(lmm, ("q_proj", "wq"), RANK, ALPHA)
+
+
+def test_the_plan_has_the_inputs_that_gradients_of_updates_need(lmm: LMM, llava: Path) -> None:
+    """Beside what frozen layers keep: one copy of what query, key and value read, one of what the output reads."""
+    method = {"name": "task_lora", "targets": list(ATTENTION), "rank": RANK}
+    recipe, plain = make_recipe(llava, method=method), make_recipe(llava, method={"name": "independent"})
+    shape, tokens = model_shape(meta_model(recipe)), Tokens(image=0, text=100, answer=1, source="")
+    length, element = 100, 4
+    more = training_activations(recipe, shape, 1, length, tokens, element)
+    more -= training_activations(plain, shape, 1, length, tokens, element)
+    layers, heads = shape.text.num_hidden_layers, shape.text.num_attention_heads * head_size(shape.text)
+    assert more == (layers + 1) * length * (shape.text.hidden_size + heads) * element
+    parameters = sum(value.numel() for value in LowRank(lmm, ATTENTION, RANK, ALPHA).trainables().values())
+    assert sum(map(sum, trainable_groups(recipe, shape, 12, False))) == parameters
