@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.decoding import Attached
 from pipeline.config import registry
 from pipeline.data.selection import NO_SET, Selection
 
 if TYPE_CHECKING:
+    from pipeline.backbones.decoding import Attached
     from pipeline.backbones.lmm import LMM
 
 
