@@ -1,8 +1,8 @@
-"""Greedy decoding of a batch that rows join and leave: the one decoder under evaluation, prediction and serving.
+"""Greedy decoding with continuous batching: the decoder of evaluation, prediction and serving.
 
-A row gets the token with the highest score until it has a stop token or its longest length; it leaves the batch with
-that token, so that no step is computed for an answer that is finished. Rows do not influence each other: what shares
-a batch changes the order in which numbers are added, and nothing else.
+Each row gets the token with the highest score until that is a stop token or the row reaches its length limit; then the
+row leaves the batch, so that no step is computed for a finished answer. Rows do not influence each other: the
+composition of a batch changes only the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from pipeline.data.selection import Selection
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-# A context in which the modules that a batch's rows have (low-rank updates, say) act on the decoder's calls.
+# Makes a context in which the selected modules (for example low-rank updates) act on the decoder.
 Attached = Callable[[Selection], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the decoder reads of B prompts, or of what follows the prefixes that they share."""
+    """The decoder's inputs for B prompts, or for the parts of them that follow a cached prefix."""
 
     embeddings: Tensor  # [B, N, D]
-    attention: Tensor  # [B, N], padded on the left, behind a prefix on the right
-    image_mask: Tensor | None = None  # [B, N] which tokens are an image's, for families that need to know
-    images: dict[str, Tensor] | None = None  # for the same
+    attention: Tensor  # [B, N], padded on the left; after a prefix on the right
+    image_mask: Tensor | None = None  # [B, N] which tokens are an image's; for families with `needs_image_mask`
+    images: dict[str, Tensor] | None = None  # for the same families
     prefix: PrefixCache | None = None  # of U prefixes
-    groups: Tensor | None = None  # [B] whose prefix each prompt has
-    selection: Selection | None = None  # modules of each prompt, where some are attached to the decoder
+    groups: Tensor | None = None  # [B] index of each prompt's prefix
+    selection: Selection | None = None  # each prompt's modules; required where `attached` is given
 
 
 @dataclass
 class Row:
-    """One answer in progress: what the caller knows it by, the most tokens that it may have, and those it has."""
+    """One answer in progress: the caller's key, its length limits in tokens, and its tokens so far."""
 
     key: Any
     longest: int
-    # Fewer tokens than these do not end it; None: what the checkpoint says.
+    # No stop token before this many tokens; None: as generation_config.json says.
     shortest: int | None = field(default=None, kw_only=True)
     prompt_tokens: int = field(default=0, kw_only=True)
     tokens: list[int] = field(default_factory=list, kw_only=True)
-    finish: str | None = field(default=None, kw_only=True)  # "stop" or "length" once it is over
+    finish: str | None = field(default=None, kw_only=True)  # "stop" or "length" once it is finished
 
 
 R = TypeVar("R", bound=Row)
@@ -61,13 +61,13 @@ R = TypeVar("R", bound=Row)
 
 @dataclass(frozen=True)
 class Parked(Generic[R]):
-    """Rows that left the batch for a while, in the host's memory."""
+    """Rows taken out of the batch with their keys and values, in host memory, to be resumed later."""
 
     rows: list[R]
     state: ParkedState
 
     def halves(self) -> list[Parked[R]]:
-        """The same rows in two."""
+        """The rows split into two parts."""
         half = len(self.rows) // 2
         return [Parked(self.rows[part], self.state.part(part)) for part in (slice(0, half), slice(half, None))]
 
@@ -75,14 +75,15 @@ class Parked(Generic[R]):
 class GreedyDecoder(Generic[R]):
     """The rows being decoded, with their keys and values.
 
-    A mask and explicit positions make padding and gaps count for nothing. Sliding-window layers keep the keys of all
-    tokens too; the architecture's own mask leaves out those before the window. Where memory runs out in `join` or
-    `step`, the rows are what they were before.
+    The attention mask and explicit positions exclude padding and gaps. Sliding-window layers keep the keys of all
+    tokens too; the architecture's own mask excludes those before the window. If memory runs out in `join` or `step`,
+    the rows are unchanged.
 
-    Each row keeps its own modules: every call of the decoder runs inside `attached`, which is given the selection of
-    the rows in their order at the time; None: no modules are attached to the decoder.
+    Every call of the decoder runs inside `attached`, which gets the selection of the rows in their current order, so
+    that each row keeps its own modules; None: no modules act on the decoder.
 
-    Never under ZeRO-3: ranks whose answers end at different lengths would wait for each other.
+    Not usable under ZeRO-3: ranks whose answers end at different lengths would wait for each other (docs/design.md
+    7.4).
     """
 
     def __init__(self, lmm: LMM, attached: Attached | None = None) -> None:
@@ -98,12 +99,12 @@ class GreedyDecoder(Generic[R]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
+        """Bytes of keys and values."""
         return self._state.nbytes
 
     @torch.no_grad()
     def join(self, prompts: Prompts, rows: Sequence[R]) -> list[R]:
-        """Begin the answers to prompts; returns these rows, which have their first token."""
+        """Add rows for these prompts and decode their first tokens; returns the rows."""
         cache = new_cache(min(ROOM, max(row.longest for row in rows)))
         with self._modules(prompts.selection):
             hidden, attention, positions = self._read(prompts, cache)
@@ -122,10 +123,10 @@ class GreedyDecoder(Generic[R]):
             self._state = state
 
     def _modules(self, selection: Selection | None) -> AbstractContextManager[None]:
-        """A context for a call of the decoder on rows with these modules."""
+        """The context for a call of the decoder on rows with these modules."""
         if self.attached is None:
             return nullcontext()
-        assert selection is not None, "modules are attached to the decoder, so every row has to say which"
+        assert selection is not None, "modules are attached to the decoder, so every row needs a selection"
         return self.attached(selection)
 
     def _read(self, prompts: Prompts, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +148,7 @@ class GreedyDecoder(Generic[R]):
 
     @torch.no_grad()
     def step(self) -> list[R]:
-        """One more token for every row; returns the rows that got it, of which the finished ones have left."""
+        """Decode one token for every row; returns those rows, of which finished ones have left the batch."""
         if not self.rows:
             return []
         state = self._state
@@ -165,13 +166,13 @@ class GreedyDecoder(Generic[R]):
             scores = self.lmm.logits(hidden)[:, -1]
         except Exception:
             for layer in layers_of(state.cache):
-                layer.cut(width)  # the first layers may have the token already
+                layer.cut(width)  # layers before the failing one have already stored the token
             raise
         state.attention, state.positions = attention, state.positions + 1
         return self._advance(range(len(self.rows)), scores)
 
     def _advance(self, numbers: range, scores: Tensor) -> list[R]:
-        """Give the rows of these numbers their best token by scores [n, V]; returns them, finished ones leave."""
+        """Append each row's best token by scores [n, V] and let finished rows leave; returns the rows."""
         rows = [self.rows[number] for number in numbers]
         best = self._ruled(rows, scores).argmax(-1)
         self._state.last[numbers.start : numbers.stop] = best
@@ -185,9 +186,9 @@ class GreedyDecoder(Generic[R]):
         return rows
 
     def _ruled(self, rows: Sequence[R], scores: Tensor) -> Tensor:
-        """Scores [n, V] of the rows' next tokens as the checkpoint's rules change them."""
+        """Apply the rules of generation_config.json to the scores [n, V] of the rows' next tokens."""
         if len(self._rules):
-            # A processor is given answers of one length.
+            # transformers' processors take the tokens so far as one tensor, so rows are grouped by length.
             for places in _by_length(rows):
                 so_far = [rows[place].tokens for place in places]
                 given = torch.tensor(so_far, dtype=torch.long, device=scores.device)
@@ -204,15 +205,15 @@ class GreedyDecoder(Generic[R]):
         return scores
 
     def _fewest(self, row: R) -> int:
-        """Tokens that a row has at least."""
+        """Number of tokens before which a row may not stop."""
         if row.shortest is not None:
             return row.shortest
-        # `min_length` counts the prompt.
+        # transformers' `min_length` includes the prompt.
         whole = (self._settings.min_length or 0) - row.prompt_tokens
         return max(self._settings.min_new_tokens or 0, whole)
 
     def park(self, number: int) -> Parked[R]:
-        """Take the last `number` rows out, to come back by `resume`."""
+        """Move the last `number` rows to host memory; `resume` brings them back."""
         first = len(self.rows) - number
         parked = Parked(self.rows[first:], self._state.parked(first))
         self._keep(list(range(first)))
@@ -221,16 +222,16 @@ class GreedyDecoder(Generic[R]):
 
     @torch.no_grad()
     def resume(self, parked: Parked[R]) -> None:
-        """Go on with rows that were parked."""
+        """Bring parked rows back into the batch."""
         self._append(parked.state.on(self.lmm.model.device))
         self.rows += parked.rows
 
     def leave(self) -> None:
-        """Take out the rows that are finished."""
+        """Remove the finished rows."""
         self._keep([number for number, row in enumerate(self.rows) if row.finish is None])
 
     def drop(self, keys: set[Any]) -> None:
-        """Take out rows that nobody waits for any more."""
+        """Remove the rows with these keys."""
         self._keep([number for number, row in enumerate(self.rows) if row.key not in keys])
 
     def _keep(self, kept: list[int]) -> None:
@@ -250,13 +251,13 @@ def generate(
     min_new_tokens: int | None = None,
     attached: Attached | None = None,
 ) -> list[list[int]]:
-    """Greedy answers to prompts: token ids up to and with the one that ends each.
+    """Greedy answers to prompts: token ids, the stop token included.
 
     Args:
-        lmm: the frozen model, whole on one device.
-        prompts: what it reads.
-        max_new_tokens: an answer's most tokens.
-        min_new_tokens: no answer ends before it has so many; None: what the checkpoint says.
+        lmm: the frozen model, not partitioned.
+        prompts: the decoder's inputs.
+        max_new_tokens: maximum length of an answer.
+        min_new_tokens: minimum length of an answer; None: as generation_config.json says.
         attached: as for `GreedyDecoder`.
     """
     decoder = GreedyDecoder[Row](lmm, attached)
@@ -268,6 +269,6 @@ def generate(
 
 
 def _by_length(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """The places of rows whose answers have the same number of tokens."""
+    """Indices of rows, grouped by the number of tokens of their answers."""
     for length in sorted({len(row.tokens) for row in rows}):
         yield [place for place, row in enumerate(rows) if len(row.tokens) == length]

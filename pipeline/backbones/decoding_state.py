@@ -1,4 +1,4 @@
-"""The tensors of the rows that are being decoded: how rows are taken in, taken out and parked in the host's memory."""
+"""The tensors of a decoding batch: rows are appended, removed, and parked in host memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.selection import NO_SET, Selection
 
 @dataclass(frozen=True)
 class ParkedState:
-    """The same of rows in the host's memory."""
+    """A `DecodingState` in host memory."""
 
     layers: list[tuple[Tensor, Tensor]]  # keys and values [B, heads, S, d]
     attention: Tensor  # [B, S]
@@ -24,14 +24,14 @@ class ParkedState:
     selection: Selection | None
 
     def part(self, rows: slice) -> ParkedState:
-        """Some of the rows."""
+        """The state of these rows."""
         layers = [(keys[rows], values[rows]) for keys, values in self.layers]
         index = torch.arange(len(self.last))[rows]
         selection = None if self.selection is None else self.selection.rows(index)
         return ParkedState(layers, self.attention[rows], self.positions[rows], self.last[rows], selection)
 
     def on(self, device: torch.device) -> DecodingState:
-        """The rows on a device again."""
+        """The state on a device."""
         cache = cache_of(self.layers, device)
         selection = None if self.selection is None else self.selection.to(device)
         return DecodingState(
@@ -41,20 +41,20 @@ class ParkedState:
 
 @dataclass
 class DecodingState:
-    """Keys and values of B rows, and what the next token of each depends on besides them.
+    """Keys and values of B rows, and the other tensors that their next tokens depend on.
 
-    The cache of all rows ends in the same column: rows that are shorter are padded on the left.
+    All rows end in the last column of the cache; shorter rows are padded on the left.
     """
 
     cache: Cache
-    attention: Tensor  # [B, S] which columns count
+    attention: Tensor  # [B, S] 1: a token, 0: padding or a gap
     positions: Tensor  # [B] of each row's next token
     last: Tensor  # [B] each row's newest token
-    selection: Selection | None = None  # of each row, the modules attached to the decoder, where there are any
+    selection: Selection | None = None  # each row's modules, where modules act on the decoder
 
     @classmethod
     def empty(cls, device: torch.device) -> DecodingState:
-        """No rows."""
+        """A state without rows."""
         none = torch.zeros(0, dtype=torch.long, device=device)
         return cls(new_cache(), none[:, None], none, none)
 
@@ -63,11 +63,11 @@ class DecodingState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
+        """Bytes of keys and values."""
         return sum(layer.nbytes for layer in layers_of(self.cache))
 
     def append(self, other: DecodingState) -> None:
-        """Take in the rows of another state, which is empty afterwards; where memory runs out, nothing is changed."""
+        """Move the rows of another state into this one; if memory runs out, this state is unchanged."""
         rows, old, width = len(self), self.attention.shape[1], max(self.attention.shape[1], other.attention.shape[1])
         attention = torch.cat([_widened(self.attention, width), _widened(other.attention, width)])
         positions, last = torch.cat([self.positions, other.positions]), torch.cat([self.last, other.last])
@@ -84,9 +84,9 @@ class DecodingState:
         self.attention, self.positions, self.last, self.selection = attention, positions, last, selection
 
     def keep(self, kept: list[int]) -> list[int]:
-        """Keep these rows, in ascending order, at least one; returns their new order.
+        """Keep these rows (at least one, in ascending order); returns the new order of the rows.
 
-        That takes no memory: the last rows move to the places of those gone.
+        In place: the last rows are copied over removed ones, so no cache memory is allocated.
         """
         staying = set(kept)
         holes = [number for number in range(len(kept)) if number not in staying]
@@ -98,7 +98,7 @@ class DecodingState:
                 layer.move(source, target)
         index = torch.tensor(order, device=self.attention.device)
         attention = self.attention[index]
-        first = int(attention.any(0).float().argmax())  # columns before it are padding in every row that stays
+        first = int(attention.any(0).float().argmax())  # columns before it are padding in every remaining row
         self.attention, self.positions, self.last = attention[:, first:], self.positions[index], self.last[index]
         self.selection = None if self.selection is None else self.selection.rows(index)
         for layer in layers_of(self.cache):
@@ -106,7 +106,7 @@ class DecodingState:
         return order
 
     def parked(self, first: int) -> ParkedState:
-        """A copy of the rows from `first` on, in the host's memory."""
+        """Copy the rows from `first` on to host memory."""
         host = torch.device("cpu")
         layers = [layer.taken(first) for layer in layers_of(self.cache)]
         attention, positions, last = (
@@ -118,18 +118,18 @@ class DecodingState:
         return ParkedState(layers, attention, positions, last, selection)
 
     def release(self) -> None:
-        """Free what the cache has beyond its rows."""
+        """Free the cache's unused memory."""
         for layer in layers_of(self.cache):
             layer.release()
 
 
 def _widened(attention: Tensor, width: int) -> Tensor:
-    """Which columns count [B, S], with zeros in front, so that there are `width`."""
+    """Pad an attention mask [B, S] on the left with zeros to `width` columns."""
     return pad(attention, (width - attention.shape[1], 0))
 
 
 def _joined(first: Selection | None, second: Selection | None) -> Selection | None:
-    """The modules of the first rows, below them those of the second; the narrower is filled up on the right."""
+    """Concatenate two selections by rows; the narrower one is padded on the right."""
     if first is None or second is None:
         return None
     width = max(first.width, second.width)

@@ -1,4 +1,4 @@
-"""Gated MLPs that keep two vectors per token for the backward pass instead of three."""
+"""Gated MLPs that store two activations per token for the backward pass instead of three."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
-    """Let the decoder's MLPs with SiLU that run inside activate their gates again in the backward pass.
+    """Recompute the SiLU of the decoder's gated MLPs in the backward pass instead of storing it.
 
-    Layers that `checkpointing` recomputes as a whole are left as they are. Autograd keeps gate, its activation
-    and up; with frozen weights these are more than half of what a layer keeps. The activation is computed again from
-    the gate, by the same kernel: loss and gradients stay the same to the last bit.
+    Autograd stores the gate, its activation and up; with frozen weights these are more than half of a layer's
+    activations. The activation is recomputed from the gate by the same kernel, so loss and gradients are bit-identical.
+    Layers that `checkpointing` recomputes as a whole are not changed.
     """
     _, layers = divided(lmm, checkpointing)
     mlps = [layer.mlp for layer in layers] if torch.is_grad_enabled() else []

@@ -1,9 +1,9 @@
-"""Key-value cache of a decoding batch that is written in place, and that rows join and leave.
+"""Key-value cache of a decoding batch, written in place, whose rows can be added and removed.
 
-transformers' `DynamicLayer` concatenates old and new keys into a third tensor at every token. Here a layer is a window
-into a preallocated buffer: a token is written into the columns behind the window, the last row moves to the place of
-one that leaves, and a row that joins takes a free place. A buffer that is too small is allocated anew, one layer at a
-time, so that the cache of no more than one layer exists twice.
+transformers' `DynamicLayer` concatenates old and new keys into a new tensor at every token. Here a layer is a window
+into a preallocated buffer: a token is written into the column after the window, the last row is copied over a removed
+one, and a new row takes a free place. A full buffer is reallocated one layer at a time, so that at most one layer's
+cache exists twice.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 64  # free columns for further tokens in a new buffer
+ROOM = 64  # free columns in a new buffer, for tokens to come
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [B, heads, S, d] of one layer of the decoder; all rows end in the last column.
+    """Keys and values [B, heads, S, d] of one decoder layer; all rows end in the last column.
 
-    `room` is the number of free columns behind the window of a new buffer.
+    `room` is the number of free columns after the window in a new buffer.
     """
 
     keys: Any  # Tensor; None in the base class before the first tokens
@@ -40,10 +40,10 @@ class GrowingLayer(DynamicLayer):
         return sum(buffer.nbytes for buffer in self._buffers or ())
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the keys and values [B, heads, n, d] of further tokens; returns those of all tokens."""
+        """Append keys and values [B, heads, n, d] of n new tokens; returns those of all tokens."""
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = (key_states, value_states)  # a prompt's tensors become the buffers, without a copy
+            self._buffers = (key_states, value_states)  # the prompt's tensors become the buffers without a copy
             self._show(len(key_states), 0, key_states.shape[2])
             return self.keys, self.values
         end = self._end + key_states.shape[2]
@@ -56,20 +56,20 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def cut(self, width: int) -> None:
-        """Drop the tokens behind the first `width` columns."""
+        """Keep only the first `width` columns."""
         self._show(self._rows, self._begin, self._begin + width)
 
     def narrow(self, rows: int, first: int) -> None:
-        """Keep the first rows, without the columns before `first`."""
+        """Keep the first `rows` rows and the columns from `first` on."""
         self._show(rows, self._begin + first, self._end)
 
     def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
+        """Copy row `source` over row `target`."""
         for buffer in self._buffers or ():
             buffer[target, :, self._begin : self._end] = buffer[source, :, self._begin : self._end]
 
     def append(self, other: GrowingLayer, width: int) -> None:
-        """Take in the rows of another layer, which is empty afterwards; all get `width` columns, zeros in front."""
+        """Move the rows of another layer into this one; shorter rows are padded on the left to `width` columns."""
         rows, most = self._rows + other._rows, self._buffers[0].shape[0] if self._buffers else 0
         if rows > most or self._end < width:
             self._allocate(rows, width, self.room)
@@ -84,12 +84,12 @@ class GrowingLayer(DynamicLayer):
         other._buffers, other.keys, other.values = None, None, None
 
     def taken(self, first: int) -> tuple[Tensor, Tensor]:
-        """Copies, in the host's memory, of the rows from `first` on."""
+        """Copy the rows from `first` on to host memory."""
         keys, values = (part[first:].to("cpu", copy=True) for part in (self.keys, self.values))
         return keys, values
 
     def release(self) -> None:
-        """Free what the buffers have beyond the window, by way of the host: needs no further memory of the device."""
+        """Shrink the buffers to the window, through host memory: no second copy is allocated on the device."""
         if self._buffers is None or self._buffers[0].shape[0] == self._rows:
             return
         kept = [part.to("cpu", copy=True) for part in (self.keys, self.values)]
@@ -98,7 +98,7 @@ class GrowingLayer(DynamicLayer):
         self._show(self._rows, 0, kept[0].shape[2])
 
     def _allocate(self, rows: int, width: int, room: int) -> None:
-        """New buffers for so many rows, with `width` columns up to the last one and `room` behind it."""
+        """Reallocate the buffers: `rows` rows, `width` columns up to the last token, `room` free columns after it."""
         assert self._buffers is not None
         begin = max(0, width - (self._end - self._begin))
         made = []
@@ -116,12 +116,12 @@ class GrowingLayer(DynamicLayer):
 
 
 def new_cache(room: int = ROOM) -> Cache:
-    """An empty cache of such layers; the decoder makes as many as it has."""
+    """An empty cache of growing layers; transformers adds a layer when the decoder first writes to it."""
     return Cache(layer_class_to_replicate=partial(GrowingLayer, room))
 
 
 def cache_of(layers: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Cache:
-    """A cache of keys and values that were `taken` from another."""
+    """A cache with these keys and values of every layer, as `GrowingLayer.taken` returns them."""
     cache = new_cache()
     for number, (keys, values) in enumerate(layers):
         cache.update(keys.to(device), values.to(device), number)
@@ -129,5 +129,5 @@ def cache_of(layers: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> C
 
 
 def layers_of(cache: Cache) -> list[GrowingLayer]:
-    """The layers of such a cache."""
+    """The layers of a cache made by `new_cache` or `cache_of`."""
     return cache.layers

@@ -1,4 +1,4 @@
-"""Runs the decoder's last layer at some positions only; of the others only keys and values are needed."""
+"""Runs the decoder's last layer only at the positions whose output is needed; others need only keys and values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Collection[str]) -> Iterator[bool]:
-    """Let the decoder return hidden states [B, A, D] at these `positions` [B, A] of its input.
+    """Make the decoder return hidden states [B, A, D] at `positions` [B, A] of its input only.
 
-    `attentions` are the classes of attention for which that is exact (`LMMFamily.lean_attentions`). Yields whether it
-    does so; otherwise all hidden states are returned. What the layer computes is its own code, on fewer rows; keys and
-    values are those of all positions.
+    The layer's own code runs on fewer rows, with the keys and values of all positions. Yields whether that is possible;
+    otherwise the decoder returns all hidden states. `attentions` are the attention classes for which it is exact
+    (`LMMFamily.lean_attentions`).
     """
     layer: Any = decoder.layers[-1]  # type: ignore[index]
     attention = layer.self_attn
@@ -55,7 +55,7 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
 
 
 def why_whole(attention: Any, attentions: Collection[str]) -> str:
-    """Why the last layer is computed at all positions; "" where it need not be."""
+    """Why the last layer has to be computed at all positions; "" where it need not be."""
     name, implementation = type(attention).__name__, attention.config._attn_implementation
     if name not in attentions:
         return f"{name} is not known to make keys and values like {', '.join(attentions) or 'any other class'}"
@@ -71,7 +71,7 @@ def rows_at(values: Tensor, positions: Tensor) -> Tensor:
 
 
 def _keys_and_values(attention: nn.Module, hidden: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values [B, heads, N, d] as the attention itself makes them of normed states [B, N, D]."""
+    """Rotated keys, and values [B, heads, N, d], of normalised states [B, N, D], as the attention computes them."""
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
     keys = attention.k_proj(hidden).view(shape).transpose(1, 2)  # type: ignore[operator]
     values = attention.v_proj(hidden).view(shape).transpose(1, 2)  # type: ignore[operator]
@@ -80,7 +80,7 @@ def _keys_and_values(attention: nn.Module, hidden: Tensor, angles: tuple[Tensor,
 
 
 def _mask_at(mask: Tensor | None, positions: Tensor, queries: int, keys: int) -> Tensor:
-    """The rows [B, 1, A, M] of an attention mask [B or 1, 1, N, M]; None stands for a causal one without padding."""
+    """The rows [B, 1, A, M] of an attention mask [B or 1, 1, N, M]; None: a causal mask without padding."""
     if mask is None:
         columns = torch.arange(keys, device=positions.device)
         return (columns <= positions[..., None] + (keys - queries))[:, None]
@@ -89,11 +89,11 @@ def _mask_at(mask: Tensor | None, positions: Tensor, queries: int, keys: int) ->
 
 
 class _Given:
-    """A cache that answers with keys and values that are there already."""
+    """A cache whose `update` returns precomputed keys and values."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.pair = keys, values
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, M, d] of all positions, whatever those of the call are."""
+        """Return the keys and values [B, heads, M, d] of all positions; the arguments are ignored."""
         return self.pair

@@ -1,8 +1,9 @@
-"""Prefix cache: the keys and values of what sequences begin with, computed once for all that begin alike.
+"""Prefix cache: keys and values of a prefix, computed once for all sequences that share it.
 
 A decoder is causal, so the keys and values of a prefix do not depend on what follows. They are computed without
-gradients, once per prefix (an image, say, with several questions about it), and handed to the pass over the rest. All
-tensors are padded on the right; a mask with gaps and explicit positions make the two passes equal to one.
+gradients, once per prefix (for example an image with several questions about it), and passed to the decoder with the
+rest of each sequence (docs/design.md 7.7). All tensors are padded on the right; a mask with gaps and explicit positions
+make the two passes equal to one.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """What the decoder keeps of U prefixes: keys and values of every layer [U, heads, P, d]."""
+    """Keys and values [U, heads, P, d] of U prefixes in every layer of the decoder."""
 
     layers: Sequence[tuple[Tensor, Tensor]]
     attention: Tensor  # [U, P]
-    next_position: Tensor  # [U] position of the token behind each prefix
+    next_position: Tensor  # [U] position of the token after each prefix
 
 
 class _PrefixLayer(CacheLayerMixin):
-    """One layer's keys and values of the prefixes, each given to all sequences that have it.
+    """One layer's keys and values of the prefixes, expanded to the sequences that share them.
 
-    They are gathered per sequence where the layer uses them, so that only one layer's copy exists at a time. The keys
-    and values of the second pass are not kept: they have gradients.
+    They are expanded when the layer reads them, so the expanded copy of only one layer exists at a time. Keys and
+    values of the second pass are not stored in the cache, because they carry gradients.
     """
 
     is_sliding = False
@@ -43,10 +44,10 @@ class _PrefixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the prefix is there from the start."""
+        """Do nothing: the constructor was given keys and values."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, P + S, d] of the prefixes and of the pass itself."""
+        """Return keys and values [B, heads, P + S, d]: those of the prefixes, then those of this pass."""
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
         if self.groups is not None:
@@ -54,11 +55,11 @@ class _PrefixLayer(CacheLayerMixin):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys, and where they begin."""
+        """Number of keys, and the offset of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens of the prefix, padding included."""
+        """Number of tokens of the prefix, padding included."""
         assert self.keys is not None
         return self.keys.shape[-2]
 
@@ -78,11 +79,11 @@ def compute_prefix(
         embeddings: [U, P, D], padded on the right.
         attention: [U, P].
         image_mask: [U, P], which tokens are an image's.
-        images: the image tensors of all prefixes in turn.
+        images: the image tensors of all prefixes, in their order.
     """
     inputs = lmm.decoder_inputs(embeddings, attention, image_mask, images)
     cache = DynamicCache()
-    # Only keys and values are wanted, so the last layer need compute its output at one position only.
+    # Only keys and values are needed, so the last layer computes its output at a single position.
     first = torch.zeros(len(embeddings), 1, dtype=torch.long, device=embeddings.device)
     lmm.decode(first, inputs_embeds=embeddings, past_key_values=cache, use_cache=True, **inputs)
     next_position = lmm.family.next_position(attention, inputs)
@@ -92,13 +93,13 @@ def compute_prefix(
 def hidden_after_prefix(
     lmm: LMM, prefix: PrefixCache, groups: Tensor, embeddings: Tensor, attention: Tensor, at: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states of what follows prefixes, with gradients.
+    """Last hidden states of the tokens after the prefixes, with gradients.
 
     Args:
         lmm: the frozen model.
         prefix: keys and values of U prefixes.
-        groups: [B], whose prefix each sequence has.
-        embeddings: [B, S, D] of the rest, padded on the right.
+        groups: [B], index of each sequence's prefix.
+        embeddings: [B, S, D] of the tokens after the prefixes, padded on the right.
         attention: [B, S].
         at: [B, A] positions to return; None: all.
 
@@ -118,7 +119,7 @@ def decode_after_prefix(
     attention: Tensor,
     at: Tensor | None = None,
 ) -> Tensor:
-    """`hidden_after_prefix` with a `cache` that already gives each sequence its prefix."""
+    """`hidden_after_prefix` with a `cache` that already holds each sequence's prefix."""
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     return lmm.decode(
         at,

@@ -1,4 +1,4 @@
-"""Activation checkpointing: decoder layers that keep only their input and are computed again in the backward pass."""
+"""Activation checkpointing: decoder layers that store only their input and are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-# Every so many-th layer is recomputed, none at 0. What auto stands for is chosen for a run (`pipeline.planning.auto`);
-# where nothing has been chosen, as in a plan without GPUs, it is none.
+# Every n-th layer is recomputed; 0: none. `auto` is resolved per run by `pipeline.planning.auto`; where it is
+# unresolved, as in a memory plan without GPUs, no layer is recomputed.
 SHARES = {"auto": 0, "none": 0, "selective": 2, "full": 1}
 
 
 def recomputed_layers(policy: str, layers: int) -> int:
-    """How many of the decoder's layers a policy recomputes."""
+    """Number of decoder layers that a policy recomputes."""
     return len(_recomputed(policy, layers))
 
 
@@ -30,7 +30,7 @@ def _recomputed(policy: str, layers: int) -> range:
 
 
 def divided(lmm: LMM, policy: str) -> tuple[list[Any], list[Any]]:
-    """The decoder's layers that a policy recomputes, and those whose activations are kept."""
+    """The decoder layers that a policy recomputes, and those whose activations are stored."""
     layers = list(lmm.decoder.layers)  # type: ignore[arg-type]
     numbers = _recomputed(policy, len(layers))
     return [layers[number] for number in numbers], [layer for n, layer in enumerate(layers) if n not in numbers]

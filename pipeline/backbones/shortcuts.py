@@ -1,4 +1,4 @@
-"""Which exact shortcuts a loaded model takes, and why not the others: logged once per model, for a run's speed."""
+"""Exact computational shortcuts of a loaded model: which apply, and why the others do not. Logged once per load."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SILU = ("SiLU", "SiLUActivation")
 
 @dataclass(frozen=True)
 class Shortcut:
-    """One way to compute the same with less; `obstacle` says why this model cannot, "" where it does."""
+    """A cheaper way to the same result; `obstacle` is the reason why it does not apply, "" where it does."""
 
     name: str
     obstacle: str
 
 
 def shortcuts_of(family: LMMFamily, decoder: nn.Module) -> list[Shortcut]:
-    """The shortcuts, with what is in the way of each for a model of this family with this decoder."""
+    """All shortcuts, each with its obstacle for a model of this family with this decoder."""
     layer: Any = decoder.layers[-1]  # type: ignore[index]
     return [
         Shortcut("last layer at the answers only", why_whole(layer.self_attn, family.lean_attentions)),
@@ -35,7 +35,7 @@ def shortcuts_of(family: LMMFamily, decoder: nn.Module) -> list[Shortcut]:
 
 
 def log_shortcuts(family: LMMFamily, decoder: nn.Module) -> None:
-    """One line: the shortcuts that are taken, and the reason for each that is not."""
+    """Log in one line which shortcuts apply, and the reason for each that does not."""
     found = shortcuts_of(family, decoder)
     taken = ", ".join(one.name for one in found if not one.obstacle) or "none"
     others = "".join(f"; not {one.name}: {one.obstacle}" for one in found if one.obstacle)
@@ -43,7 +43,7 @@ def log_shortcuts(family: LMMFamily, decoder: nn.Module) -> None:
 
 
 def why_not_gated(mlp: Any, classes: Collection[str]) -> str:
-    """Why a decoder layer's MLP keeps its activation too, given the classes that are gated; "" where it need not."""
+    """Why the activation of a decoder layer's MLP cannot be recomputed, given the gated classes; "" where it can."""
     name, activation = type(mlp).__name__, type(getattr(mlp, "act_fn", None)).__name__
     if name not in classes:
         return f"{name} is not known to be down(act(gate(x)) * up(x))"
