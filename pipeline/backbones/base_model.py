@@ -1,4 +1,4 @@
-"""What tells base models apart."""
+"""Fingerprints of base models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ log = logging.getLogger("pipeline.backbones.base_model")
 
 
 def fingerprint(source: Source, recorded: str | None = None) -> str:
-    """A model's fingerprint, see `weights.tensors_fingerprint`; the checkpoint is fetched where it is not here.
+    """Fingerprint of a model's tensors, see `weights.tensors_fingerprint`; fetches the checkpoint if necessary.
 
-    A run or adapter from before there was that scheme `recorded` another value; where it is still this model's it is
-    returned, so that what was made with it can be gone on with. Raises UserError when weights are missing.
+    Runs and adapters of older versions `recorded` a fingerprint by another scheme. If it is still this model's, it is
+    returned, so that they stay usable. Raises UserError when weights are missing.
     """
     folder = checkpoint(source).folder
     if recorded is not None and not recorded.startswith(SCHEME):
@@ -23,8 +23,8 @@ def fingerprint(source: Source, recorded: str | None = None) -> str:
             return recorded
         if recorded == without:
             log.warning(
-                "What was made with '%s' recorded its config.json and none of its weights, which were fetched "
-                "later; these are taken to be the same.",
+                "The fingerprint recorded for '%s' covers config.json only, because its weights had not been fetched; "
+                "the weights found now are assumed to be the same.",
                 source.path,
             )
             return recorded

@@ -1,4 +1,4 @@
-"""The frozen CLIP that turns an image and a question into the two keys routing compares (docs/design.md 4.3)."""
+"""The frozen CLIP that computes the routing keys of an image and a question (docs/design.md 4.3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TextFeature = Literal["projected", "pooled"]
 Truncation = Literal["head", "tail"]
 
-# Raise it when this file feeds CLIP differently: keys computed before then count as those of another CLIP.
+# Increase it when the inputs of CLIP change: keys of another version count as those of another CLIP.
 ENCODING_VERSION = 1
 
 _PREPROCESSING_FILES = (
@@ -44,10 +44,10 @@ class KeyEncoder:
     """Image and text keys of one frozen CLIP; keys are not normalised.
 
     Image keys are CLIP's projected image embeddings. Text keys are the projected text embeddings (`projected`, the
-    joint space) or the text tower's pooled output before the projection (`pooled`, what the official code compares).
-    Of a text longer than CLIP's context `text_truncation` keeps the head (CLIP's own way) or the tail, where benchmark
-    questions carry the instruction that tells their task (docs/design.md 4.10, F5); the start and end tokens stay.
-    Raises UserError when the checkpoint is not a whole CLIP, or `pooled` has another width than the image key.
+    joint space) or the text tower's pooled output before the projection (`pooled`, as in the official code). For a text
+    longer than CLIP's context `text_truncation` keeps the head, as CLIP does, or the tail, which holds the instruction
+    of benchmark questions (docs/design.md 4.10, F5), and always the start and end tokens. Raises UserError when the
+    checkpoint is not a complete CLIP, or when `pooled` vectors have another width than image keys.
     """
 
     def __init__(
@@ -59,10 +59,9 @@ class KeyEncoder:
         device: torch.device | str | None = None,
         tf32: bool = False,
     ) -> None:
-        """`tf32` lets GPUs of compute capability 8 and up multiply in TensorFloat-32, at several times the speed.
+        """`tf32` allows TensorFloat-32 on GPUs of compute capability 8 and up, which is several times faster.
 
-        Its relative error of a key is 4e-4 (emulated with the embedded CLIP), that of the float16 which keys are kept
-        in 2e-4.
+        Its relative error of a key is 4e-4 (emulated with the embedded CLIP); storing keys as float16 adds 2e-4.
         """
         self._source = (os.fspath(path), revision, text_feature, text_truncation)
         folder = _checkpoint(os.fspath(path), revision).folder
@@ -81,7 +80,7 @@ class KeyEncoder:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
-            # The PIL backend everywhere, so that a machine with torchvision computes the same keys as one without.
+            # PIL on every machine: keys would depend on whether torchvision is installed.
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -92,17 +91,17 @@ class KeyEncoder:
         self.max_text = min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the preprocessed images [B, 3, H, W]; works outside the device and may run in several threads."""
+        """Return the preprocessed images [B, 3, H, W] on the CPU; thread-safe."""
         return self.processor(images=[central(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def image(self, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Return the image keys [B, K] float32 on the CPU of RGB images or of what `pixels` made of them."""
+        """Return the image keys [B, K], float32 on the CPU, of RGB images or of the result of `pixels`."""
         pixels = images if isinstance(images, torch.Tensor) else self.pixels(images)
         with torch.no_grad(), self._matmuls():
             return projected(self.model.get_image_features(pixel_values=pixels.to(self.device))).float().cpu()
 
     def text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the text keys [B, K] float32 on the CPU; longer texts are cut to CLIP's context."""
+        """Return the text keys [B, K], float32 on the CPU; longer texts are truncated to CLIP's context."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_text, return_tensors="pt"
         ).to(self.device)
@@ -114,7 +113,7 @@ class KeyEncoder:
 
     @contextlib.contextmanager
     def _matmuls(self) -> Iterator[None]:
-        """Matrix products in the encoder's precision while the block runs; the rest of the process keeps its own."""
+        """Set torch's global precision of matrix products for the block, and restore it afterwards."""
         before = torch.get_float32_matmul_precision()
         try:
             if self.precision == "tf32":
@@ -124,7 +123,7 @@ class KeyEncoder:
             torch.set_float32_matmul_precision(before)
 
     def identity(self) -> dict[str, str]:
-        """Return what tells these keys from those of another CLIP; see `key_identity`."""
+        """Return the identity of the CLIP and its settings; see `key_identity`."""
         return key_identity(*self._source)
 
 
@@ -138,11 +137,11 @@ def key_identity(
     text_feature: TextFeature = "projected",
     text_truncation: Truncation = "head",
 ) -> dict[str, str]:
-    """Return the metadata of keys this CLIP makes, read from its files without loading the model.
+    """Return the metadata of keys made with this CLIP, from its files, without loading the model.
 
-    `weights_sha256`, `preprocessing_sha256` and `text_feature` decide whether keys belong to it; the truncation is part
-    of the preprocessing. `clip`, `revision` and `text_truncation` tell a person where the keys came from. Raises
-    UserError when the checkpoint cannot be found.
+    `weights_sha256`, `preprocessing_sha256` (which covers the truncation) and `text_feature` decide whether keys were
+    made with it. `clip`, `revision` and `text_truncation` are for readers. Raises UserError when the checkpoint cannot
+    be found.
     """
     found = _checkpoint(os.fspath(path), revision)
     folder = found.folder
@@ -150,7 +149,7 @@ def key_identity(
     for name in _PREPROCESSING_FILES:
         if (folder / name).is_file():
             preprocessing.update(f"{name} {_sha256(folder / name)}\n".encode())
-    if text_truncation != "head":  # keys and runs from before there was a choice have the head
+    if text_truncation != "head":  # left out for head, so that keys of versions without the setting stay valid
         preprocessing.update(f"text_truncation {text_truncation}\n".encode())
     weights = hashlib.sha256()
     for file in _weight_files(folder):
@@ -168,7 +167,7 @@ def key_identity(
 
 
 def keys_source(path: str, revision: str | None = None) -> Source:
-    """The CLIP as `pipeline.hub.snapshots` asks for it."""
+    """The CLIP's location as `pipeline.hub.snapshots` takes it."""
     return Source(path, revision, "keys.path", "a CLIP checkpoint's", ("clip",))
 
 
@@ -177,7 +176,7 @@ def _checkpoint(path: str, revision: str | None) -> Snapshot:
 
 
 def _load_model(folder: Path) -> CLIPModel:
-    from transformers import CLIPModel  # here: it takes seconds, and what only names a CLIP loads none
+    from transformers import CLIPModel  # deferred: the import takes seconds, and `key_identity` loads no model
 
     try:
         model, report = CLIPModel.from_pretrained(
@@ -188,7 +187,7 @@ def _load_model(folder: Path) -> CLIPModel:
     if report["missing_keys"]:
         raise UserError(
             f"The CLIP weights in {folder} lack {len(report['missing_keys'])} tensors, for example "
-            f"{min(report['missing_keys'])}; they would be random. Give a complete CLIP checkpoint."
+            f"{min(report['missing_keys'])}; they would be initialised randomly. Expected a complete CLIP checkpoint."
         )
     return model.eval().requires_grad_(False)
 
@@ -198,7 +197,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def projected(output: object) -> torch.Tensor:
-    """Return the features that CLIP's or SigLIP's `get_*_features` gave, in any version of transformers."""
+    """Return the projected features in the result of CLIP's or SigLIP's `get_*_features`."""
     # transformers 4 returns the projected features themselves, transformers 5 an output object that carries them.
     features = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
     assert isinstance(features, torch.Tensor), f"the model returned {type(output).__name__}"
@@ -212,5 +211,6 @@ def _sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _sha256_of(path: Path, size: int, changed: int) -> str:
-    # Size and time of change are there for the cache: the identity is asked for once per split, a CLIP-L takes seconds.
+    # Size and modification time are part of the cache key. Cached because the identity is needed once per split, and
+    # hashing CLIP-L takes seconds.
     return sha256(path)

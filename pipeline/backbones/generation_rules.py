@@ -1,8 +1,8 @@
-"""What a checkpoint's generation_config.json changes about the scores of the next token, for greedy decoding.
+"""Logits processors for greedy decoding, as a checkpoint's generation_config.json asks for them.
 
-The processors are transformers' public ones. Its own `generate` puts them together in a private method, which takes a
-whole configuration with private fields; what depends on an answer's own length (its fewest tokens, a token at its end)
-is applied by the decoder, because rows of one batch have different lengths.
+The processors are transformers' public classes, assembled here because `generate` does so in a private method. Rules
+that depend on an answer's length (minimum length, forced last token) are applied by the decoder, because the rows of a
+batch have different lengths.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from pipeline.errors import UserError
 def generation_rules(
     settings: GenerationConfig, stops: Sequence[int], device: torch.device | str
 ) -> LogitsProcessorList:
-    """The changes to scores [B, V], in transformers' order, given the tokens [B, n] generated so far.
+    """Processors of scores [B, V] given the tokens [B, n] generated so far, in transformers' order.
 
-    The prompt is not among these tokens: it enters the model as embeddings. Raises UserError for a setting that greedy
-    decoding from embeddings cannot honour.
+    These tokens do not include the prompt, which enters the model as embeddings. Raises UserError for a setting that
+    greedy decoding from embeddings does not support.
     """
     asked = _asked(settings)
     for name in ("guidance_scale", "watermarking_config"):
         if asked(name):
             raise UserError(
-                f"generation_config.json of the model sets {name} to {asked(name)}, which is not done here: answers "
-                "are greedy and made from embeddings. Expected it to be left out."
+                f"generation_config.json of the model sets {name} to {asked(name)}, which greedy decoding from "
+                "embeddings does not support. Expected it to be left out."
             )
     stop_list, rules = list(stops), LogitsProcessorList()
     if asked("sequence_bias"):
@@ -67,12 +67,12 @@ def generation_rules(
     return rules
 
 
-# Values besides None, 0 and empty lists that change nothing.
+# Values that have no effect, besides None, 0 and empty lists.
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "guidance_scale": 1.0}
 
 
 def _asked(settings: GenerationConfig) -> Any:
-    """A function of a setting's name: its value, None where it changes nothing."""
+    """A function that returns the value of a setting by name, None where it has no effect."""
 
     def value(name: str) -> Any:
         found = getattr(settings, name, None)

@@ -1,4 +1,4 @@
-"""The frozen multimodal model, reached only through `inputs_embeds` so that its vocabulary is never touched."""
+"""The frozen multimodal model, called with `inputs_embeds` only, so that its vocabulary never changes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["DTYPES", "LMM", "base_fingerprint", "load_lmm", "load_processor"]
 class LMM(nn.Module):
     """A frozen image-text-to-text model in eval mode with its processor.
 
-    Only submodules are called, never bare weights, so that ZeRO-3 can gather what is needed (docs/design.md 7.2).
-    What differs between architectures is in `family`.
+    Only submodules are called, never bare weights, because ZeRO-3 gathers weights by submodule (docs/design.md 7.2).
+    `family` holds what differs between architectures.
     """
 
     def __init__(self, model: Any, processor: Any, config: ModelConfig | None = None) -> None:
@@ -49,7 +49,7 @@ class LMM(nn.Module):
 
     @cached_property
     def conversation(self) -> Conversation:
-        """How samples become tokens for this model, by the settings it was loaded with."""
+        """Turns samples into tokens for this model, by the settings it was loaded with."""
         assert self.config is not None
         config = self.config
         return Conversation(self.processor, config.max_length, config.template, config.image_padding, self.cuts)
@@ -87,7 +87,7 @@ class LMM(nn.Module):
         self.trains_projector = True
 
     def load_projector(self, values: dict[str, Tensor]) -> None:
-        """Give the projector of a whole model (not under ZeRO-3) these values, by their names in it."""
+        """Load these values by name into the projector of a model that is not partitioned."""
         self.projector().load_state_dict(values)
 
     def train(self, mode: bool = True) -> LMM:
@@ -95,7 +95,7 @@ class LMM(nn.Module):
         return super().train(False)
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
-        """Projected features [n, D] of a batch's images in turn; with gradients if the projector trains."""
+        """Projected features [n, D] of a batch's images, in order; with gradients if the projector is trained."""
         with torch.set_grad_enabled(self.trains_projector and torch.is_grad_enabled()):
             if KEPT in images:
                 return self.family.projected(images[KEPT].to(self.dtype))
@@ -103,26 +103,26 @@ class LMM(nn.Module):
 
     @torch.no_grad()
     def tower_features(self, images: dict[str, Tensor]) -> Tensor:
-        """What the projector reads of a batch's images [n, tokens, width], to be kept and given as `KEPT`."""
+        """Input of the projector [n, tokens, width] for a batch's images, to be stored and passed as `KEPT`."""
         return self.family.tower_features(self._in_own_precision(images))
 
     def _in_own_precision(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**images, "pixel_values": images["pixel_values"].to(self.dtype)}
 
     def embed(self, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
-        """Input embeddings [B, N, D]: words, and image features at the places of the image token.
+        """Input embeddings [B, N, D]: words, and image features at the positions of the image token.
 
-        The vision tower runs for every batch; where no sample has an image, `images` is a dummy and its features are
-        dropped.
+        The vision tower runs for every batch, so that ranks call the same modules (docs/design.md 3.2); where no sample
+        has an image, `images` is a blank one and its features are dropped.
         """
         return self.place_features(self.words(input_ids), input_ids, images, has_image)
 
     def words(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings [..., D] of tokens, the image's among them without its features."""
+        """Input embeddings [..., D] of tokens; image tokens get the embedding of their placeholder."""
         return self.model.get_input_embeddings()(input_ids)
 
     def place_features(self, words: Tensor, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
-        """`embed` where the words [B, N, D] are there already."""
+        """`embed` with the word embeddings [B, N, D] computed already."""
         features = self.image_features(images).to(words.dtype)
         if not has_image.any():
             features = features[:0]
@@ -131,16 +131,16 @@ class LMM(nn.Module):
             raise UserError(
                 f"The batch has {int(places.sum())} image tokens for {len(features)} features of its images. The "
                 "processor's settings (patch size, tokens per image, vision_feature_select_strategy) must fit the "
-                "model's; mend processor_config.json beside the model."
+                "model's; correct processor_config.json in the model's folder."
             )
         return words.masked_scatter(places[..., None], features)
 
     def image_places(self, input_ids: Tensor) -> Tensor:
-        """Which tokens [B, N] stand for image features."""
+        """Which tokens [B, N] are placeholders of image features."""
         return input_ids == self.image_token
 
     def image_spans(self, places: Tensor) -> Tensor:
-        """`image_places` [B, N] and the tokens directly before and behind that only announce or end the image."""
+        """`image_places` [B, N] and the marker tokens directly before and after an image."""
         spans = places
         for before in range(1, self.family.image_prefix_tokens + 1):
             spans = spans | pad(places[:, before:], (0, before))
@@ -149,7 +149,7 @@ class LMM(nn.Module):
         return spans
 
     def require_two_passes(self, setting: str = "") -> None:
-        """UserError where the beginning of a sequence cannot be computed by itself, which `setting` asks for."""
+        """Raise UserError where `setting` needs a prefix cache, which this model does not support."""
         reason = self.family.needs_one_pass()
         if reason:
             setting = setting or "method.insertion: after_image"
@@ -163,20 +163,20 @@ class LMM(nn.Module):
         images: dict[str, Tensor] | None = None,
         at: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, N, D] of the decoder, or those [B, A, D] `at` some positions.
+        """Last hidden states of the decoder, [B, N, D], or [B, A, D] at the positions `at`.
 
         Args:
             embeddings: [B, N, D], padded on the right.
             attention: [B, N].
-            places: [B, N], which tokens are an image's, for families whose decoder has to know (`needs_image_mask`).
-            images: the batch's image tensors, for the same.
+            places: [B, N], which tokens are an image's; for families with `needs_image_mask`.
+            images: the batch's image tensors; for the same families.
             at: [B, A]; None: all positions.
         """
         inputs = self.decoder_inputs(embeddings, attention, places, images)
         return self.decode(at, inputs_embeds=embeddings, use_cache=False, **inputs)
 
     def decode(self, at: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Last hidden states of the decoder with these inputs of its own; see `hidden`."""
+        """Last hidden states of the decoder for these arguments of its forward; see `hidden`."""
         with last_layer_at(self.decoder, at, self.family.lean_attentions) as lean:
             hidden: Tensor = self.decoder(**inputs).last_hidden_state
         return hidden if lean or at is None else rows_at(hidden, at)
@@ -189,7 +189,7 @@ class LMM(nn.Module):
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, image_mask: Tensor | None, images: dict[str, Tensor] | None
     ) -> dict[str, Any]:
-        """`LMMFamily.decoder_inputs`; ValueError where the family needs to know the image's tokens and is not told."""
+        """`LMMFamily.decoder_inputs`; ValueError where the family needs the image mask and it is missing."""
         if self.family.needs_image_mask and (image_mask is None or images is None):
             raise ValueError(f"the decoder of {self.family.kind} has to know which tokens are an image's")
         return self.family.decoder_inputs(embeddings, attention, image_mask, images)
@@ -200,7 +200,7 @@ class LMM(nn.Module):
 
     @property
     def stops(self) -> list[int]:
-        """Tokens that end an answer: what prompts were trained with, and what the checkpoint stops at."""
+        """Tokens that end an answer: the end token of training, and those of generation_config.json."""
         known = self.model.generation_config.eos_token_id
         stops = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
         if self.config is not None:
@@ -208,12 +208,12 @@ class LMM(nn.Module):
         return sorted(stops - {None})
 
     def use_repetition_penalty(self, penalty: float | str) -> None:
-        """Punish tokens that an answer has already by this factor, "checkpoint": by the checkpoint's own, as loaded."""
+        """Set the repetition penalty of decoding; "checkpoint": keep that of generation_config.json."""
         if penalty != "checkpoint":
             self.model.generation_config.repetition_penalty = penalty
 
     def vocabulary_rows(self, rows: Tensor) -> Tensor:
-        """The vectors [n, D] of these words as the decoder gets them, in float32; under ZeRO-3 all ranks call it."""
+        """Input embeddings [n, D] of these token ids in float32; under ZeRO-3 all ranks call it."""
         weight = self.model.get_input_embeddings().weight
         with _gathered(weight):
             return weight.detach()[rows.to(weight.device)].float().cpu() * self.family.embedding_scale
@@ -221,7 +221,7 @@ class LMM(nn.Module):
 
 @contextlib.contextmanager
 def _gathered(parameter: nn.Parameter) -> Iterator[None]:
-    """The whole parameter, whether or not ZeRO-3 has partitioned it; all ranks must come here."""
+    """Gather a parameter that ZeRO-3 has partitioned; a collective, so all ranks must call it."""
     if not hasattr(parameter, "ds_id"):
         yield
         return
@@ -237,11 +237,11 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: t
     Args:
         config: the recipe's section.
         zero3: the DeepSpeed configuration where the weights are to be partitioned at load; then all ranks call this.
-        device: where each weight goes as it is read, so that host memory never holds the whole model; None: the CPU.
+        device: each weight is moved there as it is read, so host memory never holds the whole model; None: the CPU.
 
-    Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights of it.
+    Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights.
     """
-    folder = checkpoint(source_of(config)).folder  # fetches it, so that what is missing is said first
+    folder = checkpoint(source_of(config)).folder  # fetched first, so that missing files are reported first
     processor = load_processor(config)
     model = load_weights(config, folder, zero3, device)
     check_image_size(config, model.config, processor)
@@ -251,5 +251,5 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: t
 
 
 def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
-    """What tells base models apart, see `pipeline.backbones.base_model.fingerprint`."""
+    """The base model's fingerprint, see `pipeline.backbones.base_model.fingerprint`."""
     return fingerprint(source_of(config), recorded)

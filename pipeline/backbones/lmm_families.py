@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 
 
 def known_families() -> tuple[str, ...]:
-    """The model_types that are supported: the project's, and those that installed packages add."""
+    """The supported model_types: those of this project, and those that installed packages register."""
     return tuple(registry.names("lmm_families"))
 
 
@@ -24,7 +24,7 @@ def family_of(kind: str) -> type[LMMFamily]:
 
 
 def require_kept_features(kind: str) -> None:
-    """UserError for a model_type of which what the vision tower makes of an image cannot be kept."""
+    """Raise UserError for a model_type whose vision features cannot be stored."""
     if not family_of(kind).keeps_features:
         raise UserError(
             f"train.vision_features kept is not possible with a model of type {kind}, whose images have different "

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's processor: tokenizer, image processor and chat template, for still images alone."""
+"""Loads a checkpoint's processor: tokenizer, image processor and chat template, for still images only."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PENALISED = "repetition_penalty:all_tokens"
 
 
 def source_of(config: ModelConfig) -> Source:
-    """The model as `pipeline.hub.snapshots` asks for it."""
+    """The model's location as `pipeline.hub.snapshots` takes it."""
     return Source(config.location, config.revision, kinds=known_families())
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """The processor of a checkpoint; images go through the PIL backend.
+    """The processor of a checkpoint, with the PIL backend for images.
 
-    Raises UserError when there is none, or when the architecture is not supported or not with these settings.
+    Raises UserError when it is missing, or when the architecture is not supported, or not with these settings.
     """
     import transformers
 
-    # One backend everywhere: torchvision resizes differently, so answers would depend on what is installed.
+    # PIL on every machine: torchvision resizes differently, so answers would depend on whether it is installed.
     folder = settings_folder(source_of(config))
     try:
         model = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -62,7 +62,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def settings_fingerprint(config: ModelConfig, repetition_penalty: float | str = "checkpoint") -> str:
-    """SHA-256 (hex) of the files beside the weights that an answer depends on, all but config.json.
+    """SHA-256 (hex) of the files besides the weights that an answer depends on, without config.json.
 
     config.json is part of `base_fingerprint`. A `repetition_penalty` is added where it differs from the checkpoint's
     own, which is in these files. Raises UserError when the checkpoint cannot be fetched.
@@ -93,7 +93,7 @@ def own_penalty(folder: Path) -> float:
 
 
 def without_videos(processor: Any) -> Any:
-    """The processor class without its part for videos, which transformers only has for torchvision."""
+    """The processor class without its video processor, for which transformers requires torchvision."""
     parts = processor.get_attributes()
     if VIDEOS not in parts:
         return processor
@@ -115,7 +115,7 @@ def without_videos(processor: Any) -> Any:
 
 
 def not_loadable(config: ModelConfig, error: BaseException) -> UserError:
-    """The sentence for a checkpoint that transformers cannot load."""
+    """The error for a checkpoint that transformers cannot load."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
         f"The model '{config.path}' cannot be loaded ({first}). Expected a folder or Hugging Face id of an "
@@ -124,7 +124,7 @@ def not_loadable(config: ModelConfig, error: BaseException) -> UserError:
 
 
 def _complete(processor: Any, model: Any, folder: Path) -> None:
-    """Take from config.json what processors of LLaVA's kind need and checkpoints from before 2025 do not say."""
+    """Set processor fields that LLaVA's processors require and checkpoints from before 2025 lack, from config.json."""
     if not hasattr(processor, "num_additional_image_tokens"):
         return
     path = folder / "processor_config.json"
@@ -158,13 +158,13 @@ def _check_template(config: ModelConfig, family: type[LMMFamily], processor: Any
 
 
 def _require_pictures(config: ModelConfig, family: type[LMMFamily], processor: Any) -> None:
-    """Raise UserError for a chat template that takes a turn as text, as language models' do, and loses the picture."""
+    """Raise UserError for a text-only chat template, which would drop the image."""
     asked = "Is it there?"
     parts = [{"type": "image"}, {"type": "text", "text": asked}]
     tokenizer = processor.tokenizer
     image = getattr(tokenizer, "image_token", None) or processor.image_token
     if tokenizer.convert_tokens_to_ids(processor.image_token) in (None, tokenizer.unk_token_id):
-        return  # which is the tokenizer's fault, and said by `check`
+        return  # the tokenizer lacks the image token, which `check` reports
     try:
         plain, pictured = (
             processor.apply_chat_template(
@@ -174,7 +174,7 @@ def _require_pictures(config: ModelConfig, family: type[LMMFamily], processor: A
         )
         inputs = processor(images=Image.new("RGB", (32, 32)), text=pictured, return_tensors="pt")
         placed = tokenizer.convert_tokens_to_ids(image) in inputs["input_ids"][0].tolist()
-    # A template is a program of the checkpoint's, and the processors complain about what it gives in their own ways.
+    # A template is a program in the checkpoint: it and the processor may raise anything.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         found = f"it fails with {type(error).__name__}: {reason}"
@@ -187,13 +187,13 @@ def _require_pictures(config: ModelConfig, family: type[LMMFamily], processor: A
     )
     raise UserError(
         f"model.path: the chat template of '{config.path}' does not place pictures and text ({found}); expected a "
-        f"multimodal one, whose turns are lists of parts. To use the checkpoint {otherwise}put the chat_template.jinja "
-        "of a multimodal checkpoint of its kind beside it."
+        f"multimodal one, whose turns are lists of parts. To use the checkpoint {otherwise}copy the "
+        "chat_template.jinja of a multimodal checkpoint of the same type into its folder."
     )
 
 
 def check_image_size(config: ModelConfig, model: Any, processor: Any) -> None:
-    """Raise UserError when the processor's images have not the size that the vision tower of `model` takes."""
+    """Raise UserError when the processor makes images of another size than the vision tower of `model` takes."""
     expected = getattr(getattr(model, "vision_config", None), "image_size", None)
     if expected is None:
         return
@@ -203,5 +203,5 @@ def check_image_size(config: ModelConfig, model: Any, processor: Any) -> None:
     if found != sides:
         raise UserError(
             f"The image processor of '{config.path}' makes images of {found[0]}x{found[1]} pixels, its vision tower "
-            f"takes {sides[0]}x{sides[1]}. Mend preprocessor_config.json or processor_config.json beside the model."
+            f"takes {sides[0]}x{sides[1]}. Correct preprocessor_config.json or processor_config.json in its folder."
         )

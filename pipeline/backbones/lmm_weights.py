@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights, all of the model's and of its shapes: what is missing would be random."""
+"""Loads a checkpoint's weights and refuses missing or mismatched ones, which transformers would initialise randomly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_weights(
     config: ModelConfig, folder: Path, zero3: dict[str, Any] | None, device: torch.device | str | None
 ) -> Any:
-    """The model of transformers with the weights in `folder`; further arguments and errors as `load_lmm`."""
-    # Importing the automatic classes takes a second, which commands that load no model need not wait for.
+    """The transformers model with the weights in `folder`; other arguments and errors as for `load_lmm`."""
+    # Deferred: importing the auto classes takes a second, and most commands load no model.
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import deepspeed as integration
     from transformers.utils import logging as progress
 
     progress.disable_progress_bar()
-    if zero3 is not None:  # under which transformers does not report what is missing
+    if zero3 is not None:  # transformers does not report missing weights under ZeRO-3
         together(lambda: require_fitting_weights(config))
     # transformers holds the configuration by a weak reference only: `live` must stay until the weights are loaded.
     live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
@@ -40,7 +40,7 @@ def load_weights(
             device_map=None if device is None else {"": torch.device(device)},
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
@@ -58,10 +58,10 @@ def load_weights(
 
 
 def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> None:
-    """Raise UserError unless the checkpoint has each of the model's weights in the model's shape.
+    """Raise UserError unless the checkpoint has every weight of the model in its shape; reads headers only.
 
-    transformers renames the tensors of older checkpoints and ties heads to embeddings, so it is asked itself: it loads
-    tensors that have a shape and no content into a model that has no content either. Only headers are read.
+    transformers renames tensors of older checkpoints and ties output layers to embeddings, so names cannot be compared
+    directly: tensors on the meta device are loaded by transformers into a model on the meta device.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging as progress
@@ -72,7 +72,7 @@ def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> 
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(settings, "quantization_config", None) is not None:
-            return  # stored in a form of its own, which only the quantiser knows
+            return  # quantised weights have names and shapes that only the quantiser knows
         with torch.device("meta"):
             model: Any = AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
         _, report = type(model).from_pretrained(
@@ -90,18 +90,18 @@ def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> 
 
 
 def refuse_unfitting(config: ModelConfig, report: Mapping[str, Iterable[Any]]) -> None:
-    """Raise UserError when transformers' report on a loading names weights that are missing or of another shape."""
+    """Raise UserError when transformers' loading report names missing or mismatched weights."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if missing:
         raise UserError(
             f"The checkpoint of '{config.path}' lacks {len(missing)} of the model's weights, for example {missing[0]}; "
-            "they would be random, and others on each rank. Give the complete checkpoint of this architecture: not an "
-            "adapter, and not a part of a model."
+            "they would be initialised randomly. Expected a complete checkpoint of this architecture, not an adapter "
+            "or a part of a model."
         )
     if mismatched:
         name, found, expected = mismatched[0]
         raise UserError(
             f"The checkpoint of '{config.path}' has {len(mismatched)} weights of another shape than its config.json "
-            f"says, for example {name}: {list(found)}, expected {list(expected)}. Give weights and config.json of the "
+            f"says, for example {name}: {list(found)}, expected {list(expected)}. Use weights and config.json of the "
             "same checkpoint."
         )

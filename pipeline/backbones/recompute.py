@@ -43,11 +43,15 @@ def recomputing(
     whole: bool = False,
     again_in: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[None]:
-    """Let the decoder's layers that run inside be recomputed in the backward pass.
+    """Recompute decoder layers that run inside the block in the backward pass.
 
-    `policy`: none; selective, every second layer; full, all. A recomputation stops at the last activation that is
-    needed; with `whole` it does not, as older implementations. `again_in` makes the context in which a layer is
-    computed again: hooks that changed its forward pass are gone by then. It goes with `whole` False only.
+    Args:
+        lmm: the frozen model.
+        policy: none; selective: every second layer; full: all layers.
+        whole: recompute each layer to its end, as torch's reentrant checkpointing does; otherwise recomputation stops
+            at the last activation that is needed.
+        again_in: makes the context of a recomputation, for hooks of the forward pass, which are removed by then; not
+            used with `whole`.
     """
     if policy == "none" or not torch.is_grad_enabled():
         yield

@@ -1,4 +1,4 @@
-"""What comes in before the model is asked: a request's body within limits, the bytes that wait, a caller who leaves."""
+"""Admission of requests: limits on the size and duration of a body and on memory, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MIB = 1 << 20
 
 
 class Budget:
-    """The bytes that all requests may hold together until their answers begin; for the event loop alone."""
+    """Bytes that all requests together may hold until their answers begin; used by the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
 
 
 class Share:
-    """What one request holds of a budget; leaving the block gives it back."""
+    """One request's share of a budget; released at the end of the block."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self.size = budget, 0
 
     def hold(self, size: int) -> None:
-        """Hold so many bytes in place of those held before; refused with 429 when the budget has no room for more."""
+        """Change the share to `size` bytes; RefusedError (429) where it grows beyond the budget."""
         held = self.budget.held - self.size + size
         if size > self.size and held > self.budget.limit:
             raise RefusedError(
@@ -48,12 +48,16 @@ class Share:
 
 
 async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share) -> bytearray:
-    """The request's body, which has to be JSON, at most `limit` bytes, and there in time; `share` holds what came.
+    """Read a request's body; raises RefusedError where it is not JSON, is too large or too slow.
 
-    Raises RefusedError with a sentence: what was found, what was expected.
+    Args:
+        http: the request.
+        limit: most bytes.
+        seconds: time for the whole body.
+        share: is charged with the bytes that were received.
     """
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # Also what keeps pages of other origins in a browser from posting here without being asked first.
+        # A browser sends this content type across origins only after a CORS preflight request.
         raise RefusedError("content-type is not application/json; expected a JSON body.", 415)
     too_large = RefusedError(f"the body is too large; expected at most {limit} bytes.", 413)
     announced = http.headers.get("content-length", "0")
@@ -61,7 +65,7 @@ async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share)
         raise too_large
 
     async def whole() -> bytearray:
-        body = bytearray()  # one piece: a body that comes byte by byte would take fifty times its size as a list
+        body = bytearray()  # not a list of parts: of a body sent byte by byte that would take fifty times the memory
         async for part in http.stream():
             if len(body) + len(part) > limit:
                 raise too_large
@@ -78,7 +82,7 @@ async def read_body(http: HttpRequest, limit: int, seconds: float, share: Share)
 
 
 async def unless_gone(http: HttpRequest, awaited: Awaitable[Result]) -> Result:
-    """The result of `awaited`; RefusedError (499) as soon as the caller closes the connection, its body being read."""
+    """The result of `awaited`; RefusedError (499) as soon as the client disconnects. The body must have been read."""
 
     async def until_gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

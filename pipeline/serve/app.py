@@ -1,4 +1,4 @@
-"""The web application: routes, who may ask, and the limits that keep one caller from stopping the others."""
+"""The web application: routes, authorisation, and limits that keep one client from blocking others."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ from pipeline.serve.worker import Worker
 
 logger = logging.getLogger("pipeline.serve")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Requests read at once: it takes processor time that the model needs too. For memory see DecodingSpace.
+# Threads that read requests; few, because they compete with the model for the CPU. DecodingSpace limits their memory.
 READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the service is offered."""
+    """Settings of the service."""
 
     model: str
     host: str = "127.0.0.1"
     api_key: str | None = None
     body_bytes: int = 8 << 20
     body_seconds: float = 20.0  # for the whole body of a request to arrive
-    waiting_bytes: int = 512 << 20  # of all requests together, from their bodies to the beginning of their answers
+    waiting_bytes: int = 512 << 20  # of all requests together, from reading their bodies to their first tokens
     limits: Limits = field(default_factory=Limits)
-    origins: tuple[str, ...] = ()  # of pages that may ask from a browser
+    origins: tuple[str, ...] = ()  # of web pages that may send requests (CORS)
 
 
 class Service:
-    """The endpoints over one worker."""
+    """The endpoints of one worker."""
 
     def __init__(self, worker: Worker, settings: Settings) -> None:
         self.worker, self.settings = worker, settings
         self.metrics, self.budget = Metrics(), Budget(settings.waiting_bytes)
         answerer, limits = worker.answerer, settings.limits
-        if answerer.lmm.conversation.padded:  # an elongated image becomes a square
+        if answerer.lmm.conversation.padded:  # images are padded to squares, so the longer side counts
             limits = replace(limits, image=replace(limits.image, side=WORK_SIDE))
         self._limits, self._decoding = limits, DecodingSpace(limits.image.decode_bytes)
         self._offer = Offer(
@@ -89,9 +89,9 @@ class Service:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
         ]
-        # A page in a browser must not reach a service on loopback through a name of its own.
+        # Against DNS rebinding: a web page must not reach a service on loopback by a host name of its own.
         local = self.settings.host in LOOPBACK
-        # Of "[::1]:8000" the middleware sees only what stands before the first colon.
+        # Starlette's middleware splits at the first colon, so "[::1]:8000" becomes "[".
         hosts = [*LOOPBACK, "[::1]", "["] if local else ["*"]
         return Starlette(
             routes=routes,
@@ -101,7 +101,7 @@ class Service:
         )
 
     def _cross_origin(self) -> list[Middleware]:
-        """What lets pages of the named origins ask from a browser, which otherwise it does not."""
+        """CORS headers for the named origins; without them browsers block requests of web pages."""
         if not self.settings.origins:
             return []
         origins, headers = list(self.settings.origins), ["authorization", "content-type"]
@@ -145,7 +145,7 @@ class Service:
         return JSONResponse(self._model())
 
     async def health(self, http: HttpRequest) -> Response:
-        """GET /health: no key is needed, and nothing but being alive is told."""
+        """GET /health: needs no key and tells only whether the worker is alive."""
         alive = self.worker.alive
         return JSONResponse({"status": "ok" if alive else "the model has stopped"}, 200 if alive else 503)
 
@@ -177,16 +177,16 @@ class Service:
             )
 
     async def _begin(self, http: HttpRequest, known: list[ChatRequest]) -> Reply:
-        """The reply to a request, once its first token is there; `known` gets what was asked, once that is read.
+        """Read and submit a request, and wait for its first token; appends the parsed request to `known`.
 
         Raises RefusedError, FullError and StoppedError.
         """
-        self.worker.check()  # before a body is read for nothing
+        self.worker.check()  # before the body is read in vain
         with Share(self.budget) as share:
             asked, question = await self._read(http, share)
             known.append(asked)
             reply = Reply(self.worker, asked, question)
-            # Only now it is known whether there is an answer, and with it the status of a stream.
+            # A stream's status is sent with its first event, so wait until it is known whether there is an answer.
             try:
                 await unless_gone(http, reply.begun())
             except BaseException:
@@ -195,7 +195,7 @@ class Service:
             return reply
 
     async def _read(self, http: HttpRequest, share: Share) -> tuple[ChatRequest, Tokenised]:
-        """What a request asks, tokenised, `share` holding the bytes it takes; raises RefusedError."""
+        """Parse and tokenise a request; `share` is charged with its memory. Raises RefusedError."""
         settings, answerer = self.settings, self.worker.answerer
         body = [await read_body(http, settings.body_bytes, settings.body_seconds, share)]
 
@@ -218,7 +218,7 @@ class Service:
                 message = f"the request failed ({type(error).__name__})."
                 raise RefusedError(message, 500, "server_error") from error
 
-        # Large images take their time, which must be neither the event loop's nor the model's.
+        # Decoding large images is slow, so it runs outside of the event loop and of the model's thread.
         asked, question = await unless_gone(http, asyncio.get_running_loop().run_in_executor(self._readers, read))
         share.hold(question.nbytes)
         return asked, question
@@ -240,13 +240,13 @@ def _decoded(encoded: bytes, plan: Decoding) -> Image.Image:
 async def _refusal(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     headers = {"retry-after": "1"} if error.status == 429 else {}
-    if error.status in (408, 413, 415):  # what is left of a refused body is not read: the connection ends instead
+    if error.status in (408, 413, 415):  # the rest of a refused body is not read, so the connection is closed
         headers["connection"] = "close"
     return JSONResponse(error_body(str(error), error.code), error.status, headers)
 
 
 def line_of(client: Any, status: int, seconds: float, asked: ChatRequest | None, update: Update, why: str) -> str:
-    """A request in one line, without anything of what was asked or answered."""
+    """The log line of a request, without the texts of question and answer."""
     parts = [client.host if client else "-", f"{status} {why}".rstrip(), f"{seconds:.2f} s"]
     if asked is not None and asked.image is not None:
         image = asked.image
@@ -259,7 +259,7 @@ def line_of(client: Any, status: int, seconds: float, asked: ChatRequest | None,
 
 
 def _scored(name: str, update: Update) -> str:
-    """A set with the question's similarity to it, where the method compares them."""
+    """A prompt set's name with the question's similarity to it, where the router computes one."""
     return f"{name} {update.similarity[name]:.2f}" if name in update.similarity else name
 
 

@@ -1,7 +1,7 @@
-"""What a chat request asks, checked field by field: the OpenAI protocol as far as it applies here.
+"""Parsing and validation of chat requests: the subset of the OpenAI protocol that is supported here.
 
 The models answer one question about at most one image, greedily. Of a conversation the last user message is answered,
-about its own image or, when it has none, the latest one before it.
+with its own image or, without one, with the latest image before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = ("user", "assistant", *INSTRUCTING)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a single request may ask for; `ignores_system` answers requests with system messages all the same."""
+    """Limits of a single request; with `ignores_system` system messages are ignored instead of refused."""
 
     image: ImageLimits = field(default_factory=ImageLimits)
     question_characters: int = 8192
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offer:
-    """What is served: the model's names, its method's, and how long an answer is when a request does not say."""
+    """What is served: names of the model and its method, and the default length limit of an answer."""
 
     models: Sequence[str]
     longest: int
@@ -45,7 +45,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What a checked request wants beside the answer to its question."""
+    """The validated fields of a request, besides its question."""
 
     model: str
     longest: int
@@ -53,7 +53,7 @@ class ChatRequest:
     include_usage: bool
     stops: tuple[str, ...] = ()
     image: Decoding | None = None
-    ignored: tuple[str, ...] = ()  # what of the request has no effect
+    ignored: tuple[str, ...] = ()  # parts of the request that have no effect
 
 
 def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[ChatRequest, Question]:
@@ -81,7 +81,7 @@ def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[Ch
 
 
 def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:
-    """What is said of a model that is not served."""
+    """The error for a model that is not served."""
     found = model[:100] if isinstance(model, str) else kind_of(model)
     return RefusedError(
         f"model is {found!r}; expected {' or '.join(models)}.{nearest(found, models)}", 404, "model_not_found"
@@ -89,12 +89,12 @@ def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:
 
 
 def _quoted(role: Any) -> str:
-    """A role as it was written; that it is a text goes without saying."""
+    """A role as it was written, without the words that `shown` puts before a text."""
     return shown(role).removeprefix("the text ")
 
 
 def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, bytes | None, tuple[str, ...]]:
-    """The text of the last user message, the image it is about, and the roles of messages that have no effect."""
+    """The text of the last user message, its image, and the messages that have no effect."""
     if not isinstance(messages, list) or not messages:
         raise RefusedError(f"messages is {kind_of(messages)}; expected a list with at least one user message.")
     if len(messages) > limits.messages:

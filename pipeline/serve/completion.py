@@ -1,4 +1,4 @@
-"""Replies in OpenAI's form: whole, as events of a stream, and as errors."""
+"""Replies in OpenAI's format: complete, as events of a stream, and errors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipeline.serve.request import Update
 
 
 def new_id() -> str:
-    """An id for a reply."""
+    """A new id of a reply."""
     return f"chatcmpl-{uuid.uuid4().hex[:24]}"
 
 
 def completion(identity: str, model: str, update: Update, ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """The whole reply."""
+    """A complete reply."""
     message = {"role": "assistant", "content": update.text}
     return {
         **_envelope(identity, model, "chat.completion"),
@@ -33,7 +33,7 @@ def chunk(identity: str, model: str, delta: dict[str, Any], finish: str | None =
 
 
 def usage(update: Update) -> dict[str, int]:
-    """Numbers of tokens; those of the prompt count image and prompt vectors."""
+    """Numbers of tokens; the prompt's includes image features and prompt vectors."""
     whole = update.prompt_tokens + update.completion_tokens
     return {
         "prompt_tokens": update.prompt_tokens,
@@ -43,10 +43,10 @@ def usage(update: Update) -> dict[str, int]:
 
 
 def about(update: Update, ignored: Sequence[str]) -> dict[str, Any]:
-    """What a reply says beyond OpenAI's protocol: the prompt sets that answered, and what had no effect, if anything.
+    """Fields beyond OpenAI's protocol: the selected prompt sets, and parts of the request that had no effect.
 
-    `similarity` is the question's to each set: where all are low, no set was made for such a question. `weights` are
-    those of the selected sets, where the rule weighs them.
+    `similarity` is that of the question to each set: where all are low, no task resembles the question. `weights` are
+    those of the selected sets, where the rule weights them.
     """
     chosen: dict[str, Any] = {"selected": update.selected, "similarity": update.similarity}
     sets = {"prompt_sets": chosen if update.weights is None else {**chosen, "weights": update.weights}}
@@ -54,7 +54,7 @@ def about(update: Update, ignored: Sequence[str]) -> dict[str, Any]:
 
 
 def error_body(message: str, code: str) -> dict[str, Any]:
-    """An error as the protocol has it."""
+    """An error in OpenAI's format."""
     return {"error": {"message": message, "type": code, "param": None, "code": code}}
 
 

@@ -1,4 +1,4 @@
-"""A connection of the service: how long it may hold a place without asking anything."""
+"""HTTP connections of the service: a deadline for the head of a request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ REQUEST_S = 20.0
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 connection, ended when a request's head is not whole `request_seconds` after it began.
+    """uvicorn's HTTP/1.1 connection, closed when a request's head is incomplete `request_seconds` after its start.
 
-    uvicorn itself waits for ever: for the first byte, for a head that comes drop by drop, and for the rest of a body
-    that nobody reads because the answer is out already. The time of a body that is read is the application's matter.
+    uvicorn has no such timeout: it waits for the first byte, for a slowly sent head, and for the rest of a body that is
+    not read because the reply has been sent. The time for a body that is read is limited in `admission.read_body`.
     """
 
     request_seconds = REQUEST_S
@@ -31,7 +31,7 @@ class ImpatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # A deadline that is there already stays: every further drop would only put it off.
+        # An existing deadline is kept: otherwise every received byte would postpone it.
         if self._is_answering:
             self._forget_deadline()
         elif self.timeout_keep_alive_task is None:

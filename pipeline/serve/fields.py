@@ -1,8 +1,7 @@
-"""Fields of a chat request beside its messages, each checked: what was found, what was expected.
+"""Validation of a chat request's fields other than its messages.
 
-By hand and not by a pydantic model: the limits come with the server's options, null means that a field is left out, and
-each sentence names what was found in the request's own terms; as validators these functions are as long, and need a
-second table from pydantic's errors to the sentences.
+Not a pydantic model: limits are options of the server, null means that a field is left out, and each message quotes
+what was found; as validators these functions would be as long, and need a table from pydantic's errors to messages.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from pipeline.serve.refusal import RefusedError, kind_of, shown
 
-# Fields that change what a reply means, which is not supported here.
+# Fields that change the meaning of a reply and are not supported.
 REFUSED = ("tools", "functions", "tool_choice", "logprobs", "logit_bias", "audio", "modalities", "response_format")
 # Values that some clients send explicitly and that equal the defaults here: they are accepted.
 HARMLESS: dict[str, Any] = {"tool_choice": "none", "modalities": ["text"], "response_format": {"type": "text"}}
@@ -34,7 +33,7 @@ def longest_answer(fields: Mapping[str, Any], most: int) -> int | None:
     """`max_completion_tokens`, else `max_tokens`, from 1 to `most`; None when neither is given."""
     for name in ("max_completion_tokens", "max_tokens"):
         asked = fields.get(name)
-        if asked is None:  # null is as good as left out
+        if asked is None:  # null means left out
             continue
         number = _whole(asked)
         if number is None or not 1 <= number <= most:
@@ -44,7 +43,7 @@ def longest_answer(fields: Mapping[str, Any], most: int) -> int | None:
 
 
 def flag(fields: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false, false when it is left out."""
+    """The value of a boolean field; false when it is left out."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
         raise RefusedError(f"{name} is {kind_of(value)}; expected true or false.")
@@ -52,7 +51,7 @@ def flag(fields: Mapping[str, Any], name: str) -> bool:
 
 
 def includes_usage(fields: Mapping[str, Any]) -> bool:
-    """Whether a streamed reply ends with its numbers of tokens."""
+    """Whether a streamed reply ends with its token counts."""
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise RefusedError(f"stream_options is {kind_of(options)}; expected an object.")
@@ -60,7 +59,7 @@ def includes_usage(fields: Mapping[str, Any]) -> bool:
 
 
 def stops(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Texts before which an answer ends: `stop`, one or a list of them."""
+    """The stop texts: `stop` is one or a list of them."""
     given = fields.get("stop")
     if given is None:
         return ()
@@ -76,7 +75,7 @@ def stops(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def task_of(fields: Mapping[str, Any], method: str, needs_task: bool) -> str | None:
-    """`task`, which only some methods are told: refused where it would change nothing."""
+    """The field `task`; refused for methods that route by themselves, where it would have no effect."""
     task = fields.get("task")
     if task is None:
         return None
@@ -91,7 +90,7 @@ def task_of(fields: Mapping[str, Any], method: str, needs_task: bool) -> str | N
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that a JSON number is, 10 or 10.0; None for everything else."""
+    """The integer value of a JSON number (10 or 10.0); None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return int(value) if value == value // 1 and abs(value) < 1 << 53 else None

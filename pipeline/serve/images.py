@@ -1,4 +1,4 @@
-"""Images of requests: what their data URIs hold, and whether they may be decoded, before any pixel is."""
+"""Images of requests: their data URIs, and the limits that are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PNG_TEXTS = 4 * MIB
 
 
 class DecodingSpace:
-    """The memory in which images are decoded, shared by the threads that do."""
+    """A budget of memory for decoding images, shared by the reader threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -28,7 +28,7 @@ class DecodingSpace:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Wait until so many bytes are free and hold them; one that is larger than all of it waits to be alone."""
+        """Wait until `size` bytes are free and hold them; more than the limit is held by one thread alone."""
         size = min(size, self.limit)
         with self._changed:
             self._changed.wait_for(lambda: self.held + size <= self.limit)
@@ -42,15 +42,14 @@ class DecodingSpace:
 
 
 def bound_png_texts() -> None:
-    """Let this process unpack 4 MiB of a PNG's compressed texts, of which Pillow's own limit is 64 MiB."""
+    """Limit the decompressed text chunks of a PNG to 4 MiB in this process; Pillow's own limit is 64 MiB."""
     PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, PNG_TEXTS)
 
 
 def read_image(address: str, body: JsonBody) -> bytes:
     """The file bytes in a data URI.
 
-    Nothing is ever fetched: an http address would let a caller look into this machine's network, a file address into
-    its disk.
+    URLs are never fetched: http would give a caller access to this machine's network, file to its disk.
     """
     if not body.beginning(address, 5) == "data:":
         raise RefusedError(
@@ -69,9 +68,9 @@ def read_image(address: str, body: JsonBody) -> bytes:
 
 
 def plan_image(encoded: bytes, limits: ImageLimits) -> Decoding:
-    """How an image will be decoded, known from its header; RefusedError where it is none or too large.
+    """Plan how an image is decoded, from its header; RefusedError where it is unreadable or too large.
 
-    Registered MLflow models of earlier versions import it, and `ImageLimits`, from here.
+    Registered MLflow models of earlier versions import this function and `ImageLimits` from here.
     """
     try:
         return accepted(encoded, limits)

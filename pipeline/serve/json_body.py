@@ -1,8 +1,8 @@
-"""A request's JSON in memory that is bounded by its size: long strings stay where they arrived, the rest is counted.
+"""Parses a request's JSON in bounded memory.
 
-`json.loads` makes up to four bytes of every byte of a text with one emoji in it, and some seventy of every `[],`. Here
-strings longer than any question (the data URIs of images) are left in the body and only named in what is parsed, and
-what remains may hold so many bytes and values.
+`json.loads` takes up to four bytes per byte of a text that contains one emoji, and about seventy per `[],`. So strings
+longer than any question (data URIs of images) stay in the body and are replaced by placeholders before parsing, and
+the rest is limited in bytes and in number of values.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import json
 import secrets
 from typing import Any
 
-LONG = 1 << 17  # bytes as written; 8192 characters written as escaped surrogates have 98304
+LONG = 1 << 17  # bytes as written; a question of 8192 characters, as escaped surrogate pairs, has 98304
 REST = 4 << 20  # bytes of everything but long strings
 VALUES = 50_000
-QUOTES = 200_000  # each costs a step in Python
+QUOTES = 200_000  # each takes one step of a Python loop
 WHITESPACE = b" \t\r\n"
 
 
 class JsonBody:
-    """The parsed body; of its strings, long ones read by `ascii_bytes` only.
+    """A parsed body; its long strings can be read by `ascii_bytes` only.
 
-    Raises ValueError for what is not JSON in UTF-8, OverflowError for what is too much; both with a sentence's part.
+    Raises ValueError where it is not JSON in UTF-8, OverflowError where it exceeds a limit; the messages are clauses
+    that complete the error's sentence.
     """
 
     def __init__(self, body: bytes | bytearray) -> None:
         self._body = body
-        # In front of the number that stands for a long string: nobody can have written it, and it is longer than what
-        # may be said in any other field.
+        # Prefix of the placeholders: random, so that no client can write one, and longer than the values that other
+        # fields accept.
         self._mark = f"{secrets.token_hex(16)}{'-' * 300}"
         self._long: list[tuple[int, int]] = []
         rest = self._without_long_strings()
@@ -39,7 +40,7 @@ class JsonBody:
             raise OverflowError("it is nested too deeply") from None
 
     def is_long(self, text: Any) -> bool:
-        """Whether a string of `value` is the name of a long one."""
+        """Whether a string of `value` is the placeholder of a long one."""
         return isinstance(text, str) and text.startswith(self._mark)
 
     def beginning(self, text: str, characters: int = 20) -> str:
@@ -57,7 +58,7 @@ class JsonBody:
         raw = bytes(memoryview(self._body)[start:end])
         if not raw.isascii():
             raise ValueError("it has characters beyond ASCII")
-        if b"\\" in raw:  # \/ and \u002B of some encoders, and line breaks
+        if b"\\" in raw:  # some encoders write \/ and \u002B, and line breaks
             raw = json.loads(b'"%b"' % raw).encode("ascii")
         return raw.translate(None, WHITESPACE)
 
@@ -65,7 +66,7 @@ class JsonBody:
         return self._long[int(text.removeprefix(self._mark))]
 
     def _without_long_strings(self) -> bytearray:
-        """The body with a name in place of each long string; raises OverflowError."""
+        """The body with a placeholder for each long string; raises OverflowError."""
         body, rest = self._body, bytearray()
         copied = at = quotes = values = 0
         while True:
@@ -85,14 +86,14 @@ class JsonBody:
                 copied = closing
             at = closing + 1
             if len(rest) + at - copied > REST:
-                break  # refused below, with what is left counted in
+                break  # refused below, where the rest is counted too
         if len(rest) + len(body) - copied > REST:
             raise OverflowError(f"it has more than {REST >> 20} MiB beside its images")
         rest += body[copied:]
         return rest
 
     def _end_of_string(self, start: int, most: int) -> tuple[int, int]:
-        """Where the string that begins at `start` is closed, and how many quotes were looked at."""
+        """Position of the quote that closes the string at `start`, and the number of quotes examined."""
         body, begin = self._body, start
         for steps in range(1, most + 1):
             closing = body.find(b'"', begin)
@@ -103,5 +104,5 @@ class JsonBody:
             before = body[begin:closing]
             if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
                 return closing, steps
-            begin = closing + 1  # it was escaped
+            begin = closing + 1  # an escaped quote
         raise OverflowError(f"it has more than {QUOTES} quotation marks")

@@ -1,4 +1,4 @@
-"""Memory of the running batch: what an answer will take, how much there is, and what running out of it looks like."""
+"""Memory of the running batch: estimates of rows, available memory, and detection of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from pipeline.backbones.lmm import LMM
 
 GIB = 1 << 30
-SHARE_OF_HOST = 0.5  # of what is available at the start, where nothing else is said and the model is on the CPU
-RESERVE = 0.05  # of a device's memory, for what is not foreseen; grows where it did not do
+SHARE_OF_HOST = 0.5  # of the memory available at start, for a model on the CPU without a given limit
+RESERVE = 0.05  # share of a device's memory for what the estimate omits; doubles each time memory runs out
 MOST_RESERVE = 0.5
 SAYINGS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The tokens of one row: those it has, and those that may follow."""
+    """Tokens of one row: those it has, and the most that may follow."""
 
     tokens: int
     following: int
 
 
 class KeyValueMemory:
-    """Bytes for keys and values on the model's device; `limit` bytes at most, None: what the device has.
+    """Memory for keys and values on the model's device: at most `limit` bytes; None: what the device has.
 
-    On a GPU the free memory is asked for at every admission, since other processes may use it too. On the CPU the limit
-    holds, half of what is available at the start unless another is given.
+    On a GPU free memory is queried at every admission, since other processes may use it too. On the CPU the default
+    limit is half of the memory that is available at start.
     """
 
     def __init__(self, lmm: LMM, limit: int | None = None) -> None:
@@ -41,7 +41,7 @@ class KeyValueMemory:
         element = torch.empty(0, dtype=lmm.dtype).element_size()
         pairs = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
         self.token_bytes = text.num_hidden_layers * pairs * element
-        # While a prompt is read, a layer's activations: the widest are the MLP's.
+        # Activations of one layer while a prompt is read; the MLP's are the widest.
         self.prompt_bytes = (12 * text.hidden_size + 3 * text.intermediate_size) * element
         if limit is None and self.device.type != "cuda":
             limit = int(SHARE_OF_HOST * psutil.virtual_memory().available)
@@ -49,7 +49,7 @@ class KeyValueMemory:
         self.reserve = RESERVE
 
     def needed(self, running: Sequence[Extent], joining: Sequence[Extent]) -> int:
-        """Bytes that these rows will take at most, all in columns of the longest."""
+        """Upper bound in bytes for these rows, all padded to the longest."""
         rows = [*running, *joining]
         if not rows:
             return 0
@@ -58,7 +58,7 @@ class KeyValueMemory:
         return len(rows) * columns * self.token_bytes + prompt
 
     def room(self, held: int) -> int:
-        """Bytes that the batch may take, of which it holds so many already."""
+        """Bytes that the batch may take in all; it holds `held` of them already."""
         room = self.limit
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
@@ -69,14 +69,14 @@ class KeyValueMemory:
         return room
 
     def admitted(self, running: Sequence[Extent], waiting: Sequence[Extent], held: int) -> int:
-        """How many of those that wait, in their order, may join the running rows."""
+        """Number of waiting rows, in order, that fit beside the running ones."""
         room, number = self.room(held), 0
         while number < len(waiting) and self.needed(running, waiting[: number + 1]) <= room:
             number += 1
         return number
 
     def ran_out(self) -> None:
-        """Less is admitted from now on: what was reckoned with did not do. What can be given back is."""
+        """Admit less from now on, because the estimate was too low, and free unused memory."""
         self.reserve = min(MOST_RESERVE, 2 * self.reserve)
         if self.limit is not None:
             self.limit = int(0.9 * self.limit)
@@ -84,8 +84,8 @@ class KeyValueMemory:
 
 
 def release() -> None:
-    """Give unused memory back to the device."""
-    gc.collect()  # an error's traceback holds tensors in cycles
+    """Return unused memory to the device."""
+    gc.collect()  # an exception's traceback keeps tensors alive in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

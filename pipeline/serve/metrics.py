@@ -1,6 +1,6 @@
-"""Counters of the service in Prometheus' text format.
+"""Metrics of the service in Prometheus' text format.
 
-Written by hand: four kinds of line do not need prometheus_client, whose registry is global to the process.
+Written without prometheus_client, whose registry is global to the process; only four kinds of line are needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PREFIX = "pipeline_serve_"
 
 
 class Metrics:
-    """Requests by status, how long they took, which sets answered; used by the event loop alone."""
+    """Requests by status, their durations, and answers by prompt set; used by the event loop only."""
 
     def __init__(self) -> None:
         self.requests: Counter[int] = Counter()
@@ -22,14 +22,14 @@ class Metrics:
         self._seconds = 0.0
 
     def finished(self, status: int, seconds: float) -> None:
-        """Count a chat request that was replied to with this status."""
+        """Count a chat request that ended with this status after `seconds`."""
         self.requests[status] += 1
         self._seconds += seconds
         for bound in BOUNDS_S:
             self._buckets[bound] += seconds <= bound
 
     def text(self, gauges: Mapping[str, int], counters: Mapping[str, int]) -> str:
-        """All of it, with the numbers of the worker."""
+        """The metrics page, with gauges and counters of the worker."""
         lines = []
         for kind, values in (("gauge", gauges), ("counter", counters)):
             for name, value in values.items():

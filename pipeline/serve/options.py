@@ -1,4 +1,4 @@
-"""How a service is offered: what the command line may say, read without the libraries that serve."""
+"""Options of `serve`, in a module without the serving libraries, so that the command line loads quickly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ KEY_VARIABLE = "PIPELINE_API_KEY"
 
 @dataclass(frozen=True)
 class Options:
-    """How a service is offered; `batch` rows are decoded together, `queue` requests may wait.
+    """Options of `serve`.
 
-    `memory_gib` bounds keys and values, `name` is what clients call the model, `origins` are those of pages that may
-    ask from a browser, `ignore_system` answers requests with system messages, without heeding these, `quiet` leaves out
-    the line per request.
+    At most `batch` rows are decoded together and `queue` requests wait. `memory_gib` limits keys and values. `name` is
+    the model's name for clients. Web pages of `origins` may send requests (CORS). `ignore_system` answers requests with
+    system messages and ignores these. `quiet` omits the log line per request.
     """
 
     host: str = "127.0.0.1"

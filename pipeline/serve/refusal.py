@@ -1,4 +1,4 @@
-"""Requests that are not answered: the error with its status, and how what was found is named in its sentence."""
+"""The error of a refused request, and how it describes the values that were found."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
-SHOWN = 20  # characters of what was found
+SHOWN = 20  # characters of a value that an error quotes
 
 
 class RefusedError(PipelineError):
-    """A request is not answered; `status` is the HTTP status, `code` a word for programs."""
+    """A request is refused; `status` is the HTTP status, `code` the machine-readable reason."""
 
     def __init__(self, message: str, status: int = 400, code: str = "invalid_request_error") -> None:
         super().__init__(message)
@@ -18,13 +18,13 @@ class RefusedError(PipelineError):
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     names = {dict: "an object", list: "a list", str: "text", type(None): "missing", bool: "true or false"}
     return names.get(type(value), "a number")
 
 
 def shown(value: Any) -> str:
-    """A JSON value in a sentence: texts in quotes, so that "10" is seen to be none of the numbers; never the whole."""
+    """A JSON value for a message, shortened; texts are quoted, so that "10" is distinguishable from a number."""
     if isinstance(value, str):
         return f"the text '{value[:SHOWN]}'"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A reply in the making: the updates of the model's thread in the event loop, and the events of a streamed one."""
+"""Replies in progress: passes updates from the model's thread to the event loop, and streams them as events."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.serve.request import Request, Update
 from pipeline.serve.worker import Worker
 
 STATUS = {"refused": 400, "too_large": 413, "failed": 500, "stopped": 503}
-# A proxy that buffers or keeps events would make one piece of a stream.
+# Without these a proxy may buffer the events or cache them.
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-JOINED = 3  # most characters behind a space that tokenizers tidying up spaces join with what precedes it: " n't"
+JOINED = 3  # tokenizers that clean up spaces may remove one that precedes up to this many characters: " n't"
 
 
 class Reply:
-    """A request on its way to its answer; leaving the block cancels it."""
+    """A submitted request and its answer so far; the end of the block cancels it."""
 
     def __init__(self, worker: Worker, asked: ChatRequest, question: Tokenised) -> None:
         """Submit the question; raises FullError and StoppedError."""
@@ -50,16 +50,16 @@ class Reply:
         self.cancel()
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Cancel the request."""
         self._worker.cancel(self._request)
 
     async def begun(self) -> None:
-        """Wait for the first token; raises RefusedError when there is none."""
+        """Wait for the first token; raises RefusedError where the request fails before."""
         await self._changed.wait()
         checked(self._latest)
 
     async def updates(self) -> AsyncIterator[Update]:
-        """The answer so far, again and again up to its end; of what nobody waited for only the latest.
+        """Yield the answer so far until it is finished; updates between two reads are skipped but for the latest.
 
         Raises RefusedError when the answer fails.
         """
@@ -72,7 +72,7 @@ class Reply:
                 return
 
     async def last(self) -> Update:
-        """The whole answer; raises RefusedError when it fails."""
+        """The finished answer; raises RefusedError when it fails."""
         update = Update()
         async for update in self.updates():  # noqa: B007
             pass
@@ -85,7 +85,7 @@ class Reply:
 
 
 def checked(update: Update) -> Update:
-    """The update, unless it tells of an error: that is raised as RefusedError."""
+    """Return the update, or raise its error as RefusedError."""
     if update.error is not None:
         status = STATUS[str(update.finish)]
         raise RefusedError(update.error, status, "server_error" if status >= 500 else "invalid_request_error")
@@ -93,7 +93,7 @@ def checked(update: Update) -> Update:
 
 
 class EventStream(StreamingResponse):
-    """A streamed reply whose answer has begun; `done` is told how it ended, once, even when the caller left."""
+    """A streamed reply whose answer has begun; calls `done` once at its end, also when the client disconnects."""
 
     def __init__(self, reply: Reply, done: Callable[[int, Update], None]) -> None:
         super().__init__(self._events(), headers=HEADERS, media_type="text/event-stream")
@@ -132,11 +132,10 @@ class EventStream(StreamingResponse):
 
 
 def following(sent: str, update: Update, stops: Sequence[str] = ()) -> str:
-    """What can be sent of the answer so far, `sent` being out: only what further tokens leave as it is.
+    """The part of the answer so far that follows `sent` and that later tokens cannot change.
 
-    What may be the beginning of a stop is kept back until it is seen not to be one.
-
-    The end of an answer gives all that is missing of it, should an earlier character have changed all the same.
+    Held back are incomplete characters, spaces that a tokenizer may still remove, and a possible beginning of a stop
+    text. A finished answer gives everything from the first character that differs from `sent`.
     """
     text = update.text
     if update.finish is not None:
@@ -151,7 +150,7 @@ def following(sent: str, update: Update, stops: Sequence[str] = ()) -> str:
 
 
 def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of the text may be the beginning of a stop."""
+    """Number of characters at the end of the text that may be the beginning of a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 

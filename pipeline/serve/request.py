@@ -1,4 +1,4 @@
-"""A question on its way through the service, and what whoever asked it is told."""
+"""A request in the service, and the updates that its client gets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Update:
-    """What a request is told: the answer so far, and at its end why it ended; or what was wrong with it."""
+    """The state of a request's answer: its text so far, and at the end the reason why it ended, or an error."""
 
     text: str = ""
-    # "stop", "length", "refused" (error is the user's to mend), "too_large", "failed" or "stopped"
+    # "stop", "length", "refused" (an error of the client), "too_large", "failed" or "stopped"
     finish: str | None = None
     error: str | None = None
     selected: list[str] = field(default_factory=list)
     similarity: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] | None = None  # of the selected sets; None: each counts in full
+    weights: dict[str, float] | None = None  # of the selected sets; None: each has weight 1
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -34,18 +34,18 @@ TOO_LARGE = Update(
 
 
 class FullError(PipelineError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class StoppedError(PipelineError):
-    """Nothing is answered any more; the message says why."""
+    """The worker has ended; the message says why."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One question with who wants to hear of its answer; `tell` is called from the model's thread.
+    """One question and the callback for its updates; `tell` is called from the model's thread.
 
-    A question that is not tokenised yet is tokenised there too. Once the answer has begun, `question` is None.
+    A question that is not tokenised yet is tokenised in that thread. Once the answer has begun, `question` is None.
     """
 
     question: Question | Tokenised | None

@@ -1,4 +1,4 @@
-"""Starting the service: what is loaded, where it listens, and how it ends."""
+"""Starts the service: loads the model, listens, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.serve.worker import Worker
 
 KEEP_ALIVE_S = 15
 GRACE_S = 10
-TOLD_S = 3  # for those who are told that the server stops to hear it
+TOLD_S = 3  # for clients to receive the error that the server is stopping
 CONNECTIONS = 1024
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
@@ -36,14 +36,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 def serve(path: Path, options: Options, model: str | None = None, clip: str | None = None) -> None:
     """Serve a run or an adapter until SIGINT or SIGTERM.
 
-    The key that clients have to send is in the environment, PIPELINE_API_KEY. Raises UserError for a folder that cannot
-    be served, a port that is taken, and an address beyond this machine, or any page of any origin, without a key.
+    The key that clients have to send is read from the environment variable PIPELINE_API_KEY. Raises UserError for a
+    folder that cannot be served, for a port in use, and without a key for an address beyond this machine or the
+    origin `*`.
     """
     host, key = options.host, os.environ.get(KEY_VARIABLE, "").strip() or None
     if host not in LOOPBACK and key is None:
         raise UserError(
-            f"--host {host} lets other machines ask, and there is no key; set {KEY_VARIABLE} to one that clients have "
-            "to send, or leave --host at 127.0.0.1."
+            f"--host {host} accepts requests from other machines, but there is no API key; set {KEY_VARIABLE} to a "
+            "key that clients have to send, or leave --host at 127.0.0.1."
         )
     _check_origins(options.origins, key)
     listener = _listen(host, options.port)
@@ -70,27 +71,27 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     )
     address = f"[{host}]" if ":" in host else host
     port = listener.getsockname()[1]
-    listener.listen(CONNECTIONS)  # before it is announced: who connects at once waits and is not refused
+    listener.listen(CONNECTIONS)  # before the address is printed, so that early connections wait and are not refused
     sets = len(worker.answerer.pool)
 
     server = Server(config, worker)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Until uvicorn listens to these itself. It stops on them and then raises them once more: to be told to stop is
-        # no failure.
+        # Handles signals until uvicorn installs its own handlers. uvicorn raises the signal again after its shutdown,
+        # which must not change the exit code either.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
     server.run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
-    """Ends what is still being answered after its time with a sentence, where uvicorn would drop it."""
+    """uvicorn's server; unfinished answers get an error at the end of the grace period, where uvicorn drops them."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self.worker = worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop as uvicorn does, and close the worker when the time to finish answers is over."""
+        """Stop as uvicorn does, and close the worker at the end of the grace period."""
         super().handle_exit(sig, frame)
         late = threading.Timer(GRACE_S, self.worker.close)
         late.daemon = True
@@ -101,18 +102,18 @@ def _check_origins(origins: tuple[str, ...], key: str | None) -> None:
     for origin in origins:
         if origin == "*" and key is None:
             raise UserError(
-                f"--origin * lets every page in a browser ask, and there is no key; set {KEY_VARIABLE}, or name the "
-                "origins, such as http://localhost:3000."
+                f"--origin * accepts requests of any web page, but there is no API key; set {KEY_VARIABLE}, or name "
+                "the origins, such as http://localhost:3000."
             )
         if origin != "*" and not ORIGIN.fullmatch(origin):
             raise UserError(
-                f"--origin {origin} is no origin of a page; expected scheme and host without a path, such as "
+                f"--origin {origin} is not an origin; expected scheme and host without a path, such as "
                 "http://localhost:3000."
             )
 
 
 def _log_to_terminal(level: int) -> None:
-    """Lines of the service on standard error: at level INFO one per request."""
+    """Log to standard error; level INFO includes one line per request."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("pipeline.serve")
@@ -122,10 +123,10 @@ def _log_to_terminal(level: int) -> None:
 
 
 def return_large_blocks() -> None:
-    """Let the C library give blocks of a megabyte and more back to the system as soon as they are freed.
+    """Make the C library return blocks of a megabyte and more to the system as soon as they are freed.
 
-    glibc raises that limit to 32 MB once such a block was freed, and keeps one heap per thread: after some large images
-    in each reader the process would hold hundreds of megabytes that nobody uses.
+    glibc raises its mmap threshold up to 32 MB once such a block was freed, and keeps one heap per thread: after large
+    images in every reader thread the process would hold hundreds of unused megabytes.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -134,7 +135,7 @@ def return_large_blocks() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, port 0 for any free one; made before the model is loaded, so that a taken port shows at once."""
+    """A bound socket (port 0: any free port), made before the model is loaded, so that a port in use fails at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The thread that owns the model: takes waiting requests into the running batch and hands out their tokens."""
+"""The thread that runs the model: moves queued requests into the running batch and reports their tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ logger = logging.getLogger("pipeline.serve")
 
 
 class Worker:
-    """Answers requests in batches of at most `batch`, and of as many as there is memory for; at most `queue` wait.
+    """Answers requests by continuous batching on a thread of its own.
 
-    `memory` is the most bytes for keys and values, None: what the device has (see `KeyValueMemory`). Where memory runs
-    out all the same, half of the batch goes on and the other half waits in the host's memory.
+    If memory runs out in spite of admission control, half of the batch continues and the other half is parked in host
+    memory.
+
+    Args:
+        answerer: the loaded adapter.
+        batch: most rows decoded together.
+        queue: most requests that wait.
+        memory: most bytes of keys and values; None: what the device has (see `KeyValueMemory`).
     """
 
     def __init__(self, answerer: Answerer, batch: int, queue: int, memory: int | None = None) -> None:
@@ -33,12 +39,12 @@ class Worker:
         self.largest = 0  # most rows in one step
         self.memory = KeyValueMemory(answerer.lmm, memory)
         self._parked: deque[Parked[Running]] = deque()
-        # Nobody joins while there are so many rows: with these the next one did not fit.
+        # The number of rows at which the next one did not fit: no request joins before a row has left.
         self._most_rows: int | None = None
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._ended: Update | None = None  # what is told once nothing is answered any more
+        self._ended: Update | None = None  # sent to every request once the worker has ended
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
@@ -46,7 +52,7 @@ class Worker:
         self._thread.start()
 
     def close(self, wait_s: float = 10.0) -> None:
-        """Stop after the token in progress; whoever waits is told so."""
+        """Stop after the current decoding step and notify all open requests."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -54,16 +60,16 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are answered."""
+        """Whether the worker answers requests."""
         return self._ended is None and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
-        """Requests that are not in the batch yet."""
+        """Number of requests in the queue."""
         return len(self._waiting)
 
     def check(self) -> None:
-        """Raise what `submit` would: FullError when the queue is full, StoppedError when nothing is answered."""
+        """Raise what `submit` would: FullError when the queue is full, StoppedError when the worker has ended."""
         if self._ended is not None:
             raise StoppedError(self._ended.error)
         if len(self._waiting) >= self.queue:
@@ -77,7 +83,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request: it leaves the queue at once, or the batch with the next token."""
+        """Cancel a request: it leaves the queue at once, or the batch before the next decoding step."""
         with self._changed:
             request.cancelled = True
             if request in self._waiting:
@@ -102,11 +108,11 @@ class Worker:
                 request.tell(self._ended)
 
     def _rows(self) -> list[Running]:
-        """Those in the batch, and those that wait in the host's memory."""
+        """The rows in the batch, and the parked ones."""
         return [*self.running.rows, *(row for parked in self._parked for row in parked.rows)]
 
     def _chosen(self) -> list[Request]:
-        """Take those out of the queue that join now: as many as there is place and memory for, in their order."""
+        """Dequeue the requests that join now, in order, as far as rows and memory are free."""
         rows = self.running.rows
         if self._parked or (self._most_rows is not None and len(rows) >= self._most_rows):
             return []
@@ -115,34 +121,34 @@ class Worker:
         asked = [self._extent(one) for one in first]
         number = self.memory.admitted([row.extent for row in rows], asked, self.running.nbytes)
         if number == 0 and first and not rows:
-            # It does not fit alone: a sentence at once, rather than a failed allocation in the middle of it.
+            # It does not fit even alone: refuse it now instead of failing an allocation in the middle of its answer.
             self._waiting.popleft().tell(TOO_LARGE)
         return [self._waiting.popleft() for _ in range(number)]
 
     def _extent(self, request: Request) -> Extent:
-        """The tokens that a request will have with as many prompt sets as it may get."""
+        """Tokens of a request, with the most prompt sets that it may get."""
         question, pool = request.question, self.answerer.pool
         prompt = len(question.example.prompt) if isinstance(question, Tokenised) else 0
         sets = self.answerer.method.routing.rule.most(len(pool))
         return Extent(prompt + sets * (pool.prompts.shape[1] if len(pool) else 0), request.longest)
 
     def _turn(self, joining: list[Request]) -> None:
-        """One step of the batch, and the beginning of those that join it."""
+        """Decode one token for every row, then add the rows of joining requests."""
         try:
             self._drop_cancelled()
             if self.running.rows:
                 self._step()
             self._resume()
             self._join([request for request in joining if not request.cancelled])
-        except Exception as error:  # a bug must not end the service for everybody to come
+        except Exception as error:  # an unexpected error fails the open requests, not the service
             logger.exception("a batch failed")
             failed = {row.key for row in self._rows()} | set(joining)
-            with self._changed:  # some may wait again, because memory ran out
+            with self._changed:  # some may be queued again, because memory ran out
                 failed -= set(self._waiting)
             for request in failed:
                 request.tell(Update(finish="failed", error=f"the model failed ({type(error).__name__})."))
             self._parked.clear()
-            # Where this fails too, as on a GPU that is lost, the thread ends and no more requests are taken.
+            # If this fails too, as on a lost GPU, the thread ends and no further requests are accepted.
             self.running = RunningBatch(self.answerer)
             time.sleep(0.1)
 
@@ -152,7 +158,7 @@ class Worker:
         self._parked = deque(left)
 
     def _step(self) -> None:
-        """One token for every row; where memory runs out, for the first half of them, and so on down to one."""
+        """Decode one token for every row; whenever memory runs out, park half of the rows and retry."""
         while self.running.rows:
             try:
                 self._tell(self.running.step())
@@ -170,7 +176,7 @@ class Worker:
                 self._parked.appendleft(self.running.park(number // 2))
 
     def _resume(self) -> None:
-        """Take back rows that wait in the host's memory, once there is room for them."""
+        """Bring parked rows back once there is memory for them."""
         while self._parked:
             parked = self._parked[0]
             running = [row.extent for row in self.running.rows]
@@ -196,21 +202,21 @@ class Worker:
     def _ran_out(self, rows: int) -> None:
         self.memory.ran_out()
         logger.warning(
-            "memory ran out with %d answers in progress (%.2f GiB of keys and values); fewer are generated together",
+            "memory ran out with %d answers in progress (%.2f GiB of keys and values); fewer are now decoded together",
             rows,
             self.running.nbytes / GIB,
         )
 
     def _join(self, requests: list[Request]) -> None:
-        """Begin requests together; if one of them is wrong, each alone, so that it spoils no other.
+        """Add requests to the batch together; if one is invalid, one at a time, so that the others are unaffected.
 
-        Where memory runs out, half of them at a time. One for which there is none waits for rows to leave.
+        If memory runs out, half of them at a time. A single one without memory waits until rows leave.
         """
         if not requests:
             return
         try:
             routed = self.answerer.route([request.question for request in requests if request.question is not None])
-            for number in range(len(requests)):  # tokenises, and finds questions that are too long
+            for number in range(len(requests)):  # tokenises each question and raises for one that is too long
                 routed.examples[number]
         except Exception as error:
             if is_out_of_memory(error):
@@ -237,7 +243,7 @@ class Worker:
             self._join_fewer(requests)
             return
         for request in requests:
-            request.question = None  # its pixels are not needed any more
+            request.question = None  # frees its pixels
         self._tell(began)
 
     def _join_fewer(self, requests: list[Request]) -> None:

@@ -160,5 +160,7 @@ def test_no_answer_ends_before_it_has_as_many_tokens_as_asked(
 @pytest.mark.parametrize("checkpoint", ["llava"], indirect=True)
 def test_a_rule_that_cannot_hold_is_refused(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmm.model.generation_config, "guidance_scale", 2.0)
-    with pytest.raises(UserError, match=r"guidance_scale to 2\.0, which is not done here.*Expected it to be left out"):
+    with pytest.raises(
+        UserError, match=r"guidance_scale to 2\.0, which greedy .* not support. Expected it to be left out"
+    ):
         GreedyDecoder(lmm)

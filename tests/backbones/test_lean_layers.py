@@ -116,7 +116,7 @@ def test_the_shortcuts_of_a_model_are_told_with_what_is_in_the_way_of_the_others
     (line,) = caplog.messages
     if lmm.family.kind in WHOLE:
         assert "shortcuts taken: none; not last layer at the answers only: Gemma3Attention is not known" in line
-        assert "not prefix cache for shared images: Gemma 3 has layers that see a window" in line
+        assert "not prefix cache for shared images: Gemma 3 has sliding-window attention layers" in line
     else:
         assert line.endswith(
             "shortcuts taken: last layer at the answers only, gated MLPs keep two vectors per token, prefix cache for "

@@ -124,7 +124,7 @@ def test_check_and_loading_refuse_a_checkpoint_that_lacks_weights(checkpoint: Pa
     joins = ("multi_modal_projector", "visual.merger", "connector")
     gone = [name for name in tensors if any(part in name for part in joins)]
     save_weights(folder, {name: value for name, value in tensors.items() if name not in gone})
-    expected = rf"lacks {len(gone)} of the model's weights, for example model\..*; they would be random"
+    expected = rf"lacks {len(gone)} of the model's weights, for example model\..*; they would be initialised randomly"
     with pytest.raises(UserError, match=expected):
         load_lmm(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=expected):

@@ -109,7 +109,7 @@ def test_a_fingerprint_from_before_the_weights_were_fetched_still_counts_and_is_
     recorded = file_fingerprints(large)[0]
     (large / "model.safetensors").write_bytes(weights)
     assert fingerprint(Source(str(large)), recorded) == recorded
-    assert "recorded its config.json and none of its weights" in caplog.text
+    assert "covers config.json only, because its weights had not been fetched" in caplog.text
 
 
 def test_the_recorded_model_is_found_in_stages_and_answers(tmp_path: Path) -> None:

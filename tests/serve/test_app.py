@@ -53,7 +53,7 @@ def test_a_page_may_ask_where_its_origin_was_named(
 
 @pytest.mark.parametrize(
     ("origin", "sentence"),
-    [("*", "lets every page in a browser ask"), ("localhost:3000", "expected scheme and host"), (f"{PAGE}/", "scheme")],
+    [("*", "accepts requests of any web page"), ("localhost:3000", "expected scheme and host"), (f"{PAGE}/", "scheme")],
 )
 def test_an_origin_that_is_none_is_said_before_anything_is_loaded(adapter: Path, origin: str, sentence: str) -> None:
     done = CliRunner().invoke(app, ["serve", str(adapter), "--origin", origin])

@@ -1,4 +1,4 @@
-"""What sets model families apart, as questions that each family answers; everything else is shared in `LMM`."""
+"""The interface of a model family: what differs between architectures. Everything else is shared in `LMM`."""
 
 from __future__ import annotations
 
@@ -11,64 +11,64 @@ from pipeline.data.image_sizes import ImageSizes
 
 
 class LMMFamily:
-    """One family of image-text-to-text models of transformers: seven questions, answered by attributes and methods.
+    """A family of image-text-to-text models of transformers: seven questions, answered by attributes and methods.
 
-    A subclass says what differs from the answers here, which are those of most families. `model` is the loaded model of
-    transformers (`...ForConditionalGeneration`), whose `model.model` holds vision tower, projector and decoder.
+    A subclass overrides the defaults here, which fit most families. `model` is the loaded transformers model
+    (`...ForConditionalGeneration`), whose `model.model` holds vision tower, projector and decoder.
 
-    1. Which checkpoints are it, and what reads them: `kind`, `processor`, `supports_vicuna_template`.
-    2. Where are its parts: `decoder`, `projector`.
+    1. Which checkpoints belong to it, and which processor reads them: `kind`, `processor`, `supports_vicuna_template`.
+    2. Where are its submodules: `decoder`, `projector`.
     3. How do images become features: `image_features`, `keeps_features`, `adopt`.
-    4. How many tokens does an image of some size take: `sizes`.
+    4. How many tokens does an image of a given size take: `sizes`.
     5. Which tokens around the image belong to it: `image_prefix_tokens`, `image_suffix_tokens`.
-    6. What does the decoder read beside embeddings and attention mask, and how do positions go on: `needs_image_mask`,
-       `decoder_inputs`, `next_position`, `position_ids`, `needs_one_pass`.
+    6. Which inputs does the decoder take beside embeddings and attention mask, and which positions do tokens get:
+       `needs_image_mask`, `decoder_inputs`, `next_position`, `position_ids`, `needs_one_pass`.
     7. For which layers are the shortcuts exact: `lean_attentions`, `gated_mlps`.
     """
 
     # `model_type` in config.json.
     kind: ClassVar[str]
-    # Name of the class of transformers that reads the processor, None: what AutoProcessor finds.
+    # Name of the processor class of transformers; None: AutoProcessor chooses it.
     processor: ClassVar[str | None] = None
-    # Whether model.template may be vicuna_v1, and a checkpoint be without a chat template.
+    # Whether model.template may be vicuna_v1, so that a checkpoint needs no chat template.
     supports_vicuna_template: ClassVar[bool] = False
 
     # Submodules of `model.model`.
     decoder: ClassVar[str] = "language_model"
     projector: ClassVar[str] = "multi_modal_projector"
 
-    # Whether every image is one crop with as many features, so that what the projector reads can be kept on disk.
+    # Whether every image is one crop with the same number of features, so that the projector's input can be stored.
     keeps_features: ClassVar[bool] = False
 
-    # What the processor makes of an image by its size.
+    # Number and arrangement of tokens that the processor makes of an image, by its size.
     sizes: ClassVar[type[ImageSizes]]
 
-    # Tokens directly before the first image token that only announce the image, and behind the last that only end it.
-    # Prompt sets that stand before or after the image stand outside of them.
+    # Number of marker tokens directly before the first and after the last image token. Prompt sets inserted before or
+    # after the image are placed outside of them.
     image_prefix_tokens: ClassVar[int] = 0
     image_suffix_tokens: ClassVar[int] = 0
 
-    # Whether `decoder_inputs` must be told which tokens are the image's, and its image tensors.
+    # Whether `decoder_inputs` needs the image mask and the image tensors.
     needs_image_mask: ClassVar[bool] = False
 
-    # Classes of attention whose keys and values are made by `k_proj` and `v_proj`, divided into heads, and rotated by
-    # the module's own `apply_rotary_pos_emb`, and nothing else; see `last_layer`.
+    # Attention classes whose keys and values are only `k_proj` and `v_proj`, split into heads, and rotated by their
+    # module's `apply_rotary_pos_emb`; see `last_layer`.
     lean_attentions: ClassVar[tuple[str, ...]] = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
-    # Classes of MLP that are `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else; see `gated`.
+    # MLP classes that compute exactly `down_proj(act_fn(gate_proj(x)) * up_proj(x))`; see `gated`.
     gated_mlps: ClassVar[tuple[str, ...]] = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # Word vectors are this times the rows of the embedding's weight.
+        # Factor from rows of the embedding's weight to the word embeddings that the decoder gets.
         self.embedding_scale = 1.0
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
-        """Projected features [n, D] of all images, one after the other."""
+        """Projected features [n, D] of all images, concatenated."""
         pooled = self.model.model.get_image_features(**images, return_dict=True).pooler_output
         return pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
 
     def tower_features(self, images: dict[str, Tensor]) -> Tensor:
-        """What the projector reads of all images [n, tokens, width], where `keeps_features`."""
+        """Input of the projector [n, tokens, width] for all images, for families with `keeps_features`."""
         read: list[Tensor] = []
         hook = self._projector.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
@@ -78,7 +78,7 @@ class LMMFamily:
         return read[0]
 
     def projected(self, features: Tensor) -> Tensor:
-        """Projected features [n, D] of what `tower_features` gave."""
+        """Projected features [n, D] of the result of `tower_features`."""
         return self._projector(features).flatten(0, -2)
 
     @property
@@ -86,7 +86,7 @@ class LMMFamily:
         return self.model.model.get_submodule(self.projector)
 
     def adopt(self, processor: Any) -> None:
-        """Take over what of the processor's settings the model must agree with, where model.image_tokens set them."""
+        """Copy settings that model.image_tokens changed in the processor into the model, where it reads them too."""
 
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, image_mask: Tensor | None, images: dict[str, Tensor] | None
@@ -94,29 +94,29 @@ class LMMFamily:
         """Arguments of the decoder for whole sequences, which may be padded on either side.
 
         Args:
-            embeddings: [B, N, D], prompt vectors among them, which count as words.
+            embeddings: [B, N, D], prompt vectors included, which are treated as words.
             attention: [B, N].
-            image_mask: [B, N], which tokens are an image's; given where `needs_image_mask`.
-            images: the batch's image tensors; given where `needs_image_mask`.
+            image_mask: [B, N], which tokens are an image's; present for families with `needs_image_mask`.
+            images: the batch's image tensors; present for the same families.
         """
         return {"attention_mask": attention}
 
     def next_position(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Position [B] of the token behind each sequence, which the decoder got with these `decoder_inputs`."""
+        """Position [B] of the token after each sequence, whose `decoder_inputs` were `inputs`."""
         return attention.sum(1)
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """The decoder's position argument for words at these positions [B, S]."""
+        """The decoder's `position_ids` for words at these positions [B, S]."""
         return positions
 
     def needs_one_pass(self) -> str:
-        """Why the keys and values of a prefix alone are not enough to go on from; "" where they are."""
+        """Why a sequence cannot be continued from a prefix cache; "" where it can."""
         text = self.model.config.text_config
         kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention"}
         if kinds or (getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) is not False):
             found = ", ".join(sorted(kinds)) or "sliding_attention"
             return (
-                f"this {self.kind} has layers of kind {found}, for which the keys and values of a beginning alone "
-                "are not enough; full attention in all layers is needed"
+                f"this {self.kind} has layers of kind {found}, which cannot continue from a prefix cache; full "
+                "attention in all layers is needed"
             )
         return ""

@@ -44,7 +44,7 @@ class Gemma3Sizes(ImageSizes):
 
     def limit(self, most: int) -> int:
         crops = most // int(self.processor.image_seq_length)
-        if crops > 2:  # the processor cuts into two or more, beside the whole
+        if crops > 2:  # pan-and-scan makes at least two crops, besides the whole image
             self.options = {
                 "images_kwargs": {
                     "do_pan_and_scan": True,
@@ -57,22 +57,22 @@ class Gemma3Sizes(ImageSizes):
 
 
 class Gemma3(LMMFamily):
-    """Gemma 3; most of its layers see a window of the tokens."""
+    """Gemma 3; most of its layers have sliding-window attention."""
 
     kind = "gemma3"
     sizes = Gemma3Sizes
     image_prefix_tokens = 1  # <start_of_image>
     image_suffix_tokens = 1  # <end_of_image>
     needs_image_mask = True
-    lean_attentions = ()  # it norms queries and keys
+    lean_attentions = ()  # it normalises queries and keys
     gated_mlps = ()  # its activation is GELU
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise UserError(
-                f"Gemma 3 with attention '{model.config._attn_implementation}' cannot let an image's tokens see each "
-                "other; expected sdpa or eager. Set model.attn_implementation."
+                f"Gemma 3 with attention '{model.config._attn_implementation}' cannot attend in both directions "
+                "within an image; expected sdpa or eager. Set model.attn_implementation."
             )
         self.embedding_scale = model.config.text_config.hidden_size**0.5
 
@@ -88,10 +88,7 @@ class Gemma3(LMMFamily):
             position_ids=None,
             token_type_ids=image_mask.long(),
         )
-        return {"attention_mask": masks}  # one for full, one for sliding attention
+        return {"attention_mask": masks}  # a mask for full and one for sliding-window attention
 
     def needs_one_pass(self) -> str:
-        return (
-            "Gemma 3 has layers that see a window of the tokens, which cannot go on from the keys and values of a "
-            "beginning"
-        )
+        return "Gemma 3 has sliding-window attention layers, which cannot continue from a prefix cache"

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: rows and columns of square crops, then a small view of the whole."""
+"""Idefics3 and SmolVLM: a grid of square crops, then the whole image in one crop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDEFICS_LONGEST = 4096  # transformers' own bound on Idefics' resized side, MAX_
 
 
 class Idefics3Sizes(ImageSizes):
-    """Rows and columns of crops, then a small view of the whole."""
+    """A grid of square crops, then the whole image in one crop."""
 
     knob = "size.longest_edge"
     inputs = ("pixel_values", "pixel_attention_mask")
@@ -36,7 +36,7 @@ class Idefics3Sizes(ImageSizes):
         return 4 * int(self.processor.image_seq_len)  # at least: scale_factor is 2 or more, see `model_shape`
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of crops, 0 and 0 where the image is one."""
+        """Rows and columns of the grid; (0, 0) where the image is not split."""
         if not self.images.do_image_splitting:
             return 0, 0
         side = int(self.images.max_image_size["longest_edge"])
@@ -77,7 +77,7 @@ class Idefics3Sizes(ImageSizes):
 
 
 class Idefics3(LMMFamily):
-    """Idefics3; its crops are padded to the same number per sample, which one flat list of crops makes needless."""
+    """Idefics3; its model expects crops as [samples, crops, ...], padded per sample: here all crops are one sample."""
 
     kind = "idefics3"
     decoder = "text_model"
@@ -91,7 +91,7 @@ class Idefics3(LMMFamily):
 
 
 class SmolVLM(Idefics3):
-    """SmolVLM: Idefics3 with videos; its processor class differs from Idefics3's in them alone."""
+    """SmolVLM: Idefics3 with videos; its processor class differs from Idefics3's in videos only."""
 
     kind = "smolvlm"
     processor = "Idefics3Processor"

@@ -1,4 +1,4 @@
-"""InternVL in the form of transformers ("-hf"): square crops in a grid of about the image's form."""
+"""InternVL in transformers' format ("-hf"): square crops in a grid of about the image's aspect ratio."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pipeline.data.image_sizes import ImageShape, ImageSizes
 
 
 class InternVLSizes(ImageSizes):
-    """Square crops in a grid of about the image's form, and behind several a small view of the whole."""
+    """Square crops in a grid of about the image's aspect ratio; several are followed by the whole image in one crop."""
 
     knob = "max_patches"
 
@@ -16,7 +16,7 @@ class InternVLSizes(ImageSizes):
         length, size = self.processor.image_seq_length, self.images.size
         text = f"{self.processor.start_image_token}{self.token}{self.processor.end_image_token}"
         values = 3 * int(size["height"]) * int(size["width"])
-        # The tower's patches are shuffled into tokens four to one, plus its class token.
+        # The vision tower processes four patches per token, and a class token.
         return ImageShape(crops * length, 1, text, crops, crops * (4 * length + 1), crops * values)
 
     def limit(self, most: int) -> int:

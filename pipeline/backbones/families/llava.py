@@ -30,7 +30,7 @@ class LlavaSizes(ImageSizes):
 
 
 class LlavaNextSizes(ImageSizes):
-    """A view of the whole and crops of the grid that fits best, without what was only padding."""
+    """The whole image in one crop, and the crops of the best fitting grid without the features of padding."""
 
     knob = "image_grid_pinpoints"
     inputs = ("pixel_values", "image_sizes")
@@ -53,7 +53,7 @@ class LlavaNextSizes(ImageSizes):
     def limit(self, most: int) -> int:
         per_crop = (self._side // self.processor.patch_size) ** 2
 
-        def largest(grid: list[int]) -> int:  # nothing of it padding, and a vector behind each row of patches
+        def largest(grid: list[int]) -> int:  # tokens without padding, and the vector that ends each row of patches
             rows = grid[0] // self.processor.patch_size
             return per_crop + rows * (grid[1] // self.processor.patch_size) + rows
 
@@ -62,7 +62,7 @@ class LlavaNextSizes(ImageSizes):
         return largest(grids[0])
 
     def prepared(self, picture: Image.Image) -> Image.Image:
-        return picture  # its centre crop is of crops that are squares already
+        return picture  # the centre crop applies to crops, which are square already
 
 
 class Llava(LMMFamily):
@@ -75,9 +75,9 @@ class Llava(LMMFamily):
 
 
 class LlavaNext(LMMFamily):
-    """LLaVA-NeXT (1.6): each row of features is ended by a learned vector.
+    """LLaVA-NeXT (1.6): a learned vector ends each row of features.
 
-    That vector is a bare weight of a module whose forward is never called; DeepSpeed gathers it when it is read.
+    That vector is a parameter of a module whose forward is never called; DeepSpeed gathers it when it is read.
     """
 
     kind = "llava_next"
@@ -85,5 +85,5 @@ class LlavaNext(LMMFamily):
     sizes = LlavaNextSizes
 
     def adopt(self, processor: Any) -> None:
-        # The model puts an image's crops together again by these.
+        # The model arranges the features of an image's crops by these.
         self.model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints

@@ -12,7 +12,7 @@ from pipeline.data.image_sizes import ImageShape, ImageSizes
 
 
 class Qwen25VLSizes(ImageSizes):
-    """Patches of the whole image, merged 2 x 2; it refuses sides that differ more than 200 times."""
+    """Patches of the whole image, merged 2 x 2; the processor refuses aspect ratios above 200."""
 
     knob = "max_pixels"
     inputs = ("pixel_values", "image_grid_thw")
@@ -21,7 +21,7 @@ class Qwen25VLSizes(ImageSizes):
     def of(self, width: int, height: int) -> ImageShape:
         patches = self._patches(width, height)
         tokens = self._tokens(patches)
-        if self.most is not None and tokens > self.most:  # a strip, of which one row of tokens is more; see `prepared`
+        if self.most is not None and tokens > self.most:  # an elongated image, which `prepared` shrinks
             tokens = self.most
             patches = tokens * self.images.merge_size**2
         values = patches * 3 * self.images.temporal_patch_size * self.images.patch_size**2
@@ -35,7 +35,7 @@ class Qwen25VLSizes(ImageSizes):
 
     @property
     def _unit(self) -> int:
-        return int(self.images.patch_size * self.images.merge_size)  # pixels along a token's side
+        return int(self.images.patch_size * self.images.merge_size)  # pixels per side of a token
 
     def limit(self, most: int) -> int:
         pixels = most * self._unit**2
@@ -45,7 +45,7 @@ class Qwen25VLSizes(ImageSizes):
         return 1
 
     def prepared(self, picture: Image.Image) -> Image.Image:
-        # The knob bounds the area only: a strip keeps one row of tokens however long that is.
+        # max_pixels bounds the area only: an elongated image keeps one row of tokens of any length.
         width, height = picture.size
         if self.most is None or self._tokens(self._patches(width, height)) <= self.most:
             return picture
@@ -69,7 +69,7 @@ class Qwen25VL(LMMFamily):
         self, embeddings: Tensor, attention: Tensor, image_mask: Tensor | None, images: dict[str, Tensor] | None
     ) -> dict[str, Any]:
         assert image_mask is not None and images is not None
-        # Prompt vectors count as words. The first argument gives only shape and type.
+        # Prompt vectors are treated as words. Of the first argument only shape and type are used.
         positions, _ = self.model.model.get_rope_index(
             attention,
             mm_token_type_ids=image_mask.long(),
@@ -79,7 +79,7 @@ class Qwen25VL(LMMFamily):
         return {"attention_mask": attention, "position_ids": positions}  # positions [3, B, N]
 
     def next_position(self, attention: Tensor, inputs: dict[str, Any]) -> Tensor:
-        # An image takes fewer positions than it has tokens: the longer of its sides.
+        # An image advances positions by the longer of its sides, not by its number of tokens.
         return inputs["position_ids"].masked_fill(~attention.bool(), 0).amax((0, 2)) + 1
 
     def position_ids(self, positions: Tensor) -> Tensor:
