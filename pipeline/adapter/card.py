@@ -25,13 +25,16 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
     ]
     metrics = ", ".join(f"{name} {meta.metrics[name]:.1f}" for name in SHOWN if meta.metrics.get(name) is not None)
     sets, length, width = shape
+    # Modules of another kind, such as low-rank updates, insert no vectors.
+    prompts = f"{sets} prompt sets of {length} vectors (width {width})"
+    learned = prompts if length else f"{sets} modules"
     return "\n".join(
         [
             *front,
             "",
             f"# Prompt sets for {', '.join(meta.sets)}",
             "",
-            f"{sets} prompt sets of {length} vectors (width {width}) for the frozen model "
+            f"{learned} for the frozen model "
             f"{_named(meta.model.path)}, learned one after the other with the method {meta.method.name}. "
             + _choice(meta),
             "",
