@@ -1,1 +1,1 @@
-"""Prompt learning for classification with a frozen CLIP (base-to-new, cross-dataset): one house with the rest."""
+"""Prompt learning for classification with a frozen CLIP or SigLIP, evaluated base-to-new and across datasets."""

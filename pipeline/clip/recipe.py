@@ -1,4 +1,4 @@
-"""The recipe of a benchmark of prompt methods on CLIP: which methods, on which datasets, with which seeds."""
+"""The recipe of a CLIP benchmark: prompt methods, datasets and seeds, and the settings of their training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.config.yaml_file import apply_overrides, find_recipe, read_recipe
 from pipeline.errors import UserError, nearest
 from pipeline.files.paths import GivenPath
 
-KIND = "clip"  # what a recipe file says in its field `kind`
+KIND = "clip"  # the value of a recipe file's field `kind`
 
 
 class ClipModelConfig(Section):
@@ -30,21 +30,23 @@ class ClipModelConfig(Section):
     revision: str | None = Field(None, description="commit of the Hugging Face repository")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen weights and the step")
     text_chunk: int | None = Field(
-        None, ge=1, description="texts that go through the text tower at a time, computed again backwards; null: all"
+        None,
+        ge=1,
+        description="texts per pass of the text tower, recomputed in the backward pass to save memory; null: all",
     )
 
     @property
     def location(self) -> str:
-        """What to load: see `locate`."""
+        """The checkpoint's folder or Hub id; see `locate`."""
         return locate(self.path)
 
 
 class ConsistencyConfig(Section):
-    """PromptSRC's three terms (docs/design.md 5.9)."""
+    """PromptSRC's three terms of the loss (docs/design.md 5.9)."""
 
-    text: float = Field(25.0, ge=0, description="weight of the text features' distance to the frozen ones")
-    image: float = Field(10.0, ge=0, description="weight of the image features' distance")
-    logits: float = Field(1.0, ge=0, description="weight of the predictions' divergence")
+    text: float = Field(25.0, ge=0, description="weight of the L1 distance between learned and frozen text features")
+    image: float = Field(10.0, ge=0, description="weight of the L1 distance between learned and frozen image features")
+    logits: float = Field(1.0, ge=0, description="weight of the KL divergence between learned and frozen predictions")
     templates: tuple[str, ...] = Field(
         PROMPTSRC,
         min_length=1,
@@ -56,51 +58,60 @@ class AverageConfig(Section):
     """Gaussian weight averaging over epochs (docs/design.md 5.9)."""
 
     mean: float = Field(15.0, description="epoch with the largest weight")
-    deviation: float = Field(1.0, gt=0, description="width of the bell, in epochs")
+    deviation: float = Field(1.0, gt=0, description="standard deviation of the weights, in epochs")
 
 
 class ClipTrainConfig(LoopConfig):
-    """Optimisation, as the published runs count it: SGD, rates per epoch, whole batches only."""
+    """Optimisation as in the published runs: SGD, one learning rate per epoch, whole batches only."""
 
     epochs: int = Field(5, ge=1, description="passes over the few-shot images, warm-up included")
     global_batch: int = Field(4, ge=1, description="images per optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="images per rank and forward; null: no accumulation")
     lr: float = Field(0.0035, gt=0, description="learning rate after the warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
-    weight_decay: float = Field(5e-4, ge=0, description="SGD's weight decay, on all that is learned")
-    warmup_epochs: int = Field(1, ge=0, description="epochs with the rate 1e-5")
+    weight_decay: float = Field(5e-4, ge=0, description="SGD's weight decay, on every trainable")
+    warmup_epochs: int = Field(1, ge=0, description="first epochs, with the constant learning rate 1e-5")
     clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     augment: Literal["crop_flip", "none"] = Field(
-        "crop_flip", description="crop_flip: random resized crop and flip; none: as in evaluation"
+        "crop_flip", description="crop_flip: random resized crop and horizontal flip; none: as in evaluation"
     )
     cache_images: bool = Field(
-        True, description="keep image features of methods that leave images alone, where augment is none"
+        True,
+        description="compute image features once, for methods without image prompts and where augment is none",
     )
     deepspeed: GivenPath = Field(
-        "ds_configs/zero2.json", description="DeepSpeed file; batch, precision, clipping stay here"
+        "ds_configs/zero2.json", description="DeepSpeed file; batch size, precision and clipping are set in the recipe"
     )
 
 
-# Fields that belong to the whole benchmark: the ranks are there before any method is, and are watched as long.
+# Fields that a method cannot override: ranks and watchdog are started once, before the first method is trained.
 _OF_ALL_METHODS = ("deepspeed", "processes", "save_minutes", "save_steps", "keep", "watchdog_s")
 
 
 class ClipMethodConfig(Section):
-    """One row of the benchmark: a method, its options, and where its training differs from the others'."""
+    """One row of the benchmark: a method, its options, and its overrides of the training settings."""
 
     name: Name = Field(description="the row's name in tables and folders")
-    method: str | None = Field(None, description="the method, where the row is named otherwise")
+    method: str | None = Field(None, description="the method, where the row has another name")
     options: dict[str, Any] = Field({}, description="options of the method, such as length or depth")
-    per_class: bool = Field(False, description="true: coop learns a context for each class")
-    consistency: ConsistencyConfig | None = Field(None, description="keep near the frozen model (PromptSRC)")
-    knowledge: float = Field(8.0, ge=0, description="kgcoop: weight of the distance to the hand-written texts")
-    average: AverageConfig | None = Field(None, description="average the prompts over the epochs")
-    train: dict[str, Any] = Field({}, description="fields of train that are other for this method")
-    train_on: dict[str, dict[str, Any]] = Field({}, description="and for this method on one dataset, by its name")
+    per_class: bool = Field(False, description="true: coop learns class-specific contexts")
+    consistency: ConsistencyConfig | None = Field(
+        None, description="PromptSRC's terms, which penalise the distance to the frozen model; null: none"
+    )
+    knowledge: float = Field(
+        8.0, ge=0, description="kgcoop: weight of the distance to the text features of the hand-written templates"
+    )
+    average: AverageConfig | None = Field(
+        None, description="Gaussian average of the prompts over the epochs; null: the last epoch's prompts"
+    )
+    train: dict[str, Any] = Field({}, description="overrides of train for this method")
+    train_on: dict[str, dict[str, Any]] = Field(
+        {}, description="overrides of train for this method on one dataset, by the dataset's name"
+    )
 
     @property
     def kind(self) -> str:
-        """The method's own name."""
+        """The name of the method that the row trains."""
         return self.method or self.name
 
     @model_validator(mode="before")
@@ -114,7 +125,7 @@ class ClipMethodConfig(Section):
             raise ValueError(registry.unknown("clip_methods", self.kind))
         try:
             learner = method_class(self.kind)
-            refuse_options(self.kind, self.options, hidden=("classes",))  # those are the dataset's: per_class
+            refuse_options(self.kind, self.options, hidden=("classes",))  # `per_class` sets it from the dataset
         except UserError as error:
             raise ValueError(str(error)) from None
         template = self.options.get("template")
@@ -132,9 +143,9 @@ class ClipMethodConfig(Section):
 class ClipRecipe(FileRecipe):
     """A benchmark: every method on every dataset with every seed."""
 
-    kind: Literal["clip"] = Field(description="what tells this recipe from one of a task sequence")
+    kind: Literal["clip"] = Field(description="distinguishes a benchmark recipe from one of a task sequence")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (1, 2, 3), min_length=1, description="each draws its own few shots, initial prompts and sample order"
+        (1, 2, 3), min_length=1, description="each seed draws its own few-shot images, initial prompts and sample order"
     )
     data: ClipDataConfig
     model: ClipModelConfig
@@ -159,9 +170,9 @@ class ClipRecipe(FileRecipe):
         return self
 
     def data_settings(self) -> dict[str, Any]:
-        """The settings that decide on the content of the prepared data; those at their defaults are left out.
+        """The settings that determine the content of the prepared data; those at their defaults are left out.
 
-        Seeds do not count, for a prepared dataset keeps the few shots of every seed that asked for them.
+        Seeds are not among them: a prepared dataset holds the few-shot rows of every seed it was prepared for.
         """
         data = self.data
         said = {
@@ -180,11 +191,11 @@ class ClipRecipe(FileRecipe):
         return {name: value for name, value in found.items() if value not in (None, {})}
 
     def template_of(self, dataset: str) -> str:
-        """What a text about one of the datasets says."""
+        """The text template of one of the datasets."""
         return next(entry.description.template for entry, _ in datasets_of(self) if entry.name == dataset)
 
     def train_of(self, method: ClipMethodConfig, dataset: str | None = None) -> ClipTrainConfig:
-        """How one method is trained (on one dataset); ValueError for a field that train does not have."""
+        """The training settings of a method (on one dataset); ValueError for an override of an unknown field."""
         own = method.train | method.train_on.get(dataset or "", {})
         for field in own:
             if field not in ClipTrainConfig.model_fields or field in _OF_ALL_METHODS:
@@ -200,7 +211,7 @@ class ClipRecipe(FileRecipe):
 
 
 def clip_recipe(fields: dict[str, Any], called: str) -> ClipRecipe:
-    """The recipe of these fields; UserError, one sentence naming each field in question."""
+    """The recipe with these fields, called `called` in errors; UserError, one sentence that names each wrong field."""
     try:
         return ClipRecipe.model_validate(fields)
     except ValidationError as error:
@@ -208,11 +219,11 @@ def clip_recipe(fields: dict[str, Any], called: str) -> ClipRecipe:
 
 
 def datasets_of(recipe: ClipRecipe) -> Iterable[tuple[DatasetConfig, bool]]:
-    """Every dataset of a recipe with whether it is trained on."""
+    """Every dataset of a recipe, and whether it is trained on."""
     yield from ((entry, True) for entry in recipe.data.datasets)
     yield from ((entry, False) for entry in recipe.data.targets)
 
 
 def load_benchmark(name: str, overrides: Iterable[str] = ()) -> ClipRecipe:
-    """The benchmark recipe of that name or file with overrides; UserError, one sentence for all that is wrong."""
+    """The benchmark recipe of that name or file with overrides; UserError, one sentence that names each wrong field."""
     return clip_recipe(apply_overrides(read_recipe(find_recipe(name)), overrides), name)

@@ -1,4 +1,4 @@
-"""The data of a benchmark recipe: which datasets, where they are, what is learned from and what is evaluated."""
+"""The data section of a benchmark recipe: datasets and their folders, training images and evaluated classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.files.paths import GivenPath
 
 Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
 DATASET_CONTENT = {"layout", "folder", "images", "split"}
-_WITH_SPLIT = ("split_zhou", "csv")  # layouts that read their splits from a file the recipe names
+_WITH_SPLIT = ("split_zhou", "csv")  # layouts whose splits are read from a file that the recipe names
 
 
 class DatasetConfig(Section):
@@ -29,9 +29,11 @@ class DatasetConfig(Section):
     folder: GivenPath | None = Field(
         None, description="the dataset's folder under the root; null: as published, or its name"
     )
-    images: GivenPath | None = Field(None, description="the folder of the images in it; null: as published, or itself")
+    images: GivenPath | None = Field(
+        None, description="the folder of the images in the dataset's folder; null: as published, or that folder itself"
+    )
     split: GivenPath | None = Field(None, description="name of the split file (split_zhou) or of the CSV file")
-    template: str | None = Field(None, description="what a text says, with {} for the class name; null: as published")
+    template: str | None = Field(None, description="text template, with {} for the class name; null: as published")
 
     @model_validator(mode="after")
     def _known_or_complete(self) -> DatasetConfig:
@@ -54,7 +56,7 @@ class DatasetConfig(Section):
 
     @property
     def description(self) -> Dataset:
-        """The dataset as it is described: the published one with what the recipe changes, or one of the user's own."""
+        """The published dataset with the recipe's changes, or a description of the user's own dataset."""
         known = DATASETS.get(self.name)
         given = {field: getattr(self, field) for field in ("folder", "images", "split", "template")}
         changes = {field: value for field, value in given.items() if value is not None}
@@ -66,7 +68,7 @@ class DatasetConfig(Section):
 
 
 class ClipDataConfig(Section):
-    """Where images come from, which of them are learned from, and what is asked."""
+    """Where the images come from, which of them are trained on, and the evaluation protocol."""
 
     source: Literal["folders", "generated"] = Field(
         "folders", description="folders: read root as it is; generated: draw coloured shapes there first"
@@ -74,23 +76,26 @@ class ClipDataConfig(Section):
     root: GivenPath = Field(description="folder that holds one folder per dataset")
     prepared: GivenPath = Field(
         PREPARED,
-        description="folder of the shards: <prepared>/<dataset>/<split>/; {settings} is filled in from what decides "
-        "on their content (source, root, shots, generator's seed, layouts)",
+        description="folder of the shards: <prepared>/<dataset>/<split>/; {settings} is filled in from the settings "
+        "that determine their content (source, root, shots, generator's seed, layouts)",
     )
-    datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="what is trained on, each by itself")
+    datasets: tuple[DatasetConfig, ...] = Field(min_length=1, description="datasets to train on, each separately")
     protocol: Protocol = Field(
         "base_to_new",
-        description="base_to_new: train on the first half of the classes, evaluate both halves; all_classes: both on "
-        "all; cross_dataset: train on all classes, evaluate also on the targets",
+        description="base_to_new: train on the first half of the classes, evaluate on each half; all_classes: train "
+        "and evaluate on all classes; cross_dataset: train on all classes, evaluate on the targets too",
     )
-    targets: tuple[DatasetConfig, ...] = Field((), description="datasets of cross_dataset that are only evaluated")
+    targets: tuple[DatasetConfig, ...] = Field((), description="cross_dataset: datasets that are only evaluated")
     shots: int | None = Field(16, ge=1, description="training images per class; null: all")
-    fewer: Fewer = Field("refuse", description="all: a class with fewer images than shots gives what it has")
+    fewer: Fewer = Field(
+        "refuse",
+        description="a class with fewer training images than shots: refuse stops with an error, all takes all it has",
+    )
     shard_samples: int = Field(1000, ge=1, description="samples per shard")
     workers: int = Field(2, ge=1, description="threads that decode images while preparing")
-    skip_bad: int = Field(0, ge=0, description="leave out up to so many missing or damaged test images")
-    prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
-    seed: int = Field(0, ge=0, description="seed of the generator; the seeds of the runs do not change the data")
+    skip_bad: int = Field(0, ge=0, description="number of missing or damaged test images that may be left out")
+    prepare_first: bool = Field(False, description="true: run and train prepare missing data before they start")
+    seed: int = Field(0, ge=0, description="seed of the generated images; independent of the seeds of the benchmark")
 
     @field_validator("datasets", "targets", mode="before")
     @classmethod
@@ -111,7 +116,7 @@ class ClipDataConfig(Section):
         return Path(self.prepared) / dataset / split
 
     def split_settings(self, entry: DatasetConfig, split: str) -> dict[str, Any]:
-        """What decides on the content of one split, beside the files under the root; see `pipeline.data.origin`."""
+        """The settings that, with the files under the root, determine a split's content; see `pipeline.data.origin`."""
         settings = {"source": self.source, **entry.model_dump(mode="json", include=DATASET_CONTENT)}
         if split == "train":
             settings |= {"shots": self.shots, "fewer": self.fewer}

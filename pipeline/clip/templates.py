@@ -1,4 +1,4 @@
-"""The sixty templates whose texts PromptSRC averages for its frozen text features.
+"""The sixty templates over which PromptSRC averages its frozen text features (docs/design.md 5.9).
 
 "a photo of a {}." and then the first fifty-nine of the eighty that were published with CLIP for ImageNet (its notebook
 Prompt_Engineering_for_ImageNet), in their order.

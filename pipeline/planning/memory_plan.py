@@ -77,7 +77,7 @@ def plan_memory(
                 f"training {micro} x {length} tokens ({tokens.source}); generating {recipe.evaluate.batch} at once",
             ),
             Entry("trainables", held, held, f"{in_words(trained)} parameters"),
-            Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
+            Entry("gradients", gradients, gradients, "with the reduction buffer"),
             Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
             Entry(
                 "evaluation replica",

@@ -103,7 +103,7 @@ class StageTrainer:
             stage.name,
             len(batches.examples.data),
             batches.steps,
-            f", going on after step {start}" if start else "",
+            f", resuming after step {start}" if start else "",
         )
         folder = self.files.unfinished(index, stage)
         begun |= {**self.files.expected(stage), "world_size": world.size, "seconds": seconds_before}

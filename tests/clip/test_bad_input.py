@@ -84,7 +84,7 @@ def test_fewer_images_than_shots(folder: Path) -> None:
 def test_words_with_fewer_tokens_than_vectors_are_said_before_anything_is_prepared(folder: Path) -> None:
     coop = {"name": "coop", "options": {"words": "a photo of a"}}  # of bytes, 12 tokens; the default length is 16
     found = said("check", str(recipe_file(folder, coop, "maple")))
-    assert "methods.coop: The prompt begins as the words 'a photo of a', which are" in found
+    assert "methods.coop: The prompt is initialised from the words 'a photo of a', which are" in found
     assert "but has 16 vectors. Give more words or a prompt length of at most" in found
     assert not (folder / "prepared").exists()
 

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_inside_a_unit_is_passed_over(
     with caplog.at_level("INFO", logger="pipeline"):
         run_benchmark(stopped)
     assert "step-00000003 is skipped" in caplog.text
-    assert "going on after step 2" in caplog.text
+    assert "resuming after step 2" in caplog.text
     assert outcome(stopped.run_path, "mpl") == outcome(whole.run_path, "mpl")
 
 

@@ -150,7 +150,7 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_ends_with_the_same_result(
     measured(f"first step after the requeue (after step {done})", time.time() - written)
     job.ended()
     assert "the job is queued again" in job.text()
-    assert f"going on after step {done}" in job.text()
+    assert f"resuming after step {done}" in job.text()
     same_result(run, whole)
 
 
@@ -171,7 +171,7 @@ def test_a_job_near_its_time_limit_saves_is_queued_again_and_ends_with_the_same_
     measured("requeue after the time limit's signal", job.until(lambda: job.field("Restarts") != "0", "queued", 60))
     job.ended()
     assert "the job is queued again" in job.text()
-    assert "going on after step" in job.text()
+    assert "resuming after step" in job.text()
     same_result(run, whole)
 
 
@@ -199,7 +199,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_job_ends_with_the_same_result(
     assert job.field("Restarts") == "0"
     again = cluster.submit(root / "killed-again.out", "--nodes=2", "--", str(run.recipe))
     again.ended()
-    assert "going on after step" in again.text()
+    assert "resuming after step" in again.text()
     same_result(run, whole)
 
 
@@ -226,7 +226,7 @@ def test_a_cancelled_job_stays_cancelled_and_goes_on_with_one_node_instead_of_tw
     assert json.loads((run.path / "run.json").read_text("utf-8"))["status"] == "stopped", job.text()
     again = cluster.submit(root / "cancelled-again.out", "--nodes=1", "--", str(run.recipe))
     again.ended()
-    assert "going on after step" in again.text()
+    assert "resuming after step" in again.text()
     assert json.loads((run.path / "run.json").read_text("utf-8"))["world_size"] == 1
     same_result(run, whole, ACROSS_WORLD_SIZES)
 
@@ -307,5 +307,5 @@ def test_a_job_whose_node_fails_is_queued_again_and_ends_with_the_same_result(
     if "down" in cluster.call("sinfo", "--noheader", "--nodes=n2", "--format=%T"):  # else it has reported back itself
         cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
     job.ended()
-    assert "going on after step" in job.text()
+    assert "resuming after step" in job.text()
     same_result(run, whole)

@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message_and_the_one_before_u
     with caplog.at_level(logging.INFO, logger="pipeline"):
         run_sequence(recipe, stages="train")
     assert "step-00000003 is skipped" in caplog.text
-    assert "going on after step 2" in caplog.text
+    assert "resuming after step 2" in caplog.text
     assert learned(recipe) == learned(whole)
     assert losses(recipe) == losses(whole)
 

@@ -1,4 +1,4 @@
-"""Prompt-only checkpoints: what one method learned on one dataset with one seed, whole or not there."""
+"""Checkpoints of finished units: the trainables of one method, dataset and seed, written atomically."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from pipeline.runs.layout import COMPLETE, unfinished
 
 @dataclass(frozen=True)
 class LearnedPrompts:
-    """The trainables of a finished unit in float32 by name, and the JSON beside them."""
+    """The trainables of a finished unit by name, in float32, and its meta.json."""
 
     values: dict[str, Tensor]
     meta: dict[str, Any]
 
 
 def save_prompts(folder: Path, values: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Complete a unit's unfinished folder and give it its name."""
+    """Write a unit's trainables and meta.json into its unfinished folder, then rename it to `folder`."""
     finish_folder(unfinished(folder), folder, values, meta)
 
 
 def load_prompts(folder: Path) -> LearnedPrompts | None:
-    """What a finished unit learned, None when it is not finished; UserError when it is damaged."""
+    """The checkpoint of a finished unit; None when it is not finished, UserError when it is damaged."""
     found = read_finished(folder, f"Remove the folder {folder} to train it again, or restore it.")
     return None if found is None else LearnedPrompts(*found)
 
 
 def learner_from(learned: LearnedPrompts, backbone: Backbone) -> PromptLearner:
-    """The learner that a checkpoint holds, for a backbone of the sizes it was learned on; UserError for another one."""
+    """The learner with a checkpoint's values; UserError when it was trained on a backbone of other sizes."""
     meta = learned.meta
-    if meta["method"] not in registry.names("clip_methods"):  # nothing is imported because a file says so
+    # Only registered names: `registry.load` would import any module that a checkpoint names.
+    if meta["method"] not in registry.names("clip_methods"):
         raise UserError(
             f"The checkpoint is of the method '{meta['method']}', which this version does not know; "
             + registry.provide("clip_methods", meta["method"])
@@ -61,9 +62,9 @@ def learner_from(learned: LearnedPrompts, backbone: Backbone) -> PromptLearner:
 
 
 def classifier_from(folder: Path, backbone: Backbone, words: Words, names: Sequence[str]) -> PromptedCLIP:
-    """What a unit learned, as a classifier among any class names.
+    """The classifier over the class names `names` with the prompts in a finished unit's folder.
 
-    Raises UserError when the folder is no finished unit, the backbone is another one, or a context per class was
+    Raises UserError when the folder is no finished unit, the backbone has other sizes, or class-specific contexts were
     learned for another number of classes.
     """
     learned = load_prompts(folder)

@@ -18,19 +18,20 @@ from pipeline.ranks.world import World, sum_over_ranks
 
 
 class TestImages:
-    """The test images of one dataset on this rank: every so-many-th row, their features kept once they are computed.
+    """The test images of one dataset on this rank: row r is on rank r modulo the number of ranks.
 
-    `room` is for the pixels that methods which change images need again; without one none are kept.
+    Features of the frozen image tower are computed once. `room` bounds the decoded pixels that are kept in memory for
+    methods with image prompts, which read them once per unit; None keeps no pixels.
     """
 
-    __test__ = False  # not a test, whatever its name begins with
+    __test__ = False  # pytest would collect a class whose name starts with Test
 
     def __init__(
         self, shards: IndexedShards, pixels: Pixels, world: World, batch: int, room: Room | None = None
     ) -> None:
         self.world, self.batch = world, batch
         self._pixels = ReadyPixels(shards, pixels, room or Room(0), decoding_threads(world))
-        self._places: dict[int, int] = {}  # row -> its place in the features
+        self._places: dict[int, int] = {}  # row -> its index in the features
         self._features: list[Tensor] = []  # [n, J] each, of the frozen image tower
 
     def mine(self, group: ClassGroup) -> list[tuple[int, int]]:
@@ -38,11 +39,11 @@ class TestImages:
         return [(r, n) for r, n in zip(group.rows, group.labels, strict=True) if r % self.world.size == self.world.rank]
 
     def pixel_batches(self, rows: list[int]) -> Iterator[Tensor]:
-        """Pixels [B, 3, H, W] of the rows in turn, on this rank's device."""
+        """Pixels [B, 3, H, W] of the rows in order, on this rank's device."""
         return self._pixels.batches(rows, self.batch, self.world.device)
 
     def features(self, module: PromptedCLIP, rows: list[int]) -> Tensor:
-        """Features [N, J] of the frozen image tower, the same for every method that leaves images alone."""
+        """Features [N, J] of the frozen image tower; they are the same for every method without image prompts."""
         new = [row for row in rows if row not in self._places]
         if new:
             with torch.no_grad():
@@ -53,7 +54,7 @@ class TestImages:
 
 
 def evaluate_group(module: PromptedCLIP, images: TestImages, group: ClassGroup) -> Counts:
-    """Right and all answers by class over all ranks; `module` classifies among the group's classes afterwards."""
+    """Correct and total predictions by class, summed over all ranks; sets the classes of `module` to the group's."""
     module.set_classes(group.names)
     mine = images.mine(group)
     rows, device = [row for row, _ in mine], images.world.device

@@ -1,4 +1,4 @@
-"""Answers for many images: text features are computed once where they do not depend on the image."""
+"""Predictions for many images; text features are computed once where they do not depend on the image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pipeline.clip.learning.model import PromptedCLIP
 
 @torch.no_grad()
 def predictions(module: PromptedCLIP, batches: Iterable[Tensor], features: Iterable[Tensor] = ()) -> Tensor:
-    """The most likely class [N] of each image of `batches` ([B, 3, H, W] each), on the CPU.
+    """The most likely class [N] of each image, on the CPU: first of `batches`, then of `features`.
 
-    Then those of images given by their `features` ([B, J] each), for methods that leave images as they are.
+    Args:
+        module: the classifier.
+        batches: pixels [B, 3, H, W] each.
+        features: image features [B, J] each, for methods without image prompts.
     """
     kept = None if module.learner.per_image else module.text_features()
     found = [module.logits(pixels, text_features=kept).argmax(dim=1).cpu() for pixels in batches]

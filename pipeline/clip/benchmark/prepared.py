@@ -1,4 +1,4 @@
-"""Is what lies prepared what a benchmark's recipe wants: every dataset, made by the recipe's settings."""
+"""Checks that every dataset of a benchmark is prepared, with the recipe's settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.files.paths import command
 
 
 def require_prepared(recipe: ClipRecipe, name: str) -> None:
-    """Raise UserError, with the command that prepares it, unless every dataset has been prepared as the recipe says."""
+    """Raise UserError, with the command to run, unless every dataset is prepared with the recipe's settings."""
     for entry, trained in datasets_of(recipe):
         folder = Path(recipe.data.prepared) / entry.name
         if not folder.is_dir():
@@ -33,7 +33,7 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
 
 
 def refuse_other_settings(recipe: ClipRecipe, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
-    """Raise UserError when a prepared dataset was made by other settings than the recipe's."""
+    """Raise UserError when a dataset was prepared with other settings than the recipe's."""
     for split, shards in (("test", found.test), ("train", found.train if trained else None)):
         if shards is not None:
             clause = other_settings(shards.description, recipe.data.split_settings(entry, split))

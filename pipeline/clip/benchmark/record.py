@@ -1,4 +1,4 @@
-"""What is written of a benchmark while it goes on: run.json, results.json, the report, and numbers in the tracker."""
+"""Writes the state of a benchmark in progress: run.json, results.json, the report, and the tracker's metrics."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkRecord:
-    """Writes what there is to tell of a benchmark; rank 0 writes, all ranks call it.
+    """Writes run.json, results.json and the report of a benchmark; all ranks call it, rank 0 writes.
 
     Args:
         recipe: the benchmark's recipe.
         session: the run folder and the ranks.
-        files: what an earlier call left in the folder.
+        files: run.json and results.json, with what an earlier call wrote.
         units: all units of the benchmark.
-        data: the prepared datasets by name, of which run.json says what was used.
-        tracker: takes the means and the report.
+        data: the prepared datasets by name; run.json records which were used.
+        tracker: receives the means and the report.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class BenchmarkRecord:
     ) -> None:
         self.recipe, self.session, self.files = recipe, session, files
         self.units, self.data, self.tracker = units, data, tracker
-        self.results: list[UnitResult] = []  # of the units so far
-        self.done = 0  # units that this call has gone through
+        self.results: list[UnitResult] = []  # of the units evaluated so far
+        self.done = 0  # number of units that this call has processed
 
     def add(self, result: UnitResult) -> None:
-        """Take the counts of one more unit."""
+        """Append the result of one unit."""
         self.results.append(result)
 
     def write_state(self, status: str, done: int | None = None) -> None:
-        """Write run.json with this status, see `BenchmarkResults.write_state`; `done` units, None: as before."""
+        """Write run.json with this status (see `BenchmarkResults.write_state`) and `done` units (None: unchanged)."""
         if not self.session.world.main:
             return
         self.done = self.done if done is None else done
@@ -70,17 +70,17 @@ class BenchmarkRecord:
         self.files.write_state(status, facts)
 
     def write_results(self, last: bool = False) -> tuple[dict[str, Any], bool]:
-        """Write results.json; its content, and whether it has all that an earlier call wrote (on rank 0).
+        """Write results.json; returns its content and, on rank 0, whether it has every row of an earlier call.
 
-        `last`: no more results come in this call.
+        `last`: this call has no further results.
         """
         content = results_json(self.recipe.data.protocol, self.results)
         return content, not self.session.world.main or self.files.write_results(content, self.results, last)
 
     def report(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the tracker the means of these lines and draw the report.
+        """Send the means of these lines to the tracker and draw the report.
 
-        A run is worth keeping even if its page cannot be drawn.
+        A failure to draw the page is a warning: the results themselves are complete.
         """
         for line in lines:
             name = f"{line['method']}.{line['dataset']}"

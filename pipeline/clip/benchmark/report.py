@@ -1,4 +1,4 @@
-"""A benchmark's page: accuracies by method and dataset, every seed's row, accuracy by class, losses."""
+"""The report page of a benchmark: accuracies by method and dataset, per seed and per class, and losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_results(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} has no {RESULTS} yet; evaluate it first with `{command('evaluate', run)}`.")
     try:
         found = json.loads(path.read_text("utf-8"))
-        # The means are made of the counts again: what is no number is found here.
+        # Recompute the means from the counts, which finds values that are no numbers.
         return results_json(str(found["protocol"]), [UnitResult.from_json(unit) for unit in found["units"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); evaluate the run again.") from None
@@ -53,7 +53,7 @@ def _state(run: Path) -> dict[str, Any]:
 
 
 def _by_class(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each dataset and group: the classes and each method's accuracy, over all seeds."""
+    """For each dataset and group: each method's accuracy by class in percent, over all seeds."""
     names: dict[tuple[str, str], list[str]] = {}
     tables: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
     for unit in content["units"]:

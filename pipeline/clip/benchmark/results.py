@@ -1,4 +1,4 @@
-"""What a benchmark found: one row per unit, and means over seeds and datasets, in percent."""
+"""Results of a benchmark: one row per unit, and means over seeds and datasets, in percent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = tuple[str, str, int]  # method, dataset and seed of a unit
 class UnitResult:
     """The counts of one method, dataset and seed by group: base, new, all, or the name of a target dataset.
 
-    `names` are the classes of each group, in the order in which its counts are.
+    `names` are the classes of each group, in the order of its counts.
     """
 
     method: str
@@ -31,19 +31,19 @@ class UnitResult:
 
     @property
     def row(self) -> Row:
-        """Which unit it is of."""
+        """Method, dataset and seed of the unit."""
         return self.method, self.dataset, self.seed
 
     @property
     def target_mean(self) -> float | None:
-        """The mean accuracy over the target datasets in percent, the source left out; None without targets."""
+        """The mean accuracy over the target datasets in percent, without the source dataset; None without targets."""
         if self.dataset not in self.groups:
-            return None  # groups of the dataset itself
+            return None  # groups are base and new, or all: not named by dataset
         targets = [100 * counts.accuracy for name, counts in self.groups.items() if name != self.dataset]
         return statistics.fmean(targets) if targets else None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with accuracies in percent and class names beside the counts."""
+        """The JSON object of results.json, with accuracies in percent and class names beside the counts."""
         groups = {
             name: {"accuracy": 100 * counts.accuracy, **asdict(counts), "names": self.names[name]}
             for name, counts in self.groups.items()
@@ -58,7 +58,7 @@ class UnitResult:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> UnitResult:
-        """The result that `to_json` wrote; KeyError or TypeError when it is none."""
+        """The result that `to_json` wrote; KeyError or TypeError when the object has another form."""
         groups = {
             name: Counts(tuple(counts["right"]), tuple(counts["total"])) for name, counts in found["groups"].items()
         }
@@ -68,16 +68,16 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one dataset: accuracy by group over the seeds; `harmonic` is that of the mean base and new."""
+    """One method on one dataset: accuracy by group over the seeds, in percent."""
 
     method: str
     dataset: str
     groups: dict[str, Spread]
-    halves: BaseToNew | None = None  # where there are base and new classes
-    target_mean: Spread | None = None  # of each seed's mean over the targets, where there are any
+    halves: BaseToNew | None = None  # only where there are base and new classes
+    target_mean: Spread | None = None  # over each seed's mean over the targets; only where there are targets
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the harmonic mean of the mean accuracies and the spread of the seeds' own."""
+        """The JSON object of results.json; `harmonic` is the harmonic mean of the mean base and new accuracies."""
         groups = {name: asdict(spread) for name, spread in self.groups.items()}
         harmonic = {
             "harmonic": self.halves.harmonic if self.halves else None,
@@ -88,7 +88,7 @@ class Line:
 
 
 def lines(results: Sequence[UnitResult]) -> list[Line]:
-    """A line for each method and dataset, in the order of the results."""
+    """One line for each method and dataset, in the order of the results."""
     found = []
     for method, dataset in dict.fromkeys((result.method, result.dataset) for result in results):
         units = [result for result in results if (result.method, result.dataset) == (method, dataset)]
@@ -105,9 +105,9 @@ def lines(results: Sequence[UnitResult]) -> list[Line]:
 
 
 def averages(found: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """By method: the mean of each group over the datasets, and the harmonic mean both ways (docs/design.md 5.13).
+    """By method: the mean of each group over the datasets, and both harmonic means (docs/design.md 5.13).
 
-    Only groups that every dataset of the method has: base, new, all, or the targets, whose mean is there too.
+    Only groups that every dataset of the method has: base and new, all, or the target datasets with their mean.
     """
     result: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(line.method for line in found):
@@ -176,7 +176,7 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
 
 
 def spread_text(spread: dict[str, Any] | None) -> str:
-    """Mean and deviation over seeds; the mean alone of one seed, nothing of none."""
+    """Mean and deviation over seeds as text: the mean alone for one seed, empty for None."""
     if spread is None:
         return ""
     if spread["deviation"] is None:

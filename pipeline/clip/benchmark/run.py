@@ -1,4 +1,4 @@
-"""A benchmark: every method on every dataset with every seed; a restart goes on at the step where it was."""
+"""Runs a benchmark: every method on every dataset with every seed; a restart resumes at the saved step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True) -> dict[str, Any]:
-    """Train and evaluate what is not done yet; returns the content of results.json and the run's folder.
+    """Train and evaluate the units that are not finished; returns the content of results.json and the run's folder.
 
     Args:
-        recipe: the benchmark's recipe; its folder says whether the run is new or goes on.
-        train: False evaluates the units that are trained, and leaves out the others.
+        recipe: the benchmark's recipe; the state of its run folder determines whether the run starts or resumes.
+        train: False evaluates the units that are trained and leaves out the others.
         evaluate: False only trains.
 
     Raises:
@@ -67,7 +67,7 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
                     with tracker.stage(index, unit.label):
                         if values is None:
                             results.trains(unit.row)
-                        record.write_state("running", index)  # with the unit's MLflow run, so that a restart goes on
+                        record.write_state("running", index)  # records the unit's MLflow run, which a restart resumes
                         facts = {"method": unit.method.kind, "dataset": unit.dataset.name, "seed": unit.seed}
                         tracker.params(facts)
                         values = trainer.train(unit) if values is None else values
@@ -82,13 +82,13 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
                 log.warning("%d of %d units not trained; `run` trains them.", missing, len(units))
             lines = _last_results(record) if evaluate else []
             status = "stopped" if missing else "done" if evaluate else "trained"
-            record.write_state(status, len(units) - missing)  # before the report, which says it
+            record.write_state(status, len(units) - missing)  # before the report, which shows the status
             if evaluate:
                 record.report(lines)
         return {"run": str(here.path), "units": len(units) - missing, **content}
 
 
 def _last_results(record: BenchmarkRecord) -> list[dict[str, Any]]:
-    """Write results.json as it stays; its lines, none where the file keeps more than this call went through."""
-    content, whole = record.write_results(last=True)
-    return content["lines"] if whole else []
+    """Write results.json for the last time; returns its lines, none where the file has rows of units left out here."""
+    content, complete = record.write_results(last=True)
+    return content["lines"] if complete else []

@@ -1,4 +1,4 @@
-"""run.json and results.json of a benchmark that is worked on: a call that fails leaves what was finished as it was."""
+"""run.json and results.json of a benchmark: a failing call leaves finished results unchanged (docs/design.md 3.11)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkResults(RunState):
-    """What the two files said when a call began, and what they may say now; for rank 0, which writes them."""
+    """The two files' content at the start of a call, which decides what the call may overwrite; for rank 0."""
 
     def __init__(self, path: Path, units: Sequence[Row]) -> None:
-        """`path` is the run folder, `units` are all that the run has now."""
+        """`path` is the run folder, `units` are the rows of all units of the benchmark."""
         super().__init__(path)
         self._rows = _rows(path / RESULTS) & set(units)
 
     def trains(self, unit: Row) -> None:
-        """A unit is trained now: the run is in progress, and a row that the unit has is of what is replaced."""
+        """Mark the run as in progress and drop the unit's earlier row, because the unit is trained again."""
         self.finished = False
         self._rows.discard(unit)
 
     def stay_finished(self, stopped: bool) -> bool:
-        """Whether run.json still calls the run finished when a stop, or an error, ends the call now."""
+        """Whether run.json keeps its finished status if a stop or an error ends the call now."""
         return self.finished
 
     def write_state(self, status: str, facts: Mapping[str, Any]) -> None:
-        """Write run.json with this status, unless what it says is more and still true.
+        """Write run.json with this status, unless the file has a more advanced status that still holds.
 
-        `status`: running, failed, stopped (to be gone on with), trained or done.
+        `status`: running, failed, stopped (resumable), trained or done.
         """
         if self.finished:
             if status not in FINISHED:
@@ -46,21 +46,25 @@ class BenchmarkResults(RunState):
         self.write({**facts, "status": status})
 
     def write_results(self, content: Mapping[str, Any], found: Sequence[UnitResult], last: bool) -> bool:
-        """Write results.json, the `content` of the results `found`, unless it has a row that they do not have (yet).
+        """Write results.json, unless that would lose a row of an earlier call; returns whether no row is missing.
 
-        Of a finished run only in the `last` call. Returns whether they have all rows; the last call says which not.
+        Args:
+            content: the new content of the file.
+            found: the results it was made of.
+            last: the call has no further results. A finished run's file is written only then, and only then is a
+                warning logged about missing rows.
         """
         lost = self._rows - {result.row for result in found}
         if not lost and (last or not self.finished):
             write_if_other(self.path / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         if lost and last:
             names = ", ".join(sorted(f"{method}-{dataset}-s{seed}" for method, dataset, seed in lost))
-            log.warning("%s keeps the results of %s, which this call did not go through.", self.path / RESULTS, names)
+            log.warning("%s keeps the results of %s, which this call left out.", self.path / RESULTS, names)
         return not lost
 
 
 def _rows(path: Path) -> set[Row]:
-    """The units of a results.json; none where there is no file that can be read."""
+    """The units of a results.json; none where the file is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return {UnitResult.from_json(unit).row for unit in json.loads(path.read_text("utf-8"))["units"]}
     return set()

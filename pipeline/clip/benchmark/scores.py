@@ -1,4 +1,4 @@
-"""Scores of the benchmark: accuracies, harmonic means both ways, mean and deviation of seeds (docs/design.md 5.13)."""
+"""Scores of a benchmark: accuracies, harmonic means, mean and deviation over seeds (docs/design.md 5.13)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers and all answers by class, as whole numbers: averages of rounded percentages drift."""
+    """Correct and total predictions by class, as integers, so that means are not computed from rounded percentages."""
 
     right: tuple[int, ...]
     total: tuple[int, ...]
 
     @property
     def accuracy(self) -> float:
-        """Share of all images that were right, in [0, 1]."""
+        """Share of correct predictions, in [0, 1]."""
         return sum(self.right) / max(1, sum(self.total))
 
     def per_class(self) -> list[float | None]:
-        """Share of each class's images that were right; None for a class without images."""
+        """Share of correct predictions by class, in [0, 1]; None for a class without images."""
         return [right / total if total else None for right, total in zip(self.right, self.total, strict=True)]
 
 
 def count(predictions: Sequence[int], labels: Sequence[int], classes: int) -> Counts:
-    """Right and all answers by class."""
+    """Correct and total predictions by class."""
     right, total = [0] * classes, [0] * classes
     for prediction, label in zip(predictions, labels, strict=True):
         total[label] += 1
@@ -40,7 +40,7 @@ def harmonic_mean(base: float, new: float) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; one seed has no deviation."""
+    """Mean and sample standard deviation over seeds; the deviation of one seed is None."""
 
     mean: float
     deviation: float | None
@@ -53,9 +53,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class BaseToNew:
-    """Base and new accuracy of one dataset over seeds, in [0, 1].
+    """Base and new accuracy of one dataset over seeds.
 
-    `harmonic` is that of the mean accuracies, as tables print it; `harmonic_of_seeds` spreads over the seeds' own.
+    `harmonic` is the harmonic mean of the mean accuracies, as in published tables; `harmonic_of_seeds` are mean and
+    deviation of each seed's harmonic mean.
     """
 
     base: Spread
@@ -75,7 +76,7 @@ def base_to_new(rows: Sequence[tuple[float, float]]) -> BaseToNew:
 
 @dataclass(frozen=True)
 class Average:
-    """Averages over datasets; published tables give `harmonic_of_means`, which is up to 0.8 points above the other."""
+    """Averages over datasets; published tables give `harmonic_of_means`, up to 0.8 points above `mean_of_harmonics`."""
 
     base: float
     new: float

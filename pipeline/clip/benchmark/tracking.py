@@ -9,7 +9,7 @@ from pipeline.tracking.tracker import RunFacts
 
 
 def benchmark_facts(recipe: ClipRecipe) -> RunFacts:
-    """What a tracker is told about a benchmark: its datasets stand where a sequence has its tasks."""
+    """The facts that the tracker records of a benchmark; `tasks` are its datasets."""
     return RunFacts(
         name=recipe.name,
         method="benchmark",

@@ -1,4 +1,4 @@
-"""The evaluation of one unit: its accuracy on every group of classes of its protocol."""
+"""Evaluates one unit: its accuracy on every group of classes of its protocol."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 def open_test_images(
     recipe: ClipRecipe, world: World, models: ClipModels, data: Mapping[str, PreparedDataset]
 ) -> dict[str, TestImages]:
-    """The test images of every dataset, decoded once where some method needs pixels again and there is room for them.
+    """The test images of every dataset by name.
 
-    Raises UserError for a method whose words do not fit the model.
+    Where some method has image prompts, decoded pixels are kept in memory as far as they fit, because every unit of
+    that method reads them. Raises UserError for a method whose initial words have too few tokens for this model.
     """
     room = together(lambda: Room.of(world) if models.some_change_images(units_of(recipe)) else None)
     batch = recipe.evaluate_batch
@@ -38,11 +39,11 @@ class UnitEvaluator:
 
     Args:
         recipe: the benchmark's recipe.
-        session: the ranks, which share the images.
-        models: gives the classifier of a unit.
+        session: the ranks, over which the images are split.
+        models: makes the classifier of a unit.
         data: the prepared datasets by name.
-        images: their test images.
-        tracker: takes the accuracies.
+        images: their test images by name.
+        tracker: receives the accuracies.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class UnitEvaluator:
         self.data, self.images, self.tracker = data, images, tracker
 
     def evaluate(self, unit: Unit, values: dict[str, Tensor]) -> UnitResult:
-        """The counts of a unit that has learned these values."""
+        """The result of a unit whose trained values are `values`."""
         wanted = [(name, self.data[dataset], dataset, part) for name, dataset, part in unit.groups]
         groups = together(lambda: [(name, d.test_images(part), dataset) for name, d, dataset, part in wanted])
         learner = self.models.learner(unit, len(self.data[unit.dataset.name].classes.names))
@@ -68,7 +69,7 @@ class UnitEvaluator:
         for name, group, dataset in groups:
             self.session.stop_if_told(f"in the evaluation of {unit.label}")
             if not unit.learns and "template" not in unit.method.options:
-                learner.template = self.recipe.template_of(dataset)  # its words are the dataset's own
+                learner.template = self.recipe.template_of(dataset)  # zero-shot: each dataset has its own template
             counts[name], names[name] = evaluate_group(module, self.images[dataset], group), group.names
         named = {f"accuracy.{name}": 100 * found.accuracy for name, found in counts.items()}
         log.info("%s: %s", unit.label, ", ".join(f"{n.partition('.')[2]} {a:.1f}" for n, a in named.items()))

@@ -1,4 +1,4 @@
-"""The units of a benchmark as they lie in its run folder: learned prompts, counts, and the one in progress."""
+"""The files of a benchmark's units in its run folder: prompts, results, and checkpoints of the unit in progress."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class UnitFiles:
-    """Reads and writes the files of units; UserError for those that are damaged or of other data or models."""
+    """Reads and writes the files of units; UserError when they are damaged or made with another model or other data."""
 
     session: Session
     data: Mapping[str, PreparedDataset]  # by name
     base_model: str  # fingerprint of the backbone
 
     def folder(self, unit: Unit) -> Path:
-        """Where a unit is kept."""
+        """The folder of a unit."""
         return unit.folder(self.session.path)
 
     def expected(self, unit: Unit) -> dict[str, Any]:
-        """What a unit's files must agree with for its prompts to mean the same."""
+        """The fingerprints of model and data that a unit's meta.json has to match."""
         return {
             "base_model": self.base_model,
             "data": self.data[unit.dataset.name].identity(unit.seed, unit.group),
         }
 
     def restore(self, unit: Unit) -> dict[str, Tensor] | None:
-        """What a finished unit has learned, by name; None when it still has to be trained. All ranks call it."""
+        """The trainables of a finished unit by name; None when it has to be trained. All ranks call it."""
         folder = self.folder(unit)
-        learned = on_main(self.session.world, lambda: load_prompts(folder))  # one rank's view of the disk counts
+        # Rank 0 reads and broadcasts: ranks could see different files on a network file system.
+        learned = on_main(self.session.world, lambda: load_prompts(folder))
         if learned is None:
             return None
         expected = together(lambda: self.expected(unit))
@@ -55,7 +56,7 @@ class UnitFiles:
         return learned.values
 
     def begin(self, unit: Unit) -> StepState | None:
-        """The newest checkpoint inside a unit that an earlier attempt did not finish; without one, an empty folder.
+        """The newest checkpoint of an unfinished unit; without one, None, and the unit's folder is emptied.
 
         For rank 0.
         """
@@ -69,16 +70,16 @@ class UnitFiles:
         return found
 
     def save(self, unit: Unit, values: dict[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Finish a unit with the values it has learned and `facts` of its training; returns its folder.
+        """Finish a unit with its trained values and `facts` for its meta.json; returns its folder.
 
-        All ranks call it together, and rank 0 writes.
+        All ranks call it together, rank 0 writes.
         """
         folder, meta = self.folder(unit), {**self.expected(unit), **facts}
         on_main(self.session.world, lambda: save_prompts(folder, values, meta))
         return folder
 
     def result(self, unit: Unit) -> UnitResult | None:
-        """The counts of a unit that was evaluated; None where there are none that can be read. All ranks call it."""
+        """The result of an evaluated unit; None where the file is missing or unreadable. All ranks call it."""
 
         def read() -> UnitResult | None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -88,6 +89,6 @@ class UnitFiles:
         return on_main(self.session.world, read)
 
     def write_result(self, unit: Unit, result: UnitResult) -> None:
-        """Keep the counts of a unit; rank 0 writes."""
+        """Write the result of a unit; rank 0 writes."""
         if self.session.world.main:
             write_json(self.folder(unit) / RESULT, result.to_json())

@@ -1,4 +1,4 @@
-"""The training of one unit, from the values it starts with or is resumed with to its files."""
+"""Trains one unit, from its initial or resumed values to its finished folder."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenUnit:
-    """A unit whose images are chosen, with its learner and the engine that will train it."""
+    """A unit with its few-shot images, its learner and the engine that trains it."""
 
     unit: Unit
     train: ClipTrainConfig
-    group: ClassGroup  # the few-shot images and the classes they are of
-    learner: PromptLearner  # as it starts
-    engine: Engine  # units of other datasets and seeds may have used it before
+    group: ClassGroup  # the few-shot images and their classes
+    learner: PromptLearner  # with its initial values
+    engine: Engine  # shared with other datasets and seeds of the same method
 
 
 class UnitTrainer:
-    """Trains the units of a benchmark, each once.
+    """Trains the units of a benchmark.
 
     Args:
-        recipe: says how every unit is trained.
-        session: the ranks that train, and whether they were asked to stop.
-        models: gives the engine of a unit.
+        recipe: the benchmark's recipe, with the training settings of every unit.
+        session: the ranks, the graceful shutdown and the watchdog.
+        models: makes learner and engine of a unit.
         data: the prepared datasets by name.
-        files: where units are kept.
-        tracker: takes the numbers of every unit.
+        files: reads and writes the units' folders.
+        tracker: receives the metrics of every unit.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class UnitTrainer:
             len(batches.images),
             len(group.names),
             batches.steps,
-            f", going on after step {start}" if start else "",
+            f", resuming after step {start}" if start else "",
         )
         rates, work = epoch_rates(train.lr, train.epochs, train.warmup_epochs), unfinished(self.files.folder(unit))
         history = train_stage(
@@ -129,7 +129,7 @@ class UnitTrainer:
         return values
 
     def _open(self, unit: Unit) -> OpenUnit:
-        """Choose the images of a unit and make its learner, both the same on every rank."""
+        """Select the images of a unit and make its learner, both identical on every rank."""
         train, data = self.recipe.train_of(unit.method, unit.dataset.name), self.data[unit.dataset.name]
         group = together(lambda: data.few_shots(unit.seed, unit.group))
         warning = small_set_warning(len(group.rows), train.global_batch, train.epochs)
@@ -139,7 +139,8 @@ class UnitTrainer:
         return OpenUnit(unit, train, group, learner, self.models.engine(unit, learner, group.names))
 
     def _batches(self, opened: OpenUnit) -> FewShotBatches:
-        """The micro-batches of this rank; image features are computed once where nothing ever changes them."""
+        """The micro-batches of this rank; image features are computed once where neither prompts nor augmentation
+        change them and no regulariser needs pixels."""
         unit, train, engine, world = opened.unit, opened.train, opened.engine, self.session.world
         shards = self.data[unit.dataset.name].train
         assert shards is not None
@@ -150,9 +151,9 @@ class UnitTrainer:
         return FewShotBatches(images, train, engine.micro_batch, engine.accumulation, world.rank, world.size)
 
     def _start(self, opened: OpenUnit, steps_per_epoch: int) -> EpochAveraging | None:
-        """Make the engine that of this unit, with the values that its learner starts with.
+        """Set up the engine for this unit: its classes, regularisers and initial values.
 
-        Returns the average over the epochs that the engine takes from now on, None where the method has none.
+        Returns the weight averaging that the engine calls after each micro-batch; None where the method has none.
         """
         unit, learner, engine = opened.unit, opened.learner, opened.engine
         template = self.recipe.template_of(unit.dataset.name)

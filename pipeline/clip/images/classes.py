@@ -14,7 +14,7 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One image file, by its path relative to the dataset's image folder, with its class's number and name."""
+    """One image file: its path relative to the dataset's image folder, and the label and name of its class."""
 
     path: str
     label: int
@@ -39,7 +39,7 @@ class Splits:
 
 
 def refuse_twice(splits: Splits, where: str) -> None:
-    """Raise UserError for an image that one split names twice: with two classes one of them would silently win."""
+    """Raise UserError for an image that a split lists twice, because only one of its two labels could be used."""
     for split in get_args(Split):
         seen: dict[str, LabelledImage] = {}
         for image in splits.of(split):
@@ -54,7 +54,8 @@ def refuse_twice(splits: Splits, where: str) -> None:
 def class_names(images: Iterable[LabelledImage]) -> list[str]:
     """The names of the classes that have images, in the order of their labels.
 
-    Two labels may share a name: ImageNet has two classes "sunglasses". Raises UserError when a label has two names.
+    Two labels may have the same name, as ImageNet's two classes "sunglasses". Raises UserError when a label has two
+    names.
     """
     by_label: dict[int, LabelledImage] = {}
     for image in images:
@@ -68,9 +69,9 @@ def class_names(images: Iterable[LabelledImage]) -> list[str]:
 
 
 def refuse_one_text(names: Iterable[str], where: str) -> None:
-    """Raise UserError when two classes have the same text: every method would take half of their images for wrong.
+    """Raise UserError when two classes have the same text, because no method can tell such classes apart.
 
-    A text reads underscores as spaces, and CLIP's tokenizers neither see capitals nor how many spaces there are.
+    Texts have spaces for underscores, and CLIP's tokenizers ignore case and repeated spaces.
     """
     known: dict[str, str] = {}
     for name in names:
@@ -83,15 +84,15 @@ def refuse_one_text(names: Iterable[str], where: str) -> None:
 
 
 def base_classes(count: int) -> int:
-    """The number of base classes among `count`: the first half, the larger one of an odd number."""
+    """The number of base classes among `count`: half of them, rounded up."""
     return (count + 1) // 2
 
 
 def group_of_classes(splits: Splits, group: Group) -> Splits:
-    """Only the images of the base or the new classes, labelled from 0 on (`all`: everything as it is).
+    """The images of the base or the new classes, relabelled from 0 (`all`: the splits unchanged).
 
-    Base are the first half of the labels that occur in training, new are the others. Raises UserError when a half has
-    no class.
+    Base classes are the first half of the labels that occur in training, new classes the others. Raises UserError when
+    a half has no class.
     """
     if group == "all":
         return splits

@@ -1,7 +1,7 @@
-"""The datasets of the benchmark: what they hold, what a text about them says, where their files go and come from.
+"""The published datasets of the benchmark: sizes, text templates, folders and download locations.
 
-Class names are not listed here: they are taken from the split file, `classnames.txt` or `variants.txt` of a dataset.
-Source: docs/design.md 5.11; counts and file names as published with CoOp.
+Class names are read from a dataset's split file, `classnames.txt` or `variants.txt`. Counts, file names and templates
+are those published with CoOp (docs/design.md 5.11).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SPLITS = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 class Dataset:
     """One dataset in the CoOp layout: `<root>/<folder>/` with `split` in it and images under `images`.
 
-    `template` with one `{}` is the zero-shot text; `train`, `val`, `test` are the published numbers of images;
-    `sha256` is that of the published split file, where it is known.
+    `template` with one `{}` is the zero-shot text; `train`, `val`, `test` are the published numbers of images (0: not
+    published); `sha256` is that of the published split file, None where it is not known.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Dataset:
         return self.classes - self.base
 
     def instructions(self, root: str) -> str:
-        """One sentence: what to download and where it goes under `root`."""
+        """One sentence: the download address, and where the files go under `root`."""
         where = f"{root}/{self.folder}"
         files = f"images go to {where}/{self.images}" if self.images != "." else f"images go to {where}"
         if self.layout == "split_zhou":

@@ -1,7 +1,7 @@
-"""Few-shot subsets: the published ones for seeds 1 to 3, and any other (docs/design.md 5.12).
+"""Few-shot subsets: the published ones for seeds 1 to 3, and those of any other seed (docs/design.md 5.12).
 
-The published pickles came from Python's random module, seeded and first used for this. The same order of calls gives
-the same images: training classes in order of first appearance, one sample each, then the same for validation.
+The published pickles were drawn with Python's random module, seeded just before. The same calls in the same order draw
+the same images: one `sample` for each training class in order of first appearance, then the same for validation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ Fewer = Literal["refuse", "all"]
 
 
 def few_shot(splits: Splits, shots: int, seed: int, fewer: Fewer = "refuse") -> Splits:
-    """`shots` training images and at most 4 validation images of each class; the test split is whole.
+    """`shots` training images and at most 4 validation images of each class; the test split is unchanged.
 
-    Sampled over all classes: take base or new classes afterwards, as published. A class with fewer training images than
-    `shots` is an error, or with `fewer` all gives what it has; validation takes what there is.
+    All classes are sampled; base or new classes are selected afterwards, as published. A class with fewer training
+    images than `shots` is a UserError, or contributes all its images where `fewer` is all. Validation takes what a
+    class has.
     """
     if shots < 1:
         raise UserError(f"The number of shots is {shots}; expected 1 or more. Correct it, or train on all images.")
@@ -49,6 +50,6 @@ def by_class(images: Sequence[LabelledImage]) -> dict[int, list[LabelledImage]]:
 def _sampled(images: Sequence[LabelledImage], shots: int, generator: random.Random) -> tuple[LabelledImage, ...]:
     taken: list[LabelledImage] = []
     for candidates in by_class(images).values():
-        # A class that is taken whole draws no number: the generator then stands where the published one stood.
+        # As in the published code a class whose images are all taken draws no random number.
         taken.extend(generator.sample(candidates, shots) if len(candidates) >= shots else candidates)
     return tuple(taken)

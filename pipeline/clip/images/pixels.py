@@ -1,4 +1,4 @@
-"""From encoded images to pixels: as in evaluation, or augmented by (seed, epoch, image) alone, whatever rank asks."""
+"""Image preprocessing: as in evaluation, or augmented as a function of (seed, epoch, image), whichever rank asks."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from pipeline.data.pictures import central
 from pipeline.errors import UserError
 
 SCALE = (0.08, 1.0)  # share of the picture's area that a crop covers (docs/design.md 5.5)
-RATIO = (3 / 4, 4 / 3)  # of its width to its height
-TRIES = 10
+RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height
+TRIES = 10  # draws of a crop that fits, before the centre is taken; SCALE, RATIO and this are torchvision's defaults
 
 
 class Pixels:
-    """A checkpoint's own image preprocessing, and the published augmentation in front of its normalisation.
+    """A checkpoint's image preprocessing, and the published augmentation before its normalisation.
 
-    Raises UserError when the checkpoint has none.
+    Raises UserError when the checkpoint has no image processor.
     """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoImageProcessor
 
         try:
-            # The PIL backend everywhere: with torchvision installed the default one gives other numbers.
+            # Always the PIL backend: where torchvision is installed transformers would use it, which resizes
+            # differently.
             self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} has no usable image processor: {error}") from error
@@ -43,13 +44,13 @@ class Pixels:
         return torch.as_tensor(self.processor(images=[central(picture)], return_tensors="pt")["pixel_values"][0])
 
     def cropped(self, picture: Image.Image) -> np.ndarray:
-        """What `normalised` makes `plain` pixels of: [3, H, W], as 8-bit values where the processor allows it."""
+        """Pixels [3, H, W] before normalisation, as 8-bit values where the processor's normalisation is a table."""
         if self._table is None:
             return self.plain(picture).numpy()
         return self._bytes(central(picture))
 
     def normalised(self, cropped: Tensor) -> Tensor:
-        """The pixels [B, 3, H, W] of `cropped` ones, on their device and the same to the bit as `plain` ones."""
+        """Normalise `cropped` pixels [B, 3, H, W] on their device; the result is bit-identical to `plain`."""
         if self._table is None:
             return cropped
         if self._table.device != cropped.device:
@@ -62,7 +63,10 @@ class Pixels:
         return np.ascontiguousarray(self.processor(images=[picture], **options)["pixel_values"][0])
 
     def _normalisation(self) -> Tensor | None:
-        """The value [3, 256] that each 8-bit one becomes; None for a processor that does more than that to a pixel."""
+        """The table [3, 256] from 8-bit to normalised values; None for a processor that changes pixels otherwise too.
+
+        The processor is probed with a ramp of all values, and the table is checked against it on noise.
+        """
         ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
         options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         noise = np.random.default_rng(0).integers(0, 256, (self.height + 5, self.width + 9, 3)).astype(np.uint8)
@@ -78,9 +82,13 @@ class Pixels:
         return table.contiguous() if torch.equal(looked_up, self.plain(probe)) else None
 
     def augmented(self, picture: Image.Image, seed: int, epoch: int, image: str) -> Tensor:
-        """Pixels [3, H, W] of a random part, resized with bicubic interpolation and mirrored half of the time.
+        """Pixels [3, H, W] of a random crop, resized with bicubic interpolation and flipped with probability 1/2.
 
-        `image` is the image's own id; its row in the shards depends on which other seeds were prepared.
+        Args:
+            picture: the decoded image.
+            seed: the unit's seed.
+            epoch: the epoch, counted from 0.
+            image: the image's id. Its row in the shards would not do, which depends on the other seeds prepared.
         """
         draws = uniform(seed, epoch, number_of(image), 4 * TRIES + 1)
         box = crop_box(picture.width, picture.height, draws[:-1])
@@ -92,9 +100,10 @@ class Pixels:
 
 
 def crop_box(width: int, height: int, draws: list[float]) -> tuple[int, int, int, int]:
-    """A random part (left, top, right, bottom): area by SCALE, ratio by RATIO, else the largest centre that fits.
+    """A random crop (left, top, right, bottom) with an area in SCALE and an aspect ratio in RATIO.
 
-    `draws` are numbers in [0, 1), four for each try: area, ratio, and the place.
+    `draws` are uniform in [0, 1), four for each try: area, ratio, left, top. Where no try fits into the image it is the
+    largest central crop within RATIO.
     """
     for area, ratio, left, top in zip(*(draws[k::4] for k in range(4)), strict=True):
         target = width * height * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
@@ -110,12 +119,15 @@ def crop_box(width: int, height: int, draws: list[float]) -> tuple[int, int, int
 
 
 def number_of(image: str) -> int:
-    """A number below 2^64 for an image's id, the same everywhere."""
+    """A number below 2^64 from an image's id: the first eight bytes of its SHA-256."""
     return int.from_bytes(hashlib.sha256(image.encode()).digest()[:8], "big")
 
 
 def uniform(seed: int, epoch: int, image: int, count: int) -> list[float]:
-    """`count` numbers in [0, 1), a function of (seed, epoch, image) alone in every version of numpy."""
+    """`count` uniform numbers in [0, 1), a function of (seed, epoch, image).
+
+    Made from Philox's raw output, because numpy's distributions may change between versions and its bit generators not.
+    """
     key = np.array([seed % 2**64, 1], dtype=np.uint64)
     counter = np.array([0, image % 2**64, epoch % 2**64, 0], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(count)

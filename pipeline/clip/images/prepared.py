@@ -1,4 +1,4 @@
-"""A prepared dataset of a benchmark: shards of its training and test images, and which rows each seed learns from."""
+"""A prepared dataset of a benchmark: shards of its training and test images, and the few-shot rows of each seed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ClassList:
-    """classes.json: the class names, the label of every row of the shards, and the rows of each seed's few shots.
+    """classes.json: the class names, the label of every row of the shards, and the few-shot rows of each seed.
 
-    `sampling` says how the rows were drawn; `fingerprints` are those of the shards the rows count in.
+    `sampling` are the settings with which the rows were drawn; `fingerprints` identify the shards that the rows index.
     """
 
     names: list[str]
-    train: list[int]  # label of each row; empty for a dataset that is only evaluated
-    test: list[int]
+    train: list[int]  # label of each training row; empty for a dataset that is only evaluated
+    test: list[int]  # label of each test row
     few_shot: dict[str, list[int]]  # seed -> rows of train
     sampling: dict[str, Any]
     fingerprints: dict[str, str]
@@ -59,7 +59,7 @@ class ClassList:
 
 @dataclass(frozen=True)
 class ClassGroup:
-    """Some of a dataset's classes: their names, and (row, label counted from 0) of images that belong to them."""
+    """Some of a dataset's classes: their names, and the rows and labels (counted from 0) of their images."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -67,7 +67,7 @@ class ClassGroup:
 
 
 class PreparedDataset:
-    """One dataset as `prepare` left it; UserError when its parts are missing or do not belong together."""
+    """One prepared dataset; UserError when a part is missing or the shards are not those that classes.json indexes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,18 +86,18 @@ class PreparedDataset:
         return shards
 
     def splits(self) -> list[tuple[str, IndexedShards]]:
-        """The shards by the names of their splits."""
+        """The splits of the dataset: name and shards."""
         return [("test", self.test), *([("train", self.train)] if self.train is not None else [])]
 
     def identity(self, seed: int, group: Group) -> str:
-        """What a seed learns from, as a hash of names and files: another seed being prepared does not change it."""
+        """A hash of the class names, image files and labels a seed trains on; other prepared seeds do not change it."""
         shots = self.few_shots(seed, group)
         assert self.train is not None
         images = [[self.train.ids[row], label] for row, label in zip(shots.rows, shots.labels, strict=True)]
         return hashlib.sha256(json.dumps([shots.names, images]).encode()).hexdigest()
 
     def few_shots(self, seed: int, group: Group) -> ClassGroup:
-        """The training images that a seed drew, of a group of classes; UserError for a seed that was not prepared."""
+        """The few-shot training images of a seed in a group of classes; UserError for a seed that was not prepared."""
         if str(seed) not in self.classes.few_shot:
             raise UserError(
                 f"{self.folder} was prepared for the seeds {', '.join(self.classes.few_shot) or '(none)'}, not for "

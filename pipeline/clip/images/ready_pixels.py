@@ -1,7 +1,7 @@
-"""Test images as pixels, decoded by threads ahead of the model and, where they fit, once for all methods and seeds.
+"""Test images as pixels, decoded by threads ahead of the model and, where they fit into memory, only once.
 
-What is kept are the 8-bit pixels after resizing and cropping, a quarter of what the model reads; their normalisation is
-a table of 256 values per channel, looked up where the model is.
+The cache holds 8-bit pixels after resizing and cropping, a quarter of the size of float32 pixels. They are normalised
+on the model's device, by a table of 256 values per channel.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from pipeline.ranks.environment import launched_ranks_per_node
 from pipeline.ranks.world import World
 
 MOST_KEPT = 8 << 30  # bytes on one machine: ImageNet's 50,000 test images at 224 pixels are 7.5 GB
-MOST_OF_FREE = 0.5  # share of the free memory that they may take
-AHEAD = 4  # pictures that wait per thread
+MOST_OF_FREE = 0.5  # share of the available memory that kept pixels may take
+AHEAD = 4  # images that wait decoded or queued, per thread
 
 
 class Room:
-    """Bytes for kept pixels on this rank; what is taken is never given back."""
+    """The number of bytes left on this rank for kept pixels; pixels are kept until the run ends."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
     @classmethod
     def of(cls, world: World) -> Room:
-        """This rank's share of the machine's memory."""
+        """This rank's share of the machine's budget: the smaller of MOST_KEPT and a share of the available memory."""
         free = int(psutil.virtual_memory().available * MOST_OF_FREE)
         return cls(min(MOST_KEPT, free) // ranks_here(world))
 
     def take(self, size: int) -> bool:
-        """Whether so many bytes were left; they are taken then."""
+        """Reserve `size` bytes; False, and nothing reserved, when fewer are left."""
         if size > self.left:
             return False
         self.left -= size
@@ -49,16 +49,16 @@ class Room:
 
 
 class ReadyPixels:
-    """The pixels of one split's images by their row."""
+    """The pixels of one split's images by row."""
 
     def __init__(self, shards: IndexedShards, pixels: Pixels, room: Room, threads: int) -> None:
         self.shards, self.pixels, self.room, self.threads = shards, pixels, room, max(1, threads)
         self._kept: dict[int, np.ndarray] = {}  # row -> [3, H, W] uint8
 
     def batches(self, rows: Sequence[int], size: int, device: torch.device) -> Iterator[Tensor]:
-        """Pixels [B, 3, H, W] of the rows in turn, `size` at a time; UserError for an image that cannot be decoded."""
+        """Pixels [B, 3, H, W] of the rows in order, `size` at a time; UserError for an image that cannot be decoded."""
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            # Read here, one after the other, and decoded there: Pillow and numpy let other threads run meanwhile.
+            # Files are read in this thread and decoded in the pool: Pillow and numpy release the GIL while decoding.
             waiting = (None if row in self._kept else pool.submit(self._decode, row, self.shards[row]) for row in rows)
             found = self._in_turn(rows, waiting)
             while batch := list(islice(found, size)):
@@ -88,10 +88,10 @@ class ReadyPixels:
 
 
 def decoding_threads(world: World) -> int:
-    """Threads that decode on this rank: its share of the machine's processors."""
+    """The number of decoding threads of this rank: its share of the processors that the process may use."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
 
 
 def ranks_here(world: World) -> int:
-    """Ranks on this machine, as the launcher says; all of them where it does not."""
+    """The number of ranks on this machine, from the launcher's environment; without it, the number of all ranks."""
     return launched_ranks_per_node() or world.size

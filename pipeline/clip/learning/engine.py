@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of one method: its trainables on a frozen CLIP, with SGD as the published runs use it."""
+"""The DeepSpeed engine of one method: its trainables on a frozen CLIP, with SGD as in the published runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ from pipeline.training.optimizer_state import MOMENTUM
 
 
 def clip_engine(module: PromptedCLIP, train: ClipTrainConfig, dtype: str, world: World) -> Engine:
-    """One engine for all datasets and seeds of a method: they set new values, the shapes stay."""
+    """The engine of a method. Datasets and seeds share it and set their own initial values, as shapes stay the same.
+
+    Args:
+        module: the classifier; only its learner's parameters have gradients.
+        train: the method's training settings, with the DeepSpeed file.
+        dtype: precision of weights and step, float32 or bfloat16.
+        world: the ranks.
+    """
     deepspeed = start_deepspeed()
     config = with_node_size(deepspeed_file(train.deepspeed), world.size, node=agreed_node_size())
     config = with_recipe(config, *micro_batches(train.global_batch, train.micro_batch, world.size), train.clip, dtype)
     module.to(world.device)
     for parameter in module.parameters():
-        if parameter.dim() == 0:  # CLIP's scale, which is kept as a buffer; DeepSpeed cannot send single numbers
+        if parameter.dim() == 0:  # CLIP's logit scale and bias: DeepSpeed cannot broadcast zero-dimensional parameters
             parameter.data = parameter.data.reshape(1)
-    # Only what learns: DeepSpeed would look through the frozen parameters at every step.
+    # Only the trainables: DeepSpeed iterates over all parameters of its groups at every step.
     groups = [Group([parameter for parameter in module.parameters() if parameter.requires_grad], train.lr)]
 
     def optimizer(parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -37,11 +44,11 @@ def clip_engine(module: PromptedCLIP, train: ClipTrainConfig, dtype: str, world:
     kinds = MOMENTUM if train.momentum else ()
     engine = Engine(module, dict(module.learner.named_parameters()), groups, optimizer, config, kinds)
     if engine.zero_stage == 3:
-        # A learner reads vectors out of lists, whose own forward never runs: on their own they are not fetched.
+        # ZeRO-3 gathers a module's parameters when its forward runs, which an nn.ParameterList never does.
         for part in module.learner.modules():
             for parameter in part.parameters(recurse=False) if isinstance(part, nn.ParameterList) else ():
                 deepspeed.zero.register_external_parameter(module.learner, parameter)
-    # DeepSpeed rounds buffers to the model's precision too; these scale float32 logits.
+    # DeepSpeed casts buffers to the model's precision too, but these two scale float32 logits: restore them.
     module.backbone.scale, module.backbone.bias = (
         torch.tensor(value, dtype=torch.float32, device=world.device) for value in scale
     )
@@ -49,5 +56,5 @@ def clip_engine(module: PromptedCLIP, train: ClipTrainConfig, dtype: str, world:
 
 
 def shards_parameters(train: ClipTrainConfig) -> bool:
-    """Whether the DeepSpeed file asks for ZeRO-3, under which the backbone's weights are spread over the ranks."""
+    """Whether the DeepSpeed file selects ZeRO-3, under which the backbone's weights are sharded over the ranks."""
     return deepspeed_file(train.deepspeed).get("zero_optimization", {}).get("stage", 0) == 3

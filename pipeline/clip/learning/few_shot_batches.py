@@ -1,4 +1,4 @@
-"""The batches that a method learns from: few-shot images of one seed, augmented, in an order of that seed alone."""
+"""Training batches: the few-shot images of one seed, augmented, in an order that depends on that seed alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 
 
 class FewShotImages:
-    """The images of a group of classes; `features` [N, J] stand in for pixels where they are kept."""
+    """The training images of a group of classes; `features` [N, J] replace pixels where they were computed once."""
 
     def __init__(self, shards: IndexedShards, group: ClassGroup, pixels: Pixels, seed: int, augment: bool) -> None:
         self.shards, self.group, self.pixels = shards, group, pixels
@@ -31,7 +31,7 @@ class FewShotImages:
         return len(self.group.rows)
 
     def name(self, index: int) -> str:
-        """The file an image came from."""
+        """The id of an image: the path of its file."""
         return self.shards.ids[self.group.rows[index]]
 
     def image(self, index: int, epoch: int) -> Tensor:
@@ -48,7 +48,7 @@ class FewShotImages:
         return self.pixels.augmented(picture, self.seed, epoch, self.name(index))
 
     def batch(self, indices: Sequence[int], weights: Sequence[float], epoch: int) -> ImageBatch:
-        """The batch of some images; a weight of 0 marks one that only fills it."""
+        """The batch of the images at `indices`; a weight of 0 marks one that only fills the batch."""
         kept = None if self.features is None else self.features[torch.tensor(indices)]
         pixels = torch.stack([self.image(index, epoch) for index in indices]) if kept is None else None
         labels = torch.tensor([self.group.labels[index] for index in indices])
@@ -59,8 +59,8 @@ class FewShotImages:
 class FewShotBatches(Dataset[ImageBatch]):
     """The micro-batches of one rank; item i belongs to step i // accumulation.
 
-    Whole batches only, as published: what an epoch leaves over is not seen in it. Any number of ranks does: where the
-    batch does not divide, samples with weight 0 fill it, so that the loss is that of one rank.
+    As in the published runs an epoch has whole batches only, and drops the images that remain. Where the number of
+    ranks does not divide the batch, samples of weight 0 fill it, so the loss equals that of one rank.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class FewShotBatches(Dataset[ImageBatch]):
 
 
 def micro_batches(global_batch: int, micro: int | None, world: int) -> tuple[int, int]:
-    """(samples per rank and forward, accumulation steps); the last ones may be filled up."""
+    """(samples per rank and forward pass, accumulation steps); samples of weight 0 fill the last micro-batch."""
     share = -(-global_batch // world)
     micro = min(micro or share, share)
     return micro, -(-share // micro)

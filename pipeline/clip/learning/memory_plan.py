@@ -1,7 +1,7 @@
-"""How much memory a benchmark needs on each GPU, from the backbone's configuration alone: no weight is read.
+"""The memory plan of a benchmark per GPU, from the backbone's configuration; no weights are read.
 
-As `pipeline.planning.memory_plan` plans a task sequence. Exact: weights and trainables. Estimates: activations,
-and what DeepSpeed keeps beside gradients and momentum.
+The counterpart of `pipeline.planning.memory_plan` for task sequences. Weights and trainables are exact. Activations,
+and DeepSpeed's buffers besides gradients and momentum, are estimates.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from pipeline.planning.zero import Zero
 from pipeline.training.deepspeed_config import deepspeed_file, with_recipe
 from pipeline.training.hpz import with_node_size
 
-ASSUMED_TEXT = 24  # tokens of a class's text, template and prompts included, where a text may end at its last token
+ASSUMED_TEXT = 24  # assumed tokens of a class's text with template and prompts, where texts are not padded to 77
 
 
 def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: int, tested: int) -> MemoryPlan:
-    """Plan a run on `ranks` GPUs.
+    """Plan the memory of a run on `ranks` GPUs; UserError for an invalid DeepSpeed file.
 
-    `model` is the backbone on the meta device, `classes` the most that a unit learns from and `tested` the most that
-    one is evaluated on. Raises UserError for a DeepSpeed file that is wrong.
+    Args:
+        recipe: the benchmark's recipe.
+        ranks: the number of GPUs.
+        model: the backbone on the meta device.
+        classes: the largest number of classes that a unit trains on.
+        tested: the largest number of classes that a unit is evaluated on.
     """
     element = 2 if recipe.model.dtype == "bfloat16" else FLOAT32
     config = with_node_size(deepspeed_file(recipe.train.deepspeed), ranks)
@@ -50,7 +54,7 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
                 "gathered window",
                 whole if stage == 3 else 0,
                 0,
-                "at most: all weights" if stage == 3 else "nothing is gathered",
+                "upper bound: all weights" if stage == 3 else "nothing is gathered",
             ),
             Entry(
                 "activations",
@@ -59,7 +63,7 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
                 f"training {by_method}, {classes} classes; evaluating {tested} classes, {recipe.evaluate_batch} images",
             ),
             Entry("trainables", held, held, f"{learned:,} parameters, {trained_by}"),
-            Entry("gradients", gradients, gradients, "with the buffer they are reduced in"),
+            Entry("gradients", gradients, gradients, "with the reduction buffer"),
             Entry("optimizer", optimizer, optimizer, "float32 copies and SGD's momentum"),
             Entry(
                 "evaluation replica",
@@ -90,7 +94,7 @@ def _activations(
     learner, train = _learner(method, model, classes), recipe.train_of(method)
     micro, _ = micro_batches(train.global_batch, train.micro_batch, ranks)
     texts = classes * (micro if learner.per_image else 1)
-    texts = min(texts, recipe.model.text_chunk or texts)  # a chunk's are computed again in the backward pass
+    texts = min(texts, recipe.model.text_chunk or texts)  # a chunk's activations are recomputed in the backward pass
     text, vision = model.config.text_config, model.config.vision_config
     kept = kept_bytes(text, texts, text_tokens(model), element)
     if learner.changes_images:
@@ -100,11 +104,17 @@ def _activations(
 
 
 def kept_bytes(tower: Any, sequences: int, tokens: int, element: int) -> int:
-    """Bytes that a frozen tower's blocks keep of so many sequences when gradients go through to prompts before them.
+    """Bytes of activations that a frozen tower's blocks keep for the backward pass to prompts before them.
 
-    A frozen linear layer keeps nothing. Per token and block there remain the inputs of two norms with their mean and
-    deviation in float32; query, key, value and output of the attention with a row of its mask and each head's
-    logarithm of sums; and before and after the activation of the MLP.
+    A frozen linear layer keeps no input. Per token and block PyTorch keeps the inputs of two layer norms with their
+    mean and deviation in float32; query, key, value and output of the attention, a row of its mask, and the log-sum-exp
+    of each head; and the input and output of the MLP's activation function.
+
+    Args:
+        tower: the Hugging Face configuration of the tower.
+        sequences: the number of sequences in the forward pass.
+        tokens: the number of tokens per sequence.
+        element: bytes per number.
     """
     width, heads = tower.hidden_size, tower.num_attention_heads
     per_token = (6 * width + 2 * tower.intermediate_size + tokens) * element + (4 + heads) * FLOAT32
@@ -112,18 +122,18 @@ def kept_bytes(tower: Any, sequences: int, tokens: int, element: int) -> int:
 
 
 def text_tokens(model: Any) -> int:
-    """Tokens of a text: what is assumed where texts may be shortened, else the tower's whole length."""
+    """Tokens of a text: ASSUMED_TEXT where texts may be shortened, else the tower's maximum length."""
     length = model.config.text_config.max_position_embeddings
     return min(length, ASSUMED_TEXT) if model.config.model_type == "clip" else length
 
 
 def image_tokens(vision: Any) -> int:
-    """Tokens of an image without prompts."""
+    """Tokens of an image without prompts: its patches and the class token."""
     return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def _evaluation(recipe: ClipRecipe, model: Any, classes: int, element: int) -> int:
-    """Bytes of the larger of the two towers at work, without gradients."""
+    """Bytes of activations in evaluation: those of the tower that needs more, without gradients."""
     per_image = any(method_class(method.kind).per_image for method in recipe.methods)
     texts = classes * (recipe.evaluate_batch if per_image else 1)
     texts = min(texts, recipe.model.text_chunk or texts, AT_ONCE)
@@ -135,5 +145,5 @@ def _evaluation(recipe: ClipRecipe, model: Any, classes: int, element: int) -> i
 
 
 def _passing(tower: Any, tokens: int, element: int) -> int:
-    """Bytes of one block at work on so many tokens: its input and residual, attention and MLP."""
+    """Bytes of activations of one block for `tokens` tokens: input, residual, attention and MLP."""
     return tokens * (6 * tower.hidden_size + 2 * tower.intermediate_size) * element

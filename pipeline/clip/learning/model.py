@@ -1,4 +1,4 @@
-"""The module that is trained: a frozen backbone, a method's trainables, and the texts of the classes at hand."""
+"""The module that is trained: a frozen backbone, a method's trainables, and the texts of the current classes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipeline.training.normaliser import Normaliser
 class ImageBatch:
     """Images with their labels; a weight of 0 marks a sample that only fills a batch.
 
-    `pixel_values` [B, 3, H, W], `labels` [B], `weights` [B] (None: all 1). `image_features` [B, J] may be given in
-    place of computing them, for methods that leave images as they are.
+    `pixel_values` [B, 3, H, W], `labels` [B], `weights` [B] (None: all 1). `image_features` [B, J] replace
+    `pixel_values` for methods without image prompts.
     """
 
     pixel_values: Tensor | None
@@ -40,7 +40,7 @@ class ImageBatch:
         return replace(self, **moved)
 
     def counts(self) -> tuple[float, float]:
-        """The weight of its samples, twice: what the loop sums are answers and samples, here the same."""
+        """The total weight of the samples, twice: the training loop sums answer units and samples, here the same."""
         weight = float(len(self.labels) if self.weights is None else self.weights.sum())
         return weight, weight
 
@@ -48,8 +48,17 @@ class ImageBatch:
 class PromptedCLIP(nn.Module):
     """A classifier over named classes; `learner` holds the only parameters with gradients.
 
-    `text_chunk` texts go through the text tower at a time (None: all). Raises UserError when the trainables belong to
-    another number of classes than `names` has, or `regularisers` meet a method that has texts per image.
+    Args:
+        backbone: the frozen CLIP or SigLIP.
+        learner: the method's trainables.
+        words: the tokenizer.
+        names: the class names.
+        regularisers: further terms of the loss.
+        text_chunk: texts per pass of the text tower; None: all at once.
+
+    Raises:
+        UserError: the learner has class-specific contexts for another number of classes, or regularisers are given for
+            a method whose text features depend on the image.
     """
 
     def __init__(
@@ -72,17 +81,18 @@ class PromptedCLIP(nn.Module):
             )
         self.set_classes(names)
 
-    counts_tokens = False
+    counts_tokens = False  # progress is counted in images
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The names of the loss terms, in the order in which `forward` gives them."""
+        """The names of the loss terms, in the order of `forward`'s."""
         return ("cross_entropy", *(name for regulariser in self.regularisers for name in regulariser.names))
 
     def set_classes(self, names: Sequence[str], frozen: Backbone | None = None) -> None:
-        """Classify among these classes from now on; what was learned stays.
+        """Set the classes; the trainables stay.
 
-        `frozen` is another copy of the backbone, for what regularisers compute now: this one may be sharded.
+        `frozen` is a copy of the backbone on which regularisers compute their frozen features, since this module's own
+        may be sharded.
         """
         expected = self.learner.classes
         if expected is not None and expected != len(names):
@@ -105,8 +115,7 @@ class PromptedCLIP(nn.Module):
     def text_features(self, prompts: Prompts | None = None) -> Tensor:
         """Text features [K, J] of the classes, or [B, K, J] for prompts made from B images; not normalised.
 
-        In evaluation they need computing only once: keep them and pass them to `logits`. Methods whose prompts depend
-        on the image have none to keep.
+        In evaluation compute them once and pass them to `logits`, except for methods whose prompts depend on the image.
         """
         prompts = prompts or self.learner()
         self.texts = self.texts.to(self.backbone.scale.device)
@@ -115,7 +124,7 @@ class PromptedCLIP(nn.Module):
     def logits(
         self, pixel_values: Tensor | None, image_features: Tensor | None = None, text_features: Tensor | None = None
     ) -> Tensor:
-        """Class logits [B, K] of `pixel_values` [B, 3, H, W]; features that are given are not computed."""
+        """Class logits [B, K] of `pixel_values` [B, 3, H, W]; features that are passed are not computed."""
         return self.backbone.logits(*self._features(pixel_values, image_features, text_features))
 
     def _features(
@@ -131,14 +140,14 @@ class PromptedCLIP(nn.Module):
         return images, texts
 
     def total(self, terms: Sequence[float]) -> float:
-        """The loss that is minimised: its terms carry their weights."""
+        """The total loss from its terms, which are already weighted."""
         return sum(terms)
 
     def forward(self, batch: ImageBatch, normaliser: Normaliser | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate, and its terms by name.
+        """The loss to differentiate, and its detached terms by name.
 
-        Sums over this batch are divided by the normaliser's samples, the weight of the whole optimizer step over all
-        ranks (None: by the weight of this batch).
+        Sums over this batch are divided by the normaliser's samples, which is the total weight of the optimizer step
+        over all ranks (None: by the total weight of this batch).
         """
         images, texts = self._features(batch.pixel_values, batch.image_features)
         logits = self.backbone.logits(images, texts)

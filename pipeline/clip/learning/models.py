@@ -1,4 +1,4 @@
-"""The forms of the backbone in a benchmark: the engine that trains a method, and the classifier that is evaluated."""
+"""The models of a benchmark: the frozen backbone, the engine that trains a method, and the evaluated classifier."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from pipeline.training.engine import Engine
 
 
 class ClipModels:
-    """One frozen backbone on every rank, and an engine for the method that is trained.
+    """A frozen backbone on every rank, and one engine at a time for the method that is trained.
 
-    Every rank holds a whole backbone: for evaluation, and for what is computed once of the frozen model.
+    Every rank has an unsharded backbone, for evaluation and for features of the frozen model that are computed once.
     """
 
     def __init__(self, recipe: ClipRecipe, world: World, watchdog: Watchdog) -> None:
@@ -40,7 +40,7 @@ class ClipModels:
         backbone, tokenizer = together(lambda: load_backbone(model.location, model.revision, dtype))
         self.backbone = backbone.to(world.device)
         for tower in (backbone.model.text_model, backbone.model.vision_model):
-            # Lets the watchdog see that features are computed, in evaluations that take longer than its limit.
+            # Report each forward pass to the watchdog: an evaluation may take longer than its limit.
             tower.embeddings.register_forward_hook(lambda *_: watchdog.progress())
         self.words = self.backbone.words(tokenizer)
         self.pixels = together(lambda: Pixels(backbone_folder(model.location, model.revision)))
@@ -49,28 +49,28 @@ class ClipModels:
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
 
     def learner(self, unit: Unit, classes: int) -> PromptLearner:
-        """A fresh learner, the same on every rank."""
+        """A learner with its initial values, identical on every rank."""
         return together(lambda: learner_of(unit, self.backbone, self.words, classes))
 
     def classifier(self, learner: PromptLearner, names: Sequence[str]) -> PromptedCLIP:
-        """What a learner has learned, as a classifier among these classes."""
+        """The classifier of a learner over these classes, on this rank's device."""
         chunk = self.recipe.model.text_chunk
         return PromptedCLIP(self.backbone, learner.to(self.world.device), self.words, names, text_chunk=chunk)
 
     def some_change_images(self, units: Sequence[Unit]) -> bool:
-        """Whether the image features of some method depend on what it learns, so that pixels are needed again."""
+        """Whether some method has image prompts, so that its units need pixels instead of frozen image features."""
         firsts = {unit.method.name: unit for unit in units}
         return any(learner_of(unit, self.backbone, self.words, 1).changes_images for unit in firsts.values())
 
     def features(self, images: FewShotImages, learner: PromptLearner) -> Tensor:
-        """Features [N, J] of images that no prompt changes."""
+        """Features [N, J] of the images from the frozen image tower, without prompts."""
         ready = ReadyPixels(images.shards, images.pixels, Room(0), decoding_threads(self.world))
         batches = ready.batches(images.group.rows, self.recipe.evaluate_batch, self.world.device)
         with torch.no_grad():
             return torch.cat([self.backbone.image(pixels, learner.schedule, {}).cpu() for pixels in batches])
 
     def engine(self, unit: Unit, learner: PromptLearner, names: Sequence[str]) -> Engine:
-        """The engine of the unit's method; a new one where trainables have other shapes or another optimizer."""
+        """The engine of the unit's method; a new one where the shapes of the trainables or the optimizer differ."""
         recipe = self.recipe
         train = recipe.train_of(unit.method, unit.dataset.name)
         sizes = tuple((name, tuple(value.shape)) for name, value in learner.named_parameters())

@@ -1,4 +1,4 @@
-"""The units of a benchmark: one method on one dataset with one seed, and what each of them learns."""
+"""The units of a benchmark: one method on one dataset with one seed, its learner and its regularisers."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from pipeline.runs.layout import unit_folder
 
 @dataclass(frozen=True)
 class Unit:
-    """One method on one dataset with one seed; `groups` are (name, dataset, classes) of what it is evaluated on."""
+    """One method on one dataset with one seed."""
 
     method: ClipMethodConfig
     dataset: DatasetConfig
     seed: int
-    group: Group  # of the classes it learns from
-    groups: tuple[tuple[str, str, Group], ...]
+    group: Group  # the classes it trains on
+    groups: tuple[tuple[str, str, Group], ...]  # (name, dataset, classes) of each group it is evaluated on
 
     @property
     def label(self) -> str:
-        """The unit's name in the log, in MLflow and of its folder."""
+        """The unit's name in the log and in MLflow, and the name of its folder."""
         return f"{self.method.name}-{self.dataset.name}-s{self.seed}"
 
     @property
     def row(self) -> tuple[str, str, int]:
-        """Method, dataset and seed: the unit's row of the results."""
+        """Method, dataset and seed, which identify the unit's row in the results."""
         return self.method.name, self.dataset.name, self.seed
 
     @property
     def learns(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the method has trainables."""
         return method_class(self.method.kind).learns
 
     def folder(self, run: Path) -> Path:
-        """Where a run keeps the unit."""
+        """The unit's folder in a run folder."""
         return unit_folder(run, self.label)
 
     def options(self, classes: int) -> dict[str, Any]:
-        """The method's options for so many classes to learn from."""
+        """The method's options when it trains on `classes` classes."""
         options = dict(self.method.options)
         if self.method.per_class:
             options["classes"] = classes
@@ -58,7 +58,7 @@ class Unit:
 
 
 def units_of(recipe: ClipRecipe) -> list[Unit]:
-    """All units, method by method; what learns nothing is the same with every seed and has one."""
+    """All units, method by method; a method without trainables has one unit per dataset, as no seed changes it."""
     group: Group = "base" if recipe.data.protocol == "base_to_new" else "all"
     units = []
     for method in recipe.methods:
@@ -77,13 +77,12 @@ def _groups(recipe: ClipRecipe, dataset: DatasetConfig) -> tuple[tuple[str, str,
 
 
 def learner_of(unit: Unit, backbone: Backbone, words: Words, classes: int) -> PromptLearner:
-    """The unit's trainables as they start, a function of its seed; UserError for words with too few tokens."""
+    """The unit's trainables with initial values from its seed; UserError when the words have too few tokens."""
     return make_learner(unit.method.kind, backbone, words, seed=unit.seed, **unit.options(classes))
 
 
 def regularisers_of(method: ClipMethodConfig, learner: PromptLearner, template: str) -> list[Regulariser]:
-    """The further terms of a row's loss: those of the recipe, then the method's own; `template` is what a text about
-    the dataset says."""
+    """The regularisers of a row: those of the recipe, then the method's own; `template` is the dataset's."""
     found: list[Regulariser] = []
     if method.consistency is not None:
         weights = method.consistency

@@ -1,4 +1,4 @@
-"""Prompt methods on CLIP, one file each: their classes by name, and one way to make any of them."""
+"""Prompt methods on CLIP, one file each: their classes by name, and functions that check options and make learners."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["PromptLearner", "learner_of_sizes", "make_learner", "method_class", 
 
 
 def method_class(name: str) -> type[PromptLearner]:
-    """The class of a method; UserError where nothing has this name."""
+    """The class of a method; UserError for an unknown name."""
     found: type[PromptLearner] = registry.load("clip_methods", name)
     return found
 
 
 def refuse_options(name: str, options: Mapping[str, Any], hidden: tuple[str, ...] = ()) -> None:
-    """Raise UserError for an option that a method has not got or that is `hidden`, or a value its signature forbids."""
+    """Raise UserError for an option that the method does not have or that is `hidden`, or a value of a wrong type."""
     method = method_class(name)
     parameters = inspect.signature(method).parameters
     known = [option for option in parameters if option not in ("sizes", *hidden)]
@@ -46,9 +46,9 @@ def refuse_options(name: str, options: Mapping[str, Any], hidden: tuple[str, ...
 
 
 def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) -> PromptLearner:
-    """The trainables of a method for a backbone of these sizes, a function of `seed`; contexts start at random.
+    """The trainables of a method for a backbone of these sizes, initialised at random from `seed`.
 
-    Raises UserError for an unknown method or option, and for an option's value of another kind.
+    Raises UserError for an unknown method or option, and for an option's value of a wrong type.
     """
     refuse_options(name, options)
     with torch.random.fork_rng(devices=[]):
@@ -57,7 +57,7 @@ def learner_of_sizes(name: str, sizes: Sizes, /, seed: int = 0, **options: Any) 
 
 
 def make_learner(name: str, backbone: Backbone, words: Words, /, seed: int = 0, **options: Any) -> PromptLearner:
-    """The trainables of a method for this backbone, contexts started from words where the method does that."""
+    """The trainables of a method for this backbone; contexts are initialised from words where the method has some."""
     learner = learner_of_sizes(name, backbone.sizes, seed, **options)
     start = learner.start_words()
     if start is not None and learner.length:

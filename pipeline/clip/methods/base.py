@@ -1,4 +1,4 @@
-"""What a method learns: prompts for the blocks of each tower, on a schedule, and the words around the class name."""
+"""The base of all methods: a learner gives prompts for the blocks of each tower, on a schedule, and class texts."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ from pipeline.clip.methods.regulariser import Regulariser
 from pipeline.clip.towers.schedule import PromptSchedule
 from pipeline.clip.towers.text import MARK, ClassTexts, Position, Words, class_texts
 
-DEVIATION = 0.02  # of prompts that start at random, everywhere in this family
+DEVIATION = 0.02  # standard deviation of random initial prompts, the same in all published methods
 TEMPLATE = "a photo of a {}."
 WORDS = TEMPLATE.partition(f" {MARK}")[0]
-PLACEHOLDER = "X"  # stands where context starts at random; any word of one token would do
+PLACEHOLDER = "X"  # a word of one token, whose embedding a learned vector replaces
 
 
 class Prompts(NamedTuple):
-    """Fresh prompts of one forward pass by block: [n, D] each.
+    """The prompts of one forward pass by block: [n, D] each.
 
-    The context of the text tower's block 0 may also be per class [K, n, D] or per image [B, 1, n, D]. A tuple of
-    dictionaries, in which ZeRO-3 finds the tensors that it has to follow backwards.
+    The context of the text tower's block 0 may also be class-specific [K, n, D] or per image [B, 1, n, D]. The type is
+    a tuple of dictionaries, because ZeRO-3 looks for the output tensors of a module only in such containers, to hook
+    their backward pass.
     """
 
-    # By its whole name: what reads the types of a named tuple, as `make docs` does, knows no other.
+    # `torch.Tensor`, not `Tensor`: tools that resolve a named tuple's types (`make docs`) only find the full name.
     text: dict[int, torch.Tensor]
     vision: dict[int, torch.Tensor]
 
 
 class PromptLearner(nn.Module):
-    """The trainables of a method, in float32 whatever the backbone computes in; calling it gives its prompts.
+    """The trainables of a method, made in float32; calling it returns its prompts.
 
-    `template` with one `{}` makes the texts of the classes; `length` positions after the start token are learned.
+    Args:
+        schedule: how many prompts enter and leave each block.
+        template: makes the class texts, with one `{}` for the class name.
+        length: the number of learned positions after the start token.
     """
 
     name: ClassVar[str]
-    learns: ClassVar[bool] = True  # whether there is anything to train; without it all seeds are alike
-    takes_classes: ClassVar[bool] = False  # whether `per_class` of the recipe gives it an option `classes`
-    per_image: ClassVar[bool] = False  # prompts depend on the image: text features cannot be kept
-    position: Position = "end"
+    learns: ClassVar[bool] = True  # whether it has trainables; without, no seed changes the result
+    takes_classes: ClassVar[bool] = False  # whether the recipe's `per_class` sets its option `classes`
+    per_image: ClassVar[bool] = False  # whether prompts depend on the image, so that text features do too
+    position: Position = "end"  # of the class name, see `class_texts`
 
     def __init__(self, schedule: PromptSchedule, template: str, length: int = 0) -> None:
         super().__init__()
@@ -49,12 +53,12 @@ class PromptLearner(nn.Module):
 
     @property
     def changes_images(self) -> bool:
-        """Whether image features depend on what is learned; else they may be computed once."""
+        """Whether there are image prompts; without them image features can be computed once."""
         return bool(self.schedule.vision.adds)
 
     @property
     def classes(self) -> int | None:
-        """The number of classes the trainables belong to; None when they fit any class list."""
+        """The number of classes of class-specific contexts; None when the context is shared by all classes."""
         return None
 
     def texts(self, words: Words, names: Sequence[str]) -> ClassTexts:
@@ -62,26 +66,26 @@ class PromptLearner(nn.Module):
         return class_texts(words, names, self.template, self.length, self.position)
 
     def regularisers(self, template: str) -> Sequence[Regulariser]:
-        """Terms of the loss that belong to the method; `template` is what a text about the dataset says."""
+        """Further terms of the method's loss; `template` is the dataset's text template."""
         return ()
 
     def start_words(self) -> str | None:
-        """Words whose embeddings the context starts from; None when it starts at random."""
+        """Words whose embeddings are the initial context; None when it is initialised at random."""
         return None
 
     def start_from(self, rows: Tensor) -> None:
-        """Let the context start from word embeddings [n, D]."""
+        """Initialise the context with word embeddings [n, D]."""
         with torch.no_grad():
             self.get_parameter("ctx").copy_(rows)
 
     def prompts(self, images: Tensor | None = None) -> Prompts:
-        """The prompts; `images` [B, J] are the image features, where a method is `per_image`."""
+        """The prompts; `images` [B, J] are the image features, for methods that are `per_image`."""
         raise NotImplementedError
 
     def forward(self, images: Tensor | None = None) -> Prompts:
         """See `prompts`."""
         text, vision = self.prompts(images)
-        # Views, never the parameters themselves: under ZeRO-3 those are empty again once this forward has ended.
+        # Return views of the parameters: ZeRO-3 releases the parameters themselves when this forward ends.
         return Prompts(*({block: v.view_as(v) for block, v in part.items()} for part in (text, vision)))
 
 
@@ -91,15 +95,15 @@ def placeholders(count: int) -> str:
 
 
 def vectors(count: int, width: int) -> nn.Parameter:
-    """`count` prompts that start at random."""
+    """`count` prompts [count, width], initialised at random."""
     return nn.Parameter(torch.empty(count, width).normal_(std=DEVIATION))
 
 
 def deep_vectors(blocks: int, count: int, width: int) -> nn.ParameterList:
-    """`count` prompts for each of so many deeper blocks."""
+    """`count` prompts [count, width] for each of `blocks` deeper blocks."""
     return nn.ParameterList([vectors(count, width) for _ in range(blocks)])
 
 
 def copies(layer: nn.Linear, count: int) -> nn.ModuleList:
-    """`count` layers that start equal."""
+    """`count` layers with equal initial values."""
     return nn.ModuleList([copy.deepcopy(layer) for _ in range(count)])

@@ -1,4 +1,4 @@
-"""CoCoOp: a small network shifts the context by what is in the image (docs/design.md 5.2)."""
+"""CoCoOp: a small network of the image feature shifts the context (docs/design.md 5.2)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.clip.methods.base import WORDS, PromptLearner, Prompts, placeholde
 from pipeline.clip.towers.backbone import Sizes, normalised
 from pipeline.clip.towers.schedule import coop
 
-REDUCTION = 16  # the hidden layer has a sixteenth of the joint width
+REDUCTION = 16  # the joint width divided by that of the hidden layer
 
 
 class CoCoOp(PromptLearner):
-    """Context `ctx` [n, D] plus, for each image, `meta_net` of its normalised feature, the same for all n vectors.
+    """Context `ctx` [n, D] plus `meta_net` of the image's normalised feature, added to each of the n vectors.
 
-    Texts are read once per image and class; `pipeline.clip.towers.encode` batches and chunks them.
+    The text tower runs once per image and class; `pipeline.clip.towers.encode` batches and chunks the texts.
     """
 
     name = "cocoop"
@@ -39,6 +39,6 @@ class CoCoOp(PromptLearner):
 
     def prompts(self, images: Tensor | None = None) -> Prompts:
         assert images is not None, "CoCoOp makes its prompts from image features"
-        # An engine in bfloat16 casts all trainables, while features are float32.
+        # DeepSpeed casts trainables to bfloat16 where the recipe asks for it; features are float32.
         shift = self.meta_net(normalised(images).to(self.ctx.dtype))  # [B, D]
         return Prompts({0: (self.ctx + shift[:, None])[:, None]}, {})  # [B, 1, n, D]

@@ -1,4 +1,4 @@
-"""CoOp: the words around the class name are learned (docs/design.md 5.1)."""
+"""CoOp: a learned context around the class name (docs/design.md 5.1)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from pipeline.errors import UserError
 
 
 class CoOp(PromptLearner):
-    """`length` context vectors `ctx` [n, D], one set for all classes; with `classes` = K a set for each, [K, n, D].
+    """Learned context vectors `ctx` around the class name.
 
-    The class name stands behind them (`position` end), between the halves (middle) or before them (front). `words`
-    such as "a photo of a" are what they start from, else they start at random.
+    Args:
+        sizes: sizes of the backbone.
+        length: n, the number of context vectors.
+        position: the class name comes after the context (end), between its halves (middle) or before it (front).
+        classes: K for class-specific contexts `ctx` [K, n, D]; None for one context [n, D] shared by all classes.
+        words: words whose embeddings are the initial context, such as "a photo of a"; None: random initial values.
     """
 
     name = "coop"

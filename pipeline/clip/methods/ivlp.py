@@ -1,4 +1,4 @@
-"""IVLP: prompts of their own in both towers (docs/design.md 5.8)."""
+"""IVLP: independent prompts in both towers (docs/design.md 5.8)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pipeline.clip.towers.schedule import ivlp
 
 
 class IVLP(PromptLearner):
-    """`length` text and `length_vision` image prompts for each of the first `depth` blocks, replaced block by block.
+    """`length` text and `length_vision` image prompts for each of the first `depth` blocks, replaced in each block.
 
-    With `pipeline.clip.methods.regularisers.Consistency` and `pipeline.clip.learning.averaging` this is PromptSRC.
+    With `pipeline.clip.methods.regularisers.Consistency` and `pipeline.clip.learning.averaging` this is PromptSRC
+    (docs/design.md 5.9).
     """
 
     name = "ivlp"

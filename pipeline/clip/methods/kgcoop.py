@@ -1,4 +1,4 @@
-"""KgCoOp: CoOp whose text features stay near those of the hand-written template."""
+"""KgCoOp: CoOp with a penalty on the distance to the hand-written template's features (docs/design.md 5.10)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.clip.towers.backbone import Sizes
 
 
 class KgCoOp(CoOp):
-    """CoOp from the words "a photo of a", with `knowledge` times the distance to the hand-written texts in its loss."""
+    """CoOp initialised from "a photo of a"; `knowledge` is the weight of the `KnowledgeGuided` term."""
 
     name = "kgcoop"
     takes_classes = False

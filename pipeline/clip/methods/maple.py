@@ -10,9 +10,10 @@ from pipeline.clip.towers.schedule import maple
 
 
 class MaPLe(PromptLearner):
-    """`length` prompts in each tower, replaced before each of the first `depth` blocks; the text side is learned.
+    """`length` prompts in each tower, replaced before each of the first `depth` blocks.
 
-    `proj` couples the first block, `compound_prompt_projections` the deeper ones.
+    The text prompts are parameters. `proj` maps those of the first block to image prompts,
+    `compound_prompt_projections` those of the deeper blocks.
     """
 
     name = "maple"

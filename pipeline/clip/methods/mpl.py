@@ -1,8 +1,7 @@
-"""MPL, Modular Prompt Learning: image prompts are removed, added and carried from block to block.
+"""MPL, Modular Prompt Learning: image prompts are removed, added and carried from block to block (docs/design.md 5.4).
 
-Source: docs/design.md 5.3 to 5.6. The released code starts all projections of a block equal; in the last prompted
-block, where nothing is removed later, they then stay equal for ever (M1). So each slot starts on its own here unless
-`tied`.
+The released code initialises all projections of a block as copies of one. In the last prompted block they receive equal
+gradients and stay equal (docs/design.md 5.6, M1). Here each has its own initial values unless `tied`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,19 @@ from pipeline.clip.towers.schedule import First, mpl
 
 
 class MPL(PromptLearner):
-    """`length` text prompts per block; each makes `add` image prompts, and `remove` of the newest ones go before.
+    """Text prompts per block, each mapped to image prompts that are added to those of the blocks before.
 
-    `first` code: the first block's prompts make one image prompt each, by `proj`, as in the released code; figure: they
-    make `add`, as in the paper's figure. `tied` starts the projections `txt2img_proj[slot][block - 1]` equal, as
-    released. The texts read "X a photo of a <class>."; with `template_words` the first words of "a photo of a" are the
-    learned ones instead, as in MaPLe.
+    Args:
+        sizes: sizes of the backbone.
+        length: n, the number of text prompts per block.
+        add: the number of image prompts that each text prompt is mapped to, by `txt2img_proj[slot][block - 1]`.
+        remove: the number of the newest image prompts that are removed before each block.
+        depth: the number of prompted blocks.
+        first: image prompts per text prompt in the first block: code: one, by `proj`, as in the released code; figure:
+            `add`, as in the paper's figure.
+        tied: initialise the projections of a block as copies of one, as released.
+        template_words: learn the first words of "a photo of a <class>.", as MaPLe does, instead of prompts before it,
+            "X a photo of a <class>.".
     """
 
     name = "mpl"

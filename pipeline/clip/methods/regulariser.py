@@ -1,4 +1,4 @@
-"""What a regulariser is: further terms of a method's loss, which mostly keep it near the frozen model."""
+"""The interface of regularisers: further terms of the loss, such as distances to the frozen model's features."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pipeline.clip.towers.text import Words
 
 @dataclass(frozen=True)
 class Features:
-    """What a regulariser sees of a batch.
+    """The features of a batch: `images` [B, J] and `texts` [K, J], not normalised, and `logits` [B, K].
 
-    `images` [B, J] and `texts` [K, J], not normalised, `logits` [B, K], and `share` [B] of each sample in the loss.
+    `share` [B] is each sample's weight divided by the total weight of the optimizer step; `pixel_values` [B, 3, H, W]
+    are None where image features were computed once.
     """
 
     images: Tensor
@@ -27,11 +28,12 @@ class Features:
 
 
 class Regulariser:
-    """Terms added to the cross-entropy, named in `names`; `start` is called whenever the classes change."""
+    """Terms that are added to the cross-entropy; `names` are the terms' names."""
 
     names: ClassVar[tuple[str, ...]]
 
     def start(self, backbone: Backbone, words: Words, names: Sequence[str]) -> None:
+        """Compute what depends on the class names `names`; called whenever the classes change."""
         raise NotImplementedError
 
     def terms(self, backbone: Backbone, features: Features) -> dict[str, Tensor]:

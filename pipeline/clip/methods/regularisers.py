@@ -1,4 +1,4 @@
-"""Terms that keep the prompts near the frozen model: PromptSRC's three and KgCoOp's one (docs/design.md 5.9, 5.10)."""
+"""Terms that penalise the distance to the frozen model: PromptSRC's and KgCoOp's (docs/design.md 5.9, 5.10)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from pipeline.errors import UserError
 def frozen_text_features(
     backbone: Backbone, words: Words, names: Sequence[str], templates: Sequence[str], chunk: int = 256
 ) -> Tensor:
-    """Text features [K, J] of the frozen model, of unit length: the mean over the templates, not normalised before."""
+    """Text features [K, J] of the frozen model: the mean of unnormalised features over the templates, then normalised.
+
+    Args:
+        backbone: the frozen model.
+        words: the tokenizer.
+        names: the class names.
+        templates: the text templates.
+        chunk: texts per pass of the text tower.
+    """
     blank = schedule([], [], backbone.sizes.blocks)
     total = torch.zeros(())
     with torch.no_grad():
@@ -32,10 +40,16 @@ def frozen_text_features(
 
 
 class Consistency(Regulariser):
-    """PromptSRC: absolute differences of normalised features to the frozen model's, and KL of the predictions.
+    """PromptSRC's terms (docs/design.md 5.9).
 
-    Mean over all entries of |text - frozen text| times `text_weight`, the same for images, and KL(frozen || learned)
-    of the predictions, summed and divided by the number of logits, times `logit_weight`.
+    Text and image term: the mean absolute difference of normalised features to the frozen model's. Logit term:
+    KL(frozen || learned) of the predictions, summed and divided by the number of logits.
+
+    Args:
+        text_weight: weight of the text term.
+        image_weight: weight of the image term.
+        logit_weight: weight of the logit term.
+        templates: templates of the frozen text features.
     """
 
     names = ("text_consistency", "image_consistency", "logit_consistency")
@@ -79,7 +93,7 @@ class Consistency(Regulariser):
 
 
 class KnowledgeGuided(Regulariser):
-    """KgCoOp: `weight` times the mean of 1 - cos(text feature, that of the hand-written `template`)."""
+    """KgCoOp's term: `weight` times the mean of 1 - cos(text feature, frozen feature of `template`)."""
 
     names = ("knowledge",)
 

@@ -10,9 +10,9 @@ from pipeline.clip.towers.schedule import vpt
 
 
 class VPT(PromptLearner):
-    """`length` image prompts for each of the first `depth` blocks (1: shallow), beside the words of a template.
+    """`length` image prompts for each of the first `depth` blocks (1: shallow VPT), and texts from a template.
 
-    Each block's take the place of those before, or with `carry` stand beside them.
+    A block's prompts replace those of the block before; with `carry` they are added to them.
     """
 
     name = "vpt"

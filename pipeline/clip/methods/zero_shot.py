@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: nothing is learned, the template alone speaks."""
+"""Zero-shot CLIP: no trainables; class texts come from a template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.clip.towers.schedule import schedule
 
 
 class ZeroShot(PromptLearner):
-    """The frozen model as it is, with the dataset's own `template` (docs/design.md 5.11)."""
+    """The frozen model without prompts, with the dataset's `template` (docs/design.md 5.11)."""
 
     name = "zero_shot"
     learns = False

@@ -1,4 +1,4 @@
-"""The frozen CLIP or SigLIP that prompts are learned for, from any Hugging Face checkpoint of the two."""
+"""The frozen CLIP or SigLIP backbone, from any Hugging Face checkpoint of either."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUPPORTED = ("clip", "siglip")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What prompts have to fit: blocks and width of each tower, and the width of the joint space."""
+    """The sizes that prompts have to match: blocks and width of each tower, and the width of the joint space."""
 
     text_blocks: int
     text_width: int
@@ -35,11 +35,12 @@ class Sizes:
 
     @property
     def blocks(self) -> tuple[int, int]:
+        """The number of blocks of the text tower and of the image tower."""
         return self.text_blocks, self.vision_blocks
 
     @classmethod
     def of(cls, config: Any) -> Sizes:
-        """The sizes in a Hugging Face configuration; UserError for another kind of model."""
+        """The sizes in a Hugging Face configuration; UserError for another type of model."""
         if config.model_type not in SUPPORTED:
             raise UserError(
                 f"The backbone is a model of type '{config.model_type}'; supported: {', '.join(SUPPORTED)}."
@@ -51,9 +52,9 @@ class Sizes:
 
 
 class Backbone(nn.Module):
-    """A frozen `CLIPModel` or `SiglipModel` in eval mode; prompts enter from outside, its code stays as it is.
+    """A frozen `CLIPModel` or `SiglipModel` in eval mode; prompts are inserted by hooks, its code is not changed.
 
-    Only whole towers are called, never bare weights, so that ZeRO-3 can gather what is needed.
+    Only submodules are called and weights are never used directly, so that ZeRO-3 gathers them (docs/design.md 7.2).
     """
 
     scale: Tensor
@@ -66,38 +67,45 @@ class Backbone(nn.Module):
         self.model = model
         self.requires_grad_(False)
         self.eval()
-        # Constants of the frozen model, kept as buffers: the parameters themselves are sharded under ZeRO-3.
+        # Copies of the logit scale and bias as buffers, because ZeRO-3 shards the parameters themselves.
         self.register_buffer("scale", model.logit_scale.detach().float().exp().reshape(()), persistent=False)
         bias = getattr(model, "logit_bias", torch.zeros((), device=model.logit_scale.device))
         self.register_buffer("bias", bias.detach().float().reshape(()).clone(), persistent=False)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in eval mode: a frozen model is the same function in training and at inference."""
+        """Keep eval mode, so that the frozen model computes the same in training and at inference."""
         return super().train(False)
 
     @property
     def causal(self) -> bool:
-        """Whether a text token sees only the ones before it; then texts may end at their last token."""
+        """Whether text attention is causal; then padding after the end token does not change the feature."""
         return self.kind == "clip"
 
     def words(self, tokenizer: Any, shorten: bool | None = None) -> Words:
-        """The tokenizer as the text tower needs it; texts are shortened where that is exact, or as `shorten` says."""
+        """The tokenizer for the text tower; `shorten` drops padding (None: wherever attention is causal)."""
         length = self.model.config.text_config.max_position_embeddings
         return Words(tokenizer, length, self.causal if shorten is None else shorten and self.causal)
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Rows of the token embedding [n, D] in float32, without positions."""
+        """Rows [n, D] of the token embedding in float32, without position embeddings."""
         table = self.model.text_model.embeddings.token_embedding
         with torch.no_grad():
             return table(ids.to(table.weight.device)).float()
 
     def text(self, ids: Tensor, rows: Tensor, schedule: PromptSchedule, added: Mapping[int, Tensor]) -> Tensor:
-        """Text features [R, J] float32, not normalised, of `ids` [R, T] with prompts `added` at `rows` [R, n]."""
+        """Text features [R, J] in float32, not normalised.
+
+        Args:
+            ids: token ids [R, T].
+            rows: positions [R, n] of the prompts in each sequence.
+            schedule: the operations of each block.
+            added: prompts by block.
+        """
         with text_prompts(self.model.text_model, schedule.text, added, rows):
             return _features(self.model.get_text_features(input_ids=ids))
 
     def image(self, pixel_values: Tensor, schedule: PromptSchedule, added: Mapping[int, Tensor]) -> Tensor:
-        """Image features [B, J] float32, not normalised, of `pixel_values` [B, 3, H, W] with prompts `added`."""
+        """Image features [B, J] in float32, not normalised, of `pixel_values` [B, 3, H, W] with prompts `added`."""
         with image_prompts(self.model.vision_model, schedule.vision, added, pooled_tokens=self.kind == "siglip"):
             pixel_values = pixel_values.to(self.model.dtype)
             return _features(self.model.get_image_features(pixel_values=pixel_values))
@@ -110,17 +118,17 @@ class Backbone(nn.Module):
 
 
 def normalised(features: Tensor) -> Tensor:
-    """Features of unit length."""
+    """Features scaled to unit length."""
     return features / features.norm(dim=-1, keepdim=True)
 
 
 def backbone_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a backbone's checkpoint, fetched from the Hub where it is none here; UserError without one."""
+    """The folder of a backbone's checkpoint, fetched from the Hub unless `path` is a folder; UserError without one."""
     return checkpoint(backbone_source(os.fspath(path), revision)).folder
 
 
 def backbone_source(path: str, revision: str | None = None) -> Source:
-    """The backbone as `pipeline.hub.snapshots` asks for it."""
+    """The source of the backbone's checkpoint, for `pipeline.hub.snapshots`."""
     return Source(path, revision, wanted="a CLIP's or SigLIP's", kinds=SUPPORTED)
 
 
@@ -129,7 +137,7 @@ def load_backbone(
 ) -> tuple[Backbone, Any]:
     """The frozen backbone and its tokenizer from a folder or a Hub id.
 
-    Raises UserError when there is none, it is of another kind, or weights are missing.
+    Raises UserError when there is no checkpoint, it is of another type, or weights are missing.
     """
     folder = backbone_folder(path, revision)
     try:

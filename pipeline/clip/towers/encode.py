@@ -1,4 +1,4 @@
-"""Texts through the text tower: per class, or per image and class, whole or in chunks that are recomputed."""
+"""Encode texts with the text tower: per class, or per image and class, at once or in recomputed chunks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.schedule import PromptSchedule
 from pipeline.clip.towers.text import ClassTexts
 
-# Texts that go through the tower together where nothing is kept for a backward pass: more would only take memory, which
-# a method with texts per image (images x classes of them) has not got.
+# Texts per pass without gradients. Larger passes only need more memory; CoCoOp has images x classes texts.
 AT_ONCE = 2048
 
 
@@ -26,9 +25,13 @@ def encode_texts(
 ) -> Tensor:
     """Text features [K, J] of the classes, or [B, K, J] when the context is per image [B, 1, n, D]; not normalised.
 
-    `chunk` sequences go through the tower at a time; when gradients are needed a chunk's activations are dropped and
-    computed again in the backward pass, so memory no longer grows with the number of classes. The numbers are those of
-    one pass over all.
+    Args:
+        backbone: the frozen model.
+        texts: the texts of the K classes.
+        schedule: the operations of each block.
+        added: prompts by block.
+        chunk: sequences per pass of the tower; None: all. With gradients a chunk's activations are recomputed in the
+            backward pass, so memory does not grow with the number of classes. The result is that of one pass.
     """
     classes = len(texts.ids)
     context = added.get(0)
@@ -51,7 +54,7 @@ def encode_texts(
 def _encode(
     backbone: Backbone, texts: ClassTexts, schedule: PromptSchedule, added: Mapping[int, Tensor], numbers: Tensor
 ) -> Tensor:
-    """Features of the sequences `numbers` [R], counted image by image, class by class."""
+    """Features [R, J] of the sequences `numbers` [R]; number image * K + class is a class's text for an image."""
     classes = numbers % len(texts.ids)
     fresh = dict(added)
     if 0 in fresh and fresh[0].dim() > 2:

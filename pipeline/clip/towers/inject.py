@@ -1,9 +1,9 @@
-"""Prompts into the towers of a Hugging Face model from outside, by hooks that live for one forward pass.
+"""Insert prompts into the towers of a Hugging Face model by hooks, which are removed after one forward pass.
 
-The model's own code runs unchanged, so any weights, attention implementation, precision and sharding it supports work.
-Image prompts stand at the end of the sequence and get no position; they enter before CLIP's first layer norm. Text
-prompts stand at given rows; those of the first block replace token embeddings and so get positions, later ones do not.
-Source: docs/design.md 5.3, 5.4.
+The model's own code runs unchanged, with any attention implementation, precision and sharding that it supports. Image
+prompts are appended to the sequence before CLIP's first layer norm and get no position embedding. Text prompts replace
+given rows: in the first block token embeddings, to which position embeddings are then added; in later blocks hidden
+states (docs/design.md 5.3, 5.4).
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from torch import Tensor, nn
 
 from pipeline.clip.towers.schedule import TowerSchedule
 
-Additions = Mapping[int, Tensor]  # block -> fresh prompts [n, D], or [R, n, D] for each of R sequences
+Additions = Mapping[int, Tensor]  # block -> new prompts [n, D], or [R, n, D] for each of R sequences
 
 
 @contextmanager
 def image_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, pooled_tokens: bool) -> Iterator[None]:
-    """Within this context `tower` (a CLIP or SigLIP vision model) sees the prompts `added`, as `schedule` says.
+    """Within this context a vision tower gets image prompts.
 
-    `pooled_tokens` says that the tower pools over all tokens; the prompts then leave after the last block, since the
-    pooling was trained on patches.
+    Args:
+        tower: a CLIP or SigLIP vision model.
+        schedule: the number of prompts removed and added before each block.
+        added: prompts by block.
+        pooled_tokens: the tower pools over all tokens (SigLIP). Its prompts are then removed after the last block,
+            because the pooling was trained on patches alone.
     """
     layers = _layers(tower)
     with ExitStack() as stack:
@@ -42,9 +46,13 @@ def image_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, p
 
 @contextmanager
 def text_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, rows: Tensor) -> Iterator[None]:
-    """Within this context `tower` (a CLIP or SigLIP text model) sees the prompts `added` at `rows` [R, n].
+    """Within this context a text tower gets text prompts.
 
-    Row k of a sequence is where its prompt k stands. A block that removes r prompts and adds r replaces the last r.
+    Args:
+        tower: a CLIP or SigLIP text model.
+        schedule: the number of prompts replaced before each block; a block that replaces r takes the last r rows.
+        added: prompts by block.
+        rows: positions [R, n] of the prompts in each sequence.
     """
     layers = _layers(tower)
     with ExitStack() as stack:
@@ -60,7 +68,7 @@ def text_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, ro
 
 
 class _Tail:
-    """Drop the last `remove` tokens of x [B, T, D], then append `fresh`."""
+    """Remove the last `remove` tokens of x [B, T, D], then append `fresh`."""
 
     def __init__(self, remove: int, fresh: Tensor | None) -> None:
         self.remove, self.fresh = remove, fresh
@@ -71,7 +79,7 @@ class _Tail:
 
 
 class _Place:
-    """Put `fresh` at `rows` [R, n] of x [R, T, D]."""
+    """Replace the rows `rows` [R, n] of x [R, T, D] by `fresh`."""
 
     def __init__(self, rows: Tensor, fresh: Tensor) -> None:
         self.rows, self.fresh = rows, fresh
@@ -86,7 +94,7 @@ def _append(x: Tensor, fresh: Tensor) -> Tensor:
 
 
 def _sequences(prompt: Tensor, x: Tensor) -> Tensor:
-    """The float32 master prompt in the precision of the block it enters, for every sequence of x."""
+    """The prompt [n, D] or [R, n, D] in the precision of x, expanded to every sequence of x."""
     return prompt.to(dtype=x.dtype).expand(len(x), -1, -1)
 
 

@@ -1,7 +1,7 @@
-"""Which prompts stand in each block of each tower: remove, add, carry. Every method is one such schedule.
+"""Prompt schedules: how many prompts are removed, added and carried before each block of each tower.
 
-Before block b runs, `remove` of the newest prompts are dropped and `add` fresh ones appended; all others are carried
-with what the blocks before made of them. Source: docs/design.md 5.4 and 5.8.
+Every method is one schedule. Before a block runs, the `remove` newest prompts are removed and `add` new ones appended.
+All others are carried: they enter the block as the hidden states of the block before (docs/design.md 5.4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ First = Literal["code", "figure"]
 
 @dataclass(frozen=True)
 class Op:
-    """What happens before one block runs: drop the `remove` newest prompts, then append `add` fresh ones."""
+    """The operation before one block: remove the `remove` newest prompts, then append `add` new ones."""
 
     remove: int = 0
     add: int = 0
@@ -27,8 +27,8 @@ class Op:
 class TowerSchedule:
     """The operations of one tower, one per block.
 
-    Raises UserError naming tower and block for a negative count, for removing more prompts than there are, and in the
-    text tower for a number of prompts that changes: its positions and causal mask fit one length.
+    Raises UserError, naming tower and block, for a negative count, for removing more prompts than are present, and for
+    a number of text prompts that changes between blocks: positions and causal mask of the text tower fit one length.
     """
 
     tower: Literal["text", "vision"]
@@ -57,7 +57,7 @@ class TowerSchedule:
 
     @property
     def present(self) -> tuple[int, ...]:
-        """The number of prompts when each block runs."""
+        """The number of prompts in each block."""
         counts, count = [], 0
         for op in self.ops:
             count += op.add - op.remove
@@ -70,7 +70,7 @@ class TowerSchedule:
 
     @property
     def adds(self) -> dict[int, int]:
-        """The number of fresh prompts by block, where there are any."""
+        """The number of new prompts by block, for blocks that have some."""
         return {block: op.add for block, op in enumerate(self.ops) if op.add}
 
 
@@ -83,9 +83,9 @@ class PromptSchedule:
 
 
 def schedule(text: Iterable[Op], vision: Iterable[Op], blocks: tuple[int, int]) -> PromptSchedule:
-    """A schedule from the operations of the first blocks; `blocks` (text, vision) are what the towers have.
+    """A schedule from the operations of the first blocks; UserError when a tower has fewer blocks than operations.
 
-    Raises UserError when a tower has fewer blocks than operations.
+    `blocks` are the numbers of blocks of the text and the image tower.
     """
     first, second = list(text), list(vision)
     for tower, ops, count in (("text", first, blocks[0]), ("vision", second, blocks[1])):
@@ -99,7 +99,7 @@ def schedule(text: Iterable[Op], vision: Iterable[Op], blocks: tuple[int, int]) 
 
 
 def _replaced(count: int, depth: int) -> list[Op]:
-    """`count` prompts before block 0 and as many in their place before each of the next `depth` - 1 blocks."""
+    """`count` prompts before block 0, replaced before each of the next `depth` - 1 blocks."""
     return [Op(add=count), *[Op(remove=count, add=count)] * (at_least_one("depth", depth) - 1)]
 
 
@@ -111,12 +111,12 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def coop(n: int, blocks: tuple[int, int]) -> PromptSchedule:
-    """`n` context tokens at the input of the text tower (docs/design.md 5.1); CoCoOp and KgCoOp have the same."""
+    """`n` context tokens at the input of the text tower (docs/design.md 5.1), also for CoCoOp and KgCoOp."""
     return schedule([Op(add=at_least_one("length", n))], [], blocks)
 
 
 def vpt(n: int, depth: int, blocks: tuple[int, int], carry: bool = False) -> PromptSchedule:
-    """`n` image prompts before each of the first `depth` blocks: in place of the last ones, or besides (`carry`)."""
+    """`n` image prompts before each of the first `depth` blocks, which replace or (`carry`) join those before."""
     at_least_one("length", n)
     ops = [Op(add=n)] * at_least_one("depth", depth) if carry else _replaced(n, depth)
     return schedule([], ops, blocks)
@@ -129,15 +129,21 @@ def ivlp(n_text: int, n_vision: int, depth: int, blocks: tuple[int, int]) -> Pro
 
 
 def maple(n: int, depth: int, blocks: tuple[int, int]) -> PromptSchedule:
-    """As many prompts in both towers, replaced before each of the first `depth` blocks (docs/design.md 5.8)."""
+    """`n` prompts in both towers, replaced before each of the first `depth` blocks (docs/design.md 5.7)."""
     return ivlp(n, n, depth, blocks)
 
 
 def mpl(n: int, add: int, remove: int, depth: int, blocks: tuple[int, int], first: First = "code") -> PromptSchedule:
-    """Text prompts replaced, image prompts removed, added and carried (docs/design.md 5.3 to 5.4).
+    """Text prompts are replaced in each block, image prompts removed, added and carried (docs/design.md 5.3, 5.4).
 
-    Each text prompt makes `add` image prompts per block; `remove` of the newest ones go. The first block gets `n` image
-    prompts as in the released code, or `add * n` as in the paper's figure. Raises UserError for another `first`.
+    Args:
+        n: the number of text prompts per block.
+        add: the number of image prompts per text prompt that are added before each block.
+        remove: the number of the newest image prompts that are removed before each block after the first.
+        depth: the number of prompted blocks.
+        blocks: the numbers of blocks of the text and the image tower.
+        first: image prompts of the first block: code: `n`, as in the released code; figure: `add * n`, as in the
+            paper's figure. Another value is a UserError.
     """
     at_least_one("length", n)
     at_least_one("number of added groups", add)

@@ -1,7 +1,7 @@
-"""Class names as token sequences, with the rows where learned context stands.
+"""Class texts as token sequences, and the positions of the learned context in them.
 
-A text is tokenised whole; the first `length` positions after the start token are the learned ones, whatever words stand
-there. With the class name in the middle or in front the same tokens are moved. Source: docs/design.md 5.3, 5.1.
+A text is tokenised as a whole. The first `length` positions after the start token are learned, whichever tokens are
+there. For a class name in the middle or in front the same tokens are reordered (docs/design.md 5.1, 5.3).
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ MARK = "{}"  # where a template takes the class name
 
 @dataclass(frozen=True)
 class ClassTexts:
-    """One text per class: `ids` [K, T], the rows of learned context `rows` [K, n], and the classes' names."""
+    """One text per class: the class names, token ids `ids` [K, T], and positions `rows` [K, n] of the context."""
 
     names: tuple[str, ...]
     ids: Tensor
     rows: Tensor
 
     def to(self, device: torch.device) -> ClassTexts:
+        """The same texts on another device."""
         return ClassTexts(self.names, self.ids.to(device), self.rows.to(device))
 
 
 class Words:
-    """A Hugging Face tokenizer as the text tower needs it: whole texts of at most `context_length` tokens.
+    """A Hugging Face tokenizer for the text tower, which reads at most `context_length` tokens.
 
-    With `shorten` texts end at the longest one's last token instead of `context_length`: exact where attention is
-    causal, since nothing before the end token sees what comes after it.
+    With `shorten` texts are padded to the longest one instead of `context_length`. Under causal attention this is
+    exact, because padding comes after the end token, whose state is the feature.
     """
 
     def __init__(self, tokenizer: Any, context_length: int, shorten: bool = True) -> None:
@@ -46,7 +47,7 @@ class Words:
         self.pad: int = tokenizer.eos_token_id if pad is None else pad
 
     def whole(self, text: str) -> list[int]:
-        """Ids of a text with its start and end tokens; UserError when it is longer than the tower reads."""
+        """Ids of a text with start and end token; UserError when they are more than the tower reads."""
         ids = list(self.tokenizer(text)["input_ids"])
         if len(ids) > self.context_length:
             raise UserError(
@@ -60,11 +61,11 @@ class Words:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def lead(self, ids: list[int]) -> int:
-        """The number of tokens before the text itself: 1 with a start token, else 0."""
+        """The number of tokens before the text itself: 1 for tokenizers with a start token, else 0."""
         return int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
 
     def padded(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Id sequences as one tensor [R, T]."""
+        """Id sequences as one padded tensor [R, T]."""
         length = max(map(len, sequences)) if self.shorten else self.context_length
         return torch.tensor([ids + [self.pad] * (length - len(ids)) for ids in sequences])
 
@@ -73,24 +74,31 @@ class Words:
         ids = self.bare(text)
         if len(ids) < count:
             raise UserError(
-                f"The prompt begins as the words '{text}', which are {len(ids)} tokens, but has {count} vectors. Give "
-                f"more words or a prompt length of at most {len(ids)}."
+                f"The prompt is initialised from the words '{text}', which are {len(ids)} tokens, but has {count} "
+                f"vectors. Give more words or a prompt length of at most {len(ids)}."
             )
         return torch.tensor(ids[:count])
 
 
 def readable(name: str) -> str:
-    """A class name as it is read in a text: underscores are spaces."""
+    """A class name as it appears in a text: with spaces for underscores."""
     return name.replace("_", " ")
 
 
 def class_texts(
     words: Words, names: Sequence[str], template: str, length: int = 0, position: Position = "end"
 ) -> ClassTexts:
-    """The texts of classes from a template with one `{}`; `length` positions after the start token are learned.
+    """The texts of the classes.
 
-    Raises UserError for no class, an empty name, a template without `{}`, an unknown position, and a text that is too
-    long.
+    Args:
+        words: the tokenizer.
+        names: the class names.
+        template: the text, with one `{}` for the class name.
+        length: the number of learned positions after the start token.
+        position: where the class name is, seen from the learned positions; see `CoOp`.
+
+    Raises:
+        UserError: no class, an empty name, a template without `{}`, an unknown position, or a text that is too long.
     """
     if position not in get_args(Position):
         expected = ", ".join(get_args(Position)) + "." + nearest(position, get_args(Position))
@@ -115,7 +123,7 @@ def class_texts(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse a class list without classes, or with an empty name."""
+    """Raise UserError for a class list without classes or with an empty name."""
     if not names:
         raise UserError("There are no classes; expected at least one name. Check the split file or class folders.")
     if any(not name.strip() for name in names):
