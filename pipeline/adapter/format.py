@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.adapter.card import card
 from pipeline.adapter.meta import CARD, FORMAT_VERSION, META, PROJECTOR, TENSORS, Meta
 from pipeline.backbones.lmm import DTYPES
-from pipeline.config.method import of_a_record
+from pipeline.config.method import of_a_record, require_registered
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256, write_json
 from pipeline.prompts.parts.projector import projector_of, shared_projector
@@ -68,6 +68,7 @@ def read_adapter(folder: Path) -> Adapter:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has adapter format {found}, expected {FORMAT_VERSION}; export the run again.")
+    require_registered(folder / META, content.get("method"))
     try:
         meta = Meta.model_validate({**content, "method": of_a_record(content.get("method"))})
     except ValidationError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field, PlainValidator, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -146,6 +147,46 @@ def of_a_record(fields: Any) -> Any:
         return fields
     known = options_of(str(fields.get("name", DEFAULT))).model_fields
     return {name: value for name, value in fields.items() if name in known or name not in ONCE_OF_ALL}
+
+
+def require_registered(place: Path, fields: Any) -> None:
+    """Raise UserError unless the `method` of a file from elsewhere names only what is registered here.
+
+    A recipe is the user's own and may name a target, which is imported. An adapter may come from somebody else, and
+    nothing is imported because it says so; `place` is that file.
+    """
+    if not isinstance(fields, Mapping):
+        return
+    known = {name for kind in registry.BUILT_IN for name in registry.names(kind)}
+    for text in _texts(fields):
+        if registry.is_target(text) and text not in known:
+            raise UserError(
+                f"{place} names '{text}', which would be imported. An adapter may come from somebody else, so it is "
+                "taken only if you have registered it: call pipeline.config.registry.register(KIND, "
+                f"'{text}', '{text}') before, if you trust that module."
+            )
+    name = str(fields.get("name", DEFAULT))
+    if not registry.knows("methods", name):
+        raise UserError(f"{place} needs the method '{name}'; {registry.provide('methods', name)}")
+    for field, info in options_of(name).model_fields.items():
+        mark = next((mark for mark in info.metadata if isinstance(mark, FromRegistry)), None)
+        choice = fields.get(field)
+        named = choice.get("name") if isinstance(choice, Mapping) else choice
+        if mark is not None and isinstance(named, str) and not registry.knows(mark.kind, named):
+            word = registry.WORDS[mark.kind]
+            raise UserError(f"{place} needs the {word} '{named}'; {registry.provide(mark.kind, named)}")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _texts(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _texts(value)
 
 
 def _no_option(name: str, option: str, options: type[MethodOptions]) -> str:

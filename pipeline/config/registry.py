@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from pipeline.errors import UserError, nearest
@@ -82,6 +82,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 # What a target of a kind has to be: a subclass of this class, of the metrics an instance.
 BASES = {
+    "parts": "pipeline.prompts.parts.base:Part",
     "methods": "pipeline.methods.base:Method",
     "routers": "pipeline.prompts.routers.base:Router",
     "rules": "pipeline.prompts.rules.base:Rule",
@@ -160,8 +161,6 @@ def load(kind: str, name: str) -> Any:
     if name in BUILT_IN[kind]:
         return _imported(BUILT_IN[kind][name])
     target = _targets(kind).get(name, name)
-    if isinstance(target, EntryPoint):
-        target = target.value
     if not isinstance(target, str):
         return _of_its_kind(kind, name, target)
     try:
@@ -205,6 +204,6 @@ def _targets(kind: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _entry_points(kind: str) -> dict[str, EntryPoint]:
-    """What installed packages add, by name; looked for once, for it opens the metadata of every package."""
-    return {point.name: point for point in entry_points(group=f"{GROUP}{kind}")}
+def _entry_points(kind: str) -> dict[str, str]:
+    """The targets that installed packages add, by name; looked for once, for it opens the metadata of every package."""
+    return {point.name: point.value for point in entry_points(group=f"{GROUP}{kind}")}

@@ -54,7 +54,10 @@ NOT_EXECUTED = {
     "run real6_nano --set data.root=FOLDER --set method.name=sequential": "six public data sets",
     "run real6_nano --set data.root=FOLDER --set method.name=independent": "six public data sets",
 }
-PYTHON_NOT_EXECUTED = {"clip_prompts.md": "a checkpoint from the hub and a batch of pictures"}
+PYTHON_NOT_EXECUTED = {
+    "clip_prompts.md": "a checkpoint from the hub and a batch of pictures",
+    "extending.md": "tests/extending runs its packages and the tests that it shows",
+}
 # What commands of this beginning speak of and nothing shown makes: the command that does, and what is there then.
 MADE_BEFORE = [
     ("add", "run nano", NANO),  # as `make demo` does
