@@ -154,7 +154,7 @@ def edited(folder: Path, target: Path, **changes: Any) -> Path:
         ({"format": 1}, "has adapter format 1, expected 2"),
         ({"sha256": "0" * 64}, "not the file that adapter.json describes"),
         ({"sets": ["T0"]}, "does not hold the sets"),
-        ({"method": {"name": "magic"}}, "method.name"),
+        ({"method": {"name": "magic"}}, "needs the method 'magic'"),
     ],
 )
 def test_a_damaged_adapter_is_named(whole: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

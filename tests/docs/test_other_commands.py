@@ -93,6 +93,7 @@ ELSEWHERE = {
 NOT_EXECUTED = {
     "source .venv/bin/activate": "what `make venv` makes",
     "pip install -e . --no-deps": "asks a package index for what builds it; tests/cli/test_cli.py has the command",
+    "pip install -e .": "asks a package index for what builds it; tests/extending installs the packages without it",
     "scancel --signal=USR1 JOB": "with a number it is in ELSEWHERE",
     "scancel JOB": "with a number it is in ELSEWHERE",
     "sbatch --signal=B:USR1@900 ...": "an option of Slurm",
