@@ -20,19 +20,25 @@ from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
 from pipeline.training.hpz import several_nodes
 
 log = logging.getLogger(__name__)
-POLICIES = ("none", "selective", "full")  # cheapest first
-# What is left to CUDA itself, and to what the plan's estimates and the allocator's gaps may add.
+POLICIES = ("none", "selective", "full")  # in ascending order of recomputation
+# Memory left to CUDA itself, and the share of the rest that may be planned: a margin for the errors of the plan's
+# estimates and for fragmentation.
 KEPT_FREE, ESTIMATED = 1 * GIB, 0.92
 
 
 def resolve_auto(
     recipe: Recipe, world: World, key_width: int, samples: Callable[[], list[Sample]] = list, node: int | None = None
 ) -> Recipe:
-    """The recipe with what its `auto`s stand for on these ranks: the same on all of them.
+    """The recipe with its `auto` settings resolved, the same on all ranks; a collective.
 
-    `samples` gives training samples of which the longest counts; it is called on the first rank. Without GPUs nothing
-    is planned, see `without_gpus`. `node` is the number of ranks on each node, 1 where nodes differ. Raises UserError
-    on all ranks for what rank 0 cannot plan with.
+    Args:
+        recipe: the recipe; returned as it is where nothing is `auto`.
+        world: the ranks. Without GPUs nothing is planned, see `without_gpus`.
+        key_width: width of the CLIP keys.
+        samples: returns training samples, of which the longest is planned for; called on rank 0.
+        node: number of ranks on each node, 1 where nodes differ.
+
+    Raises UserError on all ranks where rank 0 cannot plan.
     """
     if AUTO not in (recipe.train.deepspeed, recipe.train.checkpointing):
         return recipe
@@ -47,19 +53,19 @@ def resolve_auto(
         log.info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
         return chosen.train.deepspeed, chosen.train.checkpointing
 
-    # Layers are gathered in the same order on all ranks only where all do the same.
+    # All ranks need the same settings: ZeRO-3 gathers layers by collectives in the order of execution.
     return _with(recipe, *on_main(world, plan))
 
 
 def fit_to_memory(
     recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, memory: int, node: int | None = None
 ) -> Recipe:
-    """The recipe with `auto` replaced by what fits into `memory` bytes per GPU by the plan.
+    """The recipe with `auto` replaced by the fastest settings that fit into `memory` bytes per GPU by the memory plan.
 
-    ZeRO-2 where anything fits with it, for then no weight ever travels, and with it the least recomputation that
-    does; else ZeRO-3, on several nodes with a second copy of the weights on each where that fits, for then no weight
-    travels between nodes; and `full` where nothing fits. `model` is on the meta device, `node` the number of ranks on
-    each node (None: as this machine's); see `plan_memory`.
+    ZeRO-2 is preferred, which communicates no frozen weights, with the least recomputation that fits; then ZeRO-3, on
+    several nodes with a second copy of the weights per node where that fits (hpZ), so that weights are gathered within
+    nodes only. Where nothing fits, the settings that need least. `model` is on the meta device, `node` the number of
+    ranks on each node (None: as on this machine); see `plan_memory`.
     """
     train, allowed = recipe.train, (memory - KEPT_FREE) * ESTIMATED
     spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
@@ -70,10 +76,10 @@ def fit_to_memory(
         if plan.training <= allowed:
             break
     if plan.evaluation > allowed:
-        # Nothing that is chosen here changes this: answers need a whole model on each GPU under every ZeRO stage.
+        # No setting chosen here changes this: evaluation needs the complete model on each GPU under every ZeRO stage.
         log.warning(
-            "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that can be "
-            "counted on; lower evaluate.batch.",
+            "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that are "
+            "available; lower evaluate.batch.",
             recipe.evaluate.batch,
             plan.evaluation / GIB,
             allowed / GIB,
@@ -87,7 +93,7 @@ def gpu_memory(device: torch.device) -> int:
 
 
 def without_gpus(recipe: Recipe) -> Recipe:
-    """The recipe with `auto` replaced by what it is on CPUs, whose memory is not planned: ZeRO-3, all kept."""
+    """The recipe with `auto` replaced by the values for CPUs, without a memory plan: ZeRO-3, no recomputation."""
     train = recipe.train
     return _with(
         recipe,
@@ -97,7 +103,7 @@ def without_gpus(recipe: Recipe) -> Recipe:
 
 
 def least_for_zero2(recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens) -> int:
-    """Bytes that a GPU must have for `train.deepspeed: auto` to become ZeRO-2."""
+    """Bytes of GPU memory from which `train.deepspeed: auto` is resolved to ZeRO-2."""
     policy = POLICIES[-1] if recipe.train.checkpointing == AUTO else recipe.train.checkpointing
     plan = plan_memory(_with(recipe, ZERO2, policy), ranks, key_width, model, tokens)
     return int(plan.training / ESTIMATED) + KEPT_FREE

@@ -1,4 +1,4 @@
-"""What a run does about its frozen models before anything else: they are fetched, whole, and said to fit the GPUs."""
+"""Fetches and validates a run's frozen models before anything else."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger("pipeline.planning.frozen_models")
 
 
 def fetch_models(recipe: Recipe, world: World, each_round: Callable[[], object]) -> None:
-    """Make model and CLIP whole folders that all ranks load from; all ranks call it, and `each_round` while it lasts.
+    """Fetch model and CLIP as complete folders for all ranks; a collective that calls `each_round` while it waits.
 
-    Raises UserError when one cannot be had, or lacks weights of the model.
+    Raises UserError when one is unavailable or lacks weights of the model.
     """
     share(world, [source_of(recipe.model), keys_source(recipe.keys.location, recipe.keys.revision)], each_round)
     on_main(world, lambda: require_fitting_weights(recipe.model))
@@ -30,10 +30,10 @@ def fetch_models(recipe: Recipe, world: World, each_round: Callable[[], object])
 
 
 def emulated(dtype: str) -> str:
-    """What to say about a precision that the visible GPUs only emulate; "" where there is nothing to say."""
+    """A warning about a precision that the visible GPUs only emulate; "" where they support it."""
     if dtype != "bfloat16" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
         return ""
     return (
-        f"{torch.cuda.get_device_name()} emulates bfloat16, which is slower there than float32; it has to be of "
-        "compute capability 8.0 or newer (A100, RTX 30) to compute in it"
+        f"{torch.cuda.get_device_name()} emulates bfloat16, which is slower than float32; native bfloat16 needs "
+        "compute capability 8.0 or newer (A100, RTX 30)"
     )

@@ -1,7 +1,7 @@
-"""How much memory a run needs on each GPU, from the model's configuration alone: no weight is read.
+"""The memory plan: GPU memory of a run, from the model's configuration, without reading weights.
 
-The model is built on the meta device, where a tensor has a shape and no storage, and its parameters are counted as
-DeepSpeed would hold them. What is held at each ZeRO stage: Rajbhandari et al., "ZeRO: Memory Optimizations Toward
+The model is built on the meta device, where tensors have shapes and no storage, and its parameters are counted as
+DeepSpeed holds them at each ZeRO stage: Rajbhandari et al., "ZeRO: Memory Optimizations Toward
 Training Trillion Parameter Models" (arXiv 1910.02054), section 5. Exact to padding: weights, trainables, gradients,
 optimizer. Estimates: the gathered window (an upper bound), activations, and what generation needs.
 """
@@ -30,19 +30,27 @@ from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
-KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica gives its GPU's memory to training, and is loaded anew later
+KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica is freed during training and loaded again afterwards
 AHEAD = 4  # micro-batches that each loader process prepares ahead, see `pipeline.data.loader`
-# A question and its answer where no sample could be looked at: CoIN's are mostly shorter.
+# Tokens of a question and its answer where no sample could be read; most of CoIN's are shorter.
 ASSUMED_TEXT, ASSUMED_ANSWER = 128, 16
 
 
 def plan_memory(
     recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, node: int | None = None
 ) -> MemoryPlan:
-    """Plan a run on `ranks` GPUs, `node` of them on each node (None: as on this machine).
+    """Plan the memory of a run.
 
-    `model` is the frozen model on the meta device (`meta_model`), `key_width` that of the CLIP keys. Raises UserError
-    when ranks and batch or the DeepSpeed file do not fit (see `accumulation`, `deepspeed_config`).
+    Args:
+        recipe: the recipe, without `auto` settings.
+        ranks: number of GPUs.
+        key_width: width of the CLIP keys.
+        model: the frozen model on the meta device (`meta_model`).
+        tokens: lengths of the sample to plan for.
+        node: GPUs on each node; None: as on this machine.
+
+    Raises UserError where the batch size does not fit the ranks, or for the DeepSpeed file (see `accumulation`,
+    `deepspeed_config`).
     """
     element = DTYPES[recipe.model.dtype].itemsize
     zero = Zero.of(deepspeed_config(recipe.train, recipe.model.dtype, ranks, node), ranks, element)
@@ -83,7 +91,7 @@ def plan_memory(
                 "evaluation replica",
                 replica if whole < KEEP_REPLICA_BYTES else 0,
                 replica,
-                "the whole frozen model" if replica else "the trained model itself generates",
+                "the complete frozen model" if replica else "the training model itself generates",
             ),
         ),
         waiting=_waiting(recipe, micro, tokens),
@@ -91,7 +99,7 @@ def plan_memory(
 
 
 def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projector_learns: bool) -> list[list[int]]:
-    """Elements of each trained parameter, by group of the optimizer."""
+    """Numbers of elements of the trained parameters, by optimizer group."""
     method, width = make_method(recipe.method), shape.text.hidden_size
     updated = updated_linears(recipe, shape)
     groups = [[method.prompt_length * width]] if method.prompt_length else []
@@ -107,26 +115,30 @@ def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projecto
 
 
 def updated_linears(recipe: Recipe, shape: ModelShape) -> list[LinearShape]:
-    """The decoder's linear layers that get low-rank updates; [] of a method without any."""
+    """The decoder's linear layers that get low-rank updates; [] for a method without them."""
     return named_by(shape.linears, getattr(recipe.method, "targets", ()))
 
 
 def training_activations(
     recipe: Recipe, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int, stage: int = 0
 ) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for the backward pass, plus those of one layer's backward.
+    """Bytes of a micro-batch's activations that are stored for the backward pass, plus one layer's backward.
 
-    Prompts stand at the input, so every decoder layer keeps activations. A frozen linear layer keeps nothing: its input
-    would only be needed for the gradient of its weight. ZeRO-3 puts a linear of its own in the place of torch's, which
-    keeps its input all the same (runtime/zero/linear.py, `LinearFunctionForZeroStage3`). Per token and layer there
-    remain the float32 inputs of the two norms; query, key, value (repeated to all heads), output and a row of the mask
-    of the attention, and each head's logarithm of sums; and gate and up of the gated MLP, in architectures that
-    `pipeline.backbones.gated` does not know the activation as well. After Korthikanti et al., "Reducing Activation
-    Recomputation in Large Transformer Models" (arXiv 2205.05198), section 4, less what frozen weights save. That the
-    last layer runs for the answers only is left out. An eager attention keeps its [heads, N, N] probabilities instead
-    of output and mask, in float32 and, if that is another, in the model's precision. With sets behind the image only
-    what stands there has gradients; of the image there are keys and values. The logits are those of the answers only.
-    The vision tower runs without gradients; of it the hidden states of all layers exist for a moment.
+    After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198),
+    section 4, less what frozen weights save:
+
+    - Prompts are at the input, so every decoder layer stores activations. A frozen linear layer stores nothing, since
+      its input is needed for the gradient of its weight only. ZeRO-3 replaces torch's linear by one that stores its
+      input all the same (runtime/zero/linear.py, `LinearFunctionForZeroStage3`).
+    - Per token and layer: the float32 inputs of both norms; query, key and value (repeated to all heads), output, one
+      row of the mask and a log-sum-exp per head of the attention; gate and up of the gated MLP, and its activation
+      where `pipeline.backbones.gated` does not apply. Eager attention stores its [heads, N, N] probabilities instead of
+      output and mask, in float32 and in the model's precision.
+    - With sets after the image only the tokens from there on have gradients; of the rest keys and values are stored.
+    - Logits exist for answers only. The vision tower runs without gradients; the hidden states of all its layers exist
+      at once.
+
+    Not modelled: the last layer computes its output for answers only.
     """
     text = shape.text
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
@@ -139,7 +151,7 @@ def training_activations(
         per_token += (attention + length) * element + heads * FLOAT32
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
         per_token += (2 * width + attention + inner) * element
-    else:  # what the gradients of low-rank updates need
+    else:  # inputs that the gradients of low-rank updates need
         read = dict(layer.reads for layer in updated_linears(recipe, shape))
         per_token += sum(read.values()) * element // text.num_hidden_layers
     again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
@@ -147,7 +159,7 @@ def training_activations(
     own = length - tokens.image * two_passes  # tokens with gradients
     layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
     kept = batch * (layers + own * FLOAT32 * width)
-    if two_passes:  # keys and values of all that stands before the sets
+    if two_passes:  # keys and values of the prefix before the sets
         kept += batch * tokens.image * 2 * key_value_width(text) * text.num_hidden_layers * element
     logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
     projected = batch * tokens.image * 3 * width * element if shape.projector else 0
@@ -164,17 +176,17 @@ def generation_memory(recipe: Recipe, shape: ModelShape, length: int, tokens: To
 
 
 def _waiting(recipe: Recipe, micro: int, tokens: Tokens) -> int:
-    """Bytes of pixels that the loader processes of a rank hold at once, in float32."""
+    """Bytes of pixels in float32 that the loader processes of a rank hold at once."""
     training = recipe.train.workers * AHEAD * micro
     return max(training, recipe.evaluate.batch) * tokens.values * FLOAT32
 
 
 def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:
-    """Bytes while the vision tower runs: pixels in float32 and as it takes them, and all layers' hidden states."""
+    """Bytes while the vision tower runs: pixels in float32 and in its precision, and all layers' hidden states."""
     vision = shape.vision
     size, patch = number_in(vision, "image_size"), number_in(vision, "patch_size")
     width, layers = number_in(vision, "hidden_size"), number_in(vision, "num_hidden_layers", "depth")
     seen = tokens.crops * ((size // patch) ** 2 + 1) if size and patch else tokens.patches
     pixels = tokens.values * (FLOAT32 + element)
-    # All hidden states, and about ten vectors of the layer at work.
+    # Hidden states of all layers, and about ten vectors per token in the layer that is computed.
     return batch * (seen * width * (layers + 10) * element + pixels)

@@ -1,6 +1,6 @@
-"""A recipe's model as far as its files are on this machine: configuration, processor, and how long samples become.
+"""A recipe's model without its weights: configuration, processor, and lengths of samples.
 
-Nothing here loads weights. The memory plan needs it before a run, `check` before anything else.
+The memory plan needs them before a run, and `check` before anything is fetched.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pipeline.hub.weights import weights_of
 from pipeline.planning.memory_plan import ASSUMED_ANSWER, ASSUMED_TEXT
 from pipeline.planning.plan import Tokens
 
-PROBE_SIZE = (640, 480)  # width and height of a usual photograph in CoIN
+PROBE_SIZE = (640, 480)  # width and height of a typical photograph in CoIN
 
 
 class ModelFiles:
-    """The recipe's model as far as its files are here; every property raises UserError when it cannot be had."""
+    """The recipe's model without its weights; every property raises UserError when its files are missing or invalid."""
 
     def __init__(self, recipe: Recipe, online: bool) -> None:
         self.recipe = recipe
@@ -44,7 +44,7 @@ class ModelFiles:
 
     @cached_property
     def folder(self) -> Path:
-        """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
+        """The checkpoint's folder: the local one, or that of a Hub repository's files other than weights."""
         if self.online and hub.is_repository(self.settings.location):
             return settings_folder(source_of(self.settings))
         found = hub.local_folder(self.settings.location, self.settings.revision)
@@ -54,7 +54,7 @@ class ModelFiles:
 
     @cached_property
     def loadable(self) -> Path | None:
-        """The folder that a run would load from; None while weights have to be fetched or converted first."""
+        """The folder that a run would load from; None where weights have to be fetched or converted first."""
         weights = weights_of(self.folder)
         if weights.missing or (weights.pickled and not is_converted(self.folder)):
             return None
@@ -71,12 +71,12 @@ class ModelFiles:
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"model.path: the config.json of '{self.settings.path}' is of no model that transformers knows "
-                f"({first}). Give an image-text-to-text checkpoint."
+                f"model.path: the config.json of '{self.settings.path}' is not of a model that transformers supports "
+                f"({first}). Expected an image-text-to-text checkpoint."
             ) from error
 
     def known(self) -> Any:
-        """The configuration of a model that the project knows the sizes of; OSError for others."""
+        """The built-in configuration of a well-known model; OSError for others."""
         self.config = known_config(self.settings.path)
         return self.config
 
@@ -88,14 +88,14 @@ class ModelFiles:
 
     @cached_property
     def conversation(self) -> Conversation:
-        """What turns a sample into the model's tokens."""
+        """Turns samples into tokens for this model."""
         settings = self.settings
         cuts = self.recipe.data.too_long == "truncate"
         return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding, cuts)
 
     @cached_property
     def image_tokens(self) -> int:
-        """Tokens of a photograph of a usual size, however long a sample may be."""
+        """Number of tokens of a photograph of typical size, without regard to model.max_length."""
         settings = self.settings
         unlimited = Conversation(self.processor, sys.maxsize, settings.template, settings.image_padding)
         buffer = io.BytesIO()
@@ -104,7 +104,7 @@ class ModelFiles:
         return probe.prompt.count(self.config.image_token_id)
 
     def tokens(self, samples: list[Sample]) -> Tokens:
-        """Lengths of the longest of these samples, else of a photograph with a question of a usual length."""
+        """Lengths of the longest of these samples; without any, of a typical photograph with an assumed question."""
         examples = []
         for sample in samples:
             with contextlib.suppress(UserError):  # a sample that does not fit is reported with the data
@@ -114,19 +114,19 @@ class ModelFiles:
             image = longest.prompt.count(self.config.image_token_id)
             crops, patches, values = _most_of_images(examples)
             text = len(longest.prompt) - image
-            return Tokens(image, text, len(longest.answer), "the longest sample looked at", crops, patches, values)
+            return Tokens(image, text, len(longest.answer), "the longest sample read", crops, patches, values)
         image, shape = self.image_tokens, self.conversation.image_shape(*PROBE_SIZE)
-        source = f"{image} of an image, the others assumed"
+        source = f"{image} per image, the rest assumed"
         return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, source, shape.crops, shape.tower_tokens, shape.values)
 
     def assumed_tokens(self) -> Tokens:
-        """Lengths by config.json alone, for a model whose processor cannot be used."""
+        """Lengths from config.json only, for a model without a usable processor."""
         image = getattr(self.config, "image_seq_length", None) or 0
         return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
 
 
 def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
-    """The most crops, patches and numbers that any one example's image has."""
+    """The largest numbers of crops, patches and pixel values of any example's image."""
     pixels = [example.images["pixel_values"] for example in examples if example.images is not None]
     crops = max((len(image) for image in pixels if image.dim() == 4), default=1)
     patches = max((len(image) for image in pixels if image.dim() == 2), default=0)
@@ -134,7 +134,7 @@ def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
 
 
 def clip_key_width(recipe: Recipe) -> int | None:
-    """Width of the keys the recipe's CLIP makes, by its configuration; None when that is not known here."""
+    """Width of the keys of the recipe's CLIP, from its configuration; None where that is not available."""
     folder = hub.local_folder(recipe.keys.location, recipe.keys.revision)
     try:
         return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
@@ -143,7 +143,7 @@ def clip_key_width(recipe: Recipe) -> int | None:
 
 
 def not_here(field: str, path: str, revision: str | None) -> str:
-    """The sentence about a checkpoint that is neither a folder nor in the cache, with the Hub out of reach."""
+    """The error for a checkpoint that is neither a folder nor in the cache, without access to the Hub."""
     if not hub.is_repository(path):
         return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
     at = f" --revision {revision}" if revision else ""

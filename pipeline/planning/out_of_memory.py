@@ -1,6 +1,6 @@
-"""What a user is told when a GPU's memory was too small: which fields of the recipe make it enough.
+"""The error of a run whose GPU memory was exceeded, with the recipe fields that reduce it.
 
-The plan and the batches are the same after every restart, so starting again alone cannot help.
+The memory plan and the batches are deterministic, so a restart alone would fail in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.errors import OutOfMemory
 
 @contextlib.contextmanager
 def told_what_helps(recipe: Recipe, work: str) -> Iterator[None]:
-    """Turn torch.OutOfMemoryError into OutOfMemory with a sentence; `work` is "training" or "evaluation"."""
+    """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `work` is "training" or "evaluation"."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -27,9 +27,9 @@ def _sentence(recipe: Recipe, work: str, error: BaseException) -> str:
     said = (str(error).splitlines() or ["out of memory"])[0].split(". ")[0]
     helps = _training(recipe) if work == "training" else _evaluation(recipe)
     return (
-        f"The GPU's memory was not enough for {work} ({said}). What was finished is kept, but the same command would "
-        f"end here again. {helps}; `python -m pipeline check` shows what the plan expects. Check also that no other "
-        "process uses the GPU."
+        f"The GPU's memory was not enough for {work} ({said}). Finished stages and answers are kept, but the same "
+        f"command would fail again. {helps}; `python -m pipeline check` shows the memory plan. Check also that no "
+        "other process uses the GPU."
     )
 
 

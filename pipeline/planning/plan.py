@@ -1,4 +1,4 @@
-"""A plan of the memory of each GPU: its entries, and the sample that it is made for."""
+"""The memory plan's data: entries per GPU, and the lengths of the sample that it is made for."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ BESIDE = "plus about 1 GiB for CUDA and what its allocator cannot reuse"
 
 @dataclass(frozen=True)
 class Tokens:
-    """Lengths of one sample; `source` says where they are from."""
+    """Lengths of one sample in tokens; `source` says in words how they were determined."""
 
     image: int
     text: int  # the question with its template
     answer: int
     source: str
-    # Of the images with most of each, which need not be the longest sample's:
-    crops: int = 1  # images that the vision tower sees
-    patches: int = 0  # of all of it, where the tower takes images of any size
-    values: int = 0  # numbers that the processor hands over
+    # Maxima over all images; the longest sample need not have them:
+    crops: int = 1  # crops that the vision tower encodes
+    patches: int = 0  # of the whole image, where the tower takes images of any size
+    values: int = 0  # pixel values that the processor returns
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Bytes per GPU of one kind of content, while training and while evaluating."""
+    """Bytes per GPU for one purpose, in training and in evaluation."""
 
     name: str
     training: int
@@ -38,12 +38,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What lies in the memory of each GPU."""
+    """The memory of each GPU, by purpose."""
 
     ranks: int
     zero_stage: int
     entries: tuple[Entry, ...]
-    # Bytes of the host's memory per rank for the pixels of batches that wait in loader processes.
+    # Bytes of host memory per rank for the pixels of batches that loader processes have prepared.
     waiting: int = 0
 
     @property
@@ -62,7 +62,7 @@ class MemoryPlan:
         return sum(entry.evaluation for entry in self.entries)
 
     def bytes_of(self, *names: str) -> int:
-        """Bytes while training of the entries with these names."""
+        """Bytes of the entries with these names, in training."""
         return sum(entry.training for entry in self.entries if entry.name in names)
 
     def to_json(self) -> dict[str, Any]:

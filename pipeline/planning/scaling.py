@@ -1,9 +1,8 @@
-"""What a training step costs on many GPUs, on paper: `python -m pipeline.scaling` prints the tables of docs/scaling.md.
+"""Model of a training step's cost on many GPUs: `python -m pipeline.scaling` prints the tables of docs/scaling.md.
 
-Memory is that of `pipeline.planning.memory_plan`. Traffic follows from what ZeRO-3 gathers: all weights once in the
-forward and once in the backward pass, of which in a ring of N ranks every link carries (N - 1) / N. The time is that of
-the slowest of arithmetic, gathering inside a node and gathering between nodes if they overlap perfectly, and
-their sum if not at all.
+Memory is that of `pipeline.planning.memory_plan`. ZeRO-3 gathers all weights once in the forward and once in the
+backward pass; in a ring of N ranks every link carries (N - 1) / N of them. With perfect overlap a step takes as long as
+the slowest of arithmetic, gathering within nodes and gathering between nodes; without overlap, as long as their sum.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 GATHERS = 2  # of every weight per micro-batch: forward, backward
-# Multiplications and additions per parameter and token: 2 forward, 2 backward, for frozen weights need no gradient.
+# Operations per parameter and token: 2 forward and 2 backward, since frozen weights need no gradient.
 FLOPS_PER_PARAMETER = 4
 MICRO_BATCH, KEY_WIDTH = 2, 768
 TOKENS = Tokens(image=576, text=128, answer=16, source="assumed")
@@ -33,10 +32,10 @@ ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_config
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a cluster does in practice: effective, not peak."""
+    """Effective (not peak) rates of a cluster."""
 
-    flops: float  # of one GPU, bfloat16, per second
-    within: float  # bytes per second that one GPU receives while gathering inside a node
+    flops: float  # operations per second of one GPU in bfloat16
+    within: float  # bytes per second that one GPU receives in all-gathers within a node
     between: float  # bytes per second into one node
 
 
@@ -48,24 +47,31 @@ NARROW = Hardware(flops=4e14, within=3e11, between=2.5e10)
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of one micro-batch per GPU; bytes received."""
+    """Bytes received and operations in one optimizer step with one micro-batch per GPU."""
 
     within: float  # per GPU, from its own node
     between: float  # per node, from other nodes
     flops: float  # per GPU
 
     def seconds(self, hardware: Hardware) -> tuple[float, float]:
-        """(everything overlaps, nothing does)"""
+        """(with perfect overlap, without any)"""
         parts = (self.flops / hardware.flops, self.within / hardware.within, self.between / hardware.between)
         return max(parts), sum(parts)
 
 
 def step(weights: float, parameters: float, trained: float, ranks: int, node: int, hpz: bool, tokens: int) -> Step:
-    """Return what a step moves and computes under ZeRO-3.
+    """Return the traffic and operations of a step under ZeRO-3.
 
-    `weights` and `trained` are bytes of the frozen weights and of the trainables, `parameters` the number of frozen
-    parameters, `tokens` those of a micro-batch. The trainables' gradients are reduced over all ranks and the updated
-    values gathered, whatever happens to the frozen weights.
+    Gradients of trainables are reduced over all ranks and their updated values gathered, also with hpZ.
+
+    Args:
+        weights: bytes of the frozen weights.
+        parameters: number of frozen parameters.
+        trained: bytes of the trainables.
+        ranks: number of GPUs.
+        node: GPUs per node.
+        hpz: whether each node holds a copy of the frozen weights.
+        tokens: tokens of a micro-batch.
     """
     nodes = -(-ranks // node)
     group = min(ranks, node) if hpz or nodes == 1 else ranks
@@ -80,7 +86,7 @@ def step(weights: float, parameters: float, trained: float, ranks: int, node: in
 
 
 def models() -> Iterator[tuple[str, nn.Module]]:
-    """Models of three sizes on the meta device, from sizes that are public; nothing is downloaded."""
+    """Models of three sizes on the meta device, from published configurations; nothing is downloaded."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 

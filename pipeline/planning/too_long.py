@@ -1,8 +1,8 @@
-"""What a run does with samples that are too long for the model, decided once by the first rank and kept with the run.
+"""Applies `data.too_long` to samples that are too long for the model; rank 0 decides once, and the run stores it.
 
-`refuse` ends the start with a sentence. `skip` leaves training samples out and counts test samples as wrong, with an
-empty answer: a test set keeps its size. `truncate` cuts questions when they are tokenised (see
-`pipeline.data.truncation`), in training and in tests alike, and refuses what no cut helps.
+`refuse` raises an error at the start. `skip` leaves training samples out and scores test samples as wrong, with an
+empty answer, so that a test set keeps its size. `truncate` shortens questions when they are tokenised (see
+`pipeline.data.truncation`), in training and in tests, and refuses samples that stay too long.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Decision:
-    """Rows by split and task: those that the model is not given, and those that tell what memory a step takes."""
+    """Rows by split and task: those that are left out, and those that determine the memory of a step."""
 
     left_out: dict[str, list[list[int]]]
     telling: list[list[int]]  # of the training splits
 
     def counts(self, tasks: Sequence[TaskConfig]) -> dict[str, int]:
-        """How many samples are left out, by task and split, where any are."""
+        """Number of samples left out, by task and split; without those that have none."""
         return {
             f"{task.name}/{split}": len(rows)
             for split in SPLITS
@@ -47,16 +47,16 @@ class Decision:
 
 
 def conversation_of(recipe: Recipe) -> Conversation:
-    """How the recipe's samples become tokens; the model itself is not loaded."""
+    """Turns the recipe's samples into tokens; the model itself is not loaded."""
     model = recipe.model
     cuts = recipe.data.too_long == "truncate"
     return Conversation(load_processor(model), model.max_length, model.template, model.image_padding, cuts)
 
 
 def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
-    """Decide for the prepared splits [T] of train and test; raises UserErrors for what `data.too_long` refuses.
+    """Decide for the prepared splits [T] of train and test; raises UserErrors for samples that `data.too_long` refuses.
 
-    What the run's folder says of the same data and settings is taken from there.
+    A decision in the run folder is reused if it was made for the same data and settings.
     """
     path = recipe.run_path / LENGTHS_FILE
     made_from = _made_from(recipe, shards)
@@ -94,7 +94,7 @@ def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
 
 
 def told(lengths: SplitLengths, too_long: str) -> str:
-    """A sentence about what becomes of the samples that do not fit; "" where all do."""
+    """A sentence about samples that are left out or truncated; "" where there are none."""
     if too_long == "skip" and lengths.misfits:
         becomes = "left out of training" if lengths.name.endswith("/train") else "counted as wrong, with no answer"
         return f"{lengths.name}: {len(lengths.misfits)} of {lengths.count} samples are too long and {becomes}."
@@ -104,16 +104,18 @@ def told(lengths: SplitLengths, too_long: str) -> str:
 
 
 def limit_of(task: TaskConfig, split: str) -> int | None:
-    """How many samples of a task's split the recipe uses; None: all."""
+    """Number of samples of a task's split that the recipe uses; None: all."""
     return task.limit_train if split == "train" else task.limit_test
 
 
 def _learned(run: Path) -> set[str]:
-    """Tasks of finished stages: an earlier version trained them without looking at every sample's length, and a run
-    that is finished has to stay one that can be evaluated and added to."""
+    """Tasks of finished stages, whose samples are not refused.
+
+    Earlier versions trained without checking every sample's length; their runs have to stay usable.
+    """
     tasks: set[str] = set()
     for finished in (run / STAGES).glob(f"*/{COMPLETE}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged stage is said by its reader
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged stages are reported later
             tasks |= set(json.loads((finished.parent / META).read_text("utf-8"))["data"])
     return tasks
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed holds on each rank at every ZeRO stage: weights, gathered weights, trainables, gradients, optimizer.
+"""Memory that DeepSpeed uses per rank at each ZeRO stage: weights, gathered weights, trainables, gradients, optimizer.
 
 After Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv 1910.02054),
 section 5. Exact to padding, but for the gathered window, of which it is an upper bound.
@@ -16,18 +16,18 @@ SIZES = {"fp32": FLOAT32, "fp16": 2, "bf16": 2}  # bytes, by DeepSpeed's names
 
 @dataclass(frozen=True)
 class Zero:
-    """ZeRO as a DeepSpeed configuration asks for it, on so many ranks; sizes are bytes of one element."""
+    """The ZeRO settings of a DeepSpeed configuration and the number of ranks; sizes are bytes of one element."""
 
-    settings: Any  # DeepSpeed's own, with its defaults
+    settings: Any  # DeepSpeed's object, with its defaults
     ranks: int
     element: int  # of the frozen weights
-    accumulated: int  # of gradients that are summed
-    sent: int  # of gradients on their way to other ranks
+    accumulated: int  # of accumulated gradients
+    sent: int  # of gradients in communication
 
     @classmethod
     def of(cls, config: dict[str, Any], ranks: int, element: int) -> Zero:
         """Read a DeepSpeed configuration."""
-        from deepspeed.runtime.zero.config import get_zero_config  # DeepSpeed: seconds, for a memory plan alone
+        from deepspeed.runtime.zero.config import get_zero_config  # deferred: importing DeepSpeed takes seconds
 
         accumulated = SIZES.get(str((config.get("data_types") or {}).get("grad_accum_dtype")), element)
         sent = SIZES.get(str(config.get("communication_data_type")), element)
@@ -39,7 +39,7 @@ class Zero:
         return int(self.settings.stage)
 
     def frozen(self, sizes: list[int], buffers: int) -> tuple[int, str]:
-        """Bytes of frozen parameters of these sizes and of the buffers, and how they come about."""
+        """Bytes of frozen parameters of these sizes and of the buffers, and a note for the memory plan."""
         zero, ranks, element = self.settings, self.ranks, self.element
         count = f"{in_words(sum(sizes))} frozen parameters"
         if self.stage < 3:
@@ -49,27 +49,27 @@ class Zero:
         held = sum(_share(size, ranks) for size in sizes) + self._resident(sizes)
         note = f"{count}, 1/{ranks} on each"
         node = int(zero.zero_hpz_partition_size)
-        if node > 1:  # hpZ: a second copy, divided over the GPUs of one node (ZeRO++, arXiv 2306.10209, section 3.2)
+        if node > 1:  # hpZ: a second copy, partitioned within each node (ZeRO++, arXiv 2306.10209, section 3.2)
             held += sum(_share(size, node) for size in sizes)
             note += f" and 1/{node} again for gathering within a node"
         return held * element + buffers, note
 
     def trained(self, groups: list[list[int]], states: int) -> tuple[int, int, int]:
-        """(trainables, gradients, optimizer) in bytes.
+        """(trainables, gradients, optimizer state) in bytes.
 
         Args:
-            groups: Sizes of the trained parameters, by group of the optimizer.
-            states: Values that the optimizer remembers of each parameter in float32: 2 of Adam, 1 of SGD with momentum.
+            groups: Sizes of the trained parameters, by optimizer group.
+            states: Float32 values of optimizer state per parameter: 2 for Adam, 1 for SGD with momentum.
         """
         zero, ranks, element, stage = self.settings, self.ranks, self.element, self.stage
         count = sum(map(sum, groups))
         if stage == 0:
             masters = 0 if element == FLOAT32 else FLOAT32
-            # bfloat16 gradients become float32 ones for the step.
+            # bfloat16 gradients are converted to float32 for the step.
             return count * element, count * (element + masters), count * (masters + states * FLOAT32)
         accumulated, bucket = self.accumulated, int(zero.reduce_bucket_size) * self.sent
         if stage < 3:
-            # A group is one flat buffer, padded so that the parts of all ranks begin at 4 bytes.
+            # A group is one flat buffer, padded so that every rank's partition is aligned to 4 bytes.
             padded = [_share(sum(group), 2 * ranks) * 2 * ranks for group in groups]
             part = sum(padded) // ranks
             trainables, reduced = sum(padded) * element, part if stage == 2 else count
@@ -85,18 +85,18 @@ class Zero:
         return trainables, gradients, 0 if _on_host(zero.offload_optimizer) else optimizer
 
     def window(self, frozen: list[int], fetched: list[int], trained: list[int]) -> tuple[int, str]:
-        """Most that ZeRO-3 holds gathered at once: an upper bound, and how it comes about.
+        """Upper bound in bytes of the parameters that ZeRO-3 holds gathered at once, and a note for the memory plan.
 
-        DeepSpeed gathers the current module whole, a layer in one piece. It keeps what is used again within
-        max_reuse_distance, which at the end of the forward pass are the last layers, and prefetches whole parameters
-        until the prefetch bucket is full, while fewer than max_live_parameters are there; what it prefetched for the
-        backward pass is not released in between (partitioned_param_coordinator.py, `_fetch_sub_module_impl`,
-        `__params_to_release`). The trainables stand outside the layers and are there throughout. With several ranks a
-        gathered piece exists twice for a moment: as it was sent and as parameters.
+        DeepSpeed gathers the current module, a decoder layer as one. It keeps parameters that are used again within
+        max_reuse_distance, which at the end of the forward pass are the last layers. It prefetches parameters until
+        the prefetch bucket is full, as long as fewer than max_live_parameters are gathered, and does not release those
+        prefetched for the backward pass (partitioned_param_coordinator.py, `_fetch_sub_module_impl`,
+        `__params_to_release`). Trainables are outside of the layers and stay gathered. With several ranks a gathered
+        module exists twice for a moment: as received and as parameters.
 
         Args:
             frozen: Sizes of the frozen parameters.
-            fetched: Sizes of what is gathered in one piece, see `ModelShape.fetched`.
+            fetched: Sizes of the units of gathering, see `ModelShape.fetched`.
             trained: Sizes of the trained parameters.
         """
         zero, element = self.settings, self.element
@@ -104,7 +104,7 @@ class Zero:
             return 0, "nothing is gathered"
         gathered = [size for size in [*frozen, *trained] if size > int(zero.param_persistence_threshold)]
         if not gathered:
-            return 0, "all weights stay whole"
+            return 0, "no weight is partitioned"
         layer, bucket, limit = max(fetched), int(zero.prefetch_bucket_size), int(zero.max_live_parameters)
         kept = int(zero.max_reuse_distance)
         live = kept + layer + sum(trained)
@@ -112,12 +112,12 @@ class Zero:
             live = min(live + layer + bucket, limit) + max(gathered)
         copied = layer if self.ranks > 1 else 0
         if live >= sum(gathered):
-            return (sum(gathered) + copied) * element, "at most: all weights, for there are few"
+            return (sum(gathered) + copied) * element, "at most: all weights"
         note = f"at most: layers of {in_words(layer)}, {in_words(kept)} kept for reuse, prefetched"
         return (live + copied) * element, note
 
     def _resident(self, sizes: list[int]) -> int:
-        """Elements that DeepSpeed keeps whole beside their partitions, being small."""
+        """Elements of small parameters, which DeepSpeed keeps gathered besides their partitions."""
         return sum(size for size in sizes if size <= int(self.settings.param_persistence_threshold))
 
 
@@ -130,7 +130,7 @@ def _share(size: int, ranks: int) -> int:
 
 
 def in_words(number: int) -> str:
-    """A number in three digits with its unit: 19.9 M."""
+    """A number with three significant digits and its unit: 19.9 M."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
             return f"{number / unit:.3g} {letter}"
