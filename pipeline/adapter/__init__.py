@@ -1,7 +1,7 @@
-"""Adapters: what was learned as one portable folder, and what answering with it needs.
+"""Adapters: the learned pool as a portable folder, and answering with it.
 
-`load_adapter` and `export` are the stable names: model cards and notebooks outside the repository import them from
-here. They are imported on first use, so that editing an adapter loads no model code.
+`load_adapter` and `export` are stable names, which model cards and notebooks outside the repository import from here.
+They are imported on first use, so that editing an adapter loads no model code.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Questions to a frozen model with a pool of prompt sets: routed like test samples, answered in batches."""
+"""Answers questions with a frozen model and a prompt pool: routed like test samples, decoded in batches."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.devices import choose_device
 
 BATCH = 16
-TOGETHER = 256  # questions whose pixels are in memory at once
+TOGETHER = 256  # most questions whose pixels are in memory at once
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about at most one image (encoded file bytes); `task` is for methods that have to be told it."""
+    """One question about at most one image (the file's bytes); `task` is for methods that need the task."""
 
     text: str
     image: bytes | None = None
@@ -47,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A question as the models read it, the encoded image left behind; `pixels` [1, 3, H, W] are CLIP's."""
+    """A tokenised question without the image's file; `pixels` [1, 3, H, W] are the input of CLIP."""
 
     text: str
     task: int  # number of the task
@@ -56,29 +56,29 @@ class Tokenised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes in memory."""
         return len(self.text) + self.example.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered, with the inserted sets in the order of insertion and the similarity to every set."""
+    """An answer, with the inserted sets in the order of insertion and the similarity to every set."""
 
     text: str
     selected: list[str]
     similarity: dict[str, float]
-    weights: dict[str, float] | None = None  # of the inserted sets; None: each counts in full
+    weights: dict[str, float] | None = None  # of the inserted sets; None: each has weight 1
 
     @property
     def sets(self) -> str:
-        """The inserted sets for people, the most similar one first: `Count 0.70, Boxes 0.65`."""
+        """The inserted sets in words, the most similar one first: `Count 0.70, Boxes 0.65`."""
         known = {name: f" {score:.2f}" for name, score in self.similarity.items()}
         return ", ".join(f"{name}{known.get(name, '')}" for name in reversed(self.selected)) or "none"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What answering depends on: a run's or an adapter's pool and settings; names only what has been checked."""
+    """The validated pool and settings of a run or an adapter, as `Answerer` needs them."""
 
     pool: PromptPool
     tasks: list[str]  # all tasks of the sequence; those of the pool come first
@@ -89,13 +89,13 @@ class Source:
     repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
 
     def task_number(self, task: str | None) -> int:
-        """Number of the named task; raises UserError for an unknown one, or for none where one is needed."""
+        """Number of the named task; raises UserError for an unknown task, or where the method needs one."""
         names, method = self.tasks, make_method(self.method)
         needed = method.needs_task
         if task is None:
             if needed:
                 raise UserError(
-                    f"method {method.title} has to be told the task; say task (--task) with one of {', '.join(names)}."
+                    f"method {method.title} needs the task; set task (--task) to one of {', '.join(names)}."
                 )
             return 0
         if task not in names:
@@ -109,7 +109,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Routed:
-    """Questions ready for the model: their samples, the modules they get, and their scores for every task."""
+    """Routed questions: their samples, selected modules, and the router's scores for every task."""
 
     examples: Examples
     selection: Selection
@@ -117,7 +117,7 @@ class Routed:
 
 
 class SampleList(list[Sample]):
-    """Samples in memory where a prepared split is expected."""
+    """Samples in memory with the interface of a prepared split."""
 
     @property
     def ids(self) -> list[str]:
@@ -159,7 +159,7 @@ class Answerer:
         return self.source.pool
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int | None = None) -> list[Answer]:
-        """Greedy answers in the order of the questions, at most `max_new_tokens` tokens each (None: as evaluated).
+        """Greedy answers in the order of the questions, of at most `max_new_tokens` tokens (None: as in evaluation).
 
         Raises UserError for an image that cannot be read, a missing or unknown task, or a question that is too long.
         """
@@ -190,22 +190,22 @@ class Answerer:
         ]
 
     def ask(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Answer:
-        """The answer to one question about an image (a file's path or its bytes), or about none; errors as `answer`."""
+        """The answer to one question, with an image (path or bytes of a file) or without; errors as for `answer`."""
         return self.answer([Question(question, image if isinstance(image, bytes) else read_image(image), task)])[0]
 
     @torch.no_grad()
     def prompt_embeds(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Tensor:
-        """What the decoder reads for a question [N, D]: words, image features and prompt sets in the model's precision.
+        """Input embeddings [N, D] of a question: words, image features and prompt sets in the model's precision.
 
-        For servers that take `prompt_embeds` in place of text, such as vLLM with the same language model. Raises
-        UserError as `answer`, and for architectures whose decoder needs more than these vectors.
+        For servers that accept `prompt_embeds` in place of text, such as vLLM with the same language model. Raises
+        UserError as `answer` does, and for architectures whose decoder needs further inputs.
         """
         kind = self.lmm.family.kind
         if self.lmm.family.needs_image_mask or self.entry.attaches:
             needs = "which tokens are the image's" if self.lmm.family.needs_image_mask else "the updates of its layers"
             raise UserError(
-                f"The decoder of {kind} has to know {needs}, which prompt_embeds alone cannot say; expected "
-                "another architecture, such as llava, and prompt sets."
+                f"The decoder of {kind} needs to know {needs}, which prompt_embeds cannot express; expected another "
+                "architecture, such as llava, and prompt sets."
             )
         routed = self.route([Question(question, image if isinstance(image, bytes) else read_image(image), task)])
         batch = collate_prompts(routed.examples, [0], routed.selection).to(self.lmm.model.device)
@@ -213,10 +213,12 @@ class Answerer:
         return embed_with_sets(self.lmm, batch, bank, self.method.insertion)[0][0].cpu()
 
     def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
-        """Decode and tokenise a question, which messages call by its number; raises UserError as `answer`.
+        """Decode and tokenise a question; runs no model and is thread-safe. Raises UserError as `answer` does.
 
-        `picture` is the image where it is decoded already.
-        The models themselves are not run: questions may be tokenised in several threads.
+        Args:
+            question: the question.
+            number: its number for messages.
+            picture: its image, if it has been decoded already.
         """
         task = self.source.task_number(question.task)
         sample = Sample(f"question {number}", question.image, question.text, answer="")
@@ -228,20 +230,21 @@ class Answerer:
         return Tokenised(question.text, task, example, None if picture is None else self.encoder.pixels([picture]))
 
     def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
-        """Raise UserError where a question about an image of this size has more tokens than the model may get.
+        """Raise UserError where a question with an image of this size has too many tokens.
 
-        What `tokenise` would say too, after it has made the image's pixels: hundreds of megabytes for some models.
+        `tokenise` raises the same, but only after it has computed the image's pixels: hundreds of megabytes for some
+        models.
         """
         conversation, sample = self.lmm.conversation, Sample("question 1", None, question.text, answer="")
         if conversation.cuts:
             return
-        # Which way the image is turned is not known before it is decoded.
+        # The image's orientation (EXIF) is not known before it is decoded.
         fewest = min(conversation.length(sample, sides).all for sides in (size, size[::-1]))
         if fewest > conversation.max_length:
             raise conversation.too_long(sample.id, fewest)
 
     def route(self, questions: Sequence[Question | Tokenised]) -> Routed:
-        """Find the sets of each question as for test samples; raises UserError as `answer`."""
+        """Select the modules of each question as for test samples; raises UserError as `answer` does."""
         tokenised = [
             question if isinstance(question, Tokenised) else self.tokenise(question, number)
             for number, question in enumerate(questions, start=1)
@@ -260,12 +263,12 @@ class Answerer:
         return [self.pool.names[index] for index, _ in routed.selection.chosen(number)]
 
     def similarities(self, routed: Routed, number: int) -> dict[str, float]:
-        """The router's scores of a routed question by the name of the set, rounded; none without a router."""
+        """The router's scores of a routed question by set, rounded; empty without a router."""
         scores = routed.similarity[number].tolist()
         return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=False)}
 
     def weights(self, routed: Routed, number: int) -> dict[str, float] | None:
-        """The weights of a routed question's sets by their names, rounded; None where each counts in full."""
+        """The weights of a routed question's sets by name, rounded; None where each has weight 1."""
         if routed.selection.weights is None:
             return None
         return {self.pool.names[index]: round(weight, 4) for index, weight in routed.selection.chosen(number)}
@@ -289,7 +292,7 @@ def read_image(path: str | Path | None) -> bytes | None:
 
 
 def read_picture(path: str | Path | None, option: str = "") -> bytes | None:
-    """The bytes of an image file that decodes, None without a path; UserError, after the `option`'s name, otherwise."""
+    """The bytes of a decodable image file, None without a path; the UserError begins with `option`."""
     encoded = read_image(path)
     if encoded is not None:
         try:

@@ -1,4 +1,4 @@
-"""The page that an adapter's folder opens with on a model hub."""
+"""The model card of an adapter."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pipeline.methods import make_method
 
 SHOWN = ("last", "average", "forgetting", "retention")
 
-SHIPPED = "data_prep/nano/checkpoints"  # models that are in the repository itself
+SHIPPED = "data_prep/nano/checkpoints"  # models that are part of this repository
 
 
 def card(meta: Meta, shape: tuple[int, ...]) -> str:
     """Return the model card in Markdown; `shape` is that of the prompts [T, L, D]."""
-    # A local folder is no id that a hub could link to.
+    # The Hub links base_model only where it is an id, not a local folder.
     is_hub_id = meta.model.path.count("/") == 1 and not meta.model.path.startswith((".", "/", "~"))
     front = ["---", "library_name: continual-prompts", "pipeline_tag: image-text-to-text"]
     front += [f"base_model: {meta.model.path}"] if is_hub_id else []
@@ -67,13 +67,13 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
 
 
 def _named(path: str) -> str:
-    """The model as somebody knows it who has no copy of this repository."""
+    """The model's name for readers without a copy of this repository."""
     shipped = path.startswith(f"{SHIPPED}/")
     return f"`{path}`" + " (a small model that the source of continual-prompts has in that folder)" * shipped
 
 
 def _choice(meta: Meta) -> str:
-    """Which sets a question gets, in a sentence or two."""
+    """How sets are selected, in one or two sentences."""
     method = make_method(meta.method)
     routing = method.routing
     if routing.router is None or not routing.rule.compares:

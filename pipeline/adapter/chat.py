@@ -1,4 +1,4 @@
-"""Questions and answers in turn on a terminal, about a picture that can be changed."""
+"""An interactive session on a terminal: questions about an image that can be changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELP = "/image FILE (or /image alone for none), /task NAME, /quit; anything else
 def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], show: Callable[[str], None]) -> int:
     """Answer what `read` returns until it raises EOFError or says /quit; returns the number of questions answered.
 
-    A wrong picture or task is said and leaves things as they were. Raises UserError for a wrong first picture.
+    An invalid picture or task is reported and changes nothing. Raises UserError for an invalid first picture.
     """
     encoded, task, answered = read_picture(image), None, 0
     show(HELP)

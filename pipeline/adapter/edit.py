@@ -1,4 +1,4 @@
-"""Changing what an adapter knows without training: two become one, a task is dropped, a folder goes to a hub."""
+"""Edits adapters without training: merge, prune, and upload to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.prompts.pool import PromptPool
 
 
 def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
-    """Write one adapter with the sets of several that were trained apart on the same models.
+    """Write one adapter with the sets of several that were trained separately on the same models.
 
-    No set changes, so an answer changes only where a sample is routed to a set that was not there before. Raises
-    UserError when there are fewer than two, they belong to different models, select differently, or share a name.
+    No set changes, so an answer changes only where a sample is routed to a set of another adapter. Raises UserError
+    when there are fewer than two, or when they belong to different models, select differently, or share a name.
     """
     if len(folders) < 2:
         raise UserError(f"found {len(folders)} adapter to merge; expected at least two.")
@@ -47,7 +47,7 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
             "tasks": names,
             "recipe": "+".join(dict.fromkeys(adapter.meta.recipe for adapter in adapters)),
             "max_new_tokens": max(adapter.meta.max_new_tokens for adapter in adapters),
-            # Scores of the parts: routing among all sets was not measured.
+            # Scores of the separate adapters: routing among all sets has not been measured.
             "scores": {name: score for adapter in adapters for name, score in adapter.meta.scores.items()},
             "metrics": {},
             "licence": licences[0] if len(licences) == 1 else None,
@@ -79,7 +79,7 @@ def prune(folder: Path, tasks: Sequence[str], target: Path) -> dict[str, Any]:
 def push(folder: Path, repository: str, public: bool = False) -> str:
     """Upload an adapter's folder to a repository (user/name) of the Hugging Face Hub and return its address.
 
-    The repository is made if it is not there, private unless `public`. Raises UserError when that is refused.
+    Creates the repository if necessary, private unless `public`. Raises UserError when the upload fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -91,38 +91,38 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Prompt sets from {META}")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")
-        raise UserError(  # the reason stands in no brackets, for the Hub's own sentences have some
-            f"{repository} could not be uploaded to: {reason}. Expected user/name, a network, and a token that may "
-            "write there, from `hf auth login` or HF_TOKEN."
+        raise UserError(  # the reason is not put in parentheses, since the Hub's messages contain some
+            f"{repository} could not be uploaded to: {reason}. Expected user/name, network access, and a token with "
+            "write access, from `hf auth login` or HF_TOKEN."
         ) from error
     return f"https://huggingface.co/{repository}"
 
 
 def _differences(first: Adapter, other: Adapter) -> list[str]:
-    """What keeps the sets of two adapters from standing in one pool."""
+    """Reasons why two adapters cannot be merged."""
     one, two = first.meta, other.meta
     found = [] if _same_base(one, two) else ["another base model"]
     found += [f"another CLIP ({name})" for name in IDENTITY_FIELDS if one.keys.get(name) != two.keys.get(name)]
     found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
-    # Whatever the method has, but for what only training reads.
+    # All options of the method but those that only training reads.
     own = dict.fromkeys([*type(one.method).model_fields, *type(two.method).model_fields])
     found += _differing("method", one, two, [name for name in own if name not in one.method.TRAINING_ONLY])
     if one.repetition_penalty != two.repetition_penalty and _penalty(one) != _penalty(two):
         found.append(f"repetition_penalty {two.repetition_penalty!r} instead of {one.repetition_penalty!r}")
     if "trained" in (one.projector, two.projector):
-        found.append("a trained projector, which belongs to one pool alone")
+        found.append("a trained projector, which belongs to one pool only")
     return found
 
 
 def _penalty(meta: Meta) -> float:
-    """The penalty on repeated tokens as a number; UserError where it is the checkpoint's, which cannot be had."""
+    """The repetition penalty as a number; UserError where it is the checkpoint's and that is unavailable."""
     if isinstance(meta.repetition_penalty, str):
         return own_penalty(settings_folder(source_of(meta.model)))
     return meta.repetition_penalty
 
 
 def _same_base(one: Meta, two: Meta) -> bool:
-    """Whether two adapters belong to one model; of fingerprints by different schemes only the model itself can tell."""
+    """Whether two adapters belong to one base model; fingerprints of different schemes are compared to the model's."""
     if one.base_model == two.base_model or one.base_model.startswith(SCHEME) == two.base_model.startswith(SCHEME):
         return one.base_model == two.base_model
     return all(base_fingerprint(one.model, meta.base_model) == meta.base_model for meta in (one, two))

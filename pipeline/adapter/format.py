@@ -1,4 +1,4 @@
-"""The adapter as a folder: written, and read with everything that is recorded of it checked."""
+"""Reads and writes the folder of an adapter, with checksums."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pipeline.prompts.pool import PromptPool
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: what it holds and what it belongs to."""
+    """An adapter in memory."""
 
     meta: Meta
     pool: PromptPool
 
 
 def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
-    """Write an adapter into a new, empty or adapter's folder and return what it holds.
+    """Write an adapter into a folder that is new, empty or an adapter's, and return its contents.
 
-    `prompts.safetensors` has the modules' tensors [T, ...] in the model's precision and the router's states;
-    `adapter.json` says what they belong to and how modules are selected, `README.md` the same for people; a trained
-    image projector is `projector.safetensors`.
+    `prompts.safetensors` holds the modules' tensors [T, ...] in the model's precision and the router's states,
+    `adapter.json` the models they belong to and how modules are selected, `README.md` the model card, and
+    `projector.safetensors` the image projector where it is trained.
     """
     refuse_foreign(target)
     pool, dtype = adapter.pool, DTYPES[adapter.meta.model.dtype]
@@ -56,7 +56,7 @@ def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's folder; UserError when it is none, damaged, or of another format."""
+    """Read an adapter's folder; UserError when it is not an adapter, damaged, or of another format."""
     try:
         content = json.loads((folder / META).read_text(encoding="utf-8"))
     except OSError:

@@ -1,4 +1,4 @@
-"""A run's learned pool as an adapter."""
+"""Exports a run's pool as an adapter."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
 
 
 def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any]:
-    """Write a run's adapter into the folder `target` and return what it holds.
+    """Write a run's adapter into the folder `target` and return its contents.
 
-    Raises UserError as `read_pool`, and when `target` holds something else.
+    Raises UserError as `read_pool` does, and when `target` is neither new, empty nor an adapter.
     """
     recipe = load_run(run)
     refuse_foreign(target)

@@ -1,4 +1,4 @@
-"""What answering needs of an adapter or a run, and the adapter with its frozen models, ready to be asked."""
+"""Loads an adapter or a run with its frozen models for answering."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.errors import UserError
 
 
 def source_of(path: Path, model: str | None = None, clip: str | None = None) -> Source:
-    """Return what answering needs of a run's or an adapter's folder.
+    """Return pool and settings of a run's or an adapter's folder.
 
-    `model` and `clip` say where the frozen models are on this machine, if not where they were. Raises UserError when
-    the folder is neither, or the models are not those the pool was trained with.
+    `model` and `clip` are the locations of the frozen models on this machine, where they differ from the recorded
+    ones. Raises UserError when the folder is neither, or the models are not those that the pool was trained with.
     """
     if (path / META).is_file():
         adapter = read_adapter(path)
@@ -42,10 +42,15 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None) -> 
 def load_adapter(
     path: str | Path, model: str | None = None, clip: str | None = None, device: str | None = None
 ) -> Answerer:
-    """Load an adapter (or a run) with its frozen models, ready to be asked.
+    """Load an adapter or a run with its frozen models; `ask` and `answer` of the result answer questions.
 
-    `model` and `clip` are folders or hub ids where the adapter's own are not found on this machine; `device` as torch
-    names it, by default a GPU where there is one. Raises UserError as `source_of`.
+    Args:
+        path: folder of the adapter or run.
+        model: folder or Hub id of the frozen model, where the recorded one is not on this machine.
+        clip: the same for the CLIP.
+        device: torch's name of a device; None: a GPU where there is one.
+
+    Raises UserError as `source_of` does.
     """
     return Answerer(source_of(Path(path), model, clip), device)
 

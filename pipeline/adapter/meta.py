@@ -1,4 +1,4 @@
-"""adapter.json: what an adapter holds and what it belongs to."""
+"""adapter.json: the contents of an adapter, and the models and data that it belongs to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TENSORS, META, PROJECTOR, CARD = "prompts.safetensors", "adapter.json", "project
 
 
 class Meta(BaseModel):
-    """What stands in adapter.json."""
+    """The fields of adapter.json."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -29,7 +29,7 @@ class Meta(BaseModel):
     keys: dict[str, str]  # identity of the CLIP
     max_new_tokens: int
     projector: str = "frozen"
-    repetition_penalty: float | Literal["checkpoint"] = "checkpoint"  # which adapters of earlier versions had
+    repetition_penalty: float | Literal["checkpoint"] = "checkpoint"  # default of adapters without the field
     scores: dict[str, float | None] = {}  # task -> last score in percent
     metrics: dict[str, Any] = {}
     licence: str | None = None

@@ -1,8 +1,8 @@
-"""An adapter as an MLflow model: this file is the model's code, so nothing is pickled.
+"""An adapter as an MLflow model. This file is the model's code, so nothing is pickled.
 
 `mlflow.pyfunc.load_model("models:/nano-modalprompt@newest").predict(frame)` answers a frame with the columns `question`
-and, where there are pictures, `image` (its bytes, or its base64 text) and `task`. With `model_config={"files": True}`
-an image may also be the path of a file here: only for callers who may see every picture on this machine.
+and, optionally, `image` (bytes or base64 text) and `task`. With `model_config={"files": True}` an image may also be
+the path of a file on this machine: only for callers who may read every image on it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pipeline.errors import UserError
 class AdapterModel(PythonModel):
     """Answers questions about images with an adapter and its frozen models.
 
-    Where these lie elsewhere than where the adapter was made, `load_model` takes model_config={"model": "...", "clip":
-    "..."}. Its "files": true lets a frame name files of this machine, which it otherwise may not: behind
-    `mlflow models serve` anybody who can ask could have any picture here described.
+    Where the frozen models have another location than recorded, pass model_config={"model": "...", "clip": "..."} to
+    `load_model`. Its "files": true allows paths of files on this machine; it is off by default, because behind
+    `mlflow models serve` any client could have any image on this machine described.
     """
 
     def load_context(self, context: Any) -> None:
@@ -35,7 +35,7 @@ class AdapterModel(PythonModel):
         self.answerer = load_adapter(context.artifacts["adapter"], config.get("model"), config.get("clip"))
         self.opens_files = config.get("files") is True
 
-    # Without annotations: MLflow would take them for a schema, and the registered signature is that.
+    # Without annotations: MLflow would derive a schema from them, and the signature is registered explicitly.
     def predict(self, context, model_input, params=None):
         """A frame with `answer`, `selected` (names, comma-separated) and `similarity` (JSON) in the input's order."""
         import pandas
@@ -53,7 +53,7 @@ class AdapterModel(PythonModel):
 
 
 def question(row: dict[str, Any], opens_files: bool = False) -> Question:
-    """The question in a row of the frame; raises UserError for an image that is none of those expected."""
+    """The question in a row of the frame; raises UserError for an image in an unexpected form."""
     image, task = row.get("image"), row.get("task")
     encoded: bytes | None
     if isinstance(image, bytes | bytearray):
@@ -66,13 +66,13 @@ def question(row: dict[str, Any], opens_files: bool = False) -> Question:
         try:
             encoded = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
         except (binascii.Error, ValueError):
-            # The same sentence whether or not there is such a file: it must not tell what is on this machine.
+            # The same message whether or not such a file exists, so that callers cannot probe for files.
             found = f"image '{image[:60]}' is {'neither a file here nor' if opens_files else 'not'} base64"
             hint = "" if opens_files else '; paths need load_model(..., model_config={"files": True})'
             expected = "a path, bytes or base64 text" if opens_files else "bytes or base64 text"
             raise UserError(f"{found}; expected {expected}{hint}.") from None
     if encoded is not None and not opens_files:
-        plan_image(encoded, ImageLimits())  # these callers are not trusted: by its header alone, as the service does
+        plan_image(encoded, ImageLimits())  # untrusted callers: check the header before decoding, as the service does
     return Question(str(row["question"]), encoded, task if isinstance(task, str) and task else None)
 
 

@@ -1,4 +1,4 @@
-"""One answer to one question, routed like a test sample."""
+"""`predict`: answers one question, routed like a test sample."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ def predict(
     model: str | None = None,
     clip: str | None = None,
 ) -> dict[str, Any]:
-    """Return {answer, sets (for people), selected, similarity} for a question about an image file, or about none.
+    """Return {answer, sets (in words), selected, similarity} for a question, and `weights` where the rule has them.
 
-    Where the rule weighs the modules, `weights` too.
+    Args:
+        run: folder of a run or an adapter.
+        image: image file, None for a question without an image.
+        question: the question.
+        task: the task, for methods that need it.
+        model: location of the frozen model on this machine, None: as recorded.
+        clip: the same for the CLIP.
 
-    `run` is the folder of a run or an adapter; `task` is for methods that have to be told the task; `model` and
-    `clip` say where the frozen models are, if not where they were. Raises UserError for an empty question, a run
-    without finished stages, an image that cannot be read, a missing or unknown task, or other models.
+    Raises UserError for an empty question, a run without finished stages, an unreadable image, a missing or unknown
+    task, or other models.
     """
     if not question.strip():
         raise UserError('--question is empty; expected what to ask, such as --question "what is this?".')
     encoded = read_picture(image, "--image: ")
     source = source_of(run, model, clip)
-    source.task_number(task)  # said before the model is loaded
+    source.task_number(task)  # raises before the model is loaded
     answer = Answerer(source).answer([Question(question, encoded, task)])[0]
     found = {"answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity}
     return found if answer.weights is None else {**found, "weights": answer.weights}

@@ -1,4 +1,4 @@
-"""The learned pool in MLflow's model registry, as a model that any MLflow client can load and ask."""
+"""Registers adapters in MLflow's model registry, as models that any MLflow client can load."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ CONTENT, TASKS, SCORE = "prompt_sets", "tasks", "last"  # tags of a version
 
 @dataclass(frozen=True)
 class Version:
-    """What a version is known by: the model's name, and of its run the seed, the tasks and the score.
+    """The identity of a version: the model's name, and the seed, tasks and score of its run.
 
-    `content` is the hash of its prompt sets, by which it is known again; `score` the mean over the tasks at the end.
+    `content` is the hash of its prompt sets, which identifies it; `score` is the mean over the tasks after the last
+    stage.
     """
 
     name: str
@@ -39,18 +40,18 @@ class Version:
 
     @property
     def tags(self) -> dict[str, str]:
-        """As MLflow keeps them, beside the version."""
+        """The tags of the version in MLflow."""
         score = {} if self.score is None else {SCORE: f"{self.score:.4f}"}
         return {CONTENT: self.content, TASKS: ", ".join(self.tasks)[:5000], **score}
 
 
 def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> None:
-    """Register a finished run's adapter, unless that very adapter is a version of the model `name` already."""
+    """Register a finished run's adapter, unless the model `name` has a version with the same prompt sets."""
     with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
         adapter = Path(folder) / "adapter"
         export(run_path, adapter)
         pool = read_adapter(adapter).pool
-        # Of the values: a safetensors file may hold the same ones in another order of its header.
+        # A hash of the values, not of the file: the order of a safetensors header may differ.
         content = pool.whole_fingerprint()
         known = stored.client.search_model_versions(f"name = '{name}'")
         if not any(version.tags.get(CONTENT) == content for version in known):
@@ -62,10 +63,10 @@ def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> Non
 def register_adapter(
     client: MlflowClient, experiment: str, run_id: str, adapter: Path, version: Version
 ) -> tuple[str, str]:
-    """Put an adapter's folder into the registry as a version; returns (model id, version).
+    """Register an adapter's folder as a version; returns (model id, version).
 
-    The aliases `newest` and `seed-N` point to it, `best` to the version with the highest score of those with the tasks
-    of the newest. MLflow has to take the client's store for its own meanwhile (see `store_in_use`).
+    The aliases `newest` and `seed-N` point to it, `best` to the version with the highest score among those with the
+    newest version's tasks. The client's store has to be MLflow's current store (see `store_in_use`).
     """
     from mlflow import pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -76,8 +77,8 @@ def register_adapter(
     )
     with tempfile.TemporaryDirectory(prefix="pipeline-model-") as folder:
         saved = Path(folder) / "model"
-        # It would like an example of the input, which holds a picture, and hints that it would take for a schema. Kept
-        # and not shown: a filter would be overruled by those that MLflow sets while it saves.
+        # MLflow warns that there is no input example and no type hint. The warnings are recorded instead of filtered,
+        # because MLflow sets filters of its own while it saves.
         with warnings.catch_warnings(record=True):
             pyfunc.save_model(
                 str(saved),
@@ -85,7 +86,7 @@ def register_adapter(
                 artifacts={"adapter": str(adapter)},
                 signature=_signature(),
                 model_config={"model": None, "clip": None, "files": False},
-                # Said outright: MLflow would otherwise load the model to find out what it imports.
+                # Given explicitly: MLflow would otherwise load the model to infer its imports.
                 pip_requirements=[f"{package}=={version}" for package, version in package_versions().items()],
             )
         client.log_model_artifacts(model.model_id, str(saved))
@@ -108,10 +109,10 @@ def register_adapter(
 
 
 def set_aliases(client: MlflowClient, name: str) -> None:
-    """Let `newest` and `best` point to the versions that are so now, whichever process made them."""
+    """Point `newest` and `best` to the current versions, whichever process registered them."""
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda found: int(found.version))
     newest = versions[-1]
-    # Scores over other tasks say nothing about these; versions from before scores were kept have none.
+    # Scores over other tasks are not comparable; versions of earlier releases have no scores.
     comparable = [
         found for found in versions if found.tags.get(TASKS) == newest.tags.get(TASKS) and found.tags.get(SCORE)
     ]

@@ -1,4 +1,4 @@
-"""The verbs that ask what was learned: one question, a conversation, a service."""
+"""The verbs that answer questions: `predict`, `chat` and `serve`."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="For methods that have to be told the task.", autocompletion=completion.sets)
+        str | None, typer.Option(help="The task, for methods that need it.", autocompletion=completion.sets)
     ] = None,
     model: Model = None,
     clip: Clip = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question with a run's prompt sets and tell which sets were selected."""
+    """Answer one question with a run's prompt sets and show which sets were selected."""
     show(predicting.predict(run, image, question, task, model, clip), as_json)
 
 
 def serve(
     run: Learned,
-    host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen at; other than loopback it needs an API key.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")] = 8000,
-    batch: Annotated[int, typer.Option(min=1, help="Answers that are generated together.")] = 32,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Most answers decoded together.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests that wait; further ones get status 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that a request may ask for.")] = 256,
     max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 4096 * 4096,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request in bytes.")] = 8 << 20,
     memory: Annotated[
@@ -61,7 +61,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder.")] = None,
     origin: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Origin of pages that may ask from a browser; may be repeated."),
+        typer.Option(metavar="ORIGIN", help="Origin of web pages that may send requests (CORS); repeatable."),
     ] = None,
     ignore_system: Annotated[
         bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
@@ -70,7 +70,7 @@ def serve(
     model: Model = None,
     clip: Clip = None,
 ) -> None:
-    """Answer questions over HTTP as OpenAI's chat API does; a key is read from PIPELINE_API_KEY."""
+    """Answer questions over HTTP by OpenAI's chat API; the API key is read from PIPELINE_API_KEY."""
     require_extras("serve")
     options = Options(
         host,
@@ -100,7 +100,7 @@ def chat(
     answerer = loading.load_adapter(run, model, clip)
 
     def ask(prompt: str) -> str:
-        # Piped questions need no prompt. As Text: what stands in square brackets is not markup.
+        # Piped questions need no prompt. Text, so that rich does not read square brackets as markup.
         return console.input(Text(prompt)) if sys.stdin.isatty() else input()
 
     chatting.chat(answerer, image, ask, lambda line: console.print(Text(line)))

@@ -1,4 +1,4 @@
-"""`run`, `train` and `evaluate` of a benchmark: what is checked before ranks start, what is shown after."""
+"""`run`, `train` and `evaluate` of a CLIP benchmark: checks before ranks start, and output after they end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
     """`run`, `train` (of a recipe) and `evaluate` (of a run) of a benchmark."""
     recipe = _load(verb, name, overrides)
     if not is_distributed():
-        # Said here, before ranks have started and loaded anything.
+        # Checked before ranks are started and load models.
         if recipe.data.prepare_first:
             prepare_benchmark(recipe)
         require_prepared(recipe, name)
@@ -48,7 +48,7 @@ def start(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
 
 
 def _load(verb: str, name: str, overrides: Iterable[str]) -> ClipRecipe:
-    """The recipe of that name, or, to evaluate, the recipe of the run in that folder."""
+    """The recipe of that name; for `evaluate`, the recipe of the run in that folder."""
     if verb == "evaluate":
         recipe = load_benchmark(str(Path(name) / CONFIG))
         return recipe.model_copy(update={"run_dir": name.replace("{", "{{").replace("}", "}}")})

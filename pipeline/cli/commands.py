@@ -1,4 +1,4 @@
-"""The command line: its verbs under their headings. How a result or an error is shown is in `pipeline.cli.outcome`."""
+"""The command line: all verbs under their headings. `pipeline.cli.outcome` shows results and errors."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def _before(
     ] = False,
 ) -> None:
     """Continual prompt learning on frozen vision-language models."""
-    # The deepspeed launcher puts --local_rank before the verb; the environment says the same, so it is only accepted.
-    # DeepSpeed compiles its CPU collectives with the ninja that was installed beside this Python.
+    # The deepspeed launcher puts --local_rank before the verb; it is accepted and ignored, since the environment has
+    # it too. DeepSpeed compiles its CPU collectives with ninja, which is installed beside this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log every change of a bar is one more line
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in a log every update of a bar is a line
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher numbers the ranks in it, torch would take them for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher sets it to the ranks' numbers, which torch reads as GPUs
 
 
 for _heading, _verbs in VERBS.items():

@@ -1,4 +1,4 @@
-"""What a shell may complete on the command line; looks at names only, so that it is quick."""
+"""Shell completion of recipes, runs, fields and tasks; reads names only, so that it is fast."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from pipeline.config.yaml_file import CONFIG, STATE, find_recipe, read_recipe, recipe_names
 from pipeline.errors import UserError
 
-COIN = "data/own"  # where `new-task` puts tasks unless it is told otherwise
-RUNS = "runs/"  # where runs are unless a recipe says otherwise
+COIN = "data/own"  # default --root of `new-task` and `add`
+RUNS = "runs/"  # default folder of runs
 
 
 def recipes(incomplete: str) -> list[str]:
-    """Names of shipped recipes; where there is none the shell goes on with files."""
+    """Names of shipped recipes; where none matches the shell completes files."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
@@ -27,14 +27,14 @@ def runs(incomplete: str) -> list[str]:
 
 
 def fields(ctx: Any, incomplete: str) -> list[str]:
-    """Fields of the recipe for --set, each with its `=`; behind it the choices of a field that has some."""
-    # With the option's value still to come nothing has been parsed, and the words stand in `args`.
+    """Fields of the recipe for --set, each with its `=`; after the `=` the choices of a field that has some."""
+    # While the option's value is incomplete click has not parsed the arguments, which are in `args`.
     name = str(ctx.params.get("recipe") or next((word for word in ctx.args if not word.startswith("-")), ""))
     try:
         content = read_recipe(find_recipe(name)) if name else {}
     except UserError:
         content = {}
-    from pipeline.cli.recipe_fields import dotted_fields  # here: the recipes' classes take a moment to import
+    from pipeline.cli.recipe_fields import dotted_fields  # deferred: importing the recipes' classes is slow
 
     known = dotted_fields(content)
     dotted, equals, begun = incomplete.partition("=")
@@ -50,7 +50,7 @@ def own_tasks(ctx: Any, incomplete: str) -> list[str]:
 
 
 def sets(ctx: Any, incomplete: str) -> list[str]:
-    """Prompt sets of the adapter, or of the run, that stands before them on the command line."""
+    """Prompt sets of the adapter or run that precedes them on the command line."""
     folder = Path(str(ctx.params.get("adapter") or ctx.params.get("run") or ""))
     for file, key in (("adapter.json", "sets"), (STATE, "stages")):
         try:

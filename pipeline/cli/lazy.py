@@ -1,7 +1,7 @@
-"""Modules that are imported when a verb uses them, so that help and completion answer without torch.
+"""Lazy imports, so that help and completion do not import torch.
 
-A module of the command line lists them at its top, for readers and for mypy under TYPE_CHECKING, and otherwise by
-`lazy`: what the verbs do needs torch, transformers, DeepSpeed, MLflow or matplotlib, whose imports take seconds.
+The verbs need torch, transformers, DeepSpeed, MLflow or matplotlib, whose imports take seconds. A module of the command
+line lists what it needs at its top: for readers and mypy under TYPE_CHECKING, at run time by `lazy`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Lazy:
-    """Stands for a module; the first look at one of its names imports it."""
+    """A proxy of a module, which is imported at the first access to an attribute."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -21,5 +21,5 @@ class Lazy:
 
 
 def lazy(module: str) -> Any:
-    """Return what stands for the module of that name."""
+    """Return a proxy of the module of that name."""
     return Lazy(module)

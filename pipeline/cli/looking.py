@@ -1,4 +1,4 @@
-"""The verbs that show runs: a report, and the list of all."""
+"""The verbs that show runs: `report` and `ls`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A verb's work on the ranks of this launch, or on ranks that are started for it."""
+"""Runs a verb's work on the ranks of this launch, or on ranks started for it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ Then = Callable[[Result], Result]
 
 
 def speaks(as_json: bool) -> bool:
-    """Whether this process is the one whose output the user sees, and wants words."""
+    """Whether this process prints text for the user: it is rank 0, has no launcher to report to, and --json is off."""
     return not as_json and OUTCOMES not in os.environ and rank() == 0
 
 
 def on_ranks(
     arguments: list[str], recipe: Any, work: Callable[[Any], Result], as_json: bool, then: Then | None = None
 ) -> None:
-    """Do `work` here when this process is a rank or the only one, else on ranks started for it.
+    """Do `work` in this process if it is a rank or the only one, otherwise on ranks started for it.
 
-    The result is handed to `then` before it is shown.
+    Args:
+        arguments: the command line that the started ranks get.
+        recipe: the recipe that `work` is called with.
+        work: returns the result.
+        as_json: show the result as JSON.
+        then: changes the result before it is shown.
     """
     if is_distributed():
         result = work(recipe)
     else:
         require_extras("train", *recipe.tracking.extras)
-        require_usable_gpus()  # said once, before ranks are started
+        require_usable_gpus()  # raises once, before ranks are started
         processes = launch.local_processes(recipe.train.processes)
         if processes > 1:
             outcome = launch.launch(arguments, processes)

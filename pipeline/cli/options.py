@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs have in common."""
+"""Arguments and options shared by several verbs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ SkipBad = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Leave out up to N bad records of the data; sets data.skip_bad.")
 ]
 Until = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Stop after stage N; without it the same command goes on.")
+    int | None, typer.Option(min=1, metavar="N", help="Stop after stage N; without it the same command continues.")
 ]
 Learned = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Folder of a run or of an exported adapter.", autocompletion=completion.runs),
 ]
-Model = Annotated[
-    str | None, typer.Option(help="Where the frozen multimodal model is on this machine, if not where it was.")
-]
-Clip = Annotated[str | None, typer.Option(help="Where the frozen CLIP is on this machine, if not where it was.")]
+Model = Annotated[str | None, typer.Option(help="Location of the frozen multimodal model, if not the recorded one.")]
+Clip = Annotated[str | None, typer.Option(help="Location of the frozen CLIP, if not the recorded one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]

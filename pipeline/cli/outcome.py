@@ -1,4 +1,4 @@
-"""What every command line of the project shares: how verbs take paths, show help, and end with a result or an error."""
+"""Shared by the project's command lines: paths of verbs, help, results, and errors with their exit codes."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from pipeline.ranks.shutdown import STOP_SIGNALS
 
 Result = dict[str, Any]
 JSON = "--json"
-PATH_TYPES = ("path", "file", "directory")  # what click calls its types of paths
+PATH_TYPES = ("path", "file", "directory")  # names of click's path types
 PATHS_AS_TEXT = ("recipe", "model", "clip")  # arguments that are a name, a Hub id or a path
 FOLDERS_MADE_HERE = ("RUN", "ADAPTER")  # metavars of arguments that name the folder of a run or an adapter
 
 
 class Told(UserError):
-    """A wrong input that the JSON result has told already; only the sentence is still to be shown."""
+    """A UserError that the JSON output contains already, so only its sentence is printed to stderr."""
 
 
 class _PlainHelp:
-    """Help without the types that Typer puts where they read as if a value were wanted: at flags and arguments."""
+    """Help without types at flags and arguments, where Typer's output looks as if a value were expected."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, shown plainly."""
+        """The parameters, without their types."""
         params = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             _show_plainly(param)
@@ -52,7 +52,7 @@ class _PlainHelp:
 
 
 class Verb(_PlainHelp, TyperCommand):
-    """A verb: its paths are expanded, and a file in place of its folder is refused."""
+    """A verb, whose paths are expanded, and which refuses a file in place of a folder."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb on its expanded paths."""
@@ -71,7 +71,7 @@ class Verb(_PlainHelp, TyperCommand):
 
 
 class Verbs(_PlainHelp, TyperGroup):
-    """Turns what a verb raises into an exit code, and leaves word for the process that launched this one."""
+    """Maps exceptions of a verb to exit codes, and writes the outcome file for the launcher."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen verb."""
@@ -83,16 +83,16 @@ class Verbs(_PlainHelp, TyperGroup):
         except Exception as error:
             told = for_user(error)
             if isinstance(told, Interrupted) and is_distributed():
-                # A launcher that ends the ranks when the first has left must not change this one's exit code.
+                # A launcher that terminates the other ranks when one has exited must not change their exit code.
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
             if told is not None:
-                sentence = str(told) or "stopped early; the same command goes on from here."
+                sentence = str(told) or "stopped early; the same command resumes from here."
                 finish(Outcome(told.exit_code, sentence), as_json and not isinstance(told, Told))
             if "typer" in type(error).__module__ or "click" in type(error).__module__:
                 if as_json and hasattr(error, "format_message"):
                     _print_json({"error": error.format_message(), "exit_code": EXIT_USER})
-                raise  # its own usage errors, which it shows itself
+                raise  # Typer shows its usage errors itself
             traceback.print_exc()
             outcome = Outcome(EXIT_FAILURE, f"{type(error).__name__}: {error}")
             if not leave_outcome(outcome) and as_json:
@@ -107,12 +107,12 @@ class App(typer.Typer):
         super().__init__(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
-        """As Typer's, for a `Verb`."""
+        """As in Typer, with `Verb` as the class of commands."""
         return super().command(name, **{"cls": Verb, **options})
 
 
 def show(result: Result, as_json: bool) -> None:
-    """Print a result, or leave it for the process that launched this rank."""
+    """Print a result, or write it for the process that launched this rank."""
     if leave_outcome(Outcome(EXIT_OK, result=result)) or rank() != 0:
         return
     if as_json:
@@ -124,7 +124,7 @@ def show(result: Result, as_json: bool) -> None:
 
 
 def finish(outcome: Outcome, as_json: bool) -> NoReturn:
-    """End with an outcome's exit code: its sentence on stderr, with --json also an object on stdout."""
+    """Exit with an outcome's exit code; prints its sentence on stderr, with --json also an object on stdout."""
     if not leave_outcome(outcome) and outcome.error:
         label = {EXIT_RESUMABLE: "stopped"}.get(outcome.code, "error")
         who = f" (rank {rank()})" if rank() else ""
@@ -144,7 +144,7 @@ def require_folder(path: Path) -> None:
     if not path.exists() and str(path) in recipe_names():
         runs = sorted(str(found.parent) for found in Path("runs").glob(f"{path}-*/{CONFIG}"))
         there = f", such as '{runs[0]}'" if runs else f", which `python -m pipeline run {path}` makes"
-        raise UserError(f"'{path}' is a recipe and no folder; expected the folder of a run{there}.")
+        raise UserError(f"'{path}' is a recipe, not a folder; expected the folder of a run{there}.")
 
 
 def _failure(outcome: Outcome) -> Result:
@@ -158,7 +158,7 @@ def _print_json(content: Result) -> None:
 
 
 def _takes_paths(param: Any, given: list[Any]) -> bool:
-    """Whether a parameter's values are paths; with click below Typer they are still text here, and its type tells."""
+    """Whether a parameter's values are paths, by their class or, where click leaves them as text, by its type."""
     return (
         all(isinstance(path, Path) for path in given) or getattr(getattr(param, "type", None), "name", "") in PATH_TYPES
     )

@@ -1,4 +1,4 @@
-"""The verbs for a task of one's own: made of images and a table, and learned as the next stage of a run."""
+"""The verbs for a task of your own: `new-task` makes it from images and a table, `add` learns it as the next stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new_task(
     seed: Annotated[int, typer.Option(min=0, help="Decides which samples are for testing.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Make a task of a folder of images and a table of questions and answers, and draw ten samples of it."""
+    """Make a task from a folder of images and a table of questions and answers, and draw ten of its samples."""
     made = own_task.make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
     if not made["pictures"]:
         typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
@@ -64,7 +64,7 @@ def add(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn one more task as the next stage of a run; what it has learned stays as it is."""
+    """Learn one more task as the next stage of a run; earlier prompt sets are unchanged."""
     addition = add_task.prepare_addition(run, task, root, gate)
 
     def tell(found: effects.Interference, title: str) -> None:
@@ -76,7 +76,7 @@ def add(
 
     if addition.is_new or dry_run:
         foretold = effects.foretell(run, addition.recipe)
-        tell(foretold, "What the earlier tasks are to expect, by their keys")
+        tell(foretold, "Expected interference with earlier tasks (estimated from CLIP keys)")
         if dry_run:
             told = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
             show({"run": str(run), "task": task, **told}, as_json)
@@ -84,7 +84,7 @@ def add(
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:
         found = effects.counted(run, addition.recipe)
-        tell(found, "What became of the earlier tasks")
+        tell(found, "Effect on earlier tasks")
         return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
 
     with addition.written():

@@ -1,4 +1,4 @@
-"""The dotted names of a recipe's fields with the values that each may have, for completion."""
+"""Dotted names of a recipe's fields and their choices, for completion."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.config.recipe import Recipe
 
 
 def dotted_fields(content: dict[str, Any]) -> dict[str, list[str]]:
-    """Return every field of the recipe with this content, and the choices of those that have a few.
+    """Return every field of the recipe with this content, with the choices of enumerated fields.
 
-    A field of a list of groups is named by the items' names, as `--set data.tasks.Count.limit_test=5` does.
+    Items of a list are addressed by name, as in `--set data.tasks.Count.limit_test=5`.
     """
     if content.get("kind") == "clip":
-        from pipeline.clip.recipe import ClipRecipe  # torch, which the fields of a task sequence do not need
+        from pipeline.clip.recipe import ClipRecipe  # deferred: imports torch, which task sequences do not need here
 
         return dict(_fields(ClipRecipe, content, ""))
     return dict(_fields(Recipe, content, ""))
@@ -45,7 +45,7 @@ def _fields(model: type[BaseModel], content: Any, place: str) -> Iterator[tuple[
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The values of a field that has a few; empty for numbers and text."""
+    """The choices of an enumerated field; empty for numbers and text."""
     if annotation is bool:
         return ["true", "false"]
     if get_origin(annotation) is Literal:

@@ -1,4 +1,4 @@
-"""`run`, `train` and `evaluate` of a task sequence: what is checked before ranks start, what is shown after."""
+"""`run`, `train` and `evaluate` of a task sequence: checks before ranks start, and output after they end."""
 
 from __future__ import annotations
 
@@ -38,9 +38,15 @@ else:
 def start(
     verb: str, name: str, overrides: list[str], until: int | None, as_json: bool, then: Then | None = None
 ) -> None:
-    """Train the recipe of that name, on `run` with evaluations, until its stage `until`; prepare it where it says so.
+    """Train the recipe of that name, for the verb `run` with evaluation.
 
-    `then` sees the result before it is shown, and has the last words.
+    Args:
+        verb: run or train.
+        name: name or path of the recipe.
+        overrides: values of --set.
+        until: stop after this stage; None: train all.
+        as_json: show the result as JSON.
+        then: changes the result before it is shown, and prints text of its own in place of the run's summary.
     """
     require_srun()
     recipe = load_recipe(name, overrides)
@@ -49,7 +55,7 @@ def start(
         preparing.prepare(recipe, progress=True)
     prepared.require_prepared(recipe, name)
     if not is_distributed():
-        # Said here, before ranks have started and loaded anything.
+        # Checked before ranks are started and load models.
         accumulation(recipe.train, launch.local_processes(recipe.train.processes))
         claim.claim_run(recipe)
 
@@ -64,7 +70,7 @@ def start(
 
 
 def evaluate(run: Path, as_json: bool) -> None:
-    """Fill in what is missing of a run's accuracy matrix."""
+    """Compute the missing cells of a run's accuracy matrix."""
     require_extras("report")
 
     def work(recipe: Recipe) -> Result:

@@ -1,4 +1,4 @@
-"""The verbs that write adapters: of a run, of several adapters, of some of one's tasks."""
+"""The verbs that write adapters: `export`, `merge` and `prune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that check, prepare, train and evaluate a recipe."""
+"""The verbs `check`, `prepare`, `run`, `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(
     if recipe_kind(recipe) == "clip":
         findings = check_clip.check_benchmark(recipe, overrides or [], ranks)
     else:
-        loaded = load_recipe(recipe, overrides or [])  # before the imports: what is wrong with it shows at once
+        loaded = load_recipe(recipe, overrides or [])  # before heavy imports, so that its errors appear at once
         findings = check_sequence.check(loaded, recipe, ranks)
     told = findings.to_json()
     if findings.problems:
@@ -64,7 +64,7 @@ def prepare(
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Make the shards and CLIP keys of every task; what is already there and whole is kept."""
+    """Write the shards and CLIP keys of every task; complete ones are kept."""
     raise_descriptor_limit()
     if recipe_kind(recipe) == "clip":
         if gpus > 1:
@@ -87,7 +87,7 @@ def run(
     until: Until = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train all stages, evaluate after each, and write the report; a stopped run goes on where it was."""
+    """Train all stages, evaluate after each, and write the report; a stopped run resumes where it was."""
     _start("run", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
 
 

@@ -118,7 +118,7 @@ def test_what_is_in_place_is_found_and_the_memory_planned(here: Path) -> None:
     assert {"weights", "gathered window", "activations", "trainables", "optimizer"} < parts.keys()
     assert found["memory"]["bytes_per_gpu"]["training"] == sum(part["training"] for part in parts.values())
     # A sample has 16 image tokens, and two sets of two vectors can be inserted.
-    assert "the longest sample looked at" in parts["activations"]["note"]
+    assert "the longest sample read" in parts["activations"]["note"]
 
 
 def test_a_machine_with_nothing_is_told_all_that_is_missing_and_where_to_get_it(

@@ -58,5 +58,5 @@ def test_a_gpu_that_is_too_small_is_told_with_the_fields_that_help(work, fields)
     recipe = make_recipe("none")
     with pytest.raises(OutOfMemory) as told, told_what_helps(recipe, work):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    expected = (f"for {work} (CUDA out of memory)", *fields, "would end here again")
+    expected = (f"for {work} (CUDA out of memory)", *fields, "would fail again")
     assert all(field in str(told.value) for field in expected)

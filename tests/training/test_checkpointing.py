@@ -146,4 +146,4 @@ def test_a_run_plans_with_the_longest_samples_and_says_what_it_chose(
         train = resolve_auto(recipe, world, KEY_WIDTH, lambda: samples).train
     assert (train.deepspeed, train.checkpointing) == ("ds_configs/zero2.json", "none")
     assert "ds_configs/zero2.json" in caplog.text
-    assert "the longest sample looked at" in caplog.text
+    assert "the longest sample read" in caplog.text
