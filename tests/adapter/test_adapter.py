@@ -189,7 +189,7 @@ def test_a_refused_upload_is_one_sentence_without_nested_brackets(whole: Path, m
         push(whole, "me/sets")
     assert str(raised.value) == (
         "me/sets could not be uploaded to: 403 Forbidden: None. (Request ID: Root=1-2;3). Expected user/name, "
-        "a network, and a token that may write there, from `hf auth login` or HF_TOKEN."
+        "network access, and a token with write access, from `hf auth login` or HF_TOKEN."
     )
 
 
