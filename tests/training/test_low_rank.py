@@ -15,8 +15,10 @@ from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.planning.memory_plan import Tokens, trainable_groups, training_activations
 from pipeline.planning.model_shape import head_size, meta_model, model_shape
+from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
+from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, low_rank_output
 from pipeline.training.normaliser import Normaliser
 from tests.training.worlds import make_recipe, make_samples
@@ -78,6 +80,16 @@ def test_gathered_modules_give_what_all_weighted_ones_give() -> None:
     gathered = low_rank_output(inputs, a, b, Selection(torch.tensor([[7, 2], [4, -1]]), weights))
     weighted = low_rank_output(inputs, a[used], b[used], Selection(torch.tensor([[2, 0], [1, -1]]), weights))
     torch.testing.assert_close(gathered, weighted)
+
+
+def test_samples_that_all_get_no_module_are_answered_by_the_frozen_model(lmm: LMM) -> None:
+    examples = Examples(StageData([(*make_samples(4, text_only=(1,)), None)]), lmm.conversation)
+    nothing = Selection(torch.full((4, 2), -1))
+
+    def answers(tensors: dict[str, Tensor], entry: Entry) -> dict[int, str]:
+        return generate_answers(lmm, examples, range(4), Modules(tensors, nothing, entry), Decoding(5, 4))
+
+    assert answers(modules(lmm), LowRankEntry(ALPHA / RANK)) == answers({}, Entry())
 
 
 def trained(lmm: LMM, checkpointing: str, bank: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,9 +31,11 @@ class LowRankEntry(Entry):
         self.scale = scale
 
     def attached(self, lmm: LMM, tensors: Mapping[str, Tensor], selection: Selection) -> AbstractContextManager[None]:
-        if not selection.numbers.numel():
+        # Tensors of no module [0, ...]: the rule chose none for any sample.
+        ends = [name for name, value in tensors.items() if name.endswith(A) and len(value)]
+        names = [name.removeprefix(PREFIX).removesuffix(A) for name in ends]
+        if not selection.numbers.numel() or not names:
             return contextlib.nullcontext()
-        names = [name.removeprefix(PREFIX).removesuffix(A) for name in tensors if name.endswith(A)]
 
         def update(name: str, inputs: Tensor) -> Tensor:
             a, b = tensors[PREFIX + name + A], tensors[PREFIX + name + B]
