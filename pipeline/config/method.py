@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,15 @@ class MethodOptions(Section):
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Section]]:
-        """The options of every method by its name, for messages, completion and the documentation."""
-        return {name: options_of(name) for name in registry.names("methods")}
+        """The options of every method by its name, for messages, completion and the documentation.
+
+        Without methods that cannot be imported: that is said to those who name them.
+        """
+        found = {}
+        for name in registry.names("methods"):
+            with contextlib.suppress(UserError):
+                found[name] = options_of(name)
+        return found
 
 
 RULE, ROUTER = FromRegistry("rules"), FromRegistry("routers")
@@ -192,6 +200,6 @@ def _texts(content: Any) -> Iterator[str]:
 def _no_option(name: str, option: str, options: type[MethodOptions]) -> str:
     """The sentence for an option that the method has not got: what it has, and which methods have that option."""
     known = [field for field in options.model_fields if field != "name"]
-    others = [other for other in registry.names("methods") if option in options_of(other).model_fields]
+    others = [other for other, has in MethodOptions.variants().items() if option in has.model_fields]
     hint = f" It is an option of {', '.join(others)}." if others else nearest(option, known)
     return f"the method {name} has no option '{option}'; it has {', '.join(known) or 'none'}.{hint}"

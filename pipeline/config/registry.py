@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -109,6 +111,18 @@ _TARGET = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _registered: dict[str, dict[str, Any]] = {}
 
 
+@dataclass(frozen=True)
+class Contested:
+    """Stands for a name that installed packages give to different targets."""
+
+    packages: Mapping[str, str]  # by target
+
+    @property
+    def said(self) -> str:
+        """What the packages say, for a sentence."""
+        return " and ".join(f"{target} by {package}" for target, package in self.packages.items())
+
+
 def register(kind: str, name: str, target: Any) -> None:
     """Let recipes of this process use `name` for `target`, which is "module:attribute" or the object itself.
 
@@ -161,6 +175,11 @@ def load(kind: str, name: str) -> Any:
     if name in BUILT_IN[kind]:
         return _imported(BUILT_IN[kind][name])
     target = _targets(kind).get(name, name)
+    if isinstance(target, Contested):
+        raise UserError(
+            f"The {WORDS[kind]} '{name}' is {target.said}; expected one package with this name. Uninstall the other, "
+            "or write the target itself in place of the name."
+        )
     if not isinstance(target, str):
         return _of_its_kind(kind, name, target)
     try:
@@ -204,6 +223,9 @@ def _targets(kind: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _entry_points(kind: str) -> dict[str, str]:
+def _entry_points(kind: str) -> dict[str, str | Contested]:
     """The targets that installed packages add, by name; looked for once, for it opens the metadata of every package."""
-    return {point.name: point.value for point in entry_points(group=f"{GROUP}{kind}")}
+    found: dict[str, dict[str, str]] = {}  # by name and target the package
+    for point in entry_points(group=f"{GROUP}{kind}"):
+        found.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "a package"
+    return {name: Contested(said) if len(said) > 1 else next(iter(said)) for name, said in found.items()}

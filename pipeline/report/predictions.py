@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import registry
-from pipeline.config.method import method_options
+from pydantic import ValidationError
+
+from pipeline.config.method import method_options, of_a_record
 from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.runs.folder import RunFolder
 
-# Methods that learn none; named here because the methods themselves import torch, which takes seconds.
 EXAMPLES = 3  # right ones and wrong ones per task on the page
 RIGHT = 0.5  # a soft score from here on is shown among the right ones
 THUMBNAIL = 128  # pixels of the longer side
@@ -26,7 +26,7 @@ def routing_shares(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
     names = run.set_names
     nearest: dict[str, dict[str, float]] = {}
     inserted: dict[str, dict[str, float]] = {}
-    routes = _routes(run.method)
+    routes = _routes(run)
     for task, lines in run.last_predictions().items():
         for line in lines:
             similarity = line.get("similarity") or []
@@ -45,7 +45,7 @@ def similarity_distributions(run: RunFolder) -> dict[str, dict[str, list[float]]
     Empty for methods without a router.
     """
     names = run.set_names
-    if not _routes(run.method):
+    if not _routes(run):
         return {}
     found: dict[str, dict[str, list[float]]] = {}
     for task, lines in run.last_predictions().items():
@@ -87,7 +87,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
     """The names of the inserted sets, with the sample's similarity to each where the line has it."""
     known = dict(zip(run.set_names, line.get("similarity") or [], strict=False))
-    shown = known if _routes(run.method) else {}
+    shown = known if _routes(run) else {}
     return [f"{name} ({shown[name]:.2f})" if name in shown else str(name) for name in line.get("selected") or []]
 
 
@@ -120,14 +120,17 @@ def _thumbnail(encoded: bytes) -> str | None:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _routes(method: str) -> bool:
+def _routes(run: RunFolder) -> bool:
     """Tell whether similarities mean something: without a router, older runs wrote those of a random head.
 
-    A method that this installation does not know is taken at its word.
+    A method that this installation does not know, or not with the run's options, is taken at its word.
     """
-    if method not in registry.names("methods"):
+    said = run.config.get("method")
+    fields = said if isinstance(said, dict) else {"name": run.method}
+    try:
+        return make_method(method_options(of_a_record(fields))).router is not None
+    except (UserError, ValidationError):
         return True
-    return make_method(method_options(name=method)).router is not None
 
 
 def _count(table: dict[str, dict[str, float]], task: str, name: str, samples: int) -> None:
