@@ -13,7 +13,7 @@ from pipeline.adapter.format import read_adapter
 from pipeline.adapter.from_run import export
 from pipeline.runs.folder import read_run
 from pipeline.runs.provenance import package_versions
-from pipeline.tracking.store import against_others
+from pipeline.tracking.store import against_others, logged_model_name
 from pipeline.tracking.tracker import StoredRun
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ def register_adapter(
     from mlflow.exceptions import MlflowException
 
     model = client.create_logged_model(
-        experiment, name=version.name, source_run_id=run_id, model_type="adapter", tags={"seed": str(version.seed)}
+        experiment,
+        name=logged_model_name(version.name),
+        source_run_id=run_id,
+        model_type="adapter",
+        tags={"seed": str(version.seed)},
     )
     with tempfile.TemporaryDirectory(prefix="pipeline-model-") as folder:
         saved = Path(folder) / "model"

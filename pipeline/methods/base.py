@@ -59,7 +59,6 @@ class Method:
     `pipeline.config.registry` or a property that gives one by the options.
     """
 
-    name: ClassVar[str]
     Options: ClassVar[type[MethodOptions]] = PromptOptions
     part: ClassVar[str | None] = "input_rows"  # what a stage learns, by its name in the registry; None: nothing
     learns_prototypes: ClassVar[bool] = False  # whether the router's state is learned with the module
@@ -69,6 +68,11 @@ class Method:
     def __init__(self, options: Any) -> None:
         """`options` is an instance of the class's own `Options`."""
         self.options = options
+
+    @property
+    def name(self) -> str:
+        """What recipes name it by."""
+        return str(self.options.name)
 
     @property
     def router(self) -> Choice | None:

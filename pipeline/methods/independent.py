@@ -8,5 +8,4 @@ from pipeline.methods.base import Method
 class Independent(Method):
     """Every set is trained alone; a sample of task i gets set i."""
 
-    name = "independent"
     rule = "own"

@@ -10,7 +10,6 @@ from pipeline.methods.base import Method, Stage
 class Joint(Method):
     """A single stage on the union of the tasks; its set answers every task."""
 
-    name = "joint"
     rule = "first"
     has_next_stage = False
 

@@ -60,7 +60,6 @@ class ModalPrompt(Method):
     behind the k - 1 most similar earlier ones; it is the upper bound of routing.
     """
 
-    name = "modalprompt"
     Options = ModalPromptOptions
     learns_prototypes = True
     router = "prototype"

@@ -8,7 +8,6 @@ from pipeline.methods.base import Changes, Method
 class Sequential(Method):
     """Each stage starts from the previous stage's set; the newest one answers every task."""
 
-    name = "sequential"
     carries_prompt = True
     rule = "current"
 

@@ -10,7 +10,6 @@ from pipeline.methods.base import InputOptions, Method, Stage
 class ZeroShot(Method):
     """No stage and no set."""
 
-    name = "zero_shot"
     part = None
     Options = InputOptions
     rule = "none"

@@ -125,8 +125,8 @@ def _routes(run: RunFolder) -> bool:
 
     A method that this installation does not know, or not with the run's options, is taken at its word.
     """
-    said = run.config.get("method")
-    fields = said if isinstance(said, dict) else {"name": run.method}
+    said = run.config.get("method") or {}
+    fields = said if said.get("name") == run.method else {"name": run.method}
     try:
         return make_method(method_options(of_a_record(fields))).router is not None
     except (UserError, ValidationError):

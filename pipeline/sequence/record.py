@@ -122,4 +122,5 @@ class RunRecord:
 
     def _register(self, stored: StoredRun) -> None:
         recipe = self.run.recipe
-        register_run(stored, self.run.session.path, f"{recipe.name}-{recipe.method.name}", recipe.seed)
+        method = recipe.method.name.replace(":", ".")  # of a target; MLflow takes no colon in the name of a model
+        register_run(stored, self.run.session.path, f"{recipe.name}-{method}", recipe.seed)

@@ -15,7 +15,7 @@ from pipeline.files.passwords import masked
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import MATRIX, REPORT
 from pipeline.tracking.description import PARAM_CHARS, RunDescription, flatten, note, send_params
-from pipeline.tracking.store import first_line, open_store, store_in_use, tracking_uri
+from pipeline.tracking.store import first_line, logged_model_name, open_store, store_in_use, tracking_uri
 from pipeline.tracking.tracker import Register, RunFacts, StoredRun, never
 from pipeline.tracking.waiting_metrics import WaitingMetrics
 
@@ -129,7 +129,7 @@ class MlflowTracker:
         with self._tolerant(f"registering the prompts of {name}"):
             model = self.client.create_logged_model(
                 self.experiment_id,
-                name="".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name),
+                name=logged_model_name(name),
                 source_run_id=run_id,
                 tags={"sequence": self.run_path.name},
                 params={"method": self.facts.method, "model": self.facts.model},

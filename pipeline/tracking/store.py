@@ -33,6 +33,11 @@ QUIET_ENVIRONMENT = {
 }
 
 
+def logged_model_name(name: str) -> str:
+    """A name as MLflow takes it for a logged model: other characters than letters, digits, `-` and `_` become `-`."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+
+
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """Return a client of the store and the id of the experiment, which is made where it is not there.
 

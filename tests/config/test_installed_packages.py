@@ -1,4 +1,4 @@
-"""What installed packages add: one that cannot be imported harms nobody who does not name it, one name has one meaning."""
+"""Installed packages: a broken one harms nobody who does not name it, and a name has one meaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from pipeline.cli.recipe_fields import dotted_fields
 from pipeline.config import registry
 from pipeline.config.load import load_recipe
+from pipeline.config.method import method_options
 from pipeline.errors import UserError
+from pipeline.methods import make_method
 from pipeline.report.predictions import similarity_distributions
 from pipeline.runs.folder import RunFolder
 
@@ -93,8 +95,11 @@ def test_two_packages_with_one_name_are_refused_where_it_is_used(site: Path) -> 
 @pytest.mark.usefixtures("broken")
 def test_a_report_asks_the_method_with_the_options_of_the_run(site: Path, name: str) -> None:
     install(site, "needy_package", NEEDY, "[continual_prompts.methods]\nneedy = needy_package:Needy\n")
+    options = {"name": name, "temperature": 2.0}
+    if name != "old":
+        assert make_method(method_options(options)).name == name, "run.json, cards and tables name it so"
     run = RunFolder(
-        path=site, config={"method": {"name": name, "temperature": 2.0}}, state={"method": name},
+        path=site, config={"method": options}, state={"method": name},
         tasks=["T0", "T1"], accuracy=[[0.0, None], [0.0, 0.0]], zero_shot=None, routing={}, majority=None, ahead=None,
     )  # fmt: skip
     eval_ = site / "eval" / "after-02"

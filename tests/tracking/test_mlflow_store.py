@@ -165,6 +165,14 @@ def test_an_adapter_is_registered_in_the_store_of_the_recipe_and_nothing_is_writ
 
 
 @pytest.mark.usefixtures("saved_quickly")
+def test_a_name_with_a_dot_is_registered_as_it_is(store: Path, tmp_path: Path) -> None:
+    registered(store, tmp_path, Version("v1.5-my_methods.Mine", 0, "abc", ["A"], 50.0))
+    (version,) = client_of(store).search_model_versions("name = 'v1.5-my_methods.Mine'")
+    model = client_of(store).get_logged_model(version.source.removeprefix("models:/"))
+    assert model.name == "v1-5-my_methods-Mine"
+
+
+@pytest.mark.usefixtures("saved_quickly")
 def test_best_is_the_highest_score_over_the_newest_ones_tasks(store: Path, tmp_path: Path) -> None:
     scores = [("A", 99.0), ("A, B", 70.0), ("A, B", 30.0), ("A, B", None)]
     for number, (tasks, score) in enumerate(scores):
