@@ -120,7 +120,7 @@ class Contested:
     @property
     def said(self) -> str:
         """What the packages say, for a sentence."""
-        return " and ".join(f"{target} by {package}" for target, package in self.packages.items())
+        return " and ".join(f"{target} by {package}" for target, package in sorted(self.packages.items()))
 
 
 def register(kind: str, name: str, target: Any) -> None:
