@@ -55,6 +55,8 @@ class _Matrix:
         self.method = make_method(self.recipe.method)
         if len(self.method.stages([task.name for task in self.recipe.data.tasks])) != len(self.recipe.data.tasks):
             raise UserError(f"'{run}' was not trained task by task; expected a run with one stage for each task.")
+        if entry_of(self.method).insertion is None:
+            raise UserError(f"'{run}' has learned no prompt sets; the reference knows nothing else.")
         self.pools: list[PromptPool] = []
         pool = PromptPool()
         for index, task in enumerate(self.recipe.data.tasks):
@@ -70,7 +72,8 @@ class _Matrix:
             self.tests.append(TestSet(task.name, task.metric, task.max_new_tokens, data, self.recipe.data.scoring))
         self.lmm: LMM = load_lmm(self.recipe.model)
         self.encoder = KeyEncoder(*self.recipe.keys.source)
-        width, keys = self.lmm.width, self.pools[-1].prototypes.shape[1]
+        # As wide as the keys: a method without a learned router leaves no prototypes to take it from.
+        width, keys = self.lmm.width, self.tests[0].data.keys.text.shape[1]
         self.heads = [ProjectionHead(width, keys) for _ in self.pools]
 
     @property

@@ -21,6 +21,7 @@ from pipeline.bench.loader import bench_loader
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
 from pipeline.bench.tasks import bench_tasks
+from pipeline.errors import UserError
 from pipeline.sequence.run import run_sequence
 from tests.e2e.conftest import prepare_project, recipe_on
 
@@ -115,6 +116,21 @@ def test_the_matrix_has_the_same_answers_and_keys_are_charged_once(
     assert 0 < rows["ours"]["of_it_keys_gflop"] == rows["batched"]["of_it_keys_gflop"] < rows["ours"]["gflop"]
     assert rows["ours"]["gflop"] <= rows["batched"]["gflop"]
     assert found["ratios"]["reference"]["batched"].keys() == {"wall_clock", "operations"}
+
+
+def test_a_run_without_prototypes_has_a_matrix_too_and_one_without_prompt_sets_is_refused(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = prepare_project(tmp_path_factory.mktemp("evaluate"), tasks=1)
+    plain, updates = (
+        recipe_on(root, tmp_path, tasks=1, train__steps=1, method={"name": name})
+        for name in ("independent", "task_lora")
+    )
+    for recipe in (plain, updates):
+        run_sequence(recipe, stages="train")
+    assert bench_evaluate(plain.run_path, limit=2)["variants"]["ours"]["same_answers"] == 1
+    with pytest.raises(UserError, match="has learned no prompt sets"):
+        bench_evaluate(updates.run_path, limit=2)
 
 
 def test_the_command_line_prints_json_and_refuses_a_size_it_does_not_know() -> None:
