@@ -1,4 +1,4 @@
-"""What `check` looks at for a benchmark: datasets, backbone, what each method learns, steps, and the run folder."""
+"""`check` of a CLIP benchmark: datasets, backbone, learned parameters, steps, run folder, and memory plan."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pipeline.runs.claim import claim_run
 from pipeline.runs.layout import COMPLETE
 from pipeline.training.deepspeed_config import deepspeed_file
 
-FEW = 4  # datasets with a number of steps of their own that are still named
+FEW = 4  # most datasets with an unusual number of steps that are listed by name
 
 
 def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
-    """Check a benchmark recipe against this machine and print what was found; problems are in the result."""
+    """Check a benchmark's recipe on this machine and print the results; problems are in the result, not raised."""
     recipe = load_benchmark(name, overrides)
     findings = Findings()
     with hub.no_waiting([recipe.model.location]) as online:
@@ -114,7 +114,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
 
 
 def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
-    """(what is missing of a dataset that is not prepared, what differs from the published one)."""
+    """(problems of a dataset that is not prepared, differences from the published one)."""
     if recipe.data.source == "generated":
         return [], []
     description, root = entry.description, Path(recipe.data.root)
@@ -128,7 +128,7 @@ def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[li
 
 
 def _steps(findings: Findings, recipe: ClipRecipe) -> str:
-    """Optimizer steps by method, as far as the numbers of classes are known; batches that are too big are warned of."""
+    """Optimizer steps by method, where the numbers of classes are known; warns of batches larger than an epoch."""
     steps: dict[str, dict[str, int]] = {}
     large: dict[str, list[str]] = {}
     for unit in units_of(recipe):
@@ -154,7 +154,7 @@ def _steps(findings: Findings, recipe: ClipRecipe) -> str:
 
 
 def _in_short(method: str, steps: dict[str, int]) -> str:
-    """The steps of a method: one number where most datasets have it, with those that have another; else their range."""
+    """The steps of a method: the most frequent number and the datasets with another one, or the range of numbers."""
     (usual, times), *_ = Counter(steps.values()).most_common()
     others = [f"{dataset} {count}" for dataset, count in steps.items() if count != usual]
     if len(others) <= min(times, FEW):
@@ -173,7 +173,7 @@ def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
 
 
 def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
-    """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    """Plan the memory; obstacles have been reported by the checks that they belong to."""
     if {"ranks", "deepspeed"} & findings.problems.keys():
         return "not planned: ranks or DeepSpeed file are wrong"
     learned, tested = [], []
@@ -187,19 +187,19 @@ def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
     try:
         folder = hub.local_folder(model.location, model.revision)
         if folder is None:
-            known = f"; by the sizes of {model.path} that this project knows, for it is not here"
+            known = f"; by this project's built-in sizes of {model.path}, which is not on this machine"
         config = known_config(model.path) if folder is None else AutoConfig.from_pretrained(folder)
         Sizes.of(config)
         with torch.device("meta"):
             built = AutoModel.from_config(config, dtype=getattr(torch, model.dtype))
         plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested))
     except (OSError, ValueError, UserError):
-        return f"not planned: the configuration of '{model.path}' cannot be had here, or is of another kind"
+        return f"not planned: the configuration of '{model.path}' is not available here, or is of another kind"
     return peak(plan) + known
 
 
 def _classes(recipe: ClipRecipe, dataset: str, group: Group) -> int:
-    """The number of classes of a group; 0 when it is not known yet."""
+    """The number of classes of a group; 0 where it is not known yet."""
     entry = next(entry for entry, _ in datasets_of(recipe) if entry.name == dataset)
     count = entry.description.classes
     with contextlib.suppress(UserError):
@@ -211,6 +211,6 @@ def _run_folder(recipe: ClipRecipe) -> str:
     path = recipe.run_path
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return f"{path} (new)"
-    claim_run(recipe)  # writes nothing where something is
+    claim_run(recipe)  # writes nothing into an existing run
     done = sum(1 for unit in units_of(recipe) if (unit.folder(path) / COMPLETE).is_file())
     return f"{path} ({done} units trained)"

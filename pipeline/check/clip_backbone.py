@@ -1,4 +1,4 @@
-"""What `check` says about a benchmark's backbone, and about what each method learns on it."""
+"""The check of a CLIP benchmark's backbone, and of the number of parameters that each method learns on it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipeline.hub.weights import weights_of
 
 
 def check_backbone(recipe: ClipRecipe, online: bool) -> str:
-    """The backbone, and the number of parameters that each method learns on it.
+    """Describe the backbone and the number of parameters that each method learns on it.
 
-    Raises UserError when it cannot be had here or is of another kind, and UserErrors, one sentence for each method that
-    does not fit it: a schedule it has too few blocks for, or words with fewer tokens than there are vectors.
+    Raises UserError when it is not available here or of another kind, and UserErrors with a sentence for each method
+    that does not fit it: too few blocks for a schedule, or words with fewer tokens than context vectors.
     """
     model = recipe.model
     folder = _folder(recipe, online)
@@ -60,7 +60,7 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
 
 
 def _folder(recipe: ClipRecipe, online: bool) -> Path:
-    """The checkpoint's folder: what is here, and what a repository that can be reached says beside its weights."""
+    """The checkpoint's folder: the local one, or that of a Hub repository's files other than weights."""
     model = recipe.model
     if online and hub.is_repository(model.location):
         return settings_folder(backbone_source(model.location, model.revision))

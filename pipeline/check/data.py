@@ -1,4 +1,4 @@
-"""The checks of the data: prepared splits and their keys, or, where nothing is prepared yet, the source."""
+"""Checks of the data: prepared splits and their routing keys, or the source where nothing is prepared yet."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ from pipeline.sequence.prepared import earlier_folder, other_data
 
 SPLITS = ("train", "test")
 NAMED = 5  # bad records named per split
-LOOKED_AT = 3  # samples per split that is not prepared: decoding all would be preparing
+LOOKED_AT = 3  # samples decoded per unprepared split: decoding all would take as long as preparing
 
 
 class CheckedData:
-    """What was found of the data: the samples looked at, and the width of the CLIP keys once there are any."""
+    """Results of the data's checks: samples that were read, and the width of the CLIP keys where known."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         self.recipe = recipe
         self.name = name
-        self.samples: list[Sample] = []  # of training: what the memory plan takes its lengths from
+        self.samples: list[Sample] = []  # of training, for the lengths of the memory plan
         self.key_width: int | None = None
-        self.notes: list[str] = []  # what is not wrong, and yet to be known
-        self.misfits: dict[str, set[str]] = {}  # ids of samples that the model cannot be given as they are
-        self.bad = 0  # records that `prepare` will have to leave out
+        self.notes: list[str] = []  # information that is no problem
+        self.misfits: dict[str, set[str]] = {}  # ids of samples that are too long or have a refused image
+        self.bad = 0  # number of records that `prepare` would have to leave out
 
     def check(self, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None) -> str:
-        """Look at every task; raises UserErrors with all that is missing or wrong.
+        """Check every task; raises UserErrors with all problems.
 
-        `identity` is that of the recipe's CLIP where it is here, `conversation` the model's where it can be had:
-        with them keys and lengths are checked too.
+        Args:
+            identity: of the recipe's CLIP, to check the keys against; None where it is not on this machine.
+            conversation: makes the model's conversation, to check lengths; None where the model is unavailable.
         """
         data, found, wrong = self.recipe.data, [], []
         unprepared = [task for task in data.tasks if not self._prepared(task)]
@@ -106,15 +107,15 @@ class CheckedData:
         return f"{task.name} {'/'.join(counts)}"
 
     def _other_data(self, task: TaskConfig, split: str, shards: IndexedShards) -> list[str]:
-        """Sentences about a split that was made by other settings, or whose source has changed."""
+        """Problems with a split that was prepared with other settings, or whose source has changed."""
         used = recorded_fingerprint(self.recipe.run_path, task.name, split)
-        look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` takes care, or goes on
+        look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` prepares it or resumes
         return other_data(self.recipe.data, task, split, shards.description, source=look, images=True)
 
     def _lengths(
         self, task: TaskConfig, split: str, shards: IndexedShards, conversation: Callable[[], Conversation] | None
     ) -> tuple[list[int], list[str]]:
-        """Rows that tell what the split needs, and sentences about samples that the model cannot be given."""
+        """Rows that determine the memory of a step, and problems with samples that are too long."""
         if conversation is None:
             return [], []
         limit, too_long = limit_of(task, split), self.recipe.data.too_long
@@ -134,14 +135,14 @@ class CheckedData:
     def _samples(
         self, task: TaskConfig, split: str, samples: list[Sample], conversation: Callable[[], Conversation] | None
     ) -> list[str]:
-        """Sentences about samples whose image does not decode or which are too long for the model."""
+        """Problems with samples whose image does not decode or that are too long for the model."""
         wrong = []
         counted = self.misfits.get(f"{task.name}/{split}", set())
         for sample in samples:
-            if sample.id in counted:  # it is among those that were counted
+            if sample.id in counted:  # reported by `_lengths`
                 continue
             if split == "test":
-                sample = dataclasses.replace(sample, answer="", meta={})  # which no model is given
+                sample = dataclasses.replace(sample, answer="", meta={})  # a test answer is not part of the prompt
             try:
                 if conversation is not None:
                     conversation().example(sample)
@@ -151,12 +152,12 @@ class CheckedData:
                 continue
             try:
                 sample.picture()
-            except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+            except Exception as error:  # Pillow raises many types for damaged files
                 wrong.append(f"{task.name}/{split}: the image of sample '{sample.id}' cannot be decoded ({error}).")
         return wrong
 
     def _credit(self, task: TaskConfig, samples: list[Sample]) -> list[str]:
-        """A sentence when the task's metric gives none of these samples a point for its own answer."""
+        """The problem, if any, that the task's metric gives no sample a point for its own reference answer."""
         true = [Answered(sample.answer, sample.answer, sample.meta, sample.image is not None) for sample in samples]
         if not true or score_task(task.metric, true, self.recipe.data.scoring).percent > 0:
             return []
@@ -166,7 +167,7 @@ class CheckedData:
         ]
 
     def _sources(self, tasks: list[TaskConfig]) -> list[str]:
-        """Sentences about what `prepare` would miss for these tasks, and where it is to be had."""
+        """Files that `prepare` would miss for these tasks, with their download locations."""
         data = self.recipe.data
         source = source_class(data)
         if source.drawn:
@@ -186,7 +187,7 @@ class CheckedData:
         return wrong
 
     def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
-        """Sentences about bad records: all of the split's files, the images only of the first few."""
+        """Problems with bad records of a split: of all its files, but of the first few images only."""
         source = source_split(self.recipe.data, task, split)
         first = list(islice(source.records(), LOOKED_AT))
         samples = [record for record in first if not isinstance(record, BadRecord)]
@@ -204,7 +205,7 @@ class CheckedData:
 
 
 def telling_samples(shards: IndexedShards, rows: list[int]) -> list[Sample]:
-    """The first and last sample of a split and those of `rows`, where there are none the one of most characters."""
+    """The first and last sample of a split and those of `rows`; without rows the one with most characters."""
     if not len(shards):
         return []
     return [shards[row] for row in sorted({0, len(shards) - 1, *(rows or [int(np.argmax(shards.lengths))])})]

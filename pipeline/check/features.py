@@ -1,4 +1,4 @@
-"""The check of vision features that are to be kept: can they be, and is there room for them."""
+"""The check of `train.vision_features: kept`: support by the model, and free disk space."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.planning.plan import GIB
 
 
 def check_kept_features(recipe: Recipe, model: ModelFiles) -> str:
-    """What keeping the features of the prepared tasks' images takes on the disk; UserError where there is no room.
+    """Disk space for the vision features of the prepared tasks' images, in words; UserError where it is not free.
 
-    Counts the images that CLIP's keys tell apart, so it needs prepared tasks; what is kept already is not counted.
+    Counts images with distinct CLIP keys, so it needs prepared tasks; stored features are subtracted.
     """
     require_kept_features(model.config.model_type)
     layers = model.config.vision_feature_layer

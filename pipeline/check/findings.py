@@ -1,4 +1,4 @@
-"""What `check` of either kind of recipe found: a line for each check, problems, warnings, and the memory plan."""
+"""Results of `check` for either kind of recipe: a line per check, problems, warnings, and the memory plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.ranks.launch import local_processes
 
 @dataclass
 class Findings:
-    """What `check` saw: a line for each check, the sentences of what is wrong or doubtful, and the memory plan."""
+    """Results by title of the check: a line each, problems, warnings, and the memory plan."""
 
     found: dict[str, str | None] = field(default_factory=dict)  # None: see the problems
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -27,14 +27,14 @@ class Findings:
     memory: MemoryPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as one JSON object."""
+        """The result of `check --json`."""
         memory = {"memory": self.memory.to_json()} if self.memory else {}
         found = {title: text for title, text in self.found.items() if text is not None}
         said = {"problems": self.problems, "warnings": self.warnings}
         return {**found, **memory, "ok": not self.problems, **said}
 
     def sentence(self, name: str) -> str:
-        """What the user is told when something is wrong: a line per problem if there are several."""
+        """The error of `check` for the user: one line per problem if there are several."""
         lines = [(title, sentence) for title, sentences in self.problems.items() for sentence in sentences]
         if len(lines) == 1:
             return lines[0][1]
@@ -42,7 +42,7 @@ class Findings:
 
 
 def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> None:
-    """Do each check and keep what it found; what it raises goes among the problems under its title."""
+    """Run each check and store its line, or the errors that it raises as problems."""
     for title, look in checks.items():
         findings.found[title] = None
         try:
@@ -54,24 +54,24 @@ def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> Non
 
 
 def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
-    """The ranks of this launch, or those that `run` would start here."""
+    """Number of ranks of this launch, or of those that `run` would start here."""
     place = launched_place(env)
     return place.size if place else local_processes(recipe.train.processes)
 
 
 def peak(plan: MemoryPlan) -> str:
-    """What a memory plan comes down to."""
-    waiting = f"; {amount(plan.waiting)} of the host's memory per rank for pixels that wait" * (plan.waiting >= GIB)
+    """The peak of a memory plan, in words."""
+    waiting = f"; {amount(plan.waiting)} of host memory per rank for prefetched pixels" * (plan.waiting >= GIB)
     return f"{amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
 
 
 def counted(number: int, what: str) -> str:
-    """Return a number with what it counts: 1 task, 2 tasks."""
+    """Return a number with its noun: 1 task, 2 tasks."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
 def show(findings: Findings, name: str) -> None:
-    """Print what was found as tables."""
+    """Print the results as tables."""
     console = Console()
     table = Table("check", "", "found", title=f"check {name}")
     for title, text in findings.found.items():
@@ -98,5 +98,5 @@ def show(findings: Findings, name: str) -> None:
 
 
 def amount(count: int) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
+    """Bytes in GiB, or in MiB below a tenth of a GiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.2f} MiB"

@@ -1,4 +1,4 @@
-"""The checks of the frozen model and of the CLIP: are they here, are they whole, do their parts fit each other."""
+"""Checks of the frozen model and the CLIP: availability, completeness, and consistency of their parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.planning.model_files import ModelFiles, not_here
 
 
 def check_model(model: ModelFiles) -> str:
-    """Look at checkpoint, tokenizer and vision tower; raises UserErrors with everything that does not fit."""
+    """Check checkpoint, tokenizer and vision tower; raises UserErrors with all problems."""
     settings, wrong = model.settings, []
     try:
         weights = weights_words(model)
@@ -30,7 +30,7 @@ def check_model(model: ModelFiles) -> str:
     if config.model_type not in supported:
         wrong.append(
             f"model.path: '{settings.path}' is of type {config.model_type}; supported are {', '.join(supported)}. "
-            "Give a checkpoint of one of these."
+            "Set it to a checkpoint of one of these."
         )
         raise UserErrors(wrong)
     wrong += special_token_problems(model.processor, config, settings.path)
@@ -51,7 +51,7 @@ def check_model(model: ModelFiles) -> str:
 
 
 def weights_words(model: ModelFiles) -> str:
-    """Where the weights are and what becomes of them; UserErrors when they cannot be had."""
+    """Where the weights are, and whether they are fetched or converted, in words; UserErrors when unavailable."""
     settings, weights = model.settings, weights_of(model.folder)
     once = ".bin files, converted once into safetensors by the first run"
     if weights.whole:
@@ -66,10 +66,10 @@ def weights_words(model: ModelFiles) -> str:
 
 
 def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
-    """Sentences about an image, end or padding token that the tokenizer or the model does not know."""
+    """Problems with the image, end or padding token: missing in the tokenizer or in the model."""
     tokenizer, wrong = processor.tokenizer, []
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    # Where they differ, the processor's stands for an image in the text, the tokenizer's for one of its features.
+    # Where they differ, the processor's token marks an image in the text, the tokenizer's one feature of it.
     image = getattr(tokenizer, "image_token", None) or getattr(processor, "image_token", None)
     wanted = getattr(config, "image_token_id", None)
     number = None if image is None else tokenizer.convert_tokens_to_ids(image)
@@ -91,7 +91,7 @@ def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
             f"at {rows - 1}; give a checkpoint whose embedding was resized for it."
         )
     for kind, found in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
-        if found is None and kind == "end":  # a missing padding token is harmless: the end token pads, and is masked
+        if found is None and kind == "end":  # without a padding token the end token pads, which is masked
             wrong.append(
                 f"model.path: the tokenizer of '{path}' has no {kind} token (eos_token), so answers never end."
             )
@@ -104,7 +104,7 @@ def special_token_problems(processor: Any, config: Any, path: str) -> list[str]:
 
 
 def vision_problems(model: ModelFiles) -> list[str]:
-    """A sentence when the processor makes images of another size than the vision tower was built for."""
+    """The problem, if any, that the processor makes images of another size than the vision tower takes."""
     try:
         check_image_size(model.settings, model.config, model.processor)
     except UserError as error:
@@ -115,9 +115,9 @@ def vision_problems(model: ModelFiles) -> list[str]:
 
 
 def image_token_problems(model: ModelFiles) -> list[str]:
-    """A sentence when an image gets another number of tokens than the model of LLaVA's kind has features for it."""
+    """The problem, if any, that a LLaVA's processor writes another number of image tokens than there are features."""
     config = model.config
-    if config.model_type != "llava":  # others compute the number from the image in both places
+    if config.model_type != "llava":  # the others compute the number from the image in processor and model
         return []
     tower = config.vision_config
     wanted = (tower.image_size // tower.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
@@ -135,7 +135,7 @@ def image_token_problems(model: ModelFiles) -> list[str]:
 
 
 def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None]:
-    """Look at the CLIP; returns what was found and its identity, None while it is still on the Hub."""
+    """Check the CLIP; returns a description, and its identity, None where it is not fetched or converted yet."""
     keys = recipe.keys
     folder = hub.local_folder(keys.location, keys.revision)
     on_the_hub = online and hub.is_repository(keys.location)

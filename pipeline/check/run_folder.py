@@ -1,4 +1,4 @@
-"""The check of the run folder: is what lies there this run, on this base model and this CLIP."""
+"""The check of the run folder: it has to belong to this recipe, base model and CLIP."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LEAST_FREE = 1 << 30  # bytes: the trainables of eight stages of a 7B model in f
 
 
 def check_run_folder(recipe: Recipe, model: ModelFiles | None, identity: dict[str, str] | None) -> str:
-    """Look at what is in the run folder: is it a run of this recipe, on this base model, with this CLIP."""
+    """Check that the run folder is new, or a run of this recipe with this base model and CLIP."""
     path = recipe.run_path
     if not path.exists() or is_empty(path):
         return f"{path} (new, {_free(path)} free)"
-    claim_run(recipe)  # writes nothing where something is
+    claim_run(recipe)  # writes nothing into an existing run
     status = str(read_run(path).state.get("status", "new"))
     expected: dict[str, Any] = {}
     if model is not None and model.loadable is not None:

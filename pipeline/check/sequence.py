@@ -1,4 +1,4 @@
-"""Looking at everything a run needs before any of it is computed, and before any GPU is touched."""
+"""`check` of a task sequence: validates everything that a run needs, without training and without a GPU."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
 
 
 def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
-    """Check a recipe against this machine and print what was found; problems are in the result, not raised.
+    """Check a recipe on this machine and print the results; problems are in the result, not raised.
 
-    `name` is what the user calls the recipe; `ranks` the number of processes it is meant for, by default those of this
-    launch or those `run` would start here.
+    `name` is the recipe's name on the command line; `ranks` the number of ranks to plan for, by default those of this
+    launch or those that `run` would start here.
     """
-    transformers_logging.set_verbosity_error()  # what it would warn about, the checks say in sentences
+    transformers_logging.set_verbosity_error()  # the checks report what it would warn about
     findings = Findings()
     with hub.no_waiting([recipe.model.path, recipe.keys.path]) as online:
         _look(findings, recipe, name, ranks or ranks_here(recipe), online)
@@ -104,25 +104,25 @@ def _deepspeed(recipe: Recipe) -> str:
         zero: DeepSpeedZeroConfig = get_zero_config(config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"'{recipe.train.deepspeed}' is refused by DeepSpeed ({reason}); mend it.") from error
+        raise UserError(f"'{recipe.train.deepspeed}' is refused by DeepSpeed ({reason}); correct it.") from error
     return f"{recipe.train.deepspeed}: ZeRO stage {int(zero.stage)}, {recipe.model.dtype}"
 
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, data: CheckedData) -> str:
-    """Plan the memory; what keeps it from being planned has been said by the check it belongs to."""
+    """Plan the memory; obstacles have been reported by the checks that they belong to."""
     if {"ranks", "deepspeed"} & findings.problems.keys():
         return "not planned: ranks or DeepSpeed file are wrong"
     known = ""
     try:
         config = model.config
     except UserError:
-        known = f"; by the sizes of {recipe.model.path} that this project knows, for it is not here"
+        known = f"; by this project's built-in sizes of {recipe.model.path}, which is not on this machine"
     try:
         if known:
             config = model.known()
         built = meta_model(recipe, config)
     except (UserError, OSError, ValueError, KeyError, ImportError):
-        return f"not planned: the configuration of '{recipe.model.path}' cannot be had here"
+        return f"not planned: the configuration of '{recipe.model.path}' is not available here"
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
     recipe, note = _resolved(recipe, ranks, width, built, tokens)
@@ -131,7 +131,7 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, d
 
 
 def _resolved(recipe: Recipe, ranks: int, width: int, built: nn.Module, tokens: Tokens) -> tuple[Recipe, str]:
-    """The recipe with what its `auto`s stand for on this machine, and the words for it."""
+    """The recipe with its `auto` settings resolved for this machine, and a note about them."""
     train = recipe.train
     if AUTO not in (train.deepspeed, train.checkpointing):
         return recipe, ""

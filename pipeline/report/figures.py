@@ -1,6 +1,6 @@
-"""Figures of runs, drawn without a display: accuracy, forgetting, routing, similarities, losses, the course of a run.
+"""Figures of runs: accuracy matrix, mean score by stage, forgetting, routing, similarities and losses.
 
-Every mark can be read without colour: cells carry their number, lines differ in dash and marker.
+Colour is never the only cue: cells show their numbers, lines differ in dash and marker.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 MARKERS = "osD^vP"
 INK, FAINT, EMPTY = "#1f2933", "#9aa5b1", "#f5f7fa"
-# Cells go from nearly white to a blue on which dark ink still has the contrast that WCAG AA asks for.
+# Cells range from nearly white to a blue on which dark text has the contrast required by WCAG AA.
 LIGHT_CELL, DARK_CELL = (239, 246, 252), (84, 158, 214)
 PNG_DPI = 160
 SMALLEST_SVG = 560  # pixels of width
-SMALLEST_SHARE = 0.7  # of its natural width, below which a wide figure cannot be read
+SMALLEST_SHARE = 0.7  # of its natural width, below which a wide figure is unreadable
 LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key", "loss_text": "text key"}
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
+    "text.parse_math": False,  # names may contain dollar signs
+    "svg.fonttype": "none",  # text as text, so that it can be searched and read by screen readers
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
@@ -57,14 +57,14 @@ def matrix_figure(matrix: Mapping[str, Any], path: Path | None = None) -> Figure
         _heatmap(axes, [row for _, row in rows], [label for label, _ in rows], tasks)
         axes.set_xlabel("score on (percent)")
         if matrix.get("zero_shot") and len(rows) > 1:
-            axes.axhline(0.5, color="white", linewidth=6)  # the untrained model stands apart from the stages
+            axes.axhline(0.5, color="white", linewidth=6)  # separates the frozen model from the stages
     if path is not None:
         save(figure, path)
     return figure
 
 
 def routing_figure(shares: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[str]) -> Figure:
-    """Draw which prompt sets samples got: one heatmap per entry of `shares` (title -> true task -> set -> percent)."""
+    """Draw the routing as heatmaps, one per entry of `shares` (title -> true task -> set -> percent)."""
     sets = list(tasks)
     for table in shares.values():
         sets += [name for row in table.values() for name in row if name not in sets]
@@ -138,9 +138,9 @@ def course_figure(courses: Mapping[str, Scores], tasks: Sequence[str]) -> Figure
 def forgetting_figure(
     courses: Mapping[str, Mapping[str, Scores]], tasks: Sequence[str], baseline: Scores | None = None
 ) -> Figure:
-    """Draw what becomes of each task after its own stage: one panel per task, one line per run.
+    """Draw the score on each task after its own and every later stage: one panel per task, one line per run.
 
-    `courses` run -> task -> scores after each stage [T], percent; `baseline` [T] are the frozen model's scores.
+    `courses`: run -> task -> scores after each stage [T] in percent; `baseline` [T]: scores of the frozen model.
     """
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -188,9 +188,9 @@ def forgetting_figure(
 
 
 def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Draw how similar samples are to their own set and to the best other one: true task -> label -> similarities.
+    """Draw box plots of the similarities (true task -> label -> values) of samples to their own set and the best other.
 
-    Boxes hold the middle half of the samples, lines the middle 90 percent; the two kinds differ in hatching too.
+    Boxes cover the middle 50 percent of the samples, whiskers the middle 90; the labels differ in hatching too.
     """
     tasks = list(distributions)
     labels = list(dict.fromkeys(label for table in distributions.values() for label in table))
@@ -223,7 +223,7 @@ def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG (or what the name's ending says); returns the path."""
+    """Write a figure as PNG, or in the format of the path's suffix; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(_STYLE):
         figure.savefig(path, dpi=PNG_DPI, facecolor="white")
@@ -231,12 +231,12 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """Return a figure as an <svg> element to stand inside HTML.
+    """Return a figure as an <svg> element for HTML.
 
-    `name` is unique on the page and starts every id inside; `description` is what a screen reader says.
+    `name` is unique on the page and prefixes every id in it; `description` is the text for screen readers.
     """
     buffer = io.StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": name}):  # with a salt, two reports of one run are the same
+    with rc_context(_STYLE | {"svg.hashsalt": name}):  # a fixed salt makes the ids, and so the report, reproducible
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -244,7 +244,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
     natural = float(width.group(1)) * 4 / 3 if width else 0.0  # pixels
-    # A narrow screen scrolls a figure sideways rather than make its text too small to read.
+    # With a minimum width a narrow screen scrolls the figure instead of shrinking its text.
     least = min(natural, max(SMALLEST_SVG, SMALLEST_SHARE * natural))
     size = f"max-width:{natural:.0f}px;min-width:{least:.0f}px" if width else ""
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -265,7 +265,7 @@ def cell_colours(score: float | None) -> tuple[str, str]:
 def _heatmap(
     axes: Axes, rows: Sequence[Scores], labels: Sequence[str], columns: Sequence[str], digits: str = ".1f"
 ) -> None:
-    """Draw cells with their numbers; None stays an empty cell."""
+    """Draw cells with their numbers; None: an empty cell."""
     from matplotlib.patches import Rectangle
 
     for line, row in enumerate(rows):
@@ -285,5 +285,5 @@ def _heatmap(
 
 
 def _rotation(labels: Sequence[str], fitting: int) -> float:
-    """Turn labels that are longer than the characters that fit side by side."""
+    """Rotation in degrees of labels, of which at most `fitting` characters fit side by side."""
     return 30.0 if max((len(label) for label in labels), default=0) > fitting else 0.0

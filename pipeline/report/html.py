@@ -1,4 +1,4 @@
-"""A run's page: a template filled in, and written atomically into the run's folder. Both kinds of report use it."""
+"""Renders a report's template and writes the page atomically into the run folder; used by both kinds of report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_page(run: Path, template: str, filters: Mapping[str, Callable[..., str
     Args:
         run: The run's folder.
         template: Name of a file in `templates/`.
-        filters: Functions that the template writes values with, by their names there.
-        content: Values by the names that the template has for them; jinja2 raises UndefinedError for one that lacks.
+        filters: The template's filters by name.
+        content: The template's variables by name; jinja2 raises UndefinedError for a missing one.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

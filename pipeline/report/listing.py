@@ -17,7 +17,7 @@ from pipeline.runs.contents import BenchmarkState, read_json
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import STATE
 
-LONG_NAME = 16  # a longer one is put on several lines, so that the numbers of six tasks fit on 80 columns
+LONG_NAME = 16  # characters per line of a name, so that the numbers of six tasks fit on 80 columns
 RUN_WIDTH = 20  # in the list of runs, which has three numbers
 FIGURES = ("last", "average", "forgetting")
 
@@ -25,12 +25,12 @@ FIGURES = ("last", "average", "forgetting")
 def list_runs(folder: Path) -> list[dict[str, Any]]:
     """Return name, method, status, stages and key figures of every run below `folder`, the latest last.
 
-    A run whose files are damaged is listed with what is wrong. Raises UserError when the folder is missing.
+    A damaged run is listed with its error. Raises UserError when the folder is missing.
     """
     if (folder / CONFIG).is_file():
         raise UserError(f"'{folder}' is a run itself; expected the folder that holds the runs, here '{folder.parent}'.")
     if not folder.is_dir():
-        raise UserError(f"'{folder}' is no folder; expected the one that holds the runs, by default runs.")
+        raise UserError(f"'{folder}' is not a folder; expected the one that holds the runs, by default runs.")
     rows = []
     for path in sorted(found.parent for found in folder.glob(f"*/{CONFIG}")):
         row: dict[str, Any] = {"run": path.name, "method": "?", "status": "?", "stages": "", "updated": "", "note": ""}
@@ -70,7 +70,7 @@ def benchmark_figures(path: Path) -> dict[str, Any]:
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the list as a table that fits a terminal of 80 columns; long names are what is folded."""
+    """Return the list as a table for a terminal of 80 columns; long names are folded."""
     table = Table(box=SIMPLE_HEAD, padding=0, caption="percent; forgot: positive = forgotten")
     shown = {"last": "last", "forgetting": "forgot", "routing": "routing"}
     for title in ("run", "method", "status", "stages", *shown.values(), "updated"):
@@ -91,9 +91,9 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def narrow(name: str, width: int = LONG_NAME) -> str:
-    """Put a long name on several lines of at most `width` letters, broken behind its hyphens, underscores and blanks.
+    """Break a name into lines of at most `width` characters, after its hyphens, underscores and spaces.
 
-    A table that had too little room would break it in the middle of a word.
+    rich would break it in the middle of a word where a column is too narrow.
     """
     lines = [""]
     for part in re.findall(r"[^-_ ]+[-_ ]?|[-_ ]", name):

@@ -1,4 +1,4 @@
-"""The result of runs for people: one self-contained HTML page, PNG figures, a table for the terminal."""
+"""The report of a run: a self-contained HTML page, PNG figures, and a comparison table for the terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
 def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
     """Write report.html and figures/*.png into the run folder, compared with `others`; returns the page's path.
 
-    Works on a run in progress, with what is there. Raises UserError when a folder is missing or is not a run.
+    A run in progress is reported as far as it is. Raises UserError when a folder is missing or is not a run.
     """
     run = read_run(run_path)
     runs = [run, *(read_run(other) for other in others)]
@@ -70,9 +70,9 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
 
 
 def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what `terminal_table` shows as plain data: columns, a row per run, means over seeds, and all metrics.
+    """Return the data of `terminal_table`: columns, a row per run, means over seeds, and all metrics.
 
-    Scores in percent, None where there is none. Raises UserError when a folder is missing or is not a run.
+    Scores are in percent, None where missing. Raises UserError when a folder is missing or is not a run.
     """
     runs = [read_run(path) for path in run_paths]
     columns = comparison_header(runs[0].tasks)
@@ -117,13 +117,13 @@ def terminal_table(run_paths: Sequence[Path]) -> Table:
 
 
 def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Save the run's figures as PNG and return them as inline SVG by name, None where there is nothing to draw."""
+    """Save the run's figures as PNG and return them as inline SVG by name, None where there is no data."""
     from markupsafe import Markup
 
     figures = {}
     if run.last_stage is not None or run.zero_shot is not None:
         matrix = {"tasks": run.tasks, "accuracy": run.accuracy, "zero_shot": run.zero_shot}
-        save(matrix_figure(matrix), run.path / "figures" / "matrix.png")  # the page has it as a table
+        save(matrix_figure(matrix), run.path / "figures" / "matrix.png")  # the page shows it as a table
     courses = {other.name: other.seen_means() for other in runs if any(m is not None for m in other.seen_means())}
     if courses and len(run.tasks) > 1:
         figures["course"] = (course_figure(courses, run.tasks), "Mean score over the tasks seen after each stage")
@@ -159,7 +159,7 @@ def _columns(run: RunFolder) -> dict[str, Scores]:
 
 
 def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
-    """Rows of the heatmap: label, scores, and what kind of row it is (reference, stage or retention)."""
+    """Rows of the heatmap: label, scores, and kind (reference, stage or retention)."""
     rows = [("majority answer", run.majority, "reference")] if run.majority else []
     rows += [("zero-shot", run.zero_shot, "reference")] if run.zero_shot else []
     rows += [(f"after {task}", row, "stage") for task, row in zip(run.tasks, run.accuracy, strict=True)]
@@ -171,7 +171,7 @@ def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
-    """Return what the head of the page says about the run, leaving out what is not known."""
+    """Return the facts at the head of the page, without unknown ones."""
     config, state = run.config, run.state
     facts = {
         "recipe": state.get("recipe") or config.get("name"),

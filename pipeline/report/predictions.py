@@ -1,4 +1,4 @@
-"""What a run's predictions show: where samples were routed, how similar they were to what, examples with pictures."""
+"""Statistics of a run's predictions: routing, similarities, and examples with thumbnails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipeline.errors import UserError
 from pipeline.methods import make_method
 from pipeline.runs.folder import RunFolder
 
-EXAMPLES = 3  # right ones and wrong ones per task on the page
-RIGHT = 0.5  # a soft score from here on is shown among the right ones
+EXAMPLES = 3  # correct ones and wrong ones per task on the page
+RIGHT = 0.5  # soft scores from this value on are shown as correct
 THUMBNAIL = 128  # pixels of the longer side
 OWN, OTHER = "the task's own set", "most similar other set"
 
 
 def routing_shares(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
-    """Return how often (percent, last evaluation) each set was the most similar, and was inserted, per true task."""
+    """Return per true task how often, in percent of the last evaluation, each set was most similar, and inserted."""
     names = run.set_names
     nearest: dict[str, dict[str, float]] = {}
     inserted: dict[str, dict[str, float]] = {}
@@ -60,7 +60,7 @@ def similarity_distributions(run: RunFolder) -> dict[str, dict[str, list[float]]
 
 
 def examples(run: RunFolder) -> list[dict[str, Any]]:
-    """Return some right and wrong predictions per task, with question and thumbnail where those are there."""
+    """Return some correct and wrong predictions per task, with question and thumbnail where available."""
     shown = []
     for task, lines in run.last_predictions().items():
         right = [line for line in lines if (line.get("score") or 0) >= RIGHT]
@@ -85,18 +85,18 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
-    """The names of the inserted sets, with the sample's similarity to each where the line has it."""
+    """Names of the inserted sets, with the sample's similarity to each where it is recorded."""
     known = dict(zip(run.set_names, line.get("similarity") or [], strict=False))
     shown = known if _routes(run) else {}
     return [f"{name} ({shown[name]:.2f})" if name in shown else str(name) for name in line.get("selected") or []]
 
 
 def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
-    """Return samples by id from the prepared data; nothing when it is not on this machine or is another version."""
+    """Return samples by id from the prepared data; empty where it is not on this machine or was prepared anew."""
     prepared = run.config.get("data", {}).get("prepared")
     if not prepared or not (Path(prepared) / task / "test").is_dir():
         return {}
-    from pipeline.data.shards import IndexedShards  # here: it imports pyarrow, needless for a page without pictures
+    from pipeline.data.shards import IndexedShards  # deferred: imports pyarrow, not needed without prepared data
 
     try:
         shards = IndexedShards(Path(prepared) / task / "test")
@@ -108,7 +108,7 @@ def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str
 
 def _thumbnail(encoded: bytes) -> str | None:
     """Return an image file as a small data URI, None when it cannot be read."""
-    from pipeline.data.pictures import decode_image  # here: it imports Pillow, needless for a page without pictures
+    from pipeline.data.pictures import decode_image  # deferred: imports Pillow, not needed without pictures
 
     try:
         small = decode_image(encoded)
@@ -121,9 +121,9 @@ def _thumbnail(encoded: bytes) -> str | None:
 
 
 def _routes(run: RunFolder) -> bool:
-    """Tell whether similarities mean something: without a router, older runs wrote those of a random head.
+    """Whether the run's method has a router; without one, older runs recorded similarities of a random head.
 
-    A method that this installation does not know, or not with the run's options, is taken at its word.
+    True for methods that are not installed, or not with the run's options.
     """
     said = run.config.get("method") or {}
     fields = said if said.get("name") == run.method else {"name": run.method}

@@ -1,4 +1,4 @@
-"""What a run leaves on the terminal when it ends: its scores, where its report is, and what can be done next."""
+"""The summary that a run prints at its end: scores, location of the report, and the next command."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing"}
 
 
 def show_end(run_path: Path, verb: str, name: str) -> None:
-    """Print the accuracy matrix of a sequence's run, the page of its report and the next command.
+    """Print the accuracy matrix of a sequence's run, the path of its report and the next command.
 
-    `verb` and `name` are what was called, on a recipe or, to evaluate, on a run.
+    `verb` is the command that was run, `name` its recipe or, for `evaluate`, its run folder.
     """
     run = read_run(run_path)
     if run.last_stage is not None or run.zero_shot is not None:
@@ -47,7 +47,7 @@ def matrix_table(run: RunFolder) -> Table:
 
 
 def key_figures(run: RunFolder) -> str:
-    """The key figures in one line; what is not known is left out."""
+    """The key figures in one line, without unknown ones."""
     metrics = run.metrics()
     routing = [share for share in run.routing.get("accuracy", []) if share is not None]
     known = {**metrics, "routing": sum(routing) / len(routing) if routing else None}
@@ -56,7 +56,7 @@ def key_figures(run: RunFolder) -> str:
 
 
 def _next(run: RunFolder, run_path: Path, verb: str, name: str) -> str:
-    """The command that goes on from here."""
+    """The command to run next."""
     finished = run.last_stage is not None and run.last_stage + 1 == len(run.tasks)
     if verb == "train":
         return command("evaluate", run_path)

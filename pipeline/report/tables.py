@@ -1,4 +1,4 @@
-"""The numbers of runs as rows: the comparison, means over seeds, the continual metrics, what each stage cost."""
+"""Tables of runs as rows: comparison, means over seeds, continual metrics, and costs of stages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
     for run in runs:
         if run.learned_nothing and run.last_stage is None and frozen is not None:
-            continue  # it is the row above
+            continue  # the zero-shot row has its scores
         stage = run.last_stage
         unfinished = stage is not None and stage + 1 < len(run.tasks)
         note = (
@@ -89,7 +89,7 @@ def seed_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 
 def metric_rows(runs: Sequence[RunFolder]) -> list[tuple[str, str, Scores]]:
-    """Return (name, what it means, one value per run) of every continual metric that some run has."""
+    """Return (name, description, one value per run) of every continual metric that some run has."""
     found = [run.metrics() for run in runs]
     rows = [(name, text, [metrics.get(name) for metrics in found]) for name, text in METRIC_TEXTS.items()]
     always = ("last", "average", "immediate", "forgetting", "forgetting_coin", "backward_transfer")
@@ -97,10 +97,10 @@ def metric_rows(runs: Sequence[RunFolder]) -> list[tuple[str, str, Scores]]:
 
 
 def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """Return what each finished stage cost: steps, seconds, samples/s, ranks, last loss, numbers trained and kept.
+    """Return the cost of each finished stage: steps, seconds, samples/s, ranks, last loss, and sizes.
 
-    `trained` are the numbers that were optimised, `kept` those that answering needs (prompt set and prototype),
-    `megabytes` the size of the stage's file. What is not known is None.
+    `trained` is the number of trainable parameters, `kept` the number of parameters that answering needs (prompt set
+    and prototype), `megabytes` the size of the stage's file. Unknown values are None.
     """
     curves = run.losses()
     rows = []
@@ -108,7 +108,7 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
         if not (folder / COMPLETE).is_file():
             continue
         meta = read_json(folder / META, StageMeta)
-        # The first line is one step with everything that happens once in it.
+        # The first line covers the first step, which includes one-time work.
         speeds = [line["samples_per_s"] for line in curves.get(folder.name, [])[1:] if "samples_per_s" in line]
         trained, kept = _numbers(folder / "prompts.safetensors")
         file = folder / "prompts.safetensors"
@@ -129,7 +129,7 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _numbers(file: Path) -> tuple[int | None, int | None]:
-    """How many numbers of a stage's tensors were trained, and how many answering needs."""
+    """(number of trained parameters, number of parameters that answering needs) of a stage's file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -147,7 +147,7 @@ def _numbers(file: Path) -> tuple[int | None, int | None]:
 
 
 def _by_task(run: RunFolder, scores: Scores, tasks: Sequence[str]) -> Scores:
-    """Order a run's scores by the tasks of another one, which may have learned them in another order."""
+    """A run's scores in the order of these tasks, which may be another run's."""
     known = dict(zip(run.tasks, scores, strict=True))
     return [known.get(task) for task in tasks]
 
@@ -158,5 +158,5 @@ def _mean(scores: Scores) -> float | None:
 
 
 def _known_mean(scores: Scores | None) -> float | None:
-    """Mean over the tasks that have a score: the tasks still to come have no routing yet."""
+    """Mean over the tasks that have a score; tasks of later stages have none yet."""
     return _mean([score for score in scores or [] if score is not None])

@@ -247,7 +247,7 @@ def test_the_oracle_gives_every_sample_its_own_tasks_set_last(make: MakeRecipe) 
         answered = lines(recipe.run_path / "eval" / "after-03" / f"T{number}.jsonl")
         assert {line["selected"][-1] for line in answered} == {f"T{number}"}
         assert {len(line["selected"]) for line in answered} == {min(2, number + 1)}
-    with pytest.raises(UserError, match="has to be told the task"):
+    with pytest.raises(UserError, match="needs the task"):
         predict(recipe.run_path, None, "what?")
     assert predict(recipe.run_path, None, "what?", "T1")["selected"][-1] == "T1"
 
