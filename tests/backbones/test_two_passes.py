@@ -118,7 +118,7 @@ def test_answers_behind_shared_beginnings_are_those_of_one_pass(able: LMM, inser
 def test_what_cannot_be_computed_in_two_passes_is_refused_with_the_reason(lmm: LMM) -> None:
     if lmm.family.kind not in CANNOT:
         pytest.skip("this architecture can")
-    with pytest.raises(UserError, match=r"after_image is not possible.*Gemma 3 has layers that see a window"):
+    with pytest.raises(UserError, match=r"after_image is not possible.*Gemma 3 has sliding-window attention"):
         make_module(lmm, 4, "after_image")
     with pytest.raises(UserError, match=r"^evaluate\.share_images: true is not possible"):
         lmm.require_two_passes("evaluate.share_images: true")

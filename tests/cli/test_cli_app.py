@@ -137,7 +137,7 @@ def test_a_recipe_in_place_of_a_run_is_said_with_its_run(
     make_run(Path("runs/nano-modalprompt-s0"))
     done = run(*call.replace("RUN", "nano").split())
     assert done.exit_code == EXIT_USER
-    assert "'nano' is a recipe and no folder" in done.stderr and "'runs/nano-modalprompt-s0'" in done.stderr
+    assert "'nano' is a recipe, not a folder" in done.stderr and "'runs/nano-modalprompt-s0'" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["check", "prepare", "run", "train"])
