@@ -19,7 +19,7 @@ METRIC_TEXTS = {
     "forgetting": "best earlier score minus the last one, mean over the earlier tasks; positive = forgotten",
     "forgetting_coin": "own stage's score minus the last one; CoIN's and ModalPrompt's “BWT”, positive = forgotten",
     "backward_transfer": "last score minus own stage's; negative = forgotten",
-    "retention": "last score in percent of the score right after learning, mean over the earlier tasks; 100 = nothing lost",
+    "retention": "last score in percent of that right after learning, mean over the earlier tasks; 100 = nothing lost",
     "zero_shot": "mean score of the frozen model",
     "gain": "last minus zero_shot",
     "immediate_gain": "own stage's score minus zero-shot's, mean over the tasks",
