@@ -1,1 +1,1 @@
-"""Measurements: variants of one thing in one process, on the same weights and samples, told as ratios."""
+"""Speed and memory measurements: ratios of variants, measured in one process on the same weights and samples."""

@@ -51,7 +51,7 @@ app = App(help=__doc__, add_completion=False)
 
 @app.callback()
 def _before() -> None:
-    """Measurements: variants of one thing in one process, on the same weights and samples, told as ratios."""
+    """Speed and memory measurements: ratios of variants, measured in one process on the same weights and samples."""
 
 
 @app.command()
@@ -65,7 +65,7 @@ def step(
     layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers of the language model.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A training step: ours against the official implementation's and PEFT's prompt tuning."""
+    """A training step: this project against the official implementation and PEFT's prompt tuning."""
     chosen = tuple(filter(None, variants.split(","))) or step_bench.VARIANTS
     show(step_bench.bench_step(_size(size), samples, rounds, chosen, device, dtype, layers), as_json)
 
@@ -74,7 +74,7 @@ def step(
 def operations(
     samples: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 4, as_json: AsJson = False
 ) -> None:
-    """A training step's operations at every size by a closed form; nothing is run."""
+    """Operations of a training step at every size, by formulas; nothing is run."""
     show(operations_bench.bench_operations(samples), as_json)
 
 
@@ -84,7 +84,7 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=1, help="Test samples per task.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """The whole accuracy matrix of a run, against one sample after the other."""
+    """The accuracy matrix of a run, against evaluation sample by sample."""
     show(evaluate_bench.bench_evaluate(run, limit), as_json)
 
 
@@ -130,7 +130,7 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What large data costs without a large model: check, prepare, first step, starting again; a synthetic CoIN."""
+    """Costs of large data on a synthetic CoIN, without a large model: check, prepare, first step, resuming."""
     show(data_bench.bench_data(records, folder, index_only, key_width, against), as_json)
 
 
@@ -143,7 +143,7 @@ def keys(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """CLIP keys: the share of the time that is spent in the towers."""
+    """CLIP keys: the share of the time spent in CLIP's towers."""
     show(keys_bench.bench_keys(_size(size), samples, batch, workers, device), as_json)
 
 
@@ -158,7 +158,7 @@ def clip(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """The exact speed-ups of prompt learning for CLIP, each against the plain path."""
+    """The exact speed-ups of prompt learning on CLIP, each against the plain path."""
     _require_size(size, list(clip_bench.SIZES))
     show(clip_bench.bench_clip(size, classes, images, rounds, chunk, batches, device), as_json)
 
@@ -170,7 +170,7 @@ def serve(
     requests: Annotated[int, typer.Option(min=2, max=10_000, help="Questions in all.")] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """The service as a process on loopback under load, against the same questions one by one."""
+    """The service under load, as a process on loopback, against one question at a time."""
     show(serve_bench.bench_serve(folder, clients, requests), as_json)
 
 
@@ -185,18 +185,18 @@ def gpu(
     deadline: Annotated[float, typer.Option(min=1, help="Seconds after which no section is begun.")] = 540,
     as_json: AsJson = False,
 ) -> None:
-    """All that only a GPU can tell: steps, checkpointing, answers with sets and without, ZeRO-2 and ZeRO-3."""
+    """All measurements that need a GPU: steps, checkpointing, answers with and without sets, ZeRO-2 and ZeRO-3."""
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError("There is no GPU here; start this where there is one, or give --device cpu and --size tiny.")
     show(gpu_bench.bench_gpu(_size(size), samples, answers, rounds, device, out, deadline), as_json)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print the variants and ratios of a result as tables, or all of it as JSON."""
+    """Print the variants and ratios of a result as tables, or the result as JSON."""
     if as_json:
         print(json.dumps(result))
         return
-    # What no terminal shows is read in a log, which has no width: a name that is cut there cannot be found again.
+    # When stdout is not a terminal use a wide table, so that names are not truncated in logs.
     console = Console(width=None if sys.stdout.isatty() else 160)
     tables = {"variant": result.get("variants", {}), "goal": result.get("goals", {})}
     tables |= {f"ratio against {name}": rows for name, rows in result.get("ratios", {}).items()}

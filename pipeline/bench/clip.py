@@ -1,4 +1,4 @@
-"""What the exact speed-ups of prompt learning for CLIP save: each against the plain path, on the same numbers."""
+"""The exact speed-ups of prompt learning on CLIP: each against the plain path, with equal results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.clip.methods import make_learner
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config.paths import PROJECT
 
-TOKENIZER = "data_prep/nano/checkpoints/clip"  # names become as many tokens as they have in any CLIP, nearly
+TOKENIZER = "data_prep/nano/checkpoints/clip"  # gives names about as many tokens as any CLIP's tokenizer
 WORDS = "red green blue yellow purple cyan orange circle square triangle cross ring large small digit letter".split()
 
 
@@ -38,7 +38,7 @@ SIZES = {
 
 
 def random_backbone(size: ClipSize) -> Backbone:
-    """A frozen CLIP with random weights; what it answers means nothing, what it costs is real."""
+    """A frozen CLIP with random weights, which costs as much as a trained one."""
     from transformers import CLIPConfig, CLIPModel
 
     def tower(sizes: tuple[int, int, int]) -> dict[str, int]:
@@ -58,7 +58,7 @@ def random_backbone(size: ClipSize) -> Backbone:
 
 
 class Subject:
-    """One method on a random backbone, with a batch to learn from and images to tell."""
+    """One method on a random backbone, with a training batch and images to classify."""
 
     def __init__(self, size: ClipSize, classes: int, images: int, device: str) -> None:
         from transformers import AutoTokenizer
@@ -71,13 +71,13 @@ class Subject:
         self.labels = torch.randint(classes, (images,), generator=generator).to(device)
 
     def classifier(self, method: str, chunk: int | None = None, shorten: bool = True, **options: Any) -> PromptedCLIP:
-        """The method, started equal whatever the path."""
+        """The method, with the same initial values on every path."""
         words = self.backbone.words(self.tokenizer, shorten)
         learner = make_learner(method, self.backbone, words, seed=1, **options).to(self.pixels.device)
         return PromptedCLIP(self.backbone, learner, words, self.names, text_chunk=chunk)
 
     def step(self, module: PromptedCLIP, features: Tensor | None = None) -> Callable[[], Tensor]:
-        """A call that makes the gradients of one batch."""
+        """A call that computes the gradients of one batch."""
         batch = ImageBatch(None if features is not None else self.pixels, self.labels, image_features=features)
 
         def call() -> Tensor:
@@ -128,7 +128,7 @@ def bench_clip(
     gradients("image features kept (coop)", subject.classifier("coop"), subject.classifier("coop"), features)
     gradients("classes in chunks", subject.classifier("coop"), subject.classifier("coop", chunk))
     module = subject.classifier("maple", length=2, depth=2)
-    module.requires_grad_(False)  # the counter of operations follows gradients, of which there are none here
+    module.requires_grad_(False)  # otherwise the counter of operations would record a backward pass
 
     @torch.no_grad()
     def evaluate(kept: bool) -> Tensor:

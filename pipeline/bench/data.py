@@ -1,4 +1,4 @@
-"""Large data without a large model: what checking, preparing, starting and starting again cost per record."""
+"""Costs of large data per record, without a large model: checking, preparing, the first step, and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.bench.sizes import SIZES
 from pipeline.config.paths import PROJECT
 from pipeline.errors import UserError
 
-GENERATED = "generated.json"  # in the folder: what was generated there
+GENERATED = "generated.json"  # in the folder: the sizes that it was generated with
 PHASES = Path(__file__).parent / "data_phases.py"
 BASELINE_RECORDS = 160  # of the run whose memory is that of model and libraries
 LAST_STAGE = 8
@@ -106,7 +106,7 @@ def _compared(goal: tuple[str, float], found: float) -> dict[str, Any]:
 
 
 def _generate(root: Path, records: int, key_width: int, index_only: bool) -> dict[str, Any]:
-    """Write the data and the recipes, or find that they are there."""
+    """Write the data and the recipes, unless they exist."""
     wanted = {"asked": records, "key_width": key_width, "index_only": index_only}
     if (root / GENERATED).is_file():
         there = json.loads((root / GENERATED).read_text("utf-8"))
@@ -172,7 +172,7 @@ def _measure(code: Path, root: Path, name: str, index_only: bool) -> tuple[dict[
         return [sys.executable, "-m", "pipeline", *arguments]
 
     def phase(which: str, recipe: Path) -> Watched:
-        # By its own path and not as a module: the code that is measured need not know this benchmark.
+        # By path and not as a module: the measured version of the code may lack this benchmark.
         return watch([sys.executable, str(PHASES), which, str(recipe)], recipe.parent, env)
 
     def to_first_step(recipe: Path, stage: int) -> Watched:
@@ -190,7 +190,7 @@ def _measure(code: Path, root: Path, name: str, index_only: bool) -> tuple[dict[
     if not index_only:
         for recipe in (small, large):
             shutil.rmtree(recipe.parent / "prepared", ignore_errors=True)
-        # Exit code 2: it says that nothing is prepared yet.
+        # Exit code 2, because nothing is prepared yet.
         phases["check, unprepared"] = watch(verb("check", str(large)), large.parent, env, allowed=(0, 2))
         phase("prepare", small)
         phases["prepare"] = phase("prepare", large)

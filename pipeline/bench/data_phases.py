@@ -16,7 +16,7 @@ STAGES_BEFORE = 7  # finished ones, before the stage that a restart finds
 
 
 def prepare(recipe_path: str) -> dict[str, Any]:
-    """`prepare` with generated keys in place of CLIP's; the time that writing those takes is told apart."""
+    """`prepare` with generated keys in place of CLIP's; the time for writing them is reported separately."""
     import numpy as np
 
     import data_prep.prepare as verb  # a phase is measured with what it needs alone
@@ -31,7 +31,7 @@ def prepare(recipe_path: str) -> dict[str, Any]:
         try:
             shards.keys(identity)
             return False
-        except Exception:  # whatever is wrong with them, they are written
+        except Exception:  # missing or damaged keys are written anew
             pass
         index = prepared.read_index(folder, shards.description)
         has_image = ~index["image_size"].is_null().to_numpy()
@@ -51,7 +51,7 @@ def prepare(recipe_path: str) -> dict[str, Any]:
 
 
 def _beside(name: str) -> Any:
-    """The module of that name beside this file: the code that is measured may be of another version without it."""
+    """Import a module beside this file by path: the measured version of the code may lack it."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -69,7 +69,7 @@ def _write_table(path: Path, shards: Any, fingerprint: Any) -> None:
 
 
 def fill(recipe_path: str) -> dict[str, Any]:
-    """A run whose first stages are finished and evaluated; the answers are not generated but all the same."""
+    """A run whose first stages are finished and evaluated; all answers are the same text, without generation."""
     import pipeline.sequence.evaluate  # a phase is measured with what it needs alone
     from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
     from pipeline.sequence.run import run_sequence  # a phase is measured with what it needs alone
@@ -84,5 +84,5 @@ def fill(recipe_path: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose modules have names that others may have too
+    sys.path.pop(0)  # this folder, whose modules could shadow others of the same name
     print(json.dumps({"prepare": prepare, "fill": fill}[sys.argv[1]](sys.argv[2])))

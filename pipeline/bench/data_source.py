@@ -22,7 +22,7 @@ from data_prep.shards import dataset_fingerprint, write_shards
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, FINGERPRINT, INDEX_FILE, KEYS_FILE, SHARD_NAME, read_description
 
-# Training and test records of each task, as the data's own files have them.
+# Training and test records of each task in CoIN's files.
 COIN = {
     "ScienceQA": (12_726, 4_241),
     "TextVQA": (34_602, 5_000),
@@ -33,16 +33,16 @@ COIN = {
     "VQAv2": (82_783, 214_354),
     "OCRVQA": (165_348, 100_032),
 }
-RECORDS_PER_IMAGE = 1.74  # 958 thousand records ask about some 550 thousand images
-DRAWN = 256  # so many pictures are drawn; the others differ from them by a few bytes behind the end of the picture
-DISTINCT_KEYS = 4096  # so many rows of keys are drawn per split, and repeated
+RECORDS_PER_IMAGE = 1.74  # 958 thousand records for about 550 thousand images
+DRAWN = 256  # distinct pictures; further files differ by a few bytes after the end of the picture
+DISTINCT_KEYS = 4096  # distinct rows of keys per split, which are repeated
 SHARD_SAMPLES = 1000
 
 Counts = dict[str, tuple[int, int]]
 
 
 def counts_of(records: int) -> Counts:
-    """How many training and test records each task has of so many in all; at least eight of each."""
+    """Numbers of training and test records of each task for a total number; at least eight each."""
     whole = sum(map(sum, COIN.values()))
     return {
         name: (max(8, round(train * records / whole)), max(8, round(test * records / whole)))
@@ -101,7 +101,7 @@ def _answer(number: int) -> str:
 
 
 def tiny_jpeg(seed: int) -> bytes:
-    """A picture of under a kilobyte, another one for every seed."""
+    """A picture of less than a kilobyte, different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((48, 32)).save(buffer, "JPEG", quality=60)
@@ -109,7 +109,7 @@ def tiny_jpeg(seed: int) -> bytes:
 
 
 def write_keys_of(folder: Path, identity: dict[str, str], width: int, has_image: npt.NDArray[np.bool_]) -> None:
-    """Write generated CLIP keys [N, width] for a split whose shards are there; no CLIP is asked."""
+    """Write generated keys [N, width] for a split with shards; no CLIP is run."""
     count = len(has_image)
     seed = int.from_bytes(folder.parent.name.encode(), "little") % 2**32  # tasks lie apart
     centre = np.random.default_rng(seed).standard_normal((2, 1, width)).astype(np.float16)

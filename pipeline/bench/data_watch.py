@@ -1,4 +1,4 @@
-"""Starts a command and watches its process from outside: time, memory of its own, open files."""
+"""Runs a command and measures its process from outside: time, private memory, open files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen of one process, its threads included."""
+    """Measurements of one process with its threads."""
 
-    seconds: float  # from its start to its end, or to what was waited for
+    seconds: float  # from its start to its end, or to the awaited event
     processor_s: float
-    own_bytes: int  # most memory at a time that is its own; pages of files that it has mapped are left out
-    open_files: int  # most at a time
+    own_bytes: int  # peak of private memory, without pages of mapped files
+    open_files: int  # peak
     output: str
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as the benchmarks print them."""
+        """The measurements as they are printed."""
         return {
             "seconds": round(self.seconds, 2),
             "processor_s": round(self.processor_s, 2),
@@ -60,7 +60,7 @@ def watch(
             own, files, spent = max(own, own_memory(process.pid)), max(files, open_now), max(spent, spent_now)
             time.sleep(0 if there else EVERY_S)
         seconds = time.perf_counter() - began
-        process.kill()  # no more than it was started for
+        process.kill()  # the awaited event has been reached
         process.wait()
     output = log.read_text("utf-8", errors="replace")
     if not there and (reached is not None or process.returncode not in allowed):
@@ -69,7 +69,7 @@ def watch(
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of a process that belong to no file; all it has in memory where the system does not tell them apart."""
+    """Private bytes of a process; all resident bytes where the system does not distinguish mapped files."""
     if sys.platform == "linux":
         try:
             lines = Path(f"/proc/{pid}/status").read_text("ascii", errors="replace").splitlines()
@@ -84,7 +84,7 @@ def own_memory(pid: int) -> int:
 
 
 def _seen(process: psutil.Process) -> tuple[int, float]:
-    """Open files and processor seconds of a process; nothing once it has ended."""
+    """(open files, processor seconds) of a process; zeros once it has ended."""
     try:
         times = process.cpu_times()
         return int(process.num_fds()), times.user + times.system

@@ -1,4 +1,4 @@
-"""The whole accuracy matrix of a finished run: as the pipeline fills it in, against one sample after the other."""
+"""Computing the accuracy matrix of a finished run: this project's evaluation against one sample after the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REFERENCE = "reference"
 
 @dataclass
 class _Cost:
-    """What one variant has taken so far, of it for keys, and what it answered, by cell."""
+    """Cost of one variant so far, the share for routing keys, and its answers by cell."""
 
     seconds: float = 0.0
     operations: int = 0
@@ -48,7 +48,7 @@ class _Cost:
 
 
 class _Matrix:
-    """A finished run's pools and test sets, the model and its CLIP, all loaded once."""
+    """A finished run's pools and test sets, its model and its CLIP, loaded once."""
 
     def __init__(self, run: Path, limit: int) -> None:
         self.recipe: Recipe = load_run(run)
@@ -78,7 +78,7 @@ class _Matrix:
 
     @property
     def cells(self) -> list[tuple[int, int]]:
-        """(stage, task), in the order in which a sequence fills them in."""
+        """(stage, task) in the order in which a sequence computes them."""
         return [(stage, task) for stage in range(len(self.pools)) for task in range(stage + 1)]
 
     def keys(self) -> None:
@@ -100,14 +100,19 @@ class _Matrix:
 
 
 def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
-    """Fill in the matrix of a finished run with `limit` samples per task, each cell once by every variant in turn.
+    """Compute the matrix of a finished run with `limit` samples per task, each cell by every variant in turn.
 
-    reference: as the official scripts do (docs/design.md 4.3), sample by sample with CLIP's text tower and all
-    prototypes computed each time, every cell anew; its image key is by-product of the model's own tower and costs
-    nothing. batched: the pipeline without reuse. ours: the pipeline. shared: with evaluate.share_images. All three have
-    one pass of both towers over every test sample on top, as data_prep computes the keys. Operations are counted in a
-    pass of their own, for the counter costs small models more time than their work. Raises UserError for a run that is
-    not finished.
+    Variants:
+
+    - reference: as the official scripts (docs/design.md 4.3): sample by sample, with CLIP's text tower and all
+      prototypes computed each time and no answer reused; its image key is a by-product of the model's vision tower.
+    - batched: this project without reuse of answers.
+    - ours: this project.
+    - shared: with evaluate.share_images.
+
+    The last three include one pass of both CLIP towers over every test sample, as data_prep computes the keys.
+    Operations are counted in a separate pass, because the counter takes more time than a small model. Raises UserError
+    for a run that is not finished.
     """
     matrix, world = _Matrix(run, limit), init_world()
     costs: dict[str, _Cost] = {}
@@ -165,7 +170,7 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
 
 
 def _time(cost: _Cost, call: Callable[[int, int], list[str]], cell: tuple[int, int]) -> None:
-    """Fill in a cell and note its answers and how long it took."""
+    """Compute a cell; record its answers and its time."""
     found: list[list[str]] = []
     cost.seconds += measure.seconds(lambda: found.append(call(*cell)))
     cost.answers[cell] = found[0]
@@ -177,7 +182,7 @@ def _all_cells(matrix: _Matrix, call: Callable[[str, int, int], list[str]]) -> N
 
 
 def _add_keys(matrix: _Matrix, costs: list[_Cost]) -> None:
-    """Charge variants what data_prep does once for every test sample: decode it and run CLIP's towers, in batches."""
+    """Add the cost of data_prep to the variants: decode every test sample once and run CLIP's towers, in batches."""
     seconds, operations = measure.seconds(matrix.keys), measure.operations(matrix.keys)[0]
     for cost in costs:
         cost.seconds, cost.key_seconds = cost.seconds + seconds, seconds
@@ -187,7 +192,7 @@ def _add_keys(matrix: _Matrix, costs: list[_Cost]) -> None:
 def _pipeline(
     matrix: _Matrix, world: World, folder: Path, stage: int, task: int, reuse: bool, share: bool
 ) -> list[str]:
-    """One cell by `evaluate_task`, with the answers of the cells before where they may be used."""
+    """One cell by `evaluate_task`, with reuse of the answers of earlier cells where the variant allows it."""
     here = folder / str(stage)
     earlier = [folder / str(before) for before in range(stage)] if reuse else []
     routed, test, settings = matrix.routed(stage, task), matrix.tests[task], matrix.recipe
@@ -200,14 +205,14 @@ def _pipeline(
 
 @torch.no_grad()
 def _one_by_one(matrix: _Matrix, stage: int, task: int) -> list[str]:
-    """One cell as the official scripts fill it in."""
+    """One cell as the official scripts compute it."""
     test, pool, lmm = matrix.tests[task], matrix.pools[stage], matrix.lmm
     examples = Examples(test.data, lmm.conversation)
     selection = matrix.routed(stage, task).selection
     answers = []
     for index in range(len(test.data)):
         keys = [matrix.encoder.text([test.data[index].question]), test.data.keys.image[torch.tensor([index])].float()]
-        for number, prompt in enumerate(pool.prompts):  # prototypes and similarities, anew for every sample
+        for number, prompt in enumerate(pool.prompts):  # prototypes and similarities, recomputed for every sample
             prototype = matrix.heads[number](prompt)
             for key in keys:
                 cosine_similarity(key, prototype[None], dim=-1)

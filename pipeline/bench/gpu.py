@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one call of under ten minutes: LLaVA-1.5-7B's shape in bfloat16."""
+"""All measurements that need a GPU, in one call of less than ten minutes: LLaVA-1.5-7B's shape in bfloat16."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def bench_gpu(
     out: Path | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> dict[str, Any]:
-    """Steps in every layout and with every policy of checkpointing, answers, and the step under ZeRO-2 and ZeRO-3.
+    """Measure steps in every layout and checkpointing policy, answers, and steps under ZeRO-2 and ZeRO-3.
 
-    The most important comes first. What fails says how and the rest goes on; what would begin too late to end within
-    `deadline_s` seconds is not measured. `out` is written anew after each section.
+    Sections run in the order of importance. A failed section is reported and the others run; sections that could not
+    end within `deadline_s` seconds are skipped. `out` is rewritten after each section.
     """
     size, model = SIZES[size_name], _Model(SIZES[size_name], device)
     rate = measure.peak_rate(device, "bfloat16")
@@ -86,7 +86,7 @@ def _measured(
     out: Path | None,
     deadline_s: float,
 ) -> dict[str, Any]:
-    """Do the sections (kind, name, work) in turn as long as one more of the longest so far fits into the time."""
+    """Run the sections (kind, name, work) in turn while one as long as the longest so far fits into the time."""
     began, longest = time.monotonic(), 0.0
     for kind, name, work in sections:
         start = time.monotonic()
@@ -106,7 +106,7 @@ def _or_why_not(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except torch.OutOfMemoryError:
         return {"result": "out of memory"}
-    except Exception as error:  # whatever one section meets, the others are worth their time
+    except Exception as error:  # any error of a section is reported, and the other sections run
         return {"result": f"failed: {type(error).__name__}: {error}"}
     finally:
         gc.collect()
@@ -115,20 +115,20 @@ def _or_why_not(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Model:
-    """The frozen model, made when it is needed and there is none."""
+    """The frozen model, made on first use."""
 
     def __init__(self, size: Size, device: str) -> None:
         self._size, self._device = size, device
         self._lmm: LMM | None = None
 
     def get(self) -> LMM:
-        """The model; it stays."""
+        """The model, which stays available."""
         if self._lmm is None:
             self._lmm = make_lmm(self._size, self._device, "bfloat16")
         return self._lmm
 
     def take(self) -> LMM:
-        """The model for one who changes it: the next to ask gets another."""
+        """The model for a caller who changes it; the next call makes a new one."""
         lmm, self._lmm = self.get(), None
         return lmm
 
@@ -199,7 +199,7 @@ def _answering(model: _Model, size: Size, answers: int, rounds: int, device: str
 
 
 def _deepspeed(model: _Model, size: Size, samples: int, stage: str, rounds: int, device: str) -> dict[str, Any]:
-    """The step inside a DeepSpeed engine on one GPU; ZeRO-3 takes the weights apart."""
+    """The step in a DeepSpeed engine on one GPU; ZeRO-3 partitions the model's weights."""
     init_world()
     deepspeed = start_deepspeed()
     config = json.loads((DS_CONFIGS / f"{stage}.json").read_text("utf-8"))

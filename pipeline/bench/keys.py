@@ -1,4 +1,4 @@
-"""CLIP keys of a prepared split: what share of the time is spent in CLIP's towers, which nothing else can undercut."""
+"""CLIP keys of a prepared split: the share of the time that is spent in CLIP's towers, which is the lower bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER = "data_prep/nano/checkpoints/clip"
 def bench_keys(
     size_name: str = "base", samples: int = 128, batch: int = 32, workers: int = 2, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Compute the keys of photographs of noise with a random CLIP and tell how the time was spent."""
+    """Compute the keys of noise images with a random CLIP, and measure how the time is spent."""
     size = SIZES[size_name]
     with TemporaryDirectory() as temporary:
         clip, split = save_clip(Path(temporary) / "clip", size), write_noise(Path(temporary) / "split", samples)

@@ -1,4 +1,4 @@
-"""Reading samples: by index in the order of training against plain sequential reading of the same shards."""
+"""Reading samples: by index in training order against sequential reading of the same shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.data.shards import IndexedShards, stream
 
 
 def bench_loader(folder: Path | None = None, samples: int = 2000, rounds: int = 5) -> dict[str, Any]:
-    """Samples per second of the variants; `folder` is a prepared split, None makes one of photographs of noise.
+    """Samples per second of the variants; `folder` is a prepared split, None: one of noise images is made.
 
-    sequential: the shards in a row through WebDataset, as image bytes and JSON. indexed: `IndexedShards` in the same
-    order; permuted: in the order of a training epoch. Nothing is decoded in any of them. The first round warms the
-    page cache and is not counted.
+    sequential: shard by shard through WebDataset, as image bytes and JSON. indexed: `IndexedShards` in the same order.
+    permuted: in the order of a training epoch. No image is decoded. The first round warms up the page cache and is not
+    counted.
     """
     with TemporaryDirectory() as temporary:
         split = folder or write_noise(Path(temporary), samples)
@@ -62,5 +62,5 @@ def bench_loader(folder: Path | None = None, samples: int = 2000, rounds: int = 
 
 
 def _bytes(samples: Iterator[Sample]) -> int:
-    """Read all of it; bytes of the images, so that nothing can be left out unseen."""
+    """Read all samples; returns the bytes of their images, so that all variants can be seen to read the same."""
     return sum(len(sample.image or b"") for sample in samples)

@@ -1,4 +1,4 @@
-"""Time, floating-point operations and memory of a call, on a CPU or a GPU."""
+"""Measures time, floating-point operations and memory of a call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 Call = Callable[[], Any]
 MIB = 1 << 20
-# Dense bfloat16 operations per second as the makers state them, for the share of them that is used.
+# Dense bfloat16 operations per second by the vendors' data sheets, for utilisation.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -36,9 +36,9 @@ class Measured:
     samples: int
     operations: int  # floating-point, of matrix products, convolutions and attention
     attention: int  # of these operations
-    peak_bytes: int  # most that its tensors held at once, what was there before the call included
+    peak_bytes: int  # peak of its tensors, including those from before the call
     rounds: tuple[float, ...]
-    processor_rounds: tuple[float, ...]  # seconds of processor time, which other work on the machine does not change
+    processor_rounds: tuple[float, ...]  # seconds of processor time, independent of other load on the machine
 
     @property
     def operations_per_sample(self) -> float:
@@ -46,10 +46,10 @@ class Measured:
         return self.operations / self.samples
 
     def to_json(self, peak: float | None, needed: int | None = None) -> dict[str, Any]:
-        """The numbers and, where the device's `peak` operations per second are known, which share of them is used.
+        """The measurements and, where the device's `peak` operations per second are known, the utilisation.
 
-        `utilisation` counts `needed` operations, those of the same call without what it computes again to save memory
-        (None: it computes nothing again); `hardware_utilisation` counts all that were done.
+        `utilisation` counts `needed` operations: those of the call without recomputation (None: it has none);
+        `hardware_utilisation` counts all operations.
         """
         numbers = {
             "seconds": round(self.seconds, 4),
@@ -66,9 +66,9 @@ class Measured:
 
 
 def operations(call: Call) -> tuple[int, int]:
-    """Floating-point operations of a call, and how many of them are attention's.
+    """(floating-point operations of a call, those of attention among them).
 
-    The attention kernel of CPUs, which torch's counter does not know, is counted like those of GPUs.
+    The CPU's attention kernel, which torch's counter lacks, is counted like the GPU's.
     """
     aten = torch.ops.aten
     known = {
@@ -83,7 +83,7 @@ def operations(call: Call) -> tuple[int, int]:
 
 
 def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
-    """A formula of torch's own, which takes the kernel's tensors, in the form that its counter takes from outside."""
+    """Adapt one of torch's formulas, which takes the kernel's tensors, to the interface for custom formulas."""
 
     def count(*args: Any, **kwargs: Any) -> int:
         return formula(*args, **kwargs)
@@ -93,10 +93,10 @@ def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
 
 
 def peak_bytes(call: Call, before: Mapping[str, Any] | None = None, device: str = "cpu") -> int:
-    """Most bytes that tensors held at once during a call, those of `before` included.
+    """Peak bytes of tensors during a call, including those in `before`.
 
-    On a CPU the storages of all results are followed; what a kernel holds inside itself is not seen. On a GPU it is
-    what the allocator says, less what others than `before` hold there at the beginning (None: all of it counts).
+    On a CPU the storages of all results of operations are tracked, without temporary memory inside kernels. On a GPU it
+    is the allocator's peak, less other tensors than `before` that exist at the beginning (None: all are included).
     """
     gc.collect()
     if device != "cpu":
@@ -119,7 +119,7 @@ def held_bytes(value: Any) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Follows which storages live: each is counted from the operation that made it until nothing refers to it."""
+    """Tracks live storages: each counts from the operation that created it until it is no longer referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,11 +155,10 @@ class _Storages(TorchDispatchMode):
 def compare(
     variants: Mapping[str, tuple[Call, int, Callable[[], Mapping[str, Any]]]], rounds: int, device: str = "cpu"
 ) -> dict[str, Measured]:
-    """Measure variants {name: (call, samples, what gives the tensors it holds)}, one after the other in every round.
+    """Measure variants {name: (call, samples, function that returns the tensors it holds)}, interleaved by rounds.
 
-    Operations are counted in the first call and memory in the second, when an optimizer has its moments.
-    The rounds are interleaved so that whatever else a machine does hits all variants alike; ratios of a round are
-    told by their median (`ratio`).
+    Operations are counted in the first call and memory in the second, when an optimizer has its moments. Interleaving
+    exposes all variants to the same load of the machine; `ratio` takes the median over the rounds.
     """
     counted: dict[str, tuple[int, int]] = {}
     memory: dict[str, int] = {}
@@ -190,7 +189,7 @@ def compare(
 
 
 def tell(line: str) -> None:
-    """Say how far a long measurement is, on the error stream: with --json the other has one object."""
+    """Print the progress of a long measurement to stderr, since with --json stdout has one object only."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -217,7 +216,7 @@ def _settled(device: str) -> Iterator[None]:
 
 
 def ratio(slow: Measured, fast: Measured) -> dict[str, float]:
-    """How many times `fast` is better, per sample: operations, wall clock (median over the rounds), peak memory."""
+    """Factors by which `fast` is better, per sample: operations, wall clock (median over the rounds), peak memory."""
     scale = fast.samples / slow.samples
 
     def by_round(slow: tuple[float, ...], fast: tuple[float, ...]) -> float:
@@ -233,7 +232,7 @@ def ratio(slow: Measured, fast: Measured) -> dict[str, float]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a result depends on beside the code."""
+    """The environment that a result depends on: versions and hardware."""
     import transformers
 
     name = torch.cuda.get_device_name() if device != "cpu" else _processor()

@@ -1,4 +1,4 @@
-"""A prepared split of photographs of noise, where no real one is at hand."""
+"""Writes a prepared split of noise images, for measurements without real data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 from data_prep.shards import write_shards
 from pipeline.data.sample import Sample
 
-WIDTH, HEIGHT = 640, 480  # of a usual photograph in CoIN
-DRAWN = 64  # so many pictures are drawn; further ones differ from them by a few bytes behind the end of the picture
+WIDTH, HEIGHT = 640, 480  # of a typical photograph in CoIN
+DRAWN = 64  # distinct pictures; further files differ by a few bytes after the end of the picture
 
 
 def write_noise(folder: Path, samples: int, shard_samples: int = 500) -> Path:
-    """Write shards and index of so many samples with a JPEG of about 150 kB each, all different; returns `folder`."""
+    """Write shards and index of `samples` samples with distinct JPEGs of about 150 kB; returns `folder`."""
     pictures = [draw_jpeg(number) for number in range(min(samples, DRAWN))]
 
     def read(start: int) -> list[Sample]:
@@ -30,7 +30,7 @@ def write_noise(folder: Path, samples: int, shard_samples: int = 500) -> Path:
 
 
 def draw_jpeg(seed: int) -> bytes:
-    """A photograph of noise of about 150 kB, another one for every seed."""
+    """A noise image of about 150 kB, different for every seed."""
     # Coarse noise under fine noise compresses about as well as a photograph.
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 200, (HEIGHT // 32, WIDTH // 32, 3), dtype=np.uint8)

@@ -1,8 +1,8 @@
 """A training step's floating-point operations in closed form, for sizes that no CPU could run.
 
-Counted is what `measure.operations` counts: products, convolutions and attention, two operations per multiplication.
-Frozen weights cost as much backward as forward, and attention two and a half times as much, for its kernel computes the
-scores again. `tests/bench/test_operations.py` holds these sums against counted ones.
+As in `measure.operations`, products, convolutions and attention are counted, with two operations per multiplication.
+The backward pass costs as much as the forward pass for frozen weights, and two and a half times as much for attention,
+whose kernel recomputes the scores. `tests/bench/test_operations.py` compares these formulas to counted operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORWARD, BACKWARD = 4, 10  # attention: operations per query, key and unit of wi
 
 
 def step_operations(size: Size, samples: int, variant: str, recomputed: bool = True) -> int:
-    """Operations of a step with so many samples; without what `reference` recomputes if `recomputed` is False."""
+    """Operations of a step of `samples` samples; `recomputed` False leaves out what `reference` recomputes."""
     beginning = 1 + size.system_tokens + size.image_tokens
     sets = size.k * size.prompt_length
     behind = size.question_tokens + size.answer_tokens
@@ -32,7 +32,7 @@ def step_operations(size: Size, samples: int, variant: str, recomputed: bool = T
         again = _layers(size, whole, whole, size.layers, False) * recomputed
         decoder = again + _layers(size, whole, whole, size.layers, True) + 2 * _words(size, whole)
         keys = 2 * (size.vision_width + size.text_width) * size.key_width + _text(size)
-        # All heads forward; backward the newest has gradients of its weights and its set, the others only of a set.
+        # All heads run forward. Backward, the newest has gradients of weights and set, the others of the set only.
         return samples * (_image(size) + keys + decoder) + (2 * TASKS + 1) * set_
     if variant in ("after_bos", "after_bos_kept"):
         image = _projector(size) if variant == "after_bos_kept" else _image(size)
@@ -74,15 +74,15 @@ def bench_operations(samples: int = SHARED) -> dict[str, Any]:
 
 
 def _layers(size: Size, queries: int, keys: int, layers: int, learns: bool) -> int:
-    """So many decoder layers over `queries` tokens that attend to `keys`."""
+    """`layers` decoder layers over `queries` tokens that attend to `keys` tokens."""
     linear = 2 * queries * (4 * size.width**2 + 3 * size.width * size.inner)
     return layers * _both_ways(linear, queries * keys * size.width, learns)
 
 
 def _last_layer(size: Size, tokens: int, keys: int, answers: int, learns: bool) -> int:
-    """The last layer: keys and values of all its tokens, everything else of the answers only.
+    """The last layer: keys and values for all tokens, everything else for the answers only.
 
-    The layer's own code makes keys and values of the answers a second time, which are dropped.
+    The layer's code computes keys and values of the answers a second time, which are dropped.
     """
     linear = 2 * (tokens * 2 * size.width**2 + answers * (2 * size.width**2 + 3 * size.width * size.inner))
     return _both_ways(linear, answers * keys * size.width, learns) + 2 * answers * 2 * size.width**2

@@ -1,8 +1,8 @@
-"""A training step as the official implementation does it, written anew from its description (docs/design.md 4, 4.11).
+"""A training step as in the official implementation, written from its description (docs/design.md 4, 4.11).
 
-Prompt vectors are rows of the embedding table, which is trained as a whole and set back to its old values but for the
-current rows before every step; both CLIP towers run in the step; the prototypes of all tasks are computed every time;
-all positions go through the LM head; activations are checkpointed.
+Prompt vectors are rows of the embedding table. The whole table is trainable, and all but the current rows are reset
+before every step. Both CLIP towers run in the step, the prototypes of all tasks are recomputed, the LM head computes
+logits of all positions, and activations are checkpointed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEXT_TOKENS = 77
 
 
 class ReferenceStep:
-    """One optimizer step after another on the model of `lmm`, which keeps its weights; task `len(bank) + 1` learns."""
+    """Optimizer steps on the model of `lmm`, whose weights stay unchanged; task `len(bank) + 1` is learned."""
 
     def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, towers: Towers, rate: float) -> None:
         self.lmm, self.size, self.towers = lmm, size, towers
@@ -56,7 +56,7 @@ class ReferenceStep:
         return terms.detach()
 
     def terms(self, batch: Batch) -> Tensor:
-        """The loss terms [3]; every image of `batch` is there as often as it is asked about."""
+        """The loss terms [3]; an image with several questions is repeated for each."""
         length, tasks = self.size.prompt_length, len(self.heads)
         image_key, features = self.towers.image(self.lmm, batch.images["pixel_values"])
         text_key = self.towers.text(batch.input_ids[:, -self.size.question_tokens - self.size.answer_tokens :])
@@ -84,7 +84,7 @@ class ReferenceStep:
 
     @property
     def held(self) -> dict[str, Any]:
-        """Tensors that live from step to step."""
+        """Tensors that persist between steps."""
         moments = [list(state.values()) for state in self.optimizer.state.values()]
         return {"trained": self.parameters, "heads": list(self.heads.parameters()), "origin": self.origin, "m": moments}
 

@@ -1,4 +1,4 @@
-"""The service under load: many clients of a real process on loopback, against the same questions one by one here."""
+"""The service under load: concurrent clients of a process on loopback, against `predict` one question at a time."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MODEL = "bench"
 TIMEOUT_S = 300.0  # for one request
 STOP_S = 30.0  # for the service to end
 ROUNDS = 4
-PICTURES = 16  # different ones; the questions about them differ all
+PICTURES = 16  # distinct images; all questions are distinct
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What one way of asking gave in one round: answers in the order of the questions, and how long each took."""
+    """Results of one variant in one round: answers in the order of the questions, and their latencies."""
 
     answers: list[str]
     latencies: list[float]
@@ -45,10 +45,10 @@ class _Asked:
 
 
 def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[str, Any]:
-    """Ask the service of a run or an adapter `requests` questions from `clients` threads, and `predict` one by one.
+    """Send `requests` questions to the service of a run or adapter from `clients` threads, and to `predict` one by one.
 
-    Every other question is about a photograph of noise. Both take turns in up to four rounds, the one waiting while the
-    other is measured; the ratio is the median over them. Raises UserError for a folder that cannot be served.
+    Every other question has a noise image. The variants alternate for up to four rounds, one idle while the other is
+    measured; the ratio is the median over the rounds. Raises UserError for a folder that cannot be served.
     """
     answerer = load_adapter(folder)
     needs_task = answerer.method.needs_task
@@ -87,7 +87,7 @@ def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[st
 
 @contextmanager
 def _service(folder: Path) -> Iterator[int]:
-    """Port on loopback at which a service of its own process listens until the block is left."""
+    """Start the service in a process of its own for the block; yields its port on loopback."""
     command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL, "--quiet"]
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
@@ -96,7 +96,7 @@ def _service(folder: Path) -> Iterator[int]:
     )
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()  # comes when it listens, or empty when it ends
+        line = process.stdout.readline()  # arrives when the service listens; empty when it ends
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         if found is None:
             raise UserError(f"The service of '{folder}' did not start ({line.strip() or 'no output'}); see above why.")
@@ -122,7 +122,7 @@ def _ask_here(answerer: Answerer, questions: Sequence[Question]) -> _Asked:
 
 
 def _ask_service(port: int, questions: Sequence[Question], clients: int) -> _Asked:
-    """All questions from so many threads, each with one connection and the next question when it has its answer."""
+    """All questions from `clients` threads, each with one connection and one open request."""
     answers, latencies = [""] * len(questions), [0.0] * len(questions)
 
     def client(first: int) -> None:

@@ -1,4 +1,4 @@
-"""Models and samples of any size with random weights: nothing is downloaded, shapes are all that speed depends on."""
+"""Models and samples of any size with random weights; nothing is downloaded, since speed depends on shapes only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_WORD = 4  # below it are special tokens
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaVA with its CLIP, and a sample as CoIN has them: 10-token sets, three of which are inserted."""
+    """Sizes of a LLaVA with its CLIP, and of a typical sample of CoIN with three inserted sets of 10 vectors."""
 
     width: int
     inner: int
@@ -71,7 +71,7 @@ SIZES = {
 
 
 class _Words:
-    """Stands in for a processor: the benchmarks give tokens, so only the end token is asked for."""
+    """A stand-in for a processor: measurements use token ids directly, so only the end token is read."""
 
     eos_token_id, pad_token_id, all_special_ids = 2, 0, (0, 1, 2)
 
@@ -82,7 +82,7 @@ class _Words:
 
 
 def make_lmm(size: Size, device: str = "cpu", dtype: str = "float32", layers: int | None = None, seed: int = 0) -> LMM:
-    """A LLaVA of this size with random weights, or with so many `layers` only."""
+    """A LLaVA of this size with random weights; `layers` overrides its number of decoder layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -130,9 +130,9 @@ def make_lmm(size: Size, device: str = "cpu", dtype: str = "float32", layers: in
 def make_batch(
     size: Size, samples: int, per_image: int = 1, selected: int | None = None, seed: int = 0, answers: bool = True
 ) -> Batch:
-    """A batch on the CPU: `per_image` neighbours ask about one image, `selected` is how many earlier sets there are.
+    """A batch on the CPU: `per_image` consecutive samples share an image, `selected` earlier sets exist.
 
-    A sample gets k - 1 of these in training, behind which the stage's own stands, and k where it is to be answered.
+    In training a sample gets k - 1 of these and then the stage's own set; for answering it gets k.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -175,7 +175,7 @@ def make_batch(
 
 
 def every_image(batch: Batch) -> Batch:
-    """The same samples, each with an image of its own to be computed."""
+    """The same samples, each with a separate copy of its image."""
     assert batch.groups is not None
     images: dict[str, Any] = {name: value[batch.groups] for name, value in batch.images.items()}
     from dataclasses import replace

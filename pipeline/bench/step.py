@@ -27,7 +27,7 @@ RATE = 2e-4
 
 
 class OurStep:
-    """One optimizer step after another of `LearnerOnLMM`, without DeepSpeed: what is compared is arithmetic."""
+    """Optimizer steps of `LearnerOnLMM` without DeepSpeed, so that only the arithmetic is compared."""
 
     def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, insertion: str) -> None:
         self.module = LearnerOnLMM(lmm, prompt_learner(lmm, size.prompt_length, size.key_width, insertion))
@@ -54,7 +54,7 @@ class OurStep:
 
 
 class PeftStep:
-    """The same number of soft tokens in front of the input by Hugging Face PEFT's prompt tuning, as it comes."""
+    """Hugging Face PEFT's prompt tuning, unmodified, with the same number of soft tokens before the input."""
 
     def __init__(self, lmm: LMM, size: Size) -> None:
         try:
@@ -96,10 +96,10 @@ def bench_step(
     dtype: str = "float32",
     layers: int | None = None,
 ) -> dict[str, Any]:
-    """Measure the variants on the same weights and samples; ratios are told against `reference` and `peft`.
+    """Measure the variants on the same weights and samples; ratios are relative to `reference` and `peft`.
 
-    Each sample has an image of its own, but in after_image_shared, where `SHARED` samples ask about each image; in
-    after_bos_kept the vision tower's features are there already. Raises UserError for a variant that is not known.
+    Every sample has its own image, except in after_image_shared, where `SHARED` samples share one; in after_bos_kept
+    the vision tower's features are precomputed. Raises UserError for an unknown variant.
     """
     unknown = sorted(set(variants) - set(VARIANTS))
     if unknown:
@@ -129,7 +129,7 @@ def bench_step(
             steps[name] = OurStep(lmm, size, bank, prompt, "after_image"), shared if name.endswith("shared") else own
     words = lmm.model.get_input_embeddings().weight
     without_words = [value for value in [*lmm.parameters(), *lmm.buffers()] if value is not words]
-    # The reference trains a table of its own in place of the model's words, and has a text tower.
+    # The reference trains its own table in place of the model's embeddings, and has a text tower.
     towered = [*without_words, *(towers.words.parameters() if towers is not None else ())]
     frozen = {name: towered if name == "reference" else [*without_words, words] for name in steps}
     result: dict[str, Any] = {"agreement": _agreement(steps)}
@@ -156,12 +156,12 @@ def bench_step(
 
 
 def with_kept_features(lmm: LMM, batch: Batch) -> Batch:
-    """The batch with what the vision tower makes of its images, as `train.vision_features: kept` reads it."""
+    """The batch with precomputed vision features, as with `train.vision_features: kept`."""
     return replace(batch, images={KEPT: lmm.tower_features(batch.images).half()})
 
 
 def _needed(size: Size, name: str, measured: Measured) -> int:
-    """Operations of a step without what is computed again; of these variants only the reference does that."""
+    """Operations of a step without recomputation, which only the reference has."""
     if name != "reference":
         return measured.operations
     return step_operations(size, measured.samples, name, recomputed=False)
@@ -177,7 +177,7 @@ def _ratios(measured: dict[str, Measured], against: str) -> dict[str, dict[str, 
 
 
 def _agreement(steps: dict[str, Any]) -> dict[str, float]:
-    """The first loss of `reference` and of ours in its layout: they must be the same number."""
+    """The first loss of `reference` and of this project in the same layout, which have to be equal."""
     if not {"reference", "after_bos"} <= steps.keys():
         return {}
     (reference, batch), (ours, _) = steps["reference"], steps["after_bos"]

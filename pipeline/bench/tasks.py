@@ -1,4 +1,4 @@
-"""Does anything cost more with many tasks: a training step, an answer, memory, choosing the sets of a stage."""
+"""Costs of many tasks against few: a training step, an answer, memory, and the selection of a stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.prompts.routers.mean import similarity
 from pipeline.prompts.rules.top_k import select_for_inference
 
 NEW_TOKENS = 12  # of an answer
-STAGE_SAMPLES = 2_000  # for the time that a stage's selection takes
+STAGE_SAMPLES = 2_000  # samples of a stage, whose selection is timed
 
 
 def bench_tasks(
@@ -40,8 +40,8 @@ def bench_tasks(
 ) -> dict[str, Any]:
     """Measure training steps and answers with `few` and with `many` tasks in the pool; ratios are many / few.
 
-    Training holds the pool in memory, which is counted. Answers take it from its file, as from an exported adapter: the
-    system reads what is used of it, the sets of the batch and all prototypes, and only the second is counted.
+    Training holds the pool in memory, which is counted. For answers the pool's file is memory-mapped, as an exported
+    adapter's: the batch's sets and all prototypes are read, and only the prototypes are counted.
     """
     size = SIZES[size_name]
     lmm = make_lmm(size, device, dtype)
@@ -91,16 +91,16 @@ def _pool(size: Size, tasks: int) -> PromptPool:
 
 
 def _from_file(pool: PromptPool) -> tuple[PromptPool, int]:
-    """The pool as its file gives it, and the file's size in bytes."""
+    """The memory-mapped pool, and the size of its file in bytes."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "pool.safetensors"
         pool.save(path)
-        return PromptPool.load(path), path.stat().st_size  # stays mapped though the file's name goes
+        return PromptPool.load(path), path.stat().st_size  # the mapping outlives the file's name
 
 
 @torch.no_grad()
 def _answer(lmm: LMM, pool: PromptPool, batch: Batch, size: Size, insertion: str) -> list[list[int]]:
-    """Route questions whose keys are there and answer them, as `predict` does behind CLIP."""
+    """Route questions with given keys and answer them, as `predict` does after CLIP."""
     scores = similarity(batch.image_key.cpu(), batch.text_key.cpu(), pool.prototypes, has_image=batch.has_image.cpu())
     selected = select_for_inference(scores, size.k)
     used, numbers = selected.unique(return_inverse=True)
