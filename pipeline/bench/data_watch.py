@@ -60,7 +60,7 @@ def watch(
             own, files, spent = max(own, own_memory(process.pid)), max(files, open_now), max(spent, spent_now)
             time.sleep(0 if there else EVERY_S)
         seconds = time.perf_counter() - began
-        process.kill()  # the awaited event has been reached
+        process.kill()  # no effect where it has ended by itself
         process.wait()
     output = log.read_text("utf-8", errors="replace")
     if not there and (reached is not None or process.returncode not in allowed):
