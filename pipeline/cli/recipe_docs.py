@@ -1,4 +1,4 @@
-"""The page of all recipe fields, from their own descriptions: `python -m pipeline.recipe_docs > docs/recipes.md`."""
+"""Generates the page of all recipe fields: `python -m pipeline.recipe_docs > docs/recipes.md`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,14 @@ def page() -> str:
 def _groups(
     model: type[BaseModel], place: str, shown: dict[type[BaseModel], str], named: str = "", without: Container[str] = ()
 ) -> Iterator[str]:
-    """The table of a group, then those of the groups in it that are not `shown`; `place` is its dotted path.
+    """The table of a group, then those of its inner groups that have not been `shown`.
 
-    A group whose fields depend on the name in it has a table for each: that of the fields `without` the common ones
-    where it is `named` so.
+    Args:
+        model: the group.
+        place: its dotted path.
+        shown: groups that have a table already, with their paths; it is extended.
+        named: for a group whose fields depend on its name: the names that this table is for.
+        without: common fields that this table leaves out.
     """
     rows, inside = list[str](), list[tuple[type[BaseModel], str]]()
     for name, info in model.model_fields.items():
@@ -75,7 +79,7 @@ def _groups(
 
 
 def _kind(annotation: Any, info: FieldInfo | None = None) -> str:
-    """What a field takes, in words."""
+    """The type of a field, in words."""
     origin, inside = get_origin(annotation), get_args(annotation)
     registered = next((m for m in (info.metadata if info else ()) if isinstance(m, FromRegistry)), None)
     if registered is not None:
@@ -96,7 +100,7 @@ def _kind(annotation: Any, info: FieldInfo | None = None) -> str:
 
 
 def _limits(metadata: Any) -> str:
-    """The bounds of a number, with a space before."""
+    """The bounds of a number in words, with a leading space."""
     found = []
     for constraint in metadata:
         for name, words in BOUNDS.items():
@@ -116,7 +120,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def _cell(text: str | None) -> str:
-    """A text as it may stand in a table: what is in pointed brackets would be taken for HTML."""
+    """A text as a cell of a Markdown table; angle brackets would be read as HTML."""
     return (text or "").replace("|", "\\|").replace("<", "&lt;")
 
 

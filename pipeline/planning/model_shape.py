@@ -1,4 +1,4 @@
-"""A model's size from its configuration alone: it is built on the meta device, where no weight is read or kept."""
+"""Sizes of a model from its configuration: it is built on the meta device, so no weight is read or allocated."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class LinearShape:
 
     @property
     def reads(self) -> tuple[str, int]:
-        """What it reads: layers of one module with inputs of one width share these, as query, key and value do."""
+        """Name and width of its input, which query, key and value (and gate and up) share."""
         module, _, end = self.name.rpartition(".")
         return f"{module}.{'output' if end in ('o_proj', 'down_proj') else 'input'}", self.inputs
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the plan needs to know of a model; counts in elements."""
+    """Sizes of a model for the memory plan, in elements."""
 
     frozen: list[int]  # of each parameter
-    projector: list[int]  # of each parameter of the part that joins vision and language
+    projector: list[int]  # of each parameter of the image projector, where it is trained
     buffers: int  # bytes
-    fetched: list[int]  # what ZeRO-3 gathers at once, in the order of the modules
+    fetched: list[int]  # units that ZeRO-3 gathers at once, in the order of the modules
     text: Any
     vision: Any
     gates_kept_once: bool = False  # see `pipeline.backbones.gated`
@@ -49,7 +49,7 @@ class ModelShape:
 def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
     """Build the recipe's frozen model on the meta device from its configuration, or from a given one.
 
-    Raises UserError, OSError or ValueError when the configuration cannot be had or is of no image-text-to-text model.
+    Raises UserError, OSError or ValueError when the configuration is unavailable or not of an image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -63,7 +63,7 @@ def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
 
 
 def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
-    """Count a model's parameters, each once, and the pieces in which ZeRO-3 gathers them."""
+    """Count a model's parameters, each once, and the units in which ZeRO-3 gathers them."""
     config: Any = model.config
     inner: Any = model.model
     family = family_of(config.model_type)
@@ -82,7 +82,7 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
 
 
 def named_by(linears: Sequence[LinearShape], targets: Sequence[str]) -> list[LinearShape]:
-    """Those whose names end in one of the targets."""
+    """The linear layers whose names end in one of the targets."""
     ends = tuple(f".{target}" for target in targets)
     return [linear for linear in linears if ends and f".{linear.name}".endswith(ends)]
 
@@ -94,7 +94,7 @@ def _linears(decoder: nn.Module) -> Iterator[LinearShape]:
 
 
 def _fetched_together(module: nn.Module, layers: frozenset[str] | None = None) -> Iterator[int]:
-    """Sizes of what ZeRO-3 gathers at once: a whole layer (see the engine), else a module's own parameters."""
+    """Sizes of the units that ZeRO-3 gathers at once: a whole layer (see the engine), or a module's own parameters."""
     if layers is None:
         layers = frozenset(name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ())
     whole = type(module).__name__ in layers
@@ -112,7 +112,7 @@ def head_size(text: Any) -> int:
 
 
 def key_value_width(text: Any) -> int:
-    """Width of a layer's keys, and of its values, as they are cached."""
+    """Width of a layer's cached keys, and of its values."""
     return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size(text)
 
 
@@ -122,7 +122,7 @@ def intermediate_size(text: Any) -> int:
 
 
 def number_in(config: Any, *names: str) -> int:
-    """The first of these fields as a number; some models give height and width."""
+    """The first of these fields that is set, as a number; the larger one where it is (height, width)."""
     for name in names:
         value = getattr(config, name, None)
         if value:

@@ -1,8 +1,8 @@
-"""How long the samples of prepared data are for a model, before anything is trained or decoded.
+"""Measures the lengths of prepared samples in tokens, without decoding images.
 
-An image's tokens follow from its size in the index. Texts are tokenised only where their bytes could be too many: a
-token is at least one byte of the sample's JSON record. So nearly all samples of usual data are known to fit without
-being read, and a million of them take seconds.
+An image's number of tokens follows from its size in the index. A text has at most as many tokens as its JSON record has
+bytes, so it is tokenised only where that bound exceeds the limit: most samples of typical data are not even read, and a
+million take seconds.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from pipeline.data.shards import IndexedShards
 from pipeline.data.truncation import cut_to_fit
 from pipeline.errors import UserError
 
-READ_FOR_LONGEST = 512  # most records read per split to find its longest sample, those of most characters first
+READ_FOR_LONGEST = 512  # most records tokenised per split to find its longest sample, by descending characters
 READ_ANSWERS = 2000  # most test answers read per split to count those that are too long
-NAMED = 3  # samples named in a sentence
-SLACK = 8  # tokens that borders between text and template may add
-# Bytes that a tokenizer's normaliser makes of one at most, by the name of its kind; what is not named adds none.
+NAMED = 3  # samples named in a message
+SLACK = 8  # tokens that the joints of text and template may add
+# Factor by which a tokenizer's normaliser may lengthen a text in bytes, by its kind; others do not lengthen it.
 GROWTH = (("NFK", 12), ("Precompiled", 12), ("NF", 3))
 
 
 @dataclass(frozen=True)
 class SplitLengths:
-    """What the samples of one split come to; rows are counted from 0."""
+    """Lengths of the samples of one split; rows are counted from 0."""
 
     name: str
     count: int
-    most: int  # tokens that may be
+    most: int  # model.max_length
     too_long: dict[int, int] = field(default_factory=dict)  # row -> tokens, more than `most`
-    uncut: dict[int, str] = field(default_factory=dict)  # of these and the refused: row -> why no cut of text helps
-    refused: dict[int, str] = field(default_factory=dict)  # row -> the sentence about an image the processor refuses
-    telling: tuple[int, ...] = ()  # rows of the longest, of most crops, of most pixels, of the most unequal sides
+    uncut: dict[int, str] = field(default_factory=dict)  # row -> why truncation of its question does not help
+    refused: dict[int, str] = field(default_factory=dict)  # row -> why the processor refuses its image
+    telling: tuple[int, ...] = ()  # rows with the most tokens, crops, pixels, and the largest aspect ratio
     longest: int = 0  # tokens of the longest sample that fits
     ids: Any = ()  # of the split, by row
 
     @property
     def misfits(self) -> list[int]:
-        """Rows that the model cannot be given as they are."""
+        """Rows of samples that are too long or whose image is refused."""
         return sorted({*self.too_long, *self.refused})
 
     def sentences(self, too_long: str) -> list[str]:
-        """What is wrong with the split under this value of data.too_long."""
+        """Problems of the split under this value of data.too_long."""
         found = []
         if self.too_long and too_long == "refuse":
             rows = sorted(self.too_long, key=lambda row: -self.too_long[row])
@@ -81,9 +81,14 @@ def _others(count: int, what: str) -> str:
 def measure(
     shards: IndexedShards, conversation: Conversation, name: str, count: int | None = None, answered: bool = True
 ) -> SplitLengths:
-    """Find the samples among the first `count` that are too long or whose image the processor refuses.
+    """Find the samples that are too long or whose image the processor refuses.
 
-    With `answered` the answer counts, as in training; a test sample's prompt alone is given to the model.
+    Args:
+        shards: the prepared split.
+        conversation: turns samples into tokens.
+        name: task and split, for messages.
+        count: only the first samples; None: all.
+        answered: include the answer, as in training; a test sample's answer is not part of the prompt.
     """
     count = min(count or len(shards), len(shards))
     images = _Images(shards, conversation, count)
@@ -102,12 +107,12 @@ def measure(
 
     longest, longest_row = 0, 0
     for row in np.flatnonzero(open_rows & (bounds > most)).tolist():
-        if images.fixed[row] > most:  # by its image alone
+        if images.fixed[row] > most:  # the image alone has too many tokens
             found.too_long[row] = int(images.fixed[row])
             found.uncut[row] = _uncut(shards.ids[row], int(images.fixed[row]), most, int(images.tokens[row]))
             continue
         sample = shards.text(row)
-        # No normaliser makes more of ASCII, and to read a record costs a fraction of tokenising it.
+        # No normaliser lengthens ASCII; reading a record costs a fraction of tokenising it.
         if images.fixed[row] + records[row] + SLACK <= most and sample.to_json().isascii():
             continue
         sample, tokens = length(row, sample)
@@ -130,13 +135,13 @@ def measure(
 
 
 class _Images:
-    """What the images of a split come to, each size looked at once."""
+    """Tokens, crops and values of a split's images, computed once per distinct size."""
 
     def __init__(self, shards: IndexedShards, conversation: Conversation, count: int) -> None:
         self._sizes = shards.sizes[:count]
         distinct, which = np.unique(self._sizes, axis=0, return_inverse=True)
         which = which.reshape(-1)
-        around: dict[str, int] = {}  # tokens beside those of the image, by what the processor puts into the text
+        around: dict[str, int] = {}  # tokens besides the image's, by the text that the processor writes for an image
         columns: dict[str, list[int]] = {name: [] for name in ("fixed", "tokens", "crops", "values")}
         refusals: dict[int, str] = {}
         for number, (width, height) in enumerate(distinct.tolist()):
@@ -162,13 +167,12 @@ class _Images:
         self.refused = {row: refusals[int(which[row])].replace("'?'", f"'{shards.ids[row]}'") for row in concerned}
 
     def size(self, row: int) -> tuple[int, int] | None:
-        """Width and height of a row's image, None without one."""
+        """Width and height of a row's image; None without an image."""
         width, height = self._sizes[row].tolist()
         return (width, height) if width else None
 
     def telling(self, among: npt.NDArray[np.bool_]) -> Iterator[int]:
-        """Rows with the most tokens, crops and numbers of an image, with the most pixels in its file, and with the
-        most unequal sides."""
+        """Rows with the most image tokens, crops, values and pixels, and with the largest aspect ratio."""
         sides = np.maximum(self._sizes.astype(np.int64), 1)
         ratio = sides.max(1) / sides.min(1)
         for column in (self.tokens, self._crops, self._values, sides.prod(1), ratio):
@@ -176,7 +180,7 @@ class _Images:
 
 
 def _by_characters(shards: IndexedShards, fixed: npt.NDArray[np.int64], among: npt.NDArray[np.bool_]) -> list[int]:
-    """The rows that are probably longest, most first."""
+    """The rows that are probably longest, in descending order."""
     guess = np.where(among, fixed + shards.lengths[: len(fixed)], -1)
     first = min(READ_FOR_LONGEST, len(guess))
     rows = np.argpartition(-guess, first - 1)[:first]
@@ -202,9 +206,9 @@ def _uncut(name: str, tokens: int, most: int, image: int) -> str:
 def long_answers(
     shards: IndexedShards, conversation: Conversation, name: str, most: int, count: int | None = None
 ) -> str:
-    """A sentence when test answers have more tokens than `most`, which none that is generated can have; else "".
+    """A warning where reference answers of tests have more tokens than `most`, the limit of generation; else "".
 
-    At most READ_ANSWERS answers are looked at, evenly over the split, and those of most characters.
+    Tokenises at most READ_ANSWERS answers, evenly over the split, and those with most characters.
     """
     count = min(count or len(shards), len(shards))
     looked = np.unique(np.linspace(0, count - 1, min(count, READ_ANSWERS)).astype(int)).tolist()

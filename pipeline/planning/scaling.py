@@ -115,7 +115,7 @@ def models() -> Iterator[tuple[str, nn.Module]]:
 
 
 def plan(recipe: Recipe, model: nn.Module, ranks: int, deepspeed: str) -> MemoryPlan:
-    """Return the memory plan of a recipe on so many GPUs with `MICRO_BATCH` samples each."""
+    """Return the memory plan of a recipe on `ranks` GPUs with `MICRO_BATCH` samples each."""
     train = recipe.train.model_copy(
         update={"global_batch": MICRO_BATCH * ranks, "micro_batch": MICRO_BATCH, "deepspeed": deepspeed}
     )
