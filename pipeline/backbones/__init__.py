@@ -1,1 +1,1 @@
-"""Frozen models: the multimodal model that answers and the CLIP model that makes the keys."""
+"""Frozen models: the multimodal models that answer, and the CLIP that computes routing keys."""

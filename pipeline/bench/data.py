@@ -52,11 +52,11 @@ def bench_data(
     key_width: int | None = None,
     against: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure this code, and the code in the folder `against`, on a synthetic CoIN of so many records.
+    """Measure this code, and the code in the folder `against`, on a synthetic CoIN with `records` records.
 
-    The data stays in `folder`, where another call finds it again; None uses a temporary one. `index_only` generates
-    indices and keys and one shard per split that all its shards are links to. Every phase is a process of its own.
-    Raises UserError for a folder with other data and for an `against` without this project.
+    The data is kept in `folder` and reused by another call; None: in a temporary folder. `index_only` generates
+    indices, keys and one shard per split, to which all shards of the split are links. Every phase is a separate
+    process. Raises UserError for a folder with other data, and for an `against` without this project.
     """
     key_width = key_width or (16 if index_only else 768)
     codes = {"this": PROJECT}

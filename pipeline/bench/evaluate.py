@@ -149,9 +149,9 @@ def bench_evaluate(run: Path, limit: int = 20) -> dict[str, Any]:
         "variants": {
             name: {
                 "seconds": round(cost.seconds, 2),
-                "of_it_keys_s": round(cost.key_seconds, 2),
+                "keys_s": round(cost.key_seconds, 2),
                 "gflop": round(cost.operations / 1e9, 6),
-                "of_it_keys_gflop": round(cost.key_operations / 1e9, 6),
+                "keys_gflop": round(cost.key_operations / 1e9, 6),
                 "same_answers": round(_agreement(reference, cost), 4),
             }
             for name, cost in costs.items()

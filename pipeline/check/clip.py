@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 from data_prep.benchmark import few_shot_rows
 from data_prep.sources.split_zhou import altered, missing, read_dataset
 from pipeline.check.clip_backbone import check_backbone
-from pipeline.check.findings import Findings, counted, look_at_all, peak, ranks_here, show
+from pipeline.check.findings import Findings, counted, peak, ranks_here, run_checks, show
 from pipeline.clip.benchmark.prepared import refuse_other_settings, require_prepared
 from pipeline.clip.images.classes import Group, base_classes
 from pipeline.clip.images.prepared import CLASSES_FILE, ClassList, PreparedDataset
@@ -51,7 +51,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "run folder": lambda: _run_folder(recipe),
             "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
         }
-        look_at_all(findings, checks)
+        run_checks(findings, checks)
     show(findings, name)
     return findings
 

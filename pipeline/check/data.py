@@ -21,7 +21,7 @@ from pipeline.errors import UserError, UserErrors
 from pipeline.files.paths import command
 from pipeline.metrics.scoring import Answered, score_task
 from pipeline.planning.sample_lengths import long_answers, measure
-from pipeline.planning.too_long import limit_of, told
+from pipeline.planning.too_long import length_note, limit_of
 from pipeline.runs.data_use import recorded_fingerprint
 from pipeline.sequence.prepared import earlier_folder, other_data
 
@@ -129,7 +129,7 @@ class CheckedData:
         sentences = lengths.sentences(too_long)
         self.misfits[name] = {shards.ids[row] for row in lengths.misfits}
         if not sentences:
-            self.notes.append(told(lengths, too_long))
+            self.notes.append(length_note(lengths, too_long))
         return list(lengths.telling), sentences
 
     def _samples(

@@ -41,7 +41,7 @@ class Findings:
         return "\n".join([f"check {name} found {len(lines)} problems:", *(f"- {title}: {s}" for title, s in lines)])
 
 
-def look_at_all(findings: Findings, checks: dict[str, Callable[[], str]]) -> None:
+def run_checks(findings: Findings, checks: dict[str, Callable[[], str]]) -> None:
     """Run each check and store its line, or the errors that it raises as problems."""
     for title, look in checks.items():
         findings.found[title] = None

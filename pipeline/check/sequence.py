@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.check.data import CheckedData
 from pipeline.check.features import check_kept_features
-from pipeline.check.findings import Findings, amount, counted, look_at_all, peak, ranks_here, show
+from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
 from pipeline.check.model import check_keys, check_model
 from pipeline.check.run_folder import check_run_folder
 from pipeline.config.recipe import Recipe
@@ -70,7 +70,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
     }
     if recipe.train.vision_features == "computed":
         del checks["vision features"]
-    look_at_all(findings, checks)
+    run_checks(findings, checks)
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from data_prep.benchmark import prepare_benchmark
 from pipeline.cli.lazy import lazy
-from pipeline.cli.on_ranks import on_ranks, speaks
+from pipeline.cli.on_ranks import on_ranks, prints_text
 from pipeline.cli.outcome import Result
 from pipeline.clip.benchmark.prepared import require_prepared
 from pipeline.clip.benchmark.report import terminal_results
@@ -39,10 +39,10 @@ def start(verb: str, name: str, overrides: list[str], as_json: bool) -> None:
     def work(found: ClipRecipe) -> Result:
         return running.run_benchmark(found, train=verb != "evaluate", evaluate=verb != "train")
 
-    told = passwords_to_environment(overrides)
-    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
+    without_passwords = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in without_passwords for part in ("--set", text))]
     on_ranks(arguments, recipe, work, as_json)
-    if speaks(as_json) and verb != "train":
+    if prints_text(as_json) and verb != "train":
         Console().print(terminal_results(recipe.run_path))
         print(f"report: {recipe.run_path / REPORT}")
 

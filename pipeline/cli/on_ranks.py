@@ -16,7 +16,7 @@ from pipeline.ranks.outcome import OUTCOMES
 Then = Callable[[Result], Result]
 
 
-def speaks(as_json: bool) -> bool:
+def prints_text(as_json: bool) -> bool:
     """Whether this process prints text for the user: it is rank 0, has no launcher to report to, and --json is off."""
     return not as_json and OUTCOMES not in os.environ and rank() == 0
 

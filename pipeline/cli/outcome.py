@@ -36,7 +36,7 @@ PATHS_AS_TEXT = ("recipe", "model", "clip")  # arguments that are a name, a Hub 
 FOLDERS_MADE_HERE = ("RUN", "ADAPTER")  # metavars of arguments that name the folder of a run or an adapter
 
 
-class Told(UserError):
+class ReportedError(UserError):
     """A UserError that the JSON output contains already, so only its sentence is printed to stderr."""
 
 
@@ -81,14 +81,14 @@ class Verbs(_PlainHelp, TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            told = for_user(error)
-            if isinstance(told, Interrupted) and is_distributed():
+            shown = for_user(error)
+            if isinstance(shown, Interrupted) and is_distributed():
                 # A launcher that terminates the other ranks when one has exited must not change their exit code.
                 for number in STOP_SIGNALS:
                     signal.signal(number, signal.SIG_IGN)
-            if told is not None:
-                sentence = str(told) or "stopped early; the same command resumes from here."
-                finish(Outcome(told.exit_code, sentence), as_json and not isinstance(told, Told))
+            if shown is not None:
+                sentence = str(shown) or "stopped early; the same command resumes from here."
+                finish(Outcome(shown.exit_code, sentence), as_json and not isinstance(shown, ReportedError))
             if "typer" in type(error).__module__ or "click" in type(error).__module__:
                 if as_json and hasattr(error, "format_message"):
                     _print_json({"error": error.format_message(), "exit_code": EXIT_USER})

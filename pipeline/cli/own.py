@@ -78,8 +78,8 @@ def add(
         foretold = effects.foretell(run, addition.recipe)
         tell(foretold, "Expected interference with earlier tasks (estimated from CLIP keys)")
         if dry_run:
-            told = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
-            show({"run": str(run), "task": task, **told}, as_json)
+            estimate = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
+            show({"run": str(run), "task": task, **estimate}, as_json)
             return
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:

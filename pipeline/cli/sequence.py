@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.lazy import lazy
-from pipeline.cli.on_ranks import Then, on_ranks, speaks
+from pipeline.cli.on_ranks import Then, on_ranks, prints_text
 from pipeline.cli.outcome import Result
 from pipeline.config.load import load_recipe, load_run
 from pipeline.config.recipe import Recipe
@@ -62,8 +62,8 @@ def start(
     def work(recipe: Recipe) -> Result:
         return running.run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
 
-    told = passwords_to_environment(overrides)
-    arguments = [verb, name, *(part for text in told for part in ("--set", text))]
+    without_passwords = passwords_to_environment(overrides)
+    arguments = [verb, name, *(part for text in without_passwords for part in ("--set", text))]
     on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
     if then is None:
         _show_end(recipe.run_path, verb, name, as_json)
@@ -81,5 +81,5 @@ def evaluate(run: Path, as_json: bool) -> None:
 
 
 def _show_end(run: Path, verb: str, name: str, as_json: bool) -> None:
-    if speaks(as_json):
+    if prints_text(as_json):
         summary.show_end(run, verb, name)

@@ -9,7 +9,7 @@ import typer
 from pipeline.cli import sequence
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson, Overrides, RecipeName, RunFolder, SkipBad, Until
-from pipeline.cli.outcome import Told, show
+from pipeline.cli.outcome import ReportedError, show
 from pipeline.config.load import load_recipe, recipe_kind, run_kind
 from pipeline.errors import EXIT_USER, UserError
 from pipeline.files.descriptors import raise_descriptor_limit
@@ -42,14 +42,14 @@ def check(
     else:
         loaded = load_recipe(recipe, overrides or [])  # before heavy imports, so that its errors appear at once
         findings = check_sequence.check(loaded, recipe, ranks)
-    told = findings.to_json()
+    report = findings.to_json()
     if findings.problems:
         sentence = findings.sentence(recipe)
         if as_json:
-            show({**told, "error": sentence, "exit_code": EXIT_USER}, as_json)
-        raise (Told if as_json else UserError)(sentence)
+            show({**report, "error": sentence, "exit_code": EXIT_USER}, as_json)
+        raise (ReportedError if as_json else UserError)(sentence)
     if as_json:
-        show(told, as_json)
+        show(report, as_json)
 
 
 def prepare(
@@ -76,8 +76,8 @@ def prepare(
         show(prepare_clip.prepare_benchmark(benchmark_recipe, replace=replace), as_json)
         return
     loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
-    told = prepare_sequence.prepare(loaded, progress=True, replace=replace, gpus=gpus)
-    show(told or {"prepared": loaded.data.prepared}, as_json)
+    prepared = prepare_sequence.prepare(loaded, progress=True, replace=replace, gpus=gpus)
+    show(prepared or {"prepared": loaded.data.prepared}, as_json)
 
 
 def run(

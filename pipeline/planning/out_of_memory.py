@@ -15,7 +15,7 @@ from pipeline.errors import OutOfMemory
 
 
 @contextlib.contextmanager
-def told_what_helps(recipe: Recipe, work: str) -> Iterator[None]:
+def out_of_memory_advice(recipe: Recipe, work: str) -> Iterator[None]:
     """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `work` is "training" or "evaluation"."""
     try:
         yield

@@ -85,7 +85,7 @@ def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
         raise UserErrors(sentences)
     left_out = {split: [lengths.misfits if too_long == "skip" else [] for lengths in found[split]] for split in SPLITS}
     decision = Decision(left_out, [list(lengths.telling) for lengths in found["train"]])
-    notes += [note for lengths in _all(found) if (note := told(lengths, too_long))]
+    notes += [note for lengths in _all(found) if (note := length_note(lengths, too_long))]
     for note in filter(None, notes):
         log.warning("%s", note)
     if path.parent.is_dir():
@@ -93,7 +93,7 @@ def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
     return decision
 
 
-def told(lengths: SplitLengths, too_long: str) -> str:
+def length_note(lengths: SplitLengths, too_long: str) -> str:
     """A sentence about samples that are left out or truncated; "" where there are none."""
     if too_long == "skip" and lengths.misfits:
         becomes = "left out of training" if lengths.name.endswith("/train") else "counted as wrong, with no answer"

@@ -13,7 +13,7 @@ import torch
 from pipeline.config.recipe import Recipe
 from pipeline.data.selection import Selection
 from pipeline.methods import make_method
-from pipeline.planning.out_of_memory import told_what_helps
+from pipeline.planning.out_of_memory import out_of_memory_advice
 from pipeline.prompts.generation import Conditions
 from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.pool import PromptPool
@@ -114,7 +114,7 @@ class Evaluator:
             recipe.evaluate.share_images,
             conditions,
         )
-        with told_what_helps(recipe, "evaluation"):
+        with out_of_memory_advice(recipe, "evaluation"):
             score = evaluate_task(
                 self.tests[number],
                 pool,

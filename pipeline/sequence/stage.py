@@ -15,7 +15,7 @@ from pipeline.console.progress import Progress
 from pipeline.data.collate import Examples, MicroBatches
 from pipeline.data.stage_data import StageData
 from pipeline.methods import Stage, make_method
-from pipeline.planning.out_of_memory import told_what_helps
+from pipeline.planning.out_of_memory import out_of_memory_advice
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers import State
 from pipeline.prompts.stage_files import StageCheckpoint, stage_tensors
@@ -113,7 +113,7 @@ class StageTrainer:
             begins()
             self.tracker.metrics(set_shares(batches.selection, pool.names), 0)
             numbers = StepNumbers(batches, pool.names, start)
-            with told_what_helps(self.recipe, "training"):
+            with out_of_memory_advice(self.recipe, "training"):
                 history = train_stage(
                     engine,
                     batches,

@@ -1,1 +1,1 @@
-"""A pool behind an endpoint that speaks the OpenAI chat protocol."""
+"""An HTTP endpoint with the OpenAI chat protocol for a run or an adapter."""

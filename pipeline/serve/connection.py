@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 REQUEST_S = 20.0
 
 
-class ImpatientProtocol(H11Protocol):
+class HeadDeadlineProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 connection, closed when a request's head is incomplete `request_seconds` after its start.
 
     uvicorn has no such timeout: it waits for the first byte, for a slowly sent head, and for the rest of a body that is

@@ -15,7 +15,7 @@ GIB = 1 << 30
 SHARE_OF_HOST = 0.5  # of the memory available at start, for a model on the CPU without a given limit
 RESERVE = 0.05  # share of a device's memory for what the estimate omits; doubles each time memory runs out
 MOST_RESERVE = 0.5
-SAYINGS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in SAYINGS)
+    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in OUT_OF_MEMORY_TEXTS)

@@ -20,14 +20,14 @@ from pipeline.adapter.load import source_of
 from pipeline.errors import UserError
 from pipeline.serve.app import LOOPBACK, Service, Settings
 from pipeline.serve.chat import Limits
-from pipeline.serve.connection import ImpatientProtocol
+from pipeline.serve.connection import HeadDeadlineProtocol
 from pipeline.serve.images import ImageLimits, bound_png_texts
 from pipeline.serve.options import KEY_VARIABLE, Options
 from pipeline.serve.worker import Worker
 
 KEEP_ALIVE_S = 15
 GRACE_S = 10
-TOLD_S = 3  # for clients to receive the error that the server is stopping
+FAREWELL_S = 3  # for clients to receive the error that the server is stopping
 CONNECTIONS = 1024
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
@@ -60,12 +60,12 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     bound_png_texts()
     config = uvicorn.Config(
         Service(worker, settings).app(),
-        http=ImpatientProtocol,
+        http=HeadDeadlineProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S + TOLD_S,
+        timeout_graceful_shutdown=GRACE_S + FAREWELL_S,
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=64 << 10,
     )

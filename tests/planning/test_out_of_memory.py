@@ -12,7 +12,7 @@ from pipeline.planning.auto import GIB, fit_to_memory
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
-from pipeline.planning.out_of_memory import told_what_helps
+from pipeline.planning.out_of_memory import out_of_memory_advice
 from pipeline.planning.plan import Tokens
 from tests.backbones.tiny_families import FAMILIES
 from tests.planning.test_sample_lengths import png
@@ -56,7 +56,7 @@ def test_evaluation_that_does_not_fit_is_told_with_the_field_that_helps(tmp_path
 )
 def test_a_gpu_that_is_too_small_is_told_with_the_fields_that_help(work, fields):
     recipe = make_recipe("none")
-    with pytest.raises(OutOfMemory) as told, told_what_helps(recipe, work):
+    with pytest.raises(OutOfMemory) as told, out_of_memory_advice(recipe, work):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
     expected = (f"for {work} (CUDA out of memory)", *fields, "would fail again")
     assert all(field in str(told.value) for field in expected)

@@ -16,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from pipeline.serve.connection import ImpatientProtocol
+from pipeline.serve.connection import HeadDeadlineProtocol
 from tests.serve.conftest import Served
 
 HEAD = b"GET /answer HTTP/1.1\r\nHost: localhost\r\n"
 
 
-class HalfASecond(ImpatientProtocol):
+class HalfASecond(HeadDeadlineProtocol):
     request_seconds = 0.5
 
 
