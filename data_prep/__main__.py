@@ -1,6 +1,6 @@
 """`python -m data_prep prepare RECIPE` writes shards and keys; `python -m data_prep verify FOLDER` checks them.
 
-`shards --share 3/100`, `join`, `keys --share 3/100` and then `prepare` are the same for many processes together.
+`shards --share 3/100`, `join`, `keys --share 3/100` and then `prepare` share the same work among many processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ app = App(add_completion=False, help=__doc__)
 
 RecipeName = Annotated[str, typer.Argument(help="recipe name or file")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a field: a.b=value")]
-ShareOption = Annotated[str, typer.Option("--share", metavar="NUMBER/COUNT", help="which of how many processes")]
+ShareOption = Annotated[
+    str, typer.Option("--share", metavar="NUMBER/COUNT", help="number of this process (from 1) and of all processes")
+]
 
 
 @app.command("prepare")
@@ -41,10 +43,10 @@ def prepare_command(
         bool, typer.Option("--replace", help="rewrite data that another recipe or a run depends on")
     ] = False,
     gpus: Annotated[
-        int, typer.Option(min=1, metavar="N", help="processes that compute keys, each on a GPU of its own")
+        int, typer.Option(min=1, metavar="N", help="number of processes that compute keys, each on its own GPU")
     ] = 1,
 ) -> None:
-    """Write the shards and CLIP keys of a recipe; what is up to date is kept."""
+    """Write the shards and CLIP keys of a recipe; splits that are up to date are kept."""
     changes = [*(overrides or []), *([] if skip_bad is None else [f"data.skip_bad={skip_bad}"])]
     for split in preparing.prepare(load_recipe(recipe, changes), replace=replace, gpus=gpus)["splits"]:
         wrote = " and ".join(split["wrote"])
@@ -56,20 +58,20 @@ def prepare_command(
 
 @app.command("shards")
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
-    """Write this process's share of the shards; `join` follows when all have ended."""
+    """Write this process's share of the shards; run `join` when all processes have ended."""
     wrote = share_of.share_shards(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
     typer.echo(f"share {share}: wrote {wrote} shards")
 
 
 @app.command("join")
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Put the index beside the shards that `shards` wrote, and write those that are missing."""
+    """Write the index of the shards that `shards` wrote, and shards that are missing."""
     typer.echo(f"{share_of.join_shards(load_recipe(recipe, overrides or []))} samples")
 
 
 @app.command("keys")
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
-    """Compute this process's share of the CLIP keys; `prepare` then puts everything together and verifies it."""
+    """Compute this process's share of the CLIP keys; `prepare` then merges and verifies them."""
     wrote = share_of.share_keys(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
     typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
@@ -82,7 +84,7 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split
 
 
 def main() -> None:
-    """Run the command line; wrong input ends with one sentence and exit code 2."""
+    """Run the command line; bad input ends with an error message and exit code 2."""
     raise_descriptor_limit()
     app(prog_name="data_prep")
 

@@ -1,4 +1,4 @@
-"""Records of a source that cannot be used: what is wrong with them, and how many a run leaves out."""
+"""Records of a source that cannot be used, and the limit on how many of them a preparation leaves out."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One record, named by file and place in it, and the reason it cannot be used."""
+    """A record, named by its file and its place there, and the reason why it cannot be used."""
 
     file: str
     record: str
     reason: str
 
     def sentence(self) -> str:
-        """What a person is told about it."""
+        """The error message."""
         return f"{self.file}, {self.record}: {self.reason}"
 
     def as_json(self) -> dict[str, str]:
-        """What dataset.json keeps of it."""
+        """Its entry in dataset.json."""
         return asdict(self)
 
 
 class Tolerance:
-    """How many bad records of all tasks and splits together may be left out, and which have been."""
+    """The number of bad records, over all tasks and splits, that may be left out, and those that were."""
 
     def __init__(self, limit: int, may_grow: bool = True) -> None:
-        """`may_grow` false: `--skip-bad` has nothing to do with these records, so nobody is told to raise it."""
+        """With `may_grow` false, `--skip-bad` does not apply to these records, so no message advises to raise it."""
         self.limit, self.may_grow = limit, may_grow
         self.skipped: list[BadRecord] = []
 
     def skip(self, record: BadRecord) -> None:
-        """Leave a record out; raises UserError naming it when that is one too many."""
+        """Leave a record out; raises UserError that names it when the limit is reached."""
         if len(self.skipped) >= self.limit and not self.may_grow:
             raise UserError(record.sentence())
         if len(self.skipped) >= self.limit:

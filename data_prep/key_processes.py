@@ -1,7 +1,7 @@
-"""CLIP keys by several processes of one machine, each on a GPU of its own, or all on the CPUs where there is none.
+"""CLIP keys by several processes on one machine, each on its own GPU, or all on CPUs where there is no GPU.
 
-One process cannot feed several GPUs: its threads share an interpreter. The processes are those of an array
-(`data_prep keys --share 3/8`), which write the keys shard by shard; whoever started them puts the shards together.
+One process cannot keep several GPUs busy, because its threads share the interpreter's lock. Each process runs
+`data_prep keys --share N/COUNT`, which writes keys shard by shard; the caller merges them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe
 
 PROJECT = Path(__file__).resolve().parents[1]
-SAID = 2000  # characters of a failed process's last words
+SAID = 2000  # characters of a failed process's error output that are shown
 
 
 def keys_by_processes(recipe: Recipe, processes: int) -> None:
-    """Compute the keys of a recipe's shards that are not there yet; all of its shards have to be.
+    """Compute the missing keys of a recipe's shards, which must all exist.
 
-    Raises UserError when a process meets wrong input, or more processes than GPUs are asked for; PipelineError for what
-    ends one with a sentence, such as a full disk; RuntimeError for any other end. What the others computed stays.
+    Raises UserError when a process meets bad input, or when there are fewer GPUs than processes; PipelineError when one
+    ends with another error message, such as a full disk; RuntimeError when one ends in any other way. Keys that other
+    processes computed are kept.
     """
     devices = _devices(processes)
     workers = max(1, recipe.data.workers // processes)
@@ -69,14 +70,14 @@ def keys_by_processes(recipe: Recipe, processes: int) -> None:
 
 
 def _devices(processes: int) -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each process: one of the devices that this process has, in its own words."""
+    """The value of CUDA_VISIBLE_DEVICES for each process: one of this process's devices, as it is named here."""
     import torch
 
     count = torch.cuda.device_count()
     if not count:
         return [None] * processes
     if processes > count:
-        raise UserError(f"--gpus is {processes}, and {count} GPUs are visible here; expected at most so many.")
+        raise UserError(f"--gpus is {processes}, and {count} GPUs are visible here; expected at most {count}.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
     return [name.strip() for name in names[:processes]]

@@ -1,4 +1,4 @@
-"""Work on many items in threads, results in order."""
+"""A parallel map over threads that yields results in order and bounds the memory of those that wait."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Results that wait for the consumer, per worker: enough to keep the workers busy, few enough to fit in memory.
-AHEAD = 4
-FEWEST = 2  # pieces of work under way, however large their results are
+AHEAD = 4  # items submitted ahead of the consumer, per worker
+FEWEST = 2  # items in flight at least, however large their results are
 
 
 def ordered_map(
@@ -24,9 +23,16 @@ def ordered_map(
 ) -> Iterator[Result]:
     """Yield `work(item)` for every item in order, computed ahead by `workers` threads.
 
-    With `most_bytes` so many pieces of work are under way or wait as results of the largest `size` so far fit into it;
-    before the first result, one for each worker. Threads and not processes: image decoding and tensor work release the
-    GIL, and a process costs an import of torch.
+    Threads instead of processes, because image decoding and tensor operations release the GIL and a process would
+    have to import torch.
+
+    Args:
+        work: computes a result.
+        items: its inputs.
+        workers: number of threads.
+        most_bytes: bound on the items in flight (running or waiting for the consumer): as many as results of the
+            largest size so far fit into it, and one per worker until the first result. None: AHEAD per worker.
+        size: bytes of a result.
     """
     ahead, largest = workers * AHEAD if most_bytes is None else workers, 0
     with ThreadPoolExecutor(max_workers=workers) as pool:

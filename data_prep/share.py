@@ -1,8 +1,8 @@
-"""One of many processes that prepare a recipe's data together, as the tasks of a Slurm array.
+"""Preparing a recipe's data by many processes together, such as the tasks of a Slurm array.
 
-Four steps, of which the first and the third are shared: shards, their index, CLIP keys, everything put together and
-verified. Every shard is a file of its own, written whole or not at all, so any step may be stopped, repeated, or done
-by another number of processes; what is there is kept.
+There are four steps: write the shards, write their index, compute CLIP keys, merge and verify. Processes share the
+first and the third. Every shard is a file that is written atomically and kept once it exists, so any step can be
+interrupted, repeated, or run by another number of processes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Share:
         return cls(int(number), int(count))
 
     def of(self, shards: int) -> range:
-        """Numbers of this process's shards: neighbours, for they read neighbouring records."""
+        """Numbers of this process's shards: consecutive ones, as these read consecutive records of the source."""
         return range(shards * (self.number - 1) // self.count, shards * self.number // self.count)
 
 
 def share_shards(recipe: Recipe, share: Share) -> int:
-    """Write this share of the shards of every split and return how many were not there yet."""
+    """Write this process's share of the shards of every split and return how many were missing."""
     wrote = 0
     for source, folder in _splits(recipe):
         samples = recipe.data.shard_samples
@@ -63,9 +63,9 @@ def share_shards(recipe: Recipe, share: Share) -> int:
 
 
 def _fingerprint(source: SourceSplit, folder: Path) -> str:
-    """The source's fingerprint: the first process asks for the state of every image, the others take what it kept.
+    """The source's fingerprint: the first process calls stat() for every image, the others read its stored result.
 
-    An image that changes afterwards is noticed by the `prepare` that ends the work, which asks for all of them again.
+    A later change of an image is found by the final `prepare`, which calls stat() for all of them again.
     """
     known = remembered_fingerprint(folder, source.root, source.text_names)
     if known is not None:
@@ -79,15 +79,15 @@ def _fingerprint(source: SourceSplit, folder: Path) -> str:
 
 
 def _refuse_rewriting(folder: Path, fingerprint: str, samples: int) -> None:
-    """Raise UserError when a split that is there was made from something else: no array rewrites one."""
+    """Raise UserError when an existing split has another source or shard size; shared work never rewrites a split."""
     try:
         description = read_description(folder)
     except UserError:
         return
     if description.get("source_fingerprint") != fingerprint:
         raise UserError(
-            f"{folder} was prepared from another state of the source or by another recipe. Take it up with `python -m "
-            "pipeline prepare RECIPE`, which says what differs, or set data.prepared to a new folder."
+            f"{folder} was prepared from another state of the source or by another recipe. Run `python -m pipeline "
+            "prepare RECIPE`, which says what differs, or set data.prepared to a new folder."
         )
     if description.get("shard_samples") != samples:
         raise UserError(
@@ -97,7 +97,7 @@ def _refuse_rewriting(folder: Path, fingerprint: str, samples: int) -> None:
 
 
 def join_shards(recipe: Recipe) -> int:
-    """Write index and dataset.json of every split, and what is missing of its shards; returns the number of samples."""
+    """Write the index and dataset.json of every split, and missing shards; returns the number of samples."""
     count = 0
     for source, folder in _splits(recipe):
         read, fingerprint = partial(source.records, workers=recipe.data.workers), _fingerprint(source, folder)
@@ -109,14 +109,14 @@ def join_shards(recipe: Recipe) -> int:
 
 
 def share_keys(recipe: Recipe, share: Share) -> int:
-    """Compute the CLIP keys of this share of all shards that are not there yet; returns for how many."""
+    """Compute the missing CLIP keys of this process's share of the shards; returns for how many shards."""
     identity = key_identity(*recipe.keys.source)
 
     @cache
     def encoder() -> KeyEncoder:
         return KeyEncoder(*recipe.keys.source, tf32=True)
 
-    known_images: KnownImages = {}  # an image of several splits is encoded once
+    known_images: KnownImages = {}  # for all splits, so that an image in several of them is encoded once
     wrote = 0
     for task in recipe.data.tasks:
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""A picture sheet: samples with question and answer, to see at a glance whether they are what they should be."""
+"""A contact sheet of samples with their questions and answers, for a check by eye."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 240  # pixels of an image's longer side
 
 
 def draw_sheet(samples: Sequence[tuple[Path | None, str, str]], target: Path) -> Path:
-    """Draw (image, question, answer) of up to ten samples or so into a PNG and return its path."""
+    """Draw each sample (image, question, answer) into a PNG of COLUMNS per row and return its path."""
     columns = min(COLUMNS, max(1, len(samples)))
     lines = -(-len(samples) // columns)
     figure = Figure(figsize=(2.5 * columns, 3.3 * lines), layout="constrained")
@@ -29,7 +29,7 @@ def draw_sheet(samples: Sequence[tuple[Path | None, str, str]], target: Path) ->
             picture = decode_image(path.read_bytes())
             picture.thumbnail((SIDE, SIDE))
             axes.imshow(picture)
-        # What stands between two dollar signs is text, not a formula.
+        # Escaped, because matplotlib renders text between two dollar signs as a formula.
         asked = "\n".join(textwrap.wrap(question, 32)[:3] or [""]).replace("$", r"\$")
         answered = "\n".join(textwrap.wrap(answer, 32)[:2]).replace("$", r"\$")
         axes.set_title(f"{asked}\n→ {answered}", fontsize=8, loc="left", wrap=False)

@@ -1,7 +1,7 @@
-"""Reads a prepared split from end to end and checks that its parts are whole and belong together.
+"""Verification of a prepared split: reads all of it and checks that its parts are complete and match each other.
 
-A split that passed gets `verified.json`, so that `prepare` need not read everything again; without it, or when shards
-or keys have changed since, `prepare` reads the split again.
+A split that passes gets a file `verified.json`. `prepare` verifies a split again only where this file is missing, or
+names other shards or keys.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256
 
 VERIFIED_FILE = "verified.json"
-ROWS_AT_ONCE = 1 << 16  # of the keys, which may be larger than the memory
+ROWS_AT_ONCE = 1 << 16  # rows of keys that are read at once, as all of them may exceed the machine's memory
 
 
 def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Check hashes, every index row and the keys of one prepared split; return its dataset.json.
+    """Check the hashes, every row of the index and the keys of a prepared split; return its dataset.json.
 
-    Raises UserError that names the first part that is missing, changed, or belongs to something else.
+    Raises UserError that names the first part that is missing, changed, or belongs to another dataset.
     """
     folder = Path(folder)
     shards = IndexedShards(folder)
@@ -61,7 +61,7 @@ def verify_split(folder: Path, expected_identity: Mapping[str, str] | None = Non
 
 
 def is_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> bool:
-    """Whether this content of a split, with keys of this CLIP, has passed `verify_split` and was marked so."""
+    """Whether `verified.json` says that this content of a split, with keys of this CLIP, passed `verify_split`."""
     try:
         mark = json.loads((folder / VERIFIED_FILE).read_text("utf-8"))
         return mark == _mark(fingerprint, identity) and (folder / CHECKSUMS_FILE).is_file()
@@ -70,7 +70,7 @@ def is_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> 
 
 
 def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -> None:
-    """Record that this content of a split has passed `verify_split`, with checksums of it."""
+    """Write `verified.json` for a split that passed `verify_split`, and checksums of its records."""
     shards = IndexedShards(folder)
     records = (shards.checksums(row) for row in range(len(shards)))
     write_checksums(folder, fingerprint, records, (INDEX_FILE, KEYS_FILE))
@@ -79,7 +79,7 @@ def mark_verified(folder: Path, fingerprint: str, identity: Mapping[str, str]) -
 
 
 def unmark(folder: Path) -> None:
-    """Forget that a split was verified, for it is about to change or to be looked at again."""
+    """Remove `verified.json` and the checksums of a split that is about to change or to be verified again."""
     for name in (VERIFIED_FILE, CHECKSUMS_FILE):
         (folder / name).unlink(missing_ok=True)
 
@@ -102,7 +102,7 @@ def verify_all(folder: Path) -> list[Path]:
 
 
 def _check_rows(shards: IndexedShards) -> list[bool]:
-    """Read every sample through the index; return which have an image."""
+    """Read every sample through the index and compare the size of its image; return which have an image."""
     table = read_index(shards.folder, shards.description)
     sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
     pictures = []
@@ -120,7 +120,7 @@ def _check_rows(shards: IndexedShards) -> list[bool]:
 def _size(encoded: bytes) -> tuple[int, int] | None:
     try:
         header = read_header(encoded)
-    except Exception:  # whatever PIL says of bytes that are no image, the size does not match
+    except Exception:  # PIL raises many kinds of errors for bytes that are no image
         return None
     return header.width, header.height
 

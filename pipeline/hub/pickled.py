@@ -1,8 +1,8 @@
-"""Weights that exist only as PyTorch's .bin files, converted once into safetensors.
+"""Conversion of weights that exist only as PyTorch's .bin files into safetensors, once per checkpoint.
 
-`torch.load(weights_only=True)` reads tensors and refuses everything else a pickle could hold, so no code of the file
-is ever run. What comes out is laid out as safetensors' own converter does it (one .safetensors per .bin, the same
-names), so that fingerprints are those of a published conversion.
+`torch.load(weights_only=True)` reads tensors and refuses every other object in a pickle, so no code from the file is
+run. The layout is that of safetensors' converter (one .safetensors per .bin, the same names of tensors), so the
+fingerprint equals that of a published conversion.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from pipeline.hub.weights import INDEX, PICKLED_INDEX, PICKLED_SINGLE, SINGLE, l
 
 log = logging.getLogger("pipeline.hub.pickled")
 CONVERTED = "converted-weights"  # folder beside the Hub's cache
-SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")  # what a checkpoint says beside its weights
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration, tokenizer, processor and chat template
 
 
 def with_safetensors(folder: Path) -> Path:
-    """Return `folder`, or where its weights are .bin files, a folder in the cache with the same as safetensors.
+    """Return `folder`, or a folder in the cache with its weights as safetensors where they are .bin files.
 
-    The first process converts, others wait for it; a conversion that is stopped leaves nothing that counts as whole.
-    Raises UserError when weights are missing, hold more than tensors, or cannot be written.
+    One process converts and the others wait for it on a lock. The result is renamed into place at the end, so an
+    interrupted conversion starts again. Raises UserError when weights are missing, hold objects other than tensors,
+    or cannot be written.
     """
     weights = weights_of(folder)
     if weights.missing:
@@ -58,13 +59,13 @@ def with_safetensors(folder: Path) -> Path:
 
 
 def is_converted(folder: Path) -> bool:
-    """Tell whether a folder's .bin files have been converted on this machine."""
+    """Whether a folder's .bin files have been converted on this machine."""
     weights = weights_of(folder)
     return weights.pickled and weights.whole and _target(folder, weights.files).is_dir()
 
 
 def _target(folder: Path, files: list[str]) -> Path:
-    # In the cache of the Hub a file is a link to a blob named by its content.
+    # In the Hub's cache a file is a symbolic link to a blob whose name is the hash of its content.
     paths = [(folder / name).resolve() for name in files]
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -101,7 +102,7 @@ def _convert_file(source: Path, target: Path) -> None:
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         where = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if where in seen else tensor  # safetensors stores no tensor twice over
+        tensors[name] = tensor.clone() if where in seen else tensor  # save_file refuses tensors that share storage
         seen.add(where)
     save_file(tensors, target, metadata={"format": "pt"})
     os.chmod(target, 0o644)
@@ -133,7 +134,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
 
 
 def _compare(source: Path, tensors: dict[str, Any], target: Path) -> None:
-    """Raise OSError unless what was written reads as the same names, shapes, types and bits."""
+    """Raise OSError unless the written file has the same names, shapes, types and bytes of tensors."""
     import torch
     from safetensors import safe_open
 
@@ -149,9 +150,9 @@ def _compare(source: Path, tensors: dict[str, Any], target: Path) -> None:
 
 
 def _link_settings(folder: Path, target: Path) -> None:
-    """Let the converted folder show the other files of the checkpoint as they are now."""
+    """Link the checkpoint's other files (configuration, tokenizer) into the converted folder."""
     for path in {path for pattern in SETTINGS for path in folder.glob(pattern)}:
         if not path.name.endswith(".index.json"):
-            # Another process makes the same link, and a cache that cannot be written has them.
+            # Another process may make the same link; in a read-only cache the links exist since the conversion.
             with contextlib.suppress(FileExistsError, PermissionError):
                 (target / path.name).symlink_to(path.absolute())

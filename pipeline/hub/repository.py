@@ -1,7 +1,7 @@
-"""What of a Hugging Face repository is on this machine, and whether the Hub can be asked for the rest.
+"""Which files of a Hugging Face repository are in the local cache, and whether the Hub can be reached for the others.
 
-Without a network every file asked for costs half a minute of retries, and a checkpoint is a dozen of them: so it is
-found out once, in seconds, and then nothing is asked for.
+Without a network `huggingface_hub` retries each request for half a minute, and a checkpoint takes a dozen. So the
+connection is tested once, within seconds, and without one no request is made.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from urllib.request import getproxies, proxy_bypass
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-PATIENCE_S = 5.0
-REPOSITORY = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")  # as the Hub names repositories: owner/name
+PATIENCE_S = 5.0  # timeout of the test for a connection, and of a request for a repository's file names
+REPOSITORY = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")  # name of a repository on the Hub: owner/name, or name
 Offer = Literal["safetensors", "pickled", "none"]
 
 
 def is_repository(path: str) -> bool:
-    """Tell whether a path of a recipe means a repository of the Hub and not a folder here."""
+    """Whether a path of a recipe names a repository on the Hub and not a local folder."""
     return not Path(path).exists() and REPOSITORY.match(path) is not None and not path.startswith(".")
 
 
 def reachable() -> bool:
-    """Tell within seconds whether the Hub, or the proxy on the way to it, can be connected to."""
+    """Whether a connection to the Hub, or to the configured proxy, opens within PATIENCE_S; tried once a process."""
     return not constants.is_offline_mode() and _connects(constants.ENDPOINT)
 
 
 @contextlib.contextmanager
 def no_waiting(paths: Iterable[str]) -> Iterator[bool]:
-    """While the block runs, nothing is asked of a Hub that cannot be reached; yields whether it can be.
+    """Set `huggingface_hub` offline while the block runs, unless the Hub can be reached; yields whether it can.
 
-    `paths` are those of the recipe: when none is a repository, there is nothing to ask and the Hub is not tried.
+    `paths` are the recipe's checkpoints. When none is a repository, the Hub is not needed and no connection is tried.
     """
     online = any(map(is_repository, paths)) and reachable()
     before = constants.HF_HUB_OFFLINE
@@ -51,7 +51,7 @@ def no_waiting(paths: Iterable[str]) -> Iterator[bool]:
 
 
 def local_folder(path: str, revision: str | None) -> Path | None:
-    """Return the folder of a checkpoint as far as it is on this machine; None when nothing of it is."""
+    """Return a checkpoint's local folder, which may lack files; None when its config.json is not in the cache."""
     if Path(path).is_dir():
         return Path(path)
     if not is_repository(path):
@@ -64,10 +64,10 @@ def local_folder(path: str, revision: str | None) -> Path | None:
 
 
 def offered_weights(path: str, revision: str | None) -> Offer | None:
-    """Tell in which format a repository on the Hub has weights, without fetching them; None when it cannot be asked."""
+    """The format of the weights in a repository on the Hub, from its list of files; None when the request fails."""
     try:
         info = HfApi().model_info(path, revision=revision, timeout=PATIENCE_S)
-    # The client raises errors of its own and of its HTTP library, which is another one in each major version.
+    # huggingface_hub raises errors of its own and of its HTTP library, which differs between its major versions.
     except Exception:
         return None
     names = [found.rfilename for found in info.siblings or []]
@@ -89,7 +89,7 @@ def _connects(endpoint: str) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), PATIENCE_S):
             found.set()
 
-    # In a thread, for looking up the name knows no time limit of its own.
+    # In a thread, because the name lookup (getaddrinfo) has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)

@@ -1,7 +1,7 @@
-"""One local folder for each checkpoint: fetched by one process, told to all ranks, and what everything loads from.
+"""Resolve each checkpoint to one local folder: one process fetches it, and all ranks load every part from there.
 
-Asked for by its id on the Hub, a checkpoint is a dozen requests for every part that is loaded, on every rank; from a
-folder it is none. The folder is whole, weights included, before anything of it is fingerprinted or loaded.
+Loading a part by a Hub id makes a dozen requests on every rank; loading from a folder makes none. The folder is
+complete, weights included, before it is fingerprinted or loaded.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ from pipeline.ranks.world import ROUND_S, World, broadcast_object, in_rounds, to
 
 log = logging.getLogger("pipeline.hub.snapshots")
 SAFE_WEIGHTS, PICKLED_WEIGHTS = ("model*.safetensors",), ("pytorch_model*.bin",)
-CONNECTIONS, FETCHING = 4, "fetching"
+CONNECTIONS = 4  # parallel downloads
+FETCHING = "fetching"  # name of the thread that fetches
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint as a recipe names it, with the field and what is wanted there, for messages."""
+    """A checkpoint as a recipe names it; `field` and `wanted` are for error messages."""
 
     path: str
     revision: str | None = None
     field: str = "model.path"
     wanted: str = "a multimodal model's"
-    kinds: tuple[str, ...] = ()  # model_type of what can be used; empty: any
+    kinds: tuple[str, ...] = ()  # the values of `model_type` that are supported; empty: any
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint on this machine; `commit` is that of the Hub's repository, "" for a folder of the user's."""
+    """A checkpoint on this machine; `commit` is that of the repository on the Hub, "" for the user's own folder."""
 
     folder: Path
     commit: str = ""
 
 
-# What this process has resolved: a branch that moves during a run must not give its parts different models.
+# Resolved once per process: when a branch moves during a run, its stages must not load different models.
 _known: dict[tuple[str, str | None], Snapshot] = {}
-_settings: dict[tuple[str, str | None], Path] = {}  # folders that may lack the weights
+_settings: dict[tuple[str, str | None], Path] = {}  # folders that may lack weights
 
 
 def checkpoint(source: Source) -> Snapshot:
-    """The whole checkpoint, weights as safetensors; fetched, and converted, where it is not here yet.
+    """The complete checkpoint with its weights as safetensors; fetched and converted where that is needed.
 
-    Raises UserError naming the field when it cannot be had, or when weights are missing.
+    Raises UserError that names the field when it cannot be fetched, or when weights are missing.
     """
     known = _known.get((source.path, source.revision))
     if known is not None and known.folder.is_dir():
@@ -73,7 +74,7 @@ def checkpoint(source: Source) -> Snapshot:
 
 
 def settings_folder(source: Source) -> Path:
-    """A folder with the checkpoint's configuration, tokenizer and processor; weights are not fetched for it."""
+    """A folder with the checkpoint's configuration, tokenizer and processor; fetches no weights."""
     key = source.path, source.revision
     if Path(source.path).is_dir() and key not in _known:
         return Path(source.path)
@@ -84,14 +85,14 @@ def settings_folder(source: Source) -> Path:
 
 
 def share(world: World, sources: Iterable[Source], each_round: Callable[[], object] = lambda: None) -> None:
-    """Resolve checkpoints on rank 0 and tell the others; a node that does not see rank 0's cache fetches them once.
+    """Resolve checkpoints on rank 0 and broadcast them; on a node that cannot see rank 0's cache one rank fetches them.
 
-    All ranks call it together and call `each_round` equally often, every few seconds, while one of them fetches.
+    All ranks must call it. While one of them fetches, all call `each_round` together every ROUND_S seconds.
     """
     for source in sources:
         found = broadcast_object(_while_others_wait(world, world.main, partial(checkpoint, source), each_round))
         assert found is not None
-        # By commit: the branch may have moved since rank 0 looked.
+        # By commit, because the branch may have moved since rank 0 resolved it.
         same = replace(source, revision=found.commit or source.revision)
 
         def here(told: Snapshot = found, same: Source = same) -> Snapshot:
@@ -102,12 +103,12 @@ def share(world: World, sources: Iterable[Source], each_round: Callable[[], obje
 
         _while_others_wait(world, world.local_rank == 0, here, each_round)
         resolved = together(by_now)
-        if resolved.commit:  # a folder of the user's is looked at anew each time
+        if resolved.commit:  # the user's own folder may change, so it is resolved anew each time
             _known[source.path, source.revision] = resolved
 
 
 def _fetched_beside(told: Snapshot, source: Source) -> Snapshot | None:
-    """What a process of this node has fetched by now, where rank 0's folder is not seen; the Hub is not asked."""
+    """The snapshot that another process of this node fetched, where rank 0's folder is not visible; without the Hub."""
     if not told.commit or weights_of(told.folder).whole:
         return None
     folder = hub.local_folder(source.path, told.commit)
@@ -119,7 +120,7 @@ def _fetched_beside(told: Snapshot, source: Source) -> Snapshot | None:
 def _while_others_wait(
     world: World, mine: bool, work: Callable[[], Snapshot], each_round: Callable[[], object]
 ) -> Snapshot | None:
-    """Do `work` on the ranks where it is `mine`; its UserError is raised on all of them."""
+    """Run `work` on the ranks with `mine` set while all wait in rounds; a UserError of it is raised on all ranks."""
     results: list[Snapshot] = []
     errors: list[UserError] = []
 
@@ -131,7 +132,7 @@ def _while_others_wait(
         except Exception as error:
             errors.append(UserError(f"A checkpoint could not be fetched ({type(error).__name__}: {error})."))
 
-    # A thread that does not keep the process: a download may be waiting for a network that has gone.
+    # A daemon thread, which does not keep the process alive when a download waits for a lost network.
     thread = threading.Thread(target=run, name=FETCHING, daemon=True) if mine else None
     in_rounds(world, thread, each_round, ROUND_S)
 
@@ -144,11 +145,11 @@ def _while_others_wait(
 
 
 def _require_kind(source: Source, folder: Path) -> None:
-    """Raise UserError for a model of another type, before gigabytes of its weights are fetched."""
+    """Raise UserError for an unsupported type of model, before its weights are fetched."""
     try:
         kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # said by what reads the rest of it
+        return  # whatever loads the configuration reports this
     if source.kinds and kind not in source.kinds:
         raise UserError(
             f"{source.field}: '{source.path}' is a model of type '{kind}'; supported are {', '.join(source.kinds)}. "
@@ -164,7 +165,7 @@ def _whole(source: Source, folder: Path) -> Path:
 
 
 def _fetched(source: Source, weights: bool) -> Path:
-    """The repository's folder in the cache, after asking the Hub once what belongs to it, where it can be reached."""
+    """The repository's folder in the cache, fetched where the Hub can be reached; else the cached copy, if complete."""
     path, revision = source.path, source.revision
     reason = "the Hub cannot be reached from here, or HF_HUB_OFFLINE is set"
     if not hub.is_repository(path):
@@ -174,8 +175,8 @@ def _fetched(source: Source, weights: bool) -> Path:
             return _fetch(source, weights)
         except UserError:
             raise
-        # The client raises errors of its own, of its HTTP library, which is another one in each major version, and
-        # of the operating system.
+        # huggingface_hub raises errors of its own, of the operating system, and of its HTTP library, which differs
+        # between its major versions.
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     folder = hub.local_folder(path, revision)
@@ -194,7 +195,8 @@ def _fetched(source: Source, weights: bool) -> Path:
 
 def _fetch(source: Source, weights: bool) -> Path:
     path, revision = source.path, source.revision
-    # One request without a repetition tells whether the Hub answers; every file costs half a minute where it does not.
+    # One request that is not retried shows whether the Hub responds; where it does not, each file would be retried for
+    # half a minute.
     info = HfApi().model_info(path, revision=revision, timeout=hub.PATIENCE_S)
     commit = str(info.sha)
     folder = Path(hf_hub_download(path, "config.json", revision=commit)).parent
@@ -212,7 +214,7 @@ def _fetch(source: Source, weights: bool) -> Path:
 
 
 def _remember(folder: Path, branch: str) -> None:
-    """Note in the cache which commit a branch stands for, as the client does when it is asked by the branch's name."""
+    """Write a branch's commit to the cache's refs, as huggingface_hub does when a file is fetched by branch."""
     with contextlib.suppress(OSError), replacing(folder.parent.parent / "refs" / branch) as temporary:
         temporary.write_text(folder.name)
 

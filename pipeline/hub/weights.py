@@ -1,6 +1,6 @@
-"""The weight files of a checkpoint's folder: which there are, which are missing, and what tells their tensors apart.
+"""The weight files of a checkpoint's folder: which exist, which are missing, and a fingerprint of their tensors.
 
-Only the headers of safetensors files are read, and samples of the tensors; no weight is loaded.
+Only headers of safetensors files and samples of tensors are read; no weights are loaded.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pipeline.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED_INDEX, PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-SCHEME = "tensors-1:"  # how a fingerprint of `tensors_fingerprint` begins; those without it are of `file_fingerprints`
-SAMPLE_BYTES = 4096
-EARLIER_SAMPLE_BYTES = 1 << 20
-LONGEST_HEADER = 100 << 20  # bytes, the limit of the format
+SCHEME = "tensors-1:"  # prefix of a fingerprint by `tensors_fingerprint`; those of `file_fingerprints` have none
+SAMPLE_BYTES = 4096  # of a tensor's beginning, middle and end
+EARLIER_SAMPLE_BYTES = 1 << 20  # of a file's beginning and end, in `file_fingerprints`
+LONGEST_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Names of the weight files that a folder should have, and of those it has not."""
+    """Names of the weight files that a folder should have, and of those that are missing."""
 
     files: list[str]
     missing: list[str]
-    pickled: bool = False  # the files are PyTorch's .bin: converted once before they are loaded
+    pickled: bool = False  # the files are PyTorch's .bin, which are converted before they are loaded
 
     @property
     def whole(self) -> bool:
@@ -38,7 +38,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `start` and `end` are bytes of the file; `dtype` as the format spells it."""
+    """A tensor's place: bytes `start` to `end` of the file; `dtype` by its safetensors name, such as "BF16"."""
 
     file: Path
     dtype: str
@@ -48,9 +48,9 @@ class StoredTensor:
 
 
 def weights_of(folder: Path) -> Weights:
-    """Look at what a folder has: safetensors where there are any, else PyTorch's .bin files.
+    """The weight files of a folder: safetensors where there are any, else PyTorch's .bin files.
 
-    A checkpoint in several files lists them in its index; without an index it is one file.
+    A sharded checkpoint lists its files in an index; without an index there is one file.
     """
     for index, single, pickled in ((INDEX, SINGLE, False), (PICKLED_INDEX, PICKLED_SINGLE, True)):
         if (folder / index).is_file():
@@ -73,9 +73,9 @@ def _indexed(index: Path) -> list[str] | None:
 
 
 def tensors_of(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a folder's safetensors files by its name there.
+    """Return every tensor of a folder's safetensors files by its name.
 
-    Raises UserError when a file is missing, cut off or no safetensors file, or lacks a tensor that the index names.
+    Raises UserError when a file is missing, truncated or no safetensors file, or lacks a tensor that the index lists.
     """
     weights = weights_of(folder)
     if weights.missing or weights.pickled:
@@ -95,7 +95,7 @@ def tensors_of(folder: Path) -> dict[str, StoredTensor]:
 
 
 def lacking(folder: Path, missing: list[str]) -> str:
-    """The sentence for a folder without some of its weight files."""
+    """The error message for a folder that lacks some of its weight files."""
     listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     return f"The checkpoint in {folder} lacks weights ({listed}). Fetch or copy them there; nothing is loaded in part."
 
@@ -132,11 +132,11 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 
 
 def tensors_fingerprint(folder: Path) -> str:
-    """Fingerprint of a model: its config.json, and name, type, shape and samples of every tensor.
+    """Hash of a model: its config.json, and the name, type, shape and samples of every tensor.
 
-    Of each tensor the first, middle and last 4 KiB count, small ones whole: training, merging an update and quantising
-    change a tensor everywhere, and the samples of a 7B model are a few megabytes where the model is 14 gigabytes. How
-    tensors are spread over files does not count. Raises UserError where weights are missing or damaged.
+    Samples are the first, middle and last SAMPLE_BYTES of a tensor. They suffice because training, merging an update
+    and quantising change a tensor everywhere, and they are a few megabytes of a 7B model's 14 gigabytes. The hash does
+    not depend on how tensors are distributed over files. Raises UserError where weights are missing or damaged.
     """
     digest = hashlib.sha256(_settings(folder))
     files: dict[Path, int] = {}
@@ -154,7 +154,7 @@ def tensors_fingerprint(folder: Path) -> str:
 
 
 def _samples(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """(offset, bytes) of what is looked at of a tensor."""
+    """(offset, length) in bytes of the samples of a tensor; a small tensor is one sample."""
     size = tensor.end - tensor.start
     if size <= 3 * SAMPLE_BYTES:
         return [(tensor.start, size)]
@@ -163,10 +163,10 @@ def _samples(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 def file_fingerprints(folder: Path) -> list[str]:
-    """The fingerprints that runs from before `tensors_fingerprint` may have recorded for this folder.
+    """The fingerprints that runs made before `tensors_fingerprint` existed may have recorded for this folder.
 
-    They saw config.json and the first and last MiB of each file. Of weights that were fetched later, or were in .bin
-    files, they saw nothing: the last of these.
+    They covered config.json and the first and last MiB of each safetensors file. The last one covers no weights: it
+    was recorded where these were fetched later or were .bin files.
     """
     exact = {name for name in weights_of(folder).files if name.endswith(".safetensors")}
     every = {path.name for path in folder.glob("*.safetensors")}

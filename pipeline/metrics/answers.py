@@ -1,6 +1,6 @@
-"""The score of one predicted answer, in [0, 1]: what the metrics of named.py are made of.
+"""Scores of one predicted answer, in [0, 1]; pipeline/metrics/named.py makes the metrics from them.
 
-Every benchmark task has a metric of its name whose `compat` twin (pipeline/metrics/compat.py) scores as the published
+Each task of a benchmark has a metric of its name. Its counterpart in pipeline/metrics/compat.py scores as the published
 scripts do. Metrics of a whole test set, such as CIDEr, are in captions.py.
 """
 
@@ -28,16 +28,16 @@ def exact_ci(prediction: str, answer: str, meta: Meta) -> float:
 
 
 def contains(prediction: str, answer: str, meta: Meta) -> float:
-    """1 when one of the two texts contains the other; case counts, an empty text never does.
+    """1 when one of the two texts contains the other; case counts, and an empty text scores 0.
 
-    For CoIN's ImageNet, without its fault of counting empty outputs as right (docs/design.md 4.10, F3).
+    For CoIN's ImageNet, without the script's fault of scoring empty predictions as right (docs/design.md 4.10, F3).
     """
     found, wanted = prediction.strip(), answer.strip()
     return float(bool(found) and bool(wanted) and (found in wanted or wanted in found))
 
 
 def scienceqa(prediction: str, answer: str, meta: Meta) -> float:
-    """1 when the letter read from the prediction is the letter of the answer; no valid letter = 0.
+    """1 when the prediction chooses the letter of the answer; 0 when it chooses none.
 
     The answer is a letter, or one of the sample's `options` (also called `choices`), of which there may be fewer than
     five.
@@ -67,7 +67,7 @@ def anls(prediction: str, answer: str, meta: Meta) -> float:
 
 
 def references(answer: str, meta: Meta) -> list[str]:
-    """The true answers of a sample: `meta["answers"]` (texts, or `{"answer": text}`), without them its one answer."""
+    """The true answers of a sample: `meta["answers"]` (texts, or `{"answer": text}`), or its answer without them."""
     answers = meta.get("answers") or [answer]
     return [str(item["answer"] if isinstance(item, dict) else item) for item in answers]
 

@@ -1,4 +1,4 @@
-"""What a task scores without looking: a model that has learned to see is clearly above it."""
+"""A baseline that sees neither image nor question: the most frequent training answer, given to every test sample."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ def majority_score(
     scoring: str = "fixed",
     has_image: Sequence[bool] | None = None,
 ) -> float:
-    """Percent that the most frequent training answer scores as the answer to every test sample (ties: the first).
+    """The score in percent of the most frequent training answer as the answer to every test sample (ties: the first).
 
-    `has_image` says which test samples have an image; None where the samples themselves do.
+    Args:
+        training: training samples, read without images; of a large set MOST_READ, evenly spaced.
+        test: test samples.
+        metric: name of the task's metric.
+        scoring: `data.scoring` of the recipe.
+        has_image: which test samples have an image, where these were read without; None: the samples tell.
     """
     places = np.linspace(0, len(training) - 1, min(len(training), MOST_READ)).round().astype(int)
     counts = Counter(training.text(place).answer for place in places.tolist())

@@ -1,7 +1,7 @@
 """Scores of captions over a whole test set: BLEU, ROUGE-L and CIDEr as the COCO caption evaluation computes them.
 
-The numbers are those of the pycocoevalcap package. Its tokenizer, like METEOR, needs Java; the words here are split by
-the same conventions in a few lines, so that scores do not depend on what else a machine has.
+The scores are computed by the package pycocoevalcap. Its tokenizer needs Java, as METEOR does, so texts are split here
+by the same conventions (Penn Treebank); scores may differ slightly from those with the package's own tokenizer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pipeline.metrics.metric import Answered, Metric, TaskScore
 PACKAGE = "pycocoevalcap"
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 PARTS = (*BLEU, "rouge_l", "cider")
-METRICS = ("bleu_4", "rouge_l", "cider", "caption")  # their names, for messages
+METRICS = ("bleu_4", "rouge_l", "cider", "caption")  # names of these metrics in a recipe, for messages
 
-# Words as the Penn Treebank splits them, without punctuation; the first alternative that fits at a place wins.
+# Words as the Penn Treebank splits them, without punctuation; the first alternative that matches is taken.
 _WORDS = re.compile(
     r"""
     \d+(?:[.,:]\d+)+              # 1,000  3:30  5.50
@@ -36,7 +36,7 @@ _WORDS = re.compile(
 
 
 class Captions(Metric):
-    """The mean of some of `PARTS` over a test set; its parts are all six."""
+    """The mean of some of the measures in `PARTS` over a test set; the parts of its score are all six."""
 
     needs = (PACKAGE,)
 
@@ -71,10 +71,11 @@ def require() -> None:
 def caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return the score of the test set and of every caption by name, for each of `PARTS`.
+    """Return the score of the test set and those of its captions, for each measure in `PARTS` by name.
 
-    `references[i]` are the true captions of sample i, at least one. BLEU and ROUGE-L are in [0, 1], CIDEr in [0, 10]:
-    it weighs words by how few samples use them, so with a single sample it is 0. Raises UserError without the package.
+    `references[i]` are the true captions of sample i, at least one. BLEU and ROUGE-L are in [0, 1]. CIDEr is in
+    [0, 10]; it weights words by their inverse document frequency, so it is 0 for a single sample. Raises UserError
+    without the package.
     """
     require()
     from pycocoevalcap.bleu.bleu import Bleu

@@ -1,8 +1,8 @@
-"""What an accuracy matrix says about learning and forgetting (docs/design.md 6.2).
+"""Metrics of continual learning, computed from an accuracy matrix (docs/design.md 6.2).
 
-`A[t][i]` is the score on task i after stage t, in percent; entries with i > t are None (not learned yet). T columns and
-up to T rows: a run in progress lacks the last rows (or has them all None), joint training knows only the last row. A
-number that needs a missing entry is None, never a mean over the rest.
+`A[t][i]` is the score on task i after stage t, in percent; entries with i > t are None (not learned yet). A matrix has
+T columns and up to T rows: a run in progress lacks the last rows (or has None in them), and joint training has only
+the last row. A metric that needs a missing entry is None, never a mean over the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ from pipeline.errors import UserError
 Row = Sequence[float | None]
 Matrix = Sequence[Row]
 
-HIGHEST = 1000  # shares end at 100; CIDEr, published in percent of 1 too, ends at 10
-ROUNDING = 1e-6  # a mean of scores in percent may miss the ends of the range by a last bit
+HIGHEST = 1000  # percent; scores in [0, 1] reach 100, CIDEr, which is in [0, 10], reaches 1000
+ROUNDING = 1e-6  # tolerance at both ends of the range, for means of floats
 
 
 def square(accuracy: Matrix) -> list[list[float | None]]:
@@ -94,10 +94,10 @@ def backward_transfer(accuracy: Matrix) -> float | None:
 
 
 def retention_per_task(accuracy: Matrix) -> list[float | None]:
-    """Per task i, A[T][i] in percent of A[i][i]: what is left of the score right after its stage (100 = all of it).
+    """Per task i, the final score A[T][i] in percent of A[i][i], the score right after the task was learned.
 
-    A ratio beside the differences of `forgetting_coin`, so that tasks with small scores count like the others; None
-    for a task that scored 0 right after its stage.
+    A ratio, unlike the differences of `forgetting_coin`, so that tasks with low scores count as much as the others;
+    None for a task that scored 0 right after its stage.
     """
     matrix = square(accuracy)
     pairs = zip(_diagonal(matrix), matrix[-1], strict=True)
@@ -115,11 +115,11 @@ def immediate_gain(accuracy: Matrix, zero_shot: Row) -> float | None:
 
 
 def forward_transfer(zero_shot: Row, ahead: Row | None) -> float | None:
-    """Mean over i > 1 of A[i-1][i] - Z[i]: what earlier stages do for a task that is not learned yet.
+    """Mean over i > 1 of A[i-1][i] - Z[i]: the effect of earlier stages on a task that is not learned yet.
 
-    Lopez-Paz and Ranzato 2017 (GEM, eq. 4) with the frozen model's zero-shot score Z for their random one. The entries
-    just above the diagonal, `ahead[i]` = A[i-1][i], are measured with `evaluate.ahead`; None without them and for a
-    single task.
+    Lopez-Paz and Ranzato 2017 (GEM, eq. 4), with the frozen model's zero-shot score Z in place of their random
+    initialisation's. The entries just above the diagonal, `ahead[i]` = A[i-1][i], are measured with `evaluate.ahead`;
+    None without them and for a single task.
     """
     if ahead is None:
         return None
@@ -139,10 +139,10 @@ METRICS = {
 
 
 def summarise(accuracy: Matrix, zero_shot: Row | None = None, ahead: Row | None = None) -> dict[str, float | None]:
-    """Return every metric of this module by name; those that compare with zero-shot need its scores.
+    """Return every metric of this module by name, in percent; those that compare with zero-shot need its scores.
 
-    Shapes: accuracy [T, T], zero_shot [T], ahead [T] (see `forward_transfer`; its first entry is not used). Percent.
-    Raises UserError when a shape does not fit.
+    Shapes: accuracy [T, T], zero_shot [T], ahead [T] (see `forward_transfer`; its first entry is not used). Raises
+    UserError when the shapes do not match.
     """
     tasks = len(square(accuracy))
     summary = {name: metric(accuracy) for name, metric in METRICS.items()}
@@ -158,7 +158,7 @@ def summarise(accuracy: Matrix, zero_shot: Row | None = None, ahead: Row | None 
 
 
 def after_stage(accuracy: Matrix, stage: int) -> dict[str, float | None]:
-    """Return the metrics as they stood when `stage` (0-based) was the last one, for a chart over the stages."""
+    """Return the metrics with `stage` (0-based) as the last one, for a chart over the stages."""
     return summarise([row[: stage + 1] for row in square(accuracy)[: stage + 1]])
 
 

@@ -2,9 +2,8 @@
 
 import re
 
-# Correctly written contractions. The evaluator knows each of them with exactly one apostrophe forgotten
-# ("couldn't've" is known as "couldnt've" and "couldn'tve"), so the lookup table follows from this list.
-
+# Correctly written contractions. The evaluator's table maps each of them from every spelling with exactly one
+# apostrophe missing ("couldnt've" and "couldn'tve" for "couldn't've"), so the table is built from this list.
 _CONTRACTIONS = (
     "ain't",
     "aren't",
@@ -106,21 +105,21 @@ CONTRACTIONS = {
     for form in _CONTRACTIONS
     for place, letter in enumerate(form)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the evaluator has this pair the wrong way round; published scores include it
+} | {"somebody'd": "somebodyd"}  # reversed in the evaluator's table; published scores depend on it
 
 _COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED)}
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOP = re.compile(r"\.(?!\d)")
-# The evaluator passes a flag (re.UNICODE = 32) where the count belongs, so it strips no more than 32 full stops.
+# The evaluator passes a flag (re.UNICODE = 32) as the argument `count`, so it removes at most 32 full stops.
 FULL_STOP_LIMIT = 32
 
 
 def normalise(text: str) -> str:
-    """Return `text` as the EvalAI evaluator compares it.
+    """Return `text` normalised as the EvalAI evaluator compares it.
 
-    Lower case; punctuation, articles and most full stops gone; number words as digits; apostrophes restored.
+    Lower case; without punctuation, articles and most full stops; number words as digits; apostrophes restored.
     Source: TextVQA's M4C evaluator (docs/design.md 6.1), reproduced including its quirks.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()

@@ -1,4 +1,4 @@
-"""Multiple choice: which option's letter a text chooses."""
+"""Multiple choice: the letter of the option that a text chooses."""
 
 import re
 from typing import Any
@@ -22,19 +22,19 @@ def option_letter(text: str, letters: str = LETTERS) -> str | None:
 
 
 def first_letter(text: str, letters: str = LETTERS) -> str | None:
-    """As `option_letter` without the rule of the sentence, which CoIN's script does not have; white space counts."""
+    """`option_letter` without the rule "The answer is X", which CoIN's script lacks; outer white space is kept."""
     word = _SINGLE_CHARACTER.search(text)
     chosen = plain_letter(text) or (word.group(1).upper() if word else "")
     return chosen if chosen and chosen in letters else None
 
 
 def plain_letter(text: str) -> str | None:
-    """The letter of a text that is one, or starts with "X. "."""
+    """The letter of a text that consists of one or starts with "X. "; else None."""
     return text[0] if text[:1] and text[0] in LETTERS and (len(text) == 1 or text[1:3] == ". ") else None
 
 
 def choices(meta: dict[str, Any]) -> str:
-    """The letters a sample has choices for: as many as its `options` (or `choices`), five when it lists none."""
+    """The letters of a sample's choices: one for each of its `options` (or `choices`), five when it lists none."""
     return LETTERS[: len(_options(meta))] or LETTERS
 
 

@@ -1,4 +1,4 @@
-"""What a metric is: from the answers to a whole test set to its score; one per answer, or one of all together.
+"""Metrics: the score of a test set from its answers, as the mean over the answers or as one score of them all.
 
 A metric of another package is an instance of `PerAnswer`, `Corpus` or an own subclass of `Metric`, under a name of
 `pipeline.config.registry`.
@@ -19,7 +19,7 @@ AnswerScore = Callable[[str, str, Meta], float]  # of (prediction, answer, meta)
 
 @dataclass(frozen=True)
 class Answered:
-    """A test sample with what the model answered."""
+    """A model's answer to a test sample, beside the true one."""
 
     prediction: str
     answer: str
@@ -29,7 +29,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a test set scored: in percent, by part (percent), and for every sample (a share of 1)."""
+    """The score of a test set in percent, the scores of its parts in percent, and one per sample in [0, 1]."""
 
     percent: float
     parts: dict[str, float]
@@ -37,7 +37,7 @@ class TaskScore:
 
 
 class Metric:
-    """Scores the answers to a test set; `needs` are packages, by the names they are imported by, that it computes with.
+    """Scores the answers to a test set; `needs` are the import names of the packages that it requires.
 
     `check`, `prepare` and `run` call `require` before they start.
     """
@@ -53,16 +53,16 @@ class Metric:
     def score(self, answered: Sequence[Answered], scoring: str) -> TaskScore:
         """The score of a test set, which may be empty.
 
-        `scoring` is what `data.scoring` says: "fixed", or "compat" for the published scripts' way where it differs.
+        `scoring` is the recipe's `data.scoring`: "fixed", or "compat" for the scores of the published scripts.
         """
         raise NotImplementedError
 
 
 class PerAnswer(Metric):
-    """The mean of a score of each answer; `compat` is the published scripts' score where theirs is another one.
+    """The mean of the scores of single answers; `compat` scores one answer as the published scripts do, if different.
 
-    A test set that has samples with and without images has the parts `image` and `text` (ScienceQA's IMG accuracy,
-    docs/design.md 6.1). May stand as a decorator before the function that scores one answer.
+    A test set in which some samples have an image and others none has the parts `image` and `text` (ScienceQA's IMG
+    accuracy, docs/design.md 6.1). Can be used as a decorator of the function that scores one answer.
     """
 
     def __init__(self, one: AnswerScore, compat: AnswerScore | None = None, needs: Sequence[str] = ()) -> None:
@@ -89,7 +89,7 @@ class PerAnswer(Metric):
 
 
 class Corpus(Metric):
-    """A score of all answers together, for which `whole` gives the percent, its parts, and points of the samples."""
+    """A score of all answers together; `whole` returns it with its parts and with a score per sample."""
 
     def __init__(self, whole: Callable[[Sequence[Answered]], TaskScore], needs: Sequence[str] = ()) -> None:
         self.whole, self.needs = whole, needs
@@ -99,5 +99,5 @@ class Corpus(Metric):
 
 
 def percent(points: Sequence[float]) -> float:
-    """The mean of some points in percent; 0 where there are none."""
+    """The mean of scores in [0, 1], in percent; 0 where there are none."""
     return 100.0 * sum(points) / max(1, len(points))

@@ -1,6 +1,6 @@
-"""The sizes of the models that the shipped recipes name, so that memory can be planned before one is fetched.
+"""Sizes of the models that the shipped recipes name, so that a memory plan can be made before a model is fetched.
 
-Each file holds the numbers of one repository's config.json that a memory plan depends on, under its id.
+Each file is named by the id of a repository and holds those numbers of its config.json that a memory plan depends on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def known_settings(path: str) -> dict[str, Any] | None:
-    """Return what is known of the configuration of a repository on the Hub, None for all but a few."""
+    """Return the shipped part of a repository's configuration; None for a repository without one."""
     file = Path(__file__).parent / f"{path.replace('/', '--')}.json"
     return json.loads(file.read_text("utf-8")) if "/" in path and file.is_file() else None
 
 
 def known_config(path: str) -> Any:
-    """Return it as transformers' configuration; raises OSError when the repository is not among the known."""
+    """`known_settings` as a configuration of transformers; raises OSError for a repository without one."""
     from transformers import AutoConfig
 
     settings = known_settings(path)
