@@ -1,4 +1,4 @@
-"""Everything a benchmark recipe needs on disk: for each dataset the test images and the few shots of all seeds."""
+"""Prepares the data of a CLIP benchmark: for each dataset, the test images and the few-shot subsets of all seeds."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from pipeline.files.lock import lock_of, waiting_for
 
 
 def prepare_benchmark(recipe: ClipRecipe, progress: bool = True, replace: bool = False) -> dict[str, Any]:
-    """Prepare all datasets of a recipe; what is there and up to date is kept.
+    """Prepare all datasets of a recipe; splits that are up to date are kept.
 
-    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`).
-
-    Only the images that some seed draws are written of a training split. Returns `{"prepared": folder, "splits":
+    Splits that another recipe's settings or a run depends on are rewritten only with `replace` (see `data_prep.split`).
+    Of a training split only the images that some seed draws are written. Returns `{"prepared": folder, "splits":
     [{dataset, split, samples, fingerprint, wrote}], "skipped": [...]}`. Raises UserError for data that is missing, not
     as expected, or has too few images for the shots.
     """
@@ -51,7 +50,7 @@ def prepare_benchmark(recipe: ClipRecipe, progress: bool = True, replace: bool =
 def _prepare_dataset(
     recipe: ClipRecipe, entry: DatasetConfig, trained: bool, tolerance: Tolerance, bars: Progress, replace: bool
 ) -> list[dict[str, Any]]:
-    """Prepare one dataset, whose lock the caller holds; returns what `prepare_benchmark` says of its splits."""
+    """Prepare one dataset, whose lock the caller holds; returns the entries of `prepare_benchmark` for its splits."""
     data, root, description = recipe.data, Path(recipe.data.root), entry.description
     if not (root / description.folder).is_dir():
         raise UserError(missing(description, root)[0])
@@ -91,7 +90,7 @@ def _prepare_dataset(
 
 
 def _prepared_seeds(recipe: ClipRecipe, name: str) -> list[int]:
-    """Seeds that are prepared already and stay, so that two recipes do not take the data from each other."""
+    """Seeds whose subsets are prepared already; they are kept, because another recipe may use them."""
     try:
         found = ClassList.read(Path(recipe.data.prepared) / name)
     except UserError:
@@ -111,9 +110,9 @@ def _sampling(recipe: ClipRecipe) -> dict[str, Any]:
 
 
 def few_shot_rows(recipe: ClipRecipe, splits: Splits, name: str, also: Iterable[int] = ()) -> dict[int, list[int]]:
-    """The places in the training split of each seed's few shots, in the order in which they were drawn.
+    """By seed, the indices of its few-shot subset in the training split, in the order in which they were drawn.
 
-    Raises UserError naming the dataset when it has no training images, or a class has fewer than the shots.
+    Raises UserError that names the dataset when it has no training images, or a class has fewer than the shots.
     """
     if not splits.train:
         raise UserError(f"{name} has no training images; it can be a target, but not be trained on.")
@@ -146,7 +145,7 @@ def _write_classes(
     drawn: list[int],
     fingerprints: dict[str, str],
 ) -> None:
-    """Write which label each row of the shards has; rows that `skip_bad` left out are not counted."""
+    """Write the label of each row of the shards and the few-shot rows; without images that `skip_bad` left out."""
     order = {label: number for number, label in enumerate(sorted({i.label for part in _all(splits) for i in part}))}
     labels = {split: {image.path: order[image.label] for image in part} for split, part in parts.items()}
     rows = {
@@ -156,7 +155,7 @@ def _write_classes(
     place = {row: number for number, row in enumerate(drawn)}
     few = {str(seed): [place[row] for row in chosen] for seed, chosen in seeds.items()}
     if not seeds and _known_test(recipe, name) == fingerprints["test"]:
-        return  # another recipe trains on what is a target here: its few shots stay
+        return  # another recipe trains on this dataset, which is a target here: keep its few-shot subsets
     sampling = _sampling(recipe) if seeds else {}
     ClassList(splits.names(), rows.get("train", []), rows["test"], few, sampling, fingerprints).write(
         Path(recipe.data.prepared) / name

@@ -1,4 +1,4 @@
-"""Computes the CLIP keys of a prepared split: routing's view of every sample, once and for all.
+"""Computes the routing keys of a prepared split: CLIP vectors of each sample's image and question, once per split.
 
 `keys.safetensors` (float16, row i belongs to index row i) is for training, `keys.parquet` (with ids) for analysis.
 See docs/design.md 4.3 and 7.6.
@@ -30,10 +30,10 @@ from pipeline.files.atomic import replacing
 if TYPE_CHECKING:
     from pipeline.backbones.clip import KeyEncoder
 
-_PARTS = "keys-parts"
-PIXEL_BYTES = 1 << 30  # preprocessed images that wait for the CLIP; a batch of 64 of 336 x 336 pixels has 87 MB
-# In the keys' metadata: how they were computed, "float32" or "tf32". It tells a person and is no part of the identity:
-# keys of both precisions may be compared, for they differ by twice what rounding to float16 costs.
+_PARTS = "keys-parts"  # folder of the keys of single shards while a split's keys are computed
+PIXEL_BYTES = 1 << 30  # bound on preprocessed images in flight; a batch of 64 at 336 x 336 pixels has 87 MB
+# Metadata of the keys, for people: "float32" or "tf32". It is not part of the identity, because keys of both precisions
+# can be compared: they differ by about twice the error of rounding to float16.
 PRECISION = "precision"
 
 Tensors = dict[str, torch.Tensor]
@@ -50,11 +50,19 @@ def write_keys(
     progress: Callable[[int], None] = lambda samples: None,
     known_images: KnownImages | None = None,
 ) -> bool:
-    """Write the keys of one split unless they are there already; return whether they were computed.
+    """Write the keys of a split unless they exist; return whether they were computed.
 
-    `identity` is `key_identity` of the CLIP that `encoder` loads, which is called only when there is work. `workers`
-    threads decode and preprocess images. An interrupted run goes on at the first shard without keys. With one
-    `known_images` for several calls with the same CLIP, an image that several splits share is encoded once.
+    An interrupted call resumes at the first shard without keys.
+
+    Args:
+        folder: the prepared split.
+        identity: `key_identity` of the CLIP.
+        encoder: loads the CLIP; called only when keys are missing.
+        batch: images or texts per forward pass.
+        workers: threads that decode and preprocess images.
+        progress: called with the number of samples that were done since its last call.
+        known_images: keys of images encoded so far; pass the same one for several splits, so that an image in several
+            of them is encoded once.
     """
     known_images = {} if known_images is None else known_images
     shards = IndexedShards(folder)
@@ -82,12 +90,12 @@ def write_keys(
 
 
 def refuse_keys_of_another(folder: Path, identity: dict[str, str]) -> None:
-    """Raise UserError when a split has keys of another CLIP, or of other features of it: another recipe needs them."""
+    """Raise UserError when a split has keys of another CLIP or of its other features, which another recipe needs."""
     shards = IndexedShards(folder)
     try:
         found = shards.keys().identity
     except UserError:
-        return  # none, or damaged ones: nobody can use them
+        return  # no keys, or damaged ones that no recipe can use
     if all(found.get(name) == identity[name] for name in IDENTITY_FIELDS):
         return
     raise UserError(
@@ -106,9 +114,10 @@ def write_some_keys(
     numbers: Iterable[int],
     known_images: KnownImages | None = None,
 ) -> int:
-    """Compute the keys of the shards of these numbers that are not there yet and return how many shards that was.
+    """Compute the missing keys of the shards with these numbers and return for how many shards that was.
 
-    For several processes that share the work; `write_keys` then only has to put them together.
+    For several processes that share the work; `write_keys` then only merges the keys. Arguments are those of
+    `write_keys`; `numbers` are the shards of this process.
     """
     shards = IndexedShards(folder)
     if _up_to_date(shards, identity):
@@ -151,15 +160,15 @@ def _encode(
 ) -> Tensors:
     """Return the keys of one shard: image [n, K] and text [n, K] float16, has_image [n] uint8.
 
-    Visual question answering asks many questions about one image and one question of many images, so each distinct
-    image and each distinct question is encoded once.
+    Each distinct image and each distinct question is encoded once, because in visual question answering many samples
+    share an image or a question.
     """
     digests: list[bytes | None] = []
     questions: list[str] = []
     for row in rows:
         sample = shards[row]
         digests.append(None if sample.image is None else hashlib.sha256(sample.image).digest())
-        questions.append(sample.question)  # never the answer: a test sample has none
+        questions.append(sample.question)  # without the answer, which is unknown at inference
 
     def pixels(chunk: list[tuple[bytes, int]]) -> torch.Tensor:
         encoded = (shards[row].image for _, row in chunk)
@@ -195,7 +204,7 @@ def _chunks(items: list[Part], size: int) -> Iterable[list[Part]]:
 
 
 def _read_part(path: Path, metadata: dict[str, str], count: int) -> tuple[Tensors, str] | None:
-    """The keys of a part file of this dataset and CLIP, and their precision; None where there are no such."""
+    """The keys in a part file and their precision; None unless the file is of this dataset and CLIP."""
     try:
         with safe_open(path, framework="pt") as file:
             found = dict(file.metadata() or {})
@@ -220,7 +229,7 @@ def _write_table(path: Path, ids: Sequence[str], keys: Tensors, metadata: dict[s
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     columns["has_image"] = pa.array(keys["has_image"].numpy().astype(bool))
     with replacing(path) as temporary:
-        # Embeddings neither compress nor repeat.
+        # Without compression and dictionary: values of embeddings hardly repeat.
         pq.write_table(
             pa.table(columns).replace_schema_metadata(metadata), temporary, compression="none", use_dictionary=False
         )

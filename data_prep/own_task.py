@@ -1,4 +1,4 @@
-"""A task of one's own: a folder of images and a table of questions and answers become a task in CoIN layout."""
+"""A task from the user's own data: converts a folder of images and a table of questions and answers to CoIN layout."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pipeline.files.atomic import write_json
 from pipeline.metrics.scoring import metric_names
 
 COLUMNS = ("image", "question", "answer")
-LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of what the column may have been called
-SHOWN_FAULTS = 20
-FEWEST = 4  # samples that can be split
+LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of other names for the column `image`
+SHOWN_FAULTS = 20  # lines that an error message lists
+FEWEST = 4  # samples that are needed for two splits
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, checked; `image` is a path relative to the folder of images, None for none."""
+    """One checked line of the table; `image` is a path relative to the folder of images, None for no image."""
 
     line: int
     image: str | None
@@ -48,8 +48,18 @@ def make_task(
 ) -> dict[str, Any]:
     """Write `root`/instructions/`name`/{train,test,task}.json, copies of the images, and a sheet of ten samples.
 
-    `table` is CSV with a header or JSONL, with image, question and answer per line. Samples on one image stay in one
-    split. Raises UserError (UserErrors with one sentence per line) for what cannot be used; nothing is written then.
+    All samples of one image are in the same split. Raises UserError, or UserErrors with a message per line of the
+    table, for data that cannot be used; nothing is written then.
+
+    Args:
+        name: name of the task.
+        images: folder at which the table's image paths start.
+        table: CSV with a header, or JSONL; the fields are image, question and answer.
+        root: folder in CoIN layout that gets the task.
+        test_share: share of the samples for the test split.
+        metric: the task's metric.
+        max_new_tokens: longest answer in tokens.
+        seed: for the assignment of images to splits.
     """
     if metric not in metric_names():
         known = ", ".join(metric_names())
@@ -63,7 +73,7 @@ def make_task(
         raise UserError(
             f"--images: '{images}' is no folder; expected the folder that the table's image paths start at."
         )
-    require_extras("report")  # which draws the sheet, at the end
+    require_extras("report")  # matplotlib, for the sheet; raised before anything is written
     rows = _checked(images, table)
     test = _test_rows(rows, test_share, seed)
     splits = {"train": [row for row in rows if row not in test], "test": [row for row in rows if row in test]}
@@ -76,7 +86,7 @@ def make_task(
     for split, members in splits.items():
         write_json(target / f"{split}.json", [_entry(name, row, split) for row in members])
     write_json(target / TASK_FILE, {"name": name, "metric": metric, "max_new_tokens": max_new_tokens})
-    from data_prep.sheet import draw_sheet  # here: matplotlib, for which a wrong table need not wait
+    from data_prep.sheet import draw_sheet  # here: matplotlib, which is slow to import, only for a table that is right
 
     sheet = draw_sheet(
         [(images / row.image if row.image else None, row.question, row.answer) for row in _spread(rows, 10)],
@@ -96,7 +106,7 @@ def make_task(
 
 
 def _long_answers(test: list[Row], most: int) -> dict[str, str]:
-    """A sentence about test answers that surely have more tokens than `most`: a word is one at least."""
+    """A warning about test answers of more than `most` tokens, counted in words, as a word has at least one token."""
     words = [len(row.answer.split()) for row in test]
     over = sum(count > most for count in words)
     if not over:
@@ -110,7 +120,7 @@ def _long_answers(test: list[Row], most: int) -> dict[str, str]:
 
 
 def _checked(images: Path, table: Path) -> list[Row]:
-    """The rows of the table with their images decoded once; UserErrors naming every line that cannot be used."""
+    """The rows of the table, their images decoded as a check; UserErrors that name every line that cannot be used."""
     rows, faults = list[Row](), list[str]()
     known: dict[str, tuple[str, str]] = {}  # by the path in the table: the path in the folder, and the hash
     inside = images.resolve()
@@ -140,7 +150,7 @@ def _checked(images: Path, table: Path) -> list[Row]:
                     continue
                 why = None if path.is_file() else why_missing([images], image) or "does not exist. Put it there."
                 encoded = b"" if why else read_image(path)
-            except (OSError, ValueError) as error:  # too long a name, a null byte
+            except (OSError, ValueError) as error:  # the name is too long or has a null byte
                 why = f"cannot be read ({error}). Correct the path."
             except UnreadableError as error:
                 why = str(error)
@@ -185,7 +195,7 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
 
 
 def _text(value: Any) -> str:
-    """A field as text; an empty cell, which pandas writes as NaN, is empty. UserError for what is no single value."""
+    """A field as text; "" for an empty cell, which pandas writes as NaN. UserError for anything but one value."""
     if value is None or value != value:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -194,7 +204,7 @@ def _text(value: Any) -> str:
 
 
 def _require_image_field(where: str, found: list[str]) -> None:
-    """Raise UserError when there is no `image` but a field that is likely to be meant by it."""
+    """Raise UserError when there is no field `image` but one with a similar name."""
     if "image" in found:
         return
     for name in found:
@@ -206,7 +216,7 @@ def _require_image_field(where: str, found: list[str]) -> None:
 
 
 def _test_rows(rows: list[Row], share: float, seed: int) -> set[Row]:
-    """About `share` of the rows, all that show one image together: a test must not show what was trained on."""
+    """About `share` of the rows, drawn by images, so that no image is both in training and in test."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.content or f"text {row.question}", []).append(row)
@@ -215,7 +225,7 @@ def _test_rows(rows: list[Row], share: float, seed: int) -> set[Row]:
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     chosen: set[Row] = set()
-    for key in order[:-1]:  # something is left to train on
+    for key in order[:-1]:  # at least one image is left for training
         if chosen and len(chosen) >= share * len(rows):
             break
         chosen.update(groups[key])
@@ -233,6 +243,6 @@ def _entry(name: str, row: Row, split: str) -> dict[str, Any]:
 
 
 def _spread(rows: list[Row], count: int) -> Iterable[Row]:
-    """So many rows from all over the table."""
+    """`count` rows, evenly spaced over the table."""
     step = max(1, len(rows) // count)
     return rows[::step][:count]

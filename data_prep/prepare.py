@@ -1,4 +1,4 @@
-"""Everything a recipe needs on disk: for each task and split, source -> shards -> keys -> verified."""
+"""Prepares the data of a recipe: for each task and split, from the source to shards, CLIP keys and verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep.key_processes import keys_by_processes
 from data_prep.keys import KnownImages, refuse_keys_of_another, write_keys
 from data_prep.shards import discard
 from data_prep.sources.base import SourceSplit, source_class, source_split
-from data_prep.sources.image_states import remember, remembered_file, remembered_fingerprint
+from data_prep.sources.image_states import source_state_file, store_source_state, stored_fingerprint
 from data_prep.split import Place, Rewriting, prepare_split
 from data_prep.verify import is_verified, mark_verified, unmark, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
@@ -33,14 +33,17 @@ SPLITS = ("train", "test")
 
 
 def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: int = 1) -> dict[str, Any]:
-    """Prepare the data of a recipe; what is there and up to date is kept, what was interrupted is continued.
+    """Prepare the data of a recipe; splits that are up to date are kept, and an interrupted preparation resumes.
 
-    What another recipe's settings or a run depends on is rewritten with `replace` only (see `data_prep.split`). With
-    `gpus` over 1 so many processes compute the keys, each on a GPU of its own.
+    Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}], "skipped": [...]}`;
+    `wrote` names what was written, and `skipped` describes the bad records that `data.skip_bad` allowed to leave out.
+    Raises UserError for a source, CLIP or folder that is not as expected.
 
-    Returns `{"prepared": folder, "splits": [{task, split, samples, shards, fingerprint, wrote}], "skipped": [...]}`
-    where `wrote` names what was new and `skipped` the bad records that `data.skip_bad` let be left out, one sentence
-    each. Raises UserError for a source, CLIP or folder that is not as expected.
+    Args:
+        recipe: what to prepare.
+        progress: whether progress bars are shown.
+        replace: rewrite splits that another recipe's settings or a run depends on too (see `data_prep.split`).
+        gpus: number of processes that compute the keys, each on its own GPU.
     """
     require_metrics([task.metric for task in recipe.data.tasks])
     identity = key_identity(*recipe.keys.source)
@@ -70,7 +73,7 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
 
 @dataclass
 class Clip:
-    """The frozen CLIP of a preparation, loaded when there is work for it, and the keys of images it has seen."""
+    """The frozen CLIP of a preparation, loaded when it is first needed, and the keys of images that it has encoded."""
 
     recipe: Recipe
     identity: dict[str, str]
@@ -79,7 +82,7 @@ class Clip:
     known_images: KnownImages = field(default_factory=dict)
 
     def write_keys(self, folder: Path, progress: Callable[[int], None]) -> bool:
-        """Write the keys of a split unless they are there; UserError for keys of another CLIP, which a recipe has."""
+        """Write the keys of a split unless they exist; UserError for keys of another recipe's CLIP."""
         if not self.rewriting.replace:
             refuse_keys_of_another(folder, self.identity)
         batch, workers = self.recipe.keys.batch, self.recipe.data.workers
@@ -110,13 +113,13 @@ def _prepare_split(
         if wrote or not is_verified(folder, description["fingerprint"], clip.identity):
             bars.update(bar, description=f"{name}: verify")
             _verify(folder, description["fingerprint"], clip.identity)
-        _remember(folder, source, description)
+        _store_source_state(folder, source, description)
     bars.update(bar, description=f"{name}: {'ready' if wrote else 'up to date'}")
     return _result(description, wrote)
 
 
 def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
-    """The shards of all splits, so that several processes can share the keys; what follows finds them up to date."""
+    """Write the shards of all splits before several processes compute their keys."""
     tolerance = Tolerance(recipe.data.skip_bad)
     with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
@@ -134,7 +137,7 @@ def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
 def _ready(
     source: SourceSplit, settings: Mapping[str, Any], place: Place, identity: dict[str, str]
 ) -> dict[str, Any] | None:
-    """dataset.json of a split that is whole, verified, and made from this source by these settings, else None."""
+    """dataset.json of a split that is complete, verified, and made from this source with these settings; else None."""
     folder, made = place.folder, source.origin(settings)
     try:
         description = read_description(folder)
@@ -145,7 +148,7 @@ def _ready(
         return None
     same = description["source_fingerprint"] == made.fingerprint
     whole = is_verified(folder, description["fingerprint"], identity) and (folder / KEYS_TABLE).is_file()
-    return description if same and whole and remembered_file(folder).is_file() else None
+    return description if same and whole and source_state_file(folder).is_file() else None
 
 
 def _left_out_again(description: dict[str, Any], tolerance: Tolerance) -> dict[str, Any]:
@@ -165,11 +168,11 @@ def _result(description: dict[str, Any], wrote: list[str]) -> dict[str, Any]:
     }
 
 
-def _remember(folder: Path, source: SourceSplit, description: dict[str, Any]) -> None:
-    """Keep the state of the source's images where it is not kept yet."""
+def _store_source_state(folder: Path, source: SourceSplit, description: dict[str, Any]) -> None:
+    """Store the state of the source's files and images unless it is stored already."""
     fingerprint = description["source_fingerprint"]
-    if remembered_fingerprint(folder, source.root, source.text_names) != fingerprint:
-        remember(folder, fingerprint, description[SOURCE_FILES], source.images)
+    if stored_fingerprint(folder, source.root, source.text_names) != fingerprint:
+        store_source_state(folder, fingerprint, description[SOURCE_FILES], source.images)
 
 
 def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:
@@ -177,12 +180,12 @@ def _verify(folder: Path, fingerprint: str, identity: dict[str, str]) -> None:
     try:
         verify_split(folder, identity)
     except UserError:
-        discard(folder)  # the next call writes it anew, as the error says
+        discard(folder)  # so that the next call writes the split again, as the error message says
         raise
     mark_verified(folder, fingerprint, identity)
 
 
 def progress_bars(enabled: bool) -> Progress:
-    """The bars of a preparation on the terminal."""
+    """The progress bars of a preparation."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(TextColumn("{task.description}"), *columns, disable=not enabled)

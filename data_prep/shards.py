@@ -1,8 +1,8 @@
 """Writes samples as WebDataset tars with an index; the format is described in `pipeline.data.shards`.
 
-The same source gives byte-identical shards: no times, users or machine names go in. Every file appears whole (temporary
-file, then rename); dataset.json comes last, so a folder without it is not prepared. An interrupted write goes on at
-the first shard that was not finished.
+The same source gives byte-identical shards, which hold no times, users or machine names. Every file is written
+atomically and dataset.json last, so a folder without it is not prepared. An interrupted write resumes at the first
+unfinished shard.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256
 
 Row = dict[str, Any]
-# Yields the records of a source from the n-th on: a resumed write does not read what it has written.
+# Yields the records of a source from the n-th on, so that a resumed write does not read the finished ones.
 ReadFrom = Callable[[int], Iterable[Sample | BadRecord]]
 
 # File name extensions where they differ from the format's name in lower case.
@@ -57,12 +57,23 @@ def write_shards(
     progress: Callable[[int], None] = lambda samples: None,
     tolerance: Tolerance | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Write one split's shards, index and dataset.json unless they are up to date; return dataset.json's content and
-    whether anything was written.
+    """Write a split's shards, index and dataset.json unless they are up to date.
 
-    `progress` is called with the number of samples done since its last call. Bad records are left out and listed in
-    dataset.json as far as `tolerance` allows, also those that an earlier call left out. Raises UserError for one bad
-    record too many and for an empty source.
+    Bad records are left out and listed in dataset.json; those that an earlier call left out count towards `tolerance`
+    too. Raises UserError for more bad records than that and for an empty source.
+
+    Args:
+        read_from: yields the source's records from a given one on.
+        folder: where the split is written.
+        shard_samples: samples per shard.
+        source_fingerprint: recorded in dataset.json; shards of another source are written again.
+        task: name of the task.
+        split: train or test.
+        progress: called with the number of samples that were done since its last call.
+        tolerance: limit on bad records; None: none may be left out.
+
+    Returns:
+        The content of dataset.json, and whether anything was written.
     """
     tolerance = tolerance or Tolerance(0)
     made_from = {"source_fingerprint": source_fingerprint, "shard_samples": shard_samples, "format": FORMAT_VERSION}
@@ -96,10 +107,10 @@ def write_shards(
 def write_some_shards(
     read_from: ReadFrom, folder: Path, shard_samples: int, source_fingerprint: str, numbers: Iterable[int]
 ) -> int:
-    """Write the shards of these numbers that are not there yet and return how many were written.
+    """Write the missing shards of these numbers and return how many were written.
 
-    For several processes that share the work; `write_shards` then only has to put index and dataset.json beside them.
-    Raises UserError for a bad record: leaving one out would move all samples behind it, which others are writing.
+    For several processes that share the work; `write_shards` then only adds the index and dataset.json. Raises
+    UserError for a bad record: leaving one out would shift all later samples, which other processes are writing.
     """
     made_from = {"source_fingerprint": source_fingerprint, "shard_samples": shard_samples, "format": FORMAT_VERSION}
     if prepared(folder, made_from) is not None:
@@ -145,7 +156,7 @@ def _skip(records: list[dict[str, str]], tolerance: Tolerance) -> None:
 
 
 def prepared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """Return dataset.json of a split that is whole and was made from this source, else None."""
+    """Return dataset.json of a split that is complete and was made from this source, else None."""
     try:
         description = read_description(folder)
         if any(description.get(name) != value for name, value in made_from.items()):
@@ -158,7 +169,7 @@ def prepared(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def discard(folder: Path) -> None:
-    """Make a split count as not prepared, so that the next `write_shards` and `write_keys` start anew."""
+    """Remove a split's files, so that the next `write_shards` and `write_keys` write all of them again."""
     for name in (DATASET_FILE, INDEX_FILE, KEYS_FILE, KEYS_TABLE):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("shard-*"):
@@ -182,7 +193,7 @@ def _write_shard(
             wds.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar,
         ):
             for position, sample in enumerate(samples, start=first):
-                key = f"{position:08d}"  # WebDataset cuts names at the first dot, so ids cannot be keys
+                key = f"{position:08d}"  # not the id, as WebDataset splits member names at the first dot
                 picture, plain = _picture(sample)
                 changed += not plain
                 record = {"__key__": key, "json": sample.to_json()}
@@ -204,7 +215,7 @@ def _write_shard(
 
 
 def _picture(sample: Sample) -> tuple[Row, bool]:
-    """What the index says of a sample's picture, and whether that is used as it is stored."""
+    """The index's columns about a sample's image, and whether the image is used as it is stored (see `is_plain`)."""
     if sample.image is None:
         return {"image_format": None, "width": None, "height": None}, True
     try:
@@ -254,15 +265,16 @@ def _finish(folder: Path, parts: list[Row], description: dict[str, Any]) -> dict
     _write_json(folder / DATASET_FILE, description)
     kept = {shard["name"] for shard in shards}
     for path in folder.glob("shard-*"):
-        if path.name not in kept:  # part files, temporary files of a killed write, shards of a longer source
+        if path.name not in kept:  # part files, temporary files of a killed write, shards of an earlier, longer source
             path.unlink()
     return description
 
 
 def dataset_fingerprint(shards: list[dict[str, Any]], changed: int = 0) -> str:
-    """Return the hash over the shards' hashes that names a split's content.
+    """Return the hash over the shards' hashes that identifies a split's content.
 
-    With `changed` pictures, which are not used as they are stored, it is another one than earlier versions gave.
+    `changed` is the number of images that are not used as they are stored (see `stored_pictures`); with some, the hash
+    differs from that of versions which used them as stored.
     """
     lines = [f"format {FORMAT_VERSION}", *(shard["sha256"] for shard in shards)]
     lines += [UPRIGHT] if changed else []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from data_prep.keys import KnownImages, write_some_keys
 from data_prep.shards import write_shards, write_some_shards
 from data_prep.sources.base import SourceSplit, source_class, source_split
-from data_prep.sources.image_states import remember, remembered_fingerprint
+from data_prep.sources.image_states import store_source_state, stored_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.data.shards import read_description
 from pipeline.errors import UserError
@@ -67,14 +67,14 @@ def _fingerprint(source: SourceSplit, folder: Path) -> str:
 
     A later change of an image is found by the final `prepare`, which calls stat() for all of them again.
     """
-    known = remembered_fingerprint(folder, source.root, source.text_names)
+    known = stored_fingerprint(folder, source.root, source.text_names)
     if known is not None:
         return known
     with waiting_for(lock_of(folder), f"the fingerprint of {source.task}/{source.split}"):
-        known = remembered_fingerprint(folder, source.root, source.text_names)
+        known = stored_fingerprint(folder, source.root, source.text_names)
         if known is None:
             known = source.fingerprint()
-            remember(folder, known, source.file_states(), source.images)
+            store_source_state(folder, known, source.file_states(), source.images)
     return known
 
 

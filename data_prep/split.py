@@ -1,8 +1,8 @@
-"""One prepared split and its source: whether it is up to date, what may be rewritten, and rewriting without a loss.
+"""Prepares one split from its source: decides whether it is up to date or may be rewritten, and replaces it atomically.
 
-A split that is there is only rewritten when its samples would change, when it was made by the same settings, and when
-no run uses it; `--replace` allows it in the other cases. The new split is written beside the old one and takes its
-place when it is whole, so a call that fails or is stopped leaves what there was.
+An existing split is rewritten only when its samples would change, it was made with the same settings, and no run uses
+it; `--replace` allows the other cases. The new split is written beside the old one and renamed into its place when it
+is complete, so a call that fails or is interrupted leaves the old one.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import remove_folder, replacing, sweep_temporaries
 from pipeline.runs.data_use import dependants, named
 
-NEXT, LAST = ".next", ".last"  # beside a split: its successor while that is written, itself while they change places
+NEXT, LAST = ".next", ".last"  # suffixes beside a split: the new one while it is written, the old one during the swap
 REPLACE = "run `python -m pipeline prepare RECIPE --replace`"
 
 
 class Source(Protocol):
-    """What a split is read from."""
+    """The source of a split."""
 
     def records(self, start: int = 0, workers: int = 1) -> Iterable[Sample | BadRecord]:
         """The records from the `start`-th on."""
         ...
 
     def origin(self, settings: Mapping[str, Any]) -> Origin:
-        """What dataset.json keeps of this source, read with these settings."""
+        """The entries about this source in dataset.json, read with these settings."""
         ...
 
     def with_limit(self, limit: int | None) -> Source:
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a split goes, and how it is written there."""
+    """The folder of a split and how it is written."""
 
     folder: Path
     task: str
@@ -55,7 +55,7 @@ class Place:
 
 
 class NotRewritten(UserError):
-    """A split that is there holds something else and stays; `found` is the message without what a recipe can do."""
+    """An existing split holds other data and is kept; `found` is the error message without the advice."""
 
     def __init__(self, found: str, remedy: str) -> None:
         super().__init__(f"{found} {remedy}")
@@ -64,14 +64,14 @@ class NotRewritten(UserError):
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What may become of a split that is there and holds something else."""
+    """Whether an existing split that holds other data may be rewritten."""
 
     replace: bool = False  # --replace
-    runs: Path = Path("runs")  # where runs are looked for that use it
-    may_grow: bool = False  # other rows may join those that are there
+    runs: Path = Path("runs")  # folder of the runs that may use it
+    may_grow: bool = False  # whether samples may be added to a split that runs use
 
     def refuse_settings(self, folder: Path, description: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Raise UserError when a split was made by other settings, which another recipe has."""
+        """Raise UserError when a split was made with other settings, as another recipe has them."""
         clause = other_settings(description, wanted)
         if clause is None and description.get(SETTINGS, wanted).get(LIMIT) != wanted.get(LIMIT):
             clause = "holds more records than the recipe's limit, and its source has changed"
@@ -79,12 +79,12 @@ class Rewriting:
             raise NotRewritten(f"{folder} {clause}.", REMEDY)
 
     def refuse_runs(self, folder: Path) -> None:
-        """Raise UserError naming the runs that use a split as it is."""
+        """Raise UserError that names the runs which use the existing split."""
         used = [] if self.replace else dependants(folder, self.runs)
         if used:
             raise NotRewritten(
                 f"The source of {folder} has changed, and {named(used)} used what was prepared from it: those runs "
-                "could not go on or be evaluated.",
+                "could not be resumed or evaluated.",
                 f"To rewrite it all the same, {REPLACE}; to keep both, set data.prepared to a new folder.",
             )
 
@@ -97,14 +97,22 @@ def prepare_split(
     rewriting: Rewriting = Rewriting(),
     progress: Callable[[int], None] = lambda samples: None,
 ) -> tuple[dict[str, Any], bool]:
-    """Make the shards of a split what its source says; return dataset.json and whether any shard was written.
+    """Bring the shards of a split up to date with its source; return dataset.json and whether any shard was written.
 
-    What holds more than the recipe's limit is kept: a run uses the first samples only. The caller holds the split's
-    lock. Raises UserError for what must not be rewritten, and as `write_shards` does.
+    A split with more samples than the recipe's limit is kept, because a run uses only the first ones. The caller holds
+    the split's lock. Raises UserError for a split that must not be rewritten, and as `write_shards` does.
+
+    Args:
+        source: the split's source.
+        settings: the recipe's settings that the split depends on.
+        place: folder of the split and how it is written.
+        tolerance: limit on bad records.
+        rewriting: whether an existing split may be rewritten.
+        progress: called with the number of samples that were done since its last call.
     """
     folder = place.folder
     _finish_swap(folder)
-    for swept in (folder, folder.parent):  # what stands beside a split belongs to it too
+    for swept in (folder, folder.parent):  # files beside a split belong to it too
         sweep_temporaries(swept)
     origin, target = source.origin(settings), folder
     there = _description(folder)
@@ -138,10 +146,10 @@ def prepare_split(
 def _kept(
     source: Source, settings: Mapping[str, Any], origin: Origin, place: Place, there: Mapping[str, Any]
 ) -> Origin | None:
-    """What the split that is there was made from, where it is whole and holds what is wanted; None where it does not.
+    """The origin of an existing split that is complete and holds the wanted samples; None where it does not.
 
-    Settings decide first, then the source's fingerprint with the recipe's limit or the larger one of the split, and
-    where that is another (files were copied or written anew) the samples themselves.
+    Settings are compared first, then the fingerprint of the source with the recipe's limit or the split's larger one.
+    Where fingerprints differ, because files were copied or written again, the samples themselves are compared.
     """
     if other_settings(there, settings) is not None or not _is_whole(place.folder):
         return None
@@ -157,7 +165,7 @@ def _kept(
 
 
 def _larger_limits(there: Mapping[str, Any], wanted: int | None) -> list[int | None]:
-    """Limits with which a split may have been made that hold more than `wanted`."""
+    """Limits above `wanted` with which a split may have been made."""
     if wanted is None:
         return []
     taken = there["count"] + len(there.get("skipped", []))
@@ -184,7 +192,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _finish_swap(folder: Path) -> None:
-    """Give a whole successor the folder's name, also where a killed call left off, and remove what it succeeds."""
+    """Rename a complete new split to `folder` and remove the old one; also completes the swap of a killed call."""
     following, last = folder.with_name(folder.name + NEXT), folder.with_name(folder.name + LAST)
     if not folder.exists():
         if (following / DATASET_FILE).is_file():
@@ -192,7 +200,7 @@ def _finish_swap(folder: Path) -> None:
         elif last.exists():
             last.rename(folder)
     if folder.exists() and last.exists():
-        remove_folder(last)  # its name is free then, also where somebody has a shard open over NFS
+        remove_folder(last)  # frees the name even where a process has a shard open over NFS
 
 
 def _description(folder: Path) -> dict[str, Any] | None:
@@ -203,7 +211,7 @@ def _description(folder: Path) -> dict[str, Any] | None:
 
 
 def _same_samples(source: Source, place: Place) -> bool:
-    """Whether a split holds what its source would give now: reads both up to the first difference."""
+    """Whether a split holds the samples of its source; reads both up to the first difference."""
     try:
         shards, row = IndexedShards(place.folder), 0
         skipped = iter(shards.description.get("skipped", []))
@@ -216,12 +224,12 @@ def _same_samples(source: Source, place: Place) -> bool:
             else:
                 row += 1
         return row == len(shards) and next(skipped, None) is None
-    except UserError:  # damaged: it is mended by writing it anew
+    except UserError:  # a damaged split is written again
         return False
 
 
 def _grows(source: Source, folder: Path) -> bool:
-    """Whether all samples of a split are among its source's images still."""
+    """Whether all samples of a split are still among its source's images, so that rewriting only adds samples."""
     try:
         ids = set(map(str, IndexedShards(folder).ids))
     except UserError:
@@ -230,7 +238,7 @@ def _grows(source: Source, folder: Path) -> bool:
 
 
 def _describe(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Put facts into a split's dataset.json."""
+    """Update fields of a split's dataset.json."""
     description = read_description(folder)
     if any(description.get(name) != value for name, value in facts.items()):
         with replacing(folder / DATASET_FILE) as temporary:

@@ -1,6 +1,6 @@
-"""Where the data of known benchmarks is to be had: what `check` tells somebody who does not have it yet.
+"""Download locations of known benchmarks, which `check` shows where their data is missing.
 
-Addresses as the benchmarks' own pages give them (README files of CoIN and of HiDe-LLaVA, which introduced UCIT).
+The addresses are those on the benchmarks' own pages (README files of CoIN and of HiDe-LLaVA, which introduced UCIT).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A benchmark in CoIN layout: the data set on the Hugging Face Hub with its instructions, and its images."""
+class BenchmarkDownload:
+    """Download locations of a benchmark in CoIN layout: its instructions on the Hugging Face Hub, and its images."""
 
     name: str
     repository: str
-    folder: str  # of the instruction files in the repository; "" for its top
-    images: dict[str, str]  # by task
+    folder: str  # folder of the instruction files in the repository; "" for its root
+    images: dict[str, str]  # location of the images by task
 
 
-COIN = Benchmark(
+COIN = BenchmarkDownload(
     name="CoIN",
     repository="Zacks-Chen/CoIN",
     folder="Instructions_Original",
@@ -35,7 +35,7 @@ COIN = Benchmark(
         "OCRVQA": "https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_",
     },
 )
-UCIT = Benchmark(
+UCIT = BenchmarkDownload(
     name="UCIT",
     repository="HaiyangGuo/UCIT",
     folder="",
@@ -50,19 +50,19 @@ UCIT = Benchmark(
 )
 
 
-def benchmark_of(tasks: Iterable[str]) -> Benchmark | None:
-    """Return the benchmark that all these tasks belong to, None when there is no such one."""
+def benchmark_of(tasks: Iterable[str]) -> BenchmarkDownload | None:
+    """Return the known benchmark that has all these tasks; None where there is none."""
     wanted = {plain_name(task) for task in tasks}
     return next((found for found in (COIN, UCIT) if wanted <= {plain_name(task) for task in found.images}), None)
 
 
-def images_of(benchmark: Benchmark | None, task: str) -> str | None:
-    """Return where the images of a task are, None when that is not known."""
+def images_of(benchmark: BenchmarkDownload | None, task: str) -> str | None:
+    """Return the location of a task's images; None where it is unknown."""
     by_plain_name = {plain_name(name): source for name, source in (benchmark.images if benchmark else {}).items()}
     return by_plain_name.get(plain_name(task))
 
 
 def plain_name(task: str) -> str:
-    """A task's name as all its spellings have it."""
+    """A task's name without case, punctuation and the suffix "caption" or "cap", the same for all its spellings."""
     # OCRVQA, OCR-VQA and ocr_vqa are one task, and so are VizWiz and VizWiz-caption, Flickr30k and Flickr30k-cap.
     return "".join(filter(str.isalnum, task)).lower().removesuffix("caption").removesuffix("cap")

@@ -1,8 +1,8 @@
-"""Further answers to test questions, from the files that the benchmarks' own scripts score with.
+"""Further answers to test questions, read from the annotation files that the benchmarks' own scripts score with.
 
-Read are: TextVQA (`data`: question_id, answers), VQAv2 (`annotations`: question_id, answers), VizWiz (a list of image,
-answers), COCO captions (`annotations`: image_id, caption; `images`: id, file_name), and mappings from a question's id
-to its answer, such as ScienceQA's problems (choices, number of the right one) and GQA's questions.
+Supported are TextVQA (`data`: question_id, answers), VQAv2 (`annotations`: question_id, answers), VizWiz (a list of
+image, answers), COCO captions (`annotations`: image_id, caption; `images`: id, file_name), and mappings from a
+question's id to its answer, such as ScienceQA's problems (choices, index of the right one) and GQA's questions.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pipeline.metrics.letters import LETTERS
 
 @dataclass
 class Annotation:
-    """What is known of one question besides its record."""
+    """The annotation of one question: its answer, the annotators' answers, and its options."""
 
     answer: str | None = None
     answers: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
 
     def meta(self) -> dict[str, Any]:
-        """What a sample's meta gets."""
+        """The fields for a sample's `meta`."""
         return {name: value for name in ("answers", "options") if (value := getattr(self, name))}
 
     def best_answer(self) -> str | None:
-        """The answer, else the one that most annotators gave, the earliest of equals."""
+        """The answer, else the annotators' most frequent one (ties: the first)."""
         return self.answer or max(self.answers, key=self.answers.count, default=None)
 
 
@@ -42,18 +42,18 @@ class Annotations:
         self._by_key = by_key
 
     def find(self, id_: str, image: str | None) -> Annotation | None:
-        """Return what is known of a question."""
+        """Return the annotation of a question, None where there is none."""
         return self._by_key.get(id_) or self._by_key.get(PurePosixPath(image or "").name)
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Return the annotations of a file in one of the forms of this module; raises UserError for any other."""
+    """Return the annotations of a file in one of this module's formats; raises UserError for any other."""
     try:
         content = json.loads(read_text(path))
         by_key: dict[str, Annotation] = {}
         for key, annotation in _items(content):
             known = by_key.setdefault(key, annotation)
-            if known is not annotation:  # one entry per caption
+            if known is not annotation:  # COCO has one entry per caption
                 known.answers += annotation.answers
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(

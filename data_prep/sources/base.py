@@ -1,7 +1,7 @@
-"""What a data format is: where a task's files are under a root, and what records they hold.
+"""The base class of data formats. A format knows where a task's files are under a root and how to read their records.
 
-Everything else - ids that repeat, images that are missing or damaged, limits, fingerprints, what `check` and `prepare`
-need of a source - is the same for every format and is here.
+What is the same for every format is here: repeated ids, missing or damaged images, limits, fingerprints, and what
+`check` and `prepare` ask of a source.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 
 class UnusableError(PipelineError):
-    """Says of one record why it cannot be used."""
+    """A record cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record, checked, its image not yet read.
+    """One checked record, whose image has not been read yet.
 
     Args:
-        file: the file that it stands in, for messages.
-        record: where in that file, such as "line 3", for messages.
-        id: names the sample in predictions; every id once in a split.
-        image: path of its image relative to the root, or to one of `image_folders`; None for a question without one.
+        file: the file of the record, for messages.
+        record: its place in the file, such as "line 3", for messages.
+        id: names the sample in predictions; unique in a split.
+        image: path of the image relative to the root or to one of `image_folders`; None for a question without one.
         question: without a tag for the image.
         answer: the true answer, not empty.
-        meta: what else the metric reads, such as `answers` of several annotators; goes into JSON.
+        meta: further fields for the metric, such as `answers` of several annotators; must be JSON values.
     """
 
     file: str
@@ -57,7 +57,7 @@ class Entry:
     meta: dict[str, Any]
 
     def bad(self, reason: object) -> BadRecord:
-        """This entry as one that cannot be used."""
+        """A BadRecord for this entry."""
         return BadRecord(self.file, self.record, str(reason))
 
 
@@ -65,9 +65,9 @@ class Entry:
 class SourceSplit:
     """One split of one task, as the fields of a recipe name it; a subclass is a data format.
 
-    A format answers three questions: `task_folder`, `text_files` and `entries`. `limit` cuts after so many records;
-    `files` are `train_files` or `test_files` of the task, `annotations` its field of that name; a format that has no
-    use for them raises UserError where they are given.
+    A format implements `task_folder`, `text_files` and `entries`. `limit` is the number of records that are used;
+    `files` are the task's `train_files` or `test_files`, `annotations` its field of that name. A format that does not
+    support them raises UserError where they are given.
     """
 
     root: Path
@@ -78,16 +78,16 @@ class SourceSplit:
     annotations: str | None = None
     number_repeated: bool = False
 
-    # Folders below the root at which the image paths of entries may start; the first that has the file counts.
+    # Folders below the root at which the image paths of entries may start; the first one that has the file is used.
     image_folders: ClassVar[tuple[str, ...]] = ("",)
-    # Whether `draw` makes the files by a seed, so that nobody else changes them.
+    # Whether `draw` generates the files from a seed, so that users do not change them.
     drawn: ClassVar[bool] = False
-    # Raised when a change of `entries` gives other samples for the same files: what was prepared before is stale then.
+    # Increase it when a change of `entries` gives other samples for the same files; prepared splits are then stale.
     version: ClassVar[int] = 0
 
     @classmethod
     def task_folder(cls, root: Path, task: str) -> Path:
-        """The folder of a task's text files, where task.json may say how the task is scored; it need not exist."""
+        """The folder of a task's text files, which may hold a task.json with its metric; it need not exist."""
         raise NotImplementedError
 
     @cached_property
@@ -96,23 +96,23 @@ class SourceSplit:
         raise NotImplementedError
 
     def entries(self) -> Iterable[Entry | BadRecord]:
-        """Every record of `text_files` in order, also those that cannot be used; the limit is not applied here.
+        """Every record of `text_files` in order, also unusable ones; without the limit.
 
-        Raises UserError for a file that cannot be used at all.
+        Raises UserError for a file that cannot be read.
         """
         raise NotImplementedError
 
     @classmethod
     def draw(cls, data: DataConfig) -> None:
-        """Make the files under the root where the format is drawn; called before a recipe's splits are prepared."""
+        """Generate the files under the root, where the format is drawn; called before the splits are prepared."""
 
     @classmethod
     def require_drawn(cls, data: DataConfig) -> None:
-        """Raise UserError where `draw` has still to be called, which one process does."""
+        """Raise UserError where `draw` has not been called yet; processes that share the work must not call it."""
 
     @classmethod
     def missing(cls, data: DataConfig, tasks: Sequence[TaskConfig]) -> list[str]:
-        """What `check` says of tasks that are not prepared: sentences about those whose folder is not there."""
+        """The messages of `check` about unprepared tasks whose folder does not exist."""
         absent = [task.name for task in tasks if not cls.task_folder(Path(data.root), task.name).is_dir()]
         folders = ", ".join(str(cls.task_folder(Path(data.root), name)) for name in absent)
         advice = f"the data format {data.source} expects them there. Put them there, or set data.root."
@@ -120,23 +120,23 @@ class SourceSplit:
 
     @classmethod
     def fetching(cls, data: DataConfig, task: str) -> str | None:
-        """A sentence saying where a task's images are to be had, told where the task cannot be read; None: unknown."""
+        """A sentence with the address of a task's images, shown where the task cannot be read; None: unknown."""
         return None
 
     def records(self, start: int = 0, workers: int = 1) -> Iterator[Sample | BadRecord]:
-        """Yield every record from the `start`-th on, as a sample or as what is wrong with it.
+        """Yield every record from the `start`-th on, as a Sample or a BadRecord.
 
         `workers` threads read the images and check that each can be decoded. Raises UserError for a missing or
-        damaged file.
+        damaged text file.
         """
         return ordered_map(self._sample, self._entries[start:], workers)
 
     def __len__(self) -> int:
-        """How many records there are, usable or not."""
+        """Number of records, usable or not."""
         return len(self._entries)
 
     def unusable(self) -> Iterator[BadRecord]:
-        """Yield the bad records that show without decoding images: a fault in the text, an image file missing."""
+        """Yield the bad records that are found without decoding images: faults in the text and missing image files."""
         for entry in self._entries:
             if isinstance(entry, BadRecord):
                 yield entry
@@ -146,7 +146,7 @@ class SourceSplit:
                     yield record
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when a text file, the limit, or size or time of change of an image changes."""
+        """Return a hash that changes with a text file, the limit, or an image's size or modification time."""
         return self._fingerprint
 
     @cached_property
@@ -168,11 +168,11 @@ class SourceSplit:
         return digest.hexdigest()
 
     def origin(self, settings: Mapping[str, Any]) -> Origin:
-        """What dataset.json keeps of this source, read with these settings of the recipe."""
+        """The entries about this source in dataset.json, read with these settings of the recipe."""
         return Origin(self.fingerprint(), settings, len(self._all_entries), self.file_states())
 
     def file_states(self) -> dict[str, dict[str, Any]]:
-        """Size, time of change and hash of the text files, by their paths relative to the root."""
+        """Size, modification time and hash of the text files, by their paths relative to the root."""
         return {self._relative(path): file_state(path) for path in self.text_files}
 
     def with_limit(self, limit: int | None) -> Self:
@@ -189,7 +189,7 @@ class SourceSplit:
 
     @cached_property
     def images(self) -> dict[str, ImageState | None]:
-        """Every distinct image and where it is, None for one that is missing."""
+        """The state of every distinct image by its path in the records; None for a missing one."""
         named = (entry.image for entry in self._entries if isinstance(entry, Entry) and entry.image)
         return image_states(named, self.image_roots(self.root))
 
@@ -231,11 +231,11 @@ class SourceSplit:
         return Sample(id=entry.id, image=image, question=entry.question, answer=entry.answer, meta=entry.meta)
 
     def _image(self, image: str) -> bytes:
-        known = self.__dict__.get("images", {}).get(image)  # asked for already: no more calls for this image
+        known = self.__dict__.get("images", {}).get(image)  # cached by `images`: saves file system calls
         roots = self.image_roots(self.root)
         candidates = [root / image for root in roots] if known is None else [Path(known.path)]
         path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
-        if known is None and not os.path.isfile(path):  # False too for a name that no file can have
+        if known is None and not os.path.isfile(path):  # also for a name that no file can have
             missing = why_missing(roots, image)
             if missing is not None:
                 raise UnusableError(f"the image {image!r} {missing}")
@@ -253,7 +253,7 @@ def source_class(data: DataConfig) -> type[SourceSplit]:
 
 
 def source_split(data: DataConfig, task: TaskConfig, split: str) -> SourceSplit:
-    """Return what a recipe says of one split of a task."""
+    """Return the source of one split of a recipe's task."""
     train = split == "train"
     limit, files = (task.limit_train, task.train_files) if train else (task.limit_test, task.test_files)
     number_repeated = data.repeated_ids == "number"

@@ -1,4 +1,4 @@
-"""Images of the user's own without code: one folder per class, or a CSV file; and any labelled images as samples.
+"""The user's own labelled images, as one folder per class or a CSV file, and labelled images as a source of samples.
 
 Folders: `<root>/{train,val,test}/<class name>/<image>`. CSV: columns `path`, `class`, `split`. Classes are numbered in
 the order of their names.
@@ -35,9 +35,16 @@ def read_class_folders(
     val: str | None = "val",
     test: str = "test",
 ) -> Splits:
-    """The splits of `<root>/<split>/<class>/<image>`; `names` maps folders to class names, in the order of labels.
+    """The splits of `<root>/<split>/<class>/<image>`; the validation split may be missing.
 
-    Validation may be missing. Raises UserError for a missing split or a class of one split that another lacks.
+    Raises UserError for a missing split, and for a class that the training or the test split lacks.
+
+    Args:
+        root: folder of the splits.
+        names: class names by folder, in the order of labels; None: the folders' names, sorted.
+        train: folder of the training split.
+        val: folder of the validation split; None: there is none.
+        test: folder of the test split.
     """
     if names is None:
         folders = {folder for split in (train, val, test) if split for folder in _folders(root / split)}
@@ -53,8 +60,8 @@ def labelled_folders(
 ) -> Iterator[LabelledImage]:
     """The images of `<root>/<split>/<class>/`, sorted, with paths relative to `root`.
 
-    Labels count the classes of `names`, or with `present_only` those of them that have a folder here. Raises UserError
-    for a folder without a name or images.
+    Labels number the classes of `names`, with `present_only` only those that have a folder in this split. Raises
+    UserError for a folder that `names` lacks and for one without images.
     """
     present = _folders(root / split)
     unknown = sorted(set(present) - set(names))
@@ -75,7 +82,7 @@ def labelled_folders(
 
 
 def _is_image(name: str) -> bool:
-    # A Mac puts `._a.jpg` beside `a.jpg` on other systems' disks: what its finder knows of the file.
+    # macOS writes a metadata file `._a.jpg` beside `a.jpg` on file systems of other systems.
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -94,9 +101,9 @@ def _need_every_class(images: Sequence[LabelledImage], names: Mapping[str, str],
 
 
 def read_csv(path: Path) -> Splits:
-    """The splits of a CSV file with the columns path, class, split; paths are relative to its folder.
+    """The splits of a CSV file with the columns path, class, split; paths are relative to the file's folder.
 
-    Raises UserError naming the line for a missing value or an unknown split, and for an image that a split has twice.
+    Raises UserError that names the line for a missing value or an unknown split, and for an image twice in a split.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}; expected a CSV file with the columns {', '.join(COLUMNS)}.")
@@ -123,17 +130,17 @@ def read_csv(path: Path) -> Splits:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Labelled images under a folder as samples for shards: the answer is the class name, `meta` has its label."""
+    """Labelled images under a folder as samples for shards; the answer is the class name, `meta` has the label."""
 
     images: tuple[LabelledImage, ...]
     folder: Path
 
     def records(self, start: int = 0, workers: int = 1) -> Iterator[Sample | BadRecord]:
-        """Yield every image from the `start`-th on, as a sample or as what is wrong with it."""
+        """Yield every image from the `start`-th on, as a Sample or a BadRecord."""
         return ordered_map(self._sample, self.images[start:], workers)
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when the list, or size or time of change of an image, changes."""
+        """Return a hash that changes with the list of images, and with an image's size or modification time."""
         digest = hashlib.sha256()
         states = image_states((image.path for image in self.images), [self.folder])
         for image in self.images:
@@ -143,17 +150,17 @@ class ImageSplit:
         return digest.hexdigest()
 
     def origin(self, settings: Mapping[str, Any]) -> Origin:
-        """What dataset.json keeps of this source, read with these settings of the recipe."""
+        """The entries about this source in dataset.json, read with these settings of the recipe."""
         return Origin(self.fingerprint(), settings, len(self.images))
 
     def with_limit(self, limit: int | None) -> ImageSplit:
-        """The split itself: which images it has is decided elsewhere."""
+        """The split itself, as a benchmark's splits have no limit."""
         return self
 
     def _sample(self, image: LabelledImage) -> Sample | BadRecord:
         path = self.folder / image.path
         record = f"class '{image.name}'"
-        if not os.path.isfile(path):  # False too for a name that no file can have
+        if not os.path.isfile(path):  # also for a name that no file can have
             missing = why_missing([self.folder], image.path) or "does not exist. Put it there, or correct the folder."
             return BadRecord(str(path), record, f"the image {missing}")
         try:

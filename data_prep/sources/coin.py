@@ -1,7 +1,7 @@
 """Reads tasks in CoIN layout: `<root>/instructions/<Task>/{train,test}.json`, image paths relative to `<root>`.
 
-A record that cannot be used (an answer or image missing, an id used twice, ...) comes out as a `BadRecord` in its
-place; a file that cannot be used raises UserError. Formats: docs/own_data.md.
+A record that cannot be used (an answer or image missing, an id used twice, ...) is yielded as a `BadRecord` in its
+place; a file that cannot be read raises UserError. Formats: docs/own_data.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.bad_records import BadRecord, Tolerance
-from data_prep.sources.addresses import Benchmark, benchmark_of, images_of
+from data_prep.sources.addresses import BenchmarkDownload, benchmark_of, images_of
 from data_prep.sources.annotations import read_annotations
 from data_prep.sources.base import Entry, SourceSplit, UnusableError
 from data_prep.sources.coin_entries import read_entry, record_name
@@ -51,7 +51,7 @@ class CoinSplit(SourceSplit):
 
     @classmethod
     def missing(cls, data: DataConfig, tasks: Sequence[TaskConfig]) -> list[str]:
-        """Also where the published benchmarks, known by the names of their tasks, are to be had."""
+        """With the download locations of a published benchmark, recognised by the names of its tasks."""
         root, benchmark = Path(data.root), benchmark_of(task.name for task in data.tasks)
         absent = [task.name for task in tasks if not cls.task_folder(root, task.name).is_dir()]
         wrong = [_instructions_missing(root, absent, benchmark)] if absent else []
@@ -61,7 +61,7 @@ class CoinSplit(SourceSplit):
     def fetching(cls, data: DataConfig, task: str) -> str | None:
         images = images_of(benchmark_of(known.name for known in data.tasks), task)
         where = Path(data.root) / "datasets"
-        return None if images is None else f"{task}: its images are to be had at {images}; they belong under {where}."
+        return None if images is None else f"{task}: download its images from {images}; they belong under {where}."
 
     @cached_property
     def _paths(self) -> list[Path]:
@@ -77,7 +77,7 @@ def read_task(
 ) -> Iterator[Sample]:
     """Yield the samples of one task and split, from the `start`-th record on, at most the first `limit` records.
 
-    Raises UserError naming file and record for the first one that cannot be used.
+    Raises UserError that names file and record of the first one that cannot be used.
     """
     tolerance = Tolerance(0)
     for record in CoinSplit(Path(root), task, split, limit).records(start, workers):
@@ -95,7 +95,7 @@ def _read(path: Path) -> list[Any]:
     return content
 
 
-def _instructions_missing(root: Path, tasks: list[str], benchmark: Benchmark | None) -> str:
+def _instructions_missing(root: Path, tasks: list[str], benchmark: BenchmarkDownload | None) -> str:
     files = ", ".join(f"{INSTRUCTIONS}/{task}" for task in tasks)
     found = f"'{root}' has no" if root.is_dir() else f"the folder '{root}' does not exist; it should hold"
     sentence = f"data.root: {found} {files}, each with train.json and test.json."

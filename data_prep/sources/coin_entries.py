@@ -1,4 +1,4 @@
-"""One JSON entry of a CoIN file: a training conversation or a test question, checked key by key."""
+"""Parses one JSON entry of a CoIN file, a training conversation or a test question, and checks its fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.sources.image_files import IMAGE_SUFFIXES
 
 IMAGE_TAG = "<image>"
 SPEAKERS = ("human", "gpt")
-# What other projects call the image of an entry; an entry that has one of them would silently lose its image.
+# Other projects' names of the field `image`; an entry with one of them would silently be used without its image.
 OTHER_IMAGE_KEYS = frozenset(
     (
         "images",
@@ -32,9 +32,9 @@ OTHER_IMAGE_KEYS = frozenset(
 
 
 def read_entry(raw: Any, file: str, number: int, known: Annotations | None) -> Entry:
-    """Return the `number`-th entry of a file, a test question completed by its annotation.
+    """Parse the `number`-th entry of a file; a test question is completed by its annotation.
 
-    Raises UnusableError saying what was expected.
+    Raises UnusableError that says what was expected.
     """
     if not isinstance(raw, dict):
         raise UnusableError(f"found {type(raw).__name__}, expected an object with id, conversations and image.")
@@ -102,7 +102,7 @@ def _text(raw: dict[str, Any], key: str, place: str = "") -> str:
 
 
 def _refuse_other_keys(raw: dict[str, Any]) -> None:
-    """Refuse an entry without `image` that has one under another name: it would be learned without its picture."""
+    """Raise UnusableError for an entry without `image` that has an image under another name."""
     for name, value in raw.items():
         named = name.strip().lower() in OTHER_IMAGE_KEYS and bool(value)
         if name != "image" and (named or _is_image_path(value)):
@@ -116,11 +116,11 @@ def _is_image_path(value: Any) -> bool:
 
 
 def _without_tag(question: str) -> str:
-    # The conversation template places the image; the tag in the text only says that there is one.
+    # The conversation template places the image, so the tag in the text is removed.
     return question.replace(IMAGE_TAG, "").strip()
 
 
 def record_name(raw: Any, number: int) -> str:
-    """Return what a person finds an entry by: its place in the file and its id."""
+    """Return an entry's place in the file and its id, for messages."""
     id_ = raw.get("id", raw.get("question_id")) if isinstance(raw, dict) else None
     return f"entry {number}" + (f" (id {str(id_)!r})" if isinstance(id_, str | int) else "")

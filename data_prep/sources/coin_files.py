@@ -1,4 +1,4 @@
-"""Where the files of a CoIN root are: the parts of a split, further annotations, images."""
+"""Finds the files of a CoIN root: the parts of a split, annotation files, images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from data_prep.sources.addresses import plain_name
 from pipeline.errors import UserError, nearest
 
 INSTRUCTIONS = "instructions"
-# CoIN calls the test part of some tasks val.
+# In CoIN the test split of some tasks is named val.
 STEMS = {"train": ("train",), "test": ("test", "val")}
-# CoIN's own image paths start below this folder.
+# CoIN's image paths start at `datasets`.
 IMAGE_ROOTS = ("", "datasets")
 # Files of annotations beside the benchmarks' test splits, under the names that CoIN's scripts use (docs/design.md 6.1),
 # and the tasks they belong to. In a task's own folder, a file of any of these names belongs to that task. In
@@ -28,10 +28,10 @@ ANNOTATIONS = {
 
 
 def split_files(root: Path, task: str, split: str, named: Sequence[str] = ()) -> list[Path]:
-    """Return the files that make up a split: the named ones, else train.json (test.json, val.json) and its numbered
-    parts, else the only file whose name starts so.
+    """Return the files of a split.
 
-    Raises UserError saying what was expected where when there is none, or more than one could be meant.
+    These are the named ones, else train.json (test.json, val.json) and its numbered parts, else the only file whose
+    name starts with train (test, val). Raises UserError when there is none or the choice is ambiguous.
     """
     folder = _task_folder(root, task)
     if named:
@@ -57,7 +57,7 @@ def split_files(root: Path, task: str, split: str, named: Sequence[str] = ()) ->
 
 
 def annotation_file(root: Path, task: str, named: str | None = None) -> Path | None:
-    """Return the file with further answers to a task's test questions; None when none is named and none is known.
+    """Return the annotation file of a task's test questions: the named one, else a known one; None without both.
 
     Raises UserError when the named one is missing.
     """
@@ -97,7 +97,7 @@ def _named(folder: Path, name: str) -> Path:
 
 
 def _numbered(folder: Path, stem: str) -> list[Path]:
-    """The parts `<stem>-1.json`, `<stem>_00000-of-00003.json` and so on in the order of their numbers."""
+    """The parts of a split, such as `<stem>-1.json` or `<stem>_00000-of-00003.json`, in the order of their numbers."""
     pattern = re.compile(rf"{stem}[-_.](\d+)(?:[-_]of[-_]\d+)?\.json")
     found = ((pattern.fullmatch(path.name), path) for path in folder.glob(f"{stem}*.json"))
     return [path for _, path in sorted((int(match.group(1)), path) for match, path in found if match)]

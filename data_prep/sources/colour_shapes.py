@@ -1,8 +1,8 @@
-"""A base-to-new dataset that is drawn: one coloured shape per picture, classes are combinations of colour and shape.
+"""A generated base-to-new dataset: images of one coloured shape each, whose classes combine a colour and a shape.
 
-Both halves of the classes have every colour and every shape; the new classes are combinations that training lacks. The
-pictures are unlike those that the embedded CLIP learned from: turned, faded shapes on a spotted ground. Layout as
-CoOp's datasets: `<root>/colour_shapes/{images/, split_zhou_ColourShapes.json}`.
+Base and new classes each have every colour and every shape; new classes are combinations that training lacks. The
+images differ from those that the embedded CLIP was trained on: shapes are rotated and faded, on a spotted background.
+Layout as CoOp's datasets: `<root>/colour_shapes/{images/, split_zhou_ColourShapes.json}`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pipeline.files.atomic import replacing
 
 NAME, SPLIT_FILE = "colour_shapes", "split_zhou_ColourShapes.json"
 FINGERPRINT_FILE = "made_from.json"
-VERSION = 1  # raise it when the pictures change
-PER_CLASS = {"train": 20, "val": 4, "test": 20}
-SCALE = 4  # drawn so many times larger, then shrunk
-FADED = (0.0, 0.2)  # how much of the background shines through
-SPOTS = 6
-NOISE = 6.0  # deviation of each pixel, of 255
+VERSION = 1  # increase it when the images change
+PER_CLASS = {"train": 20, "val": 4, "test": 20}  # images
+SCALE = 4  # images are drawn larger by this factor and then reduced, for smooth edges
+FADED = (0.0, 0.2)  # range of the background's share in a shape's colour
+SPOTS = 6  # grey spots in the background
+NOISE = 6.0  # standard deviation of the noise of each pixel, of 255
 
 
 def class_names() -> list[str]:
-    """The classes in the order of their labels: base first, in which colour and shape number add up to even."""
+    """The classes in the order of their labels, base classes (an even sum of colour and shape number) first."""
     pairs = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
     ordered = sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % 2, pair))
     return [f"{list(COLOURS)[colour]}_{SHAPES[shape]}" for colour, shape in ordered]
 
 
 def draw(root: Path, seed: int) -> Path:
-    """Draw the dataset under `root` unless it is there, made from the same seed; returns its folder."""
+    """Draw the dataset under `root` unless it exists there with this seed; returns its folder."""
     folder = root / NAME
     made_from = {"seed": seed, "version": VERSION, "per_class": PER_CLASS}
     if (folder / FINGERPRINT_FILE).is_file() and json.loads((folder / FINGERPRINT_FILE).read_text()) == made_from:
@@ -61,7 +61,7 @@ def draw(root: Path, seed: int) -> Path:
 
 
 def coloured_shape(rng: np.random.Generator, colour: str, shape: str) -> Image.Image:
-    """One picture, SIZE x SIZE."""
+    """One image of SIZE x SIZE pixels."""
     side = SIZE * SCALE
     level = int(rng.integers(70, 190))
     canvas = Image.new("RGB", (side, side), (level, level, level))

@@ -1,4 +1,4 @@
-"""The embedded tasks: drawn by a seed into CoIN layout, then read by `data_prep.sources.coin` like any other data."""
+"""The embedded tasks, generated from a seed in CoIN layout and read as any other data in that layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.files.lock import lock_of, waiting_for
 if TYPE_CHECKING:
     from pipeline.config.data import DataConfig, TaskConfig
 
-STAMP = "GENERATED.txt"  # in the root: what was drawn
+STAMP = "GENERATED.txt"  # file in the root with generator version, seed and limit
 
 
 class Generated(CoinSplit):
@@ -41,25 +41,25 @@ class Generated(CoinSplit):
 
 
 def draw(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
-    """Draw the embedded tasks into `root`; what the same generator, seed and limit drew before is left alone.
+    """Draw the embedded tasks into `root`, unless the same generator, seed and limit drew them before.
 
-    `limit` is the number of (train, test) samples per task; None draws all. What another recipe drew with this seed is
-    never made smaller. Raises UserError when `root` holds something that was not generated.
+    `limit` is the number of (train, test) samples per task; None draws all. A larger drawing of another recipe with
+    this seed is kept. Raises UserError when `root` holds data that was not generated.
     """
-    from data_prep.nano.tasks import fingerprint, write_coin  # here: only this source needs scikit-learn and its digits
+    from data_prep.nano.tasks import fingerprint, write_coin  # here: imports scikit-learn, which only this source needs
 
     with waiting_for(lock_of(root), "the generated data"):
         said = (root / STAMP).read_text("utf-8").strip() if (root / STAMP).is_file() else ""
         match = re.search(r"train (\d+) test (\d+)$", said)
         there = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
         if limit is not None and said == fingerprint(seed, there):
-            # The first samples of a larger drawing are those of a smaller one, so one drawing serves both recipes.
+            # A larger drawing starts with the samples of a smaller one, so it serves both recipes.
             limit = (max(limit[0], there[0]), max(limit[1], there[1]))
-        write_coin(root, seed, limit)  # leaves the same drawing alone
+        write_coin(root, seed, limit)  # does nothing where this drawing exists
 
 
 def _common_limit(tasks: Sequence[TaskConfig]) -> tuple[int, int] | None:
-    """Return the largest (train, test) limit when every task has both: more need not be drawn."""
+    """Return the largest (train, test) limits over the tasks; None unless every task has both."""
     limits = [(task.limit_train, task.limit_test) for task in tasks]
     train, test = ([limit for limit in part if limit is not None] for part in zip(*limits, strict=True))
     return (max(train), max(test)) if len(train) == len(test) == len(limits) else None

@@ -1,4 +1,4 @@
-"""Image files by their paths in a table: what is read of one, and what is said about one that cannot be found."""
+"""Reads image files that records name, and explains why a named file does not exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 from pipeline.data.pictures import decode_image, is_heic
 from pipeline.errors import PipelineError
 
-# Those of HEIC too, which cannot be read: such a photograph is named, and not left out without a word.
+# With those of HEIC, which cannot be decoded, so that such files lead to an error instead of being left out silently.
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif")
 )
@@ -22,18 +22,18 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class UnreadableError(PipelineError):
-    """Why an image file cannot be used, as a clause behind its name."""
+    """An image file cannot be used; the message is a clause that follows the file's name."""
 
 
 def read_image(path: Path) -> bytes:
-    """Return an image file as it is, after decoding it once; raises UnreadableError saying what is wrong with it."""
+    """Return the bytes of an image file after decoding it as a check; raises UnreadableError with the reason."""
     try:
         encoded = path.read_bytes()
     except OSError as error:
         raise UnreadableError(f"cannot be read ({error.strerror or error}). Restore the file.") from error
     try:
         decode_image(encoded)
-    except Exception as error:  # PIL raises a dozen types for damaged files; each means the same here
+    except Exception as error:  # PIL raises a dozen types of errors for damaged files
         found = str(error) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         advice = "Save it as JPEG." if is_heic(encoded) else "Fetch the file again."
         raise UnreadableError(f"cannot be decoded ({found}). {advice}") from error
@@ -41,9 +41,10 @@ def read_image(path: Path) -> bytes:
 
 
 def why_missing(folders: Sequence[Path], image: str) -> str | None:
-    """Return the clause that says why `image` is no file below any of these folders where that can be told.
+    """Return a clause that says why `image` is no file below any of these folders; None where the reason is unknown.
 
-    Told are addresses, folders, and a file whose name differs in capitals, accents, slashes or blanks alone.
+    Recognised are URLs, impossible names, folders, and a file whose name differs only in capitals, accents, slashes or
+    blanks.
     """
     if _ADDRESS.match(image):
         return "is an address; images are not fetched. Download it and give its path."
@@ -54,13 +55,13 @@ def why_missing(folders: Sequence[Path], image: str) -> str | None:
     for folder in folders:
         similar = _similar(folder, image)
         if similar is not None:
-            # In ASCII, for two spellings of an accent look the same.
+            # In ASCII (!a), because the composed and the decomposed form of an accented letter look the same.
             return f"does not exist, but {similar!a} does: capitals, accents, slashes, blanks count. Correct the path."
     return None
 
 
 def _similar(folder: Path, image: str) -> str | None:
-    """The path of a file below `folder` that differs from `image` in spelling alone."""
+    """The path of a file below `folder` that differs from `image` only in spelling; None without one."""
     parts = [part for part in image.strip().replace("\\", "/").split("/") if part not in ("", ".")]
     found = Path()
     for part in parts:
@@ -74,7 +75,7 @@ def _similar(folder: Path, image: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _names(folder: str) -> dict[str, str]:
-    """The names in a folder by their plain spelling; kept, for a wrong root makes thousands of misses in one folder."""
+    """The names in a folder by their plain spelling; cached, as a wrong root means thousands of look-ups in a folder."""
     try:
         return {_plain(path.name): path.name for path in Path(folder).iterdir()}
     except OSError:

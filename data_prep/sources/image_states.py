@@ -1,8 +1,9 @@
-"""Where image files are, their sizes and times of change: asked for once per distinct image, by many threads.
+"""Paths, sizes and modification times of image files: one stat() per distinct image, by many threads.
 
-On a network file system a call takes a millisecond and nobody minds many at a time; a million calls one after the other
-take a quarter of an hour. What was found is kept beside the prepared split (`<split>.source.parquet`), so that `check`
-and the many processes of an array need not read the source's text files, or ask for every image, again.
+On a network file system stat() takes about a millisecond and many calls can run in parallel; a million calls one after
+the other take a quarter of an hour. The result is stored beside the prepared split (`<split>.source.parquet`), so that
+`check` and the processes that share a preparation neither read the source's text files nor call stat() for every image
+again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 
 from pipeline.files.atomic import replacing
 
-THREADS, CHUNK = 32, 500  # calls under way at a time, and images per piece of work
+THREADS, CHUNK = 32, 500  # parallel calls, and images per task of the thread pool
 
 
 class ImageState(NamedTuple):
-    """An image file: its path, size in bytes, and time of change."""
+    """An image file: its path, size in bytes, and modification time in nanoseconds."""
 
     path: str
     size: int
@@ -29,7 +30,7 @@ class ImageState(NamedTuple):
 
 
 def image_states(images: Iterable[str], folders: Sequence[Path]) -> dict[str, ImageState | None]:
-    """Return for each path the first of these folders' files of that name; None where none has one."""
+    """Return the state of each image, looked up in the folders in order; None where no folder has it."""
     names, bases = list(dict.fromkeys(images)), [str(folder) for folder in folders]
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
@@ -53,14 +54,16 @@ def _state(bases: list[str], name: str) -> ImageState | None:
     return None
 
 
-def remembered_file(folder: Path) -> Path:
-    """The file beside a prepared split that keeps the state of its source."""
+def source_state_file(folder: Path) -> Path:
+    """The file beside a prepared split that holds the state of its source."""
     return folder.with_name(f"{folder.name}.source.parquet")
 
 
-def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: Mapping[str, ImageState | None]) -> None:
-    """Keep the state of a split's source: its fingerprint, its text files, and its images' sizes."""
-    import pyarrow as pa  # here: a recipe loads its data format also where nothing is prepared and pyarrow is missing
+def store_source_state(
+    folder: Path, fingerprint: str, files: Mapping[str, Any], states: Mapping[str, ImageState | None]
+) -> None:
+    """Store the state of a split's source: its fingerprint, its text files, and the sizes of its images."""
+    import pyarrow as pa  # here: recipes load data formats where nothing is prepared and pyarrow is not installed
     import pyarrow.parquet as pq
 
     there = {name: state for name, state in states.items() if state is not None}
@@ -71,17 +74,17 @@ def remember(folder: Path, fingerprint: str, files: Mapping[str, Any], states: M
         }
     )
     facts = {"fingerprint": fingerprint, "files": json.dumps(dict(files))}
-    with replacing(remembered_file(folder)) as temporary:
+    with replacing(source_state_file(folder)) as temporary:
         pq.write_table(table.replace_schema_metadata(facts), temporary)
 
 
-def remembered_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> str | None:
-    """The source's fingerprint as it was kept, where the text files `names` are those of then by size and time."""
-    import pyarrow as pa  # here: see `remember`
+def stored_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> str | None:
+    """The stored fingerprint of the source; None unless size and modification time of its text files are unchanged."""
+    import pyarrow as pa  # here: see `store_source_state`
     import pyarrow.parquet as pq
 
     try:
-        facts = pq.read_schema(remembered_file(folder)).metadata or {}
+        facts = pq.read_schema(source_state_file(folder)).metadata or {}
         files, fingerprint = json.loads(facts[b"files"]), facts[b"fingerprint"].decode()
         for name in names:
             status, kept = os.stat(root / name), files.pop(name)
@@ -93,12 +96,12 @@ def remembered_fingerprint(folder: Path, root: Path, names: Iterable[str]) -> st
 
 
 def resized_images(folder: Path, folders: Sequence[Path]) -> list[str]:
-    """Images of a split's source that have another size than when it was prepared; those that are gone do not count."""
-    import pyarrow as pa  # here: see `remember`
+    """Images of a split's source whose size changed since it was prepared, without those that no longer exist."""
+    import pyarrow as pa  # here: see `store_source_state`
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(remembered_file(folder))
+        table = pq.read_table(source_state_file(folder))
     except (OSError, pa.ArrowInvalid):
         return []
     sizes = dict(zip(table["image"].to_pylist(), table["size"].to_pylist(), strict=True))

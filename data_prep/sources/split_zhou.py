@@ -1,4 +1,4 @@
-"""Datasets of the base-to-new benchmark as published: split files, image folders, and what is missing or altered.
+"""Reads the datasets of the base-to-new benchmark in their published layouts, and finds missing or altered files.
 
 A split file `split_zhou_<Name>.json` holds `train`, `val` and `test`, each a list of `[path, label, class name]`.
 Source: docs/design.md 5.11.
@@ -20,14 +20,14 @@ from pipeline.clip.images.datasets import Dataset
 from pipeline.errors import UserError
 from pipeline.files.atomic import sha256
 
-NAMED = 3  # missing images that a message names; it counts the others
+NAMED = 3  # missing images that an error message names; it counts the others
 
 
 def read_split_file(path: Path) -> Splits:
     """The splits of a split file.
 
-    Raises UserError when it is missing or not as described above, when a class has two names or an image stands in a
-    split twice, and for a class that training or test lacks.
+    Raises UserError when it is missing or has another content, when a class has two names, when an image is twice in a
+    split, and for a class that training or test lacks.
     """
     if not path.is_file():
         raise UserError(f"There is no split file {path}. Download it, or correct the folder.")
@@ -64,7 +64,10 @@ def _images(items: Any, path: Path, split: str) -> Iterable[LabelledImage]:
 
 
 def read_aircraft(folder: Path) -> Splits:
-    """FGVC Aircraft's own lists: `variants.txt` and `images_variant_{train,val,test}.txt`, lines `<id> <variant>`."""
+    """The splits in FGVC Aircraft's own lists, `variants.txt` and `images_variant_{train,val,test}.txt`.
+
+    Lines of the latter are `<id> <variant>`.
+    """
     variants = _lines(folder / "variants.txt")
     labels = {name: label for label, name in enumerate(variants)}
 
@@ -84,7 +87,7 @@ def read_aircraft(folder: Path) -> Splits:
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """`classnames.txt`: a line `<folder> <class name>` for each class; the names by folder, in the order there."""
+    """Class names by folder from `classnames.txt`, in its order; it has a line `<folder> <class name>` per class."""
     return {folder: name for folder, _, name in (line.partition(" ") for line in _lines(path))}
 
 
@@ -97,12 +100,12 @@ def _lines(path: Path) -> list[str]:
 def read_dataset(description: Dataset, root: Path) -> Splits:
     """The splits of a known dataset under `root`, by the layout of its description.
 
-    ImageNet's validation images are the test split, and its files are taken in sorted order: the published few-shot
-    subset of ImageNet depends on the file system (docs/design.md 5.12), this one does not. The four variants have only
-    a test split.
+    ImageNet's validation images are the test split. Its files are read in sorted order, so that few-shot subsets do not
+    depend on the file system as the published ones do (docs/design.md 5.12). ImageNet's four variants have only a test
+    split.
     """
     splits = _read_layout(description, root / description.folder)
-    if not description.classes:  # one of the user's own; ImageNet as published has two classes "sunglasses"
+    if not description.classes:  # the user's own dataset; published ImageNet has two classes named "sunglasses"
         refuse_one_text(splits.names(), description.name)
     return splits
 
@@ -127,15 +130,15 @@ def _read_layout(description: Dataset, folder: Path) -> Splits:
 
 
 def findings(description: Dataset, root: Path) -> list[str]:
-    """What is missing or altered, one sentence each; empty when the dataset is there as published.
+    """Messages about missing and altered files; empty when the dataset is complete and as published.
 
-    The first sentence about something missing ends with what to download and where it goes.
+    The message about missing files ends with what to download and where it belongs.
     """
     return [*altered(description, root), *missing(description, root)]
 
 
 def missing(description: Dataset, root: Path) -> list[str]:
-    """What keeps a dataset from being used, one sentence each with what to download and where it goes."""
+    """Messages about files without which a dataset cannot be used, with what to download and where it belongs."""
     folder = root / description.folder
     where = f" {description.instructions(str(root))}" if description.download else ""
     if not folder.is_dir():
@@ -150,9 +153,9 @@ def missing(description: Dataset, root: Path) -> list[str]:
 
 
 def altered(description: Dataset, root: Path) -> list[str]:
-    """What differs from the published dataset, one sentence each; numbers from such data are numbers of other data."""
+    """Messages about differences from the published dataset, with which scores are not comparable."""
     if not description.classes:
-        return []  # one of the user's own: nothing is published
+        return []  # the user's own dataset
     try:
         splits = read_dataset(description, root)
     except UserError:
@@ -175,13 +178,13 @@ def altered(description: Dataset, root: Path) -> list[str]:
 
 
 def missing_images(splits: Splits, images: Path) -> list[str]:
-    """Paths that the splits name and that are no files under `images`, sorted."""
+    """Paths in the splits that do not exist under `images`, sorted."""
     named = {image.path for part in (splits.train, splits.val, splits.test) for image in part}
     return sorted(path for path in named if not os.path.isfile(images / path))
 
 
 def missing_sentence(missing: list[str], images: Path) -> str:
-    """One sentence naming the first missing images and counting the others."""
+    """An error message that names the first missing images and counts the others."""
     rest = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
     why = why_missing([images], missing[0])
     because = f" The first one {why}" if why else ""

@@ -1,7 +1,7 @@
-"""Text files that people and their programs write: UTF-8 with or without a byte order mark, JSON, lines, CSV tables.
+"""Reads text files from other programs: UTF-8 with or without a byte order mark, as JSON, lines or CSV tables.
 
-Every reader of data goes through here, so that one program's habits are known to all: Windows editors put a byte order
-mark in front, Excel saves CSV in cp1252, scraped text holds U+2028, which `str.splitlines` takes for a line's end.
+All sources use these functions, which handle what is common in such files: Windows editors write a byte order mark,
+Excel saves CSV in cp1252, and scraped text holds U+2028, which `str.splitlines` treats as the end of a line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPREADSHEET = b"PK\x03\x04"  # an .xlsx or .ods file is a zip archive
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text without byte order mark; UserError, naming the line, for one that is not UTF-8."""
+    """Return a file's text without byte order mark; UserError that names the line for a file that is not UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -41,7 +41,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, expected: str, advice: str = "Restore the file.") -> Any:
-    """Return the content of a JSON file; UserError naming the file and what was expected when it is not JSON."""
+    """Return the content of a JSON file; UserError that names the file and what was expected when it is not JSON."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -49,7 +49,7 @@ def read_json(path: Path, expected: str, advice: str = "Restore the file.") -> A
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and content of the lines that are not blank; a line ends at a line feed and nowhere else."""
+    """Yield number and content of the lines that are not blank; only a line feed ends a line."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
@@ -57,7 +57,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why one line of a table cannot be read; `sentence` names file and line."""
+    """The error message about a line of a table that cannot be read; it names file and line."""
 
     sentence: str
 
@@ -65,10 +65,10 @@ class Fault:
 def csv_rows(
     path: Path, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str] | Fault]]:
-    """Yield line number and fields of each row of a CSV table by its header's names; see `column` for their spelling.
+    """Yield line number and fields of each row of a CSV table, by the names in its header as `column` spells them.
 
-    A row of more or fewer fields than the header, which a comma without quotes makes, is a `Fault`. Raises UserError
-    for a header that lacks a `needed` column or has one twice, and for a quote that is not closed.
+    A row with more or fewer fields than the header, as an unquoted comma causes, is a `Fault`. Raises UserError for a
+    header that lacks a `needed` column or has one twice, and for a quote that is not closed.
     """
     text, names = read_text(path), (*optional, *needed)
     columns = f"{', '.join(names[:-1])} and {names[-1]}"
@@ -94,7 +94,7 @@ def csv_rows(
 
 
 def column(name: str, known: Sequence[str]) -> str:
-    """The name of a column: a known one whatever its capitals and the blanks around it, else as it is written."""
+    """The name of a column: a known one without regard to case and outer blanks, else as it is written."""
     name = name.strip()
     return name.lower() if name.lower() in known else name
 
@@ -119,5 +119,5 @@ def _check_header(path: Path, header: list[str], needed: Sequence[str], columns:
 
 
 def shown(text: str) -> str:
-    """So much of a text as a message quotes."""
+    """A text cut to SHOWN characters, for messages."""
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
