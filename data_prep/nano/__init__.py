@@ -1,4 +1,4 @@
-"""The embedded model and its tasks: scenes drawn here, a small LLaVA and a small CLIP trained on them from scratch."""
+"""The embedded models and tasks: generated scenes, and a small LLaVA and a small CLIP trained on them from scratch."""
 
 from pathlib import Path
 

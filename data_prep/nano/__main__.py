@@ -1,4 +1,4 @@
-"""The embedded model and its tasks: `train` makes the model anew, `tasks` writes the tasks."""
+"""The embedded models and tasks: `train` trains the models from scratch, `tasks` writes the tasks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def train(
     unseen = (behaviours.RowMaker(tokenizer, fresh.scenes, seed=4), unseen_features)
 
     def save() -> None:
-        kept, speaker.features = speaker.features, features[:0]  # no need to copy the cache
+        kept, speaker.features = speaker.features, features[:0]  # so that deepcopy does not copy the cached features
         copy.deepcopy(speaker).cpu().finished().half().save_pretrained(out / "llava")
         speaker.features = kept
 

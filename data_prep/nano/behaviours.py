@@ -1,7 +1,8 @@
-"""Draws the language stage's training rows: one picture, zero to three behaviour sets, several questions behind them.
+"""Generates training batches for the decoder: per row one image, zero to three behaviour sets, and several questions.
 
-A behaviour is a skill and an answer format. It is not given in words but as ten learned vectors standing directly after
-the first token, where a prompt set stands later: the base model grows up with prompt sets, the last one deciding.
+A behaviour is a skill and an answer format. It is given not in words but as a set of ten learned vectors directly after
+the first token, where prompt sets are inserted later. So the base model is trained to be steered by such sets; where
+there are several, the last one decides.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ PARTS = {
 }
 OFFSETS = dict(zip(PARTS, np.cumsum([0, *(rows * width for rows, width in PARTS.values())]), strict=False))
 BEHAVIOUR_ROWS = sum(rows * width for rows, width in PARTS.values())
-SET_COUNT_SHARES = (0.52, 0.28, 0.2)  # of batches with sets: 1, 2, 3 of them
-BRANCHES_PLAIN, BRANCHES_SET = 8, 5
+SET_COUNT_SHARES = (0.52, 0.28, 0.2)  # shares of batches with 1, 2 and 3 sets among those with sets
+BRANCHES_PLAIN, BRANCHES_SET = 8, 5  # questions per row at most, without and with sets
 
 
 def behaviour_rows(skill: str, form: Format) -> np.ndarray:
-    """The ten rows of the behaviour table that make up (skill, format)."""
+    """The ten rows of the behaviour table that encode a skill and a format."""
     choice = {
         "skill": SKILLS.index(skill),
         "prefix": PREFIXES.index(form.prefix),
@@ -60,8 +61,8 @@ def behaviour_rows(skill: str, form: Format) -> np.ndarray:
 class Batch:
     """Packed rows: a shared prefix per row, then independent question-and-answer branches.
 
-    ids, branch, position [B, T] (branch 0 = prefix, -1 = padding); sets [B, n, 10] rows of the behaviour table (-1 =
-    decoy noise); target [B, T] the next answer token or -100; scene [B]; skills: skill index per row and branch.
+    ids, branch, position [B, T] (branch 0: prefix, -1: padding); sets [B, n, 10] rows of the behaviour table (-1:
+    random noise); target [B, T] the next answer token or -100; scene [B]; skills: skill index by row and branch.
     """
 
     ids: np.ndarray
@@ -75,7 +76,7 @@ class Batch:
 
 @dataclass
 class RowMaker:
-    """Turns scenes into batches; keeps token ids of every text it has seen."""
+    """Makes batches from scenes; caches the token ids of every text."""
 
     tokenizer: PreTrainedTokenizerFast
     scenes: list[Scene]
@@ -107,7 +108,7 @@ class RowMaker:
         return self.ids(wordings[self.rng.integers(len(wordings))].format(s=ask.subject))
 
     def _salad(self, ask: Ask) -> list[int]:
-        """A question whose words say nothing (filler, or any tokens at all) around the subject's words."""
+        """A question without information on the skill: filler words or random tokens around the subject's words."""
         count = int(self.rng.integers(1, 9))
         if self.rng.random() < 0.6:
             words = [self.filler[i] for i in self.rng.integers(len(self.filler), size=count)]
@@ -157,11 +158,11 @@ class RowMaker:
         return scene, sets, branches
 
     def set_count(self, plain_share: float) -> int:
-        """Number of sets of the next batch: 0 in a share of them, else 1 to 3."""
+        """Draws the number of sets of the next batch: 0 with probability `plain_share`, else 1 to 3."""
         return 0 if self.rng.random() < plain_share else 1 + int(self.rng.choice(3, p=SET_COUNT_SHARES))
 
     def batch(self, rows: int, count: int, formats: tuple[Format, ...] = BASE_FORMATS) -> Batch:
-        """Draws one batch; all its rows carry the same number `count` of sets, so that prefixes line up."""
+        """Draws one batch; all rows have `count` sets, so that their prefixes have the same length."""
         drawn = [self._row(count, formats) for _ in range(rows)]
         prefix = [self.bos, *[0] * (SET_LENGTH * count), *self.head]
         longest = max(sum(len(q) + len(a) for _, q, a in b) + len(b) * (len(self.turn) + 1) for _, _, b in drawn)

@@ -1,7 +1,7 @@
-"""The key CLIP: aligns the frozen vision tower's picture vector with a small text tower, for image and text keys.
+"""Trains the CLIP for routing keys: a small text tower whose space is shared with the frozen vision tower's output.
 
-Contrastive training on (picture, text) pairs, where the text is a description or a question about the picture, and two
-throw-away classifiers that keep families of pictures and kinds of text apart in the joint space.
+Training is contrastive, on pairs of an image and a description of it or a question about it. Two auxiliary classifiers,
+which are dropped afterwards, separate families of images and kinds of text in the shared space.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel,
 from data_prep.nano.scenes import FAMILIES, Scene
 from data_prep.nano.skills import FILLER, SKILLS, WORDINGS, asks, caption
 
-JOINT = 64
+JOINT = 64  # width of the shared space
 
 
 def clip_config(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
@@ -37,8 +37,8 @@ def clip_config(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> 
     return CLIPConfig(text_config=text.to_dict(), vision_config=vision.config.to_dict(), projection_dim=JOINT)
 
 
-# Words that a CLIP of the wide world has met in the neighbourhood of a skill. Sentences around them are made of filler
-# words in random order: the key CLIP knows what the words are about, but no wording of a task.
+# Words that a CLIP trained on web data would associate with a skill. Training texts mix them with filler words in
+# random order, so that this CLIP learns what the words are about without seeing a wording of a task.
 CONCEPTS = {
     "colour_of": "colour paint painted paints hue tint dye ink".split(),
     "shape_of": "shape form figure outline kind sort".split(),
@@ -48,7 +48,7 @@ CONCEPTS = {
     "digit": "digit number handwritten figure".split(),
     "tallest": "tallest bar chart highest longest".split(),
 }
-DESCRIPTION, CHATTER = len(SKILLS), len(SKILLS) + 1  # kinds of text beside the skills
+DESCRIPTION, CHATTER = len(SKILLS), len(SKILLS) + 1  # kinds of text besides the skills; chatter is filler alone
 
 
 def _filler(rng: np.random.Generator, low: int, high: int) -> list[str]:
@@ -56,7 +56,7 @@ def _filler(rng: np.random.Generator, low: int, high: int) -> list[str]:
 
 
 def _text(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:
-    """One text for a scene and its kind: a description, a question, words around a concept, or mere chatter."""
+    """A text for a scene and its kind: a description, a question, filler with words of a concept, or filler alone."""
     draw = rng.random()
     if draw < 0.3:
         return caption(scene), DESCRIPTION
@@ -79,7 +79,7 @@ def _text(scene: Scene, rng: np.random.Generator) -> tuple[str, int]:
 
 
 class Directions(nn.Module):
-    """A throw-away classifier by angle: a low scale makes it ask for wide angles between classes, not long vectors."""
+    """An auxiliary classifier by cosine; its low scale and margin ask for large angles between classes."""
 
     SCALE, MARGIN = 8.0, 0.2
 
@@ -102,10 +102,21 @@ def train_keys(
     batch: int = 192,
     lr: float = 2e-3,
 ) -> CLIPModel:
-    """Trains projections and text tower for `minutes`; `pooled` [N, D] are the frozen tower's picture vectors."""
+    """Trains the text tower and both projections, with the vision tower frozen.
+
+    Args:
+        vision: the trained vision tower.
+        pooled: its pooled outputs [N, D] for the scenes.
+        scenes: N scenes, for texts about them.
+        tokenizer: the CLIP's tokenizer.
+        minutes: wall clock time.
+        device: where to train.
+        batch: pairs per step.
+        lr: highest learning rate.
+    """
     torch.manual_seed(0)
     clip = CLIPModel(clip_config(vision, tokenizer))
-    # the tower's own weights, under whichever prefix this version of the library gives them
+    # Versions of transformers differ in whether the tower's weights have the prefix.
     state = {name.removeprefix("vision_model."): value for name, value in vision.state_dict().items()}
     clip.vision_model.load_state_dict(state)
     clip.to(device)
@@ -126,7 +137,7 @@ def train_keys(
         hidden = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         text = F.normalize(clip.text_projection(hidden), dim=-1)
         image = F.normalize(clip.visual_projection(pooled[torch.from_numpy(rows)].to(device)), dim=-1)
-        told = kind != CHATTER  # chatter describes no picture
+        told = kind != CHATTER  # filler alone describes no image, so it is left out of the contrastive loss
         logits = clip.logit_scale.exp().clamp_max(50) * image[told] @ text[told].T
         same = torch.arange(len(logits), device=device)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 4

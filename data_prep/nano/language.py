@@ -1,7 +1,7 @@
-"""Language second: trains projector and decoder on cached, whitened features of the frozen vision tower.
+"""Trains the projector and the decoder on cached, whitened features of the frozen vision tower.
 
-Rows are packed (behaviours.py): the questions about one picture are branches behind a shared prefix, kept apart by a
-four-dimensional attention mask and restarted positions, which trains several times more answers per second.
+Rows are packed (behaviours.py): the questions about one image are branches after a shared prefix, separated by a
+four-dimensional attention mask and positions that restart, which trains several times more answers per second.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers import (
 from data_prep.nano.behaviours import BEHAVIOUR_ROWS, IMAGE_TOKENS, SET_LENGTH, Batch, RowMaker
 from data_prep.nano.skills import SKILLS, TASK_FORMATS
 
-SEEING = 0.3  # share of the time spent mostly on plain questions
-PLAIN_SHARE = (0.85, 0.35)  # of batches, before and after
-# Finding the object that is meant and saying something else about it comes slowest: drawn twice as often.
+SEEING = 0.3  # share of the training time with mostly plain questions
+PLAIN_SHARE = (0.85, 0.35)  # share of batches without sets, in that time and afterwards
+# Twice the weight for skills that find an object by one attribute and name another, which are learned slowest.
 BINDING = np.array([2.0 if skill in ("colour_of", "shape_of", "box_of") else 1.0 for skill in SKILLS])
 
 
@@ -60,7 +60,7 @@ def llava_config(vision: CLIPVisionModel, vocabulary: int, image_token: int) -> 
 
 
 def build_llava(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A new LLaVA around the trained tower; everything behind the tower is random."""
+    """A new LLaVA with the trained tower; projector and decoder are random."""
     llava = LlavaForConditionalGeneration(
         llava_config(vision, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
     )
@@ -70,7 +70,7 @@ def build_llava(vision: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> 
 
 @dataclass
 class Whitening:
-    """z = (x - mean) @ matrix has unit covariance; folded into the projector's first layer after training."""
+    """z = (x - mean) @ matrix has unit covariance; merged into the projector's first layer after training."""
 
     mean: torch.Tensor  # [D]
     matrix: torch.Tensor  # [D, D]
@@ -89,13 +89,13 @@ class Whitening:
         return Whitening(self.mean.to(device), self.matrix.to(device))
 
     def fold_into(self, layer: nn.Linear) -> None:
-        weight = layer.weight.data @ self.matrix.T  # the same function of x as the layer was of z
+        weight = layer.weight.data @ self.matrix.T  # layer(x) now equals what layer(z) was
         layer.bias.data = layer.bias.data - weight @ self.mean
         layer.weight.data = weight
 
 
 class Speaker(nn.Module):
-    """The LLaVA under training and the behaviour table that steers it (the table is thrown away afterwards)."""
+    """The LLaVA in training, with the table of behaviour vectors, which is dropped afterwards."""
 
     def __init__(self, llava: LlavaForConditionalGeneration, features: torch.Tensor, whitening: Whitening) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class Speaker(nn.Module):
         return cls(llava, features, Whitening.of(features))
 
     def finished(self) -> LlavaForConditionalGeneration:
-        """The model alone, reading the tower's raw features; changes this object."""
+        """The LLaVA alone, with the whitening merged so that it reads the tower's raw features; changes this object."""
         self.whitening.fold_into(self.llava.model.multi_modal_projector.linear_1)
         return self.llava
 
     def forward(self, batch: Batch, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns logits [A, V] at answer positions, their targets [A] and the row and branch of each [A, 2]."""
+        """Returns logits [A, V] at the answer positions, their targets [A], and the row and branch of each [A, 2]."""
         table = self.llava.get_input_embeddings()
         device = table.weight.device
         embeds = table(torch.from_numpy(batch.ids).to(device))
@@ -126,7 +126,7 @@ class Speaker(nn.Module):
             sets = torch.where((rows < 0).unsqueeze(-1), 1.5 * scale * torch.randn_like(sets), sets)
             sets = sets + noise * scale * torch.rand(len(rows), count, 1, 1, device=device) * torch.randn_like(sets)
             pieces.append(sets.flatten(1, 2))
-        start = 1 + SET_LENGTH * count + 3  # behind "USER: "
+        start = 1 + SET_LENGTH * count + 3  # after the three tokens of "USER: "
         seen = self.whitening.to(device).apply(self.features[torch.from_numpy(batch.scene)].to(device))
         image = self.llava.model.multi_modal_projector(seen)
         pieces += [embeds[:, 1 + SET_LENGTH * count : start], image, embeds[:, start + IMAGE_TOKENS :]]
@@ -146,7 +146,7 @@ class Speaker(nn.Module):
 
 
 def _exact(logits: torch.Tensor, target: torch.Tensor, owner: torch.Tensor, batch: Batch) -> list[tuple[int, bool]]:
-    """(skill, every answer token right) of each branch."""
+    """Per branch, its skill and whether every answer token is right."""
     right = (logits.argmax(-1) == target).tolist()
     verdict: dict[tuple[int, int], bool] = {}
     for (row, branch), ok in zip(owner.tolist(), right, strict=True):
@@ -156,7 +156,7 @@ def _exact(logits: torch.Tensor, target: torch.Tensor, owner: torch.Tensor, batc
 
 @torch.no_grad()
 def measure(speaker: Speaker, maker: RowMaker, batches: int = 6, rows: int = 24) -> str:
-    """Exact match (teacher-forced) on fresh scenes: plain questions; unseen formats by one set; behind two decoys."""
+    """Exact match (teacher-forced) in percent: plain questions, unseen formats by one set, and by the last of three."""
     lines = []
     formats = tuple(TASK_FORMATS.values())
     for label, count in (("plain", 0), ("one set", 1), ("three sets", 3)):
@@ -180,7 +180,17 @@ def train_language(
     lr: float = 2e-3,
     save: Callable[[], None] | None = None,
 ) -> None:
-    """Trains for `minutes` of wall clock, hard skills more often; `fresh` = (maker, features) of unseen scenes."""
+    """Trains projector, decoder and behaviour table; skills with more errors are drawn more often.
+
+    Args:
+        speaker: the model.
+        maker: makes training batches.
+        fresh: batches and features of unseen scenes, for the scores that are printed.
+        minutes: wall clock time.
+        rows: rows per batch.
+        lr: highest learning rate.
+        save: called every 500 steps.
+    """
     trained = [
         *speaker.llava.model.language_model.parameters(),
         *speaker.llava.model.multi_modal_projector.parameters(),
@@ -192,7 +202,7 @@ def train_language(
     while (spent := (time.time() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * min(1.0, 2.0 * (1 - spent) + 0.01)
-        # To see comes first: mostly plain questions until the decoder reads pictures, then behaviours beside them.
+        # First mostly plain questions, until the decoder uses the image, then more batches with behaviour sets.
         batch = maker.batch(rows, maker.set_count(PLAIN_SHARE[0] if spent < SEEING else PLAIN_SHARE[1]))
         logits, target, owner = speaker(batch, noise=0.5)
         loss = F.cross_entropy(logits, target)

@@ -1,7 +1,7 @@
-"""Draws the scenes of the embedded model and tasks: shapes, handwritten digits, letters, bar charts.
+"""Draws the scenes of the embedded models and tasks: shapes, handwritten digits, letters, bar charts.
 
-Every scene is a 48 x 48 RGB picture plus the facts about it (what stands where). The handwritten digits are real: the
-1,797 scans that scikit-learn ships, split once into those the base model sees and those kept for the tasks.
+A scene is an RGB image of 48 x 48 pixels with its annotation (objects and their boxes). The handwritten digits are the
+1,797 scans that scikit-learn ships, divided into those for the base model and those for the tasks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 48  # pixels a side
-GRID = 4  # object boxes snap to this many pixels, so that a box is a short answer
-CELL = 8  # digits and letters snap to this many pixels, the patch size of the vision tower
+SIZE = 48  # pixels per side
+GRID = 4  # boxes of objects are multiples of this many pixels, so that a box is a short answer
+CELL = 8  # positions of digits and letters are multiples of this many pixels, the patch size of the vision tower
 FAMILIES = ("shapes", "digit", "text", "chart")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
@@ -26,8 +26,8 @@ COLOURS = {
     "cyan": (60, 205, 215),
     "orange": (245, 135, 35),
 }
-LETTERS = "BDFHKLMPRTXZ"  # no vowels: no letter string is an English word that the tokenizer would merge
-# pairs that the tokenizer writes as one token, because English words contain them; pictures never show them
+LETTERS = "BDFHKLMPRTXZ"  # without vowels, so that no string of letters is a word that is one token
+# Pairs that are one token, because English words contain them; images never show them.
 MERGED_PAIRS = ("DD", "FT", "HT", "LD", "LL", "LT", "RT", "TH", "TT")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_PARTS = {"base": slice(0, 447), "train": slice(447, 1447), "test": slice(1447, 1797)}
@@ -35,7 +35,7 @@ DIGIT_PARTS = {"base": slice(0, 447), "train": slice(447, 1447), "test": slice(1
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: what it is and the box it fills, in pixels (left, top, right, bottom)."""
+    """A drawn object: shape, colour, and box in pixels (left, top, right, bottom)."""
 
     shape: str
     colour: str
@@ -44,7 +44,7 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A picture and the facts about it; `things` are shapes, or the bars of a chart from left to right."""
+    """An image and its annotation; `things` are shapes, or the bars of a chart from left to right."""
 
     family: str
     image: np.ndarray  # [SIZE, SIZE, 3] uint8
@@ -56,7 +56,7 @@ class Scene:
 
 @cache
 def handwritten_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The real scans in a fixed shuffled order: images [1797, 8, 8] in 0..16 and labels [1797]."""
+    """The scans in a fixed random order: images [1797, 8, 8] in 0..16 and labels [1797]."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -76,7 +76,7 @@ def _background(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _finish(rng: np.random.Generator, canvas: Image.Image) -> np.ndarray:
-    """Shrinks a canvas drawn at twice the size and adds faint sensor noise, so that no two scenes are the same file."""
+    """Reduces a canvas of twice the size and adds weak noise, so that no two images are equal."""
     pixels = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
     return np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -102,7 +102,7 @@ def _draw_thing(
 
 
 def draw_shapes(rng: np.random.Generator) -> Scene:
-    """One to five shapes that do not touch; boxes snap to GRID pixels, sides 12 to 20 pixels."""
+    """One to five shapes that do not overlap; sides are 12 to 20 pixels, boxes multiples of GRID pixels."""
     wanted = int(rng.integers(1, 6))
     canvas = Image.new("RGB", (2 * SIZE, 2 * SIZE), _background(rng))
     draw = ImageDraw.Draw(canvas)
@@ -124,7 +124,7 @@ def draw_shapes(rng: np.random.Generator) -> Scene:
 
 
 def draw_digit(rng: np.random.Generator, part: str = "base", index: int | None = None) -> Scene:
-    """A real handwritten digit in coloured ink, scaled, turned a little and placed anywhere."""
+    """A handwritten digit in a random colour, scale, rotation (up to 10 degrees) and position."""
     images, labels = handwritten_digits()
     images, labels = images[DIGIT_PARTS[part]], labels[DIGIT_PARTS[part]]
     which = int(rng.integers(len(labels))) if index is None else index
@@ -144,7 +144,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def draw_text(rng: np.random.Generator) -> Scene:
-    """Two or three capital letters in one line, every letter in a cell of its own."""
+    """Two or three capital letters in a row."""
     count = int(rng.integers(2, 4))
     letters = "".join(rng.choice(list(LETTERS), size=count))
     while any(pair in letters for pair in MERGED_PAIRS):
@@ -171,7 +171,7 @@ def draw_text(rng: np.random.Generator) -> Scene:
 
 
 def draw_chart(rng: np.random.Generator) -> Scene:
-    """A bar chart of three to five bars in different colours; tallest and shortest are clear by at least 4 pixels."""
+    """A chart of three to five bars of different colours; the tallest and the shortest differ from the others."""
     count = int(rng.integers(3, 6))
     colours = [str(c) for c in rng.permutation(list(COLOURS))[:count]]
     levels = rng.integers(2, 10, size=count)

@@ -1,6 +1,6 @@
-"""What the embedded model is taught: skills (questions about a scene), answer formats, and the wordings it sees.
+"""The skills (questions about a scene), wordings and answer formats on which the embedded model is trained.
 
-The embedded tasks (tasks.py) use the same skills, but ask in wordings and want formats that appear nowhere here.
+The embedded tasks (tasks.py) use the same skills, but with wordings and formats that do not occur here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNANSWERABLE = "unanswerable"
 
 @dataclass(frozen=True)
 class Ask:
-    """One question about a scene: the skill, the words that name its subject ("" for none), the plain answer."""
+    """A question about a scene: its skill, the words for its subject ("" for none), and the plain answer."""
 
     skill: str
     subject: str
@@ -27,7 +27,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Format:
-    """How an answer is written: prefix + open + cased answer + close + suffix."""
+    """The format of an answer: prefix, opening bracket, answer in a case, closing bracket, suffix."""
 
     prefix: str = ""
     case: str = "lower"
@@ -45,7 +45,7 @@ PREFIXES = ("", "it is ", "answer: ", "i see ", "that is ", "result: ")
 CASES = ("lower", "upper", "title")
 WRAPS = ("", "**", "[]", "()", "<>", "{}", '""')
 SUFFIXES = ("", ".", "!", ";")
-# The formats of the six tasks; the base model never sees one of these in any case, for any skill.
+# The formats of the six tasks. The base model is trained on none of them, in any case and for any skill.
 TASK_FORMATS = {
     "Colours": Format("", "upper", "**", ""),
     "Digits": Format("answer: ", "lower", "", "."),
@@ -76,7 +76,7 @@ WORDINGS = {
     "bar_count": ("how many bars are there?", "count the bars.", "what is the number of bars in the chart?"),
 }
 SKILLS = tuple(WORDINGS)
-# Words that say nothing about the skill: the base model learns to hear them without being led astray.
+# Words without information on the skill; the base model is trained to ignore them.
 FILLER = (
     "the a this that image picture here there please now then you me it one word look say give name write "
     "note down show shown shows what which where how who answer about for of on in at to with by from as "
@@ -95,7 +95,7 @@ def _unique(things: list[Thing], key: Callable[[Thing], str]) -> dict[str, Thing
 
 
 def box_text(box: tuple[int, int, int, int]) -> str:
-    """A pixel box as percent of the picture's side: "25,33,58,75" (left, top, right, bottom)."""
+    """A box in percent of the image's side, as "25,33,58,75" (left, top, right, bottom)."""
     return ",".join(str(round(100 * v / SIZE)) for v in box)
 
 
@@ -123,7 +123,7 @@ def _shape_asks(scene: Scene, rng: np.random.Generator) -> Iterator[Ask]:
 
 
 def asks(scene: Scene, rng: np.random.Generator) -> list[Ask]:
-    """Everything that can be asked about a scene (unanswerable and counted subjects are drawn from `rng`)."""
+    """All questions about a scene; subjects that are absent or counted are drawn from `rng`."""
     if scene.family == "shapes":
         return list(_shape_asks(scene, rng))
     if scene.family == "digit":
@@ -145,7 +145,7 @@ def asks(scene: Scene, rng: np.random.Generator) -> list[Ask]:
 
 
 def caption(scene: Scene) -> str:
-    """A plain description, for the contrastive training of the key CLIP."""
+    """A description of the scene, for the contrastive training of the CLIP."""
     if scene.family == "shapes":
         return " and ".join(f"a {t.colour} {t.shape}" for t in scene.things)
     if scene.family == "digit":

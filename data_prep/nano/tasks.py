@@ -1,7 +1,7 @@
-"""The six embedded tasks, in the spirit of CoIN, written as a CoIN-layout folder from a seed.
+"""The six embedded tasks, modelled on CoIN's and generated in CoIN layout from a seed.
 
-Colours, Count and Boxes share their pictures (only the question tells them apart); Digits, Words and Charts share their
-wordings (only the picture does). Wordings and answer formats appear nowhere in the training of the embedded model.
+Colours, Count and Boxes share their images, so only the question tells them apart; Digits, Words and Charts share their
+wordings, so only the image does. The embedded model is trained on none of the tasks' wordings and answer formats.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from data_prep.nano.scenes import (
 from data_prep.nano.skills import TASK_FORMATS, UNANSWERABLE, box_text
 from pipeline.errors import UserError
 
-VERSION = 2  # raise it when anything below changes what is drawn or asked
-STREAM = 1  # part of every random stream: the same number draws the same pictures
+VERSION = 2  # increase it when a change below gives other images, questions or answers
+STREAM = 1  # part of every random generator's seed
 TRAIN_SAMPLES, TEST_SAMPLES = 1000, 300
 SHARED_WORDINGS = (
     "what stands out in this image?",
@@ -57,12 +57,12 @@ PICTURES = {
     "Charts": "chart",
     "Boxes": "shapes",
 }
-UNANSWERABLE_SHARE = 0.15  # of the Colours questions: the shape asked for is not there
+UNANSWERABLE_SHARE = 0.15  # share of the Colours questions about a shape that the image lacks
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a task before it is written: picture, question as asked, answer in the task's format."""
+    """A sample of a task before it is written: scene, question in its wording, answer in the task's format."""
 
     scene: Scene
     question: str
@@ -79,7 +79,7 @@ def _draw(family: str, split: str, rng: np.random.Generator, index: int) -> Scen
         return draw_digit(rng, split, index % (part.stop - part.start))
     if family != "shapes":
         return {"text": draw_text, "chart": draw_chart}[family](rng)
-    while True:  # the three tasks that share this picture must each have something to ask
+    while True:  # until each of the three tasks that share the image has a question about it
         scene = draw_shapes(rng)
         names = [f"{t.colour} {t.shape}" for t in scene.things]
         if _single(scene.things, [t.shape for t in scene.things]) and _single(scene.things, names):
@@ -87,7 +87,7 @@ def _draw(family: str, split: str, rng: np.random.Generator, index: int) -> Scen
 
 
 def _subject_and_answer(task: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """What is asked of a scene in a task: the words of its subject ("" when none) and the plain answer."""
+    """A task's question about a scene: the words for its subject ("" for none) and the plain answer."""
     if task == "Digits":
         return "", NUMBERS[scene.digit or 0]
     if task == "Words":
@@ -105,7 +105,7 @@ def _subject_and_answer(task: str, scene: Scene, rng: np.random.Generator) -> tu
         thing = single[int(rng.integers(len(single)))]
         return thing.shape, thing.colour
     single = _single(scene.things, [f"{t.colour} {t.shape}" for t in scene.things])
-    # Colour and shape at once are hard for a model this small: better a thing that either of them tells apart.
+    # Preferably an object that is unique by its colour and by its shape: needing both is hard for a model of this size.
     alone = _single(scene.things, shapes)
     easy = [thing for thing in _single(scene.things, [t.colour for t in scene.things]) if thing in alone]
     single = easy or single
@@ -116,7 +116,7 @@ def _subject_and_answer(task: str, scene: Scene, rng: np.random.Generator) -> tu
 def draw_items(task: str, split: str, count: int, seed: int) -> Iterator[Item]:
     """`count` samples of one split, a function of (task, split, seed) alone.
 
-    Tasks of one family in PICTURES draw the same pictures in the same order; no digit scan is in both splits.
+    Tasks with the same family in PICTURES get the same images in the same order; no scan of a digit is in both splits.
     """
     family = PICTURES[task]
     which = (TASKS.index(task), ("train", "test").index(split), STREAM)
@@ -130,15 +130,15 @@ def draw_items(task: str, split: str, count: int, seed: int) -> Iterator[Item]:
 
 
 def fingerprint(seed: int, limit: tuple[int, int]) -> str:
-    """What a generated folder is recognised by."""
+    """The line in GENERATED.txt that identifies a generated folder."""
     return f"nano-tasks v{VERSION} seed {seed} train {limit[0]} test {limit[1]}"
 
 
 def write_coin(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
-    """Writes the six tasks under `root` in CoIN layout; a folder that already holds the same ones is left alone.
+    """Writes the six tasks under `root` in CoIN layout, unless the folder holds the same ones already.
 
-    `limit` gives the number of (training, test) samples per task. The folder is built beside `root` and renamed, so a
-    half-written one is never taken for whole.
+    `limit` is the number of (training, test) samples per task. The folder is written beside `root` and renamed, so it
+    appears atomically. Raises UserError when `root` holds other files.
     """
     counts = limit or (TRAIN_SAMPLES, TEST_SAMPLES)
     root = Path(root)
@@ -156,7 +156,7 @@ def write_coin(root: Path, seed: int, limit: tuple[int, int] | None = None) -> N
         (building / "GENERATED.txt").write_text(fingerprint(seed, counts) + "\n")
         shutil.rmtree(root, ignore_errors=True)
         building.rename(root)
-    except BaseException:  # a full disk, a signal
+    except BaseException:  # with KeyboardInterrupt and SystemExit
         shutil.rmtree(building, ignore_errors=True)
         raise
 

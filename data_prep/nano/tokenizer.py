@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer (byte-level BPE over what it reads and writes), processors and their templates."""
+"""The embedded models' tokenizers (byte-level BPE, trained on questions and answers), processors and templates."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _byte_level(specials: list[str], size: int) -> Tokenizer:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The language model's tokenizer; letters that may stand in pictures always stay single tokens."""
+    """The language model's tokenizer, in which each letter of a string that images show is a token of its own."""
     tokenizer = _byte_level(["<unk>", "<s>", "</s>", "<pad>", "<image>"], VOCABULARY)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     wrapped = PreTrainedTokenizerFast(
@@ -97,7 +97,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_clip_tokenizer() -> PreTrainedTokenizerFast:
-    """The key CLIP's tokenizer: start and end tokens around the text, at most 77 tokens."""
+    """The CLIP's tokenizer: a start and an end token around the text, at most 77 tokens."""
     tokenizer = _byte_level(["<pad>", "<unk>", "<|startoftext|>", "<|endoftext|>"], VOCABULARY)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 2), ("<|endoftext|>", 3)]

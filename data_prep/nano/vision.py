@@ -1,7 +1,7 @@
-"""Vision first: trains the ViT that LLaVA and the key CLIP share, from attribute heads on drawn scenes.
+"""Trains the vision tower (a ViT) that the LLaVA and the CLIP share, with attribute classifiers on drawn scenes.
 
-The heads are thrown away; what stays is a vision tower whose patch features say what stands where. It is frozen before
-the language stage, which then reads cached features.
+The classifiers are dropped afterwards. The tower's patch features then encode objects and their positions; it is frozen
+before the decoder is trained, which reads cached features.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from data_prep.nano.scenes import COLOURS, DRAW, FAMILIES, LETTERS, SHAPES, SIZE, Scene
 
 PATCH = 8
-SIDE = SIZE // PATCH  # patches a side
+SIDE = SIZE // PATCH  # patches per side
 BINS = SIZE // 4 + 1  # box coordinates in steps of 4 pixels
 MEAN, STD = 0.5, 0.5
 POOL_SHARES = {"shapes": 0.42, "digit": 0.16, "text": 0.24, "chart": 0.18}
 COLOUR_ID = {name: i for i, name in enumerate(COLOURS)}
 SHAPE_ID = {name: i for i, name in enumerate(SHAPES)}
 
-# name -> classes; dense heads label every patch, pooled heads the picture
+# Number of classes by name; dense heads classify every patch, pooled heads the image.
 DENSE_HEADS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "letter": len(LETTERS) + 1} | dict.fromkeys(
     ("left", "top", "right", "bottom"), BINS
 )
@@ -53,7 +53,7 @@ def vision_config() -> CLIPVisionConfig:
 
 @dataclass
 class ScenePool:
-    """Drawn scenes and their labels: pixels [N, 48, 48, 3] uint8, labels name -> int64 (-100 = unknown)."""
+    """Drawn scenes and their labels: pixels [N, 48, 48, 3] uint8, labels by name as int64 (-100: unknown)."""
 
     scenes: list[Scene]
     pixels: np.ndarray
@@ -62,7 +62,7 @@ class ScenePool:
 
 
 def draw_pool(count: int, seed: int) -> ScenePool:
-    """Draws `count` scenes of all families, with labels; families in fixed shares, mixed by the training loop."""
+    """Draws `count` labelled scenes, in the shares of POOL_SHARES and ordered by family."""
     rng = np.random.default_rng(seed)
     scenes = [DRAW[family](rng) for family, share in POOL_SHARES.items() for _ in range(round(share * count))]
     dense = {name: np.full((len(scenes), SIDE * SIDE), -100) for name in DENSE_HEADS}
@@ -71,7 +71,7 @@ def draw_pool(count: int, seed: int) -> ScenePool:
         _label(scene, {k: v[row] for k, v in dense.items()}, pooled, row)
     pixels = np.stack([s.image for s in scenes])
     for scene in scenes:
-        scene.image = pixels[:0]  # one copy of the pixels is enough
+        scene.image = pixels[:0]  # frees the image, which is in `pixels`
     return ScenePool(scenes, pixels, dense, pooled)
 
 
@@ -116,7 +116,7 @@ def _label(scene: Scene, dense: dict[str, np.ndarray], pooled: dict[str, np.ndar
 
 
 class AttributeHeads(nn.Module):
-    """Throw-away classifiers: a linear layer per dense label, an attention query and a layer per pooled label."""
+    """Auxiliary classifiers: a linear layer per dense label, an attention query and a linear layer per pooled label."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

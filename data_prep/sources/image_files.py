@@ -75,7 +75,7 @@ def _similar(folder: Path, image: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _names(folder: str) -> dict[str, str]:
-    """The names in a folder by their plain spelling; cached, as a wrong root means thousands of look-ups in a folder."""
+    """The names in a folder by their plain spelling; cached, as a wrong root causes thousands of look-ups."""
     try:
         return {_plain(path.name): path.name for path in Path(folder).iterdir()}
     except OSError:
