@@ -1,4 +1,4 @@
-"""What recipes of every kind are made of: sections, names, how a training runs, tracking, and the file they are in."""
+"""Common parts of all kinds of recipes: sections, names, settings of the training loop, tracking, the recipe's file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pipeline.files.atomic import replacing
 from pipeline.files.passwords import masked
 from pipeline.files.paths import GivenPath, GivenUri
 
-# Where prepared data is unless a recipe says otherwise; {name} and {settings} are filled in. The latter follows from
-# what decides on the data's content alone, so recipes share a folder where they can and nowhere else.
+# Default folder of prepared data; {name} and {settings} are filled in. The latter depends only on settings that
+# determine the data's content, so recipes share a folder exactly where their data is the same.
 PREPARED = "data/prepared/{settings}"
 
 SETTINGS_MARK = "{settings}"
 
-# A name becomes a folder and a part of MLflow's metric names, hence the letters and the length.
+# A name becomes a folder and a part of MLflow's metric names, which limit its letters and length.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}$"
 NAME_LETTERS = "letters, digits, '_', '-' and '.', a letter or digit first, at most 100"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
-    """A group of fields: frozen, and a field it does not know is an error."""
+    """A group of fields: immutable, and unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def each_once(what: str, names: Iterable[object], advice: str = "") -> None:
-    """Raise ValueError that tells which of the `names` of a `what` stand there more than once."""
+    """Raise ValueError that lists the duplicates in `names`, the names of a `what`, followed by `advice`."""
     listed = [str(name) for name in names]
     twice = sorted({name for name in listed if listed.count(name) > 1})
     if twice:
@@ -42,7 +42,7 @@ def each_once(what: str, names: Iterable[object], advice: str = "") -> None:
 
 
 class LoopConfig(Section):
-    """How any training runs: what it logs, what it is spread over, when it saves; nothing of what it computes."""
+    """Settings of the training loop that do not change what it computes: logs, processes, checkpoints."""
 
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")
@@ -53,10 +53,10 @@ class LoopConfig(Section):
     save_minutes: float | None = Field(
         10, gt=0, description="minutes between two checkpoints inside a stage or unit; null: only as save_steps says"
     )
-    save_steps: int | None = Field(None, ge=1, description="also save inside it after every so many steps")
-    keep: int = Field(2, ge=1, description="checkpoints kept of what is in progress; what is finished always stays")
+    save_steps: int | None = Field(None, ge=1, description="steps between two such checkpoints; null: by time only")
+    keep: int = Field(2, ge=1, description="checkpoints kept of a stage or unit in progress; finished ones always stay")
     watchdog_s: float | None = Field(
-        900, gt=0, description="seconds without progress on any rank after which a job ends; null: it may hang for ever"
+        900, gt=0, description="seconds without progress on any rank after which a job ends; null: watchdog off"
     )
 
 
@@ -66,18 +66,18 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: GivenUri | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
-    registry: bool = Field(True, description="true: a finished run's adapter becomes a version in the model registry")
+    registry: bool = Field(True, description="true: register a finished run's adapter as a version of a model")
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """The extras of the package that tracking needs."""
+        """The optional dependencies (extras) that tracking needs."""
         return ("track",) if self.enabled else ()
 
 
 class FileRecipe(Section):
-    """What every kind of recipe has: a name that fills in the folder of its data, and a file it is written to."""
+    """The base of all kinds of recipes: a name, the run's folder, and reading and writing it as YAML."""
 
-    filled_in: ClassVar[tuple[str, ...]] = ("name",)  # what may stand in braces in run_dir
+    filled_in: ClassVar[tuple[str, ...]] = ("name",)  # placeholders in run_dir
 
     name: Name = Field(description="name of the recipe")
     run_dir: GivenPath = Field("runs/{name}", description="folder of the run; {name} is filled in")
@@ -98,7 +98,7 @@ class FileRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_prepared(cls, fields: Any) -> Any:
-        # Filled in here and not where it is read, so that `data.prepared` is a plain path everywhere.
+        # Filled in at validation, so that `data.prepared` is a plain path wherever it is used.
         if isinstance(fields, dict) and isinstance(fields.get("data"), dict) and isinstance(fields.get("name"), str):
             prepared = fields["data"].get("prepared", PREPARED)
             if isinstance(prepared, str):
@@ -115,17 +115,17 @@ class FileRecipe(Section):
         return self
 
     def settings_name(self) -> str:
-        """What {settings} in data.prepared stands for: the last part of the root, and a hash of `data_settings`."""
+        """The value of {settings} in data.prepared: the last part of the root, and a hash of `data_settings`."""
         settings = self.data_settings()
         return f"{folder_label(settings.get('root', ''))}-{settings_hash(settings)}"
 
     def data_settings(self) -> dict[str, Any]:
-        """The settings that decide on the content of the prepared data; those at their defaults are left out."""
+        """The settings that determine the content of the prepared data, without those at their defaults."""
         return {}
 
     @classmethod
     def as_a_run_meant(cls, fields: Any) -> Any:
-        """The fields of a run's config.yaml, completed where it was written before a field that changes results."""
+        """The fields of a run's config.yaml, completed with former defaults of fields that it lacks."""
         return fields
 
     @property
@@ -134,9 +134,10 @@ class FileRecipe(Section):
         return Path(self.run_dir.format(name=self.name))
 
     def dump_yaml(self, path: Path) -> None:
-        """Write the resolved recipe, whole or not at all; reading the file gives it back as it was.
+        """Write the resolved recipe atomically; reading the file gives an equal recipe.
 
-        All but a password in `tracking.uri`: run folders are shared (see `pipeline.tracking.store.tracking_uri`).
+        Except for a password in `tracking.uri`, which is masked because run folders are shared (see
+        `pipeline.tracking.store.tracking_uri`).
         """
         fields = self.model_dump(mode="json")
         tracking = fields.get("tracking")

@@ -1,4 +1,4 @@
-"""The section `data` of a task sequence: its tasks, and where their samples come from and are prepared."""
+"""The section `data` of a task sequence: its tasks, the source of their samples, and their preparation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annot
 
 
 def known_name(kind: str, name: str) -> str:
-    """A name that `pipeline.config.registry` knows; ValueError, for pydantic, for any other."""
+    """The name, if `pipeline.config.registry` knows it; ValueError, for pydantic, otherwise."""
     if not registry.knows(kind, name):
         known = sorted(registry.names(kind))
         raise ValueError(f"expected one of {', '.join(known)}.{nearest(name, known)}")
@@ -34,10 +34,10 @@ class TaskConfig(Section):
     limit_train: int | None = Field(
         None,
         ge=1,
-        description="use only the first so many training samples; those that data.validation_share holds out are "
-        "among them",
+        description="number of training samples that are used, the first ones; includes those that "
+        "data.validation_share holds out",
     )
-    limit_test: int | None = Field(None, ge=1, description="use only the first so many test samples")
+    limit_test: int | None = Field(None, ge=1, description="number of test samples that are used, the first ones")
     train_files: tuple[GivenPath, ...] = Field(
         (), description="files of the training split in the task's folder; empty: train.json and its numbered parts"
     )
@@ -47,7 +47,7 @@ class TaskConfig(Section):
     annotations: GivenPath | None = Field(
         None,
         description="file under the root with further answers to the test questions (ten annotators, choices, "
-        "captions); null: the benchmarks' own file names are looked for",
+        "captions); null: files with the benchmarks' own names, where they exist",
     )
 
     @field_validator("metric")
@@ -57,17 +57,17 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """Where samples come from and where they are kept prepared."""
+    """The source of the samples, and the folder of the prepared data."""
 
     source: Annotated[str, FromRegistry("sources")] = Field(
-        description="data format of the tasks under root. coin: instructions/<Task>/{train,test}.json, read as it is; "
-        "generated: the same, drawn there first"
+        description="data format of the tasks under root. coin: instructions/<Task>/{train,test}.json; generated: the "
+        "embedded tasks, which are first drawn there in this format"
     )
     root: GivenPath = Field(description="folder of the tasks and their images")
     prepared: GivenPath = Field(
         PREPARED,
-        description="folder of the shards: <prepared>/<task>/<split>/; {settings} is filled in from what decides on "
-        "their content (source, root, limits, files, generator's seed, repeated ids, the CLIP of the keys)",
+        description="folder of the shards: <prepared>/<task>/<split>/; {settings} is filled in from the settings that "
+        "determine their content (source, root, limits, files, generator's seed, repeated ids, the CLIP of the keys)",
     )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="the tasks in the order they are learned")
     prepare_first: bool = Field(False, description="true: run and train prepare what is missing before they start")
@@ -85,12 +85,12 @@ class DataConfig(Section):
     scoring: Literal["fixed", "compat"] = Field(
         "fixed", description="compat: score as the official scripts do, faults included (pipeline/metrics/compat.py)"
     )
-    skip_bad: int = Field(0, ge=0, description="leave out up to so many bad records of all tasks together")
+    skip_bad: int = Field(0, ge=0, description="most bad records, over all tasks, that are left out")
     too_long: Literal["refuse", "skip", "truncate"] = Field(
         "refuse",
         description="samples of more tokens than model.max_length, and images that the model's processor cannot use, "
-        "both counted before training. refuse: the start ends with a sentence; skip: training leaves them out, tests "
-        "count them as wrong; truncate: the beginning of the question is cut off, further turns before it",
+        "both counted before training. refuse: the run does not start; skip: training leaves them out, tests count "
+        "them as wrong; truncate: further turns are dropped first, then the start of the question",
     )
     repeated_ids: Literal["refuse", "number"] = Field(
         "refuse", description="number: a record whose id was used before is kept as id#2, id#3, ..."
@@ -109,7 +109,7 @@ class DataConfig(Section):
 
     @property
     def drawn(self) -> bool:
-        """Whether the source draws its files by `seed` rather than reading what the user has put under the root."""
+        """Whether the source generates its files from `seed`, instead of reading the user's files under the root."""
         return bool(registry.load("sources", self.source).drawn)
 
     def split_path(self, task: str, split: str) -> Path:
@@ -117,7 +117,7 @@ class DataConfig(Section):
         return Path(self.prepared) / task / split
 
     def split_settings(self, task: TaskConfig, split: str) -> dict[str, Any]:
-        """What decides on the content of one split, beside the files under the root; see `pipeline.data.origin`."""
+        """The settings that determine a split's content, with the files under the root; see `pipeline.data.origin`."""
         train = split == "train"
         settings: dict[str, Any] = {"source": self.source, "repeated_ids": self.repeated_ids}
         settings[LIMIT] = task.limit_train if train else task.limit_test

@@ -19,12 +19,12 @@ class EvaluateConfig(Section):
     )
     repetition_penalty: Annotated[float, Field(gt=0)] | Literal["checkpoint"] = Field(
         1.0,
-        description="factor on the scores of tokens that the answer has already; 1: none, so that boxes and numbers "
-        "may repeat digits; checkpoint: what the model's generation_config.json says",
+        description="penalty for tokens that the answer has already; 1: none, so that boxes and numbers can repeat "
+        "digits; checkpoint: the value in the model's generation_config.json",
     )
     reuse: bool = Field(True, description="keep an answer when a later stage selects the same sets")
     share_images: bool = Field(
         False,
-        description="compute an image once for all questions about it that get the same sets; always on with "
+        description="encode an image once for all questions about it that get the same sets; always on with "
         "method.insertion after_image",
     )

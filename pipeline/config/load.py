@@ -1,4 +1,4 @@
-"""Reading a recipe or the recipe of a run: its kind, its fields with overrides, validated."""
+"""Loads a recipe, or the recipe of a run: determines its kind, applies overrides and validates it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.errors import UserError, nearest
 
 
 def recipe_kind(name_or_path: str | Path) -> str | None:
-    """Return what a recipe file says in `kind`: clip for a benchmark of prompt methods, None for a task sequence."""
+    """Return the field `kind` of a recipe file: clip for a benchmark of prompt methods, None for a task sequence."""
     kind = read_recipe(find_recipe(str(name_or_path))).get("kind")
     if kind not in (None, "clip"):
         raise UserError(f"recipe '{name_or_path}': kind is {kind!r}, expected clip, or none for a task sequence.")
@@ -23,13 +23,13 @@ def recipe_kind(name_or_path: str | Path) -> str | None:
 
 
 def run_kind(run_path: Path) -> str | None:
-    """Return the kind of recipe a run was made with; None also where there is no run, which its reader says."""
+    """Return the kind of a run's recipe; None also where there is no run, which whatever reads the run reports."""
     path = run_path / CONFIG
     return recipe_kind(path) if path.is_file() else None
 
 
 def one_kind(runs: Sequence[Path]) -> str | None:
-    """Return the kind of some runs, as `run_kind` does; UserError when some are benchmarks and some sequences."""
+    """Return the kind that all runs have, as `run_kind` does; UserError when their kinds differ."""
     kinds = {path: run_kind(path) for path in runs if (path / CONFIG).is_file()}
     if len(set(kinds.values())) > 1:
         words = {"clip": "a benchmark of prompt methods on CLIP", None: "a task sequence"}
@@ -44,7 +44,7 @@ def one_kind(runs: Sequence[Path]) -> str | None:
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the recipe of that name or file with `a.b=value` overrides applied.
 
-    Raises UserError, one sentence naming each field in question, what was found and what was expected.
+    Raises UserError with a sentence per wrong field: what was found and what was expected.
     """
     if recipe_kind(name_or_path) == "clip":
         raise UserError(
@@ -63,7 +63,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 
 
 def load_run(run_path: Path) -> Recipe:
-    """Return the recipe a run folder was made with; UserError when the folder is no run."""
+    """Return the recipe of a run folder; UserError when the folder is no run of a sequence."""
     if not (run_path / CONFIG).is_file():
         runs = [found.parent.name for found in run_path.parent.glob(f"*/{CONFIG}")]
         what = "is a file" if run_path.is_file() else "does not exist"
@@ -82,7 +82,7 @@ def load_run(run_path: Path) -> Recipe:
 
 
 def as_recorded(recipe: Recipe, run_path: Path) -> Recipe:
-    """The recipe with what a run meant that was begun before one of its fields existed; others stay as they are."""
+    """The recipe of a run, with the former default of `repetition_penalty` where the run is older than this field."""
     path, field = run_path / CONFIG, "repetition_penalty"
     if field in recipe.evaluate.model_fields_set or not path.is_file():
         return recipe

@@ -1,4 +1,4 @@
-"""Turning pydantic's findings about a recipe into sentences: the dotted field, what was found, what was expected."""
+"""Turns pydantic's errors about a recipe into sentences: the dotted field, what was found, what was expected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 def sentence(error: ValidationError, root: type[BaseModel], most: int | None = None) -> str:
-    """Return one sentence for all that is wrong with a recipe of the class `root`, or for the first `most` things."""
+    """Return the errors of a recipe of the class `root` as sentences, at most the first `most` of them."""
     told = [details for details in error.errors() if not _long_enough(details)]
     unquoted = [details for details in told if _is_unquoted(details, root)]
     sentences = [_one(details, root) for details in told if details not in unquoted]
@@ -38,7 +38,7 @@ def sentence(error: ValidationError, root: type[BaseModel], most: int | None = N
 
 
 def _long_enough(details: ErrorDetails) -> bool:
-    """Pydantic leaves out what is wrong before it counts: a list of two wrong entries is not too short."""
+    """Whether a list that pydantic reports as too short is long enough: pydantic counts only its valid entries."""
     least = details.get("ctx", {}).get("min_length")
     found = details["input"]
     return (
@@ -47,7 +47,7 @@ def _long_enough(details: ErrorDetails) -> bool:
 
 
 def _is_unquoted(details: ErrorDetails, root: type[BaseModel]) -> bool:
-    """Whether YAML made a number, a date or true of what was meant as a name."""
+    """Whether YAML read an unquoted name as a number, a date or a boolean."""
     if not isinstance(details["input"], bool | int | float | datetime.date):
         return False
     location = details["loc"]
@@ -96,7 +96,7 @@ def _unknown_field(field: str, location: tuple[int | str, ...], root: type[BaseM
     *parents, name = map(str, location)
     siblings = list(_model_at(location[:-1], root).model_fields)
     hint = nearest(name, siblings)
-    if not hint:  # a known name in the wrong place, such as lr_prompt without its train.
+    if not hint:  # perhaps a field of another group, such as lr_prompt without `train.`
         elsewhere = [path for path in _paths(root) if path.rsplit(".", 1)[-1] == name]
         hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else ""
     where = ".".join(parents) or "the recipe"
@@ -123,7 +123,7 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def variants_of(model: type[BaseModel]) -> Mapping[str, type[BaseModel]]:
-    """The classes that a group may have by the name in it, such as the options of each method; mostly none."""
+    """The classes that a group may have, by its field `name`, such as the options of each method; mostly empty."""
     variants: Mapping[str, type[BaseModel]] = getattr(model, "variants", dict)()
     return variants
 

@@ -1,4 +1,4 @@
-"""What a recipe says of its method: a name, and the options that the method of this name has, and no others."""
+"""The section `method` of a recipe: a name, and exactly the options that the method of this name has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.config.messages import sentence
 from pipeline.errors import UserError, nearest
 
 DEFAULT = "modalprompt"
-# All methods had these fields before each had options of its own: the recipes of older runs and adapters hold all.
+# Fields that all methods had before each had options of its own; recipes of older runs and adapters have all of them.
 ONCE_OF_ALL = (
     *("prompt_length", "init", "k", "selection", "insertion", "text_only", "gate", "earlier_gates", "image_weight"),
     "prototype_weight",
@@ -27,12 +27,12 @@ Choice: TypeAlias = "str | Mapping[str, Any]"  # a name, or `{name: ..., and its
 
 @dataclass(frozen=True)
 class FromRegistry:
-    """Marks a field that takes a name of this kind, or a group with `name` and the options of what it names."""
+    """Marks a field that takes a name of this kind, or a mapping with `name` and the options of that extension."""
 
     kind: str
 
     def checked(self, choice: Any) -> Any:
-        """The choice; ValueError where nothing has its name."""
+        """The choice, if its name is known; ValueError otherwise."""
         name = choice.get("name") if isinstance(choice, Mapping) else choice
         if not isinstance(name, str):
             raise ValueError("expected a name, or a group of fields with `name` and the options of what it names")
@@ -44,16 +44,16 @@ class FromRegistry:
 class MethodOptions(Section):
     """The continual-learning method, and what is learned per task."""
 
-    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset()  # options that decide on nothing once a module is learned
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset()  # options without effect once a module is learned
 
     name: Annotated[str, FromRegistry("methods")] = Field(DEFAULT, description="the continual-learning method")
 
     def after(self, stages: int) -> MethodOptions:
-        """The method as it is after so many stages, where it was changed between two of them."""
+        """The method as it was after this number of stages; differs from the present one if it was changed since."""
         return self
 
     def with_gate(self, gate: float | None, stages: int) -> MethodOptions:
-        """The method with another gate from the stage behind the first `stages` on; UserError where it has none."""
+        """The method with another gate for the stages after the first `stages`; UserError where it has no gate."""
         raise UserError(f"the method {self.name} has no gate; expected one that selects by similarity.")
 
     @classmethod
@@ -80,10 +80,15 @@ def choice_name(choice: Choice) -> str:
 
 
 def chosen_options(kind: str, options: type[Section], choice: Choice, method: Section | None) -> Section:
-    """The options of a chosen router or rule.
+    """The options of a chosen router or rule: those in the choice, and the method's options of the same names.
 
-    Those that its choice gives, and of the others those that the method has under the same name. UserError for an
-    option that it has not got, or a value that it cannot take.
+    Raises UserError for an option that the router or rule does not have, and for an invalid value.
+
+    Args:
+        kind: "routers" or "rules".
+        options: the options' class.
+        choice: the name, or a mapping with `name` and options.
+        method: options of the method; None: only those in the choice.
     """
     own = {} if isinstance(choice, str) else {name: value for name, value in choice.items() if name != "name"}
     shared = {} if method is None else {n: getattr(method, n) for n in options.model_fields if hasattr(method, n)}
@@ -102,15 +107,15 @@ def chosen_options(kind: str, options: type[Section], choice: Choice, method: Se
 
 
 def options_of(name: str) -> type[MethodOptions]:
-    """The class of a method's options; UserError where nothing has this name."""
+    """The class of a method's options; UserError for an unknown method."""
     options: type[MethodOptions] = registry.load("methods", name).Options
     return options
 
 
 def method_options(fields: Mapping[str, Any] | None = None, /, **more: Any) -> MethodOptions:
-    """The options of the method that `name` says; pydantic's ValidationError for what this method cannot take."""
+    """The options of the method `name`; pydantic's ValidationError for options that this method does not have."""
     given = {**(fields or {}), **more}
-    if given.keys() >= set(ONCE_OF_ALL):  # nobody writes all of them but an earlier version, into a resolved recipe
+    if given.keys() >= set(ONCE_OF_ALL):  # only a resolved recipe of an earlier version has all of them
         given = of_a_record(given)
     name = given.get("name", DEFAULT)
     if not isinstance(name, str):
@@ -128,16 +133,16 @@ def method_options(fields: Mapping[str, Any] | None = None, /, **more: Any) -> M
 
 
 def validated(value: Any, handler: ValidatorFunctionWrapHandler) -> MethodOptions:
-    """For a field of a recipe: the options of the method that is named, of its own class."""
+    """Validates the field `method` of a recipe into the class of the named method's options."""
     if isinstance(value, MethodOptions):
         return value
     if not isinstance(value, Mapping):
-        handler(value)  # says what was expected
+        handler(value)  # raises pydantic's error
     return method_options(value)
 
 
 def _wrong(sentences: Mapping[str, str], given: Mapping[str, Any]) -> ValidationError:
-    """What pydantic would raise for these fields of the method."""
+    """pydantic's ValidationError with these messages by field."""
     details: list[InitErrorDetails] = [
         {"type": "value_error", "loc": (field,), "input": given.get(field), "ctx": {"error": ValueError(text)}}
         for field, text in sentences.items()
@@ -150,7 +155,7 @@ MethodField = Annotated[SerializeAsAny[MethodOptions], WrapValidator(validated)]
 
 
 def of_a_record(fields: Any) -> Any:
-    """The `method` of a run or an adapter from when all methods had all fields, without those that meant nothing."""
+    """The section `method` of a run or adapter from when all methods had all fields, without fields of no effect."""
     if not isinstance(fields, Mapping) or not registry.knows("methods", str(fields.get("name", DEFAULT))):
         return fields
     known = options_of(str(fields.get("name", DEFAULT))).model_fields
@@ -198,7 +203,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _no_option(name: str, option: str, options: type[MethodOptions]) -> str:
-    """The sentence for an option that the method has not got: what it has, and which methods have that option."""
+    """The error message for an option that the method does not have: its options, and methods that have this one."""
     known = [field for field in options.model_fields if field != "name"]
     others = [other for other, has in MethodOptions.variants().items() if option in has.model_fields]
     hint = f" It is an option of {', '.join(others)}." if others else nearest(option, known)

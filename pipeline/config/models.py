@@ -22,14 +22,14 @@ class ModelConfig(Section):
     template: Literal["auto", "vicuna_v1"] = Field(
         "auto",
         description="the conversation: that of the checkpoint's chat template (without one, USER: and ASSISTANT:), or "
-        "LLaVA-1.5's with its system sentence",
+        "LLaVA-1.5's with its system prompt",
     )
     image_tokens: int | None = Field(
         None,
         ge=1,
-        description="most tokens of one image, by the processor's own knob (pixels of Qwen2.5-VL, tiles of InternVL, "
-        "the longest edge of Idefics3 and SmolVLM, pan-and-scan of Gemma 3, grids of LLaVA-NeXT); null: as the "
-        "checkpoint says",
+        description="most tokens of one image, by the processor's own setting (pixels of Qwen2.5-VL, tiles of "
+        "InternVL, the longest edge of Idefics3 and SmolVLM, pan-and-scan of Gemma 3, grids of LLaVA-NeXT); null: the "
+        "checkpoint's own setting",
     )
     image_padding: Literal["none", "square"] = Field(
         "none", description="square: pad images to squares with the processor's mean colour first, as LLaVA's own code"
@@ -42,7 +42,7 @@ class ModelConfig(Section):
 
 
 class KeysConfig(Section):
-    """The frozen CLIP that turns images and questions into keys."""
+    """The frozen CLIP that computes the routing keys of images and questions."""
 
     path: GivenPath = Field(description="Hugging Face id, or folder of a CLIP checkpoint")
     revision: str | None = Field(None, description="commit of the Hugging Face repository")
@@ -50,7 +50,7 @@ class KeysConfig(Section):
         "projected", description="projected: CLIP's joint space; pooled: before the projection, as in the official code"
     )
     text_truncation: Literal["head", "tail"] = Field(
-        "head", description="which end of a question that CLIP's 77 tokens cannot hold is kept; head: CLIP's own way"
+        "head", description="for questions longer than CLIP's 77 tokens: keep the start (head, as CLIP does) or the end"
     )
     batch: int = Field(64, ge=1, description="samples per forward pass while preparing")
 
@@ -61,5 +61,5 @@ class KeysConfig(Section):
 
     @property
     def source(self) -> tuple[str, str | None, Literal["projected", "pooled"], Literal["head", "tail"]]:
-        """What names the CLIP and its features to `key_identity` and `KeyEncoder`."""
+        """The arguments of `key_identity` and `KeyEncoder` that identify the CLIP and its features."""
         return self.location, self.revision, self.text_feature, self.text_truncation

@@ -1,11 +1,11 @@
-"""Where the project is, and what a path in a recipe means."""
+"""The folder of the project, and the resolution of paths in recipes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder pipeline/
-PROJECT = PACKAGE.parent  # a checkout, or what a wheel was installed into; data_prep/ is there too
+PROJECT = PACKAGE.parent  # a checkout, or the folder that a wheel was installed into; it has data_prep/ too
 
 
 def locate(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The recipe of a task sequence: everything a run depends on, typed and frozen, unknown fields refused."""
+"""The recipe of a task sequence: everything that a run depends on, typed, immutable, without unknown fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.files.paths import GivenPath
 
 
 class Recipe(FileRecipe):
-    """A runnable thing: data, model, method and training, with one seed."""
+    """Everything that a run depends on: data, model, method, training and a seed."""
 
     filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
 
@@ -37,7 +37,7 @@ class Recipe(FileRecipe):
 
     @model_validator(mode="after")
     def _one_order_of_samples(self) -> Recipe:
-        if self._behind_the_image and self.train.length_buckets and self.train.questions_per_image > 1:
+        if self._inserts_after_the_image and self.train.length_buckets and self.train.questions_per_image > 1:
             raise ValueError(
                 "with method.insertion after_image train.questions_per_image orders the samples by image and "
                 "train.length_buckets by length; expected questions_per_image 1 or length_buckets false"
@@ -46,7 +46,7 @@ class Recipe(FileRecipe):
 
     @model_validator(mode="after")
     def _gradients_reach_the_projector(self) -> Recipe:
-        if self._behind_the_image and self.train.projector == "trained":
+        if self._inserts_after_the_image and self.train.projector == "trained":
             raise ValueError(
                 "method.insertion after_image computes the image without gradients, so train.projector trained would "
                 "never learn; expected train.projector frozen or another insertion"
@@ -54,14 +54,14 @@ class Recipe(FileRecipe):
         return self
 
     @property
-    def _behind_the_image(self) -> bool:
+    def _inserts_after_the_image(self) -> bool:
         return getattr(self.method, "insertion", None) == "after_image"
 
     def data_settings(self) -> dict[str, Any]:
-        """The settings that decide on the content of the prepared data; those at their defaults are left out.
+        """The settings that determine the content of the prepared data, without those at their defaults.
 
-        Tasks count by what is said about them and not by their names: any choice of tasks in any order shares a folder
-        where all are read alike. `skip_bad` only allows what it allows, so it does not count.
+        Of tasks, their settings count but not their names, so recipes with any tasks in any order share a folder where
+        all tasks are read with the same settings. `skip_bad` does not count, because it is only a limit.
         """
         data, keys = self.data, self.keys
         said = {
@@ -79,10 +79,10 @@ class Recipe(FileRecipe):
 
     @classmethod
     def as_a_run_meant(cls, fields: Any) -> Any:
-        """The fields of a run's config.yaml, completed where it was written before a field that changes results."""
+        """The fields of a run's config.yaml, completed with former defaults of fields that it lacks."""
         if not isinstance(fields, dict) or not isinstance(fields.get("data"), dict):
             return fields
-        # Runs from before samples were held out have trained on all of them.
+        # Runs of versions that held out no samples were trained on all of them.
         completed = {**fields, "data": {"validation_share": 0.0, **fields["data"]}}
         return {**completed, "method": of_a_record(fields["method"])} if "method" in fields else completed
 

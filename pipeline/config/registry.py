@@ -1,11 +1,11 @@
-"""What may be named in a recipe: methods, routers, rules and the other kinds of extension, by name.
+"""The registry of extensions that recipes name: methods, routers, selection rules and other kinds.
 
-A name stands for a target "module:attribute", which is imported when it is used. So this module knows the names without
-knowing what they mean, lies below everything that it names, and costs nothing to import.
+A name stands for a target "module:attribute", which is imported when it is used. So this module imports nothing that it
+names and can lie below all of it.
 
 Names come from three places: `BUILT_IN`; the entry points of installed packages, in the group
 `continual_prompts.<kind>` (`continual_prompts.rules` for a selection rule); and `register`, for the process that calls
-it. Where a recipe expects a name it also takes a target itself, `my_rules:NearestTwo`, for a module on PYTHONPATH.
+it. Instead of a name, a recipe may give a target, such as `my_rules:NearestTwo` for a module on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import UserError, nearest
 
-GROUP = "continual_prompts."  # of entry points, with the kind behind it
+GROUP = "continual_prompts."  # prefix of an entry point group; the kind follows
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "methods": {
@@ -71,7 +71,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "maple": "pipeline.clip.methods.maple:MaPLe",
         "mpl": "pipeline.clip.methods.mpl:MPL",
     },
-    # By the model_type of their config.json.
+    # By `model_type` of config.json.
     "lmm_families": {
         "llava": "pipeline.backbones.families.llava:Llava",
         "llava_next": "pipeline.backbones.families.llava:LlavaNext",
@@ -82,7 +82,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gemma3": "pipeline.backbones.families.gemma3:Gemma3",
     },
 }
-# What a target of a kind has to be: a subclass of this class, of the metrics an instance.
+# The base class of a kind's targets, which are subclasses of it; metrics are instances.
 BASES = {
     "parts": "pipeline.prompts.parts.base:Part",
     "methods": "pipeline.methods.base:Method",
@@ -93,7 +93,7 @@ BASES = {
     "clip_methods": "pipeline.clip.methods.base:PromptLearner",
     "lmm_families": "pipeline.backbones.families.base:LMMFamily",
 }
-# One of a kind, in a sentence.
+# The word for an extension of a kind, in messages.
 WORDS = {
     "methods": "method",
     "parts": "part",
@@ -105,7 +105,7 @@ WORDS = {
     "lmm_families": "model family",
 }
 
-# What `load` imports where it stands in place of a name.
+# A target in place of a name.
 _TARGET = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 _registered: dict[str, dict[str, Any]] = {}
@@ -113,21 +113,21 @@ _registered: dict[str, dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Contested:
-    """Stands for a name that installed packages give to different targets."""
+    """Marks a name for which installed packages have different targets."""
 
-    packages: Mapping[str, str]  # by target
+    packages: Mapping[str, str]  # names of the packages by target
 
     @property
     def said(self) -> str:
-        """What the packages say, for a sentence."""
+        """The targets and their packages, for a message."""
         return " and ".join(f"{target} by {package}" for target, package in sorted(self.packages.items()))
 
 
 def register(kind: str, name: str, target: Any) -> None:
-    """Let recipes of this process use `name` for `target`, which is "module:attribute" or the object itself.
+    """Register `name` for `target`, "module:attribute" or the object itself, in this process.
 
-    Processes that a launcher starts do not know of it: what is trained on several ranks is named by an entry point or
-    by its target. Raises UserError where the kind is unknown or another target has the name already.
+    Processes that a launcher starts do not have it; for training on several ranks use an entry point, or the target
+    itself in the recipe. Raises UserError for an unknown kind, and where another target has the name.
     """
     known = _targets(kind)
     if name in known and known[name] != target:
@@ -141,23 +141,23 @@ def names(kind: str) -> list[str]:
 
 
 def is_target(name: str) -> bool:
-    """Whether a name is no name but what one stands for, "module:attribute"."""
+    """Whether a text is a target "module:attribute" instead of a name."""
     return _TARGET.fullmatch(name) is not None
 
 
 def knows(kind: str, name: str) -> bool:
-    """Whether `load` would look for something under this name: one of `names`, or a target itself."""
+    """Whether `load` accepts this name: one of `names`, or a target."""
     return name in _targets(kind) or is_target(name)
 
 
 def unknown(kind: str, name: str) -> str:
-    """The sentence for a name that no one has given."""
+    """The error message for an unknown name."""
     known = names(kind)
     return f"there is no {WORDS[kind]} '{name}'; expected one of {', '.join(known)}.{nearest(name, known)}"
 
 
 def provide(kind: str, name: str) -> str:
-    """What to do where a file from elsewhere, such as an adapter, needs a name that is not known here."""
+    """Advice for a file from elsewhere, such as an adapter, that needs a name which is unknown here."""
     return (
         f"install the package that has '{name}' among its entry points {GROUP}{kind}, or call "
         f'pipeline.config.registry.register("{kind}", "{name}", ...) before.'
@@ -165,9 +165,9 @@ def provide(kind: str, name: str) -> str:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import what a name stands for.
+    """Import the target of a name.
 
-    Raises UserError for an unknown name, a target that cannot be imported, and one that is not of this kind.
+    Raises UserError for an unknown name, a target that cannot be imported, and one without the kind's base class.
     """
     if not knows(kind, name):
         sentence = unknown(kind, name)
@@ -184,7 +184,7 @@ def load(kind: str, name: str) -> Any:
         return _of_its_kind(kind, name, target)
     try:
         found = _imported(target)
-    except Exception as error:  # whatever the code of another package raises when it is imported
+    except Exception as error:  # importing another package's code may raise anything
         raise UserError(
             f"The {WORDS[kind]} '{name}' is {target}, which cannot be imported ({type(error).__name__}: {error}); "
             "expected module:attribute of an installed package or of a module on PYTHONPATH."
@@ -201,7 +201,7 @@ def _imported(target: str) -> Any:
 
 
 def _of_its_kind(kind: str, name: str, found: Any) -> Any:
-    """What was found; UserError where its base class is not that of the kind."""
+    """The target `found`; UserError where it does not have the base class of the kind."""
     base = _imported(BASES[kind])
     wanted = "an instance" if kind == "metrics" else "a subclass"
     right = isinstance(found, base) if kind == "metrics" else isinstance(found, type) and issubclass(found, base)
@@ -216,7 +216,7 @@ def _of_its_kind(kind: str, name: str, found: Any) -> Any:
 def _targets(kind: str) -> dict[str, Any]:
     if kind not in BUILT_IN:
         raise UserError(f"There is no kind of extension '{kind}'; expected one of {', '.join(BUILT_IN)}.")
-    # The project's own names cannot be taken by an installed package: a recipe would mean something else there.
+    # The project's own names come first, so that an installed package cannot change the meaning of a recipe.
     own = BUILT_IN[kind]
     added = {**_entry_points(kind), **_registered.get(kind, {})}
     return own | {name: target for name, target in added.items() if name not in own}
@@ -224,8 +224,8 @@ def _targets(kind: str) -> dict[str, Any]:
 
 @functools.cache
 def _entry_points(kind: str) -> dict[str, str | Contested]:
-    """The targets that installed packages add, by name; looked for once, for it opens the metadata of every package."""
-    found: dict[str, dict[str, str]] = {}  # by name and target the package
+    """Targets of installed packages by name; cached, because this reads the metadata of every package."""
+    found: dict[str, dict[str, str]] = {}  # packages by name and target
     for point in entry_points(group=f"{GROUP}{kind}"):
         found.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "a package"
     return {name: Contested(said) if len(said) > 1 else next(iter(said)) for name, said in found.items()}

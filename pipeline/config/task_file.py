@@ -1,7 +1,6 @@
-"""task.json beside a task's train.json and test.json: how the task is scored, as `new-task` wrote it.
+"""task.json beside a task's train.json and test.json: its metric and longest answer, written by `new-task`.
 
-A recipe that names the task takes metric and longest answer from there where it does not say them itself; `check` tells
-where it says something else.
+They are the defaults of a recipe that names the task; `check` reports a recipe with other values.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ TAKEN = ("metric", "max_new_tokens")  # fields that a recipe takes from it
 
 
 def read_task_file(folder: Path) -> dict[str, Any]:
-    """The fields of a task's task.json; empty where there is none. UserError for one that is not as it was written."""
+    """The fields of a task's task.json; {} where there is none. Raises UserError for a damaged one."""
     path = folder / TASK_FILE
     try:
         fields = load_json(path.read_text(encoding="utf-8-sig"))
@@ -43,13 +42,13 @@ def read_task_file(folder: Path) -> dict[str, Any]:
 
 
 def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields with what its tasks leave to their task.json."""
+    """A recipe's fields, with fields that its tasks lack filled in from their task.json."""
     data = fields.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("root"), str):
         return fields
     source = data.get("source")
     if not isinstance(source, str) or not registry.knows("sources", source):
-        return fields  # the field's own validation says so
+        return fields  # the field's validation reports it
     form = registry.load("sources", source)
     if form.drawn:
         return fields
@@ -58,7 +57,7 @@ def with_task_files(fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     try:
         root = Path(expanded(data["root"]))
-    except UserError:  # the field's own validation says so, with its name
+    except UserError:  # the field's validation reports it with the field's name
         return fields
     return {**fields, "data": {**data, "tasks": [_filled(form, root, task) for task in tasks]}}
 
@@ -71,7 +70,7 @@ def _filled(form: Any, root: Path, task: Any) -> Any:
 
 
 def contradictions(data: DataConfig) -> list[str]:
-    """Where a recipe scores a task otherwise than its task.json says, one clause each."""
+    """The fields of a recipe's tasks that differ from their task.json, as clauses for a message."""
     if data.drawn:
         return []
     found = []

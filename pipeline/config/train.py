@@ -23,8 +23,8 @@ class TrainConfig(LoopConfig):
     steps: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps per stage; overrides epochs, unless those are given later: by "
-        "--set, or in a recipe that extends the one with the steps",
+        description="optimizer steps per stage; overrides epochs, unless epochs are given later: by --set, or in a "
+        "recipe that extends the one with steps",
     )
     global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")
@@ -35,9 +35,8 @@ class TrainConfig(LoopConfig):
     )
     vision_features: Literal["computed", "kept"] = Field(
         "computed",
-        description="kept: what the vision tower makes of each training image is computed once, before the stage, and "
-        "read from float16 files beside the prepared data from then on; for models whose images have equally many "
-        "tokens",
+        description="kept: the vision tower's features of each training image are computed once, before the stage, and "
+        "then read from float16 files beside the prepared data; for models with the same number of tokens per image",
     )
     lr_projector: float = Field(2e-5, gt=0, description="learning rate of the projector when it is trained")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
@@ -53,20 +52,20 @@ class TrainConfig(LoopConfig):
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field(
         "auto",
-        description="activations of the decoder's layers that are computed again instead of kept: of no layer, of "
-        "every second, of all; saves memory and costs time, never changes the loss; auto: as few as fit into the GPUs "
-        "by the memory plan, none without GPUs",
+        description="activation checkpointing: layers of the decoder whose activations are recomputed instead of kept "
+        "(none, every second one, all); saves memory, costs time, never changes the loss; auto: as few as fit into the "
+        "GPUs by the memory plan, none without GPUs",
     )
     length_buckets: bool = Field(
         False,
-        description="batches of samples of about the same length, questions without an image apart from the others: "
-        "less padding, every sample still once per epoch; not together with questions_per_image",
+        description="batches of samples of similar length, separately for questions with and without an image: less "
+        "padding, every sample still once per epoch; not together with questions_per_image",
     )
     questions_per_image: int = Field(
         4,
         ge=1,
-        description="with method.insertion after_image: most questions about one image that stand together in the "
-        "order of training, so that they share its computation; 1: the order of the other insertions",
+        description="with method.insertion after_image: most questions about one image that follow each other in the "
+        "order of samples, so that the image is computed once for them; 1: the order of the other insertions",
     )
 
     @model_validator(mode="after")

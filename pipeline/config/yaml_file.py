@@ -1,4 +1,4 @@
-"""Reading a recipe's YAML: which file a name means, `extends`, and `--set` overrides; it knows no fields."""
+"""Reads a recipe's YAML: finds its file, applies `extends` and `--set` overrides; validation is elsewhere."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.files.paths import expanded
 from pipeline.files.strict_text import load_yaml, plain_words, quoting
 
 CONFIG = "config.yaml"  # the recipe of a run, in its folder
-STATE = "run.json"  # how far the run is
-WRITTEN = (CONFIG, STATE, "adapter.json")  # what a run and an exported adapter have in their folders
+STATE = "run.json"  # the state of a run, in its folder
+WRITTEN = (CONFIG, STATE, "adapter.json")  # files by which the folder of a run or of an adapter is recognised
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Two fields for one thing, of which the second counts where both stand side by side. The first takes it back where it
-# is given later: by --set, or in a recipe that extends the one with the second.
+# Two fields for the same quantity. Where both are given together, the second is used. Where the first is given later
+# (by --set, or in a recipe that extends the one with the second), it removes the second.
 OVERRULED = {"train.epochs": "train.steps"}
-# Groups whose fields depend on the name in them, with the kind of extension that the name is one of and the name where
-# none is given. Where another name is given later, options that only the earlier one has are forgotten.
+# Groups whose fields depend on their `name`, with the kind of extension that it names and its default. Where another
+# name is given later, options that only the earlier one has are dropped.
 NAMED = {"method": ("methods", "modalprompt")}
-CHOSEN_BY_NAME = {"data.tasks": "task", "methods": "method"}  # lists from which --set may take some by name
+CHOSEN_BY_NAME = {"data.tasks": "task", "methods": "method"}  # lists from which --set can select items by name
 
 
 def recipe_names() -> list[str]:
@@ -33,7 +33,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name_or_path: str, beside: Path | None = None) -> Path:
-    """Return the file a recipe name or path means; a name is looked for in `beside` first, then among the shipped ones.
+    """Return the file of a recipe's name or path; a name is searched in `beside`, then among the shipped recipes.
 
     Raises UserError with the nearest shipped name when there is no such file.
     """
@@ -80,7 +80,7 @@ def read_recipe(path: Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
         given = fields.get(group)
         if isinstance(given, dict) and isinstance(below.get(group), dict):
             _rename(below, group, given.get("name"))
-            # What is chosen with options of its own is replaced, not mixed with what was chosen before.
+            # A choice with options of its own, such as a rule, replaces the earlier choice instead of merging with it.
             below[group] = {k: v for k, v in below[group].items() if not (isinstance(v, dict) and k in given)}
     return _merged(below, fields)
 
@@ -92,7 +92,7 @@ def apply_overrides(fields: dict[str, Any], overrides: Iterable[str]) -> dict[st
     """
     fields = copy.deepcopy(fields)
     names = [f"{group}.name" for group in NAMED]
-    # Names first: an option that is given beside a name is meant for it, wherever it stands.
+    # Names first, because options that are given with a name belong to it, in whatever order.
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         dotted, equals, text = override.partition("=")
         dotted = dotted.strip()
@@ -167,7 +167,7 @@ def _has(fields: Any, dotted: str) -> bool:
 
 
 def _overrule(fields: dict[str, Any], dotted: str) -> None:
-    """Take back what the field `dotted`, which has just been given, replaces."""
+    """Remove the field that the given field `dotted` replaces."""
     other = OVERRULED.get(dotted)
     if other is not None and _has(fields, other):
         *parents, last = other.split(".")
@@ -177,7 +177,7 @@ def _overrule(fields: dict[str, Any], dotted: str) -> None:
 
 
 def _rename(fields: dict[str, Any], group: str, name: Any) -> None:
-    """Forget the options of a named group that it has by its present name and will not have by the new one."""
+    """Drop the options of a named group that exist for its present name and not for the new one."""
     kind, default = NAMED[group]
     inside = fields.get(group)
     present = inside.get("name", default) if isinstance(inside, dict) else name
@@ -201,7 +201,7 @@ def _position(items: list[Any], part: str, dotted: str) -> int:
 
 
 def _chosen(dotted: str, known: Any, wanted: Any) -> Any:
-    """Return the known items that a list of names picks; anything else is left to the recipe's own validation."""
+    """Return the known items that a list of names selects; any other value is left to the recipe's validation."""
     if isinstance(wanted, str):
         wanted = [wanted]
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted) or not isinstance(known, list):

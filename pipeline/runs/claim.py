@@ -1,4 +1,4 @@
-"""Whether a run folder, or a finished stage in it, belongs to the recipe that is to be run."""
+"""Checks that a run folder, and the finished stages in it, belong to the recipe that is run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import TEMPORARY_SUFFIX
 from pipeline.runs.layout import CONFIG, LENGTHS_FILE, LOCK
 
-# Fields that a run may be continued with when they differ: where and how fast it runs, not what it computes. Places of
-# data and models are free because stages, answers and kept steps are compared with the fingerprints of what lies there.
+# Fields that may differ when a run is continued: they decide where and how fast it runs, not what it computes. Paths of
+# data and models are among them because fingerprints of their content are compared with those in stages and answers.
 FREE_FIELDS = (
     "run_dir",
     "data.prepared",
@@ -46,7 +46,7 @@ FREE_FIELDS = (
 
 
 def check_stage(folder: Path, meta: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a finished stage that was trained on another model, CLIP or data than the run uses now."""
+    """Raise UserError for a finished stage that was trained with another model, CLIP or data than `expected`."""
     for field, value in expected.items():
         if field in meta and meta[field] != value:
             raise UserError(
@@ -59,7 +59,7 @@ def check_stage(folder: Path, meta: dict[str, Any], expected: dict[str, Any]) ->
 def claim_run(recipe: FileRecipe) -> Path:
     """Make the run folder, or check that it belongs to this recipe; the UserError lists the fields that differ.
 
-    A folder in which nothing was begun (see `unbegun`) may be that of any recipe; it is left as it is here.
+    A folder in which nothing was started (see `unbegun`) is accepted whatever its recipe, and not changed here.
     """
     run = recipe.run_path
     path = run / CONFIG
@@ -84,31 +84,30 @@ def claim_run(recipe: FileRecipe) -> Path:
 
 
 def is_empty(run: Path) -> bool:
-    """Whether a folder can become a run's: what a process that writes config.yaml, or was killed then, has in it does
-    not count."""
+    """Whether a folder is empty but for temporaries, which a process leaves there that was killed at config.yaml."""
     return run.is_dir() and all(path.name.endswith(TEMPORARY_SUFFIX) for path in run.iterdir())
 
 
 def unbegun(run: Path) -> bool:
-    """Whether a run folder is that of starts which were all refused: it was locked, and nothing was written since.
+    """Whether every start in a run folder was refused before anything was written but its recipe and its lock.
 
-    What such a refusal advises is mostly another value of a field, which must not be refused for the old one.
+    The message of such a refusal mostly advises to change a field, so the changed recipe must be accepted.
     """
     names = {path.name for path in run.iterdir() if not path.name.endswith(TEMPORARY_SUFFIX)}
     return {CONFIG, LOCK} <= names <= {CONFIG, LOCK, LENGTHS_FILE}
 
 
 def _free_name(run: Path) -> Path:
-    """A folder beside a run that is not there yet."""
+    """A folder beside a run that does not exist yet."""
     return next(free for number in count(2) if not (free := run.with_name(f"{run.name}-{number}")).exists())
 
 
 def _with_defaults(found: Any, kind: type[FileRecipe]) -> Any:
-    """A resolved recipe with what it meant by fields that did not exist when it was written."""
+    """A resolved recipe, completed with the values of fields that did not exist when it was written."""
     try:
         return kind.model_validate(kind.as_a_run_meant(found)).model_dump(mode="json")
     except ValidationError:
-        return found  # a field is gone or has other values now: the comparison will name it
+        return found  # a field no longer exists or has other values; the comparison names it
 
 
 def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -121,7 +120,7 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, An
             for key in dict.fromkeys([*old, *new])
             for difference in differing_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
-    if prefix and _names(old) and _names(new):  # tasks, datasets: named item by item, for two long lists look alike
+    if prefix and _names(old) and _names(new):  # tasks, datasets: compared item by item, for a short message
         if _names(old) != _names(new):
             return [(prefix, ", ".join(_names(old)), ", ".join(_names(new)))]
         pairs = zip(_names(old), old, new, strict=True)
@@ -130,7 +129,7 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, An
 
 
 def _names(items: Any) -> list[str]:
-    """The names of a list of named things; empty for anything else."""
+    """The names in a list of mappings with `name`; empty for anything else."""
     named = isinstance(items, list) and all(isinstance(item, dict) and "name" in item for item in items)
     return [str(item["name"]) for item in items] if named else []
 

@@ -1,4 +1,4 @@
-"""What the files of a run hold, as far as something reads it: a damaged one is named before it is shown or counted."""
+"""Models of the parts of a run's files that are read, so that a damaged file is reported before it is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADVICE = "evaluate the run again or restore the file"
 
 
 class Content(BaseModel):
-    """What is read of a file; it may hold more."""
+    """The part of a file that is read; further fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
 
@@ -53,7 +53,7 @@ class BenchmarkState(Content):
 
 
 class MatrixFile(Content):
-    """matrix.json: T tasks, scores in percent; how many there are and their range is checked by who reads them."""
+    """matrix.json: T tasks, scores in percent; lengths and ranges are checked where they are used."""
 
     tasks: list[str] | None = None
     accuracy: list[Scores] | None = None  # [T, T]
@@ -81,7 +81,7 @@ class LogLine(Content):
 
 
 class StageMeta(Content):
-    """meta.json of a stage, as far as the report shows it."""
+    """meta.json of a stage: the part that the report shows."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -98,7 +98,7 @@ class PredictionLine(Content):
 
 
 def require(content: Any, kind: type[Content], place: str) -> None:
-    """Raise UserError, one sentence for the first thing that is wrong, unless `content` of `place` is of the kind."""
+    """Raise UserError with the first error unless `content`, found at `place`, is valid for `kind`."""
     try:
         kind.model_validate(content)
     except ValidationError as error:
@@ -106,7 +106,7 @@ def require(content: Any, kind: type[Content], place: str) -> None:
 
 
 def read_json(path: Path, kind: type[Content]) -> dict[str, Any]:
-    """Return the object in a JSON file, {} where there is none; UserError when it is damaged."""
+    """Return the object in a JSON file, {} where there is no file; UserError when it is damaged."""
     if not path.is_file():
         return {}
     try:

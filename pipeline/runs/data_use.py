@@ -1,4 +1,4 @@
-"""Which prepared data a run uses: written into its run.json, and looked up before a prepared folder is rewritten."""
+"""Records the prepared data that a run uses in its run.json, and finds the runs that use a prepared folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ NAMED = 5  # runs that a message names
 
 
 def data_record(splits: Iterable[tuple[str, str, IndexedShards, int | None]]) -> dict[str, Any]:
-    """What run.json keeps of (task, split, its shards, how many samples are used at most): folder, fingerprint, counts.
+    """The entry `data` of run.json: per task and split the folder, its fingerprint, and numbers of samples.
 
-    Folders are absolute: whoever rewrites one looks for them.
+    `splits` are (task, split, its shards, limit on the samples used). Folders are absolute, because they are searched
+    for before a folder is rewritten.
     """
     record: dict[str, Any] = {}
     for task, split, shards, limit in splits:
@@ -36,7 +37,7 @@ def data_record(splits: Iterable[tuple[str, str, IndexedShards, int | None]]) ->
 
 
 def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
-    """The fingerprint of the data that a run has used for a split; None where it has used none yet."""
+    """The fingerprint of the data that a run used for a split; None where it has used none yet."""
     used = read_state(run).get(DATA)
     if used is None:
         return _recorded_before(run, task, split)
@@ -44,7 +45,7 @@ def recorded_fingerprint(run: Path, task: str, split: str) -> str | None:
 
 
 def _recorded_before(run: Path, task: str, split: str) -> str | None:
-    """The same of a run of an earlier version: its stages name the training data, its scores the test data."""
+    """`recorded_fingerprint` for a run of an earlier version, from the meta.json of its stages and its score files."""
     if split == "train":
         learned = [data for meta in _contents(run, STAGE_META) if isinstance(data := meta.get(DATA), dict)]
         return next((data[task] for data in learned if task in data), None)
@@ -57,7 +58,7 @@ def _recorded_before(run: Path, task: str, split: str) -> str | None:
 
 
 def dependants(folder: Path, runs: Path) -> list[str]:
-    """The runs in the folder `runs` that used the split in `folder` as it is now, sorted."""
+    """The runs in the folder `runs` that used the present content of the split in `folder`, sorted."""
     try:
         fingerprint = json.loads((folder / DATASET_FILE).read_text("utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -80,13 +81,13 @@ def dependants(folder: Path, runs: Path) -> list[str]:
 
 
 def named(runs: list[str]) -> str:
-    """The first runs of a list by name, and how many more there are."""
+    """The first runs of a list and the number of further ones, as text."""
     more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
     return f"{', '.join(runs[:NAMED])}{more}"
 
 
 def _depended(run: Path, folder: Path, fingerprint: str) -> bool:
-    """Whether a run of an earlier version, which recorded no folders, has learned from a split or scores on it."""
+    """Whether a run of an earlier version, which recorded no folders, uses a split for training or for scoring."""
     try:
         prepared = yaml.safe_load((run / CONFIG).read_text("utf-8"))["data"]["prepared"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
@@ -100,7 +101,7 @@ def _depended(run: Path, folder: Path, fingerprint: str) -> bool:
 
 
 def _contents(run: Path, pattern: str) -> Iterator[dict[str, Any]]:
-    """What stands in some of a run's JSON files, without those that hold no object."""
+    """The objects in a run's JSON files that match `pattern`, without unreadable files."""
     for path in sorted(run.glob(pattern)):
         try:
             content = json.loads(path.read_text("utf-8"))

@@ -1,7 +1,8 @@
-"""Folders of finished training: tensors by name and their description, readable at any world size.
+"""Folders of finished training: tensors by name and meta.json, readable at any world size.
 
-The folder gets its name when everything in it is on the disk, and holds the hashes of its files, so a reader can tell a
-finished folder from an unfinished or damaged one.
+A folder is renamed to its final name once all its files are on the disk, and holds hashes of them, so a reader can
+tell a complete folder from an incomplete or damaged one. The tensors are all in one file: for ModalPrompt on
+LLaVA-1.5-7B about 80 MB, most of them the projection head.
 """
 
 from __future__ import annotations
@@ -30,27 +31,34 @@ FORMAT_VERSION = 1
 
 
 def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write what was learned and its description into `work` and give it the name `final`, whole or not there."""
+    """Write tensors (as float32) and meta.json into `work` and rename it to `final` atomically.
+
+    Args:
+        work: folder of the training in progress; may hold checkpoints, which are removed at the end.
+        final: the finished folder; one that exists there is replaced.
+        tensors: what was learned, by name.
+        meta: content of meta.json.
+    """
     work.mkdir(parents=True, exist_ok=True)
     write_synced(work / TENSORS, save({key: value.float().contiguous() for key, value in tensors.items()}))
     meta = {"format": FORMAT_VERSION, **meta, "sha256": sha256(work / TENSORS)}
     (work / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / COMPLETE).write_text(sha256(work / META) + "\n")
     for path in work.iterdir():
-        if path.is_file() and not path.name.startswith(NFS_OPEN):  # it goes when whoever has it open closes it
+        if path.is_file() and not path.name.startswith(NFS_OPEN):  # a removed file that a process still has open
             with path.open("rb") as file:
-                os.fsync(file.fileno())  # the name must not survive a power cut that the content did not
+                os.fsync(file.fileno())  # before the rename: after a power cut the folder must not lack a content
     sync_folder(work)
-    if final.exists():  # a damaged or incomplete one that was refused
+    if final.exists():  # a damaged or incomplete folder
         remove_folder(final)
     work.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the folder has its name they are what there is
+    shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the rename, only the checkpoints can be resumed
     return final
 
 
 def read_finished(folder: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `finish_folder` wrote, None when the folder was not finished; UserError, ending in `fix`, when damaged."""
+    """Tensors and meta.json of a finished folder; None for an unfinished one, UserError ending in `fix` if damaged."""
     if not (folder / COMPLETE).is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds, finished or in progress; the layout is the contract in the README."""
+"""Reads a run folder, finished or in progress; the layout is in pipeline/runs/layout.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.runs.layout import CONFIG, MATRIX, METRICS, STAGES, STATE, after_f
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run as far as it has come; scores in percent, None where nothing was evaluated."""
+    """A run, finished or in progress; scores are in percent, None where nothing was evaluated."""
 
     path: Path
     config: dict[str, Any]
@@ -44,22 +44,22 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's name; it is how runs are told apart in tables."""
+        """The folder's name, which identifies the run in tables."""
         return self.path.resolve().name
 
     @property
     def method(self) -> str:
-        """The method's name, "?" when the folder does not say."""
+        """The method's name; "?" when the folder's files do not have it."""
         return str(self.state.get("method") or self.config.get("method", {}).get("name") or "?")
 
     @property
     def learned_nothing(self) -> bool:
-        """Whether the run is finished without a stage, as the zero-shot method's are."""
+        """Whether the run is finished and has no stages, as with the zero-shot method."""
         return self.state.get("stages") == []
 
     @property
     def changes_earlier(self) -> str:
-        """What each stage changes of earlier tasks: modules, answers or nothing; empty where the run does not say."""
+        """What a stage changes of earlier tasks: modules, answers or nothing; "" for a run that has no entry of it."""
         return str(self.state.get("changes_earlier") or "")
 
     @property
@@ -84,7 +84,7 @@ class RunFolder:
         return [None] * len(self.tasks)
 
     def metrics(self) -> dict[str, float | None]:
-        """Return the continual metrics as they stand after the last stage so far."""
+        """Return the metrics of continual learning after the last stage so far."""
         if self.last_stage is None:
             return {}
         seen = self.last_stage + 1
@@ -108,7 +108,7 @@ class RunFolder:
         """
         curves = {}
         for file in sorted((self.path / STAGES).glob(f"*/{METRICS}")):
-            # A stage that was interrupted and resumed has written some steps twice: the later line is what counted.
+            # An interrupted stage repeats steps after it resumed, so a step may have two lines; the later one is valid.
             lines = {line["step"]: line for line in read_lines(file, LogLine)}
             if lines:
                 curves[file.parent.name] = [lines[step] for step in sorted(lines)]

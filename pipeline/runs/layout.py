@@ -1,4 +1,4 @@
-"""The layout of a run folder: the names of what lies in it, and where.
+"""The layout of a run folder: names and paths of its files.
 
 A run of a task sequence has `stages/NN-task/` and `eval/{zero-shot,after-NN,ahead-NN}/`, a benchmark `units/NAME/`.
 """
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from pipeline.config.yaml_file import CONFIG, STATE
 
-__all__ = ["CONFIG", "STATE"]  # with the names below: recipes know these two, by which they tell a run's folder
+__all__ = ["CONFIG", "STATE"]  # re-exported; defined where recipes are read, which recognises run folders by them
 
 TENSORS, META, COMPLETE = "prompts.safetensors", "meta.json", "COMPLETE"  # of a finished stage or unit
 LOCK = "LOCK"  # the file that the run's writer holds a lock on
-LENGTHS_FILE = "lengths.json"  # what was decided about long samples, and of which data and settings
+LENGTHS_FILE = "lengths.json"  # numbers of samples that are too long, with the data and settings they hold for
 MATRIX = "matrix.json"  # of a sequence: the accuracy matrix
 RESULTS = "results.json"  # of a benchmark: the units' scores
 REPORT = "report.html"
 METRICS = "metrics.jsonl"  # of a stage or unit: the log of its training
 RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `pipeline.training.resume`)
 STAGES, UNITS, EVALUATIONS = "stages", "units", "eval"
-UNFINISHED = ".unfinished"  # how the folder's name of a stage or unit ends while that is trained
+UNFINISHED = ".unfinished"  # suffix of the folder of a stage or unit in training
 
 
 def stage_folder(run: Path, index: int, name: str) -> Path:
@@ -34,7 +34,7 @@ def unit_folder(run: Path, label: str) -> Path:
 
 
 def unfinished(folder: Path) -> Path:
-    """Folder of a stage or unit while it is trained; of an earlier attempt only its checkpoints are of use."""
+    """Folder of a stage or unit in training; of an earlier attempt's folder only the checkpoints are used."""
     return folder.with_name(folder.name + UNFINISHED)
 
 
@@ -44,7 +44,7 @@ def unfinished_folder(run: Path, index: int, name: str) -> Path:
 
 
 def label_of(folder: Path) -> str:
-    """The name of the stage or unit in a folder, trained or not: `01-colour`."""
+    """The name of a stage or unit from its folder, finished or in training: `01-colour`."""
     return folder.name.removesuffix(UNFINISHED)
 
 
@@ -69,5 +69,5 @@ def ahead_folder(run: Path, number: int) -> Path:
 
 
 def after_folders(run: Path) -> list[Path]:
-    """Folders of the answers after stages that there are, the last stage first."""
+    """Existing folders of answers after stages, the last stage first."""
     return sorted((run / EVALUATIONS).glob("after-*"), reverse=True)

@@ -1,4 +1,4 @@
-"""One writer per run folder: rank 0 holds a lock on a file in it for as long as its process works there."""
+"""One writer per run folder: rank 0 holds a file lock while its process works on the run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pipeline.runs.claim import claim_run, unbegun
 from pipeline.runs.layout import CONFIG, LOCK
 
 log = logging.getLogger(__name__)
-WAIT_S = 20.0  # for a holder that is just ending
-# For a holder on another machine, which may have failed: file servers keep the locks of a client that does not answer
-# for its lease (NFS: 90 s) or until they give it up (Lustre: 100 s and more).
+WAIT_S = 20.0  # for a process on this machine that is about to end
+# For a process on another machine, which may have failed: a file server keeps the locks of an unresponsive client for
+# the client's lease (NFS: 90 s) or until it evicts the client (Lustre: 100 s and more).
 WAIT_ELSEWHERE_S = 300.0
 
 
 @contextlib.contextmanager
 def claimed(recipe: FileRecipe, world: World, stop: StopFlag | None = None) -> Iterator[Path]:
-    """Yield the run folder of a recipe (see `claim_run`), which no other process writes to while the block runs.
+    """Yield the run folder of a recipe (see `claim_run`) and hold its lock while the block runs.
 
-    Raises, on all ranks, what `locked` raises when another process holds it.
+    Raises the errors of `locked` and `claim_run` on all ranks.
     """
     with contextlib.ExitStack() as held:
 
         def claim() -> Path:
             run = claim_run(recipe)
             held.enter_context(locked(run, stop))
-            claim_run(recipe)  # once more: whoever held the lock meanwhile may have begun something
+            claim_run(recipe)  # again, because another process may have written to the folder before the lock was taken
             if unbegun(run):
                 recipe.dump_yaml(run / CONFIG)
             return run
@@ -47,24 +47,23 @@ def claimed(recipe: FileRecipe, world: World, stop: StopFlag | None = None) -> I
 def locked(run: Path, stop: StopFlag | None = None) -> Iterator[None]:
     """Hold the lock of a run folder while the block runs.
 
-    Raises UserError when another process of this machine keeps it for longer than `WAIT_S`. One on another machine may
-    be gone with its node, and its lock goes later: for that it waits `WAIT_ELSEWHERE_S`, and then raises Interrupted,
-    so that a job is queued again. Interrupted also when `stop` is set meanwhile.
+    Raises UserError when another process of this machine holds it for longer than `WAIT_S`. A process on another
+    machine may have ended with its node, and the file server releases its lock later: this waits `WAIT_ELSEWHERE_S`
+    and then raises Interrupted, so that the job is queued again. Raises Interrupted also when `stop` is set.
 
-    Where the file system knows no locks a warning says so, and the block runs all the same.
+    On a file system without locks it logs a warning and runs the block.
     """
-    # The file says who holds it, for people; the lock itself is not in its content.
     lock, began, told = FileLock(run / LOCK), time.monotonic(), False
     try:
         while not lock.acquire():
             holder, elsewhere, waited = lock.holder(), lock.held_elsewhere(), time.monotonic() - began
             if stop is not None and stop.requested:
-                raise Interrupted(f"Stopped while waiting for {holder}; run the same command again to go on.")
+                raise Interrupted(f"Stopped while waiting for {holder}; run the same command again to resume.")
             if elsewhere and waited >= WAIT_ELSEWHERE_S:
                 raise Interrupted(
                     f"The run folder {run} has been in use by {holder} for {waited:.0f} s. If that is another job of "
                     "this run, let it end or end it; if the machine has failed, its lock goes when the file server "
-                    f"notices. The same command goes on then. If the machine is gone for good, remove {lock.path}."
+                    f"notices. Then run the same command again. If the machine is gone for good, remove {lock.path}."
                 )
             if not elsewhere and waited >= WAIT_S:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Where a run came from: the commit, the machine's job, the data."""
+"""The provenance of a run: commit, package versions, Slurm job, fingerprints of its data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "safetensors", "numpy")
 DISTRIBUTION = "continual-prompts"
 SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "SLURM_NTASKS")
-DIFF_LIMIT = 1_000_000  # characters; a larger difference is not a small edit that someone will read
+DIFF_LIMIT = 1_000_000  # characters; larger differences are not stored, as nobody would read them
 GIT_TIMEOUT_S = 10
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def describe(prepared: Path, tasks: Sequence[str]) -> dict[str, str]:
-    """Return facts by name: commit, package versions, Slurm ids, fingerprints of the prepared data that is there."""
+    """Return the provenance by name: commit, package versions, Slurm ids, fingerprints of the prepared data."""
     versions = {"python": platform.python_version()} | package_versions()
-    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed; it has a commit
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout that is not installed has a commit instead
         versions[DISTRIBUTION] = metadata.version(DISTRIBUTION)
     facts = {f"version.{name}": version for name, version in versions.items()}
     commit = _git("rev-parse", "HEAD")
@@ -38,7 +38,7 @@ def describe(prepared: Path, tasks: Sequence[str]) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that numbers may depend on, by package."""
+    """Return the installed versions of the packages on which results may depend, by package."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -58,13 +58,13 @@ def dataset_fingerprint(folder: Path) -> str | None:
 
 
 def uncommitted_changes() -> str | None:
-    """Return what `git diff HEAD` says about the project, or None when that is nothing or too much."""
+    """Return the project's `git diff HEAD`, or None when it is empty or longer than DIFF_LIMIT."""
     difference = _git("diff", "HEAD")
     return difference if difference and len(difference) <= DIFF_LIMIT else None
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_REPOSITORY / ".git").exists():  # an installed package inside somebody else's repository says nothing
+    if not (_REPOSITORY / ".git").exists():  # an installed package may lie in another project's repository
         return None
     try:
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Which base model the results in a run folder say they were made with."""
+"""Finds the fingerprint of the base model that is recorded with the results in a run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.runs.layout import EVALUATIONS, META, RESUME, STAGES, UNITS
 
-# Finished stages or units, checkpoints inside unfinished ones, answers: where a run without the first may have others.
+# Finished stages and units, checkpoints in unfinished ones, and answers: a run may have only some of these.
 RECORDS = (
     f"{STAGES}/*/{META}",
     f"{UNITS}/*/{META}",
@@ -20,7 +20,7 @@ ANSWERS = f"{EVALUATIONS}/*/*.score.json"
 
 
 def recorded_base_model(run: Path) -> str | None:
-    """Return the fingerprint that a run's folder names first, None where it names none yet."""
+    """Return the first recorded fingerprint in a run folder, None where there is none yet."""
     for content in _records(run):
         found = content.get("base_model") if isinstance(content, dict) else None
         if isinstance(found, str):
@@ -34,5 +34,5 @@ def _records(run: Path) -> Iterator[Any]:
             try:
                 content = json.loads(path.read_text("utf-8"))
             except (OSError, ValueError):
-                continue  # a damaged one is named where it is read for its own sake
+                continue  # whatever uses a damaged file reports it
             yield content.get("made_with") if pattern == ANSWERS and isinstance(content, dict) else content

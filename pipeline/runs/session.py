@@ -1,7 +1,7 @@
-"""One process's part in a run: the claimed folder, the ranks, and what is written when the run ends; for both halves.
+"""A process's session on a run, for both halves: signal handlers, process group, watchdog, and the claimed folder.
 
-It begins with the signal handlers and ends with the lock of the run folder, so that whatever a run does in between is
-stopped, watched and recorded in the same way.
+Work inside a session is stopped by signals, watched and recorded in run.json in the same way for sequences and
+benchmarks.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from pipeline.runs.lock import claimed
 
 @dataclass(frozen=True)
 class Session:
-    """What everything that works on a run has in common."""
+    """The run folder, the ranks, the stop flag and the watchdog of a process that works on a run."""
 
-    path: Path  # the run folder, which no other process writes to
+    path: Path  # the run folder, whose lock this session holds
     world: World
     stop: StopFlag  # whether a signal asked this process to stop
     watchdog: Watchdog
 
     def told_to_stop(self) -> bool:
-        """Whether a signal asked any rank to stop; all ranks call it together."""
+        """Whether a signal asked any rank to stop. All ranks must call it."""
         return agree(self.stop.requested, self.world.device)
 
     def stop_if_told(self, place: str) -> None:
-        """Raise Interrupted on all ranks, which call it together, when a signal asked any of them to stop.
+        """Raise Interrupted on all ranks when a signal asked any of them to stop. All ranks must call it.
 
-        `place` completes the message "Stopped by a signal ..." and is what the watchdog reports from here on.
+        `place` completes the message "Stopped by a signal ..." and becomes the activity that the watchdog reports.
         """
         self.watchdog.beat(place, slow=True)
         if self.told_to_stop():
-            raise Interrupted(f"Stopped by a signal {place}. Run the same command again to go on.")
+            raise Interrupted(f"Stopped by a signal {place}. Run the same command again to resume.")
 
     @contextlib.contextmanager
     def running(self, tracked: AbstractContextManager[None], write_state: Callable[[str], None]) -> Iterator[None]:
-        """Do the block inside the tracker's run, with run.json saying how it stands.
+        """Run the block inside the tracker's run, with its status in run.json.
 
         Args:
-            tracked: opens the tracker's run and closes it with the way in which the block ends.
-            write_state: writes run.json with a status: "running" before the block, "stopped" or "failed" after one
-                that raises. What a block that ends well is called it says itself.
+            tracked: opens the tracker's run, and closes it with a status that depends on how the block ends.
+            write_state: writes run.json with a status: "running" before the block, "stopped" or "failed" when it
+                raises. A block that succeeds writes its own status.
         """
         try:
             with tracked:
                 write_state("running")
                 yield
         except BaseException as error:
-            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            with contextlib.suppress(OSError):  # a full disk must not hide the block's error
                 write_state("stopped" if isinstance(error, Interrupted) else "failed")
             if isinstance(error, Interrupted):
-                barrier()  # all ranks have heard of it; the first to leave may make a launcher end the others
+                barrier()  # no rank may exit before all were interrupted: a launcher may then terminate the others
             raise
 
 
@@ -68,16 +68,16 @@ class Session:
 def session(
     recipe: FileRecipe, watchdog_s: float | None, require: Callable[[World], object] = lambda _: None
 ) -> Iterator[Session]:
-    """Claim the run folder of a recipe and work on it with all ranks while the block runs.
+    """Claim the run folder of a recipe on all ranks while the block runs.
 
     Args:
         recipe: names the run folder, see `claim_run`.
-        watchdog_s: seconds without progress on any rank after which the job ends; None: it may hang for ever.
-        require: raises UserError where the recipe does not fit these ranks, before the folder is touched.
+        watchdog_s: seconds without progress on any rank after which the job ends; None: watchdog off.
+        require: raises UserError where the recipe cannot be run by these ranks, before the folder is made.
 
     Raises:
         UserError: the folder belongs to another recipe or is in use by another process.
-        Interrupted: a signal came while another process was waited for.
+        Interrupted: a signal arrived while this waited for another process.
     """
     log_to_terminal()
     with stop_on_signals() as stop:

@@ -1,6 +1,6 @@
-"""run.json of a run that is worked on: what an earlier call left in it, and what this call may write; for both halves.
+"""run.json of a run in progress, for both halves: the state that an earlier call left, and what this call writes.
 
-A call that fails leaves what was finished as it was.
+A call that fails does not change the status of finished results.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pipeline.runs.provenance import package_versions
 if TYPE_CHECKING:
     from pipeline.ranks.world import World  # torch: reports read run.json without it
 
-FINISHED = ("trained", "done")  # what a call that trains nothing does not take back; the second says more
-OF_ALL_CALLS = ("evaluate_s", "total_s")  # of its timing: what every call adds to; others are of the last that did it
+FINISHED = ("trained", "done")  # statuses that a call which trains nothing does not revoke; "done" includes "trained"
+OF_ALL_CALLS = ("evaluate_s", "total_s")  # timings that are summed over calls; others are those of the last call
 
 
 class RunState:
-    """What run.json said when a call began, and what it may say now; for rank 0, which writes it."""
+    """run.json as an earlier call left it, and what this call writes; for rank 0."""
 
     def __init__(self, path: Path) -> None:
         """`path` is the run folder."""
         self.path = path
         found = read_state(path)
         self.state: dict[str, Any] = found if isinstance(found, dict) else {}  # as an earlier call left it
-        self.finished = self.status in FINISHED  # as an earlier call left it, and nothing has changed that since
+        self.finished = self.status in FINISHED  # whether it was finished and this call has not changed that
         self._started: str | None = self.state.get("started")
         self._began = time.perf_counter()
 
@@ -42,11 +42,11 @@ class RunState:
         return str(self.state.get("status"))
 
     def says_less(self, status: str) -> bool:
-        """Whether a status is that of a finished run, and says less than the one that an earlier call left."""
+        """Whether a status is "trained" where an earlier call left "done"."""
         return status in FINISHED and FINISHED.index(status) < FINISHED.index(self.status)
 
     def common(self, world: World, tracked: Mapping[str, Any]) -> dict[str, Any]:
-        """What run.json says of every kind of run; `tracked` are the ids of its runs in the tracker."""
+        """The entries of run.json that all kinds of runs have; `tracked` are the ids of its runs in MLflow."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._started = self._started or now
         return {
@@ -58,24 +58,24 @@ class RunState:
         }
 
     def seconds(self) -> float:
-        """How long this call has taken so far."""
+        """Seconds since the call began."""
         return time.perf_counter() - self._began
 
     def times(self, now: Mapping[str, float]) -> dict[str, float]:
-        """The seconds that run.json is to name: those of this call so far, `now`, with those of the calls before it."""
+        """The timings for run.json: those of this call so far, `now`, combined with those of earlier calls."""
         before: dict[str, float] = {}
-        with contextlib.suppress(AttributeError, TypeError, ValueError):  # a damaged file costs the earlier times
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # a damaged entry: start from zero
             before = {name: float(seconds) for name, seconds in (self.state.get("timing") or {}).items()}
         added = {name: round(before.get(name, 0.0) + now[name], 1) for name in OF_ALL_CALLS if name in now}
         return {**before, **now, **added}
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Write run.json, whole or not at all."""
+        """Write run.json atomically."""
         write_json(self.path / STATE, content)
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    """What an earlier attempt left in a run's run.json; empty when there is none that can be read."""
+    """The content of a run's run.json; {} when it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads((run / STATE).read_text("utf-8"))
     return {}

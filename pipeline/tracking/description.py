@@ -1,4 +1,4 @@
-"""What a run shows beside its numbers: the recipe as parameters, the data it used, a note with the accuracy matrix."""
+"""Describes a run in MLflow: the recipe as parameters, its data as inputs, provenance, a note with the matrix."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from pipeline.runs.layout import CONFIG
 from pipeline.runs.provenance import dataset_fingerprint
 from pipeline.tracking.tracker import RunFacts
 
-DIGEST = 36  # most characters that MLflow takes
-BATCH = 100  # MLflow takes at most 100 parameters in one call
-PARAM_CHARS = 6000
+DIGEST = 36  # characters of a dataset's digest; MLflow's limit
+BATCH = 100  # parameters per call of log_batch; MLflow's limit
+PARAM_CHARS = 6000  # characters of a parameter or tag; MLflow's limit for parameters
 
 
 class RunDescription:
-    """Writes what a run depends on into its run in an MLflow store."""
+    """Writes everything that a run depends on to its run in an MLflow store."""
 
     def __init__(self, client: Any, facts: RunFacts, run_path: Path) -> None:
         self.client, self.facts, self.run_path = client, facts, run_path
 
     def write(self, run_id: str, state: Mapping[str, Any], is_new: bool) -> None:
-        """Log what the run depends on; of a run that goes on what is so now, as after `add` or on another machine.
+        """Log everything that the run depends on; for a resumed run, its present values.
 
-        A parameter cannot change in MLflow: the tag `changed.<name>` holds what it is now.
+        These change after `add` or on another machine. MLflow's parameters are immutable, so a changed value is stored
+        in the tag `changed.<name>`.
         """
         tags = {f"version.{name}": str(version) for name, version in state.get("versions", {}).items()}
         tags |= provenance.describe(self.facts.prepared, self.facts.tasks)
@@ -41,11 +42,11 @@ class RunDescription:
             self.client.log_text(run_id, changes or "", "uncommitted.diff")
         config = self.run_path / CONFIG
         if config.is_file():
-            # As text: a folder that an earlier version made may still hold a password.
+            # As masked text: earlier versions wrote passwords into config.yaml.
             self.client.log_text(run_id, masked(config.read_text("utf-8")), config.name)
 
     def _log_inputs(self, run_id: str) -> None:
-        """Log the prepared data as inputs; those of an earlier attempt are known already."""
+        """Log the prepared data as inputs, without those that an earlier call logged."""
         known = self.client.get_run(run_id).inputs
         logged = {(found.dataset.name, found.dataset.digest) for found in (known.dataset_inputs if known else [])}
         inputs = dataset_inputs(self.facts.prepared, self.facts.tasks)
@@ -54,25 +55,25 @@ class RunDescription:
             self.client.log_inputs(run_id, datasets=new)
 
     def _settings(self) -> dict[str, str]:
-        """The recipe as parameters, without a password in the store's own address."""
+        """The recipe as parameters, without the password in `tracking.uri`."""
         settings = flatten(self.facts.settings)
         return {key: masked(value)[:PARAM_CHARS] for key, value in settings.items()}
 
     def _changed_params(self, run_id: str) -> dict[str, str]:
-        """Log the recipe's parameters that the run does not have; returns tags for those that it has otherwise."""
+        """Log the recipe's parameters that the run lacks; returns tags for those that have another value there."""
         logged = self.client.get_run(run_id).data
         values = self._settings()
         send_params(self.client, run_id, {key: value for key, value in values.items() if key not in logged.params})
         tags = {f"changed.{key}": value for key, value in values.items() if logged.params.get(key, value) != value}
         for name in logged.tags:
             if name.startswith("changed.") and name not in tags:
-                self.client.delete_tag(run_id, name)  # it is again as it was
+                self.client.delete_tag(run_id, name)  # it has its first value again
         return tags
 
 
 def send_params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    """Log parameters of a run that it does not have yet."""
-    from mlflow.entities import Param  # MLflow takes two seconds to import, and only rank 0 of a tracked run needs it
+    """Log parameters that a run does not have yet."""
+    from mlflow.entities import Param  # here: MLflow takes two seconds to import and only rank 0 needs it
 
     params = [Param(key, value[:PARAM_CHARS]) for key, value in values.items()]
     for start in range(0, len(params), BATCH):
@@ -80,9 +81,9 @@ def send_params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as `a.b.c` -> text, because MLflow's parameters are flat, short and immutable.
+    """Return nested settings as texts by dotted names (`a.b.c`), because MLflow's parameters are flat.
 
-    A list of things with a name is keyed by name, any other list becomes one text.
+    A list of mappings with `name` is keyed by these names; any other list becomes one text.
     """
     flat: dict[str, str] = {}
     for key, value in values.items():
@@ -97,14 +98,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list | tuple):
             flat[name] = ", ".join(str(item) for item in value)
         elif isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 1e15:
-            flat[name] = str(int(value))  # 10 and 10.0 are one setting
+            flat[name] = str(int(value))  # so that 10 and 10.0 are equal
         else:
             flat[name] = "null" if value is None else str(value)
     return flat
 
 
 def dataset_inputs(prepared: Path, tasks: Sequence[str]) -> list[Any]:
-    """The prepared splits as MLflow's dataset inputs, each by its fingerprint, without those that are not there."""
+    """The prepared splits that exist as MLflow's dataset inputs, with their fingerprints as digests."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     found = []
@@ -136,7 +137,7 @@ def note(run: RunFolder) -> str:
 
 
 def any_known(row: Scores) -> bool:
-    """Whether anything was scored in a row of the matrix."""
+    """Whether a row of the matrix has a score."""
     return any(value is not None for value in row)
 
 

@@ -1,4 +1,4 @@
-"""The tracker that writes to an MLflow store; see tracker.py for what it promises."""
+"""The tracker that writes to an MLflow store; its interface is in tracker.py."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINISHED = "FINISHED"
-RETRY_AFTER_S = 60.0  # a store that just failed is left alone for so long, because a failing call may block for seconds
-PREDICTIONS = 20  # per task, as a sample
+RETRY_AFTER_S = 60.0  # pause after a failure of the store, because a failing call may block for seconds
+PREDICTIONS = 20  # predictions per task that are uploaded as a sample
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
-SUMMARY = ("zero_shot", "gain", "immediate_gain")  # what the report adds to the numbers of the last stage
+SUMMARY = ("zero_shot", "gain", "immediate_gain")  # metrics that are added to those of the last stage at the end
 
 
 class MlflowTracker:
@@ -41,13 +41,13 @@ class MlflowTracker:
         self.client, self.experiment_id = open_store(self.uri, facts.tracking.experiment or facts.name)
         self._description = RunDescription(self.client, facts, run_path)
         self._parent: str | None = None
-        self._open: list[str | None] = []  # the runs that are open, innermost last
+        self._open: list[str | None] = []  # ids of the open runs, innermost last
         self._stages: dict[str, str] = {}
         self._models: dict[str, str] = {}
         self._waiting = WaitingMetrics()
         self._stays_finished: Callable[[bool], bool] = never
-        self._has_all_numbers = False  # an earlier call left a whole matrix
-        self._left_finished = False  # the parent is, as an earlier call left it
+        self._has_all_numbers = False  # whether an earlier call completed the matrix
+        self._left_finished = False  # whether an earlier call finished the parent run and this one has not reopened it
         self._retry_at = 0.0
         self._warned = False
 
@@ -105,7 +105,7 @@ class MlflowTracker:
         if run_id is None:
             return
         with self._tolerant("logging parameters"):
-            logged = self.client.get_run(run_id).data.params  # immutable in MLflow: a restart must not send them again
+            logged = self.client.get_run(run_id).data.params  # immutable in MLflow, so a restart logs only new ones
             send_params(
                 self.client, run_id, {key: value for key, value in flatten(values).items() if key not in logged}
             )
@@ -136,7 +136,7 @@ class MlflowTracker:
                 model_type="prompt-set",
             )
             for file in sorted(folder.iterdir()):
-                # Optimizer state is for resuming here; what another machine can use is the prompts and their JSON.
+                # Without the optimizer state, which is only for resuming this run.
                 if file.suffix in {".safetensors", ".json"} and not file.name.startswith("resume"):
                     self.client.log_model_artifact(model.model_id, str(file))
             self.client.finalize_logged_model(model.model_id, "READY")
@@ -194,7 +194,7 @@ class MlflowTracker:
                 run = self.client.get_run(run_id)
                 if run.info.lifecycle_stage == "active":
                     self.client.set_tag(run_id, "requeue", str(int(run.data.tags.get("requeue", "0")) + 1))
-                    # Of a finished run nothing is trained until a stage is opened, whatever becomes of this process.
+                    # A finished run keeps its status until a stage is opened, however this process ends.
                     is_parent = tags.get("kind") == "sequence"
                     self._left_finished |= is_parent and run.info.status == FINISHED and self._stays_finished(False)
                     if not (is_parent and self._left_finished):
@@ -244,7 +244,7 @@ class MlflowTracker:
         return [Metric(key, value, now, step, model_id=model_id) for key, value in known.items()]
 
     def _flush(self, at_the_end: bool = False) -> None:
-        """Send what waits; numbers beside those of a whole matrix only at the end of a call that did not fail."""
+        """Send queued metrics; those of a parent with a complete matrix only at the end, as the call may still fail."""
         with self._tolerant("logging metrics"):
             waits = self._has_all_numbers and not at_the_end and self._stays_finished(False)
             self._waiting.send(
@@ -256,7 +256,7 @@ class MlflowTracker:
 
     @contextmanager
     def _tolerant(self, doing: str) -> Iterator[None]:
-        """Turn a failure of the store into one warning: what was learned is in the run folder and must not be lost."""
+        """Turn failures of the store into one warning, because training must not end by them."""
         try:
             yield
         except Exception as error:

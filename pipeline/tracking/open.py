@@ -1,4 +1,4 @@
-"""The tracker of a run: one that writes to MLflow on rank 0 where the recipe tracks, else one that does nothing."""
+"""Makes the tracker of a run: on rank 0 one for MLflow if the recipe enables tracking, else one that does nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.tracking.tracker import NullTracker, RunFacts, Tracker
 
 
 def make_tracker(facts: RunFacts, run_path: Path, rank: int) -> Tracker:
-    """Return an MlflowTracker on rank 0 when the recipe tracks, otherwise a NullTracker.
+    """Return an MlflowTracker on rank 0 when tracking is enabled, otherwise a NullTracker.
 
     Raises UserError when the tracking store cannot be reached.
     """
@@ -18,7 +18,7 @@ def make_tracker(facts: RunFacts, run_path: Path, rank: int) -> Tracker:
 
 
 def sequence_facts(recipe: Recipe) -> RunFacts:
-    """What a tracker is told about a task sequence."""
+    """The RunFacts of a task sequence."""
     return RunFacts(
         name=recipe.name,
         method=recipe.method.name,

@@ -1,4 +1,4 @@
-"""What is tracked of a training step beside its loss: memory, and which earlier sets its samples get."""
+"""Metrics of a training step: its line in metrics.jsonl, memory, and shares of samples that get earlier sets."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pipeline.data.selection import Selection
 
 
 def set_shares(selection: Selection, names: Sequence[str]) -> dict[str, float]:
-    """Percent of a stage's training samples that get each earlier set, numbered as in `names`."""
+    """Percent of a stage's training samples that get each earlier set, by the names in `names`."""
     shares = [100.0 * float((selection.numbers == number).any(1).float().mean()) for number in range(len(names))]
     return {f"routing_share.{name}": share for name, share in zip(names, shares, strict=True)}
 
 
 class StepNumbers:
-    """What is tracked of a step: its line in metrics.jsonl, this rank's memory in GiB (the peak on an accelerator, what
-    the process holds otherwise), and the percent of the global batches since the line before that got each earlier set.
+    """Computes the metrics of a step for tracking.
 
-    Sets that no sample of the stage gets are left out. Nothing is asked of other ranks: the order says who was where.
+    These are its line in metrics.jsonl, this rank's memory in GiB (the peak on a GPU, else the resident memory of the
+    process), and for each earlier set the percent of the samples since the line before that got it. Sets that no sample
+    of the stage gets are left out. No communication is needed: the order of samples gives the global batches.
     """
 
     def __init__(self, batches: MicroBatches, names: Sequence[str], start: int = 0) -> None:

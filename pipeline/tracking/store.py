@@ -1,4 +1,4 @@
-"""The MLflow store of a run: opened quietly, its experiment found or made, and put in place of MLflow's global one."""
+"""The MLflow store of a run: its address, opening it, its experiment, and setting it as MLflow's global store."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Result = TypeVar("Result")
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens it as training, not as GenAI
-# Two processes that make the same row, or the tables of a new database, at once: one of them gets one of these.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows it as training, not as GenAI
+# Parts of the error messages of a process that creates a row, or a new database's tables, at the same time as another.
 COLLISIONS = ("already exists", "unique constraint", "duplicate", "database is locked", "already_exists")
 ATTEMPTS = 6
 
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # database migrations announce themselves line by line otherwise
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # otherwise each database migration logs a line
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # seven, with growing pauses, would stop training for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's default of seven, with growing pauses, blocks for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
@@ -39,7 +39,7 @@ def logged_model_name(name: str) -> str:
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Return a client of the store and the id of the experiment, which is made where it is not there.
+    """Return a client of the store and the id of the experiment, which is created if it does not exist.
 
     Raises UserError for a store that cannot be used and for an experiment that was deleted.
     """
@@ -78,9 +78,10 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def against_others(work: Callable[[], Result]) -> Result:
-    """Do `work`, again where another process got in between: it then finds what that process has made.
+    """Call `work`, and call it again when it collides with another process that creates the same entry.
 
-    MLflow looks whether something is there and makes it afterwards, in two transactions.
+    MLflow checks for an entry and creates it in two transactions, so another process can create it in between; the next
+    attempt finds it.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -90,17 +91,17 @@ def against_others(work: Callable[[], Result]) -> Result:
         except Exception as error:
             if not any(word in str(error).lower() for word in COLLISIONS):
                 raise
-            # Unequal pauses, for the others retry too; a new database gets its tables within seconds.
+            # Random pauses, because the other processes retry too. The tables of a new database take a few seconds.
             time.sleep(random.uniform(0.1, 0.5) * attempt)
     return work()
 
 
 @contextlib.contextmanager
 def store_in_use(uri: str) -> Iterator[None]:
-    """Make `uri` what MLflow itself takes for the tracking store while the block runs, and put back what it was.
+    """Set `uri` as MLflow's global tracking store while the block runs, and restore the previous one after it.
 
-    The registry of a database, and saving a model, ask a client of their own, without an address, for the logged model:
-    elsewhere than in the run's store it is not found, and a `mlflow.db` appears in the working folder.
+    MLflow's registry in a database, and its saving of models, look up the logged model by a client for the global
+    store: with another one they do not find it, and create a `mlflow.db` in the working folder.
     """
     from mlflow.tracking._tracking_service import utils
 
@@ -119,7 +120,7 @@ def store_in_use(uri: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without passwords."""
+    """The first line of an error's message, without passwords."""
     lines = masked(str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -132,10 +133,10 @@ ARTIFACTS = "mlartifacts"
 
 
 def tracking_uri(configured: str | None) -> str:
-    """Return the store to use: the recipe's, MLFLOW_TRACKING_URI, or sqlite in the current folder (made absolute).
+    """Return the store's address: the recipe's, MLFLOW_TRACKING_URI, or sqlite in the current folder (absolute).
 
-    A run folder's config.yaml holds the recipe's address without its password; the whole one is then expected in
-    MLFLOW_TRACKING_URI. Raises UserError where it is not there, and for a database in a folder that does not exist.
+    config.yaml of a run folder has the recipe's address without its password; MLFLOW_TRACKING_URI must then hold the
+    complete address. Raises UserError where it does not, and for a database in a folder that does not exist.
     """
     told = os.environ.get(STORE_VARIABLE)
     uri = configured or told or f"sqlite:///{DEFAULT_STORE}"
@@ -156,9 +157,9 @@ def tracking_uri(configured: str | None) -> str:
 
 
 def passwords_to_environment(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides without the password of `tracking.uri`, which goes to MLFLOW_TRACKING_URI instead.
+    """Return the overrides without the password of `tracking.uri`; the complete address is set in MLFLOW_TRACKING_URI.
 
-    For the processes that a launcher starts: arguments of a process are seen by all users of a machine, and the
+    For processes that a launcher starts: a process's arguments are visible to all users of the machine, and the
     launcher prints them when a process fails.
     """
     told = []
@@ -172,7 +173,7 @@ def passwords_to_environment(overrides: Sequence[str]) -> list[str]:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return where a new experiment keeps its files: beside a sqlite database; None leaves it to the server."""
+    """Return the place for a new experiment's files: beside a sqlite database; None: the server decides."""
     database = _sqlite_path(uri)
     return (database.parent / ARTIFACTS).as_uri() if database is not None else None
 

@@ -1,8 +1,8 @@
 """MLflow tracking: one parent run per sequence, one child run per stage, prompt sets as LoggedModels.
 
-Only rank 0 tracks; the other ranks and `tracking.enabled=false` get a NullTracker with the same methods. A store that
-cannot be reached at the start is the user's to mend (UserError); once training runs, a failing store costs a warning
-and nothing else: metrics wait in memory and are sent when the store answers again.
+Only rank 0 tracks; other ranks, and all with `tracking.enabled=false`, have a NullTracker with the same methods. A
+store that cannot be reached at the start raises UserError. A store that fails during training causes one warning:
+metrics are kept in memory and sent when the store responds again.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pipeline.config.base import TrackingConfig
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a tracker is told about a run, be it a task sequence or a benchmark."""
+    """The description of a run, a task sequence or a benchmark, for a tracker."""
 
     name: str  # the recipe's
     method: str
     model: str  # path or Hugging Face id of the frozen model
     prepared: Path  # folder of the prepared data
-    tasks: tuple[str, ...]  # what is prepared there
+    tasks: tuple[str, ...]  # names of the tasks or datasets that are prepared there
     tracking: TrackingConfig
     settings: Mapping[str, Any]  # the whole recipe, as it is written to YAML
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run in an open MLflow store, for those who write more than a tracker does."""
+    """A run in an open MLflow store, for code that writes to it directly."""
 
     client: Any  # mlflow.MlflowClient
     uri: str
@@ -43,30 +43,30 @@ Register = Callable[[StoredRun], None]
 
 
 def never(_: bool) -> bool:
-    """Of a run that is not finished: whatever ends the call is what the run ends with."""
+    """`stays_finished` of a run that was not finished before: its status is that of the call."""
     return False
 
 
 class Tracker(Protocol):
-    """What the sequence and the training loop tell about a run."""
+    """What the sequence and the training loop report to a tracking server."""
 
     def sequence(
         self, state: Mapping[str, Any], stays_finished: Callable[[bool], bool] = never
     ) -> AbstractContextManager[None]:
         """Open the parent run; `state` is the content of run.json, whose "mlflow" entry names the runs to continue.
 
-        `stays_finished` says, whether a stop (True) or an error ends the call now, that the run was finished before and
-        is so still: its parent run then keeps its end, and its numbers those of the matrix.
+        `stays_finished` is asked when a stop (True) or an error (False) ends the call: whether the run was finished
+        before and still is. Its parent run then keeps its status and end time, and the metrics of its matrix.
         """
 
     def stage(self, index: int, name: str) -> AbstractContextManager[None]:
-        """Open the child run of one stage (index is 0-based); inside, everything below goes to this run."""
+        """Open the child run of a stage (index is 0-based); inside, the methods below write to this run."""
 
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
         """Log numbers of one step; entries that are None are left out."""
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log facts that are known only while running, such as parameter counts; a name is logged once."""
+        """Log parameters that are known only at run time, such as parameter counts; each name once."""
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Upload a file, or the files of a folder."""
@@ -80,11 +80,11 @@ class Tracker(Protocol):
     def results(self, run_path: Path, register: Register | None = None) -> None:
         """Upload report, matrix, figures and a sample of the predictions.
 
-        `register`, given for a complete run, puts what was learned into the store's model registry.
+        `register`, given for a complete run, adds its adapter to the store's model registry.
         """
 
     def run_ids(self) -> dict[str, Any]:
-        """Return what must stand in run.json under "mlflow" so that a restart continues the same runs."""
+        """Return the entry "mlflow" for run.json, with which a restart continues the same runs."""
 
 
 class NullTracker:

@@ -1,4 +1,4 @@
-"""Metrics on their way to an MLflow store: in which order a run's first ones go, and which of them wait."""
+"""A queue of metrics for an MLflow store, which determines the order of a run's first metrics."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-METRIC_BATCH = 1000  # MLflow takes at most so many in one call
-# MLflow's pages begin with the number that a run logged first: that of the whole sequence, not a task's.
+METRIC_BATCH = 1000  # metrics per call of log_batch; MLflow's limit
+# MLflow's pages show the metric that a run logged first at the top, so it has to be one of the whole sequence.
 HEADLINE = "last"
 
 
 class WaitingMetrics:
-    """The metrics of a sequence's runs that the store does not have yet; `parent` is the run of the whole sequence."""
+    """Metrics of a sequence's runs that were not sent yet; `parent` is the id of the run of the whole sequence."""
 
     def __init__(self) -> None:
         self.parent: str | None = None
@@ -23,9 +23,9 @@ class WaitingMetrics:
         self._has_headline = False
 
     def add(self, run_id: str, entries: list[Metric]) -> None:
-        """Take metrics of a run; those of the parent wait for its headline, which comes with the first finished stage.
+        """Queue metrics of a run; those of the parent are held back until its headline, after the first stage.
 
-        Behind it stand the numbers from before any training.
+        The headline is then sent first, followed by the metrics from before it.
         """
         if run_id == self.parent and not self._has_headline:
             if not any(entry.key == HEADLINE for entry in entries):
@@ -36,19 +36,19 @@ class WaitingMetrics:
         self._waiting.setdefault(run_id, []).extend(entries)
 
     def release(self) -> None:
-        """Let the parent's metrics go although no headline came."""
+        """Queue the parent's metrics for sending although there is no headline."""
         if self.parent is not None and self._before_headline:
             self._waiting.setdefault(self.parent, []).extend(self._before_headline)
             self._before_headline = []
 
     def drop(self) -> None:
-        """Forget what the parent has not sent."""
+        """Discard the parent's metrics that were not sent."""
         self._before_headline = []
         if self.parent is not None:
             self._waiting.pop(self.parent, None)
 
     def send(self, log: Callable[[str, list[Metric]], object], but: str | None = None) -> None:
-        """Give `log` a run's id and its metrics, except for the run `but`; what it raises for stays here."""
+        """Call `log` with each run's id and metrics, except for the run `but`; when it raises, they stay queued."""
         for run_id, entries in list(self._waiting.items()):
             if run_id == but:
                 continue
