@@ -1,7 +1,7 @@
-"""Checksums of a prepared split, one per record and one per table, so that a bit that turns over on the disk is told.
+"""Checksums of a prepared split, one per record and one per table, to detect bits that changed on the disk.
 
-`checksums.safetensors` is written when a split has been verified and is only believed for the data it was made for;
-a split without it (prepared by an earlier version) is read unchecked.
+`checksums.safetensors` is written when a split has been verified, and used only with the dataset fingerprint that it
+records. A split without the file (prepared by an earlier version) is read unchecked.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MARK_BLOCKS, MARK_BYTES = 32, 4096  # what `table_mark` reads of a table
 
 @dataclass(frozen=True)
 class Checksums:
-    """What the content of a split was when it was verified; empty where nobody knows."""
+    """Checksums of a split's content when it was verified; empty for a split without them."""
 
     records: npt.NDArray[np.uint32] | None = None  # [N] CRC-32 of each record, see `checksum`
     texts: npt.NDArray[np.uint32] | None = None  # [N] the same without the image; None in splits of earlier versions
     tables: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the index and the keys by file name
 
     def only(self, rows: npt.NDArray[np.int64]) -> Checksums:
-        """Those of some of the records, by their places."""
+        """The checksums of the records at `rows`."""
         records, texts = (None if known is None else known[rows] for known in (self.records, self.texts))
         return Checksums(records, texts, self.tables)
 
@@ -47,8 +47,10 @@ class Checksums:
 
 
 def table_mark(path: Path) -> str:
-    """A hash [hex] of a table's size, its beginning and blocks all over it: quick to compare, where another process
-    has compared the whole (`Checksums.check_table`). "" without the table."""
+    """A hash (hex) of a table's size and of blocks spaced over it; "" where the table does not exist.
+
+    For a quick comparison where another process has checked the whole table (`Checksums.check_table`).
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -62,7 +64,7 @@ def table_mark(path: Path) -> str:
 
 
 def checksum(record: bytes, image: bytes | None) -> int:
-    """CRC-32 of a record's JSON and, behind it, its image."""
+    """CRC-32 of a record's JSON followed by its image."""
     return zlib.crc32(image or b"", zlib.crc32(record))
 
 
@@ -85,8 +87,14 @@ def read_checksums(folder: Path, fingerprint: str) -> Checksums:
 
 
 def write_checksums(folder: Path, fingerprint: str, records: Iterable[tuple[int, int]], tables: Iterable[str]) -> None:
-    """Keep the checksums of a split that was just verified: of each record and of its text alone, and of the files
-    `tables` in it."""
+    """Write the checksums of a verified split.
+
+    Args:
+        folder: the split.
+        fingerprint: the dataset fingerprint of its content.
+        records: per record, its checksum and that of its JSON without the image.
+        tables: names of its files that get a checksum of their own.
+    """
     facts = {"fingerprint": fingerprint, "tables": json.dumps({name: sha256(folder / name) for name in tables})}
     with replacing(folder / CHECKSUMS_FILE) as temporary:
         found = np.fromiter(records, dtype=np.dtype((np.uint32, 2)))

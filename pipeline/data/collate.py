@@ -1,11 +1,11 @@
-"""From examples to tensors: the samples of a stage or a test set, and the batches made of them."""
+"""Collates tokenised samples of a stage or a test set into batches of tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from pipeline.data.order import Order, rank_slice
 from pipeline.data.selection import Selection, as_selection
 from pipeline.data.stage_data import StageData
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Batch", "Examples", "Keys", "MicroBatches", "StageData", "collate", "collate_prompts"]
 
 
@@ -33,18 +30,18 @@ class Batch:
 
     input_ids: Tensor  # [B, N]
     attention: Tensor  # [B, N]
-    labels: Tensor  # [B, N], -100 where nothing is learned
-    images: dict[str, Tensor]  # pixel_values [crops, 3, H, W] and the like of all images in turn; a dummy for no image
+    labels: Tensor  # [B, N], -100 where no token is learned
+    images: dict[str, Tensor]  # inputs such as pixel_values [crops, 3, H, W], images concatenated; a blank one for none
     has_image: Tensor  # [B] bool
     weights: Tensor  # [B] float32, 0 for a duplicate that fills up the last batch
-    selected: Tensor  # [B, m] numbers of earlier sets, NO_SET = none
+    selected: Tensor  # [B, m] numbers of earlier sets, NO_SET: none
     image_key: Tensor  # [B, K] float32
     text_key: Tensor  # [B, K] float32
     ids: list[str]
-    selected_weights: Tensor | None = None  # [B, m] float32 weights of these sets; None: each counts in full
-    # Where samples that begin alike share their beginning, `images` are those of the G beginnings in turn:
-    groups: Tensor | None = None  # [B] number of each sample's beginning
-    leaders: Tensor | None = None  # [G] the first sample with each beginning
+    selected_weights: Tensor | None = None  # [B, m] float32 weights of these sets; None: all are 1
+    # Where samples share prefixes, `images` are those of the G prefixes.
+    groups: Tensor | None = None  # [B] number of each sample's prefix
+    leaders: Tensor | None = None  # [G] the first sample with each prefix
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -56,7 +53,7 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def pinned(self) -> Batch:
-        """The batch in memory that a GPU copies from while it computes."""
+        """The batch in pinned memory, from which a GPU copies while it computes."""
         moved: dict[str, Any] = {
             field.name: value.pin_memory()
             for field in dataclasses.fields(self)
@@ -71,19 +68,13 @@ class Batch:
         return Selection(self.selected, self.selected_weights)
 
     def counts(self) -> tuple[float, float]:
-        """(answer tokens, samples) that count, duplicates left out."""
+        """Numbers of answer tokens and samples, without duplicates."""
         tokens = ((self.labels[:, 1:] != -100).sum(1) * self.weights).sum()
         return float(tokens), float(self.weights.sum())
 
 
 class Examples:
-    """Tokenised samples of a `StageData`, kept in memory where all of them are small together.
-
-    `sharing` says which samples of a batch share what they begin with (see `Batch.groups`): "none"; "image", those
-    with the same image; "sets", of these those that get the same prompt sets. `ready` holds all samples where they are
-    tokenised already. With `kept` features the images are neither decoded nor seen by the vision tower. `once` is for
-    samples that are asked for only once, which are not kept.
-    """
+    """Tokenised samples of a `StageData`, cached where all of them together fit into `ExampleCache`."""
 
     def __init__(
         self,
@@ -95,7 +86,18 @@ class Examples:
         once: bool = False,
         answered: bool = True,
     ) -> None:
-        """`answered` False: the answers are not part of the examples, as where they are to be generated."""
+        """Wrap the samples of `data`.
+
+        Args:
+            data: the samples and their keys.
+            conversation: tokenises them.
+            sharing: which samples of a batch share a prefix (see `Batch.groups`): "none"; "image": those with the same
+                tokens up to and with their image; "sets": of these, those with the same prompt sets.
+            ready: all samples, where they are tokenised already.
+            kept: stored features of the vision tower; images are then neither decoded nor encoded.
+            once: each sample is read only once, so none is cached.
+            answered: False leaves the answers out of the examples, for generation.
+        """
         self.data = data
         self._answered = answered
         self.ready = ready
@@ -106,7 +108,7 @@ class Examples:
 
     @property
     def blank(self) -> dict[str, Tensor]:
-        """What stands in where a batch has no image."""
+        """The inputs of a blank image, for a batch without an image."""
         return self.conversation.blank if self.kept is None else {KEPT: self.kept.blank}
 
     def __getitem__(self, index: int) -> Example:
@@ -115,7 +117,7 @@ class Examples:
         example = self._cache.get(index)
         if example is None:
             sample = self.data[index]
-            if not self._answered:  # nor do they count for what fits
+            if not self._answered:  # nor do answers count towards the longest sequence
                 sample = dataclasses.replace(sample, answer="", meta={})
             example = self.conversation.example(sample, None if self.kept is None else self.kept[index])
             self._cache.put(index, example)
@@ -129,9 +131,14 @@ def collate(
     selected: Selection | Tensor,
     with_answer: bool = True,
 ) -> Batch:
-    """The batch of the given samples; `selected` holds the earlier modules of every sample of the stage.
+    """Make the batch of the samples `indices`.
 
-    With the answer the rows are padded on the right; without it (for generation) on the left.
+    Args:
+        examples: samples of the stage.
+        indices: the samples of the batch.
+        weights: their weights, 0 for duplicates.
+        selected: the earlier modules of every sample of the stage.
+        with_answer: rows with answers are padded on the right, rows without (for generation) on the left.
     """
     return collated(examples, [examples[int(index)] for index in indices], indices, weights, selected, with_answer)
 
@@ -144,7 +151,7 @@ def collated(
     selected: Selection | Tensor,
     with_answer: bool = True,
 ) -> Batch:
-    """`collate` of samples whose examples are made already."""
+    """`collate` for examples that exist already."""
     conversation, keys = examples.conversation, examples.data.keys
     pad = conversation.tokenizer.pad_token_id or 0
     rows = [example.prompt + (example.answer if with_answer else []) for example in chosen]
@@ -184,7 +191,7 @@ def collated(
 
 
 def _groups(examples: Examples, chosen: Sequence[Example], selection: Selection) -> list[int]:
-    """The number of each sample's beginning: samples with the same tokens up to their image's end, and that image."""
+    """The number of each sample's prefix: the tokens up to the end of its image, the image, and shared sets."""
     image, numbers = examples.conversation.image_number, dict[Any, int]()
     groups = []
     for example, sets in zip(chosen, selection.listed(), strict=True):
@@ -229,7 +236,7 @@ class MicroBatches(Dataset[Batch]):
         return collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selection)
 
     def samples_of(self, steps: Iterable[int]) -> list[int]:
-        """The samples that all ranks together see in these steps."""
+        """The samples of the global batches of these steps, over all ranks."""
         found: list[int] = []
         for step in steps:
             indices, weights = self.order.batch(*divmod(step, self.order.batches_per_epoch))
@@ -238,5 +245,5 @@ class MicroBatches(Dataset[Batch]):
 
 
 def counts_of_step(batches: Sequence[Batch]) -> Any:
-    """Answer tokens and samples [2] of this rank in one optimizer step."""
+    """Numbers [2] of answer tokens and samples of this rank in one optimizer step."""
     return torch.tensor([batch.counts() for batch in batches], dtype=torch.float64).sum(0)

@@ -1,7 +1,7 @@
-"""From a sample to tokens: the prompt in the model's own form of conversation, and the answers that are learned.
+"""Tokenises a sample with the model's processor: the prompt by its chat template, and the answers that are learned.
 
-One file because prompt, answer, further turns and image of a sample go through one processor: how each is tokenised
-depends on what the template puts before it.
+This is one file, because tokenising prompt, answer, further turns and image depends on the same template: the tokens of
+each depend on the text before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.truncation import cut_to_fit
 from pipeline.errors import UserError
 
-# In place of an image's tensors, what the vision tower made of it before (see `kept_features`).
+# Name of an image's stored features among its inputs, in place of its pixels (see `kept_features`).
 KEPT = "kept_features"
 PLAIN = Image.new("RGB", (32, 32), (1, 1, 1))
 # LLaVA-1.5's conversation "v1" (after Vicuna 1.1).
@@ -30,19 +30,13 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # an answer that no template changes and no question holds
-PLACE = "\ue000"  # the same for a question
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer; no template changes it and no question has it
+PLACE = "\ue000"  # stands for a question
 TOO_LONG = ("refuse", "skip", "truncate")
 
 
 class Conversation:
-    """Turns samples into examples with a model's processor.
-
-    `template` auto is the processor's chat template, else LLaVA-1.5's form without its system sentence; vicuna_v1 is
-    LLaVA-1.5's whole form. `image_padding` square pads images to squares with the processor's mean colour, as LLaVA's
-    own code does. With `cuts` a sample of more than `max_length` tokens loses text (see `cut_to_fit`), else it is
-    refused.
-    """
+    """Makes examples from samples with a model's processor."""
 
     def __init__(
         self,
@@ -52,6 +46,16 @@ class Conversation:
         image_padding: str = "none",
         cuts: bool = False,
     ) -> None:
+        """Prepare the template and the blank image.
+
+        Args:
+            processor: the model's processor.
+            max_length: longest example in tokens.
+            template: auto: the processor's chat template, else LLaVA-1.5's without its system prompt; vicuna_v1:
+                LLaVA-1.5's with its system prompt.
+            image_padding: square: pad images to squares with the processor's mean colour, as LLaVA's own code does.
+            cuts: shorten samples of more than `max_length` tokens (see `cut_to_fit`) instead of refusing them.
+        """
         self.processor = processor
         self.cuts = cuts
         self.tokenizer = processor.tokenizer
@@ -66,7 +70,7 @@ class Conversation:
 
     @property
     def image_number(self) -> int:
-        """The token that stands for image features."""
+        """The number of the image token."""
         return self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "image_token", None) or self.image_token)
 
     def text(self, question: str, has_image: bool) -> str:
@@ -74,7 +78,7 @@ class Conversation:
         return self._text([question], has_image, "")
 
     def _text(self, questions: Sequence[str], has_image: bool, answer: str) -> str:
-        """The conversation up to the answer to the last question; the earlier ones are answered `answer`."""
+        """The conversation up to the answer to the last question, with `answer` as the answers to the earlier ones."""
         questions = [self._question(question) for question in questions]
         if not self.templated:
             image = f"{self.image_token}\n" if has_image else ""
@@ -89,14 +93,14 @@ class Conversation:
         return self._render(messages, add_generation_prompt=True)
 
     def _question(self, question: str) -> str:
-        """A question without the image's placeholder before or behind it: the template places the image."""
+        """A question without the image's placeholder at its ends, because the template places the image."""
         return question.strip().removeprefix(self.image_token).removesuffix(self.image_token).strip()
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def _end_of_answer(self) -> tuple[str, int]:
-        """The special token that ends an answer, as text and number: the template's, else the tokenizer's."""
+        """The special token that ends an answer, as text and number: from the chat template, else the tokenizer's."""
         tokenizer = self.tokenizer
         if self.templated:
             turns = (("user", "?"), ("assistant", MARK))
@@ -111,7 +115,7 @@ class Conversation:
     def example(self, sample: Sample, features: Tensor | None = None) -> Example:
         """Tokenise one sample; raises UserError when it is too long or its image is damaged.
 
-        With kept `features` [tokens, width] the image is not decoded: any image has as many tokens then.
+        With stored `features` [tokens, width] the image is not decoded; all images have the same number of tokens then.
         """
         try:
             picture = sample.picture() if features is None else PLAIN
@@ -123,7 +127,7 @@ class Conversation:
         return self.example_of(sample, picture, features)
 
     def example_of(self, sample: Sample, picture: Image.Image | None, features: Tensor | None = None) -> Example:
-        """Tokenise one sample whose image is decoded already; raises UserError when it is too long."""
+        """Tokenise one sample with its decoded image; raises UserError when it is too long."""
         images: dict[str, Tensor] | None = None
         if picture is None:
             prompt = self._prompt(sample.question, False, self.tokenizer)
@@ -136,7 +140,7 @@ class Conversation:
             try:
                 prompt, inputs = self._prompt_and_inputs(sample.question, with_image)
             except Exception:
-                self._require_image(sample.id, given)  # else it is not the image
+                self._require_image(sample.id, given)  # raises UserError if the image is the cause
                 raise
             images = self._image_inputs(inputs) if features is None else {KEPT: features[None]}
         answer, learned = self._answer_and_turns(sample, picture is not None)
@@ -148,7 +152,7 @@ class Conversation:
         return Example(sample.id, prompt, answer, images, learned, picture_digest(sample.image))
 
     def too_long(self, name: str, tokens: int) -> UserError:
-        """The sentence about a sample of so many tokens."""
+        """The error for a sample of more than `max_length` tokens."""
         return UserError(
             f"Sample '{name}' has {tokens} tokens, more than the {self.max_length} of model.max_length. Raise "
             "model.max_length, lower model.image_tokens where its image takes most of them, or set data.too_long to "
@@ -156,7 +160,7 @@ class Conversation:
         )
 
     def cut(self, sample: Sample, size: tuple[int, int] | None) -> Sample:
-        """The sample with as much text left out as it has too much; UserError where no cut of text suffices."""
+        """The sample shortened to `max_length` tokens; UserError where shortening its text does not suffice."""
         fitting = cut_to_fit(sample, lambda shorter: self.length(shorter, size).all, self.max_length)
         if fitting is None:
             length = self.length(sample, size)
@@ -168,9 +172,9 @@ class Conversation:
         return fitting
 
     def length(self, sample: Sample, size: tuple[int, int] | None) -> Length:
-        """Tokens of a sample by its texts and its image's width and height, None without one: what `example` makes.
+        """The numbers of tokens of the sample's example, computed from its texts and its image's (width, height).
 
-        Raises UserError for a size that the processor refuses.
+        `size` is None without an image. Raises UserError for a size that the processor refuses.
         """
         shape = None if size is None else self.image_shape(*size, name=sample.id)
 
@@ -184,11 +188,11 @@ class Conversation:
 
     @cached_property
     def sizes(self) -> ImageSizes:
-        """What the processor makes of an image by its size alone."""
+        """The processor's numbers of tokens and crops by image size."""
         return image_sizes(self.processor)
 
     def image_shape(self, width: int, height: int, name: str = "") -> ImageShape:
-        """What an image of this size becomes; UserError, with the sample's name, where the processor refuses it."""
+        """Tokens and crops of an image of this size; UserError, with the sample's name, where the processor refuses."""
         if self.padded:
             width = height = min(max(width, height), SQUARE_SIDE)
         try:
@@ -200,7 +204,7 @@ class Conversation:
         """UserError, with the sample's name, for an image that the processor refuses."""
         try:
             self.processor.image_processor(picture, return_tensors="pt")
-        except Exception as error:  # each refuses in its own way
+        except Exception as error:  # processors raise different errors
             raise self._not_processed(name, picture.size, error) from error
 
     def _not_processed(self, name: str, size: tuple[int, int], error: Exception) -> UserError:
@@ -216,12 +220,12 @@ class Conversation:
     def _prompt_and_inputs(
         self, question: str, tokenise: Callable[..., Any], has_image: bool = True
     ) -> tuple[list[int], Any]:
-        """The prompt's tokens, and what `tokenise` returned for the part of it that holds the image."""
+        """The tokens of the prompt, and the output of `tokenise` for the part with the image."""
         text, special = self.text(question, has_image), self.plain.holds_special(self._question(question))
         before, after = text, ""
         if special:
             before, _, after = self.text(PLACE, has_image).partition(PLACE)
-        # A template may already begin with the first token, which the tokenizer would add once more.
+        # A template may contain the first token, which the tokenizer would add again.
         first, options = self.tokenizer.bos_token, {}
         if first is not None and text.startswith(first):
             options["add_special_tokens"] = False
@@ -239,10 +243,10 @@ class Conversation:
         return self._with_turns(sample, answer, has_image) if sample.meta.get("turns") else (answer, None)
 
     def _answer(self, prompt: str, answer: str) -> list[int]:
-        """Answer tokens as they follow the prompt, with the end token."""
+        """Tokens of the answer as they follow the prompt, with the end token."""
         answer = answer.strip()
         if self.plain.holds_special(answer):
-            answer = answer.removesuffix(self.end_text).rstrip()  # some data sets write the end out
+            answer = answer.removesuffix(self.end_text).rstrip()  # some datasets end answers with the end token as text
         joined = ("" if prompt[-1:].isspace() else " ") + answer
         if self.plain.holds_special(answer):
             return [*self.plain(joined), self.end_token]
@@ -250,12 +254,12 @@ class Conversation:
         whole = list(self.tokenizer(prompt + joined).input_ids)
         if whole[: len(before)] == before:
             tokens = whole[len(before) :]
-        else:  # a token spans the border; at inference the prompt is tokenised alone, so the border must hold
+        else:  # a token spans prompt and answer; at inference the prompt is tokenised alone, so split it there
             tokens = list(self.tokenizer(joined, add_special_tokens=False).input_ids)
         return tokens if tokens[-1:] == [self.end_token] else [*tokens, self.end_token]
 
     def _with_turns(self, sample: Sample, answer: list[int], has_image: bool) -> tuple[list[int], list[bool]]:
-        """The first answer, then the further questions and answers; and which of the tokens are answers."""
+        """Tokens of the first answer and of the further questions and answers, and which tokens belong to answers."""
         turns = sample.meta["turns"]
         learned = [True] * len(answer)
         questions = [sample.question]
@@ -276,7 +280,7 @@ class Conversation:
         return answer, learned
 
     def _asked(self, between: str, questions: Sequence[str], has_image: bool) -> list[int]:
-        """Tokens of a further question, the last of these, with what stands before and behind it."""
+        """Tokens of the last of these questions with the template's text before and after it."""
         question = self._question(questions[-1])
         if not self.plain.holds_special(question):
             return list(self.tokenizer(between, add_special_tokens=False).input_ids)
@@ -286,20 +290,20 @@ class Conversation:
         return [*ends[0], *self.plain(question), *ends[1]]
 
     def _given(self, picture: Image.Image) -> Image.Image:
-        """The picture as the processor gets it: with padding in the middle of a square of its mean colour."""
+        """The picture for the processor: with `image_padding` square, padded to a square with the mean colour."""
         if not self.padded:
             return self.sizes.prepared(picture)
         return squared(picture, tuple(int(255 * value) for value in self.processor.image_processor.image_mean))
 
     def _blank(self) -> dict[str, Tensor]:
-        """Stands in where a batch has no image; one crop of it will do, where the model does not count them."""
+        """Inputs of a blank image for batches without one; one crop unless the model needs the number of crops."""
         blank = self._image_inputs(self.processor.image_processor(self._given(PLAIN), return_tensors="pt"))
         if self.sizes.counts_crops:
             return blank
         return {name: value[:1] for name, value in blank.items()}
 
     def _image_inputs(self, outputs: Any) -> dict[str, Tensor]:
-        """What the processor made of one image: crops [crops, 3, H, W] and their masks, without an image dimension."""
+        """The processor's tensors of one image, crops [crops, 3, H, W] and their masks, without an image dimension."""
         found = {name: torch.as_tensor(outputs[name]) for name in self.sizes.inputs if name in outputs}
         for name, plain in (("pixel_values", 4), ("pixel_attention_mask", 3)):
             if name in found and found[name].dim() > plain:

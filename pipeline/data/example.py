@@ -1,4 +1,4 @@
-"""A sample as tokens, and how many they are."""
+"""A tokenised sample, and the numbers of its tokens."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """What is learned of `answer`: its tokens, -100 for those of further questions."""
+        """Labels for `answer`: its tokens, with -100 for those of further questions."""
         if self.learned is None:
             return self.answer
         return [token if learn else -100 for token, learn in zip(self.answer, self.learned, strict=True)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes in memory."""
         pixels = sum(value.nbytes for value in (self.images or {}).values())
         return pixels + 36 * (len(self.prompt) + len(self.answer))  # a Python int in a list: 28 + 8 bytes
 
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a sample: of its prompt, the image's `image` among them, and of its answer with the end token."""
+    """Numbers of tokens: of the prompt, which includes the image's, of the answer with the end token, of the image."""
 
     prompt: int
     answer: int
@@ -50,5 +50,5 @@ class Length:
 
 
 def picture_digest(image: bytes | None) -> bytes:
-    """Equal for equal image files, empty without one."""
+    """A digest of an image file, b"" without one."""
     return b"" if image is None else hashlib.blake2b(image, digest_size=16).digest()

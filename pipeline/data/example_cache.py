@@ -1,17 +1,17 @@
-"""Tokenised samples of a small data set, kept so that their images are decoded only once."""
+"""A cache of a small dataset's tokenised samples, so that their images are decoded only once."""
 
 from __future__ import annotations
 
 from pipeline.data.example import Example
 
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 256 << 20  # per loader process
 
 
 class ExampleCache:
-    """Keeps the examples of a data set of `count` samples, or none where they take more than `limit` bytes.
+    """Caches the examples of a dataset of `count` samples, or none where all take more than `limit` bytes.
 
-    In an order that is new every epoch, a part of a large data set would be thrown out again before it is asked for,
-    and every loader process of every rank would hold such a part.
+    Caching a part of a larger dataset has no use: the order is new in every epoch, so examples would be evicted before
+    they are used again, and every loader process of every rank would hold its own part.
     """
 
     def __init__(self, count: int, limit: int = CACHE_BYTES) -> None:
@@ -24,7 +24,7 @@ class ExampleCache:
         return self._examples.get(index)
 
     def put(self, index: int, example: Example) -> None:
-        """Keep an example; the first ones tell how much all will take."""
+        """Cache an example; the mean size of those so far is the estimate for all."""
         if self.off or index in self._examples:
             return
         self._examples[index] = example

@@ -1,4 +1,4 @@
-"""The order of a stage whose batches share images: questions about one image stand together."""
+"""The order of samples for batches that share images: questions about the same image are adjacent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ROWS_AT_ONCE = 1 << 14
 
 
 class GroupedOrder(Order):
-    """`Order` with up to `together` samples of a group side by side; the groups' places are as random as before.
+    """`Order` in which up to `together` samples of a group are adjacent; the positions of groups are random.
 
-    `groups` [N]: a number for each sample. Every sample still counts exactly once per epoch, and the order is a
-    function of (seed, task, epoch) as before. A group may be cut where a batch ends.
+    `groups` [N] is the number of each sample's group. As in `Order`, every sample counts exactly once per epoch, and
+    the order is a function of (seed, task, epoch). The end of a batch may split a group.
     """
 
     def __init__(self, groups: npt.NDArray[np.int64], together: int, global_batch: int, seed: int, task: int) -> None:
@@ -28,21 +28,21 @@ class GroupedOrder(Order):
     def _permute(self, epoch: int) -> Indices:
         order = super()._permute(epoch)
         groups = self._groups[order]
-        by_group = np.argsort(groups, kind="stable")  # places in the order, those of a group together
+        by_group = np.argsort(groups, kind="stable")  # positions in the order, sorted by group
         starts = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
         within = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
         first = np.maximum.accumulate(np.where(within % self._together == 0, np.arange(len(order)), 0))
-        # A handful stands where its first sample stood; a stable sort keeps the rest of it behind that.
+        # Each group takes the position of its first sample; the stable sort keeps the other members right after it.
         place = np.empty_like(order)
         place[by_group] = by_group[first]
         return order[np.argsort(place, kind="stable")]
 
 
 def image_groups(keys: AnyKeys) -> npt.NDArray[np.int64]:
-    """A number [N] for each sample's image, equal for equal images; questions without one have a number each.
+    """The number [N] of each sample's image, equal for equal images; each question without one has its own number.
 
-    Images are told apart by their keys: data_prep computes one for each distinct image. Should two images have the
-    same key, they stand together in vain, for a batch shares only what is equal (`collate`).
+    Images are identified by their keys, as data_prep computes one key per distinct image. Two images with equal keys
+    would only be adjacent without sharing anything, because `collate` compares the images themselves.
     """
     digests = np.empty(len(keys.image), dtype="V16")
     row = 0
@@ -54,5 +54,5 @@ def image_groups(keys: AnyKeys) -> npt.NDArray[np.int64]:
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     leader = first[group]  # [N] the first sample with the same key
     leader[alone] = alone
-    # Numbered in the order in which they appear first.
+    # Numbered in the order of first appearance.
     return (np.cumsum(leader == np.arange(len(leader))) - 1)[leader].astype(np.int64)

@@ -1,8 +1,7 @@
-"""Which training samples are held out of training, to make choices with: gate, k, calibration, the advice of `add`.
+"""Selects the training samples that are held out for choices: gate, k, calibration, the advice of `add`.
 
-Test sets are for scoring alone, so what is chosen is chosen on these. They are told by a hash of each sample's id:
-neither the order of the records nor other tasks, seeds, ranks or restarts change which they are, and the prepared
-files stay as they are.
+Test sets are used only for scoring. Held-out samples are selected by a hash of their ids, so the selection depends on
+neither the order of records nor other tasks, seeds, ranks or restarts, and prepared files are not changed.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
-MOST = 500  # of one task: enough to tell one percent from two
-# Begins every hash: other tools that split by hashes of ids should not pick the same samples.
+MOST = 500  # samples per task; enough to distinguish one percent from two
+# Prefix of every hash, so that other tools which split by hashes of ids do not select the same samples.
 _BEGUN = hashlib.blake2b(b"held out of training\n", digest_size=8)
 
 
 def held_out_rows(ids: Iterable[str], share: float, most: int = MOST) -> Rows:
-    """The rows [H], in rising order, of the samples that are held out of those with these `ids` [N].
+    """The rows [H], in ascending order, of the held-out samples among those with these `ids` [N].
 
-    H is the rounded `share` of N, at most `most`: those with the smallest hashes.
+    They are the H samples with the smallest hashes; H is the rounded `share` of N, at most `most`.
     """
     hashes = _hashes(ids)
     count = min(most, round(share * len(hashes)))
     if count < 1:
         return np.empty(0, dtype=np.int64)
-    # Equal hashes are equal ids, in practice; then the earlier record counts as the smaller.
+    # Equal hashes mean equal ids in practice; the stable sort then puts the earlier record first.
     return np.sort(np.argsort(hashes, kind="stable")[:count]).astype(np.int64)
 
 
 def other_rows(count: int, rows: Rows) -> Rows:
-    """The rows of `count` samples that are not among `rows`, in rising order."""
+    """The rows of `count` samples that are not in `rows`, in ascending order."""
     kept = np.ones(count, dtype=bool)
     kept[rows] = False
     return np.flatnonzero(kept)

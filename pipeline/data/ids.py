@@ -1,4 +1,4 @@
-"""Sample ids in Arrow memory: ten million of them as Python strings would take most of a gigabyte on every rank."""
+"""Sample ids in Arrow memory; ten million of them as Python strings would take nearly a gigabyte on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-AT_ONCE = 1 << 16  # ids that exist as Python strings while all are gone through
+AT_ONCE = 1 << 16  # ids that are converted to Python strings at once during iteration
 
 
 class Ids(Sequence[str]):
@@ -24,12 +24,12 @@ class Ids(Sequence[str]):
 
     @classmethod
     def joined(cls, parts: Sequence[Sequence[str]]) -> Ids:
-        """The ids of several lists, one after the other; those of `Ids` are not copied."""
+        """The concatenated ids of several lists; those of `Ids` are not copied."""
         chunks = [chunk for part in parts for chunk in Ids(part)._strings.chunks]
         return cls(pa.chunked_array(chunks, pa.string()))
 
     def only(self, rows: npt.NDArray[np.int64]) -> Ids:
-        """Some of the ids, by their places."""
+        """The ids at `rows`."""
         return Ids(self._strings.take(pa.array(rows)))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Which images of callers who are not trusted may be decoded: known from their headers, before any pixel is read."""
+"""Limits on images from untrusted callers, checked by their headers before pixels are decoded."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pipeline.errors import UserError
 
 MIB = 1 << 20
 WORK_SIDE = 2048
-WORK_PIXELS = WORK_SIDE**2  # larger images are made smaller before models' processors, which copy them several times
-DECODE_BYTES = 10  # per pixel of the largest image that is accepted: 160 MiB for 4096 x 4096
+WORK_PIXELS = WORK_SIDE**2  # larger images are reduced before the model's processor, which copies them several times
+DECODE_BYTES = 10  # bytes per pixel of the largest accepted image: 160 MiB for 4096 x 4096
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Which images are accepted; `side` is the longest side for models whose images are padded to squares."""
+    """The largest accepted image; `side` limits the sides for models whose images are padded to squares."""
 
     pixels: int = 4096 * 4096
     side: int | None = None
 
     @property
     def decode_bytes(self) -> int:
-        """Bytes that one image, or several that are read at once, may take while they are decoded."""
+        """Bytes that may be used to decode an image, or several images at the same time."""
         return max(DECODE_BYTES * self.pixels, 128 * MIB)
 
 
 class ImageRefusedError(UserError):
-    """An image is not decoded: it is none, or `too_large`."""
+    """The data is no image, or an image that is `too_large`."""
 
     def __init__(self, message: str, too_large: bool = False) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class ImageRefusedError(UserError):
 
 
 def plan_image(encoded: bytes, limits: ImageLimits) -> Decoding:
-    """How an image will be decoded, known from its header; ImageRefusedError where it is none or too large."""
+    """Plan the decoding of an image from its header; ImageRefusedError where it is no image or too large."""
     try:
         plan = plan_decoding(encoded, WORK_PIXELS, limits.side)
     except Image.DecompressionBombError:

@@ -1,9 +1,9 @@
-"""How many tokens and crops a processor makes of an image, by the image's width and height alone: nothing is decoded.
+"""The numbers of tokens and crops that a processor makes of an image, computed from its width and height.
 
-Lengths of samples, the memory plan and the batches of an evaluation follow from the index of the prepared data with
-this. A model family says it for its processor, exactly, with the settings that the processor was loaded with; the tests
-compare with the processors themselves. `limit_image_tokens` sets a processor's own knob so that an image takes at most
-so many tokens (recipe field model.image_tokens).
+Lengths of samples, the memory plan and the batches of an evaluation are computed with this from the index of the
+prepared data, without decoding images. Each model family implements it for its processor, exactly and for the settings
+with which the processor was loaded; tests compare it with the processors. `limit_image_tokens` sets the processor's own
+setting that bounds the tokens of an image (recipe field model.image_tokens).
 """
 
 from __future__ import annotations
@@ -21,67 +21,69 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What one image becomes.
+    """What the processor makes of one image.
 
-    In the prompt stand `tokens` image tokens in `runs` unbroken rows; `text` is what the processor puts into the text,
-    with one image token for each run.
+    The prompt has `tokens` image tokens in `runs` contiguous runs; `text` is what the processor inserts for the image,
+    with each run shortened to one image token.
     """
 
     tokens: int
     runs: int
     text: str
-    crops: int  # images that the vision tower sees
-    tower_tokens: int  # what the vision tower's layers work on, of all crops
-    values: int  # numbers that the processor hands over
+    crops: int  # images that the vision tower encodes
+    tower_tokens: int  # tokens in the vision tower's layers, over all crops
+    values: int  # numbers in the processor's tensors
 
 
 class ImageSizes(ABC):
-    """What a family's processor makes of an image of some size, and how that is limited."""
+    """Tokens and crops that a family's processor makes of an image of some size, and their limit."""
 
     knob: ClassVar[str] = ""  # the setting of the processor that `limit` changes, for messages
-    # The tensors of an image that the processor hands over: pixels, and what the model has to know about them.
+    # The tensors of an image that the processor returns and the model takes.
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    # Whether another of these tensors tells the model how many crops or patches an image has.
+    # Whether one of these tensors tells the model how many crops or patches an image has.
     counts_crops: ClassVar[bool] = False
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.images = processor.image_processor
         self.token: str = getattr(processor.tokenizer, "image_token", None) or processor.image_token
-        self.most: int | None = None  # tokens of an image at most, where `limit` was called
-        self.options: dict[str, Any] = {}  # of the processor's call
+        self.most: int | None = None  # most tokens of an image, where `limit` was called
+        self.options: dict[str, Any] = {}  # keyword arguments for calls of the processor
 
     @abstractmethod
     def of(self, width: int, height: int) -> ImageShape:
-        """What an image of this size becomes; ValueError for a size that the processor refuses."""
+        """The ImageShape for an image of this size; ValueError for a size that the processor refuses."""
 
     @abstractmethod
     def limit(self, most: int) -> int:
-        """Set the processor's knob; return the fewest tokens that an image can take with it, more than `most` if
-        that cannot be held."""
+        """Change the processor's setting so that an image takes at most `most` tokens.
+
+        Returns the fewest tokens to which images can be limited; above `most` where that limit is impossible.
+        """
 
     def prepared(self, picture: Image.Image) -> Image.Image:
-        """The picture as it is given to the processor: as it is, unless the processor would need it otherwise."""
+        """The picture for the processor: cut to its centre (see `central`) where the processor crops the centre."""
         return central(picture) if getattr(self.images, "do_center_crop", False) else picture
 
 
 def know_image_sizes(processor: Any, sizes: type[ImageSizes]) -> None:
-    """Let `image_sizes` find what the processor's family says of it."""
+    """Attach the family's ImageSizes to a processor, for `image_sizes`."""
     known = sizes(processor)
-    # Data sets have far fewer sizes than images.
+    # Cached, because datasets have far fewer sizes than images.
     known.of = lru_cache(maxsize=1 << 16)(known.of)  # type: ignore[method-assign]
     processor._image_sizes = known
 
 
 def image_sizes(processor: Any) -> ImageSizes:
-    """What a processor that `load_processor` read makes of images, limited as `limit_image_tokens` left it."""
+    """The ImageSizes of a processor from `load_processor`, with the limit that `limit_image_tokens` set."""
     return processor._image_sizes
 
 
 def limit_image_tokens(processor: Any, most: int | None) -> None:
-    """Let an image take at most so many tokens, None: as many as the checkpoint says.
+    """Limit the tokens of an image to `most`; None keeps the checkpoint's own setting.
 
-    Raises UserError where the family has a fixed number, or a least one, that is more.
+    Raises UserError where the family's fixed or smallest number is larger.
     """
     if most is None:
         return

@@ -1,7 +1,7 @@
-"""What the vision tower makes of a split's pictures, kept on the disk: training reads it instead of computing it.
+"""Features of the vision tower for a split's pictures, stored on the disk so that training does not compute them.
 
-A folder beside the split's shards holds `pictures.safetensors` (which picture each sample has), files of features
-(float16, each as one forward pass made it, with a checksum per picture) and, written last, `features.json`.
+A folder beside the split's shards holds `pictures.safetensors` (the picture of each sample), files of features
+(float16, each from one forward pass, with a checksum per picture) and, written last, `features.json`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, write_synced
 
 FORMAT_VERSION = 1
-PICTURES = 32  # per file, which is one forward pass: computed again it gives the same bits
+PICTURES = 32  # per file and forward pass, so that computing a file again gives the same bits
 DESCRIPTION, NUMBERS = "features.json", "pictures.safetensors"
 NO_PICTURE = -1
 
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """Where the features of one split lie: a folder, and whose features they have to be."""
+    """The folder of a split's features, and the identity that they must have."""
 
     folder: Path
     identity: str  # hash of model, preprocessing and precision
@@ -43,7 +43,7 @@ class SplitFeatures:
         return self.folder / f"features-{number:06d}.safetensors"
 
     def read_numbers(self, samples: int) -> npt.NDArray[np.int64] | None:
-        """Which picture each of the first `samples` samples has (NO_PICTURE: none); None where that is not known."""
+        """The number of the picture of each of the first `samples` samples (NO_PICTURE: none); None if unknown."""
         try:
             with safe_open(self.folder / NUMBERS, framework="np") as file:
                 numbers = file.get_tensor("numbers")
@@ -53,12 +53,12 @@ class SplitFeatures:
         return numbers[:samples] if known else None
 
     def write_numbers(self, numbers: npt.NDArray[np.int64]) -> None:
-        """Keep which picture each sample has, pictures counted in the order in which samples first show them."""
+        """Store the number of each sample's picture; pictures are numbered in the order of first appearance."""
         with replacing(self.folder / NUMBERS) as temporary:
             write_synced(temporary, save({"numbers": torch.from_numpy(numbers)}, {"identity": self.identity}))
 
     def write(self, number: int, features: Tensor) -> None:
-        """Keep the features [n, tokens, width] of one file; raises UserError for what float16 cannot hold."""
+        """Store the features [n, tokens, width] of one file; raises UserError for values beyond float16's range."""
         half = features.to("cpu", torch.float16).contiguous()
         if not half.isfinite().all():
             raise UserError(
@@ -70,7 +70,7 @@ class SplitFeatures:
             write_synced(temporary, save(tensors, {"identity": self.identity}))
 
     def is_whole(self, number: int, pictures: int) -> bool:
-        """Whether a file is there with the features of at least so many pictures: fewer samples may be used now."""
+        """Whether a file exists with features of at least `pictures` pictures; more where more samples were used."""
         try:
             with safe_open(self.file(number), framework="pt") as file:
                 rows = file.get_slice("features").get_shape()[0]
@@ -79,14 +79,14 @@ class SplitFeatures:
             return False
 
     def describe(self, pictures: int, shape: Sequence[int]) -> None:
-        """Say, for people, what is kept here."""
+        """Write features.json, a description for people."""
         facts: dict[str, Any] = {"format": FORMAT_VERSION, "identity": self.identity, "pictures": pictures}
         facts |= {"tokens": shape[0], "width": shape[1], "dtype": "float16", "pictures_per_file": PICTURES}
         with replacing(self.folder / DESCRIPTION) as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def read(self, picture: int) -> Tensor:
-        """The features [tokens, width] of one picture; raises UserError when they are not what was written."""
+        """The features [tokens, width] of one picture; raises UserError when they are damaged."""
         number, row = divmod(picture, PICTURES)
         try:
             with safe_open(self.file(number), framework="pt") as file:
@@ -99,16 +99,16 @@ class SplitFeatures:
         return features
 
     def fix(self, number: int) -> str:
-        """What to do about a file that is not right."""
+        """Advice for a damaged file."""
         return f"Remove {self.file(number)} and run the same command again to compute it anew."
 
 
 class KeptFeatures:
-    """Features of the samples of a stage: those of its splits, one after the other."""
+    """Features of the samples of a stage: those of its splits, concatenated."""
 
     def __init__(self, splits: Sequence[tuple[SplitFeatures, npt.NDArray[np.int64]]], shape: Sequence[int]) -> None:
         self.splits = splits
-        self.blank = torch.zeros(1, *shape, dtype=torch.float16)  # stands in where a batch has no image
+        self.blank = torch.zeros(1, *shape, dtype=torch.float16)  # for a batch without an image
         self._starts = [0, *accumulate(len(numbers) for _, numbers in splits)]
 
     def __getitem__(self, index: int) -> Tensor | None:
@@ -120,9 +120,9 @@ class KeptFeatures:
 
 
 def number_pictures(digests: Sequence[bytes]) -> npt.NDArray[np.int64]:
-    """Number [N] the pictures of samples by the digests of their files; empty: NO_PICTURE.
+    """Number [N] the pictures of samples by the digests of their files; NO_PICTURE for an empty digest.
 
-    Fewer samples of the same split have the same numbers, so a longer list only adds to what is kept.
+    The first samples of a split have the same numbers whatever follows, so more samples only add features.
     """
     known: dict[bytes, int] = {}
     numbers = [known.setdefault(digest, len(known)) if digest else NO_PICTURE for digest in digests]

@@ -1,7 +1,7 @@
-"""The CLIP keys of prepared splits, as they lie on the disk: float16, mapped into memory and shared by all ranks.
+"""The routing keys of prepared splits: float16 matrices that are memory-mapped from the disk.
 
-The pages of the file are the kernel's, so ranks of one machine share them and a page that is not used takes no
-memory. Whoever computes with keys converts the rows that it needs to float32.
+The kernel holds the pages of the file, so ranks of one machine share them, and unused pages take no memory. Rows are
+converted to float32 where they are used in computations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 
 
 class ChainedRows:
-    """The rows [N, K] of several tensors, one behind the other, without a copy of them."""
+    """The concatenated rows [N, K] of several tensors, without a copy."""
 
     def __init__(self, parts: Sequence[Tensor | PickedRows]) -> None:
         self._parts = list(parts)
@@ -34,7 +34,7 @@ class ChainedRows:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """The rows [B, K] of the numbers `index` [B]."""
+        """The rows [B, K] at the indices [B]."""
         found = self._parts[0].new_empty((len(index), *self.shape[1:]))
         owners = torch.searchsorted(self._starts, index, right=True) - 1
         for number in owners.unique().tolist():
@@ -54,10 +54,10 @@ class ChainedRows:
 
 
 class PickedRows:
-    """Some rows [N, K] of a tensor, without a copy of them."""
+    """Some rows [N, K] of a tensor, without a copy."""
 
     def __init__(self, source: Tensor, rows: Tensor) -> None:
-        """`rows` [N] are the numbers of these rows in `source`."""
+        """`rows` [N] are their indices in `source`."""
         self._source, self._rows = source, rows
         self.shape = torch.Size([len(rows), *source.shape[1:]])
 
@@ -65,7 +65,7 @@ class PickedRows:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The rows [B, K] of the numbers `index` [B] among these rows."""
+        """The rows [B, K] at the indices [B] among these rows."""
         return self._source[self._rows[index]]
 
     def only(self, rows: Tensor) -> PickedRows:
@@ -88,7 +88,7 @@ Rows = Tensor | ChainedRows | PickedRows
 class Keys:
     """CLIP keys of samples in their order, not normalised; rows of `image` without an image are zero.
 
-    Those of a prepared split are float16 and mapped from its file, those computed in memory float32.
+    Those of a prepared split are float16 and memory-mapped, those computed in memory float32.
     """
 
     image: Tensor  # [N, K]
@@ -121,7 +121,7 @@ class PickedKeys:
 
 @dataclass(frozen=True)
 class JoinedKeys:
-    """`Keys` of several splits, one behind the other."""
+    """`Keys` of several splits, concatenated."""
 
     image: ChainedRows  # [N, K]
     text: ChainedRows  # [N, K]
@@ -133,7 +133,7 @@ AnyKeys = Keys | PickedKeys | JoinedKeys
 
 
 def join_keys(parts: Sequence[tuple[Keys | PickedKeys, int]]) -> AnyKeys:
-    """The keys of the first `count` samples of each part, one part behind the other, without a copy of them."""
+    """The concatenated keys of the first `count` samples of each part, without a copy."""
     first, count = parts[0]
     if len(parts) == 1 and isinstance(first, PickedKeys) and count == len(first.image):
         return first
@@ -150,14 +150,14 @@ def _first(rows: Tensor | PickedRows, count: int) -> Tensor | PickedRows:
 
 
 def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: Mapping[str, str] | None = None) -> Keys:
-    """Map keys.safetensors of a prepared split, without comparing its checksum; see `IndexedShards.keys` for errors."""
+    """Memory-map keys.safetensors of a prepared split without its checksum; see `IndexedShards.keys` for errors."""
     path = folder / KEYS_FILE
     if not path.is_file():
         raise UserError(f"The CLIP keys {path} are missing. Run `python -m pipeline prepare RECIPE` to compute them.")
     try:
         with safe_open(path, framework="pt") as file:
             identity = dict(file.metadata() or {})
-            # These are views into the mapped file: nothing is read before somebody looks at it.
+            # Views into the mapped file; pages are read when they are first used.
             image, text, has_image = (file.get_tensor(name) for name in ("image", "text", "has_image"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"The CLIP keys {path} cannot be read ({first_line(error)}). {FIX}") from None

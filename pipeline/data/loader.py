@@ -20,20 +20,25 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Items(Protocol):
-    """What makes the item of a number."""
+    """Makes items by their numbers."""
 
     def __getitem__(self, item: int, /) -> Any: ...
 
 
 def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD) -> Iterator[Any]:
-    """The items of `data` in the order of `numbers`, made by so many processes, or by this one without any; each makes
-    up to `ahead` items before they are asked for.
+    """Yield the items of `data` in the order of `numbers`.
 
-    The processes are forked, whatever the interpreter's default is (Python 3.14: forkserver). Others would be sent
-    `data` in a pickle: processors of some models have classes that cannot be pickled, and keys and records would be
-    copied once per process where forked ones share them.
+    Worker processes are forked, whatever the interpreter's default is (Python 3.14: forkserver). With other start
+    methods `data` would be pickled: some models' processors have classes that cannot be pickled, and keys and records
+    would be copied once per process instead of shared.
 
-    Raises the UserError that an item raised, with its own sentence; UserError when shared memory was too small.
+    Raises the UserError that an item raised, and UserError when shared memory is too small.
+
+    Args:
+        data: makes an item from its number.
+        numbers: the items, in order.
+        workers: number of worker processes; 0: items are made in this process.
+        ahead: items that each worker makes in advance.
     """
     options: dict[str, Any] = {}
     if workers:
@@ -43,7 +48,7 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
             "worker_init_fn": ignore_signals_from_others,
             "multiprocessing_context": "fork",
         }
-    # A generator of its own: the loader draws a number that the training's own random numbers must not miss.
+    # A generator of its own, because the loader draws a number and would change the training's random numbers.
     own = torch.Generator()
     source = cast(Dataset[Any], _Telling(data))
     # Workers are forked with SIGTERM blocked. Where the rank called torch.set_num_threads, torch starts threads in a
@@ -59,7 +64,7 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
         try:
             item = next(found)
         except RuntimeError as error:
-            # What torch says when a page of shared memory that was promised cannot be had.
+            # torch's message when a worker is killed because a page of shared memory cannot be allocated.
             if workers and "Bus error" in str(error):
                 raise UserError(no_shared_memory(workers)) from error
             raise
@@ -69,7 +74,7 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
 
 
 def no_shared_memory(workers: int) -> str:
-    """The sentence for loader processes that ran out of shared memory."""
+    """The error message for loader processes that ran out of shared memory."""
     try:
         size = f" of {shutil.disk_usage(SHARED_MEMORY).total >> 20} MiB"
     except OSError:
@@ -83,13 +88,13 @@ def no_shared_memory(workers: int) -> str:
 
 @dataclass(frozen=True)
 class _Refused:
-    """An item that could not be made: what the user is told."""
+    """The error message of an item that could not be made."""
 
     sentence: str
 
 
 class _Telling:
-    """Hands a UserError over as an item: a loader would raise it with the process's traceback as its text."""
+    """Returns a UserError as an item, because a DataLoader would re-raise it with the worker's traceback as message."""
 
     def __init__(self, data: Items) -> None:
         self.data = data

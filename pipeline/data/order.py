@@ -1,6 +1,6 @@
-"""Which samples form which batch: a pure function of (seed, task, epoch), so that a restart needs only integers.
+"""The order of samples and their batches: a function of (seed, task, epoch), so a restart needs only two integers.
 
-See docs/design.md 3.5 and 7.5. Only `rank_slice` knows that there are ranks.
+See docs/design.md 3.5 and 7.5. Batches are global; only `rank_slice` depends on ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Order:
         self.task = task
         self.bucket_window = bucket_window
         self._lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
-        # Where some samples are left out: the indices [count] of those that are not.
+        # Indices [count] of the samples that are used, where some are left out.
         self.rows: Indices | None = None
         self._epoch: tuple[int, Indices] | None = None
 
@@ -82,7 +82,7 @@ class Order:
         order = _permutation(self.count, self.seed, self.task, epoch, _SAMPLES)
         if self._lengths is None:
             return order
-        # Only whole batches take part, so that the samples of the ragged batch are a random pick, not the longest ones.
+        # Only whole batches are sorted, so that the samples of the ragged batch are random and not the longest ones.
         whole = self.count // self.global_batch
         end = whole * self.global_batch
         window = self.bucket_window * self.global_batch
@@ -111,8 +111,8 @@ def rank_slice(batch: npt.NDArray[Scalar], rank: int, world: int) -> npt.NDArray
 
 
 def _permutation(count: int, seed: int, task: int, epoch: int, stream: int) -> Indices:
-    # Sorting raw Philox words instead of Generator.permutation: numpy promises the same words in every version,
-    # but not the same permutation. Ties (2^-64) are broken by the stable sort.
+    # Sorting raw Philox words instead of Generator.permutation: numpy guarantees the same words in every version, but
+    # not the same permutation. Ties (probability 2^-64) are resolved by the stable sort.
     key = np.array([seed % 2**64, ((task % 2**32) << 32) | (epoch % 2**32)], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64)

@@ -1,8 +1,8 @@
-"""What a prepared split was made from, as dataset.json keeps it, and whether that is what a recipe wants.
+"""The origin of a prepared split as recorded in dataset.json, and its comparison with a recipe and a source.
 
-`settings` are the fields of a recipe that decide on a split's content, `records` how many the source has before the
-limit, `source_files` size, time of change and hash of the text files that were read. Splits that were prepared by
-earlier versions lack all three.
+`settings` are the fields of a recipe that determine a split's content, `records` is the number of records in the source
+without the limit, `source_files` are size, modification time and hash of the text files that were read. Splits that
+earlier versions prepared lack all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.files.atomic import sha256
 
 SETTINGS, RECORDS, SOURCE_FILES = "settings", "records", "source_files"
 LIMIT = "limit"
-# Names of the fields in a recipe, for messages; other settings are called as they are.
+# Names of the recipe's fields for messages, where they differ from those of the settings.
 FIELDS = {LIMIT: "limit", "repeated_ids": "data.repeated_ids", "seed": "data.seed", "shots": "data.shots"}
 REMEDY = (
     "Leave data.prepared out of the recipe (the default is a folder of its own for these settings), name another one, "
@@ -29,29 +29,29 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What a split is made from; see the module."""
+    """The origin of a split; see the module's docstring."""
 
-    fingerprint: str  # of the source: text files, limit, and size and time of change of the images
+    fingerprint: str  # of the source: text files, limit, sizes and modification times of images
     settings: Mapping[str, Any] = field(default_factory=dict)
     records: int | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by path relative to the root
 
     def facts(self) -> dict[str, Any]:
-        """What dataset.json keeps beside `source_fingerprint`."""
+        """The entries of dataset.json besides `source_fingerprint`."""
         return {SETTINGS: dict(self.settings), RECORDS: self.records, SOURCE_FILES: dict(self.files)}
 
 
 def file_state(path: Path) -> dict[str, Any]:
-    """Size, time of change and hash of a text file of a source."""
+    """Size, modification time and hash of a text file of a source."""
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
 
 
 def other_settings(description: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """A clause naming the first setting of a split that differs from the recipe's; None where none does.
+    """A clause that names the first setting of a split which differs from the recipe's; None where none does.
 
-    A smaller limit does not differ, since a run then uses the first samples only; a larger one does unless the source
-    has no more records. Nothing is known of a split without settings, which an earlier version prepared.
+    A smaller limit is no difference, because a run uses only the first samples; a larger one is, unless the source has
+    no more records. For a split without recorded settings (of an earlier version) the result is None.
     """
     recorded = description.get(SETTINGS)
     if not recorded:
@@ -66,9 +66,9 @@ def other_settings(description: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 
 def changed_files(description: Mapping[str, Any], root: Path) -> list[str]:
-    """The text files of a split's source under `root` that are not what they were; empty where the source is gone.
+    """The text files of a split's source under `root` that changed; empty where none of them exists any more.
 
-    Hashed are only files whose size is the same and whose time of change is not.
+    Only files with the same size and another modification time are hashed.
     """
     recorded: Mapping[str, Mapping[str, Any]] = description.get(SOURCE_FILES) or {}
     if not any((root / name).is_file() for name in recorded):
@@ -87,18 +87,21 @@ def _is_same(path: Path, state: Mapping[str, Any]) -> bool:
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Eight letters that name settings; fields at their defaults should be left out, so that new ones change none."""
+    """Eight hex digits that identify settings; without fields at their defaults, so that new fields change no hash."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def folder_label(root: str) -> str:
-    """What a folder of prepared data is called after: the last part of its source's folder."""
+    """The first part of the name of a prepared folder: the last part of its source's folder, in safe letters."""
     name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(root).name)
     return name.strip("._-") or "data"
 
 
 def shared_or_each(by_name: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Settings by name as one value: those that all have, so that a part of the names in any order gives the same."""
+    """One value for settings by name: the settings that all names share, else a mapping sorted by name.
+
+    With shared settings the value does not depend on which names there are, nor on their order.
+    """
     values = list(by_name.values())
     if all(value == values[0] for value in values):
         return values[0] if values else {}

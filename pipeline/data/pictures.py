@@ -1,9 +1,9 @@
-"""From the bytes of an image file to the RGB picture that every part works with: upright, opaque, 8 bits a channel.
+"""Decodes image files to RGB pictures: upright, opaque, 8 bits per channel.
 
-Preparing, training, answering, the service, the benchmarks and the pages that show pictures all decode here, so a file
-is the same picture everywhere: turned as its EXIF orientation says, transparency laid on white, and 16-bit values
-divided down, as viewers show it. What models do with elongated pictures is bounded here as well: image processors that
-resize the shorter side, and padding to a square, would need memory for the longer side squared.
+All of the project decodes images here, so that a file is the same picture everywhere: rotated by its EXIF orientation,
+transparency on white, and 16-bit values scaled to 8 bits, as viewers show it. The memory for elongated pictures is
+bounded here too: image processors that resize the shorter side, and padding to a square, would need memory for the
+square of the longer side.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPPING = (5, 6, 7, 8)  # orientations whose upright picture is as wide as the stored one is high
-# Without one of these a PNG has no orientation; Pillow would decode it whole to look behind its pixels.
+SWAPPING = (5, 6, 7, 8)  # orientations that exchange width and height
+# Chunks with an orientation. Pillow would decode a whole PNG to search for them after its pixels.
 PNG_ORIENTED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-# What bytes 4 to 12 of a HEIC file are, as which phones save photographs; Pillow reads none.
+# Bytes 4 to 12 of HEIC files, the format of phones' photographs, which Pillow cannot read.
 HEIC = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
-DEEP = ("I", "F")  # first letters of modes with more than 8 bits a channel
-MOST_RATIO = 50  # of a picture's sides, beyond which `central` cuts its ends off
-SQUARE_SIDE = 4096  # longest side that is padded to a square as it is; a phone's 12 megapixels have 4032
+DEEP = ("I", "F")  # first letters of modes with more than 8 bits per channel
+MOST_RATIO = 50  # largest ratio of a picture's sides; `central` cuts the ends off others
+SQUARE_SIDE = 4096  # longest side that is padded to a square without reduction; 12-megapixel photographs have 4032
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the beginning of an image file says: its format, and the size of the upright picture in pixels."""
+    """The format of an image file and the size of its upright picture in pixels, from the file's header."""
 
     format: str
     width: int
@@ -45,10 +45,10 @@ class ImageHeader:
 
 
 def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image file to its upright RGB picture; of several frames the first.
+    """Decode an image file to its upright RGB picture; of an animation, the first frame.
 
-    Raises OSError, or one of Pillow's other errors, when the bytes are not a whole image or hold more pixels than
-    Pillow reads (179 million).
+    Raises OSError, or one of Pillow's other errors, when the file is damaged or has more pixels than Pillow's limit
+    (179 million).
     """
     with _opened(encoded) as image:
         orientation = orientation_of(image, encoded)
@@ -57,7 +57,7 @@ def decode_image(encoded: bytes) -> Image.Image:
 
 
 def read_header(encoded: bytes) -> ImageHeader:
-    """Read format and upright size, decoding no pixels; errors as `decode_image`."""
+    """Read format and upright size without decoding pixels; raises the errors of `decode_image`."""
     with _opened(encoded) as image:
         width, height = image.size
         if orientation_of(image, encoded) in SWAPPING:
@@ -66,7 +66,10 @@ def read_header(encoded: bytes) -> ImageHeader:
 
 
 def is_plain(encoded: bytes) -> bool:
-    """Whether the picture is what is stored: not turned, nothing transparent, 8 bits; errors as `decode_image`."""
+    """Whether the picture is used as it is stored: no rotation, no transparency, 8 bits.
+
+    Raises the errors of `decode_image`.
+    """
     with _opened(encoded) as image:
         if orientation_of(image, encoded) in TURNS or image.mode.startswith(DEEP):
             return False
@@ -76,21 +79,21 @@ def is_plain(encoded: bytes) -> bool:
 def _opened(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError:  # names the place in memory where the bytes lie
+    except UnidentifiedImageError:  # its message is the address of the BytesIO object
         kind = "HEIC, as phones save photographs" if is_heic(encoded) else "no known image format"
         raise UnidentifiedImageError(kind) from None
 
 
 def is_heic(encoded: bytes) -> bool:
-    """Whether a file is a HEIC picture, which has to be saved as JPEG first."""
+    """Whether a file is a HEIC image, which has to be converted to JPEG first."""
     return encoded[4:12] in HEIC
 
 
 def central(picture: Image.Image) -> Image.Image:
-    """The middle of a picture whose sides differ more than MOST_RATIO times, else the picture itself.
+    """The centre of a picture whose sides have a ratio above MOST_RATIO, else the picture itself.
 
-    For image processors that resize the shorter side and then cut the central square out: what they see is the same,
-    and 20000 x 10 pixels do not become 672000 x 336 in between.
+    For image processors that resize the shorter side and then crop the central square: the result is the same, without
+    an intermediate picture of 672000 x 336 pixels for one of 20000 x 10.
     """
     width, height = picture.size
     wide, high = _within(width, MOST_RATIO * height), _within(height, MOST_RATIO * width)
@@ -103,8 +106,8 @@ def central(picture: Image.Image) -> Image.Image:
 def squared(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The picture in the middle of a square of this colour.
 
-    A side beyond SQUARE_SIDE is made smaller first: models see some hundred pixels of it, and the square of 100000
-    pixels would take 30 GB.
+    A longer side than SQUARE_SIDE is reduced first: models use a few hundred pixels of it, and a square of 100000
+    pixels per side would take 30 GB.
     """
     width, height = picture.size
     if width == height:
@@ -120,30 +123,30 @@ def squared(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def _within(length: int, most: int) -> int:
-    """`length`, or what fits into `most` with as much cut off at either end."""
+    """`length`, or the largest length up to `most` with the same number of pixels cut off at either end."""
     return length if length <= most else most - (length - most) % 2
 
 
 def upright(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture turned as its orientation says."""
+    """The picture rotated or flipped by its EXIF orientation."""
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
 
 
 def orientation_of(image: Image.Image, encoded: bytes) -> int:
-    """The EXIF orientation of an opened file, 1 where it says none that is known."""
-    if image.format == "TIFF":  # Pillow turns these itself
+    """The EXIF orientation of an opened file, 1 where it has none or an unknown one."""
+    if image.format == "TIFF":  # Pillow applies the orientation of TIFF files itself
         return 1
     if image.format == "PNG" and not any(mark in encoded for mark in PNG_ORIENTED):
         return 1
     try:
         found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata of a whole image; Pillow raises many kinds
+    except Exception:  # damaged metadata of an intact image; Pillow raises many kinds of errors
         return 1
     return found if found in TURNS else 1
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """An opened file, or a part of one, as RGB: transparency laid on white, more than 8 bits divided down."""
+    """An opened file, or a part of one, as RGB: transparency on white, more than 8 bits scaled down."""
     if image.mode.startswith(DEEP):
         return _eight_bits(image).convert("RGB")
     if not image.has_transparency_data:
@@ -158,14 +161,14 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floating point, as 8 bits: by the type's range where it is known."""
+    """Grey values of 16 or 32 bits or floating point as 8 bits, scaled by the type's range where it is known."""
     values = image.convert("F") if image.mode != "F" else image.copy()
     low, high = np.asarray(values).min().item(), np.asarray(values).max().item()
-    if image.mode == "F" or not 0 <= low <= high <= 65535:  # any range: from the darkest to the brightest
+    if image.mode == "F" or not 0 <= low <= high <= 65535:  # unknown range: scale from the lowest to the highest value
         span = high - low
         unit = low >= 0.0 and high <= 1.0
         offset, scale = (0.0, 255.0) if unit else (low, 255.0 / span if span else 0.0)
     else:
         offset, scale = 0.0, 255.0 / 65535.0
-    # Without dither or clipping of Pillow's own: adding one half makes truncation round.
+    # convert("L") truncates, so one half is added to round.
     return values.point(lambda value: value * scale + (0.5 - offset * scale)).convert("L")

@@ -1,7 +1,7 @@
-"""Text of users as tokens: what looks like a special token in it is text, in training and in answering alike.
+"""Tokenises users' text without special tokens, in training and in answering.
 
-Tokenizers read `<image>`, `</s>` or `<|im_end|>` in a question or an answer as their own marks. In a question about
-HTML that is one image too many, and in what a stranger sends to a server it is another role in the conversation.
+Tokenizers convert `<image>`, `</s>` or `<|im_end|>` in a question or an answer to special tokens. In a question about
+HTML that would add an image, and in a request to a server it would let the caller open another role.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 
 class PlainText:
-    """Tokenises text without special tokens; the conversation does so only where `holds_special`, since the tokens
-    where two parts meet may be others than those of the whole text."""
+    """Tokenises text without special tokens.
+
+    The conversation uses it only where `holds_special`, because tokens at the border of two separately tokenised parts
+    may differ from those of the whole text.
+    """
 
     def __init__(self, tokenizer: Any, also: tuple[str, ...] = ()) -> None:
         """`also` are further strings that a processor replaces, such as its placeholder for an image."""
@@ -23,7 +26,7 @@ class PlainText:
         self._marks = re.compile("|".join(map(re.escape, sorted(marks - {""}, key=len, reverse=True))) or r"(?!)")
 
     def holds_special(self, text: str) -> bool:
-        """Whether the tokenizer or processor would take part of the text for a mark of its own."""
+        """Whether the tokenizer or processor would convert a part of the text to a special token."""
         return self._marks.search(text) is not None
 
     def __call__(self, text: str) -> list[int]:
@@ -32,5 +35,5 @@ class PlainText:
 
     @cached_property
     def _splitting(self) -> Any:
-        # A copy: a fast tokenizer keeps this setting for later calls, and several threads share the original.
+        # A copy, because a fast tokenizer keeps this setting for later calls and threads share the original.
         return copy.deepcopy(self._tokenizer)

@@ -1,4 +1,4 @@
-"""How long prompts are, as far as that is known without reading a sample: to generate similar ones together."""
+"""Estimates the lengths of prompts without reading samples, so that prompts of similar length are batched together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy.typing as npt
 from pipeline.data.collate import Examples
 from pipeline.errors import UserError
 
-CHARS_PER_TOKEN = 4  # of English text, roughly: the estimate only decides which samples stand together
+CHARS_PER_TOKEN = 4  # roughly, for English text; the estimate only determines batches
 
 
 def prompt_lengths(examples: Examples, indices: Sequence[int]) -> npt.NDArray[np.int64]:
-    """About how many tokens the prompts of these samples have [n], from the index of the prepared data alone.
+    """Estimated numbers of tokens [n] of these samples' prompts, from the index of the prepared data.
 
     Exact where the samples are tokenised already.
     """
@@ -32,5 +32,5 @@ def _image_tokens(examples: Examples, width: int, height: int) -> int:
         return 0
     try:
         return examples.conversation.image_shape(width, height).tokens
-    except UserError:  # the processor refuses this form of image, and says so when the sample's turn comes
+    except UserError:  # the processor refuses this size; tokenising the sample reports it
         return 0

@@ -1,4 +1,4 @@
-"""One question about at most one image, with its answer: what every source yields and every shard holds."""
+"""A sample: a question about at most one image, with its answer, as sources yield it and shards hold it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.data.pictures import decode_image
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training or test item; `image` holds the encoded file bytes, None when the question stands alone."""
+    """A training or test sample; `image` is the content of the image file, None for a question without one."""
 
     id: str
     image: bytes | None
@@ -26,13 +26,13 @@ class Sample:
         return None if self.image is None else decode_image(self.image)
 
     def to_json(self) -> bytes:
-        """Return everything but the image as canonical UTF-8 JSON: equal samples give equal bytes."""
+        """Return all fields but the image as canonical UTF-8 JSON: equal samples give equal bytes."""
         record = {"id": self.id, "question": self.question, "answer": self.answer, "meta": self.meta}
         return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
 
     @classmethod
     def from_json(cls, record: bytes, image: bytes | None) -> Sample:
-        """Rebuild a sample from `to_json` and the image bytes; raises ValueError or KeyError when it is not one."""
+        """Rebuild a sample from `to_json` and the image; raises ValueError or KeyError for another content."""
         fields = json.loads(record)
         return cls(
             id=fields["id"], image=image, question=fields["question"], answer=fields["answer"], meta=fields["meta"]

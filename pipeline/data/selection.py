@@ -1,4 +1,4 @@
-"""Which modules (prompt sets, low-rank updates) each sample gets, and with what weight."""
+"""The selection: the modules (prompt sets, low-rank updates) that each sample gets, and their weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Selection:
     """The modules of N samples: one row of module numbers per sample, the least similar one first.
 
     That is the order of insertion of prompt sets, so the most similar one is next to the text. Rows are filled up with
-    `NO_SET` on the right. `weights` None: every selected module counts in full, as everywhere in ModalPrompt. Rows hold
-    only what a sample gets, never all T modules, because pools reach a thousand tasks.
+    `NO_SET` on the right. With `weights` None every selected module has the weight 1, as in ModalPrompt. Rows hold only
+    selected modules, not all T of the pool, because pools may have a thousand tasks.
     """
 
     numbers: Tensor  # [N, m] long
@@ -26,17 +26,17 @@ class Selection:
 
     @classmethod
     def none(cls, samples: int) -> Selection:
-        """No module for any of so many samples."""
+        """No module for any of `samples` samples."""
         return cls(torch.full((samples, 0), NO_SET, dtype=torch.long))
 
     @classmethod
     def same(cls, samples: int, numbers: Sequence[int]) -> Selection:
-        """The same modules for each of so many samples."""
+        """The same modules for each of `samples` samples."""
         return cls(torch.tensor(list(numbers), dtype=torch.long).repeat(samples, 1))
 
     @classmethod
     def joined(cls, parts: Sequence[Selection]) -> Selection:
-        """The selections of further samples below those of the first, all as wide as the widest."""
+        """The concatenated selections of several lists of samples, filled up to the width of the widest."""
         width = max(part.width for part in parts)
         gaps = [(0, width - part.width) for part in parts]
         numbers = torch.cat([pad(part.numbers, gap, value=NO_SET) for part, gap in zip(parts, gaps, strict=True)])
@@ -53,20 +53,20 @@ class Selection:
         return self.numbers.shape[1]
 
     def full_weights(self) -> Tensor:
-        """The weights [N, m] written out: 1 where a module counts in full, 0 at NO_SET."""
+        """The weights [N, m] as a tensor: 1 where `weights` is None, 0 at NO_SET."""
         given = torch.ones(self.numbers.shape) if self.weights is None else self.weights.float()
         return given.to(self.numbers.device).masked_fill(self.numbers == NO_SET, 0.0)
 
     def rows(self, index: Tensor) -> Selection:
-        """The selections of some samples, by their numbers [B]."""
+        """The selections of the samples at the indices [B]."""
         return Selection(self.numbers[index], None if self.weights is None else self.weights[index])
 
     def renumbered(self, numbers: Tensor) -> Selection:
-        """The same modules under other numbers [N, m], as when a pool is cut down to those that are used."""
+        """The same modules with other numbers [N, m], as for a pool that is reduced to the used modules."""
         return replace(self, numbers=numbers)
 
     def without(self, samples: Tensor) -> Selection:
-        """No module for the samples that the flags [N] name."""
+        """The selection without modules for the samples whose flag [N] is set."""
         hidden = samples.bool().to(self.numbers.device)[:, None]
         weights = None if self.weights is None else self.weights.masked_fill(hidden, 0.0)
         return Selection(self.numbers.masked_fill(hidden, NO_SET), weights)
@@ -83,16 +83,16 @@ class Selection:
         return [[pair for pair in row if pair[0] != NO_SET] for row in pairs]
 
     def chosen(self, sample: int) -> list[tuple[int, float]]:
-        """One sample's modules with their weights, in their order, what fills up left out."""
+        """One sample's modules with their weights, in order, without NO_SET."""
         return self.rows(torch.tensor([sample], device=self.numbers.device)).listed()[0]
 
 
 def as_selection(selected: Selection | Tensor) -> Selection:
-    """A selection, of which bare numbers [N, m] are one without weights."""
+    """A Selection; a tensor of numbers [N, m] becomes one without weights."""
     return selected if isinstance(selected, Selection) else Selection(selected)
 
 
 def without_gaps(numbers: Tensor) -> Tensor:
-    """Rows [N, m] with NO_SET moved to the right, the order of the others kept."""
+    """Rows [N, m] with NO_SET moved to the right; the order of the others is kept."""
     order = (numbers == NO_SET).to(torch.int8).sort(dim=1, stable=True).indices
     return torch.gather(numbers, 1, order)

@@ -1,7 +1,7 @@
-"""Reading at any place of a split's shards without keeping all of them open.
+"""Random reads from a split's shards with a bounded number of open files.
 
-The limit of descriptors is one of the process, so the splits of a run share it: a thousand shards would otherwise
-use up what most systems give a process (`ulimit -n`, often 1024).
+All splits of a process share the bound, because the limit of open files is per process (`ulimit -n`, often 1024): with
+every shard open, a thousand shards would reach it.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MOST_OPEN = 64  # descriptors of shards that a process keeps, those used last
+MOST_OPEN = 64  # most recently used shards that a process keeps open
 
 
 @dataclass
 class _Descriptor:
     number: int
-    readers: int = 0  # threads that read from it: it must not be closed, its number could become another file's
+    readers: int = 0  # threads that read from it; closed meanwhile, its number could be reused for another file
 
 
 class _Descriptors:
-    """The open shards of this process, the least recently used one first."""
+    """The open shards of this process, in the order of their last use."""
 
     def __init__(self) -> None:
-        # Reentrant: what is allocated while it is held may start the garbage collector, which ends `ShardFiles`.
+        # Reentrant: an allocation while it is held may run the garbage collector, and with it `ShardFiles.__del__`.
         self._lock = threading.RLock()
         self._open: OrderedDict[tuple[int, int], _Descriptor] = OrderedDict()
-        # A fork while another thread holds the lock would leave the child with a lock that nobody releases.
+        # A child that is forked while another thread holds the lock would inherit a lock that nobody releases.
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._in_forked_child
         )
 
     def _in_forked_child(self) -> None:
-        """Go on with the inherited descriptors: `pread` moves no position that processes share."""
+        """Keep using the inherited descriptors; `pread` does not move the file position, which processes share."""
         for descriptor in self._open.values():
-            descriptor.readers = 0  # the threads that read exist in the parent alone
+            descriptor.readers = 0  # the reading threads exist only in the parent
         self._lock.release()
 
     @contextlib.contextmanager
     def opened(self, key: tuple[int, int], path: Path) -> Iterator[int]:
-        """The descriptor of a shard, opened if it is not open, kept open while the block runs."""
+        """The descriptor of a shard, opened if needed and kept open while the block runs."""
         with self._lock:
             descriptor = self._open.get(key)
             if descriptor is None:
@@ -70,7 +70,7 @@ class _Descriptors:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            self._close_all_but(0)  # whatever else has used up the limit: ours can be opened again
+            self._close_all_but(0)  # other files use up the limit; closed shards can be opened again
             return os.open(path, os.O_RDONLY)
 
     def _close_all_but(self, kept: int) -> None:
@@ -87,13 +87,13 @@ _DESCRIPTORS = _Descriptors()
 
 
 class ShardFiles:
-    """The shards of one split; threads may read at the same time, and it may be forked and pickled."""
+    """The shards of one split; safe to use from several threads, to fork and to pickle."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
 
     def read(self, shard: int, size: int, offset: int) -> bytes:
-        """Up to `size` bytes at `offset` of a shard, fewer at its end; raises OSError."""
+        """Read up to `size` bytes at `offset` of a shard, fewer at its end; raises OSError."""
         with _DESCRIPTORS.opened((id(self), shard), self.paths[shard]) as descriptor:
             return os.pread(descriptor, size, offset)
 

@@ -60,14 +60,17 @@ READ_COLUMNS = [name for name in INDEX_SCHEMA.names if name not in ("key", "imag
 
 
 class IndexedShards:
-    """Random access to one prepared split; opens shards on first use; may be forked and pickled.
+    """Random access to a prepared split; opens shards on first use; safe to fork and to pickle.
 
-    Raises UserError when the split is not prepared, incomplete, or its parts do not belong together.
+    Raises UserError when the split is not prepared or incomplete, or when its parts do not match each other.
     """
 
     def __init__(self, folder: str | os.PathLike[str], check: bool = True) -> None:
-        """`check` False leaves out what reads whole tables or asks for every shard's size: for a rank that compares
-        `marks` with those of a rank that has checked."""
+        """Open the split in `folder`.
+
+        `check` False skips the checksums of tables and the sizes of shards, for a rank that compares `marks` with those
+        of a rank that checked them.
+        """
         self.folder = Path(folder)
         self._check = check
         self.description = read_description(self.folder)
@@ -84,16 +87,16 @@ class IndexedShards:
         self._image = _extents(index, "image")
         self.question_chars: npt.NDArray[np.int32] = index["question_chars"].to_numpy()  # [N]
         self.answer_chars: npt.NDArray[np.int32] = index["answer_chars"].to_numpy()  # [N]
-        # Width and height of the upright pictures [N, 2], 0 without one: lengths follow from them without decoding.
+        # Width and height of the upright pictures [N, 2], 0 without one; numbers of tokens are computed from them.
         self.sizes: npt.NDArray[np.int32] = np.stack(
             [index[side].fill_null(0).to_numpy() for side in ("width", "height")], axis=1
         )
         self.left_out: Sequence[int] = ()  # rows that training does not use, see data.too_long
         self._files = ShardFiles(self._shards)
-        self.rows: npt.NDArray[np.int64] | None = None  # [N] places in the split; None: all of it
+        self.rows: npt.NDArray[np.int64] | None = None  # [N] rows of the split that these samples are; None: all
 
     def only(self, rows: npt.NDArray[np.int64]) -> IndexedShards:
-        """Some samples of the split, by their places in it, as a list of their own."""
+        """The samples at `rows` as a split of their own."""
         picked = copy.copy(self)
         picked.rows = rows if self.rows is None else self.rows[rows]
         picked.ids = self.ids.only(rows)
@@ -104,7 +107,7 @@ class IndexedShards:
         return picked
 
     def whole(self) -> IndexedShards:
-        """The split that these samples are of, with all its samples."""
+        """The split with all its samples, where these are only some of them."""
         return self if self.rows is None else IndexedShards(self.folder, check=False)
 
     @property
@@ -113,7 +116,7 @@ class IndexedShards:
         return self.question_chars.astype(np.int64) + self.answer_chars
 
     def marks(self) -> dict[str, str]:
-        """What tells the tables of this split from others of the same size, without reading all of them."""
+        """A quick hash of each table of this split (see `table_mark`), to compare splits between ranks."""
         return {name: table_mark(self.folder / name) for name in (INDEX_FILE, KEYS_FILE)}
 
     def __len__(self) -> int:
@@ -128,7 +131,7 @@ class IndexedShards:
         return self._sample(index, record, image)
 
     def text(self, index: int) -> Sample:
-        """A sample without the bytes of its image, which are not read where the text has a checksum of its own."""
+        """A sample without its image, which is not read where the text has a checksum of its own."""
         index = range(len(self))[index]
         expected = self._checksums.texts
         if expected is None and self._checksums.records is not None:
@@ -151,9 +154,12 @@ class IndexedShards:
         return (self[index] for index in range(len(self)))
 
     def keys(self, expected_identity: Mapping[str, str] | None = None) -> Keys:
-        """Return the CLIP keys of all samples; raises UserError when they are missing, or belong to another dataset
-        or (given `expected_identity`, see `pipeline.backbones.clip.key_identity`) to another CLIP."""
-        from pipeline.data.keys import read_keys  # here: it imports torch, and who looks at samples needs no keys
+        """Return the routing keys of all samples.
+
+        Raises UserError when they are missing or belong to another dataset, or with `expected_identity` (see
+        `pipeline.backbones.clip.key_identity`) to another CLIP.
+        """
+        from pipeline.data.keys import read_keys  # here: it imports torch, which reading samples does not need
 
         keys = read_keys(self.folder, self.description, expected_identity)
         if self._check:
@@ -162,7 +168,7 @@ class IndexedShards:
 
     @property
     def json_sizes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each sample's record [N]: its texts and what else is known of it."""
+        """Bytes of each sample's JSON [N]."""
         return self._json[:, 1]
 
     def has_image(self, index: int) -> bool:
@@ -170,17 +176,17 @@ class IndexedShards:
         return bool(self._image[index][1] >= 0)
 
     def image_bytes(self, index: int, most: int | None = None) -> bytes:
-        """The file bytes of a sample's image, or the first `most` of them."""
+        """The content of a sample's image file, or its first `most` bytes."""
         offset, size = self._image[index]
         return self._read(int(self._shard[index]), int(offset), int(size if most is None else min(size, most)))
 
     def checksums(self, index: int) -> tuple[int, int]:
-        """The CRC-32 of one sample's bytes as they are now, and of its text alone."""
+        """The present CRC-32 of a sample and that of its text alone."""
         record, image = self._record(index)
         return checksum(record, image), checksum(record, None)
 
     def _record(self, index: int) -> tuple[bytes, bytes | None]:
-        """The bytes of one sample: its JSON and its image."""
+        """The stored JSON and image of a sample."""
         shard = int(self._shard[index])
         offset, size = self._image[index]
         image = self._read(shard, offset, size) if size >= 0 else None
@@ -197,7 +203,7 @@ class IndexedShards:
         return found
 
     def _check_shards(self) -> None:
-        """Every shard is there and, where that is to be checked, as large as it was."""
+        """Raise UserError unless every shard exists and, with `check`, has its recorded size."""
         there = set(os.listdir(self.folder))
         for path, shard in zip(self._shards, self.description["shards"], strict=True):
             if path.name not in there:
@@ -243,8 +249,10 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path, description: Mapping[str, Any], columns: list[str] | None = None) -> pa.Table:
-    """Return these columns (None: all) of index.parquet of a prepared split; raises UserError when it does not belong
-    to dataset.json."""
+    """Return these columns (None: all) of a prepared split's index.parquet.
+
+    Raises UserError when the index is damaged or does not match dataset.json.
+    """
     path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(f"The index {path} is missing. {FIX}")
@@ -268,9 +276,9 @@ def read_index(folder: Path, description: Mapping[str, Any], columns: list[str] 
 def stream(urls: str | Iterable[str]) -> Iterator[Sample]:
     """Yield the samples of shards in shard order through WebDataset: local paths, `pipe:` commands or http urls.
 
-    For very large or remote data: shards are split over ranks and workers, so it is not exactly-once on several ranks.
+    For remote data. Shards are split over ranks and workers, so on several ranks it is not exactly-once.
     """
-    import webdataset as wds  # here: it takes a second, and shards with an index are read without it
+    import webdataset as wds  # here: importing it takes a second, and indexed shards are read without it
 
     dataset = wds.WebDataset(
         urls if isinstance(urls, str) else list(urls),

@@ -1,7 +1,7 @@
-"""Pictures decoded to fewer pixels than they have, in memory that their header foretells.
+"""Decodes pictures at reduced size, in an amount of memory that is computed from their header.
 
-For services, whose callers choose the picture. A JPEG is decoded at a half, quarter or eighth by its own decoder. What
-is decoded whole is made opaque and smaller tile by tile, so that the one large copy is the decoder's.
+For servers, whose callers choose the picture. The JPEG decoder itself reduces to a half, quarter or eighth. Pictures
+that are decoded at full size are made opaque and reduced tile by tile, so that only the decoder's copy is large.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from PIL import Image
 
 from pipeline.data.pictures import opaque, orientation_of, upright
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose memory is known; Pillow reads some fifty
-TILE = (1024, 64)  # columns and rows made at once
-MARGIN = 4  # further pixels of the smaller picture's size on either side, which the filter reads
-# Bytes per pixel that Pillow takes for an image: by mode, and by format where its decoder needs more.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # formats with known memory needs; Pillow reads some fifty
+TILE = (1024, 64)  # columns and rows per tile
+MARGIN = 4  # pixels of the reduced picture around a tile that the filter reads too
+# Bytes per pixel of a Pillow image by mode, and by format where the decoder needs more.
 MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 FORMAT_BYTES = {"WEBP": 16, "GIF": 6}
-WORK_BYTES = 16  # per pixel of the smaller picture: transparency, and what image processors copy
-SCANS = 100  # of a progressive JPEG, which has about ten; every one of thousands would pass over all pixels
+WORK_BYTES = 16  # per pixel of the reduced picture, for transparency and copies in image processors
+SCANS = 100  # most scans of a progressive JPEG; usual ones have about ten, and each scan costs a pass over all pixels
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a picture will be decoded: its upright size as stored, the size it gets, and the bytes that this takes."""
+    """How a picture will be decoded: its format and stored size, its reduced size, and the memory for it in bytes."""
 
     format: str
     width: int
@@ -36,14 +36,14 @@ class Decoding:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the picture keeps its size."""
+        """Whether the picture is not reduced."""
         return self.smaller == (self.width, self.height)
 
 
 def plan_decoding(encoded: bytes, pixels: int, side: int | None = None) -> Decoding:
-    """Read the header and plan for at most so many pixels, and sides of at most `side`; no pixel is decoded.
+    """Plan from the header to decode at most `pixels` pixels, and sides of at most `side`.
 
-    Raises OSError, or one of Pillow's other errors, for what is no image of FORMATS.
+    Raises OSError, or one of Pillow's other errors, for data that is no image of FORMATS.
     """
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         width, height = image.size
@@ -65,7 +65,10 @@ def plan_decoding(encoded: bytes, pixels: int, side: int | None = None) -> Decod
 
 
 def decode_smaller(encoded: bytes, plan: Decoding) -> Image.Image:
-    """Decode an image file to its upright RGB picture of the planned size (before it is turned); errors as above."""
+    """Decode an image file to its upright RGB picture, reduced to the planned size before it is turned.
+
+    Raises the errors of `plan_decoding`.
+    """
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         orientation = orientation_of(image, encoded)
         if plan.format == "JPEG":
@@ -86,7 +89,7 @@ def _fitted(width: int, height: int, pixels: int, side: int | None) -> tuple[int
 
 
 def _draft(width: int, height: int, smaller: tuple[int, int]) -> int:
-    """The power of two, up to 8, by which a JPEG's decoder may divide so that nothing wanted is lost."""
+    """The largest divisor (1, 2, 4, 8) of the JPEG decoder that still gives at least the reduced size."""
     most = min(width / smaller[0], height / smaller[1])
     return next(power for power in (8, 4, 2, 1) if power <= most)
 
@@ -110,7 +113,7 @@ def _spans(length: int, most: int) -> list[tuple[int, int]]:
 
 
 def _source(first: int, number: int, smaller: int, length: int) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Which pixels of the original a tile is made of: the whole ones with a margin, and where exactly in them."""
+    """The source of a tile along one axis: the range of whole pixels with a margin, and the exact range in it."""
     begin, end = first * length / smaller, (first + number) * length / smaller
     margin = ceil(MARGIN * length / smaller)
     return (max(0, floor(begin) - margin), min(length, ceil(end) + margin)), (begin, end)

@@ -1,4 +1,4 @@
-"""The samples of a stage: those of one or several tasks as one list, with their keys."""
+"""The samples of a stage: those of one or several tasks, concatenated, with their keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Samples(Protocol):
-    """A list of samples with ids, such as `IndexedShards`; what is known of them without reading them."""
+    """A list of samples, such as `IndexedShards`, with what its index says of them."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -40,7 +40,7 @@ class Samples(Protocol):
 
 
 class StageData:
-    """Samples of one or more tasks, one after the other, with their keys."""
+    """Samples of one or more tasks, concatenated, with their keys; each part has a limit or None."""
 
     def __init__(self, parts: Sequence[tuple[Samples, Keys | PickedKeys, int | None]]) -> None:
         counts = [min(len(samples), limit or len(samples)) for samples, _, limit in parts]
@@ -52,18 +52,18 @@ class StageData:
             for row in getattr(samples, "left_out", ())
             if row < count
         ]
-        # Indices of the samples that training uses, None: all of them. See data.too_long.
+        # Indices of the samples that training uses; None: all. See data.too_long.
         self.used: npt.NDArray[np.int64] | None = None
         if left_out:
             self.used = np.setdiff1d(np.arange(self._starts[-1]), left_out)
-        # Says which data this is, where the parts say it: SHA-256 of their shards.
+        # Identifies the data: fingerprints of the parts, where they have any.
         self.fingerprint = "+".join(str(getattr(samples, "fingerprint", "")) for samples in self._samples)
         self.keys = join_keys([(keys, count) for (_, keys, _), count in zip(parts, counts, strict=True)])
 
     @cached_property
     def ids(self) -> Ids:
         """Ids of the samples [N]."""
-        from pipeline.data.ids import Ids  # here: answering has no use for them, and does without pyarrow
+        from pipeline.data.ids import Ids  # here: answering, which needs no ids, works without pyarrow
 
         return Ids.joined([samples.ids[:count] for samples, count in self._counted()])
 
@@ -76,14 +76,16 @@ class StageData:
         return np.concatenate([samples.sizes[:count] for samples, count in self._counted()])
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """How long each sample is, to sort by [N]: characters of question and answer, behind all without an image
-        those with one."""
+        """Lengths [N] to sort samples by: characters of question and answer.
+
+        Those with an image get an offset, so that they come after all without one.
+        """
         characters = [samples.lengths[:count] for samples, count in self._counted()]
         longest = max(int(part.max(initial=0)) for part in characters) + 1
         return np.concatenate(characters) + longest * self.keys.has_image.numpy()
 
     def _counted(self) -> list[tuple[Samples, int]]:
-        """Each part's samples, and how many of them are used."""
+        """The samples of each part and the number of them that are used."""
         return list(zip(self._samples, np.diff(self._starts).tolist(), strict=True))
 
     def __len__(self) -> int:

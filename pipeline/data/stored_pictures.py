@@ -1,9 +1,9 @@
-"""Tells prepared data whose pictures are used as they are stored from data that holds turned or transparent ones.
+"""Detects prepared data with pictures that earlier versions decoded wrongly: rotated, transparent or of 16 bits.
 
-Earlier versions used every picture as it was stored. What they prepared, computed and answered is right where no
-picture has an EXIF orientation, transparency or 16 bits, and wrong elsewhere. `dataset.json` counts such pictures, and
-where there are any its fingerprint says that they are upright and on white, so that nothing made of the stored ones is
-taken for the same data. Data prepared before has no count: it is looked through once.
+Earlier versions ignored EXIF orientation, transparency and bit depth, so their keys and answers are wrong for such
+pictures and right for all others. `dataset.json` records the number of such pictures, and where there are any the
+dataset's fingerprint differs from that of earlier versions, so that their results are not reused. Data from earlier
+versions has no such number and is examined once.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pipeline.data.shards import DATASET_FILE, IndexedShards, read_index
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing
 
-CHANGED = "changed_pictures"  # in dataset.json: how many pictures are not used as they are stored
-UPRIGHT = "pictures upright and on white"  # in the fingerprint, where there are any
-HEAD_BYTES = 64 << 10  # of a JPEG, whose orientation stands in front of its pixels
-SUBMITTED = 4096  # rows at a time: a thread pool keeps a kilobyte for each
-THREADS = 16  # most of the time is spent waiting for the file system
+CHANGED = "changed_pictures"  # field of dataset.json: number of pictures that are not used as they are stored
+UPRIGHT = "pictures upright and on white"  # part of the hashed text of the fingerprint, where there are any
+HEAD_BYTES = 64 << 10  # bytes of a JPEG that are read, as its orientation precedes its pixels
+SUBMITTED = 4096  # rows that are submitted at once, because a thread pool needs a kilobyte for each
+THREADS = 16  # they mostly wait for the file system
 
 
 def changed_pictures(description: Mapping[str, Any]) -> int:
-    """How many pictures of a split are turned, laid on white or brought to 8 bits; 0 for data prepared before."""
+    """The number of pictures of a split that are not used as stored; 0 for data from earlier versions."""
     return int(description.get(CHANGED) or 0)
 
 
 def require_upright(shards: IndexedShards) -> None:
-    """Raise UserError for a split of an earlier version with pictures that it used as they are stored.
+    """Raise UserError for a split of an earlier version with pictures that it decoded wrongly.
 
-    What was found out is noted in dataset.json where that can be written.
+    Without such pictures, that is recorded in dataset.json if the file can be written.
     """
     if CHANGED in shards.description:
         return
@@ -55,26 +55,26 @@ def require_upright(shards: IndexedShards) -> None:
             "were trained with it belong to the old pictures and need another run folder."
         )
     shards.description[CHANGED] = 0
-    with contextlib.suppress(OSError):  # a folder that can only be read is looked through every time
+    with contextlib.suppress(OSError):  # a read-only folder is examined again every time
         _note(shards.folder / DATASET_FILE, shards.fingerprint)
 
 
 def _plain(shards: IndexedShards, row: int, name: str) -> bool:
     try:
         if name == "JPEG":
-            with contextlib.suppress(Exception):  # a header longer than this
+            with contextlib.suppress(Exception):  # the header is longer than HEAD_BYTES
                 return is_plain(shards.image_bytes(row, HEAD_BYTES))
         return is_plain(shards.image_bytes(row))
     except UserError:
         raise
-    except Exception:  # Pillow raises many kinds for damaged files, which those say who decode them
+    except Exception:  # Pillow raises many kinds of errors for damaged files; decoding the sample reports it
         return True
 
 
 def _note(path: Path, fingerprint: str) -> None:
     description = json.loads(path.read_text("utf-8"))
     if CHANGED in description or description["fingerprint"] != fingerprint:
-        return  # it was prepared anew while this process looked
+        return  # it was prepared again meanwhile
     description[CHANGED] = 0
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""The texts of a test set in memory: scoring reads them after every stage, and needs no image."""
+"""The texts of a test set in memory, without images, for scoring after every stage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pipeline.data.sample import Sample
 from pipeline.data.stage_data import StageData
 
-READERS = 8  # threads, which wait for the file system most of the time
-AT_ONCE = 2048  # samples that they are given at a time
+READERS = 8  # threads; they mostly wait for the file system
+AT_ONCE = 2048  # samples that are submitted to them at once
 
 
 class Texts:
-    """The samples of a `StageData` without their images, read when they are first asked for.
+    """The samples of a `StageData` without their images, read at the first iteration.
 
-    They are kept as JSON: as Python objects they would take several times the memory.
+    They are kept as JSON, because Python objects would take several times the memory.
     """
 
     def __init__(self, data: StageData) -> None:

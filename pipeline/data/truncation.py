@@ -1,4 +1,4 @@
-"""Cutting a sample that is too long for the model: which text is left out, by a rule that depends on nothing else."""
+"""Shortens a sample that is too long for the model, by a rule that depends only on the sample and the limit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pipeline.data.sample import Sample
 
 
 def cut_to_fit(sample: Sample, length: Callable[[Sample], int], most: int) -> Sample | None:
-    """The sample with as little text left out as its `length` in tokens needs to be `most`, None where none suffices.
+    """Shorten a sample's text as little as needed for a `length` of `most` tokens; None where that does not suffice.
 
-    Further turns are left out from the last on, whole; then the beginning of the (first) question, since the end says
-    what is asked and how to answer. The image's tokens and the answer are never cut.
+    Whole further turns are dropped first, starting with the last one; then the start of the first question is cut,
+    because its end says what is asked and how to answer. The image's tokens and the answer are never cut.
     """
     turns = list(sample.meta.get("turns") or [])
     while turns and length(sample) > most:

@@ -103,7 +103,7 @@ def test_a_holder_on_another_machine_may_have_failed_with_it(tmp_path: Path, cap
     """Waited for longer, and the job is to be queued again: exit code 75 and not 2."""
     with holder(tmp_path) as (process, _), caplog.at_level(logging.WARNING, "pipeline"):
         on_another_machine(tmp_path)
-        said = f"in use by process {process.pid} on node7 .Slurm job 41.*goes on then"
+        said = f"in use by process {process.pid} on node7 .Slurm job 41.*Then run the same command again"
         with pytest.raises(Interrupted, match=said), locked(tmp_path):
             pass
     assert [record.getMessage().startswith("run folder in use by") for record in caplog.records] == [True]
