@@ -86,7 +86,7 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split
 def main() -> None:
     """Run the command line; bad input ends with an error message and exit code 2."""
     raise_descriptor_limit()
-    app(prog_name="data_prep")
+    app(prog_name="python -m data_prep")
 
 
 if __name__ == "__main__":

@@ -88,4 +88,4 @@ def _say(what: str, started: float) -> None:
 
 
 if __name__ == "__main__":
-    app(prog_name="data_prep.nano")
+    app(prog_name="python -m data_prep.nano")

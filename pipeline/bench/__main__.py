@@ -224,4 +224,4 @@ def _require_size(name: str, known: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app(prog_name="pipeline.bench")
+    app(prog_name="python -m pipeline.bench")

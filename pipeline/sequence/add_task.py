@@ -59,6 +59,8 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
         raise UserError(f"{run} has learned the task {name} already; choose another name for a new task.")
     if name not in names:
         _require_finished(run, names)
+    earlier = len(names) - (name in names)
+    method = recipe.method if gate is None else recipe.method.with_gate(gate, earlier)
     # Here: torch and pyarrow take seconds, and what is wrong with the run or the task has been said before.
     from data_prep.prepare import prepare
     from data_prep.split import NotRewritten  # see above
@@ -74,10 +76,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
         recipe = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})}
         )
-    if gate is not None:
-        earlier = len(recipe.data.tasks) - 1
-        recipe = recipe.model_copy(update={"method": recipe.method.with_gate(gate, earlier)})
-    return Addition(run, recipe, name, name not in names)
+    return Addition(run, recipe.model_copy(update={"method": method}), name, name not in names)
 
 
 def _task(root: Path, name: str) -> TaskConfig:
