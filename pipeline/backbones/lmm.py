@@ -42,7 +42,7 @@ class LMM(nn.Module):
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
-        self.cuts = False  # whether samples that are too long lose text, see `Conversation`
+        self.cuts = False  # whether too long samples are truncated, see `Conversation`
         if config is not None and config.image_tokens is not None:
             self.family.adopt(processor)
         self.freeze()
@@ -82,7 +82,7 @@ class LMM(nn.Module):
         return values
 
     def train_projector(self) -> None:
-        """Let gradients reach the projector, and it alone."""
+        """Make the projector trainable, and nothing else."""
         self.projector().requires_grad_(True)
         self.trains_projector = True
 

@@ -1,6 +1,6 @@
-"""Two phases of `pipeline.bench data` that need more than a verb: a script, run with the code to measure on the path.
+"""Two phases of `pipeline.bench data` that need more than a verb: a script, run with the measured code on the path.
 
-It says on its last line, as JSON, what it measured.
+Its last line of output is the measurement as JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def prepare(recipe_path: str) -> dict[str, Any]:
     """`prepare` with generated keys in place of CLIP's; the time for writing them is reported separately."""
     import numpy as np
 
-    import data_prep.prepare as verb  # a phase is measured with what it needs alone
-    from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
-    from pipeline.data import shards as prepared  # a phase is measured with what it needs alone
+    import data_prep.prepare as verb  # deferred: a phase is measured with its own imports
+    from pipeline.config.load import load_recipe  # deferred: a phase is measured with its own imports
+    from pipeline.data import shards as prepared  # deferred: a phase is measured with its own imports
 
     source, spent = _beside("data_source"), [0.0, 0.0]
 
@@ -70,9 +70,9 @@ def _write_table(path: Path, shards: Any, fingerprint: Any) -> None:
 
 def fill(recipe_path: str) -> dict[str, Any]:
     """A run whose first stages are finished and evaluated; all answers are the same text, without generation."""
-    import pipeline.sequence.evaluate  # a phase is measured with what it needs alone
-    from pipeline.config.load import load_recipe  # a phase is measured with what it needs alone
-    from pipeline.sequence.run import run_sequence  # a phase is measured with what it needs alone
+    import pipeline.sequence.evaluate  # deferred: a phase is measured with its own imports
+    from pipeline.config.load import load_recipe  # deferred: a phase is measured with its own imports
+    from pipeline.sequence.run import run_sequence  # deferred: a phase is measured with its own imports
 
     def answers(*arguments: Any, **named: Any) -> dict[int, str]:
         indices = named["indices"] if "indices" in named else arguments[2]

@@ -1,7 +1,6 @@
-"""A synthetic CoIN of any size: the eight tasks in their real proportions, tiny JPEGs, nothing worth learning.
+"""A synthetic CoIN of any size: the eight tasks in their real proportions, with tiny JPEGs and random content.
 
-`write_coin` writes what `prepare` reads, `write_prepared` what `prepare` would have made of it, for sizes whose images
-no disk should hold.
+`write_coin` writes the input of `prepare`, `write_prepared` its output, for sizes whose images would fill a disk.
 """
 
 from __future__ import annotations
@@ -122,9 +121,9 @@ def write_keys_of(folder: Path, identity: dict[str, str], width: int, has_image:
 
 
 def write_prepared(root: Path, counts: Counts, identity: dict[str, str], width: int) -> None:
-    """Write prepared splits of all tasks: indices and keys for every record, and shards that are links to one.
+    """Write prepared splits of all tasks: indices and keys of every record, and one shard that all shards link to.
 
-    The records of a shard are those of the split's first shard, ids included, so that everything can be read.
+    Every shard repeats the records of the split's first shard, ids included, so that all records can be read.
     """
     for task, sizes in counts.items():
         for split, count in zip(("train", "test"), sizes, strict=True):

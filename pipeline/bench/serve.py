@@ -112,7 +112,7 @@ def _service(folder: Path) -> Iterator[int]:
 
 
 def _ask_here(answerer: Answerer, questions: Sequence[Question]) -> _Asked:
-    """All questions one by one, as `predict` answers one."""
+    """All questions one at a time, as `predict` answers them."""
     began, answers, latencies = time.perf_counter(), list[str](), list[float]()
     for question in questions:
         before = time.perf_counter()

@@ -75,7 +75,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
 
 def _recipe(recipe: Recipe) -> str:
     require_extras("train", *recipe.tracking.extras, "report")
-    _ = make_method(recipe.method).routing  # refuses options that a chosen router or rule has not got
+    _ = make_method(recipe.method).routing  # raises for options that the chosen router or rule does not have
     return f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}"
 
 

@@ -32,7 +32,7 @@ def report(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Write RUN/report.html (with the other runs beside it) and print the table."""
+    """Write RUN/report.html, compared with the other runs, and print the table."""
     if one_kind(runs) == "clip":
         page = clip_report.write_benchmark_report(runs[0])
         tables = [clip_report.terminal_results(run) for run in runs]

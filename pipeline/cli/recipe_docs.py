@@ -20,7 +20,7 @@ HEAD = """# Every field of a recipe
 
 Written by `python -m pipeline.recipe_docs` from the descriptions in `pipeline/config/`, `pipeline/methods/` and
 `pipeline/clip/recipe.py`; change it there. A recipe may `extends:` another, whose groups it then adds to and whose
-lists it replaces; where it names another method, options that this one has not got are left behind. On the command line
+lists it replaces; where it names another method, options that it does not have are dropped. On the command line
 `--set train.epochs=3` is a field, `--set data.tasks.Count.limit_test=50` one of an item by its name. Why a switch
 exists and what it does to numbers is in [switches](switches.md).
 """

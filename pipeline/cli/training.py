@@ -103,7 +103,7 @@ def train(
 
 
 def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
-    """Fill in what is missing of a run's accuracy matrix, after every finished stage."""
+    """Compute the missing cells of a run's accuracy matrix, for every finished stage."""
     require_srun()
     if run_kind(run) == "clip":
         benchmark.start("evaluate", str(run), [], as_json)

@@ -31,7 +31,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Decision:
-    """Rows by split and task: those that are left out, and those that determine the memory of a step."""
+    """Rows by split and task: those that are left out, and those that determine the peak memory of a step."""
 
     left_out: dict[str, list[list[int]]]
     telling: list[list[int]]  # of the training splits

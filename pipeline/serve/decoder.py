@@ -1,4 +1,4 @@
-"""Continuous batching: questions with different prompt sets decoded together, joining and leaving at every token."""
+"""Continuous batching: questions with different prompt sets are decoded together, and join and leave at every token."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pipeline.serve.memory import Extent
 
 @dataclass
 class Running(Row):
-    """One answer in progress and its text so far, which ends before the first of `stops` that it holds."""
+    """One answer in progress, and its text up to the first stop text in it."""
 
-    key: Any  # the request, when the worker begins it
+    key: Any  # the request, for rows of the worker
     stops: Sequence[str] = ()
     text: str = field(default="", kw_only=True)
 
     @property
     def extent(self) -> Extent:
-        """Its tokens in the cache, and those that may follow."""
+        """Tokens in the cache, and the most that may follow."""
         return Extent(self.prompt_tokens + len(self.tokens), self.longest - len(self.tokens))
 
 
 class RunningBatch(GreedyDecoder[Running]):
-    """The answers being decoded; greedy, so that one does not depend on what it shares a batch with."""
+    """The running batch: a `GreedyDecoder` whose rows have texts and stop texts."""
 
     def __init__(self, answerer: Answerer) -> None:
         lmm, entry = answerer.lmm, answerer.entry
@@ -42,18 +42,18 @@ class RunningBatch(GreedyDecoder[Running]):
 
     @torch.no_grad()
     def begin(self, routed: Routed, answers: Sequence[Running]) -> list[Running]:
-        """Begin the answers to routed questions; returns them, which have their first token."""
+        """Add the answers to routed questions and decode their first tokens; returns them."""
         batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
         embeddings, attention, places = embed_with_sets(self.lmm, batch, self.sets, self.insertion)
         prompts = Prompts(embeddings, attention, places, batch.images, selection=batch.selection)
         return self._read_texts(self.join(prompts, answers))
 
     def step(self) -> list[Running]:
-        """One more token for every answer; returns those that got it, of which the finished ones have left."""
+        """Decode one token for every answer; returns those answers, of which finished ones have left the batch."""
         return self._read_texts(super().step())
 
     def _read_texts(self, answers: list[Running]) -> list[Running]:
-        """Bring the texts up to date; those that hold a stop are finished, and leave."""
+        """Update the texts; answers with a stop text are finished and leave the batch."""
         for answer in answers:
             answer.text, stopped = before_stops(self.lmm.conversation.decode(answer.tokens), answer.stops)
             if stopped:
@@ -63,6 +63,6 @@ class RunningBatch(GreedyDecoder[Running]):
 
 
 def before_stops(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of the stops that it holds, and whether it holds one."""
+    """(the text before the first stop text in it, whether there is one)."""
     found = [place for place in map(text.find, stops) if place >= 0]
     return (text[: min(found)], True) if found else (text, False)

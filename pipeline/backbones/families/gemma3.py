@@ -1,4 +1,4 @@
-"""Gemma 3: the tokens of an image see each other in both directions; word vectors are scaled."""
+"""Gemma 3: attention within an image is bidirectional; word embeddings are scaled."""
 
 from __future__ import annotations
 
