@@ -215,10 +215,7 @@ class Answerer:
     def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
         """Decode and tokenise a question; runs no model and is thread-safe. Raises UserError as `answer` does.
 
-        Args:
-            question: the question.
-            number: its number for messages.
-            picture: its image, if it has been decoded already.
+        `number` is the question's number for messages, `picture` its image if it has been decoded already.
         """
         task = self.source.task_number(question.task)
         sample = Sample(f"question {number}", question.image, question.text, answer="")
@@ -232,8 +229,7 @@ class Answerer:
     def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
         """Raise UserError where a question with an image of this size has too many tokens.
 
-        `tokenise` raises the same, but only after it has computed the image's pixels: hundreds of megabytes for some
-        models.
+        `tokenise` raises the same, but only after it has computed the pixels: hundreds of megabytes for some models.
         """
         conversation, sample = self.lmm.conversation, Sample("question 1", None, question.text, answer="")
         if conversation.cuts:
