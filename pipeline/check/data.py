@@ -11,8 +11,7 @@ import numpy as np
 
 from data_prep.bad_records import BadRecord
 from data_prep.sources.base import source_class, source_split
-from pipeline.config.data import TaskConfig
-from pipeline.config.recipe import Recipe
+from pipeline.config.data import DataConfig, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
 from pipeline.data.shards import DATASET_FILE, IndexedShards
@@ -33,9 +32,8 @@ LOOKED_AT = 3  # samples decoded per unprepared split: decoding all would take a
 class CheckedData:
     """Results of the data's checks: samples that were read, and the width of the CLIP keys where known."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self.recipe = recipe
-        self.name = name
+    def __init__(self, data: DataConfig, run: Path, name: str) -> None:
+        self.data, self.run, self.name = data, run, name
         self.samples: list[Sample] = []  # of training, for the lengths of the memory plan
         self.key_width: int | None = None
         self.notes: list[str] = []  # information that is no problem
@@ -49,7 +47,7 @@ class CheckedData:
             identity: of the recipe's CLIP, to check the keys against; None where it is not on this machine.
             conversation: makes the model's conversation, to check lengths; None where the model is unavailable.
         """
-        data, found, wrong = self.recipe.data, [], []
+        data, found, wrong = self.data, [], []
         unprepared = [task for task in data.tasks if not self._prepared(task)]
         for task in data.tasks:
             if task in unprepared:
@@ -79,14 +77,14 @@ class CheckedData:
         return f"{data.prepared} (train/test): {', '.join(found)}{notes}"
 
     def _prepared(self, task: TaskConfig) -> bool:
-        return all((self.recipe.data.split_path(task.name, split) / DATASET_FILE).is_file() for split in SPLITS)
+        return all((self.data.split_path(task.name, split) / DATASET_FILE).is_file() for split in SPLITS)
 
     def _task(
         self, task: TaskConfig, identity: Mapping[str, str] | None, conversation: Callable[[], Conversation] | None
     ) -> str:
         counts, wrong = [], []
         for split in SPLITS:
-            shards = IndexedShards(self.recipe.data.split_path(task.name, split))
+            shards = IndexedShards(self.data.split_path(task.name, split))
             counts.append(str(len(shards)))
             try:
                 require_upright(shards)
@@ -108,9 +106,9 @@ class CheckedData:
 
     def _other_data(self, task: TaskConfig, split: str, shards: IndexedShards) -> list[str]:
         """Problems with a split that was prepared with other settings, or whose source has changed."""
-        used = recorded_fingerprint(self.recipe.run_path, task.name, split)
-        look = not self.recipe.data.prepare_first and used != shards.fingerprint  # else `run` prepares it or resumes
-        return other_data(self.recipe.data, task, split, shards.description, source=look, images=True)
+        used = recorded_fingerprint(self.run, task.name, split)
+        look = not self.data.prepare_first and used != shards.fingerprint  # else `run` prepares it or resumes
+        return other_data(self.data, task, split, shards.description, source=look, images=True)
 
     def _lengths(
         self, task: TaskConfig, split: str, shards: IndexedShards, conversation: Callable[[], Conversation] | None
@@ -118,7 +116,7 @@ class CheckedData:
         """Rows that determine the memory of a step, and problems with samples that are too long."""
         if conversation is None:
             return [], []
-        limit, too_long = limit_of(task, split), self.recipe.data.too_long
+        limit, too_long = limit_of(task, split), self.data.too_long
         name = f"{task.name}/{split}"
         try:
             lengths = measure(shards, conversation(), name, limit, answered=split == "train")
@@ -159,7 +157,7 @@ class CheckedData:
     def _credit(self, task: TaskConfig, samples: list[Sample]) -> list[str]:
         """The problem, if any, that the task's metric gives no sample a point for its own reference answer."""
         true = [Answered(sample.answer, sample.answer, sample.meta, sample.image is not None) for sample in samples]
-        if not true or score_task(task.metric, true, self.recipe.data.scoring).percent > 0:
+        if not true or score_task(task.metric, true, self.data.scoring).percent > 0:
             return []
         return [
             f"{task.name}/test: the metric {task.metric} gives no point to the samples' own answers (the first is "
@@ -168,7 +166,7 @@ class CheckedData:
 
     def _sources(self, tasks: list[TaskConfig]) -> list[str]:
         """Files that `prepare` would miss for these tasks, with their download locations."""
-        data = self.recipe.data
+        data = self.data
         source = source_class(data)
         if source.drawn:
             return []
@@ -188,7 +186,7 @@ class CheckedData:
 
     def _source_samples(self, task: TaskConfig, split: str) -> list[str]:
         """Problems with bad records of a split: of all its files, but of the first few images only."""
-        source = source_split(self.recipe.data, task, split)
+        source = source_split(self.data, task, split)
         first = list(islice(source.records(), LOOKED_AT))
         samples = [record for record in first if not isinstance(record, BadRecord)]
         if split == "train":
@@ -197,7 +195,7 @@ class CheckedData:
         bad |= {record.sentence(): None for record in source.unusable()}
         self.bad += len(bad)
         wrong = self._credit(task, samples) if split == "test" else []
-        if self.bad > self.recipe.data.skip_bad:
+        if self.bad > self.data.skip_bad:
             wrong += [f"{task.name}/{split}: {sentence}" for sentence in list(bad)[:NAMED]]
             more = len(bad) - NAMED
             wrong += [f"{task.name}/{split}: {more} more bad record{'s' * (more > 1)}."] * (more > 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.backbones.lmm_families import require_kept_features
-from pipeline.config.recipe import Recipe
+from pipeline.config.data import DataConfig
 from pipeline.data.grouped_order import image_groups
 from pipeline.data.shards import DATASET_FILE, IndexedShards
 from pipeline.errors import UserError
@@ -16,7 +16,7 @@ from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.plan import GIB
 
 
-def check_kept_features(recipe: Recipe, model: ModelFiles) -> str:
+def check_kept_features(data: DataConfig, model: ModelFiles) -> str:
     """Disk space for the vision features of the prepared tasks' images, in words; UserError where it is not free.
 
     Counts images with distinct CLIP keys, so it needs prepared tasks; stored features are subtracted.
@@ -26,15 +26,15 @@ def check_kept_features(recipe: Recipe, model: ModelFiles) -> str:
     width = model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     per_image = model.image_tokens * width * torch.float16.itemsize
     images = kept = 0
-    for task in recipe.data.tasks:
-        folder = recipe.data.split_path(task.name, "train")
+    for task in data.tasks:
+        folder = data.split_path(task.name, "train")
         if (folder / DATASET_FILE).is_file():
             keys = IndexedShards(folder).keys()
             count = min(task.limit_train or len(keys.has_image), len(keys.has_image))
             images += len(set(image_groups(keys)[:count][keys.has_image[:count].numpy()]))
             kept += sum(file.stat().st_size for file in folder.glob("vision-*/features-*"))
     needed = max(images * per_image - kept, 0)
-    place = Path(recipe.data.prepared)
+    place = Path(data.prepared)
     free = free_space(place)
     size = f"{per_image / 1e6:.2f} MB per image, {needed / GIB:.1f} GiB for {images} images of the prepared tasks"
     if needed > free:

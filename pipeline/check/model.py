@@ -9,7 +9,7 @@ from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm_families import known_families
 from pipeline.backbones.lmm_processor import check_image_size
 from pipeline.backbones.lmm_weights import require_fitting_weights
-from pipeline.config.recipe import Recipe
+from pipeline.config.models import KeysConfig
 from pipeline.errors import UserError, UserErrors
 from pipeline.hub import repository as hub
 from pipeline.hub.pickled import is_converted
@@ -134,9 +134,8 @@ def image_token_problems(model: ModelFiles) -> list[str]:
     ]
 
 
-def check_keys(recipe: Recipe, online: bool) -> tuple[str, dict[str, str] | None]:
+def check_keys(keys: KeysConfig, online: bool) -> tuple[str, dict[str, str] | None]:
     """Check the CLIP; returns a description, and its identity, None where it is not fetched or converted yet."""
-    keys = recipe.keys
     folder = hub.local_folder(keys.location, keys.revision)
     on_the_hub = online and hub.is_repository(keys.location)
     if folder is None and not on_the_hub:

@@ -13,8 +13,10 @@ from pipeline.check.features import check_kept_features
 from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
 from pipeline.check.model import check_keys, check_model
 from pipeline.check.run_folder import check_run_folder
+from pipeline.config.data import DataConfig
 from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import contradictions
+from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
 from pipeline.methods import make_method
@@ -45,12 +47,12 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
 
 
 def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
-    model, data = ModelFiles(recipe, online), CheckedData(recipe, name)
+    model, data = ModelFiles(recipe.model, online, recipe.data.cuts), CheckedData(recipe.data, recipe.run_path, name)
     identity: dict[str, str] | None = None
 
     def keys() -> str:
         nonlocal identity
-        found, identity = check_keys(recipe, online)
+        found, identity = check_keys(recipe.keys, online)
         return found
 
     def model_works() -> bool:
@@ -58,13 +60,13 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
 
     checks: dict[str, Callable[[], str]] = {
         "recipe": lambda: _recipe(recipe),
-        "metrics": lambda: _metrics(recipe),
-        "ranks": lambda: _ranks(recipe, ranks),
-        "deepspeed": lambda: _deepspeed(recipe),
+        "metrics": lambda: _metrics(recipe.data),
+        "ranks": lambda: _ranks(recipe.train, ranks),
+        "deepspeed": lambda: _deepspeed(recipe.train, recipe.model.dtype),
         "model": lambda: check_model(model),
         "keys": keys,
         "data": lambda: data.check(identity, (lambda: model.conversation) if model_works() else None),
-        "vision features": lambda: check_kept_features(recipe, model),
+        "vision features": lambda: check_kept_features(recipe.data, model),
         "run folder": lambda: check_run_folder(recipe, model if model_works() else None, identity),
         "memory": lambda: _memory(findings, recipe, ranks, model, data),
     }
@@ -79,24 +81,22 @@ def _recipe(recipe: Recipe) -> str:
     return f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}"
 
 
-def _metrics(recipe: Recipe) -> str:
-    tasks = recipe.data.tasks
+def _metrics(data: DataConfig) -> str:
+    tasks = data.tasks
     require_metrics([task.metric for task in tasks])
-    other = contradictions(recipe.data)
+    other = contradictions(data)
     note = f"; note: {'; '.join(other)}" if other else ""
-    return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({recipe.data.scoring}){note}"
+    return f"{', '.join(f'{task.name} {task.metric}' for task in tasks)} ({data.scoring}){note}"
 
 
-def _ranks(recipe: Recipe, ranks: int) -> str:
+def _ranks(train: TrainConfig, ranks: int) -> str:
     require_usable_gpus()
-    micro, steps = accumulation(recipe.train, ranks)
-    return f"{ranks}, each {micro} samples x {steps} per step of {recipe.train.global_batch}; {torch_build()}"
+    micro, steps = accumulation(train, ranks)
+    return f"{ranks}, each {micro} samples x {steps} per step of {train.global_batch}; {torch_build()}"
 
 
-def _deepspeed(recipe: Recipe) -> str:
-    config = deepspeed_config(
-        recipe.train, recipe.model.dtype, 1
-    )  # the file's own faults; whether the ranks divide is another check
+def _deepspeed(train: TrainConfig, dtype: str) -> str:
+    config = deepspeed_config(train, dtype, 1)  # the file's own faults; whether the ranks divide is another check
     settle_accelerator()
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
@@ -104,8 +104,8 @@ def _deepspeed(recipe: Recipe) -> str:
         zero: DeepSpeedZeroConfig = get_zero_config(config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"'{recipe.train.deepspeed}' is refused by DeepSpeed ({reason}); correct it.") from error
-    return f"{recipe.train.deepspeed}: ZeRO stage {int(zero.stage)}, {recipe.model.dtype}"
+        raise UserError(f"'{train.deepspeed}' is refused by DeepSpeed ({reason}); correct it.") from error
+    return f"{train.deepspeed}: ZeRO stage {int(zero.stage)}, {dtype}"
 
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, data: CheckedData) -> str:
@@ -120,11 +120,11 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, d
     try:
         if known:
             config = model.known()
-        built = meta_model(recipe, config)
+        built = meta_model(recipe.model, config)
     except (UserError, OSError, ValueError, KeyError, ImportError):
         return f"not planned: the configuration of '{recipe.model.path}' is not available here"
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
-    width = data.key_width or clip_key_width(recipe) or ASSUMED_KEY_WIDTH
+    width = data.key_width or clip_key_width(recipe.keys) or ASSUMED_KEY_WIDTH
     recipe, note = _resolved(recipe, ranks, width, built, tokens)
     plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
     return peak(plan) + note + known

@@ -53,7 +53,7 @@ def start(
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
     if recipe.data.prepare_first and not is_distributed():
         preparing.prepare(recipe, progress=True)
-    prepared.require_prepared(recipe, name)
+    prepared.require_prepared(recipe.data, name)
     if not is_distributed():
         # Checked before ranks are started and load models.
         accumulation(recipe.train, launch.local_processes(recipe.train.processes))

@@ -108,6 +108,11 @@ class DataConfig(Section):
         return tasks
 
     @property
+    def cuts(self) -> bool:
+        """Whether the questions of samples that are too long are cut to fit."""
+        return self.too_long == "truncate"
+
+    @property
     def drawn(self) -> bool:
         """Whether the source generates its files from `seed`, instead of reading the user's files under the root."""
         return bool(registry.load("sources", self.source).drawn)

@@ -47,8 +47,8 @@ def resolve_auto(
 
     def plan() -> tuple[str, str]:
         memory = gpu_memory(world.device)
-        tokens = ModelFiles(recipe, online=False).tokens(samples())
-        chosen = fit_to_memory(recipe, world.size, key_width, meta_model(recipe), tokens, memory, node)
+        tokens = ModelFiles(recipe.model, online=False, cuts=recipe.data.cuts).tokens(samples())
+        chosen = fit_to_memory(recipe, world.size, key_width, meta_model(recipe.model), tokens, memory, node)
         told = "train.deepspeed: %s, train.checkpointing: %s (%s)"
         log.info(told, chosen.train.deepspeed, chosen.train.checkpointing, tokens.source)
         return chosen.train.deepspeed, chosen.train.checkpointing

@@ -10,21 +10,21 @@ import torch
 from pipeline.backbones.clip import keys_source
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.backbones.lmm_weights import require_fitting_weights
-from pipeline.config.recipe import Recipe
+from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.hub.snapshots import share
 from pipeline.ranks.world import World, on_main
 
 log = logging.getLogger("pipeline.planning.frozen_models")
 
 
-def fetch_models(recipe: Recipe, world: World, each_round: Callable[[], object]) -> None:
+def fetch_models(model: ModelConfig, keys: KeysConfig, world: World, each_round: Callable[[], object]) -> None:
     """Fetch model and CLIP as complete folders for all ranks; a collective that calls `each_round` while it waits.
 
     Raises UserError when one is unavailable or lacks weights of the model.
     """
-    share(world, [source_of(recipe.model), keys_source(recipe.keys.location, recipe.keys.revision)], each_round)
-    on_main(world, lambda: require_fitting_weights(recipe.model))
-    note = emulated(recipe.model.dtype)
+    share(world, [source_of(model), keys_source(keys.location, keys.revision)], each_round)
+    on_main(world, lambda: require_fitting_weights(model))
+    note = emulated(model.dtype)
     if note and world.main:
         log.warning("model.dtype: %s", note)
 

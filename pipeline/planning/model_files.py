@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from pipeline.backbones.lmm import load_processor
 from pipeline.backbones.lmm_processor import source_of
-from pipeline.config.recipe import Recipe
+from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.example import Example
 from pipeline.data.sample import Sample
@@ -35,12 +35,16 @@ PROBE_SIZE = (640, 480)  # width and height of a typical photograph in CoIN
 
 
 class ModelFiles:
-    """The recipe's model without its weights; every property raises UserError when its files are missing or invalid."""
+    """A recipe's model without its weights; every property raises UserError when its files are missing or invalid.
 
-    def __init__(self, recipe: Recipe, online: bool) -> None:
-        self.recipe = recipe
-        self.settings = recipe.model
-        self.online = online
+    Args:
+        settings: the recipe's section model.
+        online: whether the Hub may be asked for files that are not here.
+        cuts: whether questions that are too long are cut, see `DataConfig.cuts`.
+    """
+
+    def __init__(self, settings: ModelConfig, online: bool, cuts: bool) -> None:
+        self.settings, self.online, self.cuts = settings, online, cuts
 
     @cached_property
     def folder(self) -> Path:
@@ -90,8 +94,7 @@ class ModelFiles:
     def conversation(self) -> Conversation:
         """Turns samples into tokens for this model."""
         settings = self.settings
-        cuts = self.recipe.data.too_long == "truncate"
-        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding, cuts)
+        return Conversation(self.processor, settings.max_length, settings.template, settings.image_padding, self.cuts)
 
     @cached_property
     def image_tokens(self) -> int:
@@ -133,13 +136,13 @@ def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
     return crops, patches, max((image.numel() for image in pixels), default=0)
 
 
-def clip_key_width(recipe: Recipe) -> int | None:
-    """Width of the keys of the recipe's CLIP, from its configuration; None where that is not available."""
-    folder = hub.local_folder(recipe.keys.location, recipe.keys.revision)
+def clip_key_width(keys: KeysConfig) -> int | None:
+    """Width of a CLIP's keys, from its configuration; None where that is not available."""
+    folder = hub.local_folder(keys.location, keys.revision)
     try:
         return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
     except (OSError, ValueError, KeyError, TypeError):
-        return (known_settings(recipe.keys.path) or {}).get("projection_dim")
+        return (known_settings(keys.path) or {}).get("projection_dim")
 
 
 def not_here(field: str, path: str, revision: str | None) -> str:

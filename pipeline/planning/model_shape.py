@@ -13,7 +13,7 @@ from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.backbones.shortcuts import why_not_gated
-from pipeline.config.recipe import Recipe
+from pipeline.config.models import ModelConfig
 from pipeline.hub.snapshots import settings_folder
 
 
@@ -46,14 +46,13 @@ class ModelShape:
     linears: tuple[LinearShape, ...] = ()  # of the decoder
 
 
-def meta_model(recipe: Recipe, config: Any = None) -> nn.Module:
-    """Build the recipe's frozen model on the meta device from its configuration, or from a given one.
+def meta_model(model: ModelConfig, config: Any = None) -> nn.Module:
+    """Build a frozen model on the meta device from its configuration, or from a given one.
 
     Raises UserError, OSError or ValueError when the configuration is unavailable or not of an image-text-to-text model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    model = recipe.model
     if config is None:
         config = AutoConfig.from_pretrained(settings_folder(source_of(model)), trust_remote_code=False)
     with torch.device("meta"):

@@ -10,22 +10,26 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.config.recipe import Recipe
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.train import TrainConfig
 from pipeline.errors import OutOfMemory
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(recipe: Recipe, work: str) -> Iterator[None]:
-    """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `work` is "training" or "evaluation"."""
+def out_of_memory_advice(section: TrainConfig | EvaluateConfig) -> Iterator[None]:
+    """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `section` is that of the work."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(_sentence(recipe, work, error)) from error
+        raise OutOfMemory(_sentence(section, error)) from error
 
 
-def _sentence(recipe: Recipe, work: str, error: BaseException) -> str:
+def _sentence(section: TrainConfig | EvaluateConfig, error: BaseException) -> str:
     said = (str(error).splitlines() or ["out of memory"])[0].split(". ")[0]
-    helps = _training(recipe) if work == "training" else _evaluation(recipe)
+    if isinstance(section, TrainConfig):
+        work, helps = "training", _training(section)
+    else:
+        work, helps = "evaluation", _evaluation(section.batch)
     return (
         f"The GPU's memory was not enough for {work} ({said}). Finished stages and answers are kept, but the same "
         f"command would fail again. {helps}; `python -m pipeline check` shows the memory plan. Check also that no "
@@ -33,8 +37,7 @@ def _sentence(recipe: Recipe, work: str, error: BaseException) -> str:
     )
 
 
-def _training(recipe: Recipe) -> str:
-    train = recipe.train
+def _training(train: TrainConfig) -> str:
     fewer = "" if train.micro_batch == 1 else "set train.micro_batch to a smaller divisor of train.global_batch"
     again = "" if train.checkpointing == "full" else "train.checkpointing to full"
     shared = "" if "zero3" in train.deepspeed else "train.deepspeed to ds_configs/zero3.json"
@@ -43,7 +46,6 @@ def _training(recipe: Recipe) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _evaluation(recipe: Recipe) -> str:
-    batch = recipe.evaluate.batch
+def _evaluation(batch: int) -> str:
     smaller = f"Lower evaluate.batch (now {batch})" if batch > 1 else "evaluate.batch is 1 already"
     return f"{smaller}, or give images fewer tokens with model.image_tokens"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.lmm_processor import load_processor, settings_fingerprint
-from pipeline.config.data import TaskConfig
-from pipeline.config.recipe import Recipe
+from pipeline.config.data import DataConfig, TaskConfig
+from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserErrors
@@ -46,36 +46,34 @@ class Decision:
         }
 
 
-def conversation_of(recipe: Recipe) -> Conversation:
-    """Turns the recipe's samples into tokens; the model itself is not loaded."""
-    model = recipe.model
-    cuts = recipe.data.too_long == "truncate"
+def conversation_of(model: ModelConfig, cuts: bool) -> Conversation:
+    """Turns samples into tokens for a model, which itself is not loaded; `cuts`: see `DataConfig.cuts`."""
     return Conversation(load_processor(model), model.max_length, model.template, model.image_padding, cuts)
 
 
-def decide(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> Decision:
+def decide(model: ModelConfig, data: DataConfig, run: Path, shards: dict[str, list[IndexedShards]]) -> Decision:
     """Decide for the prepared splits [T] of train and test; raises UserErrors for samples that `data.too_long` refuses.
 
     A decision in the run folder is reused if it was made for the same data and settings.
     """
-    path = recipe.run_path / LENGTHS_FILE
-    made_from = _made_from(recipe, shards)
+    path = run / LENGTHS_FILE
+    made_from = _made_from(model, data, shards)
     kept = _kept(path, made_from)
     if kept is not None:
         return Decision(kept["left_out"], kept["telling"])
-    conversation, too_long = conversation_of(recipe), recipe.data.too_long
+    conversation, too_long = conversation_of(model, data.cuts), data.too_long
     found: dict[str, list[SplitLengths]] = {split: [] for split in SPLITS}
     notes: list[str] = []
     for split in SPLITS:
-        for task, part in zip(recipe.data.tasks, shards[split], strict=True):
+        for task, part in zip(data.tasks, shards[split], strict=True):
             name, limit = f"{task.name}/{split}", limit_of(task, split)
             found[split].append(measure(part, conversation, name, limit, answered=split == "train"))
             if split == "test":
                 notes.append(long_answers(part, conversation, name, task.max_new_tokens, limit))
-    learned = _learned(recipe.run_path)
+    learned = _learned(run)
     sentences = []
     for split in SPLITS:
-        for task, lengths in zip(recipe.data.tasks, found[split], strict=True):
+        for task, lengths in zip(data.tasks, found[split], strict=True):
             wrong = lengths.sentences(too_long) + (_nothing_left(lengths, too_long) if split == "train" else [])
             if split == "train" and task.name in learned:
                 notes += [f"{sentence} Its stage is finished: what was learned stays." for sentence in wrong]
@@ -133,12 +131,11 @@ def _all(found: dict[str, list[SplitLengths]]) -> list[SplitLengths]:
     return [lengths for split in SPLITS for lengths in found[split]]
 
 
-def _made_from(recipe: Recipe, shards: dict[str, list[IndexedShards]]) -> dict[str, Any]:
-    model = recipe.model
+def _made_from(model: ModelConfig, data: DataConfig, shards: dict[str, list[IndexedShards]]) -> dict[str, Any]:
     return {
         "data": {split: [part.fingerprint for part in shards[split]] for split in SPLITS},
-        "limits": [[task.limit_train, task.limit_test, task.max_new_tokens] for task in recipe.data.tasks],
-        "model": [model.max_length, model.template, model.image_padding, recipe.data.too_long],
+        "limits": [[task.limit_train, task.limit_test, task.max_new_tokens] for task in data.tasks],
+        "model": [model.max_length, model.template, model.image_padding, data.too_long],
         "model_files": settings_fingerprint(model),
     }
 

@@ -114,7 +114,7 @@ def open_data(
         return clip.key_identity(*recipe.keys.source)
 
     identity = on_main(world, key_identity)
-    on_main(world, lambda: refuse_other_data(recipe))
+    on_main(world, lambda: refuse_other_data(recipe.data, recipe.run_path))
 
     def parts(split: str) -> list[Part]:
         # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
@@ -138,7 +138,8 @@ def open_data(
         for shards, *_ in (*train, *test):
             require_upright(shards)
         opened = {"train": [part[0] for part in train], "test": [part[0] for part in test]}
-        return decide(recipe, opened) if scoring else None  # who only compares keys needs no lengths
+        # Who only compares keys needs no lengths.
+        return decide(recipe.model, recipe.data, recipe.run_path, opened) if scoring else None
 
     # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
     decision = on_main_in_rounds(world, decided, each_round) or Decision({"train": [[] for _ in train], "test": []}, [])

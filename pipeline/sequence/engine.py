@@ -29,7 +29,7 @@ def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
     config = deepspeed_config(recipe.train, recipe.model.dtype, world.size, agreed_node_size())
     sharded = int(config.get("zero_optimization", {}).get("stage", 0)) == 3
     lmm = load_lmm(recipe.model, config if sharded else None, None if sharded else world.device)
-    lmm.cuts = recipe.data.too_long == "truncate"
+    lmm.cuts = recipe.data.cuts
     train = recipe.train
     # As for the DeepSpeed file, `auto` that `pipeline.planning.auto` has not resolved means what it does on CPUs.
     checkpointing = "none" if train.checkpointing == AUTO else train.checkpointing

@@ -114,7 +114,7 @@ class Evaluator:
             recipe.evaluate.share_images,
             conditions,
         )
-        with out_of_memory_advice(recipe, "evaluation"):
+        with out_of_memory_advice(recipe.evaluate):
             score = evaluate_task(
                 self.tests[number],
                 pool,

@@ -73,7 +73,7 @@ class Models:
         if self._replica is None:
             self.watchdog.beat("loading the model to evaluate with", slow=True)
             self._replica = load_lmm(self.recipe.model, device=self.world.device)
-            self._replica.cuts = self.recipe.data.too_long == "truncate"
+            self._replica.cuts = self.recipe.data.cuts
         load_projector(self._replica, pool.shared)
         return self._show_progress(self._replica)
 

@@ -47,7 +47,7 @@ def open_run(recipe: Recipe, session: Session) -> OpenRun:
     """Fetch the models and open the data of a run on every rank; UserError for what is missing or damaged."""
     world, path = session.world, session.path
     _ = make_method(recipe.method).routing  # refuses options that a chosen router or rule has not got
-    fetch_models(recipe, world, lambda: session.stop_if_told("while models are fetched"))
+    fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))
     data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
 
     def constants() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from data_prep.sources.base import source_class, source_split
 from data_prep.sources.image_states import resized_images
 from pipeline.config.base import PREPARED
 from pipeline.config.data import DataConfig, TaskConfig
-from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import ADDED
 from pipeline.data.origin import REMEDY, SETTINGS, changed_files, other_settings
 from pipeline.data.shards import DATASET_FILE, read_description
@@ -21,32 +20,33 @@ SPLITS = ("train", "test")
 SOURCE = "source"  # the setting that names the data format
 
 
-def require_prepared(recipe: Recipe, name: str) -> None:
-    """Raise UserError, with the command that prepares it, unless every split of the recipe has been prepared."""
-    for task in recipe.data.tasks:
+def require_prepared(data: DataConfig, name: str) -> None:
+    """Raise UserError, with the command that prepares it, unless every split of the recipe `name` has been prepared."""
+    for task in data.tasks:
         for split in SPLITS:
-            folder = recipe.data.split_path(task.name, split)
+            folder = data.split_path(task.name, split)
             if not (folder / DATASET_FILE).is_file():
                 raise UserError(
                     f"task '{task.name}' is not prepared: there is no {folder / DATASET_FILE}; "
-                    f"run `{command('prepare', name)}` first.{earlier_folder(recipe.data, task.name)}"
+                    f"run `{command('prepare', name)}` first.{earlier_folder(data, task.name)}"
                 )
 
 
-def refuse_other_data(recipe: Recipe) -> None:
+def refuse_other_data(data: DataConfig, run: Path) -> None:
     """Raise UserErrors for prepared splits that were made by other settings, or whose source has changed since.
 
-    A run that has used a split goes on with it whatever became of the source. Cheap on data of any size: text files
-    are hashed only where their time of change is another one, and images are looked at by `check` and `prepare`.
+    The run in the folder `run` goes on with a split that it has used, whatever became of the source. Cheap on data of
+    any size: text files are hashed only where their time of change is another one, and images are looked at by `check`
+    and `prepare`.
     """
     wrong = []
-    for task in recipe.data.tasks:
+    for task in data.tasks:
         for split in SPLITS:
-            folder = recipe.data.split_path(task.name, split)
+            folder = data.split_path(task.name, split)
             description = read_description(folder)
-            used = recorded_fingerprint(recipe.run_path, task.name, split)
+            used = recorded_fingerprint(run, task.name, split)
             begun = used is not None and used == description["fingerprint"]
-            wrong += other_data(recipe.data, task, split, description, source=not begun)
+            wrong += other_data(data, task, split, description, source=not begun)
     if wrong:
         raise UserErrors(wrong)
 

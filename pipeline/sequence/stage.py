@@ -113,7 +113,7 @@ class StageTrainer:
             begins()
             self.tracker.metrics(set_shares(batches.selection, pool.names), 0)
             numbers = StepNumbers(batches, pool.names, start)
-            with out_of_memory_advice(self.recipe, "training"):
+            with out_of_memory_advice(config):
                 history = train_stage(
                     engine,
                     batches,

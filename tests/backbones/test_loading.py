@@ -37,7 +37,7 @@ def change(folder: Path, file: str, **fields: Any) -> None:
 
 
 def test_check_accepts_every_supported_architecture(checkpoint: Path) -> None:
-    assert check_model(ModelFiles(make_recipe(checkpoint), online=False)).startswith(str(checkpoint))
+    assert check_model(ModelFiles(make_recipe(checkpoint).model, online=False, cuts=False)).startswith(str(checkpoint))
 
 
 def test_processors_are_of_the_checkpoints_own_class_without_videos(lmm: LMM) -> None:
@@ -130,7 +130,7 @@ def test_check_and_loading_refuse_a_checkpoint_that_lacks_weights(checkpoint: Pa
     with pytest.raises(UserError, match=expected):
         load_lmm(ModelConfig(path=str(folder)), zero3={"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=expected):
-        check_model(ModelFiles(make_recipe(folder), online=False))
+        check_model(ModelFiles(make_recipe(folder).model, online=False, cuts=False))
 
 
 def test_check_and_loading_refuse_weights_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be loaded"):
         load_lmm(ModelConfig(path=str(folder)))
     with pytest.raises(UserError, match=r"cut off or damaged"):
-        check_model(ModelFiles(make_recipe(folder), online=False))
+        check_model(ModelFiles(make_recipe(folder).model, online=False, cuts=False))
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
@@ -212,7 +212,7 @@ def test_what_older_processors_do_not_say_is_taken_from_the_model(
     (folder / "processor_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in gone}))
     found = load_processor(ModelConfig(path=str(folder)))
     assert all(getattr(found, name) == getattr(expected, name) for name in gone)
-    check_model(ModelFiles(make_recipe(folder), online=False))
+    check_model(ModelFiles(make_recipe(folder).model, online=False, cuts=False))
 
 
 def test_a_folder_of_2024_has_no_processor_config(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_folder_of_2024_has_no_processor_config(tmp_path: Path) -> None:
     images = {**settings["image_processor"], "processor_class": "LlavaProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").unlink()
-    check_model(ModelFiles(make_recipe(folder), online=False))
+    check_model(ModelFiles(make_recipe(folder).model, online=False, cuts=False))
 
 
 LINES = "{% for m in messages %}USER{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -264,5 +264,5 @@ def test_a_start_names_a_gpu_that_only_emulates_bfloat16_once(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
     with caplog.at_level(logging.WARNING, "pipeline"):
         recipe = load_recipe("nano", ["model.dtype=bfloat16"])
-        frozen_models.fetch_models(recipe, World(0, 1, 0, torch.device("cuda", 0)), lambda: None)
+        frozen_models.fetch_models(recipe.model, recipe.keys, World(0, 1, 0, torch.device("cuda", 0)), lambda: None)
     assert caplog.text.count("Tesla V100-SXM2-32GB") == (not native)

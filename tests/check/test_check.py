@@ -417,13 +417,13 @@ def test_weights_that_are_still_on_the_hub_are_no_problem_and_pickled_ones_will_
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     recipe = recipe_with("keys.path=owner/clip")
     monkeypatch.setattr(hub, "offered_weights", lambda *_: "safetensors")
-    assert check_keys(recipe, online=True) == ("owner/clip: on the Hub, fetched by `prepare`", None)
+    assert check_keys(recipe.keys, online=True) == ("owner/clip: on the Hub, fetched by `prepare`", None)
     monkeypatch.setattr(hub, "offered_weights", lambda *_: "pickled")
     expected = "owner/clip: on the Hub as .bin files, converted once into safetensors, fetched by `prepare`"
-    assert check_keys(recipe, online=True) == (expected, None)
+    assert check_keys(recipe.keys, online=True) == (expected, None)
     monkeypatch.setattr(hub, "offered_weights", lambda *_: "none")
     with pytest.raises(UserError, match=r"keys\.path: 'owner/clip' has no weights on the Hub"):
-        check_keys(recipe, online=True)
+        check_keys(recipe.keys, online=True)
 
 
 def test_auto_says_which_deepspeed_file_it_is_here_and_from_which_gpu_on_another(

@@ -56,7 +56,7 @@ def test_weights_trainables_and_optimizer_are_what_a_run_allocates(
     found = held(tmp_path, llava, ranks, runs)
     for name, changes in runs.items():
         recipe = make_recipe(llava, **changes)
-        plan = plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe), TOKENS)
+        plan = plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe.model), TOKENS)
         for part, size in found[name].items():
             planned = plan.bytes_of(part)
             assert abs(planned - size) <= TOLERANCE * size, f"{ranks} ranks, {name}: {part} {planned}, held {size}"
@@ -112,7 +112,7 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
 def test_ranks_share_the_weights_only_under_zero_3(llava: Path) -> None:
     def weights(stage: int, ranks: int) -> int:
         recipe = make_recipe(llava, train__deepspeed=f"ds_configs/zero{stage}.json", train__global_batch=8)
-        return plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe), TOKENS).bytes_of("weights")
+        return plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe.model), TOKENS).bytes_of("weights")
 
     assert weights(2, 8) == weights(2, 1)
     assert weights(3, 8) < weights(3, 1) / 7
@@ -122,7 +122,7 @@ def test_ranks_share_the_weights_only_under_zero_3(llava: Path) -> None:
 def test_generating_needs_a_whole_model_only_under_zero_3(llava: Path) -> None:
     def replica(stage: int) -> int:
         recipe = make_recipe(llava, train__deepspeed=f"ds_configs/zero{stage}.json")
-        entries = plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe), TOKENS).entries
+        entries = plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), TOKENS).entries
         return next(entry.evaluation for entry in entries if entry.name == "evaluation replica")
 
     assert replica(2) == 0
@@ -137,7 +137,7 @@ def test_the_window_is_the_largest_layer_what_is_reused_soon_and_what_is_prefetc
         stage3 = {f"stage3_{name}": value for name, value in settings.items()}
         file.write_text(json.dumps({"zero_optimization": {"stage": 3, **stage3}}))
         recipe = make_recipe(llava, train__deepspeed=str(file))
-        return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe), TOKENS).bytes_of("gathered window")
+        return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), TOKENS).bytes_of("gathered window")
 
     none = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
     layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32  # attention, MLP and norms of a decoder layer

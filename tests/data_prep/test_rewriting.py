@@ -127,9 +127,9 @@ def test_a_folder_of_an_earlier_version_is_named_where_the_default_one_is_empty(
     monkeypatch.chdir(tmp_path)
     prepare(recipe(prepared="data/tiny"), progress=False)
     with pytest.raises(UserError, match=r"data/tiny has a prepared task 'Shapes'; `--set data\.prepared=data/tiny`"):
-        require_prepared(recipe(prepared="data/prepared/{settings}"), "tiny")
+        require_prepared(recipe(prepared="data/prepared/{settings}").data, "tiny")
     with pytest.raises(UserError, match=r"prepare tiny` first\.$"):
-        require_prepared(recipe(prepared="elsewhere"), "tiny")
+        require_prepared(recipe(prepared="elsewhere").data, "tiny")
 
 
 def test_benchmarks_of_the_same_shots_share_a_folder() -> None:
@@ -233,13 +233,14 @@ def test_files_that_were_copied_or_written_anew_with_the_same_content_change_not
             path.write_bytes(content + b"\n" * (path.suffix == ".json"))
     assert wrote(own) == [[], []]
     assert {path: path.stat().st_mtime_ns for path in train(own).glob("*.tar")} == before
-    refuse_other_data(own)
+    refuse_other_data(own.data, own.run_path)
 
 
 def test_data_of_an_earlier_version_is_taken_up_without_rewriting(own: Recipe, recipe: MakeRecipe) -> None:
     forget_settings(own)
-    refuse_other_data(own)
-    refuse_other_data(limited(recipe, 4))
+    refuse_other_data(own.data, own.run_path)
+    four = limited(recipe, 4)
+    refuse_other_data(four.data, four.run_path)
     assert wrote(own) == [[], []]
     assert SETTINGS in json.loads((train(own) / DATASET_FILE).read_text())
 
@@ -248,7 +249,8 @@ def test_data_of_an_earlier_version_is_taken_up_without_rewriting(own: Recipe, r
 
 
 def look(recipe: Recipe) -> list[Callable[[], object]]:
-    return [lambda: refuse_other_data(recipe), lambda: CheckedData(recipe, "tiny").check(None, None)]
+    data, run = recipe.data, recipe.run_path
+    return [lambda: refuse_other_data(data, run), lambda: CheckedData(data, run, "tiny").check(None, None)]
 
 
 @pytest.mark.parametrize("verb", [0, 1], ids=["run", "check"])
@@ -294,7 +296,7 @@ def test_a_begun_run_of_an_earlier_version_goes_on_with_its_data_when_the_source
 def test_check_says_that_an_image_has_another_size_than_when_it_was_prepared(own: Recipe) -> None:
     next((Path(own.data.root) / "images").glob("Shapes-train-*.png")).write_bytes(picture(50, (40, 30)))
     with pytest.raises(UserError, match=r"was prepared before images/Shapes-train-\d\.png changed"):
-        CheckedData(own, "tiny").check(None, None)
+        CheckedData(own.data, own.run_path, "tiny").check(None, None)
 
 
 @pytest.mark.parametrize("verb", [0, 1], ids=["run", "check"])

@@ -89,7 +89,7 @@ def test_a_stage_that_an_earlier_version_finished_is_not_refused_for_a_sample_it
     (refusing.run_path / "lengths.json").unlink()
     shards = {split: [IndexedShards(refusing.data.split_path("T0", split))] for split in ("train", "test")}
     with pytest.raises(UserError) as refused:
-        decide(refusing, shards)
+        decide(refusing.model, refusing.data, refusing.run_path, shards)
     assert "T0/test: 1 of" in str(refused.value) and "T0/train" not in str(refused.value)
 
 

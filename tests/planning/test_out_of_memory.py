@@ -22,7 +22,7 @@ KEY_WIDTH = 12
 
 
 def activations(recipe: Recipe, tokens: Tokens) -> int:
-    return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe), tokens).bytes_of("activations")
+    return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), tokens).bytes_of("activations")
 
 
 FORMS = [("internvl", (128, 32)), ("llava_next", (64, 64)), ("qwen2_5_vl", (96, 96))]
@@ -32,8 +32,8 @@ FORMS = [("internvl", (128, 32)), ("llava_next", (64, 64)), ("qwen2_5_vl", (96, 
 def test_the_plan_counts_what_the_vision_tower_sees_of_the_largest_image(tmp_path, kind, size):
     recipe = make_recipe(FAMILIES[kind](tmp_path), model__max_length=512)
     samples = [Sample("small", png(16, 16), "what?" * 60, "red"), Sample("large", png(*size), "what?", "red")]
-    found = ModelFiles(recipe, online=False).tokens(samples)
-    alone = ModelFiles(recipe, online=False).tokens(samples[:1])
+    found = ModelFiles(recipe.model, online=False, cuts=False).tokens(samples)
+    alone = ModelFiles(recipe.model, online=False, cuts=False).tokens(samples[:1])
     assert found.text == alone.text  # the longest sample is another one than that of the largest image
     assert (found.crops, found.patches) > (alone.crops, alone.patches) and found.values > alone.values
     assert activations(recipe, found) > activations(recipe, alone)
@@ -41,22 +41,22 @@ def test_the_plan_counts_what_the_vision_tower_sees_of_the_largest_image(tmp_pat
 
 def test_evaluation_that_does_not_fit_is_told_with_the_field_that_helps(tmp_path, caplog):
     recipe = make_recipe(FAMILIES["llava"](tmp_path), train__deepspeed="auto", evaluate__batch=100000)
-    model = meta_model(recipe)
+    model = meta_model(recipe.model)
     chosen = fit_to_memory(recipe, 1, KEY_WIDTH, model, Tokens(16, 20, 4, "given"), 2 * GIB)
     assert chosen.train.deepspeed.endswith("zero2.json")
     assert "lower evaluate.batch" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("work", "fields"),
+    ("work", "section", "fields"),
     [
-        ("training", ("train.micro_batch", "train.checkpointing to full", "model.image_tokens")),
-        ("evaluation", ("evaluate.batch (now 50)",)),
+        ("training", "train", ("train.micro_batch", "train.checkpointing to full", "model.image_tokens")),
+        ("evaluation", "evaluate", ("evaluate.batch (now 50)",)),
     ],
 )
-def test_a_gpu_that_is_too_small_is_told_with_the_fields_that_help(work, fields):
+def test_a_gpu_that_is_too_small_is_told_with_the_fields_that_help(work, section, fields):
     recipe = make_recipe("none")
-    with pytest.raises(OutOfMemory) as told, out_of_memory_advice(recipe, work):
+    with pytest.raises(OutOfMemory) as told, out_of_memory_advice(getattr(recipe, section)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
     expected = (f"for {work} (CUDA out of memory)", *fields, "would fail again")
     assert all(field in str(told.value) for field in expected)

@@ -67,7 +67,7 @@ def test_selective_recomputes_every_second_layer() -> None:
 
 def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="ds_configs/zero2.json")
-    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+    model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
     needed = {}
     for policy in POLICIES:
         train = recipe.train.model_copy(update={"checkpointing": policy})
@@ -93,7 +93,7 @@ def test_auto_is_none_on_a_cpu(llava: Path) -> None:
 
 def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="auto", train__global_batch=8)
-    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+    model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
 
     def chosen(memory: int) -> tuple[str, str]:
         train = fit_to_memory(recipe, 8, KEY_WIDTH, model, tokens, memory).train
@@ -124,7 +124,7 @@ def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fi
 
 def test_what_is_given_is_not_chosen(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="auto", train__checkpointing="selective")
-    model, tokens = meta_model(recipe), Tokens(image=576, text=128, answer=16, source="given")
+    model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
     assert fit_to_memory(recipe, 1, KEY_WIDTH, model, tokens, 1 << 40).train.checkpointing == "selective"
     fixed = make_recipe(llava, train__deepspeed="ds_configs/zero0.json")
     assert fit_to_memory(fixed, 1, KEY_WIDTH, model, tokens, 1).train.deepspeed == "ds_configs/zero0.json"

@@ -368,8 +368,8 @@ def test_check_says_what_they_take_and_whether_there_is_room(
     recipe = on(prepared, tmp_path)
     for split in Path(recipe.data.prepared).glob("*/train/vision-*"):
         shutil.rmtree(split)
-    found = check_kept_features(recipe, ModelFiles(recipe, online=False))
+    found = check_kept_features(recipe.data, ModelFiles(recipe.model, online=False, cuts=False))
     assert "0.00 MB per image" in found and "for 10 images of the prepared tasks" in found
     monkeypatch.setattr("pipeline.files.atomic.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"make room, set data\.prepared elsewhere"):
-        check_kept_features(recipe, ModelFiles(recipe, online=False))
+        check_kept_features(recipe.data, ModelFiles(recipe.model, online=False, cuts=False))

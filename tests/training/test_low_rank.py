@@ -148,7 +148,7 @@ def test_the_plan_has_the_inputs_that_gradients_of_updates_need(lmm: LMM, llava:
     """Beside what frozen layers keep: one copy of what query, key and value read, one of what the output reads."""
     method = {"name": "task_lora", "targets": list(ATTENTION), "rank": RANK}
     recipe, plain = make_recipe(llava, method=method), make_recipe(llava, method={"name": "independent"})
-    shape, tokens = model_shape(meta_model(recipe)), Tokens(image=0, text=100, answer=1, source="")
+    shape, tokens = model_shape(meta_model(recipe.model)), Tokens(image=0, text=100, answer=1, source="")
     length, element = 100, 4
     more = training_activations(recipe, shape, 1, length, tokens, element)
     more -= training_activations(plain, shape, 1, length, tokens, element)
