@@ -19,7 +19,6 @@ from pipeline.config.task_file import contradictions
 from pipeline.config.train import TrainConfig
 from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
-from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.auto import fit_to_memory, gpu_memory, least_for_zero2, without_gpus
 from pipeline.planning.memory_plan import plan_memory
@@ -27,6 +26,7 @@ from pipeline.planning.model_files import ModelFiles, clip_key_width
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
+from pipeline.sequence.opened import require_fitting
 from pipeline.training.deepspeed_config import AUTO, accumulation, deepspeed_config
 
 ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
@@ -77,7 +77,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
 
 def _recipe(recipe: Recipe) -> str:
     require_extras("train", *recipe.tracking.extras, "report")
-    _ = make_method(recipe.method).routing  # raises for options that the chosen router or rule does not have
+    require_fitting(recipe)
     return f"{recipe.name}: {recipe.method.name}, {counted(len(recipe.data.tasks), 'task')}"
 
 

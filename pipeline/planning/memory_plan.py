@@ -22,12 +22,12 @@ from pipeline.planning.model_shape import (
     intermediate_size,
     key_value_width,
     model_shape,
-    named_by,
     number_in,
 )
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
 from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
+from pipeline.prompts.parts.low_rank import ending_in
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
 KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica is freed during training and loaded again afterwards
@@ -115,8 +115,12 @@ def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projecto
 
 
 def updated_linears(recipe: Recipe, shape: ModelShape) -> list[LinearShape]:
-    """The decoder's linear layers that get low-rank updates; [] for a method without them."""
-    return named_by(shape.linears, getattr(recipe.method, "targets", ()))
+    """The decoder's linear layers that get low-rank updates; [] for a method without them.
+
+    Raises UserError for a target of the method that names no layer.
+    """
+    linears = {linear.name: linear for linear in shape.linears}
+    return [linears[name] for name in ending_in(getattr(recipe.method, "targets", ()), linears)]
 
 
 def training_activations(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,6 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         gates_kept_once=not why_not_gated(inner.get_submodule(family.decoder).layers[0].mlp, family.gated_mlps),
         linears=tuple(_linears(inner.get_submodule(family.decoder))),
     )
-
-
-def named_by(linears: Sequence[LinearShape], targets: Sequence[str]) -> list[LinearShape]:
-    """The linear layers whose names end in one of the targets."""
-    ends = tuple(f".{target}" for target in targets)
-    return [linear for linear in linears if ends and f".{linear.name}".endswith(ends)]
 
 
 def _linears(decoder: nn.Module) -> Iterator[LinearShape]:

@@ -15,7 +15,7 @@ from pipeline.methods import Method, make_method
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
-from pipeline.prompts.parts.base import Part
+from pipeline.prompts.parts.base import Part, entry_of
 from pipeline.prompts.parts.projector import Projector
 from pipeline.prompts.terms import PrototypeTerm, Term
 from pipeline.ranks.world import World, agreed_node_size
@@ -55,15 +55,21 @@ def learner_of(lmm: LMM, method: Method, key_width: int, trains_projector: bool 
     kind: type[Part] = registry.load("parts", method.part)
     parts: dict[str, Part] = {"module": kind.of(lmm, method)}
     terms: list[Term] = []
+    require_learnable(method)
     router = method.routing.router
     if router is not None and router.learned:
-        if parts["module"].insertion is None:
-            raise UserError(
-                f"the method {method.name} has no prompt set that its router could be learned from; expected a router "
-                "in closed form, such as mean."
-            )
         parts["head"] = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
         terms.append(PrototypeTerm(method.prototype_weight))
     if trains_projector:
         parts["projector"] = Projector(lmm)
     return Learner(parts, terms)
+
+
+def require_learnable(method: Method) -> None:
+    """Raise UserError where the method's router is to be learned from a prompt set that the method has not got."""
+    router = method.routing.router
+    if router is not None and router.learned and entry_of(method).insertion is None:
+        raise UserError(
+            f"the method {method.name} has no prompt set that its router could be learned from; expected a router "
+            "in closed form, such as mean."
+        )

@@ -118,13 +118,18 @@ def _sharing(lmm: LMM, entry: Entry, share_images: bool) -> Literal["none", "ima
     insertion = entry.insertion
     if insertion != "after_image" and not share_images:
         return "none"
-    if entry.attaches:
+    require_own_images(entry, share_images)
+    lmm.require_two_passes("evaluate.share_images: true" if insertion != "after_image" else "")
+    return "image" if insertion == "after_image" else "sets"
+
+
+def require_own_images(entry: Entry, share_images: bool) -> None:
+    """Raise UserError where images are to be shared among samples whose modules change what an image becomes."""
+    if entry.attaches and (share_images or entry.insertion == "after_image"):
         raise UserError(
             "evaluate.share_images: true is not possible with a method that changes layers of the decoder: what an "
             "image becomes there depends on the sample's own modules. Set it to false."
         )
-    lmm.require_two_passes("evaluate.share_images: true" if insertion != "after_image" else "")
-    return "image" if insertion == "after_image" else "sets"
 
 
 def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]:

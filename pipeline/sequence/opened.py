@@ -11,10 +11,13 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.methods import Method, Stage, make_method
 from pipeline.planning.frozen_models import fetch_models
+from pipeline.prompts.parts.base import entry_of
 from pipeline.ranks.world import on_main
 from pipeline.runs.recorded import recorded_base_model
 from pipeline.runs.session import Session
 from pipeline.sequence.data import RunData, open_data
+from pipeline.sequence.engine import require_learnable
+from pipeline.sequence.evaluate import require_own_images
 from pipeline.sequence.models import Models
 from pipeline.sequence.results import RunResults
 from pipeline.sequence.stage_files import StageFiles
@@ -43,10 +46,17 @@ class OpenRun:
         return self.method.stages([task.name for task in self.recipe.data.tasks])
 
 
+def require_fitting(recipe: Recipe) -> None:
+    """Raise UserError where a method's parts, router, rule and evaluation do not go together."""
+    method = make_method(recipe.method)
+    require_learnable(method)  # its routing refuses options that a chosen router or rule has not got
+    require_own_images(entry_of(method), recipe.evaluate.share_images)
+
+
 def open_run(recipe: Recipe, session: Session) -> OpenRun:
     """Fetch the models and open the data of a run on every rank; UserError for what is missing or damaged."""
     world, path = session.world, session.path
-    _ = make_method(recipe.method).routing  # refuses options that a chosen router or rule has not got
+    require_fitting(recipe)
     fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))
     data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
 

@@ -252,6 +252,16 @@ def test_keys_that_another_clip_made(here: Path, tmp_path: Path) -> None:
     assert all("come from another CLIP: weights_sha256" in sentence for sentence in problems["data"])
 
 
+def test_a_method_whose_parts_do_not_go_together_is_refused_before_the_model_is_loaded(here: Path) -> None:
+    lora = "method={name: task_lora, "
+    plan = only_problem(findings(lora + "targets: [q_proj, qproj]}"), "memory")
+    assert "no linear layer of the decoder ends in 'qproj'; expected among" in plan
+    assert "no prompt set that its router" in only_problem(findings(lora + "router: prototype}"), "recipe")
+    shared = only_problem(findings(lora + "rank: 2}", "evaluate.share_images=true"), "recipe")
+    assert "share_images: true is not possible" in shared
+    assert not findings(lora + "rank: 2}").problems
+
+
 def test_a_metric_that_does_not_fit_the_answers(here: Path) -> None:
     tasks = "data.tasks=[{name: Shapes, metric: iou}, {name: Colours, metric: exact}]"
     sentence = only_problem(findings(tasks), "data")

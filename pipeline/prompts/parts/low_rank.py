@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -108,14 +108,19 @@ class LowRank(Part):
 def linear_layers(decoder: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The decoder's linear layers whose names end in a target; UserError for a target that no name ends in."""
     layers = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {name: layer for name, layer in layers.items() if f".{name}".endswith(tuple(f".{end}" for end in targets))}
+    return {name: layers[name] for name in ending_in(targets, layers)}
+
+
+def ending_in(targets: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of the linear layers' names that end in a target; UserError for a target that no name ends in."""
+    names = list(names)
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in chosen):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise UserError(
                 f"method.targets: no linear layer of the decoder ends in '{target}'; expected among {known}."
             )
-    return chosen
+    return [name for name in names if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
 @contextlib.contextmanager
