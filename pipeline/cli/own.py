@@ -75,15 +75,15 @@ def add(
                 typer.echo(sentence)
 
     if addition.is_new or dry_run:
-        foretold = effects.foretell(run, addition.recipe)
-        tell(foretold, "Expected interference with earlier tasks (estimated from CLIP keys)")
+        estimated = effects.estimate(run, addition.recipe)
+        tell(estimated, "Expected interference with earlier tasks (estimated from CLIP keys)")
         if dry_run:
-            estimate = {"foretold": foretold.effects_json(), "advised": foretold.advised_json()}
-            show({"run": str(run), "task": task, **estimate}, as_json)
+            fields = {"foretold": estimated.effects_json(), "advised": estimated.advised_json()}
+            show({"run": str(run), "task": task, **fields}, as_json)
             return
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:
-        found = effects.counted(run, addition.recipe)
+        found = effects.measure(run, addition.recipe)
         tell(found, "Effect on earlier tasks")
         return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
 

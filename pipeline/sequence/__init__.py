@@ -1,7 +1,7 @@
 """Task sequences: training on one task after the other, and the evaluations in between.
 
-`run_sequence` is the stable name. It is imported on first use, so that reading a result loads no training code. There
-is no __all__, in which pdoc would look for a module of this name.
+`run_sequence` is the stable name. It is imported on first use, so that reading results does not import training code.
+There is no __all__, because pdoc would take the name in it for a module.
 """
 
 from typing import Any

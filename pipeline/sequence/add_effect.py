@@ -1,9 +1,8 @@
-"""What one more task does to the answers of the earlier ones: foretold from the keys alone, then with the learned set.
+"""The interference of a new task with earlier ones, estimated from the routing keys or measured with the trained set.
 
-A new set never changes an earlier one, but it may be inserted beside it, or be chosen instead, for questions that look
-and sound like its own. Which questions these are follows from prototypes and keys, so it is known before training. It
-is counted, and the gate that is advised is chosen, on samples that were held out of training; test sets are for scoring
-alone.
+A new set never changes an earlier one, but it may be selected beside it or instead of it, for samples that resemble
+those of the new task. The selection depends only on prototypes and keys, so it can be estimated before training. Shares
+and the suggested gate come from held-out samples; test sets are used for scores alone.
 """
 
 from __future__ import annotations
@@ -30,37 +29,31 @@ from pipeline.ranks.world import World
 from pipeline.runs.folder import read_run
 from pipeline.sequence.data import RunData, open_data
 
-NOTICED = 1.0  # percent of an earlier task's samples: less than this is not worth a word
-OFTEN = 5.0  # percent of an earlier task's samples that get the new set: less cannot cost much
-STEP = 0.001  # gates are advised in steps of this
+NOTICED = 1.0  # percent of an earlier task's samples; smaller shares are tolerated
+OFTEN = 5.0  # percent of an earlier task's samples that receive the new set; smaller shares give no advice
+STEP = 0.001  # resolution of suggested gates
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What the newest set does to one earlier task, in percent of `samples` of its samples.
-
-    `held_out` tells whether no stage has learned from them. `inserted`: they get it, beside others or alone. `first`:
-    it is the most similar of all. `before` and `after` are the task's scores on its test set around the new stage,
-    None where not measured; nothing is chosen by them.
-    """
+    """The effect of the newest set on one earlier task, in percent of `samples` of the task's samples."""
 
     task: str
     samples: int
-    held_out: bool
-    inserted: float
-    first: float
-    before: float | None = None
-    after: float | None = None
+    held_out: bool  # whether the samples were held out of training
+    inserted: float  # share that receives the newest set, alone or beside others
+    first: float  # share for which the newest set is the most similar one
+    before: float | None = None  # score on the task's test set before the new stage; None where not measured
+    after: float | None = None  # and after it
 
 
 @dataclass(frozen=True)
 class Interference:
-    """The effects on all earlier tasks, and the gate that would end most of them.
+    """The effects on all earlier tasks, and the gate that would prevent most of them.
 
-    `gate` is the largest gate, in steps of `STEP`, with which the newest set is inserted for at most one in a hundred
-    of these samples of every earlier task, those tasks left out to which it is often nearer than their own set (see
-    `taken`); None where the run's own gate does that already or no gate can. `remaining` are the percent of each of
-    these tasks' samples that still get the set with it, counted.
+    `gate` is the largest gate, in steps of `STEP`, with which the newest set is inserted for at most `NOTICED` percent
+    of the samples of every earlier task, except those in `taken`. It is None where the run's gate suffices or no gate
+    can. `remaining` are the measured percentages of each task's samples that still receive the set with this gate.
     """
 
     effects: list[Effect]
@@ -69,11 +62,11 @@ class Interference:
 
     @property
     def taken(self) -> list[str]:
-        """The tasks whose samples are often more similar to the newest set than to their own: no gate changes that."""
+        """The tasks for which the newest set often ranks first, which no gate can change."""
         return [effect.task for effect in self.effects if effect.first >= NOTICED]
 
     def advised_json(self) -> dict[str, Any]:
-        """The advised gate and what it leaves."""
+        """The suggested gate and the remaining shares, as a JSON object."""
         return {"gate": self.gate, "remaining": self.remaining or {}}
 
     def effects_json(self) -> list[dict[str, Any]]:
@@ -81,11 +74,11 @@ class Interference:
         return [asdict(effect) for effect in self.effects]
 
 
-def foretell(run: Path, recipe: Recipe) -> Interference:
-    """The effect of the recipe's last task on each earlier one, before it is trained; all tasks have to be prepared.
+def estimate(run: Path, recipe: Recipe) -> Interference:
+    """Estimate the effect of the recipe's last task on each earlier one before training; all tasks must be prepared.
 
-    A state that a router learns is not known yet: the one that it makes of the keys stands in for it. Nothing for
-    methods and selections that do not compare the scores of tasks.
+    The state of a learned router is not known yet, so the state that the router computes from the keys is used instead.
+    No effects are returned for methods and selections that do not compare the scores of tasks.
     """
     router = make_method(recipe.method).routing.router
     if router is None or not _routes(recipe.method):
@@ -97,9 +90,8 @@ def foretell(run: Path, recipe: Recipe) -> Interference:
     return _interference(recipe, data, States([*known.states[:count], router.observe(keys)]))
 
 
-def counted(run: Path, recipe: Recipe) -> Interference:
-    """The effect of the recipe's last stage, with what it has learned, and the scores around it; nothing before the
-    matrix has them."""
+def measure(run: Path, recipe: Recipe) -> Interference:
+    """Measure the effect of the recipe's finished last stage; no effects before the matrix has its scores."""
     found = read_run(run)
     last = len(recipe.data.tasks) - 1
     if len(found.accuracy) <= last or last == 0 or None in found.accuracy[last][: last + 1]:
@@ -113,13 +105,13 @@ def counted(run: Path, recipe: Recipe) -> Interference:
 
 
 def _routes(method: MethodOptions) -> bool:
-    """Whether a sample's modules follow from comparing the scores of all tasks."""
+    """Whether a sample's modules are selected by comparing the scores of all tasks."""
     routing = make_method(method).routing
     return routing.router is not None and routing.rule.compares and not routing.rule.needs_task
 
 
 def _has_gate(method: MethodOptions) -> bool:
-    """Whether a gate keeps modules away from samples that fit another task better."""
+    """Whether the method's selection rule has a gate."""
     return hasattr(method, "gate") and "gate" in make_method(method).routing.rule.Options.model_fields
 
 
@@ -137,17 +129,17 @@ class Similarities:
     has_image: Tensor  # [N]
 
     def inserted(self, method: MethodOptions) -> Tensor:
-        """Which samples [N] get the newest set."""
+        """Whether each sample [N] receives the newest set."""
         chosen = make_method(method).routing.inference(self.scores, self.number, self.has_image)
         return (chosen.numbers == self.scores.shape[1] - 1).any(1)
 
     def behind(self) -> Tensor:
-        """By how much [N] the newest set is less similar than the best earlier one; below 0: it is the first."""
+        """The best earlier set's similarity minus the newest set's [N]; below 0 where the newest ranks first."""
         return self.scores[:, :-1].amax(1) - self.scores[:, -1]
 
 
 def _interference(recipe: Recipe, data: RunData, states: States) -> Interference:
-    """What the newest set does to the earlier tasks; `states` are the router's of all tasks, the newest last."""
+    """The effects on the earlier tasks and the suggested gate; `states` are the router's, the newest task's last."""
     method = recipe.method.after(len(states))
     found, effects = [], []
     for number in range(len(states) - 1):
@@ -175,7 +167,7 @@ def _interference(recipe: Recipe, data: RunData, states: States) -> Interference
 
 
 def _similarities(recipe: Recipe, data: RunData, states: States, number: int) -> tuple[Similarities, bool]:
-    """The similarities of a task's samples that choices are made with, and whether those were held out."""
+    """The similarities of the samples of a task that choices are made with, and whether these were held out."""
     part, held_out = data.for_choices(number)
     keys = StageData([part]).keys
     scores = make_method(recipe.method).routing.scores(keys, states)
@@ -183,15 +175,15 @@ def _similarities(recipe: Recipe, data: RunData, states: States, number: int) ->
 
 
 def keeping_gate(method: MethodOptions, tasks: list[Similarities]) -> float | None:
-    """The largest gate with which at most `NOTICED` percent of each task's samples get the newest set.
+    """The largest gate with which at most `NOTICED` percent of each task's samples receive the newest set.
 
-    None where the method's own gate is no larger, so that it does so already.
+    None where the method's gate is already small enough.
     """
     own = getattr(method, "gate", None)
     limit = math.inf if own is None else own
     always = method.model_copy(update={"gate": None})
     for similar in tasks:
-        # A set outside of the k best is never inserted, whatever the gate; of the others the nearest come first.
+        # A set outside the k best is never inserted. Sort the distances of the others: a larger gate inserts more.
         distances = similar.behind()[similar.inserted(always)].sort().values.tolist()
         allowed = math.floor(len(similar.scores) * NOTICED / 100)
         if len(distances) > allowed:
@@ -201,7 +193,7 @@ def keeping_gate(method: MethodOptions, tasks: list[Similarities]) -> float | No
     if limit == math.inf:
         return None
     steps = max(0, math.ceil(limit / STEP) - 1)  # below the limit
-    # The distances are rounded as float32: what counts is what the selection itself does.
+    # Distances are rounded to float32, so verify the gate with the selection itself.
     while steps and any(
         _percent(s.inserted(always.model_copy(update={"gate": steps * STEP}))) > NOTICED for s in tasks
     ):
@@ -228,28 +220,28 @@ def effect_table(effects: list[Effect], name: str) -> Table:
 
 
 def basis(effects: list[Effect], task: str) -> str:
-    """What the shares of the table are shares of."""
+    """A sentence that says which samples the percentages of the table refer to."""
     without = [effect.task for effect in effects if not effect.held_out]
     if len(without) == len(effects):
         samples = "training samples (this run holds none out, see data.validation_share)"
     elif without:
         samples = f"held-out samples (training samples of {', '.join(without)}, which hold none out)"
     else:
-        samples = "held-out samples, which no stage has learned from,"
+        samples = "held-out samples, which no stage was trained on,"
     scores = "; scores are those on the test sets" if any(effect.after is not None for effect in effects) else ""
     return f"percent of their {samples} that get the set of {task}, and for which it is the most similar{scores}."
 
 
 def advice(found: Interference, run: Path, task: str) -> list[str]:
-    """What to do about earlier tasks that the new one disturbs, in sentences; nothing where it disturbs none."""
+    """Sentences on how to avoid the interference with earlier tasks; empty where there is none."""
     touched = [effect for effect in found.effects if effect.inserted >= OFTEN]
     said = []
     taken = [effect.task for effect in touched if effect.task in found.taken]
     if taken:
         said.append(
-            f"{', '.join(taken)}: questions are more like {task} than like their own task, and no gate changes that. "
-            f"Ask {task}'s questions in words of their own (new-task under another name), or learn {task} in a run of "
-            "its own."
+            f"{', '.join(taken)}: questions are more similar to {task} than to their own task, and no gate changes "
+            f"that. Word {task}'s questions differently (new-task under another name), or train {task} in a separate "
+            "run."
         )
     beside = [effect.task for effect in touched if effect.task not in taken]
     if beside and found.gate is not None and found.remaining is not None:
@@ -257,12 +249,12 @@ def advice(found: Interference, run: Path, task: str) -> list[str]:
         said.append(
             f"{', '.join(beside)}: the set of {task} is inserted beside their own. With "
             f"`{command('add', run, task, '--gate', f'{found.gate:g}')}` it is inserted for at most 1 in 100 "
-            f"of these samples (percent: {left}). No set is learned anew by that, and earlier rows of the matrix stay "
-            "as they were measured."
+            f"of these samples (percent: {left}). Nothing is retrained, and earlier rows of the matrix stay as they "
+            "were measured."
         )
     if touched and any(effect.after is not None for effect in found.effects):
         said.append(
-            f"To do without it: `{command('export', run, 'adapter')}`, then "
-            f"`{command('prune', 'adapter', task, '--into', 'smaller')}`; the earlier sets are what they were."
+            f"To undo: `{command('export', run, 'adapter')}`, then "
+            f"`{command('prune', 'adapter', task, '--into', 'smaller')}`; earlier prompt sets are unchanged."
         )
     return said

@@ -1,4 +1,4 @@
-"""One more task for a run that is there: prepared, and written into the run's recipe as its next stage."""
+"""Add a task to an existing run: prepare it, and append it to the run's recipe as the next stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.runs.layout import CONFIG, begun_stages
 
 @dataclass(frozen=True)
 class Addition:
-    """A task that is prepared and not yet written into the run's recipe."""
+    """A prepared task that is not yet part of the run's recipe on disk."""
 
     run: Path
     recipe: Recipe  # with the task
@@ -29,8 +29,11 @@ class Addition:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
-        """Make it the run's recipe while the block trains it; where that fails before its stage has begun, the run is
-        again what it was: finished, with the tasks that it has learned."""
+        """Write the recipe with the task for the block that trains it.
+
+        If the block fails before the task's stage has begun, the earlier recipe is restored, and the run is finished
+        again with its earlier tasks.
+        """
         path = self.run / CONFIG
         before = path.read_bytes()
         self.recipe.dump_yaml(path)
@@ -44,11 +47,16 @@ class Addition:
 
 
 def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:
-    """Prepare task `name` of the CoIN folder `root` as the run's next stage; the run is not touched yet.
+    """Prepare a task as the run's next stage; the run itself is not changed. A repeated call resumes the preparation.
 
-    `gate` is the run's `method.gate` from this stage on; what was measured after earlier stages keeps theirs. Called
-    again it goes on. Raises UserError for a method without further stages, a run that is not finished, and data that
-    cannot be used.
+    Args:
+        run: the run folder.
+        name: the task's name.
+        root: a folder in CoIN layout with the task.
+        gate: the run's `method.gate` from this stage on; None: unchanged. Earlier stages keep their gates.
+
+    Raises:
+        UserError: a method without further stages, an unfinished run, or data that cannot be used.
     """
     recipe = load_run(run)
     if not make_method(recipe.method).has_next_stage:
@@ -61,11 +69,11 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
         _require_finished(run, names)
     earlier = len(names) - (name in names)
     method = recipe.method if gate is None else recipe.method.with_gate(gate, earlier)
-    # Here: torch and pyarrow take seconds, and what is wrong with the run or the task has been said before.
+    # Imported here: torch and pyarrow take seconds, and errors of the run or the task are reported before.
     from data_prep.prepare import prepare
     from data_prep.split import NotRewritten  # see above
 
-    # The new task may lie elsewhere than the others, which are prepared already.
+    # The new task may have another root than the others, which are prepared already.
     changes = {"source": ADDED, "root": str(root), "tasks": (task,)}
     try:
         prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)}))
@@ -80,7 +88,7 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
 
 
 def _task(root: Path, name: str) -> TaskConfig:
-    """How the task is scored, as `new-task` wrote it beside the data; a folder without it is scored exactly."""
+    """The task's settings from `task.json`, which `new-task` wrote beside the data; defaults without that file."""
     folder = root / "instructions" / name
     if not folder.is_dir():
         there = sorted(path.name for path in (root / "instructions").glob("*/"))

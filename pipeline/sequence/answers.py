@@ -1,7 +1,7 @@
-"""The answers to one task's test questions in the run folder: which may be used again, and how they are kept.
+"""The answers to one task's test questions in the run folder: which can be reused, and how they are stored.
 
-An answer is a function of its question, the prompt sets that were inserted, a trained projector and the model. The
-store of an evaluation compares exactly these, by fingerprint, with what earlier evaluations wrote.
+An answer is a function of its question, the inserted prompt sets, a trained projector and the model. An answer of an
+earlier evaluation is reused where the fingerprints of all of these match.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from pipeline.metrics.scoring import Answered, TaskScore, score_task
 from pipeline.prompts.pool import PromptPool, tensor_fingerprint
 from pipeline.sequence.test_set import TestSet
 
-SCORES_VERSION = 1  # higher when a metric gives other points to the same answers: then they are scored again
+SCORES_VERSION = 1  # increase when a metric scores the same answers differently, so that they are scored again
 SETS_FILE = "sets.json"  # beside the predictions: the fingerprint of every prompt set by name
-UNFINISHED_FILE = "{}.unfinished.json"  # the answers that there were when an evaluation was stopped
-PROJECTOR = "<projector>"  # and, where the projector is trained, its fingerprint under a name that no task can have
+UNFINISHED_FILE = "{}.unfinished.json"  # the answers of a stopped evaluation
+PROJECTOR = "<projector>"  # the name of a trained projector's fingerprint in SETS_FILE; no task can have this name
 
-# A sample's modules by name, and their weights where each does not count in full.
+# A sample's modules by name, and their weights; None where each has weight 1.
 Modules: TypeAlias = "tuple[list[str], list[float] | None]"
 
 
 @dataclass(frozen=True)
 class AnswerKey:
-    """What an answer depends on beside its question and the sets inserted for it."""
+    """What an answer depends on besides its question and the sets inserted for it."""
 
     insertion: str = "after_bos"
     projector: str = ""  # fingerprint of a trained image projector; "": the base model's
-    made_by: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the base model and its files, by name
+    # Fingerprints of the base model and its files by name, stored with the answers; reuse requires all to match.
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Routed:
 
 @dataclass(frozen=True)
 class AnswerStore:
-    """Where an evaluation keeps the answers to its tasks, and where answers are that it may use again."""
+    """The folder of an evaluation's answers, and folders of answers that it may reuse."""
 
     folder: Path
-    earlier: Sequence[Path] = ()  # folders of other evaluations
+    earlier: Sequence[Path] = ()  # folders of earlier evaluations
     key: AnswerKey = field(default_factory=AnswerKey)
 
     def task(self, test: TestSet, pool: PromptPool, routed: Routed) -> TaskAnswers:
@@ -64,7 +65,7 @@ class AnswerStore:
 
 
 class TaskAnswers:
-    """The answers to one task's test questions, on rank 0: those that are known, and in the end all, with a score."""
+    """The answers to one task's test questions, on rank 0: reused and new ones, and finally their score."""
 
     def __init__(self, store: AnswerStore, test: TestSet, pool: PromptPool, routed: Routed) -> None:
         self.test, self.routed, self.answers = test, routed, dict[int, str]()
@@ -86,7 +87,7 @@ class TaskAnswers:
 
     @functools.cached_property
     def _wanted(self) -> list[tuple[str, ...]]:
-        """What the answer to every sample must have been made with: projector and modules, by their fingerprints."""
+        """For every sample the fingerprints of projector and modules that a reused answer must have been made with."""
         return [(self._key.projector, *made_of(modules, self._prints)) for modules in self._chosen]
 
     @property
@@ -94,9 +95,10 @@ class TaskAnswers:
         return identity_of(self.test, self._pool, self.routed.selection, self._key.projector)
 
     def finished_score(self) -> float | None:
-        """The score in percent that is there, if it and the predictions are those of these samples, sets and settings.
+        """The stored score in percent if it belongs to these samples, sets and settings, else None.
 
-        Nothing is parsed but the score file. None as well for what an earlier version wrote without an `identity`.
+        Only the score file is parsed; predictions are compared by size and checksum. None also for score files of
+        versions that wrote no `identity`.
         """
         try:
             told = json.loads((self._folder / f"{self.test.name}.score.json").read_text("utf-8"))
@@ -109,7 +111,7 @@ class TaskAnswers:
             return None
 
     def missing(self) -> list[int]:
-        """The samples that have to be answered; the answers to all others are taken from where they are."""
+        """The samples without a reusable answer; the answers to all others are loaded."""
         known = known_answers(self.test.name, [self._folder, *self._earlier], self._made_with)
         wants = [(identity, self._wanted[index]) for index, identity in enumerate(self.test.data.ids)]
         self.answers.update({index: known[want] for index, want in enumerate(wants) if want in known})
@@ -117,9 +119,9 @@ class TaskAnswers:
         return [index for index in range(len(wants)) if index not in self.answers]
 
     def keep(self, answers: Mapping[int, str]) -> None:
-        """Take new answers, by sample, and write all that there are for the next attempt.
+        """Add new answers by sample and write all answers so far, which the next attempt reuses.
 
-        Before anything is made of them: a metric that fails, or a full disk, must not cost the answers.
+        They are written before they are scored, so that a failing metric does not lose them.
         """
         self.answers.update(answers)
         ids = self.test.data.ids
@@ -128,7 +130,7 @@ class TaskAnswers:
         write_json(self._folder / UNFINISHED_FILE.format(self.test.name), content)
 
     def finish(self) -> float:
-        """Write the predictions with their points and the score; returns the score in percent."""
+        """Write predictions with their points, and the score; returns the score in percent."""
         lines, scored = self._scored_lines()
         write_if_other(self._folder / SETS_FILE, json.dumps(self._sets, indent=2, ensure_ascii=False) + "\n")
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -159,10 +161,9 @@ class TaskAnswers:
         return lines, scored
 
     def _write_score(self, scored: TaskScore) -> None:
-        """Write what the task scored, and what tells later that its predictions are still these.
+        """Write the task's score with the facts by which it and its predictions are verified later.
 
-        The sets stand in it too, for SETS_FILE is one for all tasks of the folder: another of them may be answered
-        with other sets.
+        The sets are included, because SETS_FILE belongs to all tasks of the folder and may be rewritten with others.
         """
         written = (self._folder / f"{self.test.name}.jsonl").read_bytes()
         content = {
@@ -186,9 +187,9 @@ def named_modules(selection: Selection, names: Sequence[str]) -> list[Modules]:
 
 
 def made_of(modules: Modules, prints: Mapping[str, str]) -> tuple[str, ...]:
-    """What an answer is a function of beside its question: the fingerprints of its modules, with their weights.
+    """The fingerprints of an answer's modules with their weights, on which the answer depends besides its question.
 
-    It names every module that has weight, so an answer is used again only where none of them has changed.
+    Every module with a weight is named, so an answer is reused only where none of them has changed.
     """
     names, weights = modules
     if weights is None:
@@ -197,10 +198,10 @@ def made_of(modules: Modules, prints: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def identity_of(test: TestSet, pool: PromptPool, selection: Selection, projector: str) -> str:
-    """A hash [hex] of what a task's predictions and score are a function of, beside what `made_with` says.
+    """A hash [hex] of what a task's predictions and score depend on besides `made_with`.
 
-    That is the modules of every sample with their weights, the modules' values and prototypes, the projector, and the
-    metric.
+    These are the modules of every sample with their weights, the modules' values, the routing state, the projector, and
+    the metric.
     """
     selected = selection.numbers
     facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names]
@@ -212,7 +213,7 @@ def identity_of(test: TestSet, pool: PromptPool, selection: Selection, projector
 
 
 def _as_written(folder: Path, task: str, told: Mapping[str, Any]) -> bool:
-    """Whether the predictions are the file that the score file `told` describes; True where it does not describe it."""
+    """Whether the prediction file matches the size and checksum in the score file `told`; True where it has none."""
     if "predictions" not in told:
         return True
     content = (folder / f"{task}.jsonl").read_bytes()
@@ -224,8 +225,8 @@ def known_answers(
 ) -> dict[tuple[str, tuple[str, ...]], str]:
     """Answers of earlier evaluations by (sample id, fingerprints of the projector and the inserted sets).
 
-    Those that were made with other data, settings or model files than `made_with`, or were changed since they were
-    written, are left alone; what a folder does not say of its answers is trusted.
+    Answers made with other data, settings or model files than `made_with`, and files changed since they were written,
+    are skipped. Facts that a folder of an earlier version does not record are assumed to match.
     """
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     for folder in folders:
@@ -249,5 +250,5 @@ def known_answers(
                 used = (prints.get(PROJECTOR, ""), *made_of((line["selected"], line.get("weights")), prints))
                 known[line["id"], used] = line["prediction"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not there, or not whole: it is generated anew
+            continue  # missing or incomplete: the answers are generated again
     return known

@@ -1,6 +1,6 @@
-"""The prepared data of a run: what its tasks train on, hold out and are tested with, checked against the recipe's CLIP.
+"""The prepared data of a run: training, held-out and test samples of its tasks, with keys of the recipe's CLIP.
 
-Test sets are opened by who scores answers, and by nobody else; choices are made with the samples that are held out.
+Test sets are opened only to score answers; choices such as the gate are made with held-out samples.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from pipeline.runs.data_use import data_record
 from pipeline.sequence.prepared import refuse_other_data
 from pipeline.sequence.test_set import TestSet
 
-Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, how many of them are used
+Part = tuple[IndexedShards, Keys | PickedKeys, int | None]  # samples of a task, their keys, the number used (None: all)
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on and is tested with, one entry per task."""
+    """The data of a run, one entry per task."""
 
     identity: dict[str, str]  # of the CLIP that made the keys
-    train: list[Part]  # without what is held out
-    validation: list[Part]  # held out of training; empty ones where the recipe holds none out
-    most: int  # samples of a task that choices are made with
-    scoring: list[TestSet] | None  # None where nothing is to be scored
+    train: list[Part]  # without held-out samples
+    validation: list[Part]  # held-out samples; empty parts where the recipe holds none out
+    most: int  # the largest number of samples per task that choices are made with
+    scoring: list[TestSet] | None  # None where the data was opened without test sets
     skipped: list[dict[str, str]]  # bad records that `prepare` left out
     record: dict[str, Any] = field(default_factory=dict)  # for run.json: see `pipeline.runs.data_use`
-    telling_rows: list[list[int]] = field(default_factory=list)  # of each task's training samples
-    left_out: dict[str, int] = field(default_factory=dict)  # by task and split, see data.too_long
+    telling_rows: list[list[int]] = field(default_factory=list)  # rows of the longest training samples, by task
+    left_out: dict[str, int] = field(default_factory=dict)  # number by task and split, see data.too_long
 
     @property
     def tests(self) -> list[TestSet]:
-        """The test sets; RuntimeError where the data was not opened to score answers."""
+        """The test sets; RuntimeError where the data was opened without them."""
         if self.scoring is None:
             raise RuntimeError("test sets are for scoring alone, and this data was opened without them")
         return self.scoring
 
     def for_choices(self, task: int) -> tuple[Part, bool]:
-        """The samples of a task that choices are made with, and whether those are held out.
+        """The samples of a task that choices are made with, and whether these are held out.
 
-        Where none are, because the recipe holds none out or the task has too few, training samples stand in.
+        Training samples are used where there are no held-out ones: the recipe holds none out, or the task has too few.
         """
         held_out, (shards, keys, limit) = self.validation[task], self.train[task]
         if len(held_out[0]):
@@ -67,24 +67,24 @@ class RunData:
         return _only((shards, keys, limit), held_out_rows(ids, 1.0, self.most)), False
 
     def fingerprints(self, tasks: list[int]) -> list[str]:
-        """What tells the training data of these tasks from any other."""
+        """The fingerprints of the training data of these tasks."""
         return [self.train[task][0].fingerprint for task in tasks]
 
     def telling(self) -> list[Sample]:
-        """Training samples, the longest and largest of each task: those that `check` plans the memory with."""
+        """The longest training samples and those with the largest images of each task, for the memory plan."""
         wholes = ((shards.whole(), rows) for (shards, *_), rows in zip(self.train, self.telling_rows, strict=True))
         return [whole[row] for whole, rows in wholes for row in rows]
 
 
 def stage_order(train: TrainConfig, seed: int, index: int, data: StageData, by_image: bool) -> Order:
-    """Which samples form which batch of a stage.
+    """The order in which a stage's samples form batches.
 
     Args:
-        train: says how batches are put together: their size, by length, by image.
-        seed: the run's seed; with the stage's number it gives the order.
+        train: the training settings: batch size, grouping by length or by image.
+        seed: the run's seed; the order depends on it and the stage's number.
         index: the stage's number, 0-based.
         data: the stage's samples.
-        by_image: whether questions about one image may stand together, because the model computes it once for them.
+        by_image: whether questions about one image are grouped, because the model computes the image once for them.
     """
     together = train.questions_per_image if by_image else 1
     used = slice(None) if data.used is None else data.used
@@ -102,14 +102,20 @@ def stage_order(train: TrainConfig, seed: int, index: int, data: StageData, by_i
 def open_data(
     recipe: Recipe, world: World, scoring: bool = False, each_round: Callable[[], object] = lambda: None
 ) -> RunData:
-    """Open the data of a recipe on every rank, its test sets only where answers are to be scored.
+    """Open the data of a recipe on every rank.
 
-    The first rank may have to look through every sample. Meanwhile all ranks call `each_round` together every few
-    seconds. Raises UserError, on all ranks, for what is missing or damaged on any.
+    Args:
+        recipe: the run's recipe.
+        world: the ranks.
+        scoring: open the test sets too.
+        each_round: called by all ranks together every few seconds while rank 0 scans the samples.
+
+    Raises:
+        UserError: on all ranks, when data is missing or damaged on any.
     """
 
     def key_identity() -> dict[str, str]:
-        from pipeline.backbones import clip  # transformers, where the keys have to be compared
+        from pipeline.backbones import clip  # imports transformers
 
         return clip.key_identity(*recipe.keys.source)
 
@@ -117,7 +123,7 @@ def open_data(
     on_main(world, lambda: refuse_other_data(recipe.data, recipe.run_path))
 
     def parts(split: str) -> list[Part]:
-        # The tables are read in full, to compare their hashes, by rank 0 alone; the others compare some blocks.
+        # Only rank 0 reads the tables in full to verify their hashes; other ranks compare some blocks with rank 0's.
         verified: list[Part] = []
         marks = on_main(world, lambda: [shards.marks() for shards, *_ in _open(recipe.data, split, identity, verified)])
 
@@ -138,10 +144,10 @@ def open_data(
         for shards, *_ in (*train, *test):
             require_upright(shards)
         opened = {"train": [part[0] for part in train], "test": [part[0] for part in test]}
-        # Who only compares keys needs no lengths.
+        # Comparing keys needs no lengths.
         return decide(recipe.model, recipe.data, recipe.run_path, opened) if scoring else None
 
-    # Told to all ranks: another version of a tokenizer on one of them must not give it another order of samples.
+    # Rank 0 decides for all ranks: with another tokenizer version a rank could have another order of samples.
     decision = on_main_in_rounds(world, decided, each_round) or Decision({"train": [[] for _ in train], "test": []}, [])
     for (shards, *_), rows in zip(train, decision.left_out["train"], strict=True):
         shards.left_out = rows
@@ -169,9 +175,9 @@ def open_data(
 
 
 def _held_out(part: Part, share: float, most: int) -> tuple[Part, Part]:
-    """What is left of a task's training samples, and what is held out of them; see `held_out_rows`.
+    """A task's training samples without the held-out ones, and the held-out ones; see `held_out_rows`.
 
-    The limit counts both.
+    The limit of the part includes both.
     """
     shards, _, limit = part
     ids = shards.ids[:limit]
@@ -180,13 +186,13 @@ def _held_out(part: Part, share: float, most: int) -> tuple[Part, Part]:
 
 
 def _only(part: Part, rows: Rows) -> Part:
-    """Some samples of a whole part, by their places in it."""
+    """The samples of a part at these rows."""
     shards, keys, _ = part
     return shards.only(rows), keys.only(rows), None
 
 
 def _open(data: DataConfig, split: str, identity: dict[str, str], found: list[Part], check: bool = True) -> list[Part]:
-    """Add one split of every task to `found` and return that."""
+    """Open one split of every task, append it to `found`, and return `found`."""
     for task in data.tasks:
         shards = IndexedShards(data.split_path(task.name, split), check)
         limit = task.limit_train if split == "train" else task.limit_test
@@ -195,7 +201,7 @@ def _open(data: DataConfig, split: str, identity: dict[str, str], found: list[Pa
 
 
 def _compare(shards: IndexedShards, expected: dict[str, str]) -> None:
-    """Raise UserError where this rank sees other tables than rank 0, which has verified its own."""
+    """Raise UserError where this rank's tables differ from rank 0's, which are verified."""
     for name, mark in shards.marks().items():
         if mark != expected[name]:
             raise UserError(

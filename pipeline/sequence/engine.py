@@ -24,14 +24,20 @@ from pipeline.training.engine import Engine, start_deepspeed
 
 
 def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
-    """One engine for a whole sequence: its `module` is a `LearnerOnLMM`, whose trainables keep their shapes."""
+    """The engine of a sequence: its `module` is a `LearnerOnLMM`, whose trainables have the same shapes in all stages.
+
+    Args:
+        recipe: the run's recipe.
+        world: the ranks.
+        key_width: K, the width of the routing keys.
+    """
     start_deepspeed()
     config = deepspeed_config(recipe.train, recipe.model.dtype, world.size, agreed_node_size())
     sharded = int(config.get("zero_optimization", {}).get("stage", 0)) == 3
     lmm = load_lmm(recipe.model, config if sharded else None, None if sharded else world.device)
     lmm.cuts = recipe.data.cuts
     train = recipe.train
-    # As for the DeepSpeed file, `auto` that `pipeline.planning.auto` has not resolved means what it does on CPUs.
+    # An `auto` that `pipeline.planning.auto` has not resolved has its value for CPUs, as for the DeepSpeed file.
     checkpointing = "none" if train.checkpointing == AUTO else train.checkpointing
     if train.vision_features == "kept":
         require_kept_features(lmm.family.kind)
@@ -46,9 +52,9 @@ def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
 
 
 def learner_of(lmm: LMM, method: Method, key_width: int, trains_projector: bool = False) -> Learner:
-    """What a stage of a method trains; UserError where its parts do not go together.
+    """The learner of a method's stages; UserError where its parts are incompatible.
 
-    A projection head belongs to it only where the method's router is learned, from CLIP keys [K = `key_width`].
+    It has a projection head to the routing keys [K = `key_width`] only where the method's router is learned.
     """
     if method.part is None:
         raise UserError(f"the method {method.name} learns nothing; expected one with stages.")

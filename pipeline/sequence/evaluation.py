@@ -1,4 +1,4 @@
-"""The evaluations of one run: which tasks are scored before the first stage and after each, with what and where to."""
+"""The evaluations of a run: before the first stage, after each stage, and of the next task."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores the tasks of a run with what has been learned.
+    """Scores the tasks of a run with the modules of the finished stages.
 
     Args:
-        recipe: its sections method, evaluate and train say how.
-        session: the run folder, which keeps the predictions, and the ranks, which share the questions.
+        recipe: the run's recipe (sections method, evaluate and train).
+        session: the run folder for the predictions, and the ranks.
         tests: the test sets in the order of the recipe's tasks.
-        models: gives the model that answers.
-        made_by: fingerprints of the base model and of its files, by name: answers depend on them.
-        tracker: takes the scores.
+        models: loads the model that answers.
+        made_by: fingerprints of the base model and of its files by name, on which answers depend.
+        tracker: receives the scores.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Evaluator:
         return row
 
     def ahead(self, task: int, pool: PromptPool) -> float | None:
-        """Score of the task that is learned next with what is there; None for a method that is told the task."""
+        """The score of the next task before its own stage; None for methods that need the task."""
         if not self.recipe.evaluate.ahead or self.method.needs_task:
             return None
-        # Not among the answers after the stage: those are of tasks learned by then.
+        # A folder of its own: the folders after a stage have only tasks learned by then.
         score = self._task(task, pool, ahead_folder(self.session.path, task + 1))
         name = self.tests[task].name
         log.info("%s before its own stage: %.1f", name, score)
@@ -90,7 +90,7 @@ class Evaluator:
         return score
 
     def route(self, task: int, pool: PromptPool) -> Routed:
-        """The modules that the test samples of a task get, as the method chooses them after as many stages."""
+        """The modules selected for the test samples of a task, with the gate of this number of stages."""
         keys = self.tests[task].data.keys
         if not len(pool):
             return Routed(Selection.none(len(keys.text)), torch.zeros(len(keys.text), 0))
@@ -99,7 +99,7 @@ class Evaluator:
         return Routed(routing.inference(scores, task, keys.has_image), routing.shown(scores))
 
     def _task(self, number: int, pool: PromptPool, folder: Path, earlier: Sequence[Path] = ()) -> float:
-        """Score one task in percent; its predictions go to `folder`, the `earlier` ones may have answers to use."""
+        """Score one task in percent; predictions are written to `folder`, and answers in `earlier` may be reused."""
         session, recipe = self.session, self.recipe
         session.stop_if_told("during evaluation")
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Computing the vision tower's features of a stage's pictures once, before training needs them every epoch.
+"""Precompute the vision tower's features of a stage's pictures, which training then reads in every epoch.
 
-The features stand before the projector, so they are the same for a projector that trains. All ranks share the work
-and run the same modules, so that it goes under ZeRO-3 too.
+The features are the input of the projector, so they do not depend on a trained projector. All ranks share the work and
+run the same modules, so it works under ZeRO-3 too.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from pipeline.ranks.world import World, gather_objects, on_main, together
 from pipeline.sequence.data import Part
 
 log = logging.getLogger(__name__)
-POLL_S, TOLD_EVERY = 1.0, 60  # between two tries to get a lock, and tries between two log lines
-FAR = 0.01  # of the largest feature: more than another card or library version rounds differently
+POLL_S, TOLD_EVERY = 1.0, 60  # seconds between two attempts to get a lock, and attempts between two log lines
+FAR = 0.01  # tolerated difference relative to the largest feature; other GPUs and library versions round differently
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Who does it: these ranks, each with so many threads that decode."""
+    """The ranks that compute features, their watchdog, and the number of decoding threads of each."""
 
     world: World
     watchdog: Watchdog
@@ -59,12 +59,20 @@ def keep_features(
     threads: int = 1,
     each_round: Callable[[], object] | None = None,
 ) -> KeptFeatures:
-    """The kept features of a stage's parts, beside their prepared data, computed where they are not there yet.
+    """The features of a stage's parts, stored beside their prepared data; missing ones are computed.
 
-    `base_model` is the fingerprint of the frozen model. What is there is compared with what the tower gives here for
-    the first pictures: other bits are told, features of another model are a UserError.
-    All ranks call `each_round` together while they compute or wait for another job; when it raises, what is computed
-    so far is kept.
+    Stored features are verified for the first pictures: small differences are logged, features of another model are a
+    UserError.
+
+    Args:
+        lmm: the frozen model.
+        parts: the training samples of the stage's tasks.
+        base_model: the fingerprint of the frozen model.
+        world: the ranks.
+        watchdog: is notified of progress.
+        threads: decoding threads per rank.
+        each_round: called by all ranks together while they compute or wait for another job. When it raises, the
+            features so far are kept.
     """
     work = _Work(world, watchdog, threads, each_round or watchdog.progress)
     identity = _identity(lmm, base_model)
@@ -88,7 +96,7 @@ def keep_features(
 def _keep_split(
     lmm: LMM, split: SplitFeatures, samples: IndexedShards, count: int, shape: torch.Size, work: _Work
 ) -> npt.NDArray[np.int64]:
-    """Make the features of one split whole and return which picture each of its first `count` samples has."""
+    """Complete the features of one split; returns the picture's number of each of its first `count` samples."""
 
     def whole() -> npt.NDArray[np.int64] | None:
         numbers = split.read_numbers(count)
@@ -110,7 +118,7 @@ def _keep_split(
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, work: _Work) -> Iterator[None]:
-    """Hold the lock of a split's folder; while another job has it all ranks ask again together, so that none hangs."""
+    """Hold the lock of a split's folder; all ranks poll it together while another job holds it."""
     lock, tries = FileLock(lock_of(folder)), 0
     try:
         while not on_main(work.world, lock.acquire):
@@ -125,9 +133,9 @@ def _alone_in(folder: Path, work: _Work) -> Iterator[None]:
 
 
 def _whole(part: Part) -> tuple[IndexedShards, int, npt.NDArray[np.int64] | None]:
-    """The split that a part is of, how many of its first samples are looked at, and which of these the part has.
+    """The split of a part, the number of its first samples that are numbered, and the part's rows among them.
 
-    Pictures are numbered over all of these, held out or not, so that what is kept does not depend on which are.
+    Pictures of held-out samples are numbered too, so that the stored features do not depend on which are held out.
     """
     samples, _, limit = part
     rows = getattr(samples, "rows", None)
@@ -137,21 +145,21 @@ def _whole(part: Part) -> tuple[IndexedShards, int, npt.NDArray[np.int64] | None
 
 
 def _identity(lmm: LMM, base_model: str) -> str:
-    """Hash of everything the features are a function of, beside the picture."""
+    """A hash of everything the features depend on besides the picture."""
     facts = {"model": base_model, "dtype": str(lmm.dtype), "square": lmm.conversation.padded}
     facts["preprocessing"] = json.loads(lmm.processor.image_processor.to_json_string())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _identity_in(samples: Samples, identity: str) -> str:
-    """The identity of a split's features: another one where earlier versions took other pictures from its files."""
+    """The identity of a split's features; it differs where earlier versions decoded the split's files differently."""
     if not changed_pictures(getattr(samples, "description", {})):
         return identity
     return hashlib.sha256(f"{identity} {UPRIGHT}".encode()).hexdigest()
 
 
 def _number(samples: Samples, count: int, world: World, watchdog: Watchdog) -> npt.NDArray[np.int64]:
-    """Which picture each sample has: every rank looks at its share of the files."""
+    """The picture's number of each sample; every rank reads its share of the files."""
 
     def read() -> list[bytes]:
         own = []
@@ -180,7 +188,7 @@ def _files(numbers: npt.NDArray[np.int64]) -> list[list[int]]:
 
 
 def _missing(split: SplitFeatures, numbers: npt.NDArray[np.int64]) -> list[int]:
-    """The files that are not there, or not whole."""
+    """The numbers of the files that are missing or incomplete."""
     return [number for number, file in enumerate(_files(numbers)) if not split.is_whole(number, len(file))]
 
 
@@ -203,7 +211,7 @@ def _compute(
     for start in range(0, len(missing), world.size):
         turn = start + world.rank
         number = missing[turn] if turn < len(missing) else None
-        # A rank that has nothing left runs the tower over a blank: under ZeRO-3 the others wait for it.
+        # A rank without work runs the tower on a blank picture, because under ZeRO-3 the others wait for it.
         pixels = together(lambda: _pixels(lmm, samples, [] if number is None else files[number], work.threads))  # noqa: B023
         features = _tower(lmm, pixels, world)
         together(lambda: None if number is None else split.write(number, features))  # noqa: B023 - called at once
@@ -213,12 +221,13 @@ def _compute(
 
 
 def _pixels(lmm: LMM, samples: Samples, indices: Sequence[int], threads: int = 1) -> list[Tensor]:
-    """Pixels [1, 3, H, W] of some samples' pictures; of a blank where there are none."""
+    """Pixels [1, 3, H, W] of the samples' pictures; of a blank picture where `indices` is empty."""
     if not indices:
         return [lmm.conversation.blank["pixel_values"]]
 
     def pixels(index: int) -> Tensor:
-        alone = dataclasses.replace(samples[index], question="", answer="", meta={})  # of any length
+        # Without text, which could be too long for the model.
+        alone = dataclasses.replace(samples[index], question="", answer="", meta={})
         images = lmm.conversation.example(alone).images
         assert images is not None
         return images["pixel_values"]
@@ -228,13 +237,13 @@ def _pixels(lmm: LMM, samples: Samples, indices: Sequence[int], threads: int = 1
 
 
 def _tower(lmm: LMM, pixels: Sequence[Tensor], world: World) -> Tensor:
-    """What the projector would read [n, tokens, width]."""
+    """The projector's input [n, tokens, width] for these pictures."""
     return lmm.tower_features({"pixel_values": torch.cat(list(pixels)).to(world.device)})
 
 
 def _check(lmm: LMM, split: SplitFeatures, samples: Samples, indices: Sequence[int], world: World) -> None:
-    """Compare the first file with what the tower gives now, to the bit."""
-    # Each part for itself: a rank that finds something wrong must not leave the others in the tower.
+    """Compare the first file bit by bit with the features that the tower computes now."""
+    # Reading and comparing are separate from the tower: a rank's error must not leave the others in its collectives.
     kept = together(lambda: torch.stack([split.read(picture) for picture in range(len(indices))]))
     pixels = together(lambda: _pixels(lmm, samples, indices))
     now = _tower(lmm, pixels, world).to("cpu", torch.float16)
@@ -242,7 +251,7 @@ def _check(lmm: LMM, split: SplitFeatures, samples: Samples, indices: Sequence[i
 
 
 def _compare(kept: Tensor, now: Tensor, split: SplitFeatures) -> None:
-    """Tell other bits; raises UserError for other features, [n, tokens, width] each."""
+    """Log small differences of features [n, tokens, width]; UserError for those of another model."""
     if torch.equal(kept, now):
         return
     off = float((kept.float() - now.float()).abs().max() / now.float().abs().max().clamp(min=1e-6))

@@ -1,4 +1,4 @@
-"""What each task's most frequent training answer scores on its test set, kept beside the predictions."""
+"""The score of each task's most frequent training answer on its test set, stored beside the predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAJORITY_FILE = "majority.json"
 
 
 def majority_scores(folder: Path, train: Sequence[Part], tests: Sequence[TestSet]) -> list[float]:
-    """Scores [T] in percent; those that `folder` holds of the same data and metrics are not computed again."""
+    """Scores [T] in percent; those stored in `folder` for the same data and metrics are reused."""
     path = folder / MAJORITY_FILE
     known = _known(path)
     row: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ def majority_scores(folder: Path, train: Sequence[Part], tests: Sequence[TestSet
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier attempt computed, by task; nothing of a file that an earlier version wrote or that is damaged."""
+    """The stored scores by task; empty for a file that is damaged or of an earlier version."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return {found["task"]: found for found in json.loads(path.read_text("utf-8"))}
     return {}

@@ -1,4 +1,4 @@
-"""The accuracy matrix of a run: what matrix.json holds."""
+"""The accuracy matrix of a run, which is the content of matrix.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ Row = list[float | None]
 
 
 def routing_accuracy(tests: Sequence[TestSet], states: States, router: Router) -> dict[str, list[float]]:
-    """Share (percent) of each task's test samples that fit the task itself best, by the router and by each of its
-    `views`, which look at one kind of key alone. State i must be that of task i."""
+    """Percent of each task's test samples for which the task itself scores highest, by each of the router's `views`.
+
+    The views are the router itself and, where it has them, versions that use one kind of key alone. State i must be
+    that of task i.
+    """
     return {
         name: [
             100.0 * float((view.scores(test.data.keys, states).argmax(1) == number).double().mean())
@@ -35,10 +38,9 @@ class AccuracyMatrix:
     ahead: dict[int, float | None] = field(default_factory=dict)  # by task: its score just before its own stage
 
     def add(self, row: Row, seen: int) -> None:
-        """Take the row after the stage with which `seen` tasks are learned.
+        """Add the row after the stage with which `seen` tasks are learned.
 
-        Joint training has one stage, which all tasks share, so only the last row is defined: those above are filled
-        with None.
+        Joint training has one stage for all tasks, so only the last row is defined; rows above are filled with None.
         """
         self.rows += [[None] * len(row) for _ in range(seen - 1 - len(self.rows))]
         self.rows.append(row)

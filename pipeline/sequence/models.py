@@ -1,4 +1,4 @@
-"""The two forms of the model in a run: the engine that trains, and the replica that answers."""
+"""The models of a run: the training engine, and the replica that generates answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from pipeline.training.engine import Engine
 
 
 class Models:
-    """Loads each form when it is first needed."""
+    """Loads the training engine and the replica when they are first needed.
+
+    Args:
+        recipe: the run's recipe.
+        world: the ranks.
+        key_width: K, the width of the routing keys.
+        watchdog: is notified of progress.
+        samples: training samples, the longest among them, from which `pipeline.planning.auto` plans the memory.
+    """
 
     def __init__(
         self,
@@ -34,14 +42,16 @@ class Models:
         samples: Callable[[], list[Sample]] = list,
     ) -> None:
         self.recipe, self.world, self.key_width, self.watchdog = recipe, world, key_width, watchdog
-        self._samples = samples  # training samples, the longest among them; see `pipeline.planning.auto`
+        self._samples = samples
         self._engine: Engine | None = None
         self._replica: LMM | None = None
         self._watched: WeakSet[LMM] = WeakSet()
 
     def prepare_to_train(self) -> None:
-        """Before an evaluation that training follows: make the engine now if it can answer (ZeRO-0 or ZeRO-2), for
-        then nothing else has to be loaded. All ranks call it."""
+        """Make the engine before an evaluation if it can generate answers too (ZeRO-0 or ZeRO-2).
+
+        The model is then loaded only once. All ranks call it.
+        """
         if self._engine is None and not self._trains_projector:
             node = self._resolve_auto()
             config = deepspeed_config(self.recipe.train, self.recipe.model.dtype, self.world.size, node)
@@ -49,10 +59,10 @@ class Models:
                 self.engine()
 
     def engine(self) -> Engine:
-        """The training engine, one for all stages; a large replica on a GPU makes room for it."""
+        """The training engine, one for all stages; a large replica on a GPU is released first."""
         if self._replica is not None and self._must_go(self._replica):
             self._replica = None
-            gc.collect()  # modules of some models are in reference cycles
+            gc.collect()  # some models' modules are in reference cycles, which only the collector frees
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
         if self._engine is None:
@@ -62,11 +72,11 @@ class Models:
         return self._engine
 
     def replica(self, pool: PromptPool) -> LMM:
-        """A whole model on this rank with what the pool's modules share: the engine's where whole, else a copy.
+        """An unsharded model on this rank, with the pool's shared tensors: the engine's, or a replica.
 
-        A copy stays for all tasks that are evaluated before the next stage is trained.
+        A replica is kept for all tasks that are evaluated before the next stage is trained.
         """
-        # Under ZeRO-3 the engine's model is spread over the ranks, and one that trains is not as a stage left it.
+        # Under ZeRO-3 the engine's model is sharded; with a trained projector it is not that of the finished stage.
         if self._engine is not None and self._engine.zero_stage != 3 and not self._trains_projector:
             self._replica = None
             return self._show_progress(self._engine.module.lmm)
@@ -78,7 +88,7 @@ class Models:
         return self._show_progress(self._replica)
 
     def _resolve_auto(self) -> int:
-        """Replace the recipe's `auto` settings, and return the ranks per node. All ranks call it."""
+        """Resolve the recipe's `auto` settings; returns the ranks per node. All ranks call it."""
         node = agreed_node_size()
         self.recipe = resolve_auto(self.recipe, self.world, self.key_width, self._samples, node)
         return node
@@ -88,12 +98,12 @@ class Models:
         return self.recipe.train.projector == "trained"
 
     def _must_go(self, lmm: LMM) -> bool:
-        """Whether a replica's memory is needed for training."""
+        """Whether a replica is so large that training needs its memory."""
         size = sum(parameter.nbytes for parameter in lmm.parameters())
         return self.world.device.type == "cuda" and size >= KEEP_REPLICA_BYTES
 
     def _show_progress(self, lmm: LMM) -> LMM:
-        """Let the watchdog see that answers are generated: nothing can be without looking up tokens."""
+        """Report each generation step to the watchdog: every step calls the input embedding, so hook it."""
         self.watchdog.beat("evaluating", slow=True)
         lmm.use_repetition_penalty(self.recipe.evaluate.repetition_penalty)
         if lmm not in self._watched:

@@ -1,4 +1,4 @@
-"""A run whose models and data are there and fit together, before anything is trained or written."""
+"""A run with its models and data opened and verified, before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pipeline.sequence.stage_files import StageFiles
 
 @dataclass(frozen=True)
 class OpenRun:
-    """What the training, the evaluation and the record of a run work with."""
+    """The objects that training, evaluation and record of a run share."""
 
     recipe: Recipe
     session: Session
     data: RunData
     files: StageFiles
     models: Models
-    made_by: dict[str, str]  # fingerprints of the base model and its files: answers depend on both, stages on the first
+    made_by: dict[str, str]  # fingerprints of base model and its files; answers depend on both, stages on the first
     results: RunResults
 
     @property
@@ -47,14 +47,14 @@ class OpenRun:
 
 
 def require_fitting(recipe: Recipe) -> None:
-    """Raise UserError where a method's parts, router, rule and evaluation do not go together."""
+    """Raise UserError where a method's parts, router, rule and evaluation settings are incompatible."""
     method = make_method(recipe.method)
-    require_learnable(method)  # its routing refuses options that a chosen router or rule has not got
+    require_learnable(method)  # its routing refuses options that the chosen router or rule does not have
     require_own_images(entry_of(method), recipe.evaluate.share_images)
 
 
 def open_run(recipe: Recipe, session: Session) -> OpenRun:
-    """Fetch the models and open the data of a run on every rank; UserError for what is missing or damaged."""
+    """Fetch the models and open the data of a run on every rank; UserError when something is missing or damaged."""
     world, path = session.world, session.path
     require_fitting(recipe)
     fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))

@@ -1,4 +1,4 @@
-"""Is what lies prepared what the recipe wants: settings, limits and the source as it is now."""
+"""Checks that prepared data matches the recipe: its settings, its limits and the current state of its source."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def require_prepared(data: DataConfig, name: str) -> None:
 
 
 def refuse_other_data(data: DataConfig, run: Path) -> None:
-    """Raise UserErrors for prepared splits that were made by other settings, or whose source has changed since.
+    """Raise UserErrors for prepared splits that were made with other settings, or whose source has changed since.
 
-    The run in the folder `run` goes on with a split that it has used, whatever became of the source. Cheap on data of
-    any size: text files are hashed only where their time of change is another one, and images are looked at by `check`
-    and `prepare`.
+    The run in the folder `run` continues with a split that it has used even if the source changes. The check is cheap
+    for data of any size: text files are hashed only where their modification time differs, and images are compared by
+    `check` and `prepare`.
     """
     wrong = []
     for task in data.tasks:
@@ -59,9 +59,15 @@ def other_data(
     source: bool = True,
     images: bool = False,
 ) -> list[str]:
-    """Sentences on why a prepared split is not what the recipe wants: its settings and, with `source`, its files.
+    """Sentences on how a prepared split differs from the recipe; empty where it matches.
 
-    `images` also compares the size of every image with what it was.
+    Args:
+        data: the recipe's data section.
+        task: the task.
+        split: train or test.
+        description: the content of the split's dataset.json.
+        source: compare the source's files too.
+        images: compare the size of every image too.
     """
     folder = data.split_path(task.name, split)
     wanted = data.split_settings(task, split)
@@ -70,22 +76,22 @@ def other_data(
     clause = other_settings(description, wanted)
     if clause is not None:
         return [f"{folder} {clause}. {REMEDY}"]
-    if not source or data.drawn:  # what a seed draws does not change
+    if not source or data.drawn:  # generated data depends on the settings alone
         return []
     return _changed(data, task, split, description, images)
 
 
 def _was_added(data: DataConfig, task: TaskConfig, description: dict[str, Any]) -> bool:
-    """Whether `add` has put a task beside those of another data format: it was read from another root."""
+    """Whether `add` has added the task from another root to a run of another data format."""
     made_from = (description.get(SETTINGS) or {}).get(SOURCE)
     there = source_class(data).task_folder(Path(data.root), task.name).is_dir()
     return data.source != ADDED and made_from == ADDED and not there
 
 
 def earlier_folder(data: DataConfig, task: str) -> str:
-    """A sentence naming a folder in which an earlier version prepared a task of that name; empty where none is seen.
+    """A sentence naming a folder in which an earlier version prepared a task of that name; empty where there is none.
 
-    Those versions used `data/<recipe's name>` where now a folder follows from the data's settings.
+    Those versions used `data/<recipe's name>`; the folder's name is now a hash of the settings.
     """
     place = Path(data.prepared).parent
     if place.name != Path(PREPARED).parent.name:
@@ -101,7 +107,7 @@ def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[s
     folder, root = data.split_path(task.name, split), Path(data.root)
     advice = "Run `python -m pipeline prepare RECIPE` to take the source as it is now."
     if not source_class(data).task_folder(root, task.name).is_dir():
-        return []  # it was prepared elsewhere, or the source is no longer needed
+        return []  # the source is on another machine, or was removed after preparation
     if not description.get(SETTINGS):
         return _changed_before(data, task, split, description, advice)
     changed = changed_files(description, root)
@@ -118,7 +124,7 @@ def _changed(data: DataConfig, task: TaskConfig, split: str, description: dict[s
 def _changed_before(
     data: DataConfig, task: TaskConfig, split: str, description: dict[str, Any], advice: str
 ) -> list[str]:
-    """The same of a split that an earlier version prepared: by the fingerprint, with the recipe's limit or without."""
+    """`_changed` for a split of an earlier version: compares the source's fingerprint with and without the limit."""
     try:
         source = source_split(data, task, split)
         taken = description["count"] + len(description.get("skipped", []))
@@ -127,7 +133,7 @@ def _changed_before(
             enough.add(taken)
         if any(source.with_limit(limit).fingerprint() == description.get("source_fingerprint") for limit in enough):
             return []
-    except UserError:  # a source that cannot be read is no reason to refuse what was prepared from it
+    except UserError:  # an unreadable source does not make the prepared data unusable
         return []
     folder, count = data.split_path(task.name, split), description["count"]
     return [

@@ -1,4 +1,4 @@
-"""What is written of a run while it goes on: run.json, matrix.json, the report, and its numbers in the tracker."""
+"""Writes the state of a run in progress: run.json, matrix.json, the report, and the tracker's metrics."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Writes what there is to tell of a run; rank 0 writes, all ranks call it.
+    """Writes run.json, matrix.json and the report of a run; all ranks call it, rank 0 writes.
 
     Args:
-        run: the run, with what an earlier call left in its folder.
-        learned: what the finished stages have left, as it grows.
-        evaluator: knows how long its evaluations took.
-        tracker: takes the numbers of the matrix and the report.
+        run: the run, with the results of an earlier call.
+        pool: the prompt sets of the finished stages; it grows during the run.
+        evaluator: has the time spent on evaluations.
+        tracker: receives the metrics of the matrix, and the report.
     """
 
     def __init__(self, run: OpenRun, pool: PromptPool, evaluator: Evaluator, tracker: Tracker) -> None:
@@ -39,20 +39,20 @@ class RunRecord:
     # ------------------------------------------------------------------ run.json
 
     def begins(self, index: int, stage: Stage) -> None:
-        """A stage is trained now; with it its run in the tracker is written, so that a restart continues that."""
+        """Record that the training of a stage starts, with its run in the tracker, which a restart then resumes."""
         if self._main:
             self._results.begins(index, max(stage.tasks))
         self.write_state("running")
 
     def trained(self, stage: Stage, seconds: float) -> None:
-        """A stage was trained and saved."""
+        """Record that a stage was trained and saved, and the time it took."""
         self._timing[f"train.{stage.name}_s"] = seconds
         self._results.trained()
 
     def write_end(self, evaluated: bool) -> None:
-        """Write what the run is at the end of a call: done, trained (the matrix is to come) or stopped (stages are)."""
-        whole = len(self.pool) == len(self.run.stages)
-        self.write_state("stopped" if not whole else "done" if evaluated else "trained")
+        """Write the status at the end of a call: done, trained (the matrix is missing) or stopped (stages are)."""
+        complete = len(self.pool) == len(self.run.stages)
+        self.write_state("stopped" if not complete else "done" if evaluated else "trained")
 
     def write_state(self, status: str) -> None:
         """Write run.json with this status, see `RunResults.write_state`."""
@@ -81,16 +81,16 @@ class RunRecord:
     # ------------------------------------------------------------------ matrix.json and the report
 
     def write_matrix(self, matrix: AccuracyMatrix, last: bool) -> dict[str, Any]:
-        """Write matrix.json and tell the tracker its numbers; returns its content.
+        """Write matrix.json and send its metrics to the tracker; returns its content.
 
-        `last`: no more rows come in this call.
+        `last`: this call has no further rows.
         """
         pool, tests, world = self.pool, self.run.data.tests, self.run.session.world
         routing = None
         router = self.run.method.routing.router
         if last and matrix.rows and len(pool) == len(tests) and router is not None:
             routing = routing_accuracy(tests, pool.states, router)
-        if self._majority is None:  # not before the first stage: it reads the texts of all tasks
+        if self._majority is None:  # computed late, because it reads the texts of all tasks
             folder = self.run.session.path / EVALUATIONS
             self._majority = on_main(world, lambda: majority_scores(folder, self.run.data.train, tests))
         content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing)
@@ -102,7 +102,7 @@ class RunRecord:
         return content
 
     def report(self) -> None:
-        """Draw the report and hand it to the tracker; a run is worth keeping even if its page cannot be drawn."""
+        """Draw the report and send it to the tracker; a failure is a warning, because the results are complete."""
         if not self._main:
             return
         path = self.run.session.path
@@ -116,7 +116,7 @@ class RunRecord:
         self.tracker.results(path, self._register if self._is_to_be_registered() else None)
 
     def _is_to_be_registered(self) -> bool:
-        """Whether the adapter becomes a version in the model registry: all stages are done and learned something."""
+        """Whether the adapter is registered as a model version: all stages are finished, and there is at least one."""
         recipe, complete = self.run.recipe, len(self.pool) == len(self.run.stages)
         return complete and recipe.tracking.registry and bool(self.run.stages)
 

@@ -1,4 +1,4 @@
-"""run.json and matrix.json of a run that is worked on: a call that fails leaves what was finished as it was."""
+"""run.json and matrix.json of a run: a failing call leaves finished results unchanged (docs/design.md 3.11)."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from pipeline.runs.layout import MATRIX
 from pipeline.runs.state import FINISHED, RunState
 
 log = logging.getLogger(__name__)
-OF_THE_RUN = ("status", "stage", "stages")  # of run.json: how far the run is
+OF_THE_RUN = ("status", "stage", "stages")  # the fields of run.json that describe the run's progress
 
 
 class RunResults(RunState):
-    """What the two files said when a call began, and what they may say now; for rank 0, which writes them."""
+    """The two files' content at the start of a call, which decides what the call may overwrite; for rank 0."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._rows = _rows(path / MATRIX)  # of the matrix that is there
-        self._trains = self._trained = False  # a stage, in this call
+        self._rows = _rows(path / MATRIX)  # number of rows of the existing matrix
+        self._trains = self._trained = False  # whether this call has started, and finished, training a stage
 
     def begins(self, stage: int, rows: int) -> None:
-        """The stage of this number (0-based) is trained now, whose row is the matrix's row `rows` (0-based).
+        """Record that the training of a stage (0-based) starts, whose row of the matrix is `rows` (0-based).
 
-        Where the run had it, rows and status from there on belong to what is replaced.
+        If the run had that stage before, its later rows and its status are those of the stages that are replaced.
         """
         self._rows = min(self._rows, rows)
         self.finished = self.finished and stage >= int(self.state.get("stage") or 0)
         self._trains = True
 
     def trained(self) -> None:
-        """That stage is saved: the run is further than it was."""
+        """Record that the stage is saved."""
         self._trained = True
 
     def stay_finished(self, stopped: bool) -> bool:
-        """Whether run.json still calls the run finished when a stop, or an error, ends the call now."""
+        """Whether run.json keeps its finished status if a stop or an error ends the call now."""
         return self.finished and not self._trained and not (stopped and self._trains)
 
     def write_state(self, status: str, facts: Mapping[str, Any]) -> None:
-        """Write run.json with this status, unless what it says is more and still true.
+        """Write run.json with this status, unless the file has a more advanced status that still holds.
 
-        `status`: running, failed, stopped (to be gone on with), trained or done.
+        `status`: running, failed, stopped (resumable), trained or done.
         """
         kept = self.finished and not self._trained
         if kept and not self._trains and status not in FINISHED:
@@ -57,9 +57,9 @@ class RunResults(RunState):
         self.write(content)
 
     def write_matrix(self, content: Mapping[str, Any], last: bool) -> None:
-        """Write matrix.json, in the middle of a call (not `last`) only if it has more rows than the one that is there.
+        """Write matrix.json, unless the existing one has more rows.
 
-        One with fewer rows is never written over it.
+        Before the end of a call (not `last`) it is written only if it has more rows than the existing one.
         """
         rows = len(content["accuracy"])
         if rows < self._rows and last:

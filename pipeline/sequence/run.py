@@ -1,4 +1,4 @@
-"""The task sequence: which stage is next, its training, the evaluation after it, and what a restart finds."""
+"""Runs a task sequence: each stage's training and the evaluation after it; a restart resumes at the saved step."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ log = logging.getLogger(__name__)
 
 
 def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = None) -> dict[str, Any]:
-    """Train and evaluate all stages that are not done yet and return the content of matrix.json and the run's folder.
+    """Train and evaluate all unfinished stages; returns the content of matrix.json and the run's folder.
 
     Args:
-        recipe: the run's recipe; its folder says whether the run is new or goes on.
+        recipe: the run's recipe; the state of its run folder determines whether the run starts or resumes.
         stages: "train" leaves out the evaluation, "evaluate" the training; None does both.
-        until: number of the last stage to do; None: all.
+        until: number of the last stage; None: all stages.
 
     Raises:
         UserError: wrong input.
         DivergedError: a loss is not a finite number.
         Interrupted: a signal asked to stop.
     """
-    require_extras("train", *recipe.tracking.extras)  # rather than an import that fails in the middle of the run
+    require_extras("train", *recipe.tracking.extras)  # otherwise an import would fail in the middle of the run
     train, evaluate = stages != "evaluate", stages != "train"
     with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe.train, world.size)) as here:
         recipe = on_main(here.world, lambda: as_recorded(recipe, here.path))
         run = open_run(recipe, here)
         todo = list(enumerate(run.stages[:until]))
-        # Everything that can be refused is looked at before anything is written.
+        # Verify every finished stage before anything is written.
         finished = on_main(here.world, lambda: [run.files.load(*place) is not None for place in todo])
         tracker = together(lambda: make_tracker(sequence_facts(recipe), here.path, here.world.rank))
         if recipe.train.projector == "trained":
@@ -91,6 +91,6 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
-    """Fill in what is missing of a run's accuracy matrix from its finished stages."""
+    """Compute the missing rows of a run's accuracy matrix from its finished stages."""
     recipe = load_run(run)
     return run_sequence(recipe.model_copy(update={"run_dir": str(run)}), stages="evaluate")

@@ -1,4 +1,4 @@
-"""The training of one stage, from the values it starts with or is resumed with to its files."""
+"""Trains one stage, from its initial or resumed values to its finished folder."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """A stage that was trained: its files as they lie in the run folder, the logged steps, and how long it took."""
+    """A trained stage: its checkpoint in the run folder, the logged steps, and the time it took."""
 
     checkpoint: StageCheckpoint
     history: list[Progress]
-    seconds: float  # with those of earlier attempts
+    seconds: float  # including earlier attempts
 
 
 class StageTrainer:
-    """Trains the stages of a run, each once, with one engine.
+    """Trains the stages of a run with one engine.
 
     Args:
-        recipe: its sections method, train and data say what a stage does.
-        session: the ranks that train, and whether they were asked to stop.
-        engine: gives the training engine, when the first stage needs it.
+        recipe: the run's recipe (sections method, train and data).
+        session: the ranks, the graceful shutdown and the watchdog.
+        engine: makes the training engine; called when the first stage needs it.
         parts: the training samples of every task, in the order of the recipe's tasks.
-        files: where stages are kept.
-        tracker: takes the numbers of every stage.
+        files: reads and writes the stages' folders.
+        tracker: receives the metrics of every stage.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class StageTrainer:
     def train(
         self, index: int, stage: Stage, pool: PromptPool, begins: Callable[[], object] = lambda: None
     ) -> TrainedStage:
-        """Train a stage from where an earlier attempt left it, or from its start, and save it.
+        """Train a stage from its newest checkpoint or its initial values, and save it.
 
         Args:
             index: the stage's number, 0-based.
             stage: the stage.
-            pool: what the stages before have left; it is not changed.
-            begins: called on every rank just before the first step, within the stage's run of the tracker.
+            pool: the prompt sets of the finished stages; it is not changed.
+            begins: called on every rank before the first step, within the stage's run in the tracker.
 
         Raises:
             DivergedError: a loss is not a finite number.
@@ -146,7 +146,7 @@ class StageTrainer:
         return TrainedStage(checkpoint, history, seconds)
 
     def _batches(self, engine: Engine, index: int, stage: Stage, pool: PromptPool) -> MicroBatches:
-        """The micro-batches of this rank: the stage's samples in its order, each with its earlier prompt sets."""
+        """The micro-batches of this rank: the stage's samples in order, each with its selection of earlier sets."""
         recipe, world, module = self.recipe, self.session.world, engine.module
         parts = [self.parts[task] for task in stage.tasks]
         data = StageData(parts)
@@ -170,13 +170,13 @@ class StageTrainer:
         return MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
 
     def _start(self, engine: Engine, index: int, pool: PromptPool, uses_pool: bool) -> None:
-        """Give the engine the values that the stage starts from; the same on every rank."""
+        """Set the engine to the stage's initial values, identical on every rank."""
         module = engine.module
         module.learner.start_stage(pool.tensors if uses_pool else {})
         engine.restart(module.learner.start(module.lmm, self.recipe.seed, index, pool.newest()))
 
     def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor]) -> State:
-        """What the router keeps of the stage's task: of the learned values, or of its training samples' keys."""
+        """The router's state of the stage's task, from the trained values or from the keys of its training samples."""
         router = self.method.routing.router
         if router is None or router.learned:
             learned: State = engine.module.learner.finish(values)

@@ -1,4 +1,4 @@
-"""The stages of a run as they lie in its folder: finished ones, the one in progress, and what they must agree with."""
+"""The files of a run's stages in its folder: finished stages, and the checkpoints of the stage in progress."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageFiles:
-    """Reads and writes the files of stages; UserError for those that are damaged or of other data or models.
+    """Reads and writes the files of stages; UserError when they are damaged or made with other models or other data.
 
     `data` are name and fingerprint of every task's training samples, `constants` the fingerprints of the models by
-    name: they must be the same for a stage's files to mean the same.
+    name. A stage's meta.json has to match both.
     """
 
     session: Session
@@ -35,25 +35,25 @@ class StageFiles:
     constants: Mapping[str, Any]
 
     def expected(self, stage: Stage) -> dict[str, Any]:
-        """What the files of a stage must say of the models and of the data it was trained on."""
+        """The fingerprints of models and data that a stage's meta.json has to match."""
         return {**self.constants, "data": dict(self.data[task] for task in stage.tasks)}
 
     def load(self, index: int, stage: Stage) -> StageCheckpoint | None:
-        """A finished stage as this rank sees it; None when it still has to be trained. `index` is 0-based."""
+        """A finished stage, read by this rank; None when it has to be trained. `index` is 0-based."""
         checkpoint = load_stage(self.session.path, index, stage.name)
         if checkpoint is not None:
             check_stage(stage_folder(self.session.path, index, stage.name), checkpoint.meta, self.expected(stage))
         return checkpoint
 
     def restore(self, index: int, stage: Stage) -> StageCheckpoint | None:
-        """The same for all ranks, which call it together: what rank 0 sees counts."""
+        """`load` on rank 0, broadcast to all ranks, which call it together."""
         return on_main(self.session.world, lambda: self.load(index, stage))
 
     def begin(self, index: int, stage: Stage, begun: Mapping[str, Any]) -> StepState | None:
-        """The newest checkpoint inside a stage that an earlier attempt did not finish; for rank 0.
+        """The newest checkpoint of an unfinished stage, None where it starts from the beginning; for rank 0.
 
-        Without one that agrees with what is `begun` now (the steps, the earlier sets), what that attempt left is
-        removed: its folder, and evaluations with sets that will be replaced.
+        A checkpoint must have the steps and earlier sets of `begun`. Without such a checkpoint the folder of the
+        earlier attempt is removed, and so are evaluations with sets that will be replaced.
         """
         path = self.session.path
         folder = self.unfinished(index, stage)
@@ -71,13 +71,13 @@ class StageFiles:
         return None
 
     def unfinished(self, index: int, stage: Stage) -> Path:
-        """The folder of a stage while it is trained."""
+        """The folder of a stage in progress."""
         return unfinished_folder(self.session.path, index, stage.name)
 
     def save(self, index: int, stage: Stage, values: dict[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Finish a stage with the values it has learned and `facts` of its training; returns its folder.
+        """Finish a stage with its trained values and `facts` for its meta.json; returns its folder.
 
-        All ranks call it together, and rank 0 writes.
+        All ranks call it together, rank 0 writes.
         """
         session, meta = self.session, {**self.expected(stage), **facts}
         return on_main(session.world, lambda: save_stage(session.path, index, stage.name, values, meta))

@@ -11,9 +11,9 @@ from pipeline.data.texts import Texts
 
 @dataclass(frozen=True)
 class TestSet:
-    """The samples that one task is scored on, and how."""
+    """The test samples of one task, with metric and generation settings."""
 
-    __test__ = False  # not a test case, whatever its name suggests to pytest
+    __test__ = False  # pytest would collect a class whose name starts with Test
 
     name: str
     metric: str
@@ -24,5 +24,5 @@ class TestSet:
 
     @functools.cached_property
     def texts(self) -> Texts:
-        """Question, answer and meta of every sample, read at most once."""
+        """Question, answer and meta of every sample, read once."""
         return Texts(self.data)

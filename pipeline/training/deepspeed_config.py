@@ -1,4 +1,4 @@
-"""What DeepSpeed is configured with: a recipe's DeepSpeed file, and what only the recipe itself may say."""
+"""DeepSpeed's configuration: the recipe's DeepSpeed file, merged with the settings that only the recipe may have."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.errors import UserError, nearest
 from pipeline.files.strict_text import load_json
 from pipeline.training.hpz import with_node_size
 
-AUTO = "auto"  # of train.deepspeed: as the memory plan says, see `pipeline.planning.auto`
+AUTO = "auto"  # value of train.deepspeed that `pipeline.planning.auto` resolves by the memory plan
 # A wheel has the folder inside the package, a checkout at its top.
 DS_CONFIGS = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PROJECT) / "ds_configs"
 ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
-# What only the recipe may say: a second place for any of these would silently win or lose against it.
+# Keys that a DeepSpeed file must not set, and the recipe's fields for them: set twice, one would silently be ignored.
 RECIPE_OWNS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -43,12 +43,16 @@ def accumulation(train: TrainConfig, world_size: int) -> tuple[int, int]:
 
 
 def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int | None = None) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run: the recipe's file plus what the recipe itself decides.
+    """Return the DeepSpeed configuration of a run: the recipe's DeepSpeed file plus the recipe's own settings.
 
-    `auto` that `pipeline.planning.auto` has not replaced is ZeRO-3, as on CPUs. `dtype` is the model's precision,
-    `node` the number of ranks on each node where all ranks know it (see `with_node_size`).
+    Args:
+        train: the recipe's training settings; an unresolved `auto` file is ZeRO-3, as on CPUs.
+        dtype: the model's precision.
+        world_size: the number of ranks.
+        node: the ranks per node, agreed by all ranks; None: from the environment.
 
-    Raises UserError when the file is missing, is not JSON, or sets something that belongs to the recipe.
+    Raises:
+        UserError: the file is missing, is not JSON, or sets a key that belongs to the recipe.
     """
     file = ZERO3 if train.deepspeed == AUTO else train.deepspeed
     config = with_node_size(deepspeed_file(file), world_size, node=node)
@@ -57,25 +61,34 @@ def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int 
 
 
 def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:
-    """Return a DeepSpeed configuration with what a recipe decides: samples per forward, accumulation, precision."""
+    """Return a DeepSpeed configuration with the recipe's settings.
+
+    Args:
+        config: the content of a DeepSpeed file.
+        micro: samples per rank and forward pass.
+        steps: accumulation steps.
+        clip: the largest gradient norm; None: no clipping.
+        dtype: the model's precision.
+    """
     return {
         **_float32_sums(config, dtype),
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "gradient_clipping": clip or 0.0,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # We hand DeepSpeed a plain torch optimizer; with so few trainables its own CPU Adam would gain nothing.
+        # The engine passes a torch optimizer; DeepSpeed's CPU Adam is no faster for so few trainables.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the configuration with gradients summed and sent in float32, unless the file says otherwise.
+    """Return the configuration with gradients accumulated and reduced in float32, unless the file sets a precision.
 
-    DeepSpeed takes the model's precision for both. In bfloat16 a sum over 16 ranks is off by half a percent, over 512
-    by several, and the more of a step's samples are in accumulation, the more is rounded; only the trainables, a few
-    megabytes, have gradients. Without ZeRO, DeepSpeed can only send in float32: it refuses to accumulate in it.
+    DeepSpeed's default for both is the model's precision. In bfloat16 a sum over 16 ranks is off by half a percent,
+    over 512 by several percent, and accumulation rounds once more per micro-batch. The cost of float32 is small: only
+    the trainables, a few megabytes, have gradients. Without ZeRO DeepSpeed reduces in float32 but refuses to accumulate
+    in it.
     """
     if dtype != "bfloat16":
         return config
@@ -86,7 +99,7 @@ def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def deepspeed_file(name: str) -> dict[str, Any]:
-    """Return what a DeepSpeed file says; UserError when it is missing, no JSON, or sets what belongs to the recipe."""
+    """The content of a DeepSpeed file; UserError when it is missing, not JSON, or sets a key of `RECIPE_OWNS`."""
     path, shipped_path = Path(name), DS_CONFIGS.parent / name
     if not path.exists() and shipped_path.exists():
         path = shipped_path
@@ -99,7 +112,7 @@ def deepspeed_file(name: str) -> dict[str, Any]:
     try:
         config = load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}); mend it.") from error
+        raise UserError(f"'{path}' is not JSON ({error}); correct it.") from error
     except UserError as error:
         raise UserError(f"'{path}': {error}.") from None
     if not isinstance(config, dict):

@@ -18,7 +18,7 @@ from pipeline.training.optimizer_state import ADAM, Moments, give_parts, master_
 
 @dataclass(frozen=True)
 class Group:
-    """Trainables with a learning rate of their own; an optimizer's parameter group."""
+    """A parameter group of the optimizer: trainables that share a learning rate."""
 
     parameters: Sequence[nn.Parameter]
     rate: float
@@ -36,7 +36,7 @@ class TrainedModule(Protocol):
 
 
 class Companion(Protocol):
-    """What follows a training step by step with a state of its own, which checkpoints inside a stage hold too."""
+    """An object with a state that is updated after every micro-batch and saved in checkpoints inside a stage."""
 
     def passed(self, values: Callable[[], dict[str, Tensor]]) -> None: ...
 
@@ -62,11 +62,11 @@ class Engine:
 
         Args:
             module: a `TrainedModule` on this rank's device.
-            trainables: the parameters that learn by the names that files have for them.
-            groups: the same parameters by learning rate; DeepSpeed refuses a group without any.
-            make_optimizer: a torch optimizer of parameter groups.
+            trainables: the trainable parameters, by their names in checkpoints.
+            groups: the same parameters by learning rate; DeepSpeed refuses an empty group.
+            make_optimizer: makes a torch optimizer from parameter groups.
             config: DeepSpeed's configuration, with micro-batch and accumulation.
-            moment_kinds: what the optimizer remembers of each trainable, by torch's names.
+            moment_kinds: torch's names of the optimizer's moments per trainable.
         """
         deepspeed = start_deepspeed()
         self.module, self.trainables, self.moment_kinds = module, dict(trainables), moment_kinds
@@ -94,10 +94,10 @@ class Engine:
         return bool(self.module.counts_tokens)
 
     def restart(self, values: Mapping[str, Tensor]) -> None:
-        """Set the trainables (the same values on every rank), and the optimizer as new."""
+        """Set the trainables (the same values on every rank) and reset the optimizer state."""
         self._set_values(values)
-        # Moments and step count of the previous stage must not reach into this one. DeepSpeed hands the step count out
-        # nowhere: it is in the wrapped optimizer's state alone.
+        # Reset moments and step count of the previous stage. DeepSpeed has no interface for the step count, which is
+        # only in the state of the wrapped optimizer (docs/design.md 7.1).
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         for state in inner.state.values():
             for key, value in state.items():
@@ -108,12 +108,12 @@ class Engine:
         self.engine.train()
 
     def resume(self, values: Mapping[str, Tensor], step: int, moments: Moments) -> None:
-        """Go on with a stage that was restarted: trainables and moments as they were after `step` optimizer steps."""
+        """Resume a stage: set trainables and moments to those after `step` optimizer steps."""
         self._set_values(values)
         write_moments(self, step, moments)
 
     def rest(self) -> dict[str, Tensor]:
-        """What else, beside trainables and moments, the next steps depend on; the same on every rank."""
+        """The companion's state, which the next steps depend on besides trainables and moments; equal on every rank."""
         return {} if self.companion is None else self.companion.state()
 
     def values(self) -> dict[str, Tensor]:
@@ -121,34 +121,34 @@ class Engine:
         return {name: self._value(parameter) for name, parameter in self.trainables.items()}
 
     def scale_learning_rates(self, factor: float) -> None:
-        """Learning rates of the next optimizer step: each group's own rate times `factor`."""
+        """Set the learning rates of the next optimizer step to each group's rate times `factor`."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
     def accumulate(self, batch: Any, normaliser: Normaliser) -> Tensor:
-        """Forward and backward of one micro-batch; returns its loss terms in the order of `term_names`."""
+        """Forward and backward pass of one micro-batch; returns its loss terms [K] in the order of `term_names`."""
         loss, terms = self.engine(batch, normaliser)
         self.engine.backward(loss)
         return torch.stack([terms[name] for name in self.term_names])
 
     def total(self, terms: Sequence[float]) -> float:
-        """The loss that is minimised, from its terms."""
+        """The total loss from its terms."""
         loss: float = self.module.total(terms)
         return loss
 
     def step(self) -> None:
-        """Count the micro-batch; the last one of a step updates the trainables."""
+        """Count the micro-batch; after the last one of an optimizer step DeepSpeed updates the trainables."""
         self.engine.step()
         if self.companion is not None:
             self.companion.passed(self.values)
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping, where DeepSpeed computed it."""
+        """Norm of the last step's gradient before clipping; None where DeepSpeed did not compute it."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def _value(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 master where there is one, else the parameter itself."""
+        """The float32 master of a parameter where there is one, else the parameter itself, on the CPU."""
         from deepspeed.utils import safe_get_full_fp32_param  # a heavy import, of training alone
 
         master = master_of(self.optimizer, parameter)
@@ -158,7 +158,7 @@ class Engine:
 
     @torch.no_grad()
     def _set_values(self, values: Mapping[str, Tensor]) -> None:
-        """Set masters and working copies: with the master alone the next forward pass would see the old value."""
+        """Set float32 masters and parameters; with the master alone the next forward pass would use the old value."""
         for name, parameter in self.trainables.items():
             value = values[name].to(parameter.device)
             master = master_of(self.optimizer, parameter)
@@ -170,7 +170,7 @@ class Engine:
 
 
 def start_deepspeed() -> Any:
-    """DeepSpeed itself, told to be quiet and to use the process group that is there."""
+    """The deepspeed module, initialised with the existing process group and with fewer log messages."""
     import deepspeed  # seconds of imports, which only training needs
 
     logger = logging.getLogger("DeepSpeed")
@@ -183,15 +183,15 @@ def start_deepspeed() -> Any:
 
 
 def _no_news(record: logging.LogRecord) -> bool:
-    """Leave out what DeepSpeed says of every torch optimizer that it does not list; ours are tested here."""
+    """Filter out DeepSpeed's warning about torch optimizers that it does not list; those used here are tested."""
     return "untested optimizer" not in record.getMessage()
 
 
 def gather_layer_by_layer(module: nn.Module) -> None:
-    """Let ZeRO-3 fetch each encoder and decoder layer in one piece, not weight by weight.
+    """Make ZeRO-3 gather each encoder and decoder layer as a whole, not submodule by submodule.
 
-    The layers are those transformers names as not to be split. With hooks on every submodule a step of a small model
-    spends more time in hooks and tiny gathers than in arithmetic: fewer pieces made it 1.5 times as fast.
+    The layers are those in transformers' `_no_split_modules`. With hooks on every submodule a step of a small model
+    spends more time in hooks and small gathers than in arithmetic; whole layers made it 1.5 times as fast.
     """
     from deepspeed.utils import set_z3_leaf_modules  # a heavy import, of training alone
 
@@ -200,7 +200,7 @@ def gather_layer_by_layer(module: nn.Module) -> None:
 
 
 def _skip_compiled_collectives() -> None:
-    """Keep DeepSpeed on CPUs from compiling its own collectives for minutes: gloo serves tensors this small."""
+    """Keep DeepSpeed on CPUs from compiling its own collectives for minutes; gloo suffices for small tensors."""
     import deepspeed.ops  # a heavy import, of training alone
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,7 @@
-"""Secondary shards inside a node (hpZ of ZeRO++, arXiv 2306.10209, section 3.2): which ranks share a copy.
+"""Secondary shards inside a node (hpZ of ZeRO++, arXiv 2306.10209, section 3.2): the number of ranks per copy.
 
-With it every node holds a whole second copy of the weights, divided over its GPUs. Frozen weights never change, so that
-copy stays good: after the first step they are gathered inside the nodes alone.
+With hpZ every node has a second copy of the weights, sharded over its GPUs. Frozen weights never change, so the copy
+stays valid, and weights are gathered inside nodes only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ def with_node_size(
 ) -> dict[str, Any]:
     """Return a DeepSpeed configuration with `auto` replaced by the ranks per node, or by 1 (off) on a single node.
 
-    `node` is that number where all ranks know it (`agreed_node_size` of pipeline.ranks.world), None to go by the
-    environment. Raises UserError for a number that does not divide the ranks.
+    Args:
+        config: a DeepSpeed configuration.
+        world_size: the number of ranks.
+        env: the environment variables, from which the ranks per node are read if `node` is None.
+        node: the ranks per node, agreed by all ranks (`pipeline.ranks.world.agreed_node_size`).
+
+    Raises:
+        UserError: a number that does not divide the ranks.
     """
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or KEY not in zero:

@@ -1,4 +1,4 @@
-"""The training loop of one stage, on one screen."""
+"""The training loop of one stage or unit; both halves use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAST_GOOD = "last_good.safetensors"
 
 
 class Trained(Protocol):
-    """What the loop needs of an engine: one module with trainables, and an optimizer."""
+    """The interface of engines for the loop: a module with trainables, and an optimizer."""
 
     accumulation: int
 
@@ -52,7 +52,7 @@ class Trained(Protocol):
 
 
 class Loader(Protocol):
-    """The micro-batches of one rank: `accumulation` for each of so many `steps`."""
+    """The micro-batches of one rank: `accumulation` micro-batches for each of `steps` optimizer steps."""
 
     steps: int
     accumulation: int
@@ -68,16 +68,16 @@ class DivergedError(PipelineError):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a stage: where it is kept, and the step from which it goes on."""
+    """One attempt at a stage: its folder, its checkpoints, and the step that it starts after."""
 
-    folder: Path  # takes metrics.jsonl and, if training diverges, the last good values
-    saver: StepSaver | None = None  # keeps the state in between, and when a signal stops the attempt
+    folder: Path  # for metrics.jsonl and, if training diverges, the last finite values
+    saver: StepSaver | None = None  # saves checkpoints during training and on a stop signal
     start: int = 0
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What every rank knows after the backward passes of a step, by one sum over the ranks."""
+    """Losses and decisions of a step on which all ranks agree by one sum over the ranks."""
 
     losses: list[float]  # by term
     stopping: bool  # a rank was asked to stop
@@ -100,16 +100,16 @@ def train_stage(
     attempt: Attempt,
     report: Callable[[Progress], None] | None = None,
 ) -> list[Progress]:
-    """Train the current stage to its end and return what was logged.
+    """Train the current stage to its end and return the logged lines.
 
     Args:
-        engine: the module with the values that the stage starts or is resumed with.
+        engine: the engine, with the initial or resumed values.
         batches: the micro-batches of all steps.
-        config: when to log, and how many loader processes there are.
+        config: how often to log, and the number of loader processes.
         rate: the learning rates by step.
-        session: the ranks, the watchdog, and whether a signal asked to stop.
-        attempt: where the stage is kept and the step to start from.
-        report: is told every line of the log.
+        session: the ranks, the watchdog and the graceful shutdown.
+        attempt: the stage's folder, its checkpoints and the step to start from.
+        report: called with every logged line.
 
     Raises:
         DivergedError: a loss or gradient is not finite; on all ranks.
@@ -143,7 +143,7 @@ def train_stage(
                 history.append(shown.report(engine.total(agreed.losses), named, rate.highest * factor))
                 if report is not None:
                     report(history[-1])
-            if step + 1 < total:  # after the last one the stage's own files follow; who was told to stop does so then
+            if step + 1 < total:  # after the last step the caller saves the stage, and stops before the next one
                 _save_and_stop(step + 1, total, agreed, saver)
     return history
 
@@ -151,7 +151,7 @@ def train_stage(
 def _accumulated(
     engine: Trained, micro_batches: list[Any], normaliser: Normaliser, device: torch.device
 ) -> torch.Tensor:
-    """The loss terms [K] of a step on this rank; the gradients are there then, and the update is still to come."""
+    """Accumulate the gradients of a step, without the update; returns its loss terms [K] on this rank."""
     terms = torch.zeros(len(engine.term_names), device=device)
     for number, batch in enumerate(micro_batches):
         terms += engine.accumulate(batch, normaliser)
@@ -161,7 +161,7 @@ def _accumulated(
 
 
 def _save_and_stop(done: int, total: int, agreed: Agreed, saver: StepSaver | None) -> None:
-    """Save the state after `done` of `total` steps where it is due; Interrupted where a signal asked to stop."""
+    """Save the state after `done` of `total` steps if it is due; raises Interrupted if a signal asked to stop."""
     trouble = saver.save(done) if saver is not None and (agreed.stopping or agreed.saving) else None
     if agreed.stopping:
         place = saver.newest_name() if saver is not None else "the stage's start"
@@ -180,7 +180,7 @@ def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list
 
 
 def _save_last_good(engine: Trained, world: World, folder: Path) -> str:
-    """Keep the trainables as they were before the step that went wrong (nothing has been updated yet); says where."""
+    """Write the trainables before the diverged step, which has not updated them; returns a sentence with the path."""
     values = engine.values()
 
     def write() -> str:
@@ -188,7 +188,7 @@ def _save_last_good(engine: Trained, world: World, folder: Path) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in values.items()}, path)
-        except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
+        except (OSError, SafetensorError) as error:  # a full disk must not replace the error about the loss
             return f" The values before this step could not be kept in {path} ({error})."
         return f" The values before this step are kept in {path}."
 

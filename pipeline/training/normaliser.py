@@ -1,4 +1,4 @@
-"""What the sums of a micro-batch are divided by."""
+"""The divisors of a micro-batch's loss sums (docs/design.md 3.4)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Counts of the whole optimizer step over all ranks, which the sums of a micro-batch are divided by.
+    """The numbers of answer tokens and samples of an optimizer step over all ranks, which divide the loss sums.
 
-    `scale` undoes DeepSpeed's mean over ranks and accumulation steps, so that the step's gradient is that of the
+    `scale` cancels DeepSpeed's mean over ranks and accumulation steps, so that the step's gradient is that of the
     global mean.
     """
 

@@ -1,8 +1,8 @@
-"""What the optimizer remembers of the trainables, whole and in float32, whatever DeepSpeed has made of it.
+"""Read and write the optimizer state of the trainables as full float32 tensors, under every ZeRO stage.
 
-Every ZeRO stage keeps them elsewhere (docs/design.md 7.1): per parameter, per float32 master, or in flat pieces that
-are split over the ranks. Here they have the parameters' names and shapes, so that what was saved on N ranks can be
-given to M.
+DeepSpeed stores moments in different places (docs/design.md 7.1): per parameter, per float32 master, or in flat buffers
+that are split over the ranks. Here they have the parameters' names and shapes, so a state saved on N ranks can be
+loaded on M.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ADAM = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names its two moments
-MOMENTUM = ("momentum_buffer",)  # as torch's SGD names its one
+ADAM = ("exp_avg", "exp_avg_sq")  # torch's names of the two moments of AdamW
+MOMENTUM = ("momentum_buffer",)  # torch's name of SGD's momentum
 Moments = dict[str, dict[str, Tensor]]
 
 
 class Optimised(Protocol):
-    """What is needed of an engine: DeepSpeed's optimizer, the trainables by name, the kinds of moments it keeps."""
+    """The parts of an engine used here: DeepSpeed's optimizer, the trainables by name, the names of the moments."""
 
     optimizer: Any
     trainables: dict[str, nn.Parameter]
@@ -39,16 +39,16 @@ def read_moments(engine: Optimised) -> Moments:
 
 
 def write_moments(engine: Optimised, step: int, moments: Moments) -> None:
-    """Give the optimizer these moments and the number of steps done; all ranks must call it with the same ones."""
+    """Set the optimizer's moments and its number of steps; all ranks must call it with the same values."""
     inner = _inner(engine)
     for owner in _owners(engine):
         state = inner.state[owner]
         for kind in engine.moment_kinds:
-            if state.get(kind) is None:  # torch makes them at the first step, which a new process has not taken
+            if state.get(kind) is None:  # torch creates moments at the first step, which a new process has not taken
                 state[kind] = torch.zeros_like(owner)
         if engine.moment_kinds != ADAM:
             continue
-        # The step count is in no parameter's state that DeepSpeed hands out; without it the bias correction is wrong.
+        # DeepSpeed has no interface for the step count; without it Adam's bias correction would be wrong.
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(float(step))
         else:
@@ -61,10 +61,11 @@ def write_moments(engine: Optimised, step: int, moments: Moments) -> None:
 
 @torch.no_grad()
 def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) -> None:
-    """Give DeepSpeed's parts of a parameter's float32 master, or of its moment `kind`, the values of a whole tensor.
+    """Set this rank's shards of a parameter's float32 master, or of its moment `kind`, from a full tensor.
 
-    All ranks must call it with the same value; without ZeRO it does nothing. ZeRO 3 pads the last rank's part, which
-    DeepSpeed's own function for whole tensors does not reckon with: it fails on 3 ranks, which do not divide 128.
+    All ranks must call it with the same value; without ZeRO it does nothing. ZeRO-3 pads the last rank's shard.
+    DeepSpeed's function for full tensors does not handle this padding: it fails, for example, for 128 values on 3
+    ranks.
     """
     from deepspeed import utils
 
@@ -86,7 +87,7 @@ def give_parts(parameter: nn.Parameter, value: Tensor, kind: str | None = None) 
 
 
 def master_of(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
-    """The float32 master that DeepSpeed's optimizer for bfloat16 without ZeRO keeps in lists of its own."""
+    """The float32 master of a parameter in DeepSpeed's bfloat16 optimizer without ZeRO; None for other optimizers."""
     masters = getattr(optimizer, "fp32_groups", [])
     if not masters:
         return None
@@ -98,9 +99,10 @@ def master_of(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
 
 
 def _link(engine: Optimised) -> None:
-    """Let the parameters' views into ZeRO 1's and 2's flat moments be made, by which they are read and written.
+    """Recreate the parameters' views into the flat moments of ZeRO-1 and ZeRO-2, through which they are accessed.
 
-    DeepSpeed makes them once, after the first parameter group's first step, when the other groups have no moments yet.
+    DeepSpeed creates them once, after the first step of the first parameter group, when the other groups have no
+    moments yet.
     """
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
@@ -113,7 +115,7 @@ def _inner(engine: Optimised) -> Any:
 
 
 def _owners(engine: Optimised) -> list[Tensor]:
-    """The tensors that the wrapped optimizer updates, which its state is kept under."""
+    """The tensors that the wrapped optimizer updates, which are the keys of its state."""
     for flat in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO 3; 1 and 2
         if hasattr(engine.optimizer, flat):
             return list(getattr(engine.optimizer, flat))
@@ -121,7 +123,7 @@ def _owners(engine: Optimised) -> list[Tensor]:
 
 
 def _owner(engine: Optimised, parameter: nn.Parameter) -> Tensor | None:
-    """Without ZeRO: the parameter's float32 master, or itself; with ZeRO None."""
+    """Without ZeRO the parameter's float32 master, or the parameter itself; under ZeRO None."""
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         return None
     master = master_of(engine.optimizer, parameter)
@@ -137,7 +139,7 @@ def _read(engine: Optimised, parameter: nn.Parameter, kind: str) -> Tensor:
     else:
         value = _inner(engine).state[owner].get(kind)
         if value is None:
-            value = torch.zeros_like(owner)  # torch keeps no state for what never had a gradient
+            value = torch.zeros_like(owner)  # torch has no state for parameters that never had a gradient
     return value.detach().float().cpu().clone()
 
 

@@ -1,10 +1,9 @@
-"""Checkpoints inside a stage: everything that the next step depends on, for any number of ranks, whole or not there.
+"""Atomic checkpoints inside a stage, with everything the next step depends on, for any number of ranks.
 
-`stages/NN-task.unfinished/resume/step-00000123/` (of a benchmark `units/NAME.unfinished/...`) holds
-`state.safetensors` (trainables, the optimizer's moments, what else the engine carries, random state of every rank) and
-`state.json` (step, position in the data, what it was trained on, checksums). The folder gets its name when all of it is
-on the disk; a reader checks every byte and takes the one before if anything is off.
-See docs/design.md 3.5 to 3.7 and 7.1.
+`stages/NN-task.unfinished/resume/step-00000123/` (in a benchmark `units/NAME.unfinished/...`) contains
+`state.safetensors` (trainables, optimizer moments, the companion's state, random state of every rank) and `state.json`
+(step, fingerprints of data and models, checksums). The folder is renamed to its name when all of it is on the disk. A
+reader verifies the checksums and skips a damaged checkpoint for the one before (docs/design.md 3.5 to 3.7, 7.1).
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 class DamagedError(PipelineError):
-    """A checkpoint is not whole; the message says what is wrong with it."""
+    """A checkpoint is incomplete or corrupt; the message says in which way."""
 
 
 class RanksDisagreeError(PipelineError):
-    """Ranks that must hold the same values do not; the message names them."""
+    """Ranks have different values of the trainables or the optimizer state; the message names the ranks."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +55,46 @@ class StepState:
     step: int
     values: dict[str, Tensor]  # the trainables by name, float32
     moments: Moments
-    random: list[dict[str, Tensor]]  # per rank that saved: states of torch's generators
+    random: list[dict[str, Tensor]]  # states of torch's generators, for each rank of the run that saved
     meta: dict[str, Any]
     rest: dict[str, Tensor] = field(default_factory=dict)  # the engine's, see `Engine.rest`
 
     @property
     def shared(self) -> dict[str, Tensor]:
-        """All tensors that every rank has alike, by their names in the file."""
+        """All tensors that are equal on every rank, by their names in the file."""
         parts = {"value": self.values, **self.moments, "rest": self.rest}
         return {f"{kind}.{name}": value for kind, part in parts.items() for name, value in part.items()}
 
 
 class StepSaver:
-    """Saves the stage in progress when it is due; the ranks call it together at a step boundary."""
+    """Saves checkpoints of the stage in progress; all ranks call it together at a step boundary."""
 
     def __init__(self, engine: Engine, world: World, folder: Path, config: LoopConfig, facts: dict[str, Any]) -> None:
-        """`folder` is that of the unfinished stage; `facts` go into state.json (`newest` gives them back as meta)."""
+        """Prepare saving; nothing is written yet.
+
+        Args:
+            engine: the engine whose state is saved.
+            world: the ranks.
+            folder: the folder of the unfinished stage.
+            config: how often to save, and how many checkpoints to keep.
+            facts: further content of state.json, which `newest` returns as `StepState.meta`.
+        """
         self.engine, self.world, self.folder, self.config, self.facts = engine, world, folder / RESUME, config, facts
-        self._began = self._last = time.monotonic()  # not the time of day, which may jump
+        self._began = self._last = time.monotonic()  # the system clock may jump
         self._saved: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after `step` steps; ranks may disagree (their clocks do), so one that says so is enough."""
+        """Whether this rank finds a checkpoint due after `step` steps; clocks differ, so the ranks have to agree."""
         if self.config.save_steps is not None and step % self.config.save_steps == 0:
             return True
         minutes = self.config.save_minutes
         return self.world.main and minutes is not None and time.monotonic() - self._last >= 60 * minutes
 
     def save(self, step: int) -> str | None:
-        """Save the state after `step` steps; None, or on all ranks the sentence that says why it was not possible.
+        """Save the state after `step` steps; returns None, or on all ranks the sentence that says why it failed.
 
-        A full disk is no reason to lose a training that goes well: the checkpoints before stay, and the next one may
-        fit again. Raises RanksDisagreeError, on all ranks, rather than save what only one of them has.
+        A failed write, such as on a full disk, does not end the training: earlier checkpoints stay, and the next save
+        may succeed. Raises RanksDisagreeError on all ranks instead of saving a state that differs between ranks.
         """
         engine, random = self.engine, gather_objects(random_state(self.world.device))
         facts = {**self.facts, "seconds": round(self.facts.get("seconds", 0) + time.monotonic() - self._began, 1)}
@@ -98,7 +105,7 @@ class StepSaver:
             raise RanksDisagreeError(
                 f"After step {step} rank {', '.join(map(str, odd))} holds other values than rank 0, which a fault of "
                 "the machine or a method that treats ranks differently can cause. Nothing was saved; the same command "
-                f"goes on from {self.newest_name()}."
+                f"resumes from {self.newest_name()}."
             )
 
         def write() -> str | None:
@@ -115,11 +122,11 @@ class StepSaver:
         self._last = time.monotonic()
         self._saved = self._saved if trouble else step
         if trouble and self.world.main:
-            log.warning("%s Training goes on; %s is the newest.", trouble, self.newest_name())
+            log.warning("%s Training continues; the newest checkpoint is %s.", trouble, self.newest_name())
         return trouble
 
     def newest_name(self) -> str:
-        """The newest checkpoint that this or an earlier attempt wrote, for messages."""
+        """The name of the newest checkpoint of this or an earlier attempt, for messages."""
         found = list(_steps(self.folder))
         return found[-1].name if found else "the stage's start"
 
@@ -127,7 +134,7 @@ class StepSaver:
 def write_step(folder: Path, state: StepState, keep: int) -> Path:
     """Write a checkpoint into `folder` and remove all but the newest `keep`; returns its folder.
 
-    Raises OSError when it cannot be written; nothing that was there before is lost then.
+    Raises OSError when it cannot be written; earlier checkpoints stay then.
     """
     final = folder / f"step-{state.step:08d}"
     work = final.with_name(final.name + UNFINISHED)
@@ -142,7 +149,7 @@ def write_step(folder: Path, state: StepState, keep: int) -> Path:
         write_synced(work / TENSORS, content)
         write_synced(work / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=2).encode() + b"\n")
         sync_folder(work)
-        if final.exists():  # damaged, or trained again after a damaged one
+        if final.exists():  # a damaged one, or one of steps repeated after a damaged one
             _remove(final)
         work.rename(final)
     except OSError:
@@ -155,9 +162,9 @@ def write_step(folder: Path, state: StepState, keep: int) -> Path:
 
 
 def newest(folder: Path) -> StepState | None:
-    """The newest whole checkpoint of an unfinished stage's folder, None when there is none.
+    """The newest intact checkpoint in the folder of an unfinished stage, None when there is none.
 
-    A damaged one costs a warning, and the one before is taken.
+    Damaged checkpoints are skipped with a warning.
     """
     for path in reversed(list(_steps(folder / RESUME))):
         try:
@@ -168,7 +175,7 @@ def newest(folder: Path) -> StepState | None:
 
 
 def read_step(path: Path) -> StepState:
-    """The checkpoint in a folder; raises DamagedError when a single bit of it is not as it was written."""
+    """The checkpoint in a folder; DamagedError when a checksum does not match or a file cannot be read."""
     try:
         meta = json.loads((path / META).read_text("utf-8"))
         content = (path / TENSORS).read_bytes()
@@ -190,7 +197,7 @@ def read_step(path: Path) -> StepState:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of this process's generators, the only ones that training may draw from."""
+    """The states of this process's torch generators, the only ones that training may draw from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["device"] = torch.cuda.get_rng_state(device)
@@ -198,7 +205,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_state(states: list[dict[str, Tensor]], rank: int, device: torch.device) -> None:
-    """Go on with the random numbers of this rank; one that there was not when they were saved goes on with its own."""
+    """Restore the generators of this rank; a rank beyond those that saved keeps its own state."""
     if rank >= len(states):
         return
     torch.set_rng_state(states[rank]["cpu"])
@@ -207,7 +214,7 @@ def restore_random_state(states: list[dict[str, Tensor]], rank: int, device: tor
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of a metrics.jsonl that belong to steps after `step`, or were only half written."""
+    """Remove the lines of a metrics.jsonl that belong to steps after `step` or are incomplete."""
     kept = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -225,20 +232,20 @@ def _steps(folder: Path) -> Iterator[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written or half-removed."""
+    """Remove folders that a killed process was writing or removing."""
     for path in folder.glob(f"step-*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
-    # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint with half its files.
+    # Rename first, so that a kill during the removal leaves no incomplete folder with a checkpoint's name.
     gone = path.with_name(path.name + ".old" + UNFINISHED)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors named `part.name` by part and name."""
+    """Tensors named `part.name`, as {part: {name: tensor}}."""
     found: dict[str, dict[str, Tensor]] = {}
     for whole, value in tensors.items():
         part, _, name = whole.partition(".")
@@ -251,7 +258,7 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """A checksum of tensors in which the two zeros are one: a sum over ranks turns -0 into 0."""
+    """A hash of tensors that treats -0 and 0 as equal, because a sum over ranks turns -0 into 0."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update((tensors[name] + 0.0).contiguous().numpy().tobytes())

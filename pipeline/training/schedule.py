@@ -1,4 +1,4 @@
-"""How long a stage trains, and the learning rate of each of its steps."""
+"""The number of optimizer steps of a stage, and the learning rate of each."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pipeline.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rates of a stage's steps: every rate of the optimizer is multiplied by the step's factor."""
+    """The learning rates of a stage: every rate of the optimizer is multiplied by the step's factor."""
 
-    highest: float  # the rate that is logged, times the factor
+    highest: float  # the base rate, which is logged multiplied by the factor
     factor: Callable[[int], float]  # by step, 0-based
 
 
 def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of a stage."""
+    """The number of optimizer steps of a stage."""
     return config.steps or max(1, round(config.epochs * batches_per_epoch))
 
 
 def schedule(config: TrainConfig, step: int, total: int) -> float:
-    """Factor of the learning rates at a step (0-based): warm-up, then constant, cosine or linear to 0.
+    """The factor of the learning rates at a step (0-based) of `total`: warm-up, then constant, cosine or linear to 0.
 
     The warm-up is linear, or logarithmic as DeepSpeed's WarmupLR, whose first step has rate 0 (docs/design.md 4.9).
     """
