@@ -35,7 +35,8 @@ def start_stage_folder(run: Path, index: int, name: str) -> Path:
 
 def stage_tensors(values: Mapping[str, Tensor], state: State) -> dict[str, Tensor]:
     """The content of a stage's file: the trainables, and what the router keeps of the task."""
-    named = {name if name == PROTOTYPE else STATE + name: value for name, value in state.items()}
+    # Copies: safetensors refuses tensors that share memory, such as views of what a router computed at once.
+    named = {name if name == PROTOTYPE else STATE + name: value.detach().clone() for name, value in state.items()}
     return {**values, **named}
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.cli.recipe_fields import dotted_fields
+from pipeline.clip.recipe import ClipMethodConfig
 from pipeline.config import registry
 from pipeline.config.load import load_recipe
 from pipeline.config.method import method_options
@@ -75,6 +77,12 @@ def test_a_package_that_cannot_be_imported_is_told_to_those_who_name_it() -> Non
 def test_it_is_not_told_of_recipes_that_do_not(override: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         load_recipe("nano", [override])
+
+
+def test_it_is_not_told_of_benchmarks_that_do_not(site: Path) -> None:
+    install(site, "old_package", "import gone", "[continual_prompts.clip_methods]\nold = old_package:Old\n")
+    with pytest.raises(ValidationError, match="per_class belongs to coop; vpt learns one context"):
+        ClipMethodConfig.model_validate({"name": "vpt", "per_class": True})
 
 
 @pytest.mark.usefixtures("broken")

@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.adapter.format import read_adapter
+from pipeline.adapter.registry import CONTENT, register_run
 from pipeline.backbones.lmm_families import family_of
 from pipeline.clip.benchmark.checkpoint import LearnedPrompts, learner_from
 from pipeline.config import registry
@@ -18,6 +20,7 @@ from pipeline.config.method import method_options
 from pipeline.config.task_file import TASK_FILE, read_task_file
 from pipeline.errors import UserError
 from pipeline.methods import make_method
+from pipeline.tracking.tracker import StoredRun
 from tests.adapters import save_adapter, save_models
 
 TARGET = "a_module_of_a_stranger:Rule"
@@ -75,6 +78,23 @@ def test_an_adapter_may_name_a_target_that_the_user_has_registered(
     registry.register("rules", TARGET, TARGET)
     method = make_method(read_adapter(changed(whole, tmp_path / "adapter", selection=TARGET)).meta.method)
     assert type(method.routing.rule).__module__ == stranger
+
+
+def test_a_run_whose_recipe_names_a_target_is_registered(
+    whole: Path, tmp_path: Path, stranger: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Client:
+        def search_model_versions(self, wanted: str) -> list[Any]:
+            asked.append(wanted)
+            return [SimpleNamespace(tags={CONTENT: read_adapter(whole).pool.whole_fingerprint()})]
+
+    monkeypatch.setattr(
+        "pipeline.adapter.registry.export", lambda run, target: changed(whole, target, selection=TARGET)
+    )
+    register_run(StoredRun(Client(), "", "", ""), tmp_path, "small", 0)
+    assert asked == ["name = 'small'"]
 
 
 @pytest.mark.parametrize(
