@@ -55,8 +55,11 @@ def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
     return {"adapter": str(target), "sets": pool.names, "bytes": size}
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's folder; UserError when it is not an adapter, damaged, or of another format."""
+def read_adapter(folder: Path, own: bool = False) -> Adapter:
+    """Read an adapter's folder; UserError when it is not an adapter, damaged, or of another format.
+
+    `own`: this process has written it from a run, whose recipe may name targets.
+    """
     try:
         content = json.loads((folder / META).read_text(encoding="utf-8"))
     except OSError:
@@ -68,7 +71,8 @@ def read_adapter(folder: Path) -> Adapter:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT_VERSION:
         raise UserError(f"{folder} has adapter format {found}, expected {FORMAT_VERSION}; export the run again.")
-    require_registered(folder / META, content.get("method"))
+    if not own:
+        require_registered(folder / META, content.get("method"))
     try:
         meta = Meta.model_validate({**content, "method": of_a_record(content.get("method"))})
     except ValidationError as error:

@@ -50,7 +50,7 @@ def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> Non
     with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
         adapter = Path(folder) / "adapter"
         export(run_path, adapter)
-        pool = read_adapter(adapter).pool
+        pool = read_adapter(adapter, own=True).pool
         # A hash of the values, not of the file: the order of a safetensors header may differ.
         content = pool.whole_fingerprint()
         known = stored.client.search_model_versions(f"name = '{name}'")

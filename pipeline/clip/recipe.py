@@ -132,8 +132,7 @@ class ClipMethodConfig(Section):
         if template is not None and MARK not in template:
             raise ValueError(f"the template '{template}' needs {MARK} where the class name goes")
         if self.per_class and not learner.takes_classes:
-            names = registry.names("clip_methods")
-            able = ", ".join(name for name in names if method_class(name).takes_classes)
+            able = ", ".join(name for name in registry.BUILT_IN["clip_methods"] if method_class(name).takes_classes)
             raise ValueError(f"per_class belongs to {able}; {self.kind} learns one context for all classes")
         if not learner.learns and (self.consistency or self.average):
             raise ValueError(f"{self.kind} learns nothing that could be regularised or averaged")
