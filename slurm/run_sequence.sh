@@ -114,19 +114,19 @@ requeue() {
     # A job that Slurm is ending (cancelled, out of time, making room for another) is COMPLETING already, and would be
     # queued again all the same. Where Slurm itself queues it again, it needs nobody's help.
     if [ "$state" = CANCELLED ]; then
-        echo "stopped: the job was cancelled and what it had done is saved; submit it again to go on." >&2
+        echo "stopped: the job was cancelled and what it had done is saved; submit it again to resume." >&2
     elif [ -n "$state" ] && [ "$state" != RUNNING ]; then
         echo "stopped: Slurm is ending the job (its state is $state) and what it had done is saved; it goes on when" \
             "Slurm queues it again (a preemption, a node that failed), and after scancel when you submit it again." >&2
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
         echo "stopped: the job was started ${MAX_RESTARTS:-100} times again (MAX_RESTARTS in site.env); submit it" \
-            "again to go on." >&2
+            "again to resume." >&2
     elif [[ $shown == *" Requeue=0 "* ]]; then
-        echo "stopped: this job may not be queued again (--no-requeue); submit it again to go on." >&2
+        echo "stopped: this job may not be queued again (--no-requeue); submit it again to resume." >&2
     elif patiently scontrol requeue "$SLURM_JOB_ID"; then
         echo "stopped: the job is queued again and goes on from here." >&2
     else
-        echo "stopped: Slurm does not queue this job again (see the line above); submit it again to go on." >&2
+        echo "stopped: Slurm does not queue this job again (see the line above); submit it again to resume." >&2
     fi
     exit "$STOPPED"
 }

@@ -72,7 +72,7 @@ def learner_of(lmm: LMM, method: Method, key_width: int, trains_projector: bool 
 
 
 def require_learnable(method: Method) -> None:
-    """Raise UserError where the method's router is to be learned from a prompt set that the method has not got."""
+    """Raise UserError where the method's router is learned from a prompt set but the method has none."""
     router = method.routing.router
     if router is not None and router.learned and entry_of(method).insertion is None:
         raise UserError(

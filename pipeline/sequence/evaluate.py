@@ -74,7 +74,7 @@ def evaluate_task(
             count = len(test.data)
             raise Interrupted(
                 f"Stopped by a signal while {test.name} was evaluated, with {count - len(missing) + len(answers)} of "
-                f"{count} answers, which are kept. Run the same command again to go on."
+                f"{count} answers, which are kept. Run the same command again to resume."
             )
     return on_main(world, lambda: opened[0].finish())
 

@@ -46,7 +46,7 @@ class Companion(Protocol):
 class Engine:
     """A module whose trainables keep their shapes, so that a new stage only sets new values.
 
-    `Engine.optimizer` and `Engine.engine` are DeepSpeed's. A `companion` sees the trainables after every micro-batch.
+    `Engine.optimizer` and `Engine.engine` are DeepSpeed's. A `companion` is called after every micro-batch.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ def _save_and_stop(done: int, total: int, agreed: Agreed, saver: StepSaver | Non
         place = saver.newest_name() if saver is not None else "the stage's start"
         raise Interrupted(
             f"Stopped by a signal after step {done} of {total}.{' ' + trouble if trouble else ''} What was finished is "
-            f"kept; run the same command again to go on from {place}."
+            f"kept; run the same command again to resume from {place}."
         )
 
 

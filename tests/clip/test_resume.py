@@ -79,7 +79,7 @@ def test_a_stopped_unit_goes_on_bit_for_bit(
     with signal_in_forward(PromptedCLIP, calls * step), pytest.raises(Interrupted) as told:
         run_benchmark(stopped)
     assert f"after step {step} of {STEPS}. What was finished is kept" in str(told.value)
-    assert f"go on from step-0000000{step}" in str(told.value)
+    assert f"resume from step-0000000{step}" in str(told.value)
     run_benchmark(stopped)
     assert outcome(stopped.run_path, method["name"]) == outcome(whole.run_path, method["name"])
     assert not (unit(stopped.run_path, method["name"]) / "resume").exists()

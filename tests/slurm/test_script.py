@@ -212,7 +212,7 @@ def test_a_job_is_not_queued_again_for_ever(shell: Shell) -> None:
 def test_a_job_that_slurm_will_not_queue_again_says_how_to_go_on(shell: Shell) -> None:
     done = shell.job("nano", SRUN="exit 75", NO_REQUEUE="1")
     assert done.returncode == 75
-    assert "submit it again to go on" in done.stderr
+    assert "submit it again to resume" in done.stderr
 
 
 def signalled(shell: Shell, number: int, ranks: str, *options: str, **environment: str) -> tuple[int, str]:

@@ -59,7 +59,7 @@ def stopped(recipe: Recipe, step: int = 3, **how: Any) -> Recipe:
     """Stop a run by a signal after that step of its second stage."""
     with (
         signal_in_forward(LearnerOnLMM, STEPS + step, **how),
-        pytest.raises(Interrupted, match=f"after step {step} of {STEPS}.*go on from step-0000000{step}"),
+        pytest.raises(Interrupted, match=f"after step {step} of {STEPS}.*resume from step-0000000{step}"),
     ):
         run_sequence(recipe, stages="train")
     return recipe
