@@ -99,5 +99,5 @@ def test_gradients_are_the_same_however_layers_are_computed(
     assert all(value.grad is None for value in lmm.parameters())
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0])
-        for name, value in found[0][1].items():
-            torch.testing.assert_close(gradients[name], value, msg=name)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(gradients[name], gradient, msg=name)
