@@ -25,6 +25,7 @@ from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles, clip_key_width
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
+from pipeline.planning.workload import Workload
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.sequence.opened import require_fitting
 from pipeline.training.deepspeed_config import AUTO, accumulation, deepspeed_config
@@ -125,21 +126,22 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, d
         return f"not planned: the configuration of '{recipe.model.path}' is not available here"
     tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
     width = data.key_width or clip_key_width(recipe.keys) or ASSUMED_KEY_WIDTH
-    recipe, note = _resolved(recipe, ranks, width, built, tokens)
-    plan = findings.memory = plan_memory(recipe, ranks, width, built, tokens)
+    work = Workload.of(recipe, width)
+    train, note = _resolved(work, ranks, built, tokens)
+    plan = findings.memory = plan_memory(work.trained_with(train), ranks, built, tokens)
     return peak(plan) + note + known
 
 
-def _resolved(recipe: Recipe, ranks: int, width: int, built: nn.Module, tokens: Tokens) -> tuple[Recipe, str]:
-    """The recipe with its `auto` settings resolved for this machine, and a note about them."""
-    train = recipe.train
+def _resolved(work: Workload, ranks: int, built: nn.Module, tokens: Tokens) -> tuple[TrainConfig, str]:
+    """The training settings with `auto` resolved for this machine, and a note about them."""
+    train = work.train
     if AUTO not in (train.deepspeed, train.checkpointing):
-        return recipe, ""
+        return train, ""
     if torch.cuda.is_available():
-        chosen = fit_to_memory(recipe, ranks, width, built, tokens, gpu_memory(torch.device("cuda", 0)))
-        return chosen, f"; auto: {chosen.train.deepspeed}, checkpointing {chosen.train.checkpointing}"
-    chosen = without_gpus(recipe)
+        chosen = fit_to_memory(work, ranks, built, tokens, gpu_memory(torch.device("cuda", 0)))
+        return chosen, f"; auto: {chosen.deepspeed}, checkpointing {chosen.checkpointing}"
+    chosen = without_gpus(train)
     if train.deepspeed != AUTO:
         return chosen, ""
-    least = amount(least_for_zero2(recipe, ranks, width, built, tokens))
-    return chosen, f"; auto: {chosen.train.deepspeed} without GPUs, ZeRO-2 on GPUs of {least} or more"
+    least = amount(least_for_zero2(work, ranks, built, tokens))
+    return chosen, f"; auto: {chosen.deepspeed} without GPUs, ZeRO-2 on GPUs of {least} or more"

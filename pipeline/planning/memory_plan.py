@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.recompute import recomputed_layers
-from pipeline.config.recipe import Recipe
+from pipeline.config.method import MethodOptions
 from pipeline.methods import make_method
 from pipeline.planning.model_shape import (
     LinearShape,
@@ -25,6 +25,7 @@ from pipeline.planning.model_shape import (
     number_in,
 )
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
+from pipeline.planning.workload import Workload
 from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.parts.low_rank import ending_in
@@ -36,15 +37,12 @@ AHEAD = 4  # micro-batches that each loader process prepares ahead, see `pipelin
 ASSUMED_TEXT, ASSUMED_ANSWER = 128, 16
 
 
-def plan_memory(
-    recipe: Recipe, ranks: int, key_width: int, model: nn.Module, tokens: Tokens, node: int | None = None
-) -> MemoryPlan:
+def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, node: int | None = None) -> MemoryPlan:
     """Plan the memory of a run.
 
     Args:
-        recipe: the recipe, without `auto` settings.
+        work: what is trained and generated, without `auto` settings.
         ranks: number of GPUs.
-        key_width: width of the CLIP keys.
         model: the frozen model on the meta device (`meta_model`).
         tokens: lengths of the sample to plan for.
         node: GPUs on each node; None: as on this machine.
@@ -52,25 +50,25 @@ def plan_memory(
     Raises UserError where the batch size does not fit the ranks, or for the DeepSpeed file (see `accumulation`,
     `deepspeed_config`).
     """
-    element = DTYPES[recipe.model.dtype].itemsize
-    zero = Zero.of(deepspeed_config(recipe.train, recipe.model.dtype, ranks, node), ranks, element)
+    element = DTYPES[work.model.dtype].itemsize
+    zero = Zero.of(deepspeed_config(work.train, work.model.dtype, ranks, node), ranks, element)
     stage = zero.stage
-    projector_learns = recipe.train.projector == "trained"
+    projector_learns = work.train.projector == "trained"
     shape = model_shape(model, projector_learns)
-    groups = trainable_groups(recipe, shape, key_width, projector_learns)
-    micro, _ = accumulation(recipe.train, ranks)
-    method = make_method(recipe.method)
-    inserted = method.routing.rule.most(len(recipe.data.tasks)) * method.prompt_length
+    groups = trainable_groups(work.method, shape, work.key_width, projector_learns)
+    micro, _ = accumulation(work.train, ranks)
+    method = make_method(work.method)
+    inserted = method.routing.rule.most(work.tasks) * method.prompt_length
     length = tokens.image + tokens.text + tokens.answer + inserted
-    length = min(length, recipe.model.max_length + inserted)
+    length = min(length, work.model.max_length + inserted)
 
     weights, weights_note = zero.frozen(shape.frozen, shape.buffers)
     held, gradients, optimizer = zero.trained(groups, states=2)
     window, window_note = zero.window(shape.frozen, shape.fetched, [size for group in groups for size in group])
-    activations = training_activations(recipe, shape, micro, length, tokens, element, stage)
+    activations = training_activations(work, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     replica = whole if stage == 3 else 0
-    generation = generation_memory(recipe, shape, length, tokens, element)
+    generation = generation_memory(work, shape, length, tokens, element)
     trained = sum(map(sum, groups))
     return MemoryPlan(
         ranks,
@@ -82,7 +80,7 @@ def plan_memory(
                 "activations",
                 activations,
                 generation,
-                f"training {micro} x {length} tokens ({tokens.source}); generating {recipe.evaluate.batch} at once",
+                f"training {micro} x {length} tokens ({tokens.source}); generating {work.answers} at once",
             ),
             Entry("trainables", held, held, f"{in_words(trained)} parameters"),
             Entry("gradients", gradients, gradients, "with the reduction buffer"),
@@ -94,17 +92,19 @@ def plan_memory(
                 "the complete frozen model" if replica else "the training model itself generates",
             ),
         ),
-        waiting=_waiting(recipe, micro, tokens),
+        waiting=_waiting(work, micro, tokens),
     )
 
 
-def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projector_learns: bool) -> list[list[int]]:
+def trainable_groups(
+    options: MethodOptions, shape: ModelShape, key_width: int, projector_learns: bool
+) -> list[list[int]]:
     """Numbers of elements of the trained parameters, by optimizer group."""
-    method, width = make_method(recipe.method), shape.text.hidden_size
-    updated = updated_linears(recipe, shape)
+    method, width = make_method(options), shape.text.hidden_size
+    updated = updated_linears(options, shape)
     groups = [[method.prompt_length * width]] if method.prompt_length else []
     if updated:
-        rank = recipe.method.rank  # type: ignore[attr-defined]
+        rank = options.rank  # type: ignore[attr-defined]
         groups.append([rank * size for layer in updated for size in (layer.inputs, layer.outputs)])
     router = method.routing.router
     if router is not None and router.learned:
@@ -114,17 +114,17 @@ def trainable_groups(recipe: Recipe, shape: ModelShape, key_width: int, projecto
     return [*groups, shape.projector] if projector_learns else groups
 
 
-def updated_linears(recipe: Recipe, shape: ModelShape) -> list[LinearShape]:
+def updated_linears(options: MethodOptions, shape: ModelShape) -> list[LinearShape]:
     """The decoder's linear layers that get low-rank updates; [] for a method without them.
 
     Raises UserError for a target of the method that names no layer.
     """
     linears = {linear.name: linear for linear in shape.linears}
-    return [linears[name] for name in ending_in(getattr(recipe.method, "targets", ()), linears)]
+    return [linears[name] for name in ending_in(getattr(options, "targets", ()), linears)]
 
 
 def training_activations(
-    recipe: Recipe, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int, stage: int = 0
+    work: Workload, shape: ModelShape, batch: int, length: int, tokens: Tokens, element: int, stage: int = 0
 ) -> int:
     """Bytes of a micro-batch's activations that are stored for the backward pass, plus one layer's backward.
 
@@ -149,17 +149,17 @@ def training_activations(
     attention = heads * head_size(text)
     gates = 2 if shape.gates_kept_once else 3
     per_token, per_key = 2 * FLOAT32 * width + (attention + gates * inner) * element, 2 * attention * element
-    if recipe.model.attn_implementation == "eager":
+    if work.model.attn_implementation == "eager":
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
     else:
         per_token += (attention + length) * element + heads * FLOAT32
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
         per_token += (2 * width + attention + inner) * element
     else:  # inputs that the gradients of low-rank updates need
-        read = dict(layer.reads for layer in updated_linears(recipe, shape))
+        read = dict(layer.reads for layer in updated_linears(work.method, shape))
         per_token += sum(read.values()) * element // text.num_hidden_layers
-    again = recomputed_layers(recipe.train.checkpointing, text.num_hidden_layers)
-    two_passes = make_method(recipe.method).insertion == "after_image"
+    again = recomputed_layers(work.train.checkpointing, text.num_hidden_layers)
+    two_passes = make_method(work.method).insertion == "after_image"
     own = length - tokens.image * two_passes  # tokens with gradients
     layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
     kept = batch * (layers + own * FLOAT32 * width)
@@ -170,19 +170,18 @@ def training_activations(
     return kept + logits + projected + _vision(shape, batch, tokens, element)
 
 
-def generation_memory(recipe: Recipe, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
+def generation_memory(work: Workload, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
     """Bytes of the key-value cache at the end of the longest answers, and of one layer of the prefill."""
-    text, batch = shape.text, recipe.evaluate.batch
-    answer = max(task.max_new_tokens for task in recipe.data.tasks)
-    cache = batch * (length + answer) * 2 * key_value_width(text) * text.num_hidden_layers * element
+    text, batch = shape.text, work.answers
+    cache = batch * (length + work.answer_length) * 2 * key_value_width(text) * text.num_hidden_layers * element
     layer = batch * length * (6 * text.hidden_size + 3 * intermediate_size(text)) * element
     return cache + layer + _vision(shape, batch, tokens, element)
 
 
-def _waiting(recipe: Recipe, micro: int, tokens: Tokens) -> int:
+def _waiting(work: Workload, micro: int, tokens: Tokens) -> int:
     """Bytes of pixels in float32 that the loader processes of a rank hold at once."""
-    training = recipe.train.workers * AHEAD * micro
-    return max(training, recipe.evaluate.batch) * tokens.values * FLOAT32
+    training = work.train.workers * AHEAD * micro
+    return max(training, work.answers) * tokens.values * FLOAT32
 
 
 def _vision(shape: ModelShape, batch: int, tokens: Tokens, element: int) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import load_recipe
-from pipeline.config.recipe import Recipe
 from pipeline.methods import make_method
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.plan import GIB, MemoryPlan, Tokens
+from pipeline.planning.workload import Workload
 from pipeline.ranks.environment import USUAL_NODE
 
 if TYPE_CHECKING:
@@ -114,19 +114,19 @@ def models() -> Iterator[tuple[str, nn.Module]]:
             yield name, LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
 
 
-def plan(recipe: Recipe, model: nn.Module, ranks: int, deepspeed: str) -> MemoryPlan:
-    """Return the memory plan of a recipe on `ranks` GPUs with `MICRO_BATCH` samples each."""
-    train = recipe.train.model_copy(
+def plan(work: Workload, model: nn.Module, ranks: int, deepspeed: str) -> MemoryPlan:
+    """Return the memory plan of a workload on `ranks` GPUs with `MICRO_BATCH` samples each."""
+    train = work.train.model_copy(
         update={"global_batch": MICRO_BATCH * ranks, "micro_batch": MICRO_BATCH, "deepspeed": deepspeed}
     )
-    return plan_memory(recipe.model_copy(update={"train": train}), ranks, KEY_WIDTH, model, TOKENS)
+    return plan_memory(work.trained_with(train), ranks, model, TOKENS)
 
 
 def main() -> None:
     """Print the tables."""
-    recipe = load_recipe("coin_llava15_7b")
-    method = make_method(recipe.method)
-    prompts = method.routing.rule.most(len(recipe.data.tasks)) * method.prompt_length
+    work = Workload.of(load_recipe("coin_llava15_7b"), KEY_WIDTH)
+    method = make_method(work.method)
+    prompts = method.routing.rule.most(work.tasks) * method.prompt_length
     tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + prompts)
     built = list(models())
     print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | evaluation GiB |")
@@ -134,7 +134,7 @@ def main() -> None:
     for name, model in built:
         weights = sum(p.nbytes for p in model.parameters())
         for ranks in RANKS:
-            plans = [plan(recipe, model, ranks, file) for file in (ZERO2, ZERO3, HPZ)]
+            plans = [plan(work, model, ranks, file) for file in (ZERO2, ZERO3, HPZ)]
             used = " | ".join(f"{found.training / GIB:.1f}" for found in plans)
             print(f"| {name} | {weights / GIB:.1f} | {ranks} | {used} | {plans[2].evaluation / GIB:.1f} |")
     print()
@@ -143,7 +143,7 @@ def main() -> None:
     for name, model in built:
         weights, count = sum(p.nbytes for p in model.parameters()), sum(p.numel() for p in model.parameters())
         for ranks in RANKS:
-            trained = plan(recipe, model, ranks, ZERO2).bytes_of("trainables")
+            trained = plan(work, model, ranks, ZERO2).bytes_of("trainables")
             for hpz in (False, True) if ranks > USUAL_NODE else (False,):
                 cost = step(weights, count, trained, ranks, USUAL_NODE, hpz, tokens)
                 times = " | ".join("{:.2f} - {:.2f}".format(*cost.seconds(hardware)) for hardware in (WIDE, NARROW))

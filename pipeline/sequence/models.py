@@ -13,6 +13,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.sample import Sample
 from pipeline.planning.auto import resolve_auto
 from pipeline.planning.memory_plan import KEEP_REPLICA_BYTES
+from pipeline.planning.workload import Workload
 from pipeline.prompts.parts.projector import load_projector
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.watchdog import Watchdog
@@ -90,7 +91,9 @@ class Models:
     def _resolve_auto(self) -> int:
         """Resolve the recipe's `auto` settings; returns the ranks per node. All ranks call it."""
         node = agreed_node_size()
-        self.recipe = resolve_auto(self.recipe, self.world, self.key_width, self._samples, node)
+        work = Workload.of(self.recipe, self.key_width)
+        train = resolve_auto(work, self.recipe.data.cuts, self.world, self._samples, node)
+        self.recipe = self.recipe.model_copy(update={"train": train})
         return node
 
     @property

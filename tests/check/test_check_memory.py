@@ -15,6 +15,7 @@ from pipeline.backbones.gated import gates_kept_once
 from pipeline.planning.memory_plan import ModelShape, plan_memory, training_activations
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
+from pipeline.planning.workload import Workload
 from tests import tiny
 from tests.processes import torchrun
 from tests.training.worlds import KEY_WIDTH, make_recipe
@@ -56,7 +57,7 @@ def test_weights_trainables_and_optimizer_are_what_a_run_allocates(
     found = held(tmp_path, llava, ranks, runs)
     for name, changes in runs.items():
         recipe = make_recipe(llava, **changes)
-        plan = plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe.model), TOKENS)
+        plan = plan_memory(Workload.of(recipe, KEY_WIDTH), ranks, meta_model(recipe.model), TOKENS)
         for part, size in found[name].items():
             planned = plan.bytes_of(part)
             assert abs(planned - size) <= TOLERANCE * size, f"{ranks} ranks, {name}: {part} {planned}, held {size}"
@@ -102,7 +103,7 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
     recipe = make_recipe("none", model__attn_implementation=attention)
     shape = ModelShape([], [], 0, [], config, None, gates_kept_once=True)
     tokens = Tokens(image=0, text=length, answer=0, source="")
-    planned = training_activations(recipe, shape, batch, length, tokens, dtype.itemsize)
+    planned = training_activations(Workload.of(recipe, KEY_WIDTH), shape, batch, length, tokens, dtype.itemsize)
     # The plan has one layer more, that of the backward pass at work.
     final_norm = 4 * batch * length * 128
     planned = (planned - final_norm) * layers // (layers + 1) + final_norm
@@ -112,7 +113,7 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
 def test_ranks_share_the_weights_only_under_zero_3(llava: Path) -> None:
     def weights(stage: int, ranks: int) -> int:
         recipe = make_recipe(llava, train__deepspeed=f"ds_configs/zero{stage}.json", train__global_batch=8)
-        return plan_memory(recipe, ranks, KEY_WIDTH, meta_model(recipe.model), TOKENS).bytes_of("weights")
+        return plan_memory(Workload.of(recipe, KEY_WIDTH), ranks, meta_model(recipe.model), TOKENS).bytes_of("weights")
 
     assert weights(2, 8) == weights(2, 1)
     assert weights(3, 8) < weights(3, 1) / 7
@@ -122,7 +123,7 @@ def test_ranks_share_the_weights_only_under_zero_3(llava: Path) -> None:
 def test_generating_needs_a_whole_model_only_under_zero_3(llava: Path) -> None:
     def replica(stage: int) -> int:
         recipe = make_recipe(llava, train__deepspeed=f"ds_configs/zero{stage}.json")
-        entries = plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), TOKENS).entries
+        entries = plan_memory(Workload.of(recipe, KEY_WIDTH), 1, meta_model(recipe.model), TOKENS).entries
         return next(entry.evaluation for entry in entries if entry.name == "evaluation replica")
 
     assert replica(2) == 0
@@ -137,7 +138,9 @@ def test_the_window_is_the_largest_layer_what_is_reused_soon_and_what_is_prefetc
         stage3 = {f"stage3_{name}": value for name, value in settings.items()}
         file.write_text(json.dumps({"zero_optimization": {"stage": 3, **stage3}}))
         recipe = make_recipe(llava, train__deepspeed=str(file))
-        return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), TOKENS).bytes_of("gathered window")
+        return plan_memory(Workload.of(recipe, KEY_WIDTH), 1, meta_model(recipe.model), TOKENS).bytes_of(
+            "gathered window"
+        )
 
     none = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
     layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32  # attention, MLP and norms of a decoder layer

@@ -14,6 +14,7 @@ from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.out_of_memory import out_of_memory_advice
 from pipeline.planning.plan import Tokens
+from pipeline.planning.workload import Workload
 from tests.backbones.tiny_families import FAMILIES
 from tests.planning.test_sample_lengths import png
 from tests.training.worlds import make_recipe
@@ -22,7 +23,7 @@ KEY_WIDTH = 12
 
 
 def activations(recipe: Recipe, tokens: Tokens) -> int:
-    return plan_memory(recipe, 1, KEY_WIDTH, meta_model(recipe.model), tokens).bytes_of("activations")
+    return plan_memory(Workload.of(recipe, KEY_WIDTH), 1, meta_model(recipe.model), tokens).bytes_of("activations")
 
 
 FORMS = [("internvl", (128, 32)), ("llava_next", (64, 64)), ("qwen2_5_vl", (96, 96))]
@@ -42,8 +43,8 @@ def test_the_plan_counts_what_the_vision_tower_sees_of_the_largest_image(tmp_pat
 def test_evaluation_that_does_not_fit_is_told_with_the_field_that_helps(tmp_path, caplog):
     recipe = make_recipe(FAMILIES["llava"](tmp_path), train__deepspeed="auto", evaluate__batch=100000)
     model = meta_model(recipe.model)
-    chosen = fit_to_memory(recipe, 1, KEY_WIDTH, model, Tokens(16, 20, 4, "given"), 2 * GIB)
-    assert chosen.train.deepspeed.endswith("zero2.json")
+    chosen = fit_to_memory(Workload.of(recipe, KEY_WIDTH), 1, model, Tokens(16, 20, 4, "given"), 2 * GIB)
+    assert chosen.deepspeed.endswith("zero2.json")
     assert "lower evaluate.batch" in caplog.text
 
 

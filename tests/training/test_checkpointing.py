@@ -22,6 +22,7 @@ from pipeline.planning.auto import ESTIMATED, KEPT_FREE, POLICIES, fit_to_memory
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
+from pipeline.planning.workload import Workload
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import init_world
 from pipeline.sequence.engine import lmm_engine
@@ -68,16 +69,16 @@ def test_selective_recomputes_every_second_layer() -> None:
 def test_auto_recomputes_as_little_as_fits_into_the_memory(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="ds_configs/zero2.json")
     model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
-    needed = {}
+    needed, work = {}, Workload.of(recipe, KEY_WIDTH)
     for policy in POLICIES:
         train = recipe.train.model_copy(update={"checkpointing": policy})
-        plan = plan_memory(recipe.model_copy(update={"train": train}), 1, KEY_WIDTH, model, tokens)
+        plan = plan_memory(work.trained_with(train), 1, model, tokens)
         needed[policy] = plan.training
     assert needed["none"] > needed["selective"] > needed["full"]
 
     def chosen(bytes_free: float) -> str:
         memory = int(KEPT_FREE + bytes_free / ESTIMATED)
-        return fit_to_memory(recipe, 1, KEY_WIDTH, model, tokens, memory).train.checkpointing
+        return fit_to_memory(work, 1, model, tokens, memory).checkpointing
 
     for policy in POLICIES:
         assert chosen(needed[policy] + 64) == policy
@@ -95,11 +96,13 @@ def test_auto_is_zero2_where_the_run_fits_into_the_memory_with_it_and_else_zero3
     recipe = make_recipe(llava, train__deepspeed="auto", train__global_batch=8)
     model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
 
+    work = Workload.of(recipe, KEY_WIDTH)
+
     def chosen(memory: int) -> tuple[str, str]:
-        train = fit_to_memory(recipe, 8, KEY_WIDTH, model, tokens, memory).train
+        train = fit_to_memory(work, 8, model, tokens, memory)
         return train.deepspeed, train.checkpointing
 
-    least = least_for_zero2(recipe, 8, KEY_WIDTH, model, tokens)
+    least = least_for_zero2(work, 8, model, tokens)
     assert chosen(1 << 40) == ("ds_configs/zero2.json", "none")
     assert chosen(least + 64) == ("ds_configs/zero2.json", "full")
     assert chosen(least - 64)[0] == "ds_configs/zero3.json"
@@ -110,11 +113,12 @@ def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fi
     recipe = load_recipe("coin_llava15_7b", ["train.global_batch=16", "train.micro_batch=1"])
     assert recipe.train.deepspeed == TrainConfig.model_fields["deepspeed"].default == "auto"
     _, model = next(scaling.models())
+    work = Workload.of(recipe, scaling.KEY_WIDTH)
 
     def chosen(memory: int, node: int) -> str:
-        return fit_to_memory(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS, memory, node).train.deepspeed
+        return fit_to_memory(work, 16, model, scaling.TOKENS, memory, node).deepspeed
 
-    least = least_for_zero2(recipe, 16, scaling.KEY_WIDTH, model, scaling.TOKENS)
+    least = least_for_zero2(work, 16, model, scaling.TOKENS)
     assert chosen(least + 64, 8) == "ds_configs/zero2.json"
     assert chosen(least - 64, 8) == "ds_configs/zero3_multinode.json"
     for node in (16, 1, 6):  # one node; nodes that differ; nodes that are not full
@@ -125,9 +129,9 @@ def test_auto_keeps_a_copy_of_the_weights_on_each_of_several_nodes_where_that_fi
 def test_what_is_given_is_not_chosen(llava: Path) -> None:
     recipe = make_recipe(llava, train__deepspeed="auto", train__checkpointing="selective")
     model, tokens = meta_model(recipe.model), Tokens(image=576, text=128, answer=16, source="given")
-    assert fit_to_memory(recipe, 1, KEY_WIDTH, model, tokens, 1 << 40).train.checkpointing == "selective"
+    assert fit_to_memory(Workload.of(recipe, KEY_WIDTH), 1, model, tokens, 1 << 40).checkpointing == "selective"
     fixed = make_recipe(llava, train__deepspeed="ds_configs/zero0.json")
-    assert fit_to_memory(fixed, 1, KEY_WIDTH, model, tokens, 1).train.deepspeed == "ds_configs/zero0.json"
+    assert fit_to_memory(Workload.of(fixed, KEY_WIDTH), 1, model, tokens, 1).deepspeed == "ds_configs/zero0.json"
 
 
 def test_auto_is_zero3_on_a_cpu(llava: Path) -> None:
@@ -143,7 +147,7 @@ def test_a_run_plans_with_the_longest_samples_and_says_what_it_chose(
     world = dataclasses.replace(init_world(), device=torch.device("cuda", 0))
     monkeypatch.setattr(fitting_module, "gpu_memory", lambda _: 1 << 40)
     with caplog.at_level("INFO"):
-        train = resolve_auto(recipe, world, KEY_WIDTH, lambda: samples).train
+        train = resolve_auto(Workload.of(recipe, KEY_WIDTH), recipe.data.cuts, world, lambda: samples)
     assert (train.deepspeed, train.checkpointing) == ("ds_configs/zero2.json", "none")
     assert "ds_configs/zero2.json" in caplog.text
     assert "the longest sample read" in caplog.text

@@ -15,6 +15,7 @@ from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.planning.memory_plan import Tokens, trainable_groups, training_activations
 from pipeline.planning.model_shape import head_size, meta_model, model_shape
+from pipeline.planning.workload import Workload
 from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
@@ -150,9 +151,9 @@ def test_the_plan_has_the_inputs_that_gradients_of_updates_need(lmm: LMM, llava:
     recipe, plain = make_recipe(llava, method=method), make_recipe(llava, method={"name": "independent"})
     shape, tokens = model_shape(meta_model(recipe.model)), Tokens(image=0, text=100, answer=1, source="")
     length, element = 100, 4
-    more = training_activations(recipe, shape, 1, length, tokens, element)
-    more -= training_activations(plain, shape, 1, length, tokens, element)
+    more = training_activations(Workload.of(recipe, 12), shape, 1, length, tokens, element)
+    more -= training_activations(Workload.of(plain, 12), shape, 1, length, tokens, element)
     layers, heads = shape.text.num_hidden_layers, shape.text.num_attention_heads * head_size(shape.text)
     assert more == (layers + 1) * length * (shape.text.hidden_size + heads) * element
     parameters = sum(value.numel() for value in LowRank(lmm, ATTENTION, RANK, ALPHA).trainables().values())
-    assert sum(map(sum, trainable_groups(recipe, shape, 12, False))) == parameters
+    assert sum(map(sum, trainable_groups(recipe.method, shape, 12, False))) == parameters
