@@ -59,20 +59,21 @@ def prepare_command(
 @app.command("shards")
 def shards_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Write this process's share of the shards; run `join` when all processes have ended."""
-    wrote = share_of.share_shards(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
+    wrote = share_of.share_shards(load_recipe(recipe, overrides or []).data, share_of.Share.parse(share))
     typer.echo(f"share {share}: wrote {wrote} shards")
 
 
 @app.command("join")
 def join_command(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Write the index of the shards that `shards` wrote, and shards that are missing."""
-    typer.echo(f"{share_of.join_shards(load_recipe(recipe, overrides or []))} samples")
+    typer.echo(f"{share_of.join_shards(load_recipe(recipe, overrides or []).data)} samples")
 
 
 @app.command("keys")
 def keys_command(recipe: RecipeName, share: ShareOption = "1/1", overrides: Overrides = None) -> None:
     """Compute this process's share of the CLIP keys; `prepare` then merges and verifies them."""
-    wrote = share_of.share_keys(load_recipe(recipe, overrides or []), share_of.Share.parse(share))
+    loaded = load_recipe(recipe, overrides or [])
+    wrote = share_of.share_keys(loaded.data, loaded.keys, share_of.Share.parse(share))
     typer.echo(f"share {share}: computed the keys of {wrote} shards")
 
 

@@ -26,7 +26,7 @@ from pipeline.files.lock import lock_of, waiting_for
 from pipeline.metrics.scoring import require_metrics
 
 if TYPE_CHECKING:
-    from pipeline.config.data import TaskConfig
+    from pipeline.config.data import DataConfig, TaskConfig
     from pipeline.config.recipe import Recipe
 
 SPLITS = ("train", "test")
@@ -54,17 +54,17 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
         return KeyEncoder(*recipe.keys.source, tf32=True)
 
     rewriting = Rewriting(replace, recipe.run_path.parent)
-    clip = Clip(recipe, identity, encoder, rewriting)
+    clip = Clip(recipe.keys.batch, recipe.data.workers, identity, encoder, rewriting)
     tolerance = Tolerance(recipe.data.skip_bad)
     splits = []
     if gpus > 1:
-        _write_shards_first(recipe, clip, progress)
+        _write_shards_first(recipe.data, clip, progress)
         keys_by_processes(recipe, gpus)
     with progress_bars(progress) as bars:
         for task in recipe.data.tasks:
             for split in SPLITS:
                 known = len(tolerance.skipped)
-                splits.append(_prepare_split(recipe, task, split, clip, tolerance, bars))
+                splits.append(_prepare_split(recipe.data, task, split, clip, tolerance, bars))
                 for record in tolerance.skipped[known:] if progress else ():
                     bars.console.print(f"left out: {record.sentence()}", style="yellow", markup=False, soft_wrap=True)
     skipped = [record.sentence() for record in tolerance.skipped]
@@ -75,7 +75,8 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
 class Clip:
     """The frozen CLIP of a preparation, loaded when it is first needed, and the keys of images that it has encoded."""
 
-    recipe: Recipe
+    batch: int  # of texts and images that are encoded at once
+    workers: int  # threads that decode images
     identity: dict[str, str]
     encoder: Callable[[], KeyEncoder]
     rewriting: Rewriting
@@ -85,15 +86,15 @@ class Clip:
         """Write the keys of a split unless they exist; UserError for keys of another recipe's CLIP."""
         if not self.rewriting.replace:
             refuse_keys_of_another(folder, self.identity)
-        batch, workers = self.recipe.keys.batch, self.recipe.data.workers
-        return write_keys(folder, self.identity, self.encoder, batch, workers, progress, self.known_images)
+        known = self.known_images
+        return write_keys(folder, self.identity, self.encoder, self.batch, self.workers, progress, known)
 
 
 def _prepare_split(
-    recipe: Recipe, task: TaskConfig, split: str, clip: Clip, tolerance: Tolerance, bars: Progress
+    data: DataConfig, task: TaskConfig, split: str, clip: Clip, tolerance: Tolerance, bars: Progress
 ) -> dict[str, Any]:
-    data, name = recipe.data, f"{task.name}/{split}"
-    source, folder = source_split(data, task, split), recipe.data.split_path(task.name, split)
+    name = f"{task.name}/{split}"
+    source, folder = source_split(data, task, split), data.split_path(task.name, split)
     settings = data.split_settings(task, split)
     place = Place(folder, task.name, split, data.shard_samples, data.workers)
     bar = bars.add_task(f"{name}: shards", total=None)
@@ -118,17 +119,17 @@ def _prepare_split(
     return _result(description, wrote)
 
 
-def _write_shards_first(recipe: Recipe, clip: Clip, progress: bool) -> None:
+def _write_shards_first(data: DataConfig, clip: Clip, progress: bool) -> None:
     """Write the shards of all splits before several processes compute their keys."""
-    tolerance = Tolerance(recipe.data.skip_bad)
+    tolerance = Tolerance(data.skip_bad)
     with progress_bars(progress) as bars:
-        for task in recipe.data.tasks:
+        for task in data.tasks:
             for split in SPLITS:
-                source, folder = source_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
-                place = Place(folder, task.name, split, recipe.data.shard_samples, recipe.data.workers)
+                source, folder = source_split(data, task, split), data.split_path(task.name, split)
+                place = Place(folder, task.name, split, data.shard_samples, data.workers)
                 bar = bars.add_task(f"{task.name}/{split}: shards", total=None)
                 with waiting_for(lock_of(folder), f"{task.name}/{split}"):
-                    settings, advance = recipe.data.split_settings(task, split), partial(bars.advance, bar)
+                    settings, advance = data.split_settings(task, split), partial(bars.advance, bar)
                     prepare_split(source, settings, place, tolerance, clip.rewriting, advance)
                 if not clip.rewriting.replace:
                     refuse_keys_of_another(folder, clip.identity)

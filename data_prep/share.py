@@ -23,7 +23,8 @@ from pipeline.errors import UserError
 from pipeline.files.lock import lock_of, waiting_for
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import Recipe
+    from pipeline.config.data import DataConfig
+    from pipeline.config.models import KeysConfig
 
 SPLITS = ("train", "test")
 
@@ -48,16 +49,16 @@ class Share:
         return range(shards * (self.number - 1) // self.count, shards * self.number // self.count)
 
 
-def share_shards(recipe: Recipe, share: Share) -> int:
+def share_shards(data: DataConfig, share: Share) -> int:
     """Write this process's share of the shards of every split and return how many were missing."""
     wrote = 0
-    for source, folder in _splits(recipe):
-        samples = recipe.data.shard_samples
+    for source, folder in _splits(data):
+        samples = data.shard_samples
         numbers = share.of(-(-len(source) // samples))
         if numbers:
             fingerprint = _fingerprint(source, folder)
             _refuse_rewriting(folder, fingerprint, samples)
-            read = partial(source.records, workers=recipe.data.workers)
+            read = partial(source.records, workers=data.workers)
             wrote += write_some_shards(read, folder, samples, fingerprint, numbers)
     return wrote
 
@@ -96,41 +97,39 @@ def _refuse_rewriting(folder: Path, fingerprint: str, samples: int) -> None:
         )
 
 
-def join_shards(recipe: Recipe) -> int:
+def join_shards(data: DataConfig) -> int:
     """Write the index and dataset.json of every split, and missing shards; returns the number of samples."""
     count = 0
-    for source, folder in _splits(recipe):
-        read, fingerprint = partial(source.records, workers=recipe.data.workers), _fingerprint(source, folder)
-        samples = recipe.data.shard_samples
+    for source, folder in _splits(data):
+        read, fingerprint = partial(source.records, workers=data.workers), _fingerprint(source, folder)
+        samples = data.shard_samples
         _refuse_rewriting(folder, fingerprint, samples)
         description, _ = write_shards(read, folder, samples, fingerprint, source.task, source.split)
         count += description["count"]
     return count
 
 
-def share_keys(recipe: Recipe, share: Share) -> int:
+def share_keys(data: DataConfig, keys: KeysConfig, share: Share) -> int:
     """Compute the missing CLIP keys of this process's share of the shards; returns for how many shards."""
-    identity = key_identity(*recipe.keys.source)
+    identity = key_identity(*keys.source)
 
     @cache
     def encoder() -> KeyEncoder:
-        return KeyEncoder(*recipe.keys.source, tf32=True)
+        return KeyEncoder(*keys.source, tf32=True)
 
     known_images: KnownImages = {}  # for all splits, so that an image in several of them is encoded once
     wrote = 0
-    for task in recipe.data.tasks:
+    for task in data.tasks:
         for split in SPLITS:
-            folder = recipe.data.split_path(task.name, split)
+            folder = data.split_path(task.name, split)
             numbers = share.of(len(read_description(folder)["shards"]))
             if numbers:
-                wrote += write_some_keys(
-                    folder, identity, encoder, recipe.keys.batch, recipe.data.workers, numbers, known_images
-                )
+                wrote += write_some_keys(folder, identity, encoder, keys.batch, data.workers, numbers, known_images)
     return wrote
 
 
-def _splits(recipe: Recipe) -> Iterator[tuple[SourceSplit, Path]]:
-    source_class(recipe.data).require_drawn(recipe.data)
-    for task in recipe.data.tasks:
+def _splits(data: DataConfig) -> Iterator[tuple[SourceSplit, Path]]:
+    source_class(data).require_drawn(data)
+    for task in data.tasks:
         for split in SPLITS:
-            yield source_split(recipe.data, task, split), recipe.data.split_path(task.name, split)
+            yield source_split(data, task, split), data.split_path(task.name, split)

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pipeline.adapter.load import source_of
+from pipeline.config.data import DataConfig
 from pipeline.config.method import MethodOptions
 from pipeline.config.recipe import Recipe
 from pipeline.data.stage_data import StageData
@@ -87,7 +88,9 @@ def estimate(run: Path, recipe: Recipe) -> Interference:
     known = source_of(run).pool
     data = _opened(recipe)
     keys = StageData([data.train[count]]).keys
-    return _interference(recipe, data, States([*known.states[:count], router.observe(keys)]))
+    return _interference(
+        recipe.method, _names(recipe.data), data, States([*known.states[:count], router.observe(keys)])
+    )
 
 
 def measure(run: Path, recipe: Recipe) -> Interference:
@@ -96,7 +99,7 @@ def measure(run: Path, recipe: Recipe) -> Interference:
     last = len(recipe.data.tasks) - 1
     if len(found.accuracy) <= last or last == 0 or None in found.accuracy[last][: last + 1]:
         return Interference([])
-    measured = _interference(recipe, _opened(recipe), source_of(run).pool.states)
+    measured = _interference(recipe.method, _names(recipe.data), _opened(recipe), source_of(run).pool.states)
     effects = [
         replace(effect, before=found.accuracy[last - 1][number], after=found.accuracy[last][number])
         for number, effect in enumerate(measured.effects)
@@ -113,6 +116,10 @@ def _routes(method: MethodOptions) -> bool:
 def _has_gate(method: MethodOptions) -> bool:
     """Whether the method's selection rule has a gate."""
     return hasattr(method, "gate") and "gate" in make_method(method).routing.rule.Options.model_fields
+
+
+def _names(data: DataConfig) -> list[str]:
+    return [task.name for task in data.tasks]
 
 
 def _opened(recipe: Recipe) -> RunData:
@@ -138,12 +145,12 @@ class Similarities:
         return self.scores[:, :-1].amax(1) - self.scores[:, -1]
 
 
-def _interference(recipe: Recipe, data: RunData, states: States) -> Interference:
+def _interference(options: MethodOptions, names: list[str], data: RunData, states: States) -> Interference:
     """The effects on the earlier tasks and the suggested gate; `states` are the router's, the newest task's last."""
-    method = recipe.method.after(len(states))
+    method = options.after(len(states))
     found, effects = [], []
     for number in range(len(states) - 1):
-        similar, held_out = _similarities(recipe, data, states, number)
+        similar, held_out = _similarities(options, (number, names[number]), data, states)
         found.append(similar)
         effects.append(
             Effect(
@@ -166,12 +173,15 @@ def _interference(recipe: Recipe, data: RunData, states: States) -> Interference
     return Interference(effects, gate, remaining)
 
 
-def _similarities(recipe: Recipe, data: RunData, states: States, number: int) -> tuple[Similarities, bool]:
+def _similarities(
+    options: MethodOptions, task: tuple[int, str], data: RunData, states: States
+) -> tuple[Similarities, bool]:
     """The similarities of the samples of a task that choices are made with, and whether these were held out."""
+    number, name = task
     part, held_out = data.for_choices(number)
     keys = StageData([part]).keys
-    scores = make_method(recipe.method).routing.scores(keys, states)
-    return Similarities(recipe.data.tasks[number].name, number, scores, keys.has_image), held_out
+    scores = make_method(options).routing.scores(keys, states)
+    return Similarities(name, number, scores, keys.has_image), held_out
 
 
 def keeping_gate(method: MethodOptions, tasks: list[Similarities]) -> float | None:

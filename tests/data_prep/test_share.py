@@ -33,10 +33,10 @@ def content(folder: Path) -> dict[str, str]:
 def together(recipe: Recipe, count: int) -> None:
     """All shares one after the other, with what stands between and after them."""
     for number in range(count, 0, -1):
-        share_shards(recipe, Share(number, count))
-    join_shards(recipe)
+        share_shards(recipe.data, Share(number, count))
+    join_shards(recipe.data)
     for number in range(count, 0, -1):
-        share_keys(recipe, Share(number, count))
+        share_keys(recipe.data, recipe.keys, Share(number, count))
 
 
 @given(shards=st.integers(0, 200), count=st.integers(1, 50))
@@ -65,21 +65,21 @@ def test_several_processes_write_what_one_writes(recipe: MakeRecipe, tmp_path: P
 
 def test_a_repeated_share_writes_nothing_and_a_missing_one_is_made_up_for(recipe: MakeRecipe) -> None:
     shared = recipe()
-    assert share_shards(shared, Share(2, 3)) == 2  # of three shards for training and two for testing
-    assert share_shards(shared, Share(2, 3)) == 0
-    assert join_shards(shared) == 12
-    assert share_keys(shared, Share(1, 2)) == 2
-    assert share_keys(shared, Share(1, 2)) == 0
+    assert share_shards(shared.data, Share(2, 3)) == 2  # of three shards for training and two for testing
+    assert share_shards(shared.data, Share(2, 3)) == 0
+    assert join_shards(shared.data) == 12
+    assert share_keys(shared.data, shared.keys, Share(1, 2)) == 2
+    assert share_keys(shared.data, shared.keys, Share(1, 2)) == 0
     prepare(shared, progress=False)
-    assert share_shards(shared, Share(1, 1)) == share_keys(shared, Share(1, 1)) == 0
+    assert share_shards(shared.data, Share(1, 1)) == share_keys(shared.data, shared.keys, Share(1, 1)) == 0
 
 
 def test_a_shard_of_another_source_is_written_again(recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = recipe()
-    share_shards(shared, Share(1, 1))
+    share_shards(shared.data, Share(1, 1))
     table = tmp_path / "coin" / "instructions" / "Shapes" / "train.json"
     table.write_bytes(table.read_bytes() + b"\n")
-    assert share_shards(shared, Share(1, 1)) > 0
+    assert share_shards(shared.data, Share(1, 1)) > 0
 
 
 def test_the_first_process_asks_for_every_image_and_the_others_take_its_word(
@@ -96,8 +96,8 @@ def test_the_first_process_asks_for_every_image_and_the_others_take_its_word(
     monkeypatch.setattr("data_prep.sources.base.image_states", counted)
     shared = recipe()
     for number in (1, 2, 3):
-        share_shards(shared, Share(number, 3))
-    join_shards(shared)
+        share_shards(shared.data, Share(number, 3))
+    join_shards(shared.data)
     assert len(asked) == 2  # splits
 
 
@@ -105,10 +105,10 @@ def test_an_image_that_changes_under_an_array_is_noticed_by_the_prepare_that_end
     recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     shared = recipe()
-    share_shards(shared, Share(1, 1))
+    share_shards(shared.data, Share(1, 1))
     for path in (tmp_path / "coin" / "images").glob("Shapes-train-*.png"):
         path.write_bytes(picture(77))
-    join_shards(shared)
+    join_shards(shared.data)
     train, test = prepare(shared, progress=False)["splits"]
     assert (train["wrote"], test["wrote"]) == (["shards", "keys"], ["keys"])
     assert IndexedShards(shared.data.split_path("Shapes", "train"))[1].image == picture(77)
@@ -119,7 +119,7 @@ def test_an_array_does_not_rewrite_what_is_prepared(recipe: MakeRecipe, tmp_path
     table = tmp_path / "coin" / "instructions" / "Shapes" / "train.json"
     table.write_bytes(table.read_bytes() + b"\n")
     with pytest.raises(UserError, match="was prepared from another state of the source or by another recipe"):
-        share_shards(recipe(), Share(1, 1))
+        share_shards(recipe().data, Share(1, 1))
 
 
 def test_an_array_with_shards_of_another_size_does_not_touch_those_that_are_there(recipe: MakeRecipe) -> None:
@@ -128,7 +128,7 @@ def test_an_array_with_shards_of_another_size_does_not_touch_those_that_are_ther
     folder = whole.data.split_path("Shapes", "train")
     before = content(folder)
     with pytest.raises(UserError, match=r"in shards of 3 samples, and data\.shard_samples is 2"):
-        share_shards(recipe(shard_samples=2), Share(1, 1))
+        share_shards(recipe(shard_samples=2).data, Share(1, 1))
     assert content(folder) == before
 
 
@@ -136,7 +136,7 @@ def test_a_bad_record_cannot_be_left_out_by_one_of_several(recipe: MakeRecipe, t
     for image in (tmp_path / "coin" / "images").iterdir():
         image.unlink()
     with pytest.raises(UserError, match=r"does not exist.*cannot leave records out"):
-        share_shards(recipe(skip_bad=9), Share(1, 2))
+        share_shards(recipe(skip_bad=9).data, Share(1, 2))
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0"])
