@@ -20,7 +20,7 @@ from pipeline.clip.images.datasets import Dataset
 from pipeline.clip.images.few_shot import few_shot
 from pipeline.clip.images.prepared import ClassList
 from pipeline.clip.recipe import ClipRecipe, datasets_of
-from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.data.shards import IndexedShards
 from pipeline.errors import UserError
 from pipeline.files.lock import lock_of, waiting_for
@@ -55,11 +55,14 @@ def _prepare_dataset(
     if not (root / description.folder).is_dir():
         raise UserError(missing(description, root)[0])
     found = read_dataset(description, root)
-    seeds = few_shot_rows(recipe, found, description.name, _prepared_seeds(recipe, entry.name)) if trained else {}
+    seeds: dict[int, list[int]] = {}
+    if trained:
+        wanted = [*recipe.seeds, *_prepared_seeds(data, entry.name)]
+        seeds = few_shot_rows(data, wanted, found, description.name)
     drawn = sorted({row for rows in seeds.values() for row in rows})
     parts = {"test": found.test} | ({"train": tuple(found.train[row] for row in drawn)} if trained else {})
     images = root / description.folder / description.images
-    _refuse_missing(description, images, parts, recipe)
+    _refuse_missing(description, images, parts, data)
     fingerprints: dict[str, str] = {}
     splits: list[dict[str, Any]] = []
     for split, part in parts.items():
@@ -85,59 +88,59 @@ def _prepare_dataset(
                 "wrote": wrote,
             }
         )
-    _write_classes(recipe, entry.name, found, parts, seeds, drawn, fingerprints)
+    _write_classes(data, entry.name, found, parts, seeds, drawn, fingerprints)
     return splits
 
 
-def _prepared_seeds(recipe: ClipRecipe, name: str) -> list[int]:
+def _prepared_seeds(data: ClipDataConfig, name: str) -> list[int]:
     """Seeds whose subsets are prepared already; they are kept, because another recipe may use them."""
     try:
-        found = ClassList.read(Path(recipe.data.prepared) / name)
+        found = ClassList.read(Path(data.prepared) / name)
     except UserError:
         return []
-    return [int(seed) for seed in found.few_shot] if found.sampling == _sampling(recipe) else []
+    return [int(seed) for seed in found.few_shot] if found.sampling == _sampling(data) else []
 
 
-def _known_test(recipe: ClipRecipe, name: str) -> str | None:
+def _known_test(data: ClipDataConfig, name: str) -> str | None:
     try:
-        return ClassList.read(Path(recipe.data.prepared) / name).fingerprints.get("test")
+        return ClassList.read(Path(data.prepared) / name).fingerprints.get("test")
     except UserError:
         return None
 
 
-def _sampling(recipe: ClipRecipe) -> dict[str, Any]:
-    return {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
+def _sampling(data: ClipDataConfig) -> dict[str, Any]:
+    return {"shots": data.shots, "fewer": data.fewer}
 
 
-def few_shot_rows(recipe: ClipRecipe, splits: Splits, name: str, also: Iterable[int] = ()) -> dict[int, list[int]]:
+def few_shot_rows(data: ClipDataConfig, seeds: Iterable[int], splits: Splits, name: str) -> dict[int, list[int]]:
     """By seed, the indices of its few-shot subset in the training split, in the order in which they were drawn.
 
     Raises UserError that names the dataset when it has no training images, or a class has fewer than the shots.
     """
     if not splits.train:
         raise UserError(f"{name} has no training images; it can be a target, but not be trained on.")
-    seeds = sorted({*recipe.seeds, *also})
-    if recipe.data.shots is None:
+    seeds = sorted(set(seeds))
+    if data.shots is None:
         return {seed: list(range(len(splits.train))) for seed in seeds}
     places = {image: place for place, image in enumerate(splits.train)}
     try:
-        drawn = {seed: few_shot(splits, recipe.data.shots, seed, recipe.data.fewer).train for seed in seeds}
+        drawn = {seed: few_shot(splits, data.shots, seed, data.fewer).train for seed in seeds}
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return {seed: [places[image] for image in images] for seed, images in drawn.items()}
 
 
 def _refuse_missing(
-    description: Dataset, images: Path, parts: dict[str, tuple[LabelledImage, ...]], recipe: ClipRecipe
+    description: Dataset, images: Path, parts: dict[str, tuple[LabelledImage, ...]], data: ClipDataConfig
 ) -> None:
     lacking = missing_images(Splits(parts.get("train", ()), (), parts["test"]), images)
-    if len(lacking) > recipe.data.skip_bad:
-        where = f" {description.instructions(recipe.data.root)}" if description.download else ""
+    if len(lacking) > data.skip_bad:
+        where = f" {description.instructions(data.root)}" if description.download else ""
         raise UserError(f"{description.name}: {missing_sentence(lacking, images)}{where}")
 
 
 def _write_classes(
-    recipe: ClipRecipe,
+    data: ClipDataConfig,
     name: str,
     splits: Splits,
     parts: dict[str, tuple[LabelledImage, ...]],
@@ -149,16 +152,16 @@ def _write_classes(
     order = {label: number for number, label in enumerate(sorted({i.label for part in _all(splits) for i in part}))}
     labels = {split: {image.path: order[image.label] for image in part} for split, part in parts.items()}
     rows = {
-        split: [labels[split][identity] for identity in IndexedShards(recipe.data.split_path(name, split)).ids]
+        split: [labels[split][identity] for identity in IndexedShards(data.split_path(name, split)).ids]
         for split in parts
     }
     place = {row: number for number, row in enumerate(drawn)}
     few = {str(seed): [place[row] for row in chosen] for seed, chosen in seeds.items()}
-    if not seeds and _known_test(recipe, name) == fingerprints["test"]:
+    if not seeds and _known_test(data, name) == fingerprints["test"]:
         return  # another recipe trains on this dataset, which is a target here: keep its few-shot subsets
-    sampling = _sampling(recipe) if seeds else {}
+    sampling = _sampling(data) if seeds else {}
     ClassList(splits.names(), rows.get("train", []), rows["test"], few, sampling, fingerprints).write(
-        Path(recipe.data.prepared) / name
+        Path(data.prepared) / name
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from pipeline.clip.learning.memory_plan import plan_benchmark
 from pipeline.clip.learning.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.learning.unit import units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of, load_benchmark
-from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.errors import UserError, UserErrors, require_extras
 from pipeline.files.paths import command
@@ -45,7 +45,7 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "recipe": lambda: _recipe(recipe),
             "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
             "deepspeed": lambda: _deepspeed(recipe),
-            "model": lambda: check_backbone(recipe, online),
+            "model": lambda: check_backbone(recipe.model, recipe.methods, online),
             "data": lambda: _data(recipe, name),
             "steps": lambda: _steps(findings, recipe),
             "run folder": lambda: _run_folder(recipe),
@@ -87,7 +87,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
         if (folder / CLASSES_FILE).is_file():
             try:
                 data = PreparedDataset(folder)
-                refuse_other_settings(recipe, entry, trained, data)
+                refuse_other_settings(recipe.data, entry, trained, data)
             except UserError as error:
                 wrong.append(str(error))
                 continue
@@ -95,7 +95,7 @@ def _data(recipe: ClipRecipe, name: str) -> str:
             found.append(f"{entry.name} {len(data.classes.names)} classes, {train}{len(data.test)} images")
         else:
             unprepared.append(entry)
-            problems, notes = _source(recipe, entry, trained)
+            problems, notes = _source(recipe.data, recipe.seeds, entry, trained)
             wrong += problems
             found += [f"note: {note}" for note in notes]
     if not unprepared and not wrong and not recipe.data.prepare_first:
@@ -113,15 +113,17 @@ def _data(recipe: ClipRecipe, name: str) -> str:
     return "\n".join([f"{recipe.data.prepared}:", *found])
 
 
-def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str]]:
+def _source(
+    data: ClipDataConfig, seeds: Sequence[int], entry: DatasetConfig, trained: bool
+) -> tuple[list[str], list[str]]:
     """(problems of a dataset that is not prepared, differences from the published one)."""
-    if recipe.data.source == "generated":
+    if data.source == "generated":
         return [], []
-    description, root = entry.description, Path(recipe.data.root)
+    description, root = entry.description, Path(data.root)
     problems = missing(description, root)
     if trained and not problems:
         try:
-            few_shot_rows(recipe, read_dataset(description, root), entry.name)
+            few_shot_rows(data, seeds, read_dataset(description, root), entry.name)
         except UserError as error:
             problems = [str(error)]
     return problems, altered(description, root)
@@ -134,7 +136,7 @@ def _steps(findings: Findings, recipe: ClipRecipe) -> str:
     for unit in units_of(recipe):
         if not unit.learns or unit.seed != recipe.seeds[0]:
             continue
-        images = _images(recipe, unit.dataset, unit.group == "base")
+        images = _images(recipe.data, recipe.seeds[0], unit.dataset, unit.group == "base")
         if images is None:
             continue
         train, dataset = recipe.train_of(unit.method, unit.dataset.name), unit.dataset.name
@@ -163,13 +165,13 @@ def _in_short(method: str, steps: dict[str, int]) -> str:
     return f"{method} {steps[least]} ({least}) to {steps[most]} ({most})"
 
 
-def _images(recipe: ClipRecipe, entry: DatasetConfig, base: bool) -> int | None:
-    folder = Path(recipe.data.prepared) / entry.name
+def _images(data: ClipDataConfig, seed: int, entry: DatasetConfig, base: bool) -> int | None:
+    folder = Path(data.prepared) / entry.name
     if (folder / CLASSES_FILE).is_file():
-        return len(PreparedDataset(folder).few_shots(recipe.seeds[0], "base" if base else "all").rows)
+        return len(PreparedDataset(folder).few_shots(seed, "base" if base else "all").rows)
     known = entry.description
     classes = known.base if base else known.classes
-    return classes * recipe.data.shots if recipe.data.shots and classes else None
+    return classes * data.shots if data.shots and classes else None
 
 
 def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.clip.methods import learner_of_sizes
-from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
+from pipeline.clip.recipe import ClipMethodConfig, ClipModelConfig
 from pipeline.clip.towers.backbone import Sizes, backbone_source
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError, UserErrors
@@ -18,14 +19,13 @@ from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import weights_of
 
 
-def check_backbone(recipe: ClipRecipe, online: bool) -> str:
+def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], online: bool) -> str:
     """Describe the backbone and the number of parameters that each method learns on it.
 
     Raises UserError when it is not available here or of another kind, and UserErrors with a sentence for each method
     that does not fit it: too few blocks for a schedule, or words with fewer tokens than context vectors.
     """
-    model = recipe.model
-    folder = _folder(recipe, online)
+    folder = _folder(model, online)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -43,9 +43,9 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
         once = offer == "pickled"
         if offer == "none":
             raise UserError(f"model.path: '{model.path}' has no weights on the Hub, neither safetensors nor .bin.")
-    words = _words(recipe, folder, config)
+    words = _words(model, folder, config)
     learned, wrong = [], []
-    for method in recipe.methods:
+    for method in methods:
         try:
             count = _learned(method, sizes, words)
         except UserError as error:
@@ -59,9 +59,8 @@ def check_backbone(recipe: ClipRecipe, online: bool) -> str:
     )
 
 
-def _folder(recipe: ClipRecipe, online: bool) -> Path:
+def _folder(model: ClipModelConfig, online: bool) -> Path:
     """The checkpoint's folder: the local one, or that of a Hub repository's files other than weights."""
-    model = recipe.model
     if online and hub.is_repository(model.location):
         return settings_folder(backbone_source(model.location, model.revision))
     folder = hub.local_folder(model.location, model.revision)
@@ -74,8 +73,7 @@ def _folder(recipe: ClipRecipe, online: bool) -> Path:
     return folder
 
 
-def _words(recipe: ClipRecipe, folder: Path, config: Any) -> Words:
-    model = recipe.model
+def _words(model: ClipModelConfig, folder: Path, config: Any) -> Words:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

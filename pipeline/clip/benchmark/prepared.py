@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.recipe import ClipRecipe, datasets_of
-from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.data.origin import REMEDY, other_settings
 from pipeline.errors import UserError
 from pipeline.files.paths import command
@@ -21,7 +21,7 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
                 f"dataset '{entry.name}' is not prepared: there is no {folder}; run `{command('prepare', name)}` first."
             )
         found = PreparedDataset(folder)
-        refuse_other_settings(recipe, entry, trained, found)
+        refuse_other_settings(recipe.data, entry, trained, found)
         wanted = {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
         if trained and found.classes.sampling != wanted:
             raise UserError(
@@ -32,10 +32,10 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
             found.few_shots(seed, "all")
 
 
-def refuse_other_settings(recipe: ClipRecipe, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
+def refuse_other_settings(data: ClipDataConfig, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
     """Raise UserError when a dataset was prepared with other settings than the recipe's."""
     for split, shards in (("test", found.test), ("train", found.train if trained else None)):
         if shards is not None:
-            clause = other_settings(shards.description, recipe.data.split_settings(entry, split))
+            clause = other_settings(shards.description, data.split_settings(entry, split))
             if clause is not None:
                 raise UserError(f"{shards.folder} {clause}. {REMEDY}")

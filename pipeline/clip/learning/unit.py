@@ -12,7 +12,7 @@ from pipeline.clip.methods import PromptLearner, make_learner, method_class
 from pipeline.clip.methods.regulariser import Regulariser
 from pipeline.clip.methods.regularisers import Consistency
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
-from pipeline.clip.recipe_data import DatasetConfig
+from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.clip.towers.text import Words
 from pipeline.runs.layout import unit_folder
@@ -64,16 +64,16 @@ def units_of(recipe: ClipRecipe) -> list[Unit]:
     for method in recipe.methods:
         for dataset in recipe.data.datasets:
             for seed in recipe.seeds if method_class(method.kind).learns else recipe.seeds[:1]:
-                units.append(Unit(method, dataset, seed, group, _groups(recipe, dataset)))
+                units.append(Unit(method, dataset, seed, group, _groups(recipe.data, dataset)))
     return units
 
 
-def _groups(recipe: ClipRecipe, dataset: DatasetConfig) -> tuple[tuple[str, str, Group], ...]:
-    if recipe.data.protocol == "base_to_new":
+def _groups(data: ClipDataConfig, dataset: DatasetConfig) -> tuple[tuple[str, str, Group], ...]:
+    if data.protocol == "base_to_new":
         return (("base", dataset.name, "base"), ("new", dataset.name, "new"))
-    if recipe.data.protocol == "all_classes":
+    if data.protocol == "all_classes":
         return (("all", dataset.name, "all"),)
-    return tuple((entry.name, entry.name, "all") for entry in (dataset, *recipe.data.targets))
+    return tuple((entry.name, entry.name, "all") for entry in (dataset, *data.targets))
 
 
 def learner_of(unit: Unit, backbone: Backbone, words: Words, classes: int) -> PromptLearner:
