@@ -111,8 +111,8 @@ def _deepspeed(train: TrainConfig, dtype: str) -> str:
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, data: CheckedData) -> str:
     """Plan the memory; obstacles have been reported by the checks that they belong to."""
-    if {"ranks", "deepspeed"} & findings.problems.keys():
-        return "not planned: ranks or DeepSpeed file are wrong"
+    if {"recipe", "ranks", "deepspeed"} & findings.problems.keys():
+        return "not planned: method, packages, ranks or DeepSpeed file are wrong"
     known = ""
     try:
         config = model.config

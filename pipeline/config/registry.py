@@ -153,7 +153,10 @@ def knows(kind: str, name: str) -> bool:
 def unknown(kind: str, name: str) -> str:
     """The error message for an unknown name."""
     known = names(kind)
-    return f"there is no {WORDS[kind]} '{name}'; expected one of {', '.join(known)}.{nearest(name, known)}"
+    near = nearest(name, known)
+    # A run folder moved to another machine names what a package registered on the first one.
+    elsewhere = "" if near else ", or a name that a package gives once it is installed here"
+    return f"there is no {WORDS[kind]} '{name}'; expected one of {', '.join(known)}{elsewhere}.{near}"
 
 
 def provide(kind: str, name: str) -> str:

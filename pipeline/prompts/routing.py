@@ -14,6 +14,7 @@ from pipeline.data.keys import Keys
 from pipeline.data.selection import Selection
 from pipeline.prompts.routers.base import Router, States, make_router
 from pipeline.prompts.routers.mean import SAMPLES_AT_ONCE
+from pipeline.prompts.rules.answers import checked, try_rule
 from pipeline.prompts.rules.base import Rule, make_rule
 
 if TYPE_CHECKING:
@@ -67,20 +68,24 @@ class Routing:
         if not len(states):
             return Selection.none(samples)
         if self.router is None or not self.rule.compares:
-            return self.rule.training(torch.zeros(1, 1).expand(samples, len(states)), None)
+            same = torch.zeros(1, 1).expand(samples, len(states))
+            return checked(self.rule, self.rule.training(same, None), samples, len(states))
         own = States([self.router.observe(keys)]) if self.rule.needs_own else None
         parts = []
         # In parts: the scores of a million samples for a thousand tasks would take gigabytes at once.
         for part in _in_parts(keys):
             reference = None if own is None else self.router.scores(part, own)[:, 0]
-            parts.append(self.rule.training(self.router.scores(part, states), reference))
+            chosen = self.rule.training(self.router.scores(part, states), reference)
+            parts.append(checked(self.rule, chosen, len(part.text), len(states)))
         return Selection.joined(parts)
 
     def inference(self, scores: Tensor, tasks: Tensor | int, has_image: Tensor) -> Selection:
         """The modules of N samples, given their scores [N, T], tasks [N] (or one for all) and `has_image` [N]."""
         if not isinstance(tasks, Tensor):
             tasks = torch.full((len(scores),), tasks, dtype=torch.long)
-        chosen = self.rule.inference(scores, tasks)
+        modules = scores.shape[1]
+        answer = self.rule.inference(scores, tasks)
+        chosen = checked(self.rule, answer, len(scores), modules, self.rule.most(modules))
         return chosen.without(~has_image.bool()) if self.skip_text else chosen
 
 
@@ -90,6 +95,8 @@ def _in_parts(keys: AnyKeys) -> Iterator[Keys]:
 
 
 def routing_of(method: DeclaresRouting) -> Routing:
-    """The routing that a method declares by names, with its options."""
+    """The routing that a method declares by names, with its options; UserError where its rule does not work."""
     router = None if method.router is None else make_router(method.router, method.options)
-    return Routing(router, make_rule(method.rule, method.options), method.skips_text)
+    rule = make_rule(method.rule, method.options)
+    try_rule(rule)
+    return Routing(router, rule, method.skips_text)

@@ -36,7 +36,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module that could be imported, with a rule in it."""
-    source = "from pipeline.prompts.rules import Rule as Base\nclass Rule(Base):\n    pass\n"
+    source = (
+        "from pipeline.data.selection import Selection\nfrom pipeline.prompts.rules import Rule as Base\n"
+        "class Rule(Base):\n    def inference(self, scores, tasks):\n        return Selection.none(len(scores))\n"
+    )
     (tmp_path / "a_module_of_a_stranger.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "a_module_of_a_stranger"
@@ -190,3 +193,8 @@ def test_a_metric_whose_package_is_missing_is_refused_before_a_run(registered: N
     registry.register("metrics", "needy", PerAnswer(lambda p, a, m: 1.0, needs=("no_such_package",)))
     with pytest.raises(UserError, match="needs the package no_such_package"):
         require_metrics(["exact", "needy"])
+
+
+def test_an_unknown_name_may_be_one_of_a_package_that_is_missing() -> None:
+    with pytest.raises(UserError, match="or a name that a package gives once it is installed here"):
+        registry.load("rules", "nearest_seven")
