@@ -194,6 +194,11 @@ def _position(items: list[Any], part: str, dotted: str) -> int:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):
         return int(part)
+    if part in items:
+        raise UserError(
+            f"--set {dotted}: '{part}' is a bare name in the recipe, with no field inside; expected a group of fields. "
+            f"Write `- name: {part}` there."
+        )
     raise UserError(
         f"--set {dotted}: no item '{part}'; expected 0 to {len(items) - 1} or one of {_listed(names)}."
         + nearest(part, names)
