@@ -12,7 +12,8 @@ from pipeline.bench import measure
 from pipeline.bench.noise import write_noise
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
-from pipeline.data.shards import IndexedShards, stream
+from pipeline.data.shards import IndexedShards
+from pipeline.data.stream import stream
 
 
 def bench_loader(folder: Path | None = None, samples: int = 2000, rounds: int = 5) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tokenises a sample with the model's processor: the prompt by its chat template, and the answers that are learned.
 
-This is one file, because tokenising prompt, answer, further turns and image depends on the same template: the tokens of
+One file because tokenising prompt, answer, further turns and image depends on the same template: the tokens of
 each depend on the text before it.
 """
 

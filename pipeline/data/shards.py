@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.data.keys import Keys
 
-__all__ = ["FINGERPRINT", "FIX", "IDENTITY_FIELDS", "KEYS_FILE", "IndexedShards", "read_index", "stream"]
+__all__ = ["FINGERPRINT", "FIX", "IDENTITY_FIELDS", "KEYS_FILE", "IndexedShards", "read_index"]
 
 FORMAT_VERSION = 1
 SHARD_NAME = "shard-{:06d}.tar"
@@ -271,29 +271,6 @@ def read_index(folder: Path, description: Mapping[str, Any], columns: list[str] 
             f"{description['count']} rows with columns {', '.join(INDEX_SCHEMA.names)}. {FIX}"
         )
     return index
-
-
-def stream(urls: str | Iterable[str]) -> Iterator[Sample]:
-    """Yield the samples of shards in shard order through WebDataset: local paths, `pipe:` commands or http urls.
-
-    For remote data. Shards are split over ranks and workers, so on several ranks it is not exactly-once.
-    """
-    import webdataset as wds  # here: importing it takes a second, and indexed shards are read without it
-
-    dataset = wds.WebDataset(
-        urls if isinstance(urls, str) else list(urls),
-        shardshuffle=False,
-        nodesplitter=wds.split_by_node,
-        empty_check=False,  # a rank or worker without a shard yields nothing
-    )
-    for record in dataset:
-        images = [name for name in record if name != "json" and not name.startswith("__")]
-        if "json" not in record or len(images) > 1:
-            raise UserError(
-                f"{record['__url__']}: {record['__key__']} has the members {', '.join(sorted(record))}; "
-                "expected a json and at most one image."
-            )
-        yield Sample.from_json(record["json"], record[images[0]] if images else None)
 
 
 def _extents(index: pa.Table, member: str) -> npt.NDArray[np.int64]:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import write_shards
 from pipeline.data.sample import Sample
-from pipeline.data.shards import IndexedShards, stream
+from pipeline.data.shards import IndexedShards
+from pipeline.data.stream import stream
 from pipeline.errors import UserError
 
 PREPARE = r"python -m pipeline prepare RECIPE"
