@@ -65,7 +65,7 @@ def test_the_list_fits_a_terminal(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_missing_is_said(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["ls", str(tmp_path / "runs")])
-    assert done.exit_code == EXIT_USER and "is no folder" in done.stderr
+    assert done.exit_code == EXIT_USER and "is not a folder" in done.stderr
 
 
 def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
