@@ -22,7 +22,7 @@ ONCE_OF_ALL = (
     *("prompt_length", "init", "k", "selection", "insertion", "text_only", "gate", "earlier_gates", "image_weight"),
     "prototype_weight",
 )
-Choice: TypeAlias = "str | Mapping[str, Any]"  # a name, or `{name: ..., and its options}`
+Choice: TypeAlias = str | Mapping[str, Any]  # a name, or `{name: ..., and its options}`
 
 
 @dataclass(frozen=True)

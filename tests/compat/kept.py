@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.cli import main
+from tests.processes import PROJECT
 
 KEPT = Path(__file__).parent / "kept"
 ORIGIN = KEPT / "origin.json"
@@ -67,6 +68,7 @@ def program(*arguments: str | Path) -> Done:
     """`python -m pipeline` with these arguments, in this process and with nothing left behind in its environment."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = dict(os.environ)
+    os.environ["PYTHONPATH"] = str(PROJECT)  # launched ranks start in the working folder
     argv = ["pipeline", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

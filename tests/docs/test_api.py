@@ -26,4 +26,4 @@ def test_every_module_has_a_page_and_no_warning_is_given(tmp_path: Path) -> None
                 continue  # what runs is no interface
             page = module.parent if module.name == "__init__" else module
             assert (tmp_path / page).with_suffix(".html").is_file(), module
-    assert "Weighted mean of the cosines" in (tmp_path / "pipeline" / "prompts" / "routing.html").read_text("utf-8")
+    assert "Weighted mean of the cosines" in (tmp_path / "pipeline/prompts/routers/mean.html").read_text("utf-8")
