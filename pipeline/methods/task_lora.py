@@ -30,7 +30,6 @@ class TaskLora(Method):
     The updates of a batch's samples may differ; each row is computed with its own.
     """
 
-    name = "task_lora"
     Options = TaskLoraOptions
     part = "low_rank"
 
