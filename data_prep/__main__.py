@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.lazy import lazy
-from pipeline.cli.outcome import App
+from pipeline.cli.outcome import App, ShowVersion
 from pipeline.config.load import load_recipe
 from pipeline.files.descriptors import raise_descriptor_limit
 
@@ -23,6 +23,11 @@ else:
     preparing, share_of, verifying = lazy("data_prep.prepare"), lazy("data_prep.share"), lazy("data_prep.verify")
 
 app = App(add_completion=False, help=__doc__)
+
+
+@app.callback(help=__doc__)
+def _before(version: ShowVersion = False) -> None:
+    """Options of the program itself."""
 
 
 RecipeName = Annotated[str, typer.Argument(help="recipe name or file")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from data_prep.sources import colour_shapes
 from data_prep.sources.class_folders import ImageSplit
 from data_prep.sources.split_zhou import missing, missing_images, missing_sentence, read_dataset
 from data_prep.split import Place, Rewriting, prepare_split
-from pipeline.clip.images.classes import LabelledImage, Splits
+from pipeline.clip.images.classes import UNLABELLED, LabelledImage, Split, Splits
 from pipeline.clip.images.datasets import Dataset
 from pipeline.clip.images.few_shot import few_shot
 from pipeline.clip.images.prepared import ClassList
@@ -56,11 +56,20 @@ def _prepare_dataset(
         raise UserError(missing(description, root)[0])
     found = read_dataset(description, root)
     seeds: dict[int, list[int]] = {}
+    validation: dict[int, list[int]] = {}
     if trained:
-        wanted = [*recipe.seeds, *_prepared_seeds(data, entry.name)]
+        known = _prepared(data, entry.name)
+        wanted = [*recipe.seeds, *known]
         seeds = few_shot_rows(data, wanted, found, description.name)
-    drawn = sorted({row for rows in seeds.values() for row in rows})
-    parts = {"test": found.test} | ({"train": tuple(found.train[row] for row in drawn)} if trained else {})
+        # A search needs them; where an earlier recipe's did, they stay, for all seeds.
+        if recipe.searches or any(known.values()):
+            validation = validation_rows(data, wanted, found)
+    parts: dict[Split, tuple[LabelledImage, ...]] = {"test": found.test} if entry.tested else {}
+    every: dict[Split, dict[int, list[int]]] = {"train": seeds, "val": validation}
+    for split, drawn in every.items():
+        rows = sorted({row for part in drawn.values() for row in part})
+        if rows:
+            parts[split] = tuple(found.of(split)[row] for row in rows)
     images = root / description.folder / description.images
     _refuse_missing(description, images, parts, data)
     fingerprints: dict[str, str] = {}
@@ -68,8 +77,10 @@ def _prepare_dataset(
     for split, part in parts.items():
         bar = bars.add_task(f"{entry.name}/{split}", total=len(part))
         place = Place(data.split_path(entry.name, split), entry.name, split, data.shard_samples, data.workers)
-        left_out = tolerance if split == "test" else Tolerance(0, may_grow=False)
-        rewriting = Rewriting(replace, recipe.run_path.parent, may_grow=split == "train")
+        # Of images that nobody has labelled none is missed; labels already given are those of the pool as it was.
+        free = split == "test" or not entry.labelled
+        left_out = tolerance if free else Tolerance(0, may_grow=False)
+        rewriting = Rewriting(replace, recipe.run_path.parent, may_grow=not free)
         written, wrote = prepare_split(
             ImageSplit(part, images),
             data.split_settings(entry, split),
@@ -88,17 +99,21 @@ def _prepare_dataset(
                 "wrote": wrote,
             }
         )
-    _write_classes(data, entry.name, found, parts, seeds, drawn, fingerprints)
+    _write_classes(data, entry.name, found, parts, every, fingerprints)
     return splits
 
 
-def _prepared_seeds(data: ClipDataConfig, name: str) -> list[int]:
-    """Seeds whose subsets are prepared already; they are kept, because another recipe may use them."""
+def _prepared(data: ClipDataConfig, name: str) -> dict[int, bool]:
+    """Seeds whose subsets are prepared already, and whether with validation images.
+
+    They are kept, because another recipe may use them.
+    """
     try:
         found = ClassList.read(Path(data.prepared) / name)
     except UserError:
-        return []
-    return [int(seed) for seed in found.few_shot] if found.sampling == _sampling(data) else []
+        return {}
+    kept = found.few_shot if found.sampling == _sampling(data) else []
+    return {int(seed): seed in found.validation for seed in kept}
 
 
 def _known_test(data: ClipDataConfig, name: str) -> str | None:
@@ -130,10 +145,19 @@ def few_shot_rows(data: ClipDataConfig, seeds: Iterable[int], splits: Splits, na
     return {seed: [places[image] for image in images] for seed, images in drawn.items()}
 
 
+def validation_rows(data: ClipDataConfig, seeds: Iterable[int], splits: Splits) -> dict[int, list[int]]:
+    """By seed, the indices of its validation images in the validation split, in the order in which they were drawn."""
+    seeds = sorted(set(seeds))
+    if data.shots is None:
+        return {seed: list(range(len(splits.val))) for seed in seeds}
+    places = {image: place for place, image in enumerate(splits.val)}
+    return {seed: [places[i] for i in few_shot(splits, data.shots, seed, data.fewer).val] for seed in seeds}
+
+
 def _refuse_missing(
-    description: Dataset, images: Path, parts: dict[str, tuple[LabelledImage, ...]], data: ClipDataConfig
+    description: Dataset, images: Path, parts: Mapping[Split, tuple[LabelledImage, ...]], data: ClipDataConfig
 ) -> None:
-    lacking = missing_images(Splits(parts.get("train", ()), (), parts["test"]), images)
+    lacking = missing_images(Splits(parts.get("train", ()), parts.get("val", ()), parts.get("test", ())), images)
     if len(lacking) > data.skip_bad:
         where = f" {description.instructions(data.root)}" if description.download else ""
         raise UserError(f"{description.name}: {missing_sentence(lacking, images)}{where}")
@@ -143,26 +167,44 @@ def _write_classes(
     data: ClipDataConfig,
     name: str,
     splits: Splits,
-    parts: dict[str, tuple[LabelledImage, ...]],
-    seeds: dict[int, list[int]],
-    drawn: list[int],
+    parts: Mapping[Split, tuple[LabelledImage, ...]],
+    drawn: dict[Split, dict[int, list[int]]],
     fingerprints: dict[str, str],
 ) -> None:
-    """Write the label of each row of the shards and the few-shot rows; without images that `skip_bad` left out."""
+    """Write the label of each row of the shards, and by split and seed the rows that were drawn.
+
+    Images that `skip_bad` left out have no row.
+    """
+    seeds = drawn["train"]
     order = {label: number for number, label in enumerate(sorted({i.label for part in _all(splits) for i in part}))}
+    if splits.classes is not None:  # labels count the given classes
+        order = {label: label for label in (UNLABELLED, *range(len(splits.classes)))}
     labels = {split: {image.path: order[image.label] for image in part} for split, part in parts.items()}
     rows = {
         split: [labels[split][identity] for identity in IndexedShards(data.split_path(name, split)).ids]
         for split in parts
     }
-    place = {row: number for number, row in enumerate(drawn)}
-    few = {str(seed): [place[row] for row in chosen] for seed, chosen in seeds.items()}
-    if not seeds and _known_test(data, name) == fingerprints["test"]:
+    few = _places(seeds) if splits.classes is None else {}  # without labels there is nothing to draw by class
+    validation = _places(drawn["val"])
+    if not seeds and _known_test(data, name) == fingerprints.get("test"):
         return  # another recipe trains on this dataset, which is a target here: keep its few-shot subsets
     sampling = _sampling(data) if seeds else {}
-    ClassList(splits.names(), rows.get("train", []), rows["test"], few, sampling, fingerprints).write(
-        Path(data.prepared) / name
-    )
+    ClassList(
+        splits.names(),
+        rows.get("train", []),
+        rows.get("test", []),
+        few,
+        sampling,
+        fingerprints,
+        val=rows.get("val", []),
+        validation=validation,
+    ).write(Path(data.prepared) / name)
+
+
+def _places(drawn: dict[int, list[int]]) -> dict[str, list[int]]:
+    """By seed, the places of its rows among the rows of all seeds, which alone are in the shards."""
+    place = {row: number for number, row in enumerate(sorted({row for rows in drawn.values() for row in rows}))}
+    return {str(seed): [place[row] for row in chosen] for seed, chosen in drawn.items()}
 
 
 def _all(splits: Splits) -> tuple[tuple[LabelledImage, ...], ...]:

@@ -19,6 +19,7 @@ from data_prep.sources.image_states import source_state_file, store_source_state
 from data_prep.split import Place, Rewriting, prepare_split
 from data_prep.verify import is_verified, mark_verified, unmark, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.backbones.key_encoders import key_encoder
 from pipeline.data.origin import SOURCE_FILES
 from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_description
 from pipeline.errors import UserError
@@ -51,7 +52,7 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
 
     @cache
     def encoder() -> KeyEncoder:
-        return KeyEncoder(*recipe.keys.source, tf32=True)
+        return key_encoder(*recipe.keys.source, tf32=True)
 
     rewriting = Rewriting(replace, recipe.run_path.parent)
     clip = Clip(recipe.keys.batch, recipe.data.workers, identity, encoder, rewriting)

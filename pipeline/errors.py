@@ -27,6 +27,8 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "captions": ("pycocoevalcap",),
     "demo": ("sklearn",),
+    "small": ("gguf",),
+    "quantised": ("bitsandbytes",),
 }
 
 

@@ -31,21 +31,10 @@ fi
 
 # Submit a job for one step after the job `previous`; sets `job`.
 submit() {
-    local what=$1 previous=$2 options
+    local what=$1 previous=$2 options=${PREPARE_OPTIONS:-}
     shift 2
-    split_options "${PREPARE_OPTIONS:-}"
-    [ "$what" != keys ] || split_options "${KEYS_OPTIONS:-${PREPARE_OPTIONS:-}}"
-    set -- sbatch --parsable --job-name="prepare-$what" "${options[@]}" "$@"
-    [ -z "$previous" ] || set -- "$@" "--dependency=afterok:$previous"
-    set -- "$@" "$script" --step "$what" --tasks "$tasks" "${arguments[@]}"
-    if [ "$dry_run" = 1 ]; then
-        print_or_run "$@"
-        job=$what
-    else
-        job=$("$@")
-        job=${job%%;*}
-        echo "$what: job $job"
-    fi
+    [ "$what" != keys ] || options=${KEYS_OPTIONS:-$options}
+    submit_step prepare "$what" afterok "$previous" "$options" "--tasks=$tasks" "$@"
 }
 
 submit_all() {

@@ -65,3 +65,24 @@ choose_python() {
     esac
     [ "${#login_python[@]}" -gt 0 ] || login_python=("${python[@]}")
 }
+
+# Submits a step of a script that is an array of jobs, after the job `previous` if there is one; sets `job`.
+#   submit_step NAME WHAT AFTER PREVIOUS SITE_OPTIONS SIZE [OPTION ...]
+# NAME and WHAT name the job, AFTER is the kind of dependency, SITE_OPTIONS are site.env's for sbatch, and SIZE is the
+# script's own option that tells a job the size of the arrays, such as --of=3. Reads `script` and `arguments`.
+submit_step() {
+    local name=$1 what=$2 after=$3 previous=$4 size=$6 options
+    split_options "$5"
+    shift 6
+    set -- sbatch --parsable --job-name="$name-$what" "${options[@]}" "$@"
+    [ -z "$previous" ] || set -- "$@" "--dependency=$after:$previous"
+    set -- "$@" "$script" --step "$what" "${size%%=*}" "${size#*=}" "${arguments[@]}"
+    if [ "$dry_run" = 1 ]; then
+        print_or_run "$@"
+        job=$what
+    else
+        job=$("$@")
+        job=${job%%;*}
+        echo "$what: job $job"
+    fi
+}

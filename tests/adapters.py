@@ -12,10 +12,13 @@ from pipeline.adapter.answering import Question
 from pipeline.adapter.format import Adapter, write_adapter
 from pipeline.adapter.meta import FORMAT_VERSION, Meta
 from pipeline.backbones.clip import KeyEncoder, key_identity
+from pipeline.backbones.key_encoders import key_encoder
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.method import method_options
 from pipeline.config.models import KeysConfig, ModelConfig
+from pipeline.data.keys import Keys
 from pipeline.data.sample import decode_image
+from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
 from tests import tiny, tiny_clip
 
@@ -42,10 +45,26 @@ def question(number: int, variant: int = 0, with_image: bool = True) -> Question
     return Question(f"task {'abcd'[number] * 6} asks{'?' * (1 + variant)}", image)
 
 
+def foreign(with_image: bool = True) -> Question:
+    """A question that resembles no task, in neither picture nor words."""
+    return Question("ZZZZZZZ", tiny.png((0, 0, 0)) if with_image else None)
+
+
+def training_keys(encoder: KeyEncoder, number: int) -> Keys:
+    """The routing keys of twelve samples of a task, some of them without an image."""
+    asked = [question(number, variant, with_image=variant % 4 > 0) for variant in range(12)]
+    pictured = torch.tensor([one.image is not None for one in asked])
+    text = encoder.text([one.text for one in asked])
+    image = torch.zeros_like(text)
+    image[pictured] = encoder.image([decode_image(one.image) for one in asked if one.image is not None])
+    return Keys(image, text, pictured, {})
+
+
 def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1, 2), **method: Any) -> Path:
     """Write an adapter with the sets of these tasks, named T0, T1, ...; a set is the same in every adapter."""
     model, clip = ModelConfig(path=str(models.llava), max_length=256), KeysConfig(path=str(models.clip))
-    encoder = KeyEncoder(*clip.source)
+    encoder = key_encoder(*clip.source)
+    options = method_options(**{"prompt_length": LENGTH, "k": 2, "router": "prototype", "gate": 0.001, **method})
     pool = PromptPool()
     for number in numbers:
         asked = question(number)
@@ -55,13 +74,17 @@ def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1,
         assert isinstance(prototype, torch.Tensor)
         generator = torch.Generator().manual_seed(number)
         prompt = torch.randn(LENGTH, tiny.HIDDEN, generator=generator)
-        pool.append(f"T{number}", {"prompt": prompt}, {"prototype": prototype[0]})
+        routing = make_method(options).routing
+        state = routing.observe(training_keys(encoder, number), {"prototype": prototype[0]})
+        if routing.router is not None and not routing.router.learned:
+            state = routing.observe(training_keys(encoder, number))
+        pool.append(f"T{number}", {"prompt": prompt}, state)
     meta = Meta(
         format=FORMAT_VERSION,
         sets=pool.names,
         tasks=pool.names,
         recipe="tiny",
-        method=method_options(**{"prompt_length": LENGTH, "k": 2, "gate": 0.001, **method}),
+        method=options,
         model=model,
         clip=clip,
         base_model=base_fingerprint(model),

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch or deepspeed is imported anywhere.
 os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # pytest's own --fixtures (a list of fixtures) keeps its other name, --funcargs.
     group._arggroup.conflict_handler = "resolve"
     group.addoption("--fixtures", metavar="DIR", help="folder of recorded reference results for tests/parity")
-    group.addoption("--data", metavar="DIR", help="folder of third-party data, with base2new/ in it")
+    group.addoption("--data", metavar="DIR", help="folder of third-party data, with base2new/ or real6/ in it")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +50,21 @@ def _environment_before_the_file() -> Iterator[None]:
 def _environment_as_it_was() -> Iterator[None]:
     """A test that joins a process group in this process sets variables that later tests must not see."""
     yield from _restored()
+
+
+@pytest.fixture
+def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder on a machine with an empty Hub cache and no network; returns the cache."""
+    from huggingface_hub import constants
+
+    from pipeline.hub import snapshots
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(snapshots, "_known", {})
+    monkeypatch.setattr(snapshots, "_settings", {})
+    return tmp_path / "cache"
 
 
 def _restored() -> Iterator[None]:

@@ -40,8 +40,8 @@ def byte_tokenizer():
     )
 
 
-def save_llava(folder: Path, seed: int = 0, tied: bool = False, chat_template: bool = True) -> Path:
-    """Write a random `LlavaForConditionalGeneration` (hidden 32, 2 layers, 16 image tokens) with its processor."""
+def save_llava(folder: Path, seed: int = 0, tied: bool = False, chat_template: bool = True, layers: int = 2) -> Path:
+    """Write a random `LlavaForConditionalGeneration` (hidden 32, 16 image tokens) with its processor."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -59,7 +59,7 @@ def save_llava(folder: Path, seed: int = 0, tied: bool = False, chat_template: b
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -1,4 +1,4 @@
-"""The embedded models and tasks: `train` trains the models from scratch, `tasks` writes the tasks."""
+"""The embedded models and tasks: `train` trains the models, `tasks` and `example` write tasks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pipeline.cli.outcome import App
 if TYPE_CHECKING:
     import torch
 
-    from data_prep.nano import behaviours, keys, language, vision
+    from data_prep.nano import behaviours, example, keys, language, vision
     from data_prep.nano import tasks as nano_tasks
     from data_prep.nano import tokenizer as tokens
 else:
     torch = lazy("torch")
     behaviours = lazy("data_prep.nano.behaviours")
+    example = lazy("data_prep.nano.example")
     keys = lazy("data_prep.nano.keys")
     language = lazy("data_prep.nano.language")
     nano_tasks = lazy("data_prep.nano.tasks")
@@ -77,10 +78,22 @@ def train(
 def tasks(
     root: Annotated[Path, typer.Argument(help="folder to write, in CoIN layout")],
     seed: Annotated[int, typer.Option(help="seed of pictures and questions")] = 0,
+    resembling: Annotated[bool, typer.Option("--resembling", help="with the eight tasks that resemble them")] = False,
 ) -> None:
     """Write the six embedded tasks."""
-    nano_tasks.write_coin(root, seed)
-    typer.echo(f"six tasks in {root}")
+    nano_tasks.write_coin(root, seed, more=resembling)
+    typer.echo(f"{len(nano_tasks.ALL_TASKS if resembling else nano_tasks.TASKS)} tasks in {root}")
+
+
+@app.command("example")
+def draw_example(
+    folder: Annotated[Path, typer.Argument(help="folder to write photos/ and shelf.csv to")],
+    samples: Annotated[int, typer.Option(min=4, help="pictures, with one question each")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="seed of pictures and questions")] = 0,
+) -> None:
+    """Draw the tutorial's sample task as a user has one: a folder of pictures and a table."""
+    table = example.write_example(folder, samples, seed)
+    typer.echo(f"{samples} pictures in {table.parent / example.PICTURES}, their questions and answers in {table}")
 
 
 def _say(what: str, started: float) -> None:

@@ -1,7 +1,8 @@
-"""The six embedded tasks, modelled on CoIN's and generated in CoIN layout from a seed.
+"""The embedded tasks, generated in CoIN layout from a seed: six modelled on CoIN's, and eight that resemble them.
 
-Colours, Count and Boxes share their images, so only the question tells them apart; Digits, Words and Charts share their
-wordings, so only the image does. The embedded model is trained on none of the tasks' wordings and answer formats.
+Of the six, Colours, Count and Boxes share their images, so only the question tells them apart; Digits, Words and Charts
+share their wordings, so only the image does. The embedded model is trained on none of the tasks' wordings, and on none
+of the six tasks' answer formats. The eight are in resembling.py; the six are drawn alike with and without them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.nano import resembling
+from data_prep.nano.resembling import CROWD_WORDINGS, RESEMBLING
 from data_prep.nano.scenes import (
     DIGIT_PARTS,
     FAMILIES,
@@ -43,12 +46,13 @@ SHARED_WORDINGS = (
 TASK_WORDINGS = {
     "Colours": ("name the paint of the {s}.", "the {s} was painted with?", "which paint was used on the {s}?"),
     "Digits": SHARED_WORDINGS,
-    "Count": ("state how big the crowd is.", "how large is the group here?", "say the size of this crowd."),
+    "Count": CROWD_WORDINGS,
     "Words": SHARED_WORDINGS,
     "Charts": SHARED_WORDINGS,
     "Boxes": ("frame the {s} tightly.", "mark out the {s} with a frame.", "put a tight frame on the {s}."),
 }
 TASKS = tuple(TASK_WORDINGS)
+ALL_TASKS = (*TASKS, *RESEMBLING)  # append to these only: a task's place is part of its questions' seed
 PICTURES = {
     "Colours": "shapes",
     "Digits": "digit",
@@ -56,6 +60,7 @@ PICTURES = {
     "Words": "text",
     "Charts": "chart",
     "Boxes": "shapes",
+    **{name: task.pictures for name, task in RESEMBLING.items()},
 }
 UNANSWERABLE_SHARE = 0.15  # share of the Colours questions about a shape that the image lacks
 
@@ -88,6 +93,8 @@ def _draw(family: str, split: str, rng: np.random.Generator, index: int) -> Scen
 
 def _subject_and_answer(task: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A task's question about a scene: the words for its subject ("" for none) and the plain answer."""
+    if task in RESEMBLING:
+        return RESEMBLING[task].ask(scene, rng)
     if task == "Digits":
         return "", NUMBERS[scene.digit or 0]
     if task == "Words":
@@ -119,41 +126,45 @@ def draw_items(task: str, split: str, count: int, seed: int) -> Iterator[Item]:
     Tasks with the same family in PICTURES get the same images in the same order; no scan of a digit is in both splits.
     """
     family = PICTURES[task]
-    which = (TASKS.index(task), ("train", "test").index(split), STREAM)
+    which = (ALL_TASKS.index(task), ("train", "test").index(split), STREAM)
     pictures = np.random.default_rng([seed, FAMILIES.index(family), which[1], STREAM])
     questions = np.random.default_rng([seed, 1000, *which])
+    wordings = RESEMBLING[task].wordings if task in RESEMBLING else TASK_WORDINGS[task]
+    form = RESEMBLING[task].form if task in RESEMBLING else TASK_FORMATS[task]
     for number in range(count):
         scene = _draw(family, split, pictures, number)
         subject, answer = _subject_and_answer(task, scene, questions)
-        wording = str(questions.choice(TASK_WORDINGS[task]))
-        yield Item(scene, wording.format(s=subject), TASK_FORMATS[task].apply(answer))
+        wording = str(questions.choice(wordings))
+        yield Item(scene, wording.format(s=subject), form.apply(answer))
 
 
-def fingerprint(seed: int, limit: tuple[int, int]) -> str:
-    """The line in GENERATED.txt that identifies a generated folder."""
-    return f"nano-tasks v{VERSION} seed {seed} train {limit[0]} test {limit[1]}"
+def fingerprint(seed: int, limit: tuple[int, int], more: bool = False) -> str:
+    """The line in GENERATED.txt that identifies a generated folder; `more`: with the tasks that resemble the six."""
+    further = f" and {len(RESEMBLING)} resembling v{resembling.VERSION}" if more else ""
+    return f"nano-tasks v{VERSION}{further} seed {seed} train {limit[0]} test {limit[1]}"
 
 
-def write_coin(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
+def write_coin(root: Path, seed: int, limit: tuple[int, int] | None = None, more: bool = False) -> None:
     """Writes the six tasks under `root` in CoIN layout, unless the folder holds the same ones already.
 
-    `limit` is the number of (training, test) samples per task. The folder is written beside `root` and renamed, so it
+    `limit` is the number of (training, test) samples per task; with `more` the tasks that resemble the six are written
+    too. The folder is written beside `root` and renamed, so it
     appears atomically. Raises UserError when `root` holds other files.
     """
     counts = limit or (TRAIN_SAMPLES, TEST_SAMPLES)
     root = Path(root)
     stamp = root / "GENERATED.txt"
-    if stamp.is_file() and stamp.read_text().strip() == fingerprint(seed, counts):
+    if stamp.is_file() and stamp.read_text().strip() == fingerprint(seed, counts, more):
         return
     if root.exists() and not stamp.is_file() and any(root.iterdir()):
         raise UserError(f"{root} holds files that were not generated here; choose an empty folder as data.root.")
     building = root.with_name(root.name + f".{os.getpid()}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        for task in TASKS:
+        for task in ALL_TASKS if more else TASKS:
             for split, count in zip(("train", "test"), counts, strict=True):
                 _write_split(building, task, split, count, seed)
-        (building / "GENERATED.txt").write_text(fingerprint(seed, counts) + "\n")
+        (building / "GENERATED.txt").write_text(fingerprint(seed, counts, more) + "\n")
         shutil.rmtree(root, ignore_errors=True)
         building.rename(root)
     except BaseException:  # with KeyboardInterrupt and SystemExit

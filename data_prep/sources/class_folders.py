@@ -51,7 +51,7 @@ def read_class_folders(
         names = {folder: folder for folder in sorted(folders)}
     parts = [tuple(labelled_folders(root, split, names)) if split else () for split in (train, val, test)]
     for split, part in ((train, parts[0]), (test, parts[2])):
-        _need_every_class(part, names, f"{root / split}")
+        need_every_class(part, names, f"{root / split}")
     return Splits(*parts)
 
 
@@ -74,14 +74,15 @@ def labelled_folders(
     for label, folder in enumerate(counted):
         if folder not in present:
             continue
-        files = sorted(f.name for f in (root / split / folder).iterdir() if _is_image(f.name))
+        files = sorted(f.name for f in (root / split / folder).iterdir() if is_image(f.name))
         if not files:
             raise UserError(f"{root / split / folder} holds no images. Add some, or remove the empty class.")
         for file in files:
             yield LabelledImage((Path(split) / folder / file).as_posix(), label, names[folder])
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
     # macOS writes a metadata file `._a.jpg` beside `a.jpg` on file systems of other systems.
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
@@ -92,7 +93,8 @@ def _folders(path: Path) -> list[str]:
     return sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
-def _need_every_class(images: Sequence[LabelledImage], names: Mapping[str, str], where: str) -> None:
+def need_every_class(images: Sequence[LabelledImage], names: Mapping[str, str], where: str) -> None:
+    """Raise UserError for a class of `names` that has no image."""
     lacking = sorted(set(names.values()) - {image.name for image in images})
     if not images:
         raise UserError(f"{where} holds no class folders with images; expected one folder per class. Put them there.")
@@ -122,7 +124,7 @@ def read_csv(path: Path) -> Splits:
             raise UserError(f"{path}, line {line} has the split '{split}'; expected {known}.{nearest(split, SPLITS)}")
         parts[split].append(LabelledImage(image, labels[name], name))
     for split in ("train", "test"):
-        _need_every_class(parts[split], {name: name for name in labels}, f"{path}, split {split},")
+        need_every_class(parts[split], {name: name for name in labels}, f"{path}, split {split},")
     splits = Splits(*(tuple(parts[split]) for split in SPLITS))
     refuse_twice(splits, str(path))
     return splits

@@ -2,7 +2,8 @@
 
 Base and new classes each have every colour and every shape; new classes are combinations that training lacks. The
 images differ from those that the embedded CLIP was trained on: shapes are rotated and faded, on a spotted background.
-Layout as CoOp's datasets: `<root>/colour_shapes/{images/, split_zhou_ColourShapes.json}`.
+Layout as CoOp's datasets: `<root>/colour_shapes/{images/, split_zhou_ColourShapes.json}`; the second split file
+`split_zhou_UnevenShapes.json` is a pool with frequent and rare classes, of the same images.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from data_prep.nano.scenes import COLOURS, SHAPES, SIZE
 from pipeline.files.atomic import replacing
 
 NAME, SPLIT_FILE = "colour_shapes", "split_zhou_ColourShapes.json"
+UNEVEN_FILE = "split_zhou_UnevenShapes.json"  # the same images, of most classes fewer to train on
+UNEVEN_FEWEST = 2  # training images of the rarest class there; the most frequent one keeps all
 FINGERPRINT_FILE = "made_from.json"
 VERSION = 1  # increase it when the images change
 PER_CLASS = {"train": 20, "val": 4, "test": 20}  # images
@@ -40,8 +43,10 @@ def draw(root: Path, seed: int) -> Path:
     folder = root / NAME
     made_from = {"seed": seed, "version": VERSION, "per_class": PER_CLASS}
     if (folder / FINGERPRINT_FILE).is_file() and json.loads((folder / FINGERPRINT_FILE).read_text()) == made_from:
+        _write_uneven(folder, seed)
         return folder
-    (folder / FINGERPRINT_FILE).unlink(missing_ok=True)
+    for file in (FINGERPRINT_FILE, UNEVEN_FILE):
+        (folder / file).unlink(missing_ok=True)
     parts: dict[str, list[tuple[str, int, str]]] = {split: [] for split in PER_CLASS}
     for label, name in enumerate(class_names()):
         (folder / "images" / name).mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,31 @@ def draw(root: Path, seed: int) -> Path:
         temporary.write_text(json.dumps(parts) + "\n")
     with replacing(folder / FINGERPRINT_FILE) as temporary:
         temporary.write_text(json.dumps(made_from) + "\n")
+    _write_uneven(folder, seed)
     return folder
+
+
+def _write_uneven(folder: Path, seed: int) -> None:
+    """Write the split file of an uneven pool, where it is missing: frequent and rare classes, in a random order.
+
+    The numbers of training images fall geometrically from all to `UNEVEN_FEWEST`; validation and test stay even.
+    """
+    target = folder / UNEVEN_FILE
+    if target.is_file():
+        return
+    parts = json.loads((folder / SPLIT_FILE).read_text("utf-8"))
+    labels = sorted({label for _, label, _ in parts["train"]})
+    ranks = np.random.default_rng([seed, len(labels)]).permutation(len(labels))
+    most, last = PER_CLASS["train"], max(1, len(labels) - 1)
+    kept = {label: round(most * (UNEVEN_FEWEST / most) ** (int(ranks[k]) / last)) for k, label in enumerate(labels)}
+    seen: dict[int, int] = {}
+    train = []
+    for path, label, name in parts["train"]:
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= kept[label]:
+            train.append((path, label, name))
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps({**parts, "train": train}) + "\n")
 
 
 def coloured_shape(rng: np.random.Generator, colour: str, shape: str) -> Image.Image:

@@ -25,7 +25,7 @@ class Generated(CoinSplit):
 
     @classmethod
     def draw(cls, data: DataConfig) -> None:
-        draw(Path(data.root), data.seed, _common_limit(data.tasks))
+        draw(Path(data.root), data.seed, _common_limit(data.tasks), tuple(task.name for task in data.tasks))
 
     @classmethod
     def require_drawn(cls, data: DataConfig) -> None:
@@ -40,22 +40,35 @@ class Generated(CoinSplit):
         return []  # `prepare` draws them
 
 
-def draw(root: Path, seed: int, limit: tuple[int, int] | None = None) -> None:
+def draw(root: Path, seed: int, limit: tuple[int, int] | None = None, tasks: Sequence[str] = ()) -> None:
     """Draw the embedded tasks into `root`, unless the same generator, seed and limit drew them before.
 
-    `limit` is the number of (train, test) samples per task; None draws all. A larger drawing of another recipe with
-    this seed is kept. Raises UserError when `root` holds data that was not generated.
-    """
-    from data_prep.nano.tasks import fingerprint, write_coin  # here: imports scikit-learn, which only this source needs
+    Those that resemble the six are drawn where one of the `tasks` is none of the six. A drawing with them, or a larger
+    one, which another recipe made there with this seed is kept. Raises UserError when `root` holds data that was not
+    generated.
 
+    Args:
+        root: the folder.
+        seed: of pictures and questions.
+        limit: number of (training, test) samples per task; None draws all.
+        tasks: names of the tasks that are wanted.
+    """
+    from data_prep.nano.tasks import (  # here: imports scikit-learn, which only this source needs
+        TASKS,
+        fingerprint,
+        write_coin,
+    )
+
+    more = not set(tasks) <= set(TASKS)
     with waiting_for(lock_of(root), "the generated data"):
         said = (root / STAMP).read_text("utf-8").strip() if (root / STAMP).is_file() else ""
         match = re.search(r"train (\d+) test (\d+)$", said)
         there = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
-        if limit is not None and said == fingerprint(seed, there):
+        more = more or said == fingerprint(seed, there, more=True)
+        if limit is not None and said in (fingerprint(seed, there, more=more), fingerprint(seed, there)):
             # A larger drawing starts with the samples of a smaller one, so it serves both recipes.
             limit = (max(limit[0], there[0]), max(limit[1], there[1]))
-        write_coin(root, seed, limit)  # does nothing where this drawing exists
+        write_coin(root, seed, limit, more)  # does nothing where this drawing exists
 
 
 def _common_limit(tasks: Sequence[TaskConfig]) -> tuple[int, int] | None:

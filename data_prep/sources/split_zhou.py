@@ -15,6 +15,7 @@ from typing import Any
 from data_prep.sources.class_folders import labelled_folders, read_class_folders, read_csv
 from data_prep.sources.image_files import why_missing
 from data_prep.sources.text_files import lines_of, read_json
+from data_prep.sources.unlabelled import read_unlabelled
 from pipeline.clip.images.classes import LabelledImage, Splits, refuse_one_text, refuse_twice
 from pipeline.clip.images.datasets import Dataset
 from pipeline.errors import UserError
@@ -114,6 +115,8 @@ def _read_layout(description: Dataset, folder: Path) -> Splits:
     if description.layout == "csv":
         assert description.split is not None
         return read_csv(folder / description.split)
+    if description.layout == "unlabelled":
+        return read_unlabelled(description, folder)
     if description.layout == "class_folders" and not description.classes:
         return read_class_folders(folder / description.images)
     if description.layout == "split_zhou":
@@ -142,7 +145,8 @@ def missing(description: Dataset, root: Path) -> list[str]:
     folder = root / description.folder
     where = f" {description.instructions(str(root))}" if description.download else ""
     if not folder.is_dir():
-        return [f"{description.name}: the folder {folder} is missing.{where}"]
+        advice = where or " Put the images there, or correct data.root."
+        return [f"{description.name}: the folder {folder} is missing.{advice}"]
     try:
         splits = read_dataset(description, root)
     except UserError as error:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backbones.clip import KeyEncoder
+from pipeline.adapter.answer import Answer, Chosen
+from pipeline.adapter.source import Source
+from pipeline.backbones.key_encoders import key_encoder
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.method import MethodOptions
-from pipeline.config.models import KeysConfig, ModelConfig
+from pipeline.config.method import Unfamiliar
 from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.example import Example
 from pipeline.data.keys import Keys
-from pipeline.data.pictures import read_header
 from pipeline.data.sample import Sample, decode_image
+from pipeline.data.sample_list import SampleList
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError
 from pipeline.methods import make_method
-from pipeline.prompts.embedding import embed_with_sets
+from pipeline.prompts.embedding import embed_with_rows
 from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.parts.projector import load_projector
@@ -38,11 +37,15 @@ TOGETHER = 256  # most questions whose pixels are in memory at once
 
 @dataclass(frozen=True)
 class Question:
-    """One question about at most one image (the file's bytes); `task` is for methods that need the task."""
+    """One question about at most one image (the file's bytes); `task` is for methods that need the task.
+
+    `unfamiliar` is what becomes of it should it resemble no task; None: as the method says.
+    """
 
     text: str
     image: bytes | None = None
     task: str | None = None
+    unfamiliar: Unfamiliar | None = None
 
 
 @dataclass(frozen=True)
@@ -53,58 +56,12 @@ class Tokenised:
     task: int  # number of the task
     example: Example
     pixels: Tensor | None
+    unfamiliar: Unfamiliar | None = None  # as of the question
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return len(self.text) + self.example.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer, with the inserted sets in the order of insertion and the similarity to every set."""
-
-    text: str
-    selected: list[str]
-    similarity: dict[str, float]
-    weights: dict[str, float] | None = None  # of the inserted sets; None: each has weight 1
-
-    @property
-    def sets(self) -> str:
-        """The inserted sets in words, the most similar one first: `Count 0.70, Boxes 0.65`."""
-        known = {name: f" {score:.2f}" for name, score in self.similarity.items()}
-        return ", ".join(f"{name}{known.get(name, '')}" for name in reversed(self.selected)) or "none"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The validated pool and settings of a run or an adapter, as `Answerer` needs them."""
-
-    pool: PromptPool
-    tasks: list[str]  # all tasks of the sequence; those of the pool come first
-    method: MethodOptions
-    model: ModelConfig
-    keys: KeysConfig
-    max_new_tokens: int
-    repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
-
-    def task_number(self, task: str | None) -> int:
-        """Number of the named task; raises UserError for an unknown task, or where the method needs one."""
-        names, method = self.tasks, make_method(self.method)
-        needed = method.needs_task
-        if task is None:
-            if needed:
-                raise UserError(
-                    f"method {method.title} needs the task; set task (--task) to one of {', '.join(names)}."
-                )
-            return 0
-        if task not in names:
-            raise UserError(f"unknown task '{task}'; expected one of {', '.join(names)}.{nearest(task, names)}")
-        number = names.index(task)
-        if needed and number >= len(self.pool):
-            known = ", ".join(self.pool.names)
-            raise UserError(f"task '{task}' has no finished stage yet; expected one of {known}.")
-        return number
 
 
 @dataclass(frozen=True)
@@ -114,31 +71,8 @@ class Routed:
     examples: Examples
     selection: Selection
     similarity: Tensor  # [N, T]; [N, 0] of a method without a router
-
-
-class SampleList(list[Sample]):
-    """Samples in memory with the interface of a prepared split."""
-
-    @property
-    def ids(self) -> list[str]:
-        return [sample.id for sample in self]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([len(sample.question) + len(sample.answer) for sample in self], dtype=np.int64)
-
-    @property
-    def question_chars(self) -> npt.NDArray[np.int32]:
-        return np.array([len(sample.question) for sample in self], dtype=np.int32)
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int32]:
-        headers = [None if sample.image is None else read_header(sample.image) for sample in self]
-        sizes = [(0, 0) if header is None else (header.width, header.height) for header in headers]
-        return np.array(sizes, dtype=np.int32).reshape(-1, 2)
-
-    def text(self, index: int) -> Sample:
-        return replace(self[index], image=None)
+    probabilities: Tensor | None = None  # [N, T]; None where no routing keys are kept to calibrate the scores with
+    unfamiliar: Tensor | None = None  # [N] bool, whether a question resembles no task
 
 
 class Answerer:
@@ -152,7 +86,9 @@ class Answerer:
         self.lmm.use_repetition_penalty(source.repetition_penalty)
         load_projector(self.lmm, source.pool.shared)
         self.entry = entry_of(self.method)
-        self.encoder = KeyEncoder(*source.keys.source, device=place)
+        self.encoder = key_encoder(*source.keys.source, device=place)
+        if self.method.routing.keeps_keys:
+            self.method.routing.fitted(source.pool.states)  # now, so that the first question does not wait for it
 
     @property
     def pool(self) -> PromptPool:
@@ -176,18 +112,10 @@ class Answerer:
             self.lmm,
             routed.examples,
             range(len(questions)),
-            Modules(self.pool.tensors, routed.selection, self.entry),
+            Modules(self.pool.tensors, routed.selection, self.entry, self.pool.common),
             Decoding(length, BATCH),
         )
-        return [
-            Answer(
-                texts[number],
-                self.set_names(routed, number),
-                self.similarities(routed, number),
-                self.weights(routed, number),
-            )
-            for number in range(len(questions))
-        ]
+        return [Answer(text=texts[number], **vars(self.chosen(routed, number))) for number in range(len(questions))]
 
     def ask(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Answer:
         """The answer to one question, with an image (path or bytes of a file) or without; errors as for `answer`."""
@@ -209,8 +137,10 @@ class Answerer:
             )
         routed = self.route([Question(question, image if isinstance(image, bytes) else read_image(image), task)])
         batch = collate_prompts(routed.examples, [0], routed.selection).to(self.lmm.model.device)
-        bank = self.pool.prompts.to(batch.input_ids.device, self.lmm.dtype)
-        return embed_with_sets(self.lmm, batch, bank, self.method.insertion)[0][0].cpu()
+        device, dtype = batch.input_ids.device, self.lmm.dtype
+        tensors = {name: value.to(device, dtype) for name, value in self.pool.tensors.items()}
+        rows = self.entry.rows(tensors, batch)
+        return embed_with_rows(self.lmm, batch, rows, self.method.insertion).vectors[0].cpu()
 
     def tokenise(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Tokenised:
         """Decode and tokenise a question; runs no model and is thread-safe. Raises UserError as `answer` does.
@@ -218,13 +148,15 @@ class Answerer:
         `number` is the question's number for messages, `picture` its image if it has been decoded already.
         """
         task = self.source.task_number(question.task)
+        self.source.require_sight(question.unfamiliar)
         sample = Sample(f"question {number}", question.image, question.text, answer="")
         try:
             picture = sample.picture() if picture is None else picture
         except Exception as error:  # Pillow raises many kinds for damaged files
             raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
         example = self.lmm.conversation.example_of(sample, picture)
-        return Tokenised(question.text, task, example, None if picture is None else self.encoder.pixels([picture]))
+        pixels = None if picture is None else self.encoder.pixels([picture])
+        return Tokenised(question.text, task, example, pixels, question.unfamiliar)
 
     def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
         """Raise UserError where a question with an image of this size has too many tokens.
@@ -247,27 +179,25 @@ class Answerer:
         ]
         tasks = torch.tensor([question.task for question in tokenised], dtype=torch.long)
         keys, routing = self._keys(tokenised), self.method.routing
-        scores = routing.scores(keys, self.pool.states)
-        selection = routing.inference(scores, tasks, keys.has_image)
+        bare = torch.tensor([(one.unfamiliar or routing.unfamiliar) == "zero_shot" for one in tokenised])
+        found = routing.route(keys, self.pool.states, tasks, bare=bare)
         examples = [question.example for question in tokenised]
         samples = SampleList(Sample(e.id, None, q.text, "") for e, q in zip(examples, tokenised, strict=True))
         data = StageData([(samples, keys, None)])
-        return Routed(Examples(data, self.lmm.conversation, ready=examples), selection, routing.shown(scores))
+        ready = Examples(data, self.lmm.conversation, ready=examples)
+        return Routed(ready, found.selection, found.scores, found.probabilities, found.unfamiliar)
 
-    def set_names(self, routed: Routed, number: int) -> list[str]:
-        """Names of the sets of a routed question, in the order of insertion."""
-        return [self.pool.names[index] for index, _ in routed.selection.chosen(number)]
-
-    def similarities(self, routed: Routed, number: int) -> dict[str, float]:
-        """The router's scores of a routed question by set, rounded; empty without a router."""
-        scores = routed.similarity[number].tolist()
-        return {name: round(score, 4) for name, score in zip(self.pool.names, scores, strict=False)}
-
-    def weights(self, routed: Routed, number: int) -> dict[str, float] | None:
-        """The weights of a routed question's sets by name, rounded; None where each has weight 1."""
-        if routed.selection.weights is None:
-            return None
-        return {self.pool.names[index]: round(weight, 4) for index, weight in routed.selection.chosen(number)}
+    def chosen(self, routed: Routed, number: int) -> Chosen:
+        """How a routed question came to its sets, in names and rounded numbers."""
+        names, picked = self.pool.names, routed.selection.chosen(number)
+        strange = None if routed.unfamiliar is None else bool(routed.unfamiliar[number])
+        return Chosen(
+            [names[index] for index, _ in picked],
+            _rounded(names, routed.similarity[number]),
+            None if routed.selection.weights is None else {names[index]: round(weight, 4) for index, weight in picked},
+            None if routed.probabilities is None else _rounded(names, routed.probabilities[number]),
+            strange,
+        )
 
     def _keys(self, questions: Sequence[Tokenised]) -> Keys:
         text = self.encoder.text([question.text for question in questions])
@@ -277,6 +207,11 @@ class Answerer:
         if pixels:
             image[flags] = self.encoder.image(torch.cat(pixels))
         return Keys(image, text, flags, {})
+
+
+def _rounded(names: Sequence[str], row: Tensor) -> dict[str, float]:
+    """A number [T] of each set by name; empty where there are none [0]."""
+    return {name: round(value, 4) for name, value in zip(names, row.tolist(), strict=False)}
 
 
 def read_image(path: str | Path | None) -> bytes | None:

@@ -79,10 +79,19 @@ def _choice(meta: Meta) -> str:
     if routing.router is None or not routing.rule.compares:
         told = " and has to be told with it" if method.needs_task else ""
         return f"Which sets a question gets does not depend on its image and text{told}."
-    gate = getattr(meta.method, "gate", None)
+    gate, share = getattr(meta.method, "gate", None), getattr(meta.method, "share", None)
+    by_vectors = "A question gets the sets whose prototypes are most similar to its image and its text"
+    by_router = (
+        f"A question gets the sets of the tasks that the router {routing.router.word} finds in its image and text"
+    )
+    bound = f", those within {gate} of the best" if gate is not None else ""
+    bound += f", those at least {share:g} times as probable as the best" if share is not None else ""
+    kept = (
+        " The folder holds CLIP vectors of some training samples of each task, of which the routing is computed."
+        if routing.keeps_keys
+        else ""
+    )
     return (
-        "A question gets the sets whose prototypes are most similar to "
-        f"its image and its text as the CLIP `{meta.clip.path}` sees them: at most "
-        f"{routing.rule.most(max(len(meta.sets), getattr(meta.method, 'k', 1)))}"
-        + (f", those within {gate} of the best." if gate is not None else ".")
+        f"{by_router if routing.router.needs_keys else by_vectors} as the CLIP `{meta.clip.path}` sees them: at most "
+        f"{routing.rule.most(max(len(meta.sets), getattr(meta.method, 'k', 1)))}{bound}.{kept}"
     )

@@ -38,7 +38,8 @@ def chat(answerer: Answerer, image: Path | None, read: Callable[[str], str], sho
                 show(HELP)
             elif line:
                 answer = answerer.ask(line, encoded, task)
-                show(f"{answer.text}    (prompt sets: {answer.sets})")
+                strange = "; the question resembles no task" if answer.unfamiliar else ""
+                show(f"{answer.text}    (prompt sets: {answer.sets}{strange})")
                 answered += 1
         except UserError as error:
             show(f"error: {error}")

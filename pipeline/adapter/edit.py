@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.meta import META, Meta
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import own_penalty, source_of
 from pipeline.data.key_file import IDENTITY_FIELDS
+from pipeline.data.selection import NO_SET
 from pipeline.errors import UserError, nearest
 from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import SCHEME
+from pipeline.methods import Method, make_method
 from pipeline.prompts.pool import PromptPool
 
 
@@ -21,7 +25,8 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
     """Write one adapter with the sets of several that were trained separately on the same models.
 
     No set changes, so an answer changes only where a sample is routed to a set of another adapter. Raises UserError
-    when there are fewer than two, or when they belong to different models, select differently, or share a name.
+    when there are fewer than two, when they belong to different models, select differently, or share a name, and where
+    the method would use only some of the sets.
     """
     if len(folders) < 2:
         raise UserError(f"found {len(folders)} adapter to merge; expected at least two.")
@@ -40,6 +45,7 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
         raise UserError(
             f"{', '.join(twice)} is in more than one of the adapters; expected every set once. Prune it from one."
         )
+    _require_used(make_method(first.meta.method), names)
     pool = PromptPool.joined([adapter.pool for adapter in adapters])
     licences = list(dict.fromkeys(adapter.meta.licence for adapter in adapters))
     meta = first.meta.model_copy(
@@ -98,6 +104,21 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
     return f"https://huggingface.co/{repository}"
 
 
+def _require_used(method: Method, names: Sequence[str]) -> None:
+    """Raise UserError where the method's rule would never choose some of these modules, whatever the question."""
+    rule = method.routing.rule
+    if rule.compares or rule.needs_task:
+        return
+    chosen = rule.inference(torch.zeros(1, len(names)), torch.zeros(1, dtype=torch.long)).numbers.flatten().tolist()
+    idle = [name for number, name in enumerate(names) if number not in chosen]
+    if idle:
+        kept = ", ".join(names[number] for number in chosen if number != NO_SET) or "none"
+        raise UserError(
+            f"the method {method.name} would answer every question with {kept} of the merged sets, and never with "
+            f"{', '.join(idle)}; expected adapters of a method that chooses among its modules, such as task_lora."
+        )
+
+
 def _differences(first: Adapter, other: Adapter) -> list[str]:
     """Reasons why two adapters cannot be merged."""
     one, two = first.meta, other.meta
@@ -106,11 +127,13 @@ def _differences(first: Adapter, other: Adapter) -> list[str]:
     found += _differing("model", one, two, ("dtype", "template", "image_padding", "image_tokens"))
     # All options of the method but those that only training reads.
     own = dict.fromkeys([*type(one.method).model_fields, *type(two.method).model_fields])
-    found += _differing("method", one, two, [name for name in own if name not in one.method.TRAINING_ONLY])
+    found += _differing("method", one, two, [name for name in own if name not in one.method.training_only()])
     if one.repetition_penalty != two.repetition_penalty and _penalty(one) != _penalty(two):
         found.append(f"repetition_penalty {two.repetition_penalty!r} instead of {one.repetition_penalty!r}")
     if "trained" in (one.projector, two.projector):
         found.append("a trained projector, which belongs to one pool only")
+    if first.pool.shared_fingerprint() != other.pool.shared_fingerprint():
+        found.append("modules that have other tensors in common, which belong to one pool only")
     return found
 
 

@@ -12,13 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.adapter.card import card
-from pipeline.adapter.meta import CARD, FORMAT_VERSION, META, PROJECTOR, TENSORS, Meta
+from pipeline.adapter.fitted_routing import FITTED, use_fitted, write_fitted
+from pipeline.adapter.meta import CARD, FORMAT_VERSION, META, PROJECTOR, READ_VERSIONS, TENSORS, Meta
 from pipeline.backbones.lmm import DTYPES
-from pipeline.config.method import of_a_record, require_registered
+from pipeline.config.method import choice_name, of_a_record, require_registered
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256, write_json
+from pipeline.methods import make_method
+from pipeline.prompts.parts.base import kind_of
 from pipeline.prompts.parts.projector import projector_of, shared_projector
 from pipeline.prompts.pool import PromptPool
+from pipeline.prompts.routers.kept_keys import sound
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
     """Write an adapter into a folder that is new, empty or an adapter's, and return its contents.
 
     `prompts.safetensors` holds the modules' tensors [T, ...] in the model's precision and the router's states,
-    `adapter.json` the models they belong to and how modules are selected, `README.md` the model card, and
+    `routing.safetensors` what the router has made of many tasks together, `adapter.json` the models they belong to and
+    how modules are selected, `README.md` the model card, and
     `projector.safetensors` the image projector where it is trained.
     """
     refuse_foreign(target)
@@ -47,6 +52,9 @@ def write_adapter(adapter: Adapter, target: Path) -> dict[str, Any]:
             save_file({k: v.to(dtype).contiguous() for k, v in projector.items()}, temporary)
     sums = {"sha256": sha256(target / TENSORS)}
     sums["projector_sha256"] = sha256(target / PROJECTOR) if projector else ""
+    fitted = target / FITTED
+    has_fit = write_fitted(make_method(adapter.meta.method).routing, pool, sums["sha256"], fitted)
+    sums["routing_sha256"] = sha256(fitted) if has_fit else ""
     meta = adapter.meta.model_copy(update={"sets": pool.names, **sums})
     write_json(target / META, meta.model_dump(mode="json"))
     with replacing(target / CARD) as temporary:
@@ -69,8 +77,11 @@ def read_adapter(folder: Path, own: bool = False) -> Adapter:
     except ValueError as error:
         raise UserError(f"{folder / META} is not JSON ({error}); export the run again.") from None
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT_VERSION:
-        raise UserError(f"{folder} has adapter format {found}, expected {FORMAT_VERSION}; export the run again.")
+    if found not in READ_VERSIONS:
+        newer = isinstance(found, int) and found > FORMAT_VERSION
+        advice = "it was written by a newer version, which is needed to read it" if newer else "export the run again"
+        expected = " or ".join(map(str, READ_VERSIONS))
+        raise UserError(f"{folder} has adapter format {found}, expected {expected}; {advice}.")
     if not own:
         require_registered(folder / META, content.get("method"))
     try:
@@ -85,12 +96,41 @@ def read_adapter(folder: Path, own: bool = False) -> Adapter:
     try:
         pool = PromptPool.load(folder / TENSORS)
         if meta.projector == "trained":
-            pool.shared = shared_projector(load_file(folder / PROJECTOR))
-    except (SafetensorError, OSError) as error:
+            pool.shared |= shared_projector(load_file(folder / PROJECTOR))
+    except (SafetensorError, OSError, ValueError, IndexError) as error:  # the latter two: names of other tensors
         raise UserError(f"the tensors of {folder} cannot be read ({error}); export the run again.") from None
     if pool.names != meta.sets or not pool.tensors or any(len(v) != len(pool) for v in pool.tensors.values()):
         raise UserError(f"{folder / TENSORS} does not hold the sets that {META} names; export the run again.")
+    _require_part(folder / TENSORS, meta, pool)
+    for name, state in zip(pool.names, pool.states, strict=True):
+        if not sound(state):
+            raise UserError(
+                f"{folder / TENSORS}: what the set '{name}' keeps for routing is not finite or not of one shape; "
+                "get the adapter again, or export the run again."
+            )
+    if meta.routing_sha256:
+        _use_fit(folder / FITTED, meta, pool)
     return Adapter(meta, pool)
+
+
+def _require_part(path: Path, meta: Meta, pool: PromptPool) -> None:
+    """Raise UserError where the tensors are not those of the part that the method learns, and would go unused."""
+    method = make_method(meta.method)
+    kind, part = kind_of(method), method.part
+    foreign = [name for name in pool.tensors if part is None or not kind.keeps(name)]
+    if foreign:
+        why = "which learns nothing" if part is None else f"whose part {choice_name(part)} has no such tensor"
+        raise UserError(
+            f"{path} holds '{foreign[0]}', and {META} names the method {method.name}, {why}; get the adapter again, or "
+            "export the run again."
+        )
+
+
+def _use_fit(path: Path, meta: Meta, pool: PromptPool) -> None:
+    """Use the kept fit of an adapter's routing; UserError where the file is not the one that was written."""
+    if not path.is_file() or sha256(path) != meta.routing_sha256:
+        raise UserError(f"{path} is missing or not the file that {META} describes; export the run again.")
+    use_fitted(make_method(meta.method).routing, pool, meta.sha256, path)
 
 
 def refuse_foreign(target: Path) -> None:

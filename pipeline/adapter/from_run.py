@@ -18,15 +18,21 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import add_stage, load_stage
 from pipeline.runs.claim import check_stage
 from pipeline.runs.folder import read_run
-from pipeline.runs.layout import stage_folder
+from pipeline.runs.layout import REPLACING_ROUTING, stage_folder
 from pipeline.runs.recorded import recorded_base_model
 
 
 def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     """Return the pool of a run's finished stages.
 
-    Raises UserError when no stage is finished, one is damaged, or model or CLIP are not those it was trained with.
+    Raises UserError when no stage is finished, one is damaged, states are half replaced (`adopt_routing`), or model or
+    CLIP are not those it was trained with.
     """
+    if (run / REPLACING_ROUTING).exists():
+        raise UserError(
+            f"What the stages of {run} keep for routing is being replaced, or a process was killed while it did so. "
+            "`python -m pipeline run RECIPE` with the run's recipe completes it."
+        )
     identity = key_identity(*recipe.keys.source)
     expected = {
         "base_model": base_fingerprint(recipe.model, recorded_base_model(run)),
@@ -48,10 +54,20 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
 def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any]:
     """Write a run's adapter into the folder `target` and return its contents.
 
-    Raises UserError as `read_pool` does, and when `target` is neither new, empty nor an adapter.
+    Raises UserError as `adapter_of_run` does, and when `target` is neither new, empty nor an adapter.
+    """
+    refuse_foreign(target)
+    return write_adapter(adapter_of_run(run, licence), target)
+
+
+def adapter_of_run(run: Path, licence: str | None = None, model: str | None = None) -> Adapter:
+    """What a run has learned, as an adapter in memory; `model` is the frozen model's location, if not the recorded one.
+
+    Raises UserError as `read_pool` does, and where nothing was learned.
     """
     recipe = load_run(run)
-    refuse_foreign(target)
+    if model is not None:
+        recipe = recipe.model_copy(update={"model": moved(recipe.model, model)})
     pool = read_pool(run, recipe)
     if not len(pool):
         raise UserError(f"{run} learned nothing (method {recipe.method.name}); there is no adapter to export.")
@@ -73,4 +89,9 @@ def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any
         metrics={name: value for name, value in scored.metrics().items() if value is not None},
         licence=licence,
     )
-    return write_adapter(Adapter(meta, pool), target)
+    return Adapter(meta, pool)
+
+
+def moved(config: Any, path: str | None) -> Any:
+    """The configuration of a frozen model that is at `path`; None: where it was."""
+    return config if path is None else config.model_copy(update={"path": path, "revision": None})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from pipeline.adapter.answering import Answerer, Source
+from pipeline.adapter.answering import Answerer
 from pipeline.adapter.format import read_adapter
-from pipeline.adapter.from_run import read_pool
+from pipeline.adapter.from_run import moved, read_pool
 from pipeline.adapter.meta import META, Meta
+from pipeline.adapter.source import Source
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.load import load_run
+from pipeline.config.method import Unfamiliar
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
@@ -26,12 +27,12 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None) -> 
     if (path / META).is_file():
         adapter = read_adapter(path)
         meta, pool = adapter.meta, adapter.pool
-        model_config, keys = _moved(meta.model, model), _moved(meta.clip, clip)
-        _require_same_models(path, meta, model_config, keys)
+        model_config, keys = moved(meta.model, model), moved(meta.clip, clip)
+        require_same_models(path, meta, model_config, keys)
         longest, penalty = meta.max_new_tokens, meta.repetition_penalty
         return Source(pool, meta.tasks, meta.method, model_config, keys, longest, penalty)
     recipe = load_run(path)
-    recipe = recipe.model_copy(update={"model": _moved(recipe.model, model), "keys": _moved(recipe.keys, clip)})
+    recipe = recipe.model_copy(update={"model": moved(recipe.model, model), "keys": moved(recipe.keys, clip)})
     pool = read_pool(path, recipe)
     longest = max(task.max_new_tokens for task in recipe.data.tasks)
     tasks = [task.name for task in recipe.data.tasks]
@@ -40,7 +41,11 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None) -> 
 
 
 def load_adapter(
-    path: str | Path, model: str | None = None, clip: str | None = None, device: str | None = None
+    path: str | Path,
+    model: str | None = None,
+    clip: str | None = None,
+    device: str | None = None,
+    unfamiliar: Unfamiliar | None = None,
 ) -> Answerer:
     """Load an adapter or a run with its frozen models; `ask` and `answer` of the result answer questions.
 
@@ -49,17 +54,15 @@ def load_adapter(
         model: folder or Hub id of the frozen model, where the recorded one is not on this machine.
         clip: the same for the CLIP.
         device: torch's name of a device; None: a GPU where there is one.
+        unfamiliar: what becomes of questions that resemble no task, None: as the method says.
 
-    Raises UserError as `source_of` does.
+    Raises UserError as `source_of` and `Source.with_unfamiliar` do.
     """
-    return Answerer(source_of(Path(path), model, clip), device)
+    return Answerer(source_of(Path(path), model, clip).with_unfamiliar(unfamiliar), device)
 
 
-def _moved(config: Any, path: str | None) -> Any:
-    return config if path is None else config.model_copy(update={"path": path, "revision": None})
-
-
-def _require_same_models(folder: Path, meta: Meta, model: ModelConfig, keys: KeysConfig) -> None:
+def require_same_models(folder: Path, meta: Meta, model: ModelConfig, keys: KeysConfig) -> None:
+    """Raise UserError unless `model` and `keys` are the frozen models that an adapter in `folder` was trained with."""
     found = base_fingerprint(model, meta.base_model)
     if found != meta.base_model:
         raise UserError(

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.config.method import MethodField
 from pipeline.config.models import KeysConfig, ModelConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # since 3 the states of routers may keep routing keys
+READ_VERSIONS = (2, 3)
 TENSORS, META, PROJECTOR, CARD = "prompts.safetensors", "adapter.json", "projector.safetensors", "README.md"
 
 
@@ -34,4 +35,5 @@ class Meta(BaseModel):
     metrics: dict[str, Any] = {}
     licence: str | None = None
     sha256: str = ""  # of the prompt sets
+    routing_sha256: str = ""  # of what the router has made of all tasks; empty where it is made when it is used
     projector_sha256: str = ""  # empty in adapters of earlier versions, and without a trained projector

@@ -18,8 +18,11 @@ from mlflow.pyfunc import PythonModel
 
 from pipeline.adapter.answering import Question, read_image
 from pipeline.adapter.load import load_adapter
+from pipeline.config.method import UNFAMILIAR, Unfamiliar
 from pipeline.data.image_limits import ImageLimits, plan_image
 from pipeline.errors import UserError
+
+OUTPUTS = ("answer", "selected", "similarity", "probability", "unfamiliar")  # as the registered signature names them
 
 
 class AdapterModel(PythonModel):
@@ -27,17 +30,24 @@ class AdapterModel(PythonModel):
 
     Where the frozen models have another location than recorded, pass model_config={"model": "...", "clip": "..."} to
     `load_model`. Its "files": true allows paths of files on this machine; it is off by default, because behind
-    `mlflow models serve` any client could have any image on this machine described.
+    `mlflow models serve` any client could have any image on this machine described. "unfamiliar" is what becomes of
+    questions that resemble no task, where it shall differ from the run's method.
     """
 
     def load_context(self, context: Any) -> None:
         config = context.model_config or {}
-        self.answerer = load_adapter(context.artifacts["adapter"], config.get("model"), config.get("clip"))
+        self.answerer = load_adapter(
+            context.artifacts["adapter"],
+            config.get("model"),
+            config.get("clip"),
+            unfamiliar=mode_of(config.get("unfamiliar")),
+        )
         self.opens_files = config.get("files") is True
 
     # Without annotations: MLflow would derive a schema from them, and the signature is registered explicitly.
     def predict(self, context, model_input, params=None):
-        """A frame with `answer`, `selected` (names, comma-separated) and `similarity` (JSON) in the input's order."""
+        """A frame in the input's order: `answer`, `selected` (names, comma-separated), `similarity` (JSON), and, None
+        where they are not known, `probability` (JSON) and `unfamiliar`."""
         import pandas
 
         if "question" not in getattr(model_input, "columns", ()):
@@ -46,10 +56,24 @@ class AdapterModel(PythonModel):
             )
         answers = self.answerer.answer([question(row, self.opens_files) for row in model_input.to_dict("records")])
         rows = [
-            {"answer": a.text, "selected": ", ".join(a.selected), "similarity": json.dumps(a.similarity)}
-            for a in answers
+            {
+                "answer": answer.text,
+                "selected": ", ".join(answer.selected),
+                "similarity": json.dumps(answer.similarity),
+                "probability": None if answer.probability is None else json.dumps(answer.probability),
+                "unfamiliar": answer.unfamiliar,
+            }
+            for answer in answers
         ]
-        return pandas.DataFrame(rows, columns=["answer", "selected", "similarity"], index=model_input.index)
+        return pandas.DataFrame(rows, columns=list(OUTPUTS), index=model_input.index)
+
+
+def mode_of(given: Any) -> Unfamiliar | None:
+    """The mode in model_config, None where it has none; raises UserError for another text."""
+    if given is not None and given not in UNFAMILIAR:
+        raise UserError(f"unfamiliar in model_config is {given!r}; expected one of {', '.join(UNFAMILIAR)}.")
+    mode: Unfamiliar | None = given
+    return mode
 
 
 def question(row: dict[str, Any], opens_files: bool = False) -> Question:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.adapter.answering import Answerer, Question, read_picture
 from pipeline.adapter.load import source_of
+from pipeline.config.method import Unfamiliar
 from pipeline.errors import UserError
 
 
@@ -17,8 +18,9 @@ def predict(
     task: str | None = None,
     model: str | None = None,
     clip: str | None = None,
+    unfamiliar: Unfamiliar | None = None,
 ) -> dict[str, Any]:
-    """Return {answer, sets (in words), selected, similarity} for a question, and `weights` where the rule has them.
+    """Return {answer, sets (in words), selected, similarity} for a question, and what else `Chosen` knows.
 
     Args:
         run: folder of a run or an adapter.
@@ -27,15 +29,15 @@ def predict(
         task: the task, for methods that need it.
         model: location of the frozen model on this machine, None: as recorded.
         clip: the same for the CLIP.
+        unfamiliar: what becomes of a question that resembles no task, None: as the run's method says.
 
     Raises UserError for an empty question, a run without finished stages, an unreadable image, a missing or unknown
-    task, or other models.
+    task, other models, or sets that cannot tell which questions are unfamiliar.
     """
     if not question.strip():
         raise UserError('--question is empty; expected what to ask, such as --question "what is this?".')
     encoded = read_picture(image, "--image: ")
-    source = source_of(run, model, clip)
+    source = source_of(run, model, clip).with_unfamiliar(unfamiliar)
     source.task_number(task)  # raises before the model is loaded
     answer = Answerer(source).answer([Question(question, encoded, task)])[0]
-    found = {"answer": answer.text, "sets": answer.sets, "selected": answer.selected, "similarity": answer.similarity}
-    return found if answer.weights is None else {**found, "weights": answer.weights}
+    return {"answer": answer.text, "sets": answer.sets, **answer.to_json()}

@@ -138,5 +138,11 @@ def _signature() -> Any:
             ColSpec(DataType.string, "task", required=False),
         ]
     )
-    outputs = Schema([ColSpec(DataType.string, name) for name in ("answer", "selected", "similarity")])
+    outputs = Schema(
+        [
+            *(ColSpec(DataType.string, name) for name in ("answer", "selected", "similarity")),
+            ColSpec(DataType.string, "probability", required=False),
+            ColSpec(DataType.boolean, "unfamiliar", required=False),
+        ]
+    )
     return ModelSignature(inputs=inputs, outputs=outputs)

@@ -8,21 +8,20 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from pipeline.backbones.lmm_families import known_families
 from pipeline.data.pictures import central
 from pipeline.errors import UserError
 from pipeline.files.atomic import sha256
 from pipeline.hub.snapshots import Snapshot, Source, checkpoint
 from pipeline.ranks.devices import choose_device
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel
-
+Kind = Literal["clip", "siglip", "own"]
 TextFeature = Literal["projected", "pooled"]
 Truncation = Literal["head", "tail"]
 
@@ -48,7 +47,15 @@ class KeyEncoder:
     longer than CLIP's context `text_truncation` keeps the head, as CLIP does, or the tail, which holds the instruction
     of benchmark questions (docs/design.md 4.10, F5), and always the start and end tokens. Raises UserError when the
     checkpoint is not a complete CLIP, or when `pooled` vectors have another width than image keys.
+    `pipeline.backbones.key_encoders` has the encoders of the other kinds.
     """
+
+    kind: ClassVar[Kind] = "clip"
+    width: int  # of the keys
+    max_text: int  # tokens of a text that are read
+    model: Any
+    processor: Any
+    tokenizer: Any
 
     def __init__(
         self,
@@ -64,19 +71,28 @@ class KeyEncoder:
         Its relative error of a key is 4e-4 (emulated with the embedded CLIP); storing keys as float16 adds 2e-4.
         """
         self._source = (os.fspath(path), revision, text_feature, text_truncation)
-        folder = _checkpoint(os.fspath(path), revision).folder
         self.text_feature = text_feature
+        self.head = text_truncation == "head"
         self.device = torch.device(choose_device(device))
         self.precision = "tf32" if tf32 and _has_tf32(self.device) else "float32"
-        self.model = _load_model(folder).to(self.device)
+        self._load(_checkpoint(os.fspath(path), revision, self.kind).folder)
+
+    def _load(self, folder: Path) -> None:
+        """Load the model and what its inputs are made with, and set `width` and `max_text`."""
+        from transformers import CLIPModel
+
+        self.model = load_key_model(CLIPModel, folder, "CLIP").to(self.device)
         config = self.model.config
-        self.width: int = config.projection_dim
-        if text_feature == "pooled" and config.text_config.hidden_size != self.width:
+        self.width = config.projection_dim
+        if self.text_feature == "pooled" and config.text_config.hidden_size != self.width:
             raise UserError(
-                f"keys.text_feature is pooled, but the CLIP in {path} has pooled text of width "
+                f"keys.text_feature is pooled, but the CLIP in {self._source[0]} has pooled text of width "
                 f"{config.text_config.hidden_size} and image keys of width {self.width}, which cannot share a "
                 "prototype. Set keys.text_feature to projected."
             )
+        self._load_processors(folder, config.text_config.max_position_embeddings)
+
+    def _load_processors(self, folder: Path, context: int) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
@@ -84,11 +100,13 @@ class KeyEncoder:
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"The CLIP in {path} has no usable image processor or tokenizer: {error}") from error
+            raise UserError(
+                f"The {self.kind} model in {self._source[0]} has no usable image processor or tokenizer: {error}"
+            ) from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.truncation_side = "left" if text_truncation == "tail" else "right"
-        self.max_text = min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+        self.tokenizer.truncation_side = "right" if self.head else "left"
+        self.max_text = min(self.tokenizer.model_max_length, context)
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the preprocessed images [B, 3, H, W] on the CPU; thread-safe."""
@@ -124,7 +142,7 @@ class KeyEncoder:
 
     def identity(self) -> dict[str, str]:
         """Return the identity of the CLIP and its settings; see `key_identity`."""
-        return key_identity(*self._source)
+        return key_identity(*self._source, self.kind)
 
 
 def _has_tf32(device: torch.device) -> bool:
@@ -136,14 +154,15 @@ def key_identity(
     revision: str | None = None,
     text_feature: TextFeature = "projected",
     text_truncation: Truncation = "head",
+    kind: Kind = "clip",
 ) -> dict[str, str]:
-    """Return the metadata of keys made with this CLIP, from its files, without loading the model.
+    """Return the metadata of keys made with this model, from its files, without loading it.
 
-    `weights_sha256`, `preprocessing_sha256` (which covers the truncation) and `text_feature` decide whether keys were
-    made with it. `clip`, `revision` and `text_truncation` are for readers. Raises UserError when the checkpoint cannot
-    be found.
+    `weights_sha256`, `preprocessing_sha256` (which covers truncation and kind) and `text_feature` decide whether keys
+    were made with it. `clip`, `revision`, `text_truncation` and `kind` are for readers. Raises UserError when the
+    checkpoint cannot be found.
     """
-    found = _checkpoint(os.fspath(path), revision)
+    found = _checkpoint(os.fspath(path), revision, kind)
     folder = found.folder
     preprocessing = hashlib.sha256(f"encoding {ENCODING_VERSION}\n".encode())
     for name in _PREPROCESSING_FILES:
@@ -151,6 +170,8 @@ def key_identity(
             preprocessing.update(f"{name} {_sha256(folder / name)}\n".encode())
     if text_truncation != "head":  # left out for head, so that keys of versions without the setting stay valid
         preprocessing.update(f"text_truncation {text_truncation}\n".encode())
+    if kind != "clip":
+        preprocessing.update(f"kind {kind}\n".encode())
     weights = hashlib.sha256()
     for file in _weight_files(folder):
         weights.update(f"{file.name} {_sha256(file)}\n".encode())
@@ -163,31 +184,34 @@ def key_identity(
         "preprocessing_sha256": preprocessing.hexdigest(),
         "text_feature": text_feature,
         "text_truncation": text_truncation,
+        **({} if kind == "clip" else {"kind": kind}),
     }
 
 
-def keys_source(path: str, revision: str | None = None) -> Source:
-    """The CLIP's location as `pipeline.hub.snapshots` takes it."""
-    return Source(path, revision, "keys.path", "a CLIP checkpoint's", ("clip",))
+def keys_source(path: str, revision: str | None = None, kind: Kind = "clip") -> Source:
+    """The location of the model that computes keys, as `pipeline.hub.snapshots` takes it."""
+    wanted, kinds = {
+        "clip": ("a CLIP checkpoint's", ("clip",)),
+        "siglip": ("a SigLIP checkpoint's", ("siglip",)),
+        "own": ("a multimodal model's", known_families()),
+    }[kind]
+    return Source(path, revision, "keys.path", wanted, kinds)
 
 
-def _checkpoint(path: str, revision: str | None) -> Snapshot:
-    return checkpoint(keys_source(path, revision))
+def _checkpoint(path: str, revision: str | None, kind: Kind) -> Snapshot:
+    return checkpoint(keys_source(path, revision, kind))
 
 
-def _load_model(folder: Path) -> CLIPModel:
-    from transformers import CLIPModel  # deferred: the import takes seconds, and `key_identity` loads no model
-
+def load_key_model(cls: Any, folder: Path, what: str) -> Any:
+    """Load a frozen dual encoder in float32; UserError where its weights are unreadable or incomplete."""
     try:
-        model, report = CLIPModel.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = cls.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The CLIP weights in {folder} cannot be loaded: {error}") from error
+        raise UserError(f"The {what} weights in {folder} cannot be loaded: {error}") from error
     if report["missing_keys"]:
         raise UserError(
-            f"The CLIP weights in {folder} lack {len(report['missing_keys'])} tensors, for example "
-            f"{min(report['missing_keys'])}; they would be initialised randomly. Expected a complete CLIP checkpoint."
+            f"The {what} weights in {folder} lack {len(report['missing_keys'])} tensors, for example "
+            f"{min(report['missing_keys'])}; they would be initialised randomly. Expected a complete {what} checkpoint."
         )
     return model.eval().requires_grad_(False)
 

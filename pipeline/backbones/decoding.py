@@ -26,8 +26,9 @@ from pipeline.data.selection import Selection
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
 
-# Makes a context in which the selected modules (for example low-rank updates) act on the decoder.
-Attached = Callable[[Selection], AbstractContextManager[None]]
+# Makes a context in which the selected modules (for example low-rank updates) act on the decoder, given the selection
+# of the rows and `Prompts.inserted` of their sequences.
+Attached = Callable[[Selection, Tensor | None], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Prompts:
     prefix: PrefixCache | None = None  # of U prefixes
     groups: Tensor | None = None  # [B] index of each prompt's prefix
     selection: Selection | None = None  # each prompt's modules; required where `attached` is given
+    # [B, S] number from 1 of the inserted row at each column, a prefix's columns included, 0: none; None: not needed
+    inserted: Tensor | None = None
 
 
 @dataclass
@@ -79,8 +82,8 @@ class GreedyDecoder(Generic[R]):
     tokens too; the architecture's own mask excludes those before the window. If memory runs out in `join` or `step`,
     the rows are unchanged.
 
-    Every call of the decoder runs inside `attached`, which gets the selection of the rows in their current order, so
-    that each row keeps its own modules; None: no modules act on the decoder.
+    Every call of the decoder and of the output layer runs inside `attached`, which gets the selection of the rows in
+    their current order, so that each row keeps its own modules; None: no modules act on the model.
 
     Not usable under ZeRO-3: ranks whose answers end at different lengths would wait for each other (docs/design.md
     7.4).
@@ -106,11 +109,12 @@ class GreedyDecoder(Generic[R]):
     def join(self, prompts: Prompts, rows: Sequence[R]) -> list[R]:
         """Add rows for these prompts and decode their first tokens; returns the rows."""
         cache = new_cache(min(ROOM, max(row.longest for row in rows)))
-        with self._modules(prompts.selection):
+        with self._modules(prompts.selection, prompts.inserted):
             hidden, attention, positions = self._read(prompts, cache)
-        scores = self.lmm.logits(hidden)[:, -1]
+            scores = self.lmm.logits(hidden)[:, -1]
         lengths = attention.sum(1).tolist()
-        self._append(DecodingState(cache, attention, positions, torch.zeros_like(positions), prompts.selection))
+        last = torch.zeros_like(positions)
+        self._append(DecodingState(cache, attention, positions, last, prompts.selection, prompts.inserted))
         for row, length in zip(rows, lengths, strict=True):
             row.prompt_tokens = length
         self.rows += rows
@@ -122,12 +126,12 @@ class GreedyDecoder(Generic[R]):
         else:
             self._state = state
 
-    def _modules(self, selection: Selection | None) -> AbstractContextManager[None]:
+    def _modules(self, selection: Selection | None, inserted: Tensor | None) -> AbstractContextManager[None]:
         """The context for a call of the decoder on rows with these modules."""
         if self.attached is None:
             return nullcontext()
         assert selection is not None, "modules are attached to the decoder, so every row needs a selection"
-        return self.attached(selection)
+        return self.attached(selection, inserted)
 
     def _read(self, prompts: Prompts, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states [B, 1, D] of prompts, their attention [B, S] and next positions [B]; fills the cache."""
@@ -154,8 +158,9 @@ class GreedyDecoder(Generic[R]):
         state = self._state
         width = state.attention.shape[1]
         attention = pad(state.attention, (0, 1), value=1)
+        inserted = None if state.inserted is None else pad(state.inserted, (0, 1))
         try:
-            with self._modules(state.selection):
+            with self._modules(state.selection, inserted):
                 hidden = self.lmm.decoder(
                     inputs_embeds=self.lmm.words(state.last[:, None]),
                     attention_mask=attention,
@@ -163,12 +168,12 @@ class GreedyDecoder(Generic[R]):
                     past_key_values=state.cache,
                     use_cache=True,
                 ).last_hidden_state
-            scores = self.lmm.logits(hidden)[:, -1]
+                scores = self.lmm.logits(hidden)[:, -1]
         except Exception:
             for layer in layers_of(state.cache):
                 layer.cut(width)  # layers before the failing one have already stored the token
             raise
-        state.attention, state.positions = attention, state.positions + 1
+        state.attention, state.inserted, state.positions = attention, inserted, state.positions + 1
         return self._advance(range(len(self.rows)), scores)
 
     def _advance(self, numbers: range, scores: Tensor) -> list[R]:

@@ -22,20 +22,23 @@ class ParkedState:
     positions: Tensor  # [B]
     last: Tensor  # [B]
     selection: Selection | None
+    inserted: Tensor | None  # [B, S]
 
     def part(self, rows: slice) -> ParkedState:
         """The state of these rows."""
         layers = [(keys[rows], values[rows]) for keys, values in self.layers]
         index = torch.arange(len(self.last))[rows]
         selection = None if self.selection is None else self.selection.rows(index)
-        return ParkedState(layers, self.attention[rows], self.positions[rows], self.last[rows], selection)
+        inserted = None if self.inserted is None else self.inserted[rows]
+        return ParkedState(layers, self.attention[rows], self.positions[rows], self.last[rows], selection, inserted)
 
     def on(self, device: torch.device) -> DecodingState:
         """The state on a device."""
         cache = cache_of(self.layers, device)
         selection = None if self.selection is None else self.selection.to(device)
+        inserted = None if self.inserted is None else self.inserted.to(device)
         return DecodingState(
-            cache, self.attention.to(device), self.positions.to(device), self.last.to(device), selection
+            cache, self.attention.to(device), self.positions.to(device), self.last.to(device), selection, inserted
         )
 
 
@@ -51,6 +54,7 @@ class DecodingState:
     positions: Tensor  # [B] of each row's next token
     last: Tensor  # [B] each row's newest token
     selection: Selection | None = None  # each row's modules, where modules act on the decoder
+    inserted: Tensor | None = None  # [B, S] number from 1 of the inserted row at each column, where modules need it
 
     @classmethod
     def empty(cls, device: torch.device) -> DecodingState:
@@ -71,7 +75,7 @@ class DecodingState:
         rows, old, width = len(self), self.attention.shape[1], max(self.attention.shape[1], other.attention.shape[1])
         attention = torch.cat([_widened(self.attention, width), _widened(other.attention, width)])
         positions, last = torch.cat([self.positions, other.positions]), torch.cat([self.last, other.last])
-        selection = _joined(self.selection, other.selection)
+        selection, inserted = _joined(self.selection, other.selection), _stacked(self.inserted, other.inserted, width)
         done = []
         try:
             for layer, added in zip(layers_of(self.cache), layers_of(other.cache), strict=True):
@@ -81,7 +85,8 @@ class DecodingState:
             for layer in done:
                 layer.narrow(rows, width - old)
             raise
-        self.attention, self.positions, self.last, self.selection = attention, positions, last, selection
+        self.attention, self.positions, self.last = attention, positions, last
+        self.selection, self.inserted = selection, inserted
 
     def keep(self, kept: list[int]) -> list[int]:
         """Keep these rows (at least one, in ascending order); returns the new order of the rows.
@@ -101,6 +106,7 @@ class DecodingState:
         first = int(attention.any(0).float().argmax())  # columns before it are padding in every remaining row
         self.attention, self.positions, self.last = attention[:, first:], self.positions[index], self.last[index]
         self.selection = None if self.selection is None else self.selection.rows(index)
+        self.inserted = None if self.inserted is None else self.inserted[index][:, first:]
         for layer in layers_of(self.cache):
             layer.narrow(len(kept), first)
         return order
@@ -115,7 +121,8 @@ class DecodingState:
         selection = None
         if self.selection is not None:
             selection = self.selection.rows(torch.arange(first, len(self), device=self.last.device)).to(host)
-        return ParkedState(layers, attention, positions, last, selection)
+        inserted = None if self.inserted is None else self.inserted[first:].to(host, copy=True)
+        return ParkedState(layers, attention, positions, last, selection, inserted)
 
     def release(self) -> None:
         """Free the cache's unused memory."""
@@ -126,6 +133,13 @@ class DecodingState:
 def _widened(attention: Tensor, width: int) -> Tensor:
     """Pad an attention mask [B, S] on the left with zeros to `width` columns."""
     return pad(attention, (width - attention.shape[1], 0))
+
+
+def _stacked(first: Tensor | None, second: Tensor | None, width: int) -> Tensor | None:
+    """Row numbers [B, S] of both, each padded on the left; rows that have none have none inserted."""
+    if first is None or second is None:
+        return None
+    return torch.cat([_widened(first, width), _widened(second, width)])
 
 
 def _joined(first: Selection | None, second: Selection | None) -> Selection | None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
-from pipeline.backbones.lmm_families import family_of
+from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
 from pipeline.backbones.lmm_weights import DTYPES, load_weights
 from pipeline.backbones.shortcuts import log_shortcuts
+from pipeline.config.low_rank import OUTPUT_LAYER
 from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
@@ -141,19 +141,11 @@ class LMM(nn.Module):
 
     def image_spans(self, places: Tensor) -> Tensor:
         """`image_places` [B, N] and the marker tokens directly before and after an image."""
-        spans = places
-        for before in range(1, self.family.image_prefix_tokens + 1):
-            spans = spans | pad(places[:, before:], (0, before))
-        for behind in range(1, self.family.image_suffix_tokens + 1):
-            spans = spans | pad(places[:, :-behind], (behind, 0))
-        return spans
+        return self.family.image_spans(places)
 
     def require_two_passes(self, setting: str = "") -> None:
         """Raise UserError where `setting` needs a prefix cache, which this model does not support."""
-        reason = self.family.needs_one_pass()
-        if reason:
-            setting = setting or "method.insertion: after_image"
-            raise UserError(f"{setting} is not possible with this model: {reason}. Choose another value.")
+        require_two_passes(self.family, setting)
 
     def hidden(
         self,
@@ -185,6 +177,16 @@ class LMM(nn.Module):
     def decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.model.model.get_submodule(self.family.decoder)
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear layers behind the input embeddings: the decoder's by their names in it, and the output layer."""
+        return linears_of(self.model, self.decoder)
+
+    def linear(self, name: str) -> nn.Module:
+        """The layer of that name among `linears`."""
+        output: nn.Module = self.model.get_output_embeddings()
+        return output if name == OUTPUT_LAYER else self.decoder.get_submodule(name)
 
     def decoder_inputs(
         self, embeddings: Tensor, attention: Tensor, image_mask: Tensor | None, images: dict[str, Tensor] | None
@@ -219,6 +221,13 @@ class LMM(nn.Module):
             return weight.detach()[rows.to(weight.device)].float().cpu() * self.family.embedding_scale
 
 
+def linears_of(model: Any, decoder: nn.Module) -> dict[str, nn.Linear]:
+    """`LMM.linears` of a model, which may be on the meta device, and its decoder."""
+    found = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    output = model.get_output_embeddings()
+    return {**found, OUTPUT_LAYER: output} if isinstance(output, nn.Linear) else found
+
+
 @contextlib.contextmanager
 def _gathered(parameter: nn.Parameter) -> Iterator[None]:
     """Gather a parameter that ZeRO-3 has partitioned; a collective, so all ranks must call it."""
@@ -251,5 +260,15 @@ def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: t
 
 
 def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
-    """The base model's fingerprint, see `pipeline.backbones.base_model.fingerprint`."""
-    return fingerprint(source_of(config), recorded)
+    """The base model's fingerprint (`pipeline.backbones.base_model.fingerprint`), with how its weights are quantised.
+
+    Of a quantised model it is that of the checkpoint behind `nf4:` or `int8:`, so results of the one are not continued
+    or answered with by the other.
+    """
+    mark = "" if config.quantization == "none" else f"{config.quantization}:"
+    return mark + fingerprint(source_of(config), None if recorded is None else recorded.removeprefix(mark))
+
+
+def of_the_checkpoint(base_model: str) -> str:
+    """The fingerprint of the checkpoint in one of `base_fingerprint`, which what is not quantised depends on."""
+    return base_model.removeprefix("int8:").removeprefix("nf4:")

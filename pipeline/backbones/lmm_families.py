@@ -30,3 +30,11 @@ def require_kept_features(kind: str) -> None:
             f"train.vision_features kept is not possible with a model of type {kind}, whose images have different "
             "numbers of crops or features; expected computed."
         )
+
+
+def require_two_passes(family: LMMFamily, setting: str = "") -> None:
+    """Raise UserError where `setting` needs a prefix cache, which this model does not support."""
+    reason = family.needs_one_pass()
+    if reason:
+        setting = setting or "method.insertion: after_image"
+        raise UserError(f"{setting} is not possible with this model: {reason}. Choose another value.")

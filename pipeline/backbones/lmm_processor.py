@@ -143,17 +143,22 @@ def _complete(processor: Any, model: Any, folder: Path) -> None:
 def _check_template(config: ModelConfig, family: type[LMMFamily], processor: Any) -> None:
     if getattr(processor, "chat_template", None) and config.template == "auto":
         _require_pictures(config, family, processor)
+    refuse_vicuna(config, family)
     if family.supports_vicuna_template:
         return
-    if config.template == "vicuna_v1":
-        raise UserError(
-            f"model.template is vicuna_v1, but '{config.path}' is of type '{family.kind}', which marks images and "
-            "turns in its own way. Set model.template to auto."
-        )
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"model.path '{config.path}' has no chat template; a model of type '{family.kind}' needs one to mark "
             "images and turns. Put the checkpoint's chat_template.jinja beside it."
+        )
+
+
+def refuse_vicuna(config: ModelConfig, family: type[LMMFamily]) -> None:
+    """Raise UserError where `model.template` is vicuna_v1 for a family that marks images and turns in its own way."""
+    if config.template == "vicuna_v1" and not family.supports_vicuna_template:
+        raise UserError(
+            f"model.template is vicuna_v1, but '{config.path}' is of type '{family.kind}', which marks images and "
+            "turns in its own way. Set model.template to auto."
         )
 
 

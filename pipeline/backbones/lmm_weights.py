@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
+from pipeline.backbones.quantised import require_quantising
 from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
@@ -23,23 +25,31 @@ def load_weights(
 ) -> Any:
     """The transformers model with the weights in `folder`; other arguments and errors as for `load_lmm`."""
     # Deferred: importing the auto classes takes a second, and most commands load no model.
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.integrations import deepspeed as integration
     from transformers.utils import logging as progress
 
     progress.disable_progress_bar()
-    if zero3 is not None:  # transformers does not report missing weights under ZeRO-3
+    # transformers does not report missing weights under ZeRO-3, nor the shapes of weights that it quantises.
+    if zero3 is not None:
         together(lambda: require_fitting_weights(config))
+    quantization = None
+    if config.quantization != "none":
+        assert zero3 is None, "`require_whole_weights` refuses ZeRO-3"
+        require_fitting_weights(config, folder)
+        quantization = _quantization(config, folder, device)
     # transformers holds the configuration by a weak reference only: `live` must stay until the weights are loaded.
     live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
     try:
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=DTYPES[config.dtype],
-            attn_implementation=config.attn_implementation,
+            attn_implementation=family_of(kind).attention(config.attn_implementation),
             device_map=None if device is None else {"": torch.device(device)},
             trust_remote_code=False,
             use_safetensors=True,
+            quantization_config=quantization,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
@@ -57,13 +67,34 @@ def load_weights(
     return model
 
 
+def _quantization(config: ModelConfig, folder: Path, device: torch.device | str | None) -> Any:
+    """What quantises the decoder while it is loaded; UserError where that is not possible here."""
+    from transformers import AutoConfig
+
+    require_quantising(config.quantization, torch.device(device or "cpu"))
+    refuse_quantised_twice(config, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    from pipeline.backbones.quantised_loading import DecoderQuantization  # imports transformers' quantisers
+
+    return DecoderQuantization(config.quantization)
+
+
+def refuse_quantised_twice(config: ModelConfig, settings: Any) -> None:
+    """Raise UserError where weights that are stored in a quantised form (by its config.json) are to be quantised."""
+    if config.quantization != "none" and getattr(settings, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.quantization is {config.quantization}, and the weights of '{config.path}' are stored quantised "
+            "already (quantization_config in its config.json). Set model.quantization to none, or model.path to the "
+            "checkpoint they were made of."
+        )
+
+
 def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> None:
     """Raise UserError unless the checkpoint has every weight of the model in its shape; reads headers only.
 
     transformers renames tensors of older checkpoints and ties output layers to embeddings, so names cannot be compared
     directly: tensors on the meta device are loaded by transformers into a model on the meta device.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.utils import logging as progress
 
     progress.disable_progress_bar()
@@ -73,8 +104,7 @@ def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> 
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(settings, "quantization_config", None) is not None:
             return  # quantised weights have names and shapes that only the quantiser knows
-        with torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
+        model = empty_model(settings)
         _, report = type(model).from_pretrained(
             None,
             config=settings,
@@ -87,6 +117,14 @@ def require_fitting_weights(config: ModelConfig, folder: Path | None = None) -> 
     except LOAD_ERRORS as error:
         raise not_loadable(config, error) from error
     refuse_unfitting(config, report)
+
+
+def empty_model(settings: Any) -> Any:
+    """transformers' model of a configuration on the meta device, without weights."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(settings, trust_remote_code=False)
 
 
 def refuse_unfitting(config: ModelConfig, report: Mapping[str, Iterable[Any]]) -> None:

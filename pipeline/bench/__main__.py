@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.bench.several_values import SeveralValues
 from pipeline.bench.sizes import SIZES
 from pipeline.cli.lazy import lazy
-from pipeline.cli.outcome import App
+from pipeline.cli.outcome import App, ShowVersion
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -24,21 +25,26 @@ if TYPE_CHECKING:
     from pipeline.bench import gpu as gpu_bench
     from pipeline.bench import keys as keys_bench
     from pipeline.bench import loader as loader_bench
+    from pipeline.bench import low_rank as low_rank_bench
     from pipeline.bench import operations as operations_bench
     from pipeline.bench import serve as serve_bench
+    from pipeline.bench import startup as startup_bench
     from pipeline.bench import step as step_bench
     from pipeline.bench import tasks as tasks_bench
+    from pipeline.bench.routing import run as routing_bench
 else:
-    step_bench = lazy("pipeline.bench.step")
+    startup_bench, step_bench = lazy("pipeline.bench.startup"), lazy("pipeline.bench.step")
     operations_bench = lazy("pipeline.bench.operations")
     evaluate_bench = lazy("pipeline.bench.evaluate")
     tasks_bench = lazy("pipeline.bench.tasks")
     loader_bench = lazy("pipeline.bench.loader")
+    low_rank_bench = lazy("pipeline.bench.low_rank")
     data_bench = lazy("pipeline.bench.data")
     keys_bench = lazy("pipeline.bench.keys")
     clip_bench = lazy("pipeline.bench.clip")
     serve_bench = lazy("pipeline.bench.serve")
     gpu_bench = lazy("pipeline.bench.gpu")
+    routing_bench = lazy("pipeline.bench.routing.run")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 SizeName = Annotated[str, typer.Option("--size", help=f"Shape of the model: {', '.join(SIZES)}.")]
@@ -50,7 +56,7 @@ app = App(help=__doc__, add_completion=False)
 
 
 @app.callback()
-def _before() -> None:
+def _before(version: ShowVersion = False) -> None:
     """Speed and memory measurements: ratios of variants, measured in one process on the same weights and samples."""
 
 
@@ -96,12 +102,63 @@ def tasks(
     samples: Annotated[int, typer.Option(min=1, help="Samples per step and answer.")] = 2,
     rounds: Rounds = 5,
     insertion: Annotated[str, typer.Option(help="Where the sets stand in the training step.")] = "after_bos",
+    router: Annotated[str | None, typer.Option(help="Name of a router; none: the default recipe's.")] = None,
+    key_width: Annotated[
+        int | None, typer.Option(min=1, help="Width of the routing keys, CLIP-L's is 768; none: the size's.")
+    ] = None,
     device: Device = "cpu",
     dtype: Precision = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Training steps and answers with many tasks against few."""
-    show(tasks_bench.bench_tasks(_size(size), few, many, samples, rounds, insertion, device, dtype), as_json)
+    use = tasks_bench.SetsInUse(insertion, router, key_width)
+    show(tasks_bench.bench_tasks(_size(size), few, many, samples, rounds, use, device, dtype), as_json)
+
+
+@app.command(cls=SeveralValues)
+def routing(
+    tasks: Annotated[int, typer.Option(help="Tasks of the probe: 40 made by hand, above that a grid.")] = 40,
+    prepared: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER...", help="Folders of prepared tasks instead of the probe, as one sequence."),
+    ] = None,
+    routers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROUTER...", help="Names, or options as in '{name: mean, image_weight: 0.3}'; none: all."),
+    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Sets per sample; none: the default recipe's.")] = None,
+    left_out: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Leave N tasks out in turn, and count questions told as unfamiliar.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the probe's pictures and questions.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Test samples of each task of the probe.")] = 200,
+    pictures: Annotated[int, typer.Option(min=100, help="Training pictures of each family of the probe.")] = 2000,
+    keys_per_task: Annotated[int, typer.Option(min=1, help="Samples of a task whose keys are kept.")] = 128,
+    ceiling: Annotated[
+        bool, typer.Option("--ceiling", help="Also fit a network on many samples per task, which no router has.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Routers side by side, with CLIP keys alone: tasks that resemble each other, or prepared ones."""
+    asked = routing_bench.Asked(routing_bench.default_k() if k is None else k, left_out, keys_per_task)
+    found = routing_bench.bench_routing(
+        tasks, prepared or (), routers or (), asked, seed, routing_bench.amounts_of(pictures, samples), ceiling
+    )
+    routing_bench.show_routing(found, as_json)
+
+
+@app.command("low-rank")
+def low_rank(
+    size: SizeName = "small",
+    many: Annotated[int, typer.Option(min=9, help="Tasks that must cost no more than eight.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per step and answer.")] = 4,
+    rounds: Rounds = 5,
+    device: Device = "cpu",
+    dtype: Precision = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Low-rank modules of eight tasks with weights by sample against one module, and of many tasks against eight."""
+    show(low_rank_bench.bench_low_rank(_size(size), many, samples, rounds, device, dtype), as_json)
 
 
 @app.command()
@@ -172,6 +229,12 @@ def serve(
 ) -> None:
     """The service under load, as a process on loopback, against one question at a time."""
     show(serve_bench.bench_serve(folder, clients, requests), as_json)
+
+
+@app.command()
+def startup(rounds: Rounds = 3, as_json: AsJson = False) -> None:
+    """Seconds until a verb of the embedded model has done its work, each in a process of its own."""
+    show(startup_bench.bench_startup(rounds), as_json)
 
 
 @app.command()

@@ -12,10 +12,12 @@ from torch import Tensor
 from pipeline.bench import measure
 from pipeline.clip.learning.model import ImageBatch, PromptedCLIP
 from pipeline.clip.methods import make_learner
+from pipeline.clip.search_space import SearchSpace, TowerOptions
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config.paths import PROJECT
 
 TOKENIZER = "data_prep/nano/checkpoints/clip"  # gives names about as many tokens as any CLIP's tokenizer
+OPTIONS = tuple(range(7))  # numbers of prompts per block, as published
 WORDS = "red green blue yellow purple cyan orange circle square triangle cross ring large small digit letter".split()
 
 
@@ -76,6 +78,14 @@ class Subject:
         learner = make_learner(method, self.backbone, words, seed=1, **options).to(self.pixels.device)
         return PromptedCLIP(self.backbone, learner, words, self.names, text_chunk=chunk)
 
+    def search(self, plain: bool = False, shorten: bool = True) -> PromptedCLIP:
+        """A search of dpl among the published options, with the same initial values on every path."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            space = SearchSpace(self.backbone.sizes, TowerOptions(OPTIONS, OPTIONS), plain=plain)
+        words = self.backbone.words(self.tokenizer, shorten)
+        return PromptedCLIP(self.backbone, space.to(self.pixels.device), words, self.names)
+
     def step(self, module: PromptedCLIP, features: Tensor | None = None) -> Callable[[], Tensor]:
         """A call that computes the gradients of one batch."""
         batch = ImageBatch(None if features is not None else self.pixels, self.labels, image_features=features)
@@ -127,6 +137,8 @@ def bench_clip(
         features = subject.classifier("coop").image_features(subject.pixels)
     gradients("image features kept (coop)", subject.classifier("coop"), subject.classifier("coop"), features)
     gradients("classes in chunks", subject.classifier("coop"), subject.classifier("coop", chunk))
+    gradients("one attention for all options (dpl's search)", subject.search(plain=True), subject.search())
+    gradients("texts end at their last token (dpl's search)", subject.search(shorten=False), subject.search())
     module = subject.classifier("maple", length=2, depth=2)
     module.requires_grad_(False)  # otherwise the counter of operations would record a backward pass
 

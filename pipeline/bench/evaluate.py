@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from pipeline.backbones.clip import KeyEncoder
+from pipeline.backbones.key_encoders import key_encoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.bench import measure
 from pipeline.config.load import load_run
@@ -71,7 +71,7 @@ class _Matrix:
             data = StageData([(shards, shards.keys(), limit)])
             self.tests.append(TestSet(task.name, task.metric, task.max_new_tokens, data, self.recipe.data.scoring))
         self.lmm: LMM = load_lmm(self.recipe.model)
-        self.encoder = KeyEncoder(*self.recipe.keys.source)
+        self.encoder = key_encoder(*self.recipe.keys.source)
         # As wide as the keys: a method without a learned router leaves no prototypes to take it from.
         width, keys = self.lmm.width, self.tests[0].data.keys.text.shape[1]
         self.heads = [ProjectionHead(width, keys) for _ in self.pools]

@@ -48,7 +48,7 @@ def bench_keys(
         "workers": workers,
         "machine": measure.machine(device),
         "samples_per_s": round(samples / whole, 2),
-        "seconds": {"whole": round(whole, 3), **{name: round(value, 3) for name, value in spent.items()}},
+        "seconds": {"whole": round(whole, 6), **{name: round(value, 6) for name, value in spent.items()}},
         "share_in_towers": round(towers / whole, 3),
     }
 

@@ -15,6 +15,8 @@ TASKS = 8
 SHARED = 4  # questions about one image in the variants that share it
 TEXT_TOKENS = 77  # of CLIP's text tower
 VARIANTS = ("reference", "peft", "after_bos", "after_bos_kept", "after_image", "after_image_shared")
+# Further variants of a step, measured where they are named: rows replaced in every layer, and prefixes in every layer.
+PARTS = ("deep", "prefix")
 FORWARD, BACKWARD = 4, 10  # attention: operations per query, key and unit of width
 
 

@@ -169,6 +169,7 @@ def make_batch(
         image_key=torch.randn(images, size.key_width, generator=generator)[image],
         text_key=torch.randn(samples, size.key_width, generator=generator),
         ids=[str(number) for number in range(samples)],
+        places=torch.arange(samples),
         groups=image,
         leaders=torch.arange(images) * per_image,
     )

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.lmm import DTYPES, LMM
+from pipeline.backbones.prompt_schedule import LayerSchedule, replaced
 from pipeline.bench import measure
 from pipeline.bench.measure import Measured
-from pipeline.bench.operations import SHARED, TASKS, VARIANTS, step_operations
+from pipeline.bench.operations import PARTS, SHARED, TASKS, VARIANTS, step_operations
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
 from pipeline.data.conversation import KEPT
 from pipeline.errors import UserError
-from pipeline.prompts.learner import prompt_learner
+from pipeline.prompts.learner import Learner, prompt_learner
 from pipeline.prompts.model import LearnerOnLMM
+from pipeline.prompts.parts.base import Part
+from pipeline.prompts.parts.deep_rows import DeepRows
+from pipeline.prompts.parts.prefix import PrefixRows
 from pipeline.training.normaliser import Normaliser
 
 RATE = 2e-4
@@ -50,7 +54,26 @@ class OurStep:
     def held(self) -> dict[str, Any]:
         """Tensors that live from step to step."""
         moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "bank": self.module.learner.bank["prompt"], "moments": moments}
+        return {"trained": self.parameters, "bank": list(self.module.learner.bank.values()), "moments": moments}
+
+
+class PartStep(OurStep):
+    """The same of another part in every layer, with random modules [T - 1, ...] of earlier tasks; without a head."""
+
+    def __init__(self, lmm: LMM, size: Size, name: str) -> None:
+        length = size.prompt_length
+        rows = LayerSchedule(tuple(replaced(length, size.layers)))
+        part: Part = DeepRows(lmm, rows) if name == "deep" else PrefixRows(lmm, length)
+        self.module = LearnerOnLMM(lmm, Learner({"module": part}))
+        self.module.to(lmm.model.device)
+        generator, bank = torch.Generator().manual_seed(1), {}
+        for key, value in part.trainables().items():
+            made = torch.randn(TASKS, *value.shape, generator=generator) * 0.02
+            value.data.copy_(made[-1])
+            bank[key] = made[:-1]
+        self.module.learner.start_stage(bank)
+        self.parameters = list(self.module.learner.trainables().values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
 
 
 class PeftStep:
@@ -101,9 +124,9 @@ def bench_step(
     Every sample has its own image, except in after_image_shared, where `SHARED` samples share one; in after_bos_kept
     the vision tower's features are precomputed. Raises UserError for an unknown variant.
     """
-    unknown = sorted(set(variants) - set(VARIANTS))
+    unknown = sorted({*variants} - {*VARIANTS, *PARTS})
     if unknown:
-        raise UserError(f"No variant {', '.join(unknown)}; expected some of {', '.join(VARIANTS)}.")
+        raise UserError(f"No variant {', '.join(unknown)}; expected some of {', '.join((*VARIANTS, *PARTS))}.")
     size = SIZES[size_name]
     size = replace(size, layers=layers or size.layers)
     lmm = make_lmm(size, device, dtype)
@@ -122,6 +145,8 @@ def bench_step(
             steps[name] = ReferenceStep(lmm, size, bank, prompt, towers, RATE), single
         elif name == "peft":
             steps[name] = PeftStep(lmm, size), single
+        elif name in PARTS:
+            steps[name] = PartStep(lmm, size, name), single
         elif name.startswith("after_bos"):
             given = with_kept_features(lmm, single) if name.endswith("kept") else single
             steps[name] = OurStep(lmm, size, bank, prompt, "after_bos"), given
@@ -142,6 +167,8 @@ def bench_step(
         device,
     )
     rate = measure.peak_rate(device, dtype)
+    # Prompts of every layer are compared with those at the input too.
+    against_these = ("reference", "peft", *(["after_bos"] if {*PARTS} & {*variants} else []))
     return result | {
         "size": size_name,
         "dtype": dtype,
@@ -151,7 +178,7 @@ def bench_step(
         "rounds": rounds,
         "machine": measure.machine(device),
         "variants": {name: value.to_json(rate, _needed(size, name, value)) for name, value in measured.items()},
-        "ratios": {against: _ratios(measured, against) for against in ("reference", "peft") if against in measured},
+        "ratios": {against: _ratios(measured, against) for against in against_these if against in measured},
     }
 
 
@@ -172,7 +199,7 @@ def _held(step: Any, frozen: list[Tensor]) -> dict[str, Any]:
 
 
 def _ratios(measured: dict[str, Measured], against: str) -> dict[str, dict[str, float]]:
-    ours = [name for name in measured if name.startswith("after_")]
+    ours = [name for name in measured if name.startswith("after_") or name in PARTS]
     return {name: measure.ratio(measured[against], measured[name]) for name in ours}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel
 from data_prep.benchmark import few_shot_rows
 from data_prep.sources.split_zhou import altered, missing, read_dataset
 from pipeline.check.clip_backbone import check_backbone
+from pipeline.check.clip_descriptions import check_descriptions
+from pipeline.check.clip_search import check_searches
 from pipeline.check.findings import Findings, counted, peak, ranks_here, run_checks, show
 from pipeline.clip.benchmark.prepared import refuse_other_settings, require_prepared
 from pipeline.clip.images.classes import Group, base_classes
@@ -22,6 +24,7 @@ from pipeline.clip.learning.memory_plan import plan_benchmark
 from pipeline.clip.learning.protocol import small_set_warning, steps_per_epoch
 from pipeline.clip.learning.unit import units_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of, load_benchmark
+from pipeline.clip.recipe_active import ActiveConfig, refuse_small_pool
 from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.errors import UserError, UserErrors, require_extras
@@ -46,11 +49,13 @@ def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = Non
             "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
             "deepspeed": lambda: _deepspeed(recipe),
             "model": lambda: check_backbone(recipe.model, recipe.methods, online),
-            "data": lambda: _data(recipe, name),
+            "data": lambda: _data(findings, recipe, name),
             "steps": lambda: _steps(findings, recipe),
             "run folder": lambda: _run_folder(recipe),
             "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
         }
+        if any(method.descriptions is not None for method in recipe.methods):
+            checks["descriptions"] = lambda: check_descriptions(recipe)
         run_checks(findings, checks)
     show(findings, name)
     return findings
@@ -61,7 +66,8 @@ def _recipe(recipe: ClipRecipe) -> str:
     parts = {"method": recipe.methods, "dataset": recipe.data.datasets, "seed": recipe.seeds}
     counts = [counted(len(entries), what) for what, entries in parts.items()]
     counts += [counted(len(recipe.data.targets), "target")] if recipe.data.targets else []
-    return f"{recipe.name}: {recipe.data.protocol}, {', '.join(counts)}: {counted(len(units_of(recipe)), 'unit')}"
+    units = counted(len(units_of(recipe)), "unit")
+    return f"{recipe.name}: {recipe.data.protocol}, {', '.join(counts)}: {units}"
 
 
 def _ranks(recipe: ClipRecipe, ranks: int) -> str:
@@ -71,6 +77,10 @@ def _ranks(recipe: ClipRecipe, ranks: int) -> str:
         train = recipe.train_of(method)
         micro, steps = micro_batches(train.global_batch, train.micro_batch, ranks)
         parts.setdefault(f"{micro} x {steps} of {train.global_batch}", []).append(method.name)
+        search = method.search
+        if search is not None and search.like is None:  # otherwise it is another row's
+            micro, steps = micro_batches(search.global_batch, train.micro_batch, ranks)
+            parts.setdefault(f"{micro} x {steps} of {search.global_batch}", []).append(f"the search of {method.name}")
     listed = "; ".join(f"{sizes}: {', '.join(methods)}" for sizes, methods in parts.items())
     return f"{ranks}, images per forward and step {listed}; {torch_build()}"
 
@@ -80,8 +90,9 @@ def _deepspeed(recipe: ClipRecipe) -> str:
     return f"{recipe.train.deepspeed}: ZeRO stage {stage}, {recipe.model.dtype}"
 
 
-def _data(recipe: ClipRecipe, name: str) -> str:
+def _data(findings: Findings, recipe: ClipRecipe, name: str) -> str:
     found, wrong, unprepared = [], [], []
+    doubts: list[str] = []
     for entry, trained in datasets_of(recipe):
         folder = Path(recipe.data.prepared) / entry.name
         if (folder / CLASSES_FILE).is_file():
@@ -91,12 +102,18 @@ def _data(recipe: ClipRecipe, name: str) -> str:
             except UserError as error:
                 wrong.append(str(error))
                 continue
-            train = f"{len(data.train)}/" if data.train is not None else ""
-            found.append(f"{entry.name} {len(data.classes.names)} classes, {train}{len(data.test)} images")
+            if trained and data.train is not None:
+                wrong += _small_pools(recipe, entry.name, len(data.train), len(data.classes.names))
+                if all(str(seed) in data.classes.validation for seed in recipe.seeds):
+                    problems, warnings = check_searches(recipe, entry.name, data)
+                    wrong, doubts = wrong + problems, doubts + warnings
+            sizes = "/".join(str(len(part)) for part in (data.train, data.test) if part is not None)
+            without = "" if data.labelled else " without labels" + ", none to score on" * (data.test is None)
+            found.append(f"{entry.name} {len(data.classes.names)} classes, {sizes} images{without}")
         else:
             unprepared.append(entry)
-            problems, notes = _source(recipe.data, recipe.seeds, entry, trained)
-            wrong += problems
+            problems, notes, warnings = _source(recipe, entry, trained)
+            wrong, doubts = wrong + problems, doubts + warnings
             found += [f"note: {note}" for note in notes]
     if not unprepared and not wrong and not recipe.data.prepare_first:
         require_prepared(recipe, name)
@@ -108,30 +125,47 @@ def _data(recipe: ClipRecipe, name: str) -> str:
             f"datasets {names} are not prepared; run `{command('prepare', name)}`"
             f"{' once the data is there' * bool(wrong)}."
         )
+    if doubts:
+        findings.warnings["data"] = doubts
     if wrong:
         raise UserErrors(wrong)
     return "\n".join([f"{recipe.data.prepared}:", *found])
 
 
-def _source(
-    data: ClipDataConfig, seeds: Sequence[int], entry: DatasetConfig, trained: bool
-) -> tuple[list[str], list[str]]:
-    """(problems of a dataset that is not prepared, differences from the published one)."""
+def _source(recipe: ClipRecipe, entry: DatasetConfig, trained: bool) -> tuple[list[str], list[str], list[str]]:
+    """(problems of a dataset that is not prepared, differences from the published one, warnings)."""
+    data = recipe.data
     if data.source == "generated":
-        return [], []
+        return [], [], []
     description, root = entry.description, Path(data.root)
-    problems = missing(description, root)
+    problems, warnings = missing(description, root), list[str]()
     if trained and not problems:
         try:
-            few_shot_rows(data, seeds, read_dataset(description, root), entry.name)
+            splits = read_dataset(description, root)
+            few_shot_rows(data, recipe.seeds, splits, entry.name)
+            problems = _small_pools(recipe, entry.name, len(splits.train), len(splits.names()))
+            wrong, warnings = check_searches(recipe, entry.name, splits)
+            problems += wrong
         except UserError as error:
             problems = [str(error)]
-    return problems, altered(description, root)
+    return problems, altered(description, root), warnings
+
+
+def _small_pools(recipe: ClipRecipe, dataset: str, pool: int, classes: int) -> list[str]:
+    """A sentence for each row that asks for more labels than the pool of a dataset can give."""
+    found = []
+    for method in recipe.methods:
+        try:
+            refuse_small_pool(recipe.active or ActiveConfig(), method, pool, classes, f"{method.name}, {dataset}")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _steps(findings: Findings, recipe: ClipRecipe) -> str:
     """Optimizer steps by method, where the numbers of classes are known; warns of batches larger than an epoch."""
     steps: dict[str, dict[str, int]] = {}
+    searches: dict[str, dict[str, int]] = {}  # fewer where training images are held out for the validation
     large: dict[str, list[str]] = {}
     for unit in units_of(recipe):
         if not unit.learns or unit.seed != recipe.seeds[0]:
@@ -140,7 +174,14 @@ def _steps(findings: Findings, recipe: ClipRecipe) -> str:
         if images is None:
             continue
         train, dataset = recipe.train_of(unit.method, unit.dataset.name), unit.dataset.name
-        steps.setdefault(unit.method.name, {})[dataset] = train.epochs * steps_per_epoch(images, train.global_batch)
+        counts = _labelled(recipe, dataset) if unit.method.asks else [images]
+        steps.setdefault(unit.method.name, {})[dataset] = train.epochs * sum(
+            steps_per_epoch(count, train.global_batch) for count in counts
+        )
+        if unit.search is not None and unit.search == unit.method.search:  # otherwise it is another row's
+            each = steps_per_epoch(images, unit.search.global_batch)
+            searches.setdefault(unit.method.name, {})[dataset] = unit.search.epochs * each
+        images = counts[-1]
         if small_set_warning(images, train.global_batch, train.epochs):
             sets = f"{dataset} ({counted(images, 'image')}, {counted(train.epochs, 'step')} in all)"
             large.setdefault(f"the batch of {train.global_batch} of {unit.method.name}", []).append(sets)
@@ -150,9 +191,16 @@ def _steps(findings: Findings, recipe: ClipRecipe) -> str:
             "train.global_batch, or more epochs."
             for batch, sets in large.items()
         ]
-    return "\n".join(_in_short(method, by_dataset) for method, by_dataset in steps.items()) or (
-        "not known before the data is prepared"
-    )
+    lines = [_in_short(method, by_dataset) for method, by_dataset in steps.items()]
+    lines += [_in_short(f"the search of {method}", by_dataset) for method, by_dataset in searches.items()]
+    return "\n".join(lines) or "not known before the data is prepared"
+
+
+def _labelled(recipe: ClipRecipe, dataset: str) -> list[int]:
+    """The number of labelled images that a row trains on in each round."""
+    active = recipe.active or ActiveConfig()
+    labels = active.labels(max(1, _classes(recipe, dataset, "all")))
+    return [labels * (number + 1) for number in range(active.rounds)]
 
 
 def _in_short(method: str, steps: dict[str, int]) -> str:
@@ -168,7 +216,10 @@ def _in_short(method: str, steps: dict[str, int]) -> str:
 def _images(data: ClipDataConfig, seed: int, entry: DatasetConfig, base: bool) -> int | None:
     folder = Path(data.prepared) / entry.name
     if (folder / CLASSES_FILE).is_file():
-        return len(PreparedDataset(folder).few_shots(seed, "base" if base else "all").rows)
+        prepared = PreparedDataset(folder)
+        if not prepared.labelled:
+            return len(prepared.classes.train)
+        return len(prepared.few_shots(seed, "base" if base else "all").rows)
     known = entry.description
     classes = known.base if base else known.classes
     return classes * data.shots if data.shots and classes else None
@@ -194,7 +245,7 @@ def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
         Sizes.of(config)
         with torch.device("meta"):
             built = AutoModel.from_config(config, dtype=getattr(torch, model.dtype))
-        plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested))
+        plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested, default=0))
     except (OSError, ValueError, UserError):
         return f"not planned: the configuration of '{model.path}' is not available here, or is of another kind"
     return peak(plan) + known

@@ -10,13 +10,15 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.clip.methods import learner_of_sizes
-from pipeline.clip.recipe import ClipMethodConfig, ClipModelConfig
+from pipeline.clip.recipe import ClipMethodConfig, ClipModelConfig, search_among
+from pipeline.clip.recipe_search import SearchConfig
 from pipeline.clip.towers.backbone import Sizes, backbone_source
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError, UserErrors
 from pipeline.hub import repository as hub
 from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import weights_of
+from pipeline.planning.frozen_models import emulated
 
 
 def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], online: bool) -> str:
@@ -43,19 +45,22 @@ def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], 
         once = offer == "pickled"
         if offer == "none":
             raise UserError(f"model.path: '{model.path}' has no weights on the Hub, neither safetensors nor .bin.")
-    words = _words(model, folder, config)
+    words = words_of(model, folder, config)
     learned, wrong = [], []
     for method in methods:
         try:
-            count = _learned(method, sizes, words)
+            count = _learned(method, search_among(methods, method), sizes, words)
         except UserError as error:
             wrong.append(f"methods.{method.name}: {error}")
             continue
         learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
     if wrong:
         raise UserErrors(wrong)
-    return f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}" + (
-        "; weights are .bin files, converted once into safetensors by the first run" if once else ""
+    slow = emulated(model.dtype)
+    return (
+        f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}"
+        + ("; weights are .bin files, converted once into safetensors by the first run" if once else "")
+        + (f"; {slow}" if slow else "")
     )
 
 
@@ -73,7 +78,8 @@ def _folder(model: ClipModelConfig, online: bool) -> Path:
     return folder
 
 
-def _words(model: ClipModelConfig, folder: Path, config: Any) -> Words:
+def words_of(model: ClipModelConfig, folder: Path, config: Any) -> Words:
+    """The tokenizer of a checkpoint; UserError without one that can be read."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -81,9 +87,9 @@ def _words(model: ClipModelConfig, folder: Path, config: Any) -> Words:
     return Words(tokenizer, config.text_config.max_position_embeddings)
 
 
-def _learned(method: ClipMethodConfig, sizes: Sizes, words: Words) -> int:
-    """The number of parameters that a method learns; UserError when it does not fit the backbone."""
-    options = method.options | ({"classes": 1} if method.per_class else {})
+def _learned(method: ClipMethodConfig, search: SearchConfig | None, sizes: Sizes, words: Words) -> int:
+    """The number of parameters that a method learns, at most; UserError when it does not fit the backbone."""
+    options = method.options | ({"classes": 1} if method.per_class else {}) | ({} if search is None else search.longest)
     with torch.device("meta"):
         learner = learner_of_sizes(method.kind, sizes, 0, **options)
     start = learner.start_words()

@@ -21,10 +21,12 @@ def check_kept_features(data: DataConfig, model: ModelFiles) -> str:
 
     Counts images with distinct CLIP keys, so it needs prepared tasks; stored features are subtracted.
     """
-    require_kept_features(model.config.model_type)
-    layers = model.config.vision_feature_layer
-    width = model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    per_image = model.image_tokens * width * torch.float16.itemsize
+    config = model.planned
+    require_kept_features(config.model_type)
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    tokens = model.assumed_tokens().image if model.shipped else model.image_tokens
+    per_image = tokens * width * torch.float16.itemsize
     images = kept = 0
     for task in data.tasks:
         folder = data.split_path(task.name, "train")

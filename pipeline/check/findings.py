@@ -61,7 +61,9 @@ def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
 
 def peak(plan: MemoryPlan) -> str:
     """The peak of a memory plan, in words."""
-    waiting = f"; {amount(plan.waiting)} of host memory per rank for prefetched pixels" * (plan.waiting >= GIB)
+    host = {"prefetched pixels": plan.waiting, "the modules of all tasks": plan.pool}
+    large = [f"{amount(size)} for {what}" for what, size in host.items() if size >= GIB]
+    waiting = f"; host memory per rank: {' and '.join(large)}" if large else ""
     return f"{amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
 
 

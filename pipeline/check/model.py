@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm_families import known_families
 from pipeline.backbones.lmm_processor import check_image_size
-from pipeline.backbones.lmm_weights import require_fitting_weights
+from pipeline.backbones.lmm_weights import refuse_quantised_twice, require_fitting_weights
 from pipeline.config.models import KeysConfig
 from pipeline.errors import UserError, UserErrors
 from pipeline.hub import repository as hub
@@ -26,6 +26,10 @@ def check_model(model: ModelFiles) -> str:
     except UserErrors as errors:
         wrong += errors.sentences
     config = model.config
+    try:
+        refuse_quantised_twice(settings, config)
+    except UserError as error:
+        wrong.append(str(error))
     supported = known_families()
     if config.model_type not in supported:
         wrong.append(
@@ -43,9 +47,10 @@ def check_model(model: ModelFiles) -> str:
         raise UserErrors(wrong)
     stored = str(getattr(config, "dtype", None) or "unknown precision").removeprefix("torch.")
     cast = "" if stored in (settings.dtype, "unknown precision") else f" (stored in {stored})"
+    quantised = "" if settings.quantization == "none" else f", decoder in {settings.quantization}"
     return (
         f"{settings.path}: {config.model_type}, {type(model.processor).__name__}, "
-        f"{len(model.processor.tokenizer)} tokens, {settings.dtype}{cast}, {weights}"
+        f"{len(model.processor.tokenizer)} tokens, {settings.dtype}{cast}{quantised}, {weights}"
         + (f"; {note}" if (note := emulated(settings.dtype)) else "")
     )
 
@@ -115,12 +120,14 @@ def vision_problems(model: ModelFiles) -> list[str]:
 
 
 def image_token_problems(model: ModelFiles) -> list[str]:
-    """The problem, if any, that a LLaVA's processor writes another number of image tokens than there are features."""
+    """The problem, if any, that the processor of a LLaVA or FastVLM writes more or fewer image tokens than features."""
     config = model.config
-    if config.model_type != "llava":  # the others compute the number from the image in processor and model
-        return []
     tower = config.vision_config
-    wanted = (tower.image_size // tower.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    # The others compute the number from the image in processor and model; a tower of timm does not tell its patches.
+    if config.model_type not in ("llava", "fast_vlm") or not getattr(tower, "patch_size", None):
+        return []
+    class_token = config.model_type == "llava" and config.vision_feature_select_strategy == "full"
+    wanted = (tower.image_size // tower.patch_size) ** 2 + class_token
     try:
         found = model.image_tokens
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

@@ -8,29 +8,35 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from pipeline.backbones.lmm import LMM
 from pipeline.check.data import CheckedData
 from pipeline.check.features import check_kept_features
 from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
+from pipeline.check.insertion import check_insertion, passes_twice
 from pipeline.check.model import check_keys, check_model
+from pipeline.check.pictures import cut_off
+from pipeline.check.routing import TITLE, check_routing, keeps_keys
 from pipeline.check.run_folder import check_run_folder
+from pipeline.check.shipped import SHIPPED, check_shipped
 from pipeline.config.data import DataConfig
+from pipeline.config.models import ModelConfig
 from pipeline.config.recipe import Recipe
 from pipeline.config.task_file import contradictions
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import AUTO, TrainConfig
 from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
+from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
 from pipeline.planning.auto import fit_to_memory, gpu_memory, least_for_zero2, without_gpus
+from pipeline.planning.budget import USUAL_KEY_WIDTH, sized_decoder, trained_values, within_budget
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles, clip_key_width
-from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
 from pipeline.planning.workload import Workload
+from pipeline.prompts.parts.base import kind_of
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.sequence.opened import require_fitting
-from pipeline.training.deepspeed_config import AUTO, accumulation, deepspeed_config
-
-ASSUMED_KEY_WIDTH = 768  # CLIP ViT-L's, of the paper
+from pipeline.training.deepspeed_config import accumulation, deepspeed_config, require_whole_weights
 
 
 def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
@@ -42,9 +48,29 @@ def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
     transformers_logging.set_verbosity_error()  # the checks report what it would warn about
     findings = Findings()
     with hub.no_waiting([recipe.model.path, recipe.keys.path]) as online:
-        _look(findings, recipe, name, ranks or ranks_here(recipe), online)
+        _look(findings, _sized(findings, recipe, online), name, ranks or ranks_here(recipe), online)
     show(findings, name)
     return findings
+
+
+def _sized(findings: Findings, recipe: Recipe, online: bool) -> Recipe:
+    """The recipe with the size of its module that its budget allows, as far as the model's configuration is there."""
+    budget = recipe.train.budget
+    if budget is None:
+        return recipe
+    model = ModelFiles(recipe.model, online, recipe.data.cuts)
+    sized: list[Recipe] = []
+
+    def fits() -> str:
+        try:
+            decoder = sized_decoder(model.built, recipe.keys)
+        except (UserError, OSError, ValueError, KeyError, ImportError):
+            return f"not applied: the configuration of '{recipe.model.path}' is not available here"
+        sized.append(within_budget(recipe, decoder))
+        return f"{trained_values(sized[0], decoder):,} of {budget:,} values of the module per stage"
+
+    run_checks(findings, {"budget": fits})
+    return sized[0] if sized else recipe
 
 
 def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: bool) -> None:
@@ -59,20 +85,35 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
     def model_works() -> bool:
         return "model" not in findings.problems
 
+    def checked_data() -> str:
+        found = data.check(identity, (lambda: model.conversation) if model_works() else None)
+        if model_works() and (doubts := cut_off(model, data.samples)):
+            findings.warnings["data"] = doubts
+        return found
+
     checks: dict[str, Callable[[], str]] = {
         "recipe": lambda: _recipe(recipe),
         "metrics": lambda: _metrics(recipe.data),
         "ranks": lambda: _ranks(recipe.train, ranks),
-        "deepspeed": lambda: _deepspeed(recipe.train, recipe.model.dtype),
+        "deepspeed": lambda: _deepspeed(recipe.train, recipe.model),
         "model": lambda: check_model(model),
+        SHIPPED: lambda: check_shipped(findings, model),
+        "insertion": lambda: check_insertion(recipe, model),
         "keys": keys,
-        "data": lambda: data.check(identity, (lambda: model.conversation) if model_works() else None),
+        "data": checked_data,
+        TITLE: lambda: check_routing(findings, recipe.method, recipe.data),
         "vision features": lambda: check_kept_features(recipe.data, model),
         "run folder": lambda: check_run_folder(recipe, model if model_works() else None, identity),
         "memory": lambda: _memory(findings, recipe, ranks, model, data),
     }
+    if not model.shipped:
+        del checks[SHIPPED]
+    if not passes_twice(recipe):
+        del checks["insertion"]
     if recipe.train.vision_features == "computed":
         del checks["vision features"]
+    if not keeps_keys(recipe.method):
+        del checks[TITLE]
     run_checks(findings, checks)
 
 
@@ -96,8 +137,8 @@ def _ranks(train: TrainConfig, ranks: int) -> str:
     return f"{ranks}, each {micro} samples x {steps} per step of {train.global_batch}; {torch_build()}"
 
 
-def _deepspeed(train: TrainConfig, dtype: str) -> str:
-    config = deepspeed_config(train, dtype, 1)  # the file's own faults; whether the ranks divide is another check
+def _deepspeed(train: TrainConfig, model: ModelConfig) -> str:
+    config = deepspeed_config(train, model.dtype, 1)  # the file's own faults; whether the ranks divide is another check
     settle_accelerator()
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
@@ -106,30 +147,36 @@ def _deepspeed(train: TrainConfig, dtype: str) -> str:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"'{train.deepspeed}' is refused by DeepSpeed ({reason}); correct it.") from error
-    return f"{train.deepspeed}: ZeRO stage {int(zero.stage)}, {dtype}"
+    require_whole_weights(train, model.quantization)
+    return f"{train.deepspeed}: ZeRO stage {int(zero.stage)}, {model.dtype}"
 
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, data: CheckedData) -> str:
     """Plan the memory; obstacles have been reported by the checks that they belong to."""
-    if {"recipe", "ranks", "deepspeed"} & findings.problems.keys():
-        return "not planned: method, packages, ranks or DeepSpeed file are wrong"
-    known = ""
+    if {"recipe", "ranks", "deepspeed", "insertion"} & findings.problems.keys():
+        return "not planned: method, packages, ranks, DeepSpeed file or insertion are wrong"
+    if SHIPPED in findings.problems:
+        return "not planned: see the shipped numbers"
+    shipped = f"; by the numbers of {recipe.model.path} that ship with the project" if model.shipped else ""
     try:
-        config = model.config
-    except UserError:
-        known = f"; by this project's built-in sizes of {recipe.model.path}, which is not on this machine"
-    try:
-        if known:
-            config = model.known()
-        built = meta_model(recipe.model, config)
+        built = model.built
     except (UserError, OSError, ValueError, KeyError, ImportError):
         return f"not planned: the configuration of '{recipe.model.path}' is not available here"
-    tokens = model.assumed_tokens() if "model" in findings.problems else model.tokens(data.samples)
-    width = data.key_width or clip_key_width(recipe.keys) or ASSUMED_KEY_WIDTH
+    tokens = model.assumed_tokens(data.samples) if "model" in findings.problems else model.tokens(data.samples)
+    width = data.key_width or clip_key_width(recipe.keys) or USUAL_KEY_WIDTH
+    _require_carried(recipe, built, width)
     work = Workload.of(recipe, width)
     train, note = _resolved(work, ranks, built, tokens)
     plan = findings.memory = plan_memory(work.trained_with(train), ranks, built, tokens)
-    return peak(plan) + note + known
+    return peak(plan) + note + shipped
+
+
+def _require_carried(recipe: Recipe, built: nn.Module, key_width: int) -> None:
+    """Raise UserError where the model cannot carry what a stage learns, by making that on the meta device."""
+    method = make_method(recipe.method)
+    if method.part is not None:
+        with torch.device("meta"):
+            kind_of(method).keyed(LMM(built, None), method, key_width)
 
 
 def _resolved(work: Workload, ranks: int, built: nn.Module, tokens: Tokens) -> tuple[TrainConfig, str]:

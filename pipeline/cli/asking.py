@@ -12,36 +12,58 @@ from rich.text import Text
 
 from pipeline.cli import completion
 from pipeline.cli.lazy import lazy
-from pipeline.cli.options import AsJson, Clip, Learned, Model
+from pipeline.cli.options import AsJson, Clip, Learned, Model, UnfamiliarMode
 from pipeline.cli.outcome import show
-from pipeline.errors import require_extras
+from pipeline.config.load import run_kind
+from pipeline.errors import UserError, require_extras
 from pipeline.serve.options import Options
 
 if TYPE_CHECKING:
     from pipeline.adapter import chat as chatting
     from pipeline.adapter import load as loading
     from pipeline.adapter import predict as predicting
+    from pipeline.clip.benchmark import classify as classifying
     from pipeline.serve import server
 else:
     chatting, loading, predicting = map(
         lazy, ("pipeline.adapter.chat", "pipeline.adapter.load", "pipeline.adapter.predict")
     )
-    server = lazy("pipeline.serve.server")
+    server, classifying = lazy("pipeline.serve.server"), lazy("pipeline.clip.benchmark.classify")
 
 
 def predict(
     run: Learned,
-    question: Annotated[str, typer.Option(help="What to ask.")],
+    question: Annotated[
+        str | None, typer.Option(help="What to ask; a benchmark's run on CLIP names the picture's class without it.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to ask about; none: only the question routes.")] = None,
     task: Annotated[
         str | None, typer.Option(help="The task, for methods that need it.", autocompletion=completion.sets)
     ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Unit of a benchmark's run that has several.")
+    ] = None,
+    unfamiliar: UnfamiliarMode = None,
     model: Model = None,
     clip: Clip = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question with a run's prompt sets and show which sets were selected."""
-    show(predicting.predict(run, image, question, task, model, clip), as_json)
+    """Answer one question with a run's prompt sets and show which were selected; on CLIP, name a picture's class."""
+    if run_kind(run) == "clip":
+        _refuse(f"'{run}' is a benchmark on CLIP", question=question, task=task, unfamiliar=unfamiliar)
+        show(classifying.classify(run, image, unit, clip or model), as_json)
+        return
+    _refuse(f"'{run}' is no benchmark's run", unit=unit)
+    if question is None:
+        raise UserError('there is no --question; expected what to ask, such as --question "what is this?".')
+    show(predicting.predict(run, image, question, task, model, clip, unfamiliar), as_json)
+
+
+def _refuse(why: str, **given: object) -> None:
+    """Raise UserError for options that were given and have no meaning here."""
+    said = [f"--{name}" for name, value in given.items() if value is not None]
+    if said:
+        raise UserError(f"{why}, where {' and '.join(said)} mean{'s' * (len(said) == 1)} nothing; leave it out.")
 
 
 def serve(
@@ -67,6 +89,7 @@ def serve(
         bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no line per request.")] = False,
+    unfamiliar: UnfamiliarMode = None,
     model: Model = None,
     clip: Clip = None,
 ) -> None:
@@ -85,6 +108,7 @@ def serve(
         tuple(origin or ()),
         ignore_system,
         quiet,
+        unfamiliar,
     )
     server.serve(run, options, model, clip)
 
@@ -92,12 +116,13 @@ def serve(
 def chat(
     run: Learned,
     image: Annotated[Path | None, typer.Option(help="Picture to begin with.")] = None,
+    unfamiliar: UnfamiliarMode = None,
     model: Model = None,
     clip: Clip = None,
 ) -> None:
     """Ask a run or an adapter question after question about a picture."""
     console = Console()
-    answerer = loading.load_adapter(run, model, clip)
+    answerer = loading.load_adapter(run, model, clip, unfamiliar=unfamiliar)
 
     def ask(prompt: str) -> str:
         # Piped questions need no prompt. Text, so that rich does not read square brackets as markup.

@@ -9,15 +9,21 @@ from typing import Annotated
 
 import typer
 
-from pipeline import __version__
-from pipeline.cli import asking, looking, own, sharing, training
-from pipeline.cli.outcome import App
+from pipeline.cli import asking, comparing, labelling, looking, own, sharing, training
+from pipeline.cli.outcome import App, ShowVersion
 from pipeline.ranks import launch
 
 # Headings of the help with their verbs, in the order in which they are shown.
 VERBS = {
-    "Train a recipe": (training.check, training.prepare, training.run, training.train, training.evaluate),
-    "Look at runs": (looking.report, looking.ls),
+    "Train a recipe": (
+        training.check,
+        training.prepare,
+        training.run,
+        training.train,
+        training.evaluate,
+        labelling.label,
+    ),
+    "Look at runs": (looking.report, looking.ls, comparing.compare),
     "Use what was learned": (asking.predict, asking.serve, asking.chat),
     "Adapters": (sharing.export, sharing.merge, sharing.prune),
     "A task of your own": (own.new_task, own.add),
@@ -26,18 +32,10 @@ VERBS = {
 app = App(help="Continual prompt learning on frozen vision-language models.")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"pipeline {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _before(
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
-    ] = False,
+    version: ShowVersion = False,
 ) -> None:
     """Continual prompt learning on frozen vision-language models."""
     # The deepspeed launcher puts --local_rank before the verb; it is accepted and ignored, since the environment has

@@ -7,6 +7,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import registry
 from pipeline.config.yaml_file import CONFIG, STATE, find_recipe, read_recipe, recipe_names
 from pipeline.errors import UserError
 
@@ -41,6 +42,15 @@ def fields(ctx: Any, incomplete: str) -> list[str]:
     if equals:
         return [f"{dotted}={choice}" for choice in known.get(dotted, ()) if choice.startswith(begun)]
     return [f"{field}=" for field in known if field.startswith(incomplete)]
+
+
+def methods(ctx: Any, incomplete: str) -> list[str]:
+    """Names of methods, of which several may be given with commas between them."""
+    before, comma, begun = incomplete.rpartition(",")
+    taken = before.split(",")
+    return [
+        f"{before}{comma}{name}" for name in registry.names("methods") if name.startswith(begun) and name not in taken
+    ]
 
 
 def own_tasks(ctx: Any, incomplete: str) -> list[str]:

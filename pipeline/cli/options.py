@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import completion
+from pipeline.config.method import UNFAMILIAR, Unfamiliar
 
 RecipeName = Annotated[
     str,
@@ -39,4 +40,11 @@ Learned = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Location of the frozen multimodal model, if not the recorded one.")]
 Clip = Annotated[str | None, typer.Option(help="Location of the frozen CLIP, if not the recorded one.")]
+UnfamiliarMode = Annotated[
+    Unfamiliar | None,
+    typer.Option(
+        metavar="|".join(UNFAMILIAR),
+        help="What becomes of a question that resembles no task; by default as method.unfamiliar of the run says.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]

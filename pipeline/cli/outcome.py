@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -34,6 +34,18 @@ JSON = "--json"
 PATH_TYPES = ("path", "file", "directory")  # names of click's path types
 PATHS_AS_TEXT = ("recipe", "model", "clip")  # arguments that are a name, a Hub id or a path
 FOLDERS_MADE_HERE = ("RUN", "ADAPTER")  # metavars of arguments that name the folder of a run or an adapter
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        # Not by an import: the package names sequences, and data_prep, which uses this, may not (import contracts).
+        print(f"pipeline {sys.modules['pipeline'].__version__}")
+        raise typer.Exit
+
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+]
 
 
 class ReportedError(UserError):

@@ -15,15 +15,26 @@ from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
 from pipeline.config.yaml_file import CONFIG
 from pipeline.files.paths import command
+from pipeline.runs.layout import stage_folder
 
 if TYPE_CHECKING:
     from data_prep import own_task
+    from pipeline.runs import folder as folders
+    from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
-    from pipeline.sequence import add_task
+    from pipeline.sequence import add_task, learned
 else:
-    own_task, effects, add_task = map(
-        lazy, ("data_prep.own_task", "pipeline.sequence.add_effect", "pipeline.sequence.add_task")
+    own_task, folders, effects, add_task, learned = map(
+        lazy,
+        (
+            "data_prep.own_task",
+            "pipeline.runs.folder",
+            "pipeline.sequence.add_effect",
+            "pipeline.sequence.add_task",
+            "pipeline.sequence.learned",
+        ),
     )
+    sentences = lazy("pipeline.sequence.add_advice")
 
 
 def new_task(
@@ -59,36 +70,56 @@ def add(
         float | None,
         typer.Option(min=0, help="The run's method.gate from this stage on: a smaller one mixes fewer sets."),
     ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(max=1, help="The run's method.share from this stage on: a larger one mixes fewer sets."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say which earlier tasks' questions would get the new set.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn one more task as the next stage of a run; earlier prompt sets are unchanged."""
-    addition = add_task.prepare_addition(run, task, root, gate)
+    changes = {name: value for name, value in {"gate": gate, "share": share}.items() if value is not None}
+    addition = add_task.prepare_addition(run, task, root, changes)
 
     def tell(found: effects.Interference, title: str) -> None:
         if found.effects:
-            typer.echo(f"{title}: {effects.basis(found.effects, task)}")
-            Console().print(effects.effect_table(found.effects, task))
-            for sentence in effects.advice(found, run, task):
+            typer.echo(f"{title}: {sentences.basis(found.effects, task)}")
+            Console().print(sentences.effect_table(found.effects, task))
+            for sentence in sentences.advice(found, run, task):
                 typer.echo(sentence)
 
     if addition.is_new or dry_run:
         estimated = effects.estimate(run, addition.recipe)
         tell(estimated, "Expected interference with earlier tasks (estimated from CLIP keys)")
         if dry_run:
-            fields = {"foretold": estimated.effects_json(), "advised": estimated.advised_json()}
+            advised = {"advised": estimated.advised_json(), "own": estimated.own}
+            fields = {"foretold": estimated.effects_json(), **advised}
             show({"run": str(run), "task": task, **fields}, as_json)
             return
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:
         found = effects.measure(run, addition.recipe)
         tell(found, "Effect on earlier tasks")
-        return {**result, "earlier": found.effects_json(), "advised": found.advised_json()}
+        scores = result.get("learned")
+        known = learned.Learned.from_json(scores) if scores is not None else None
+        stage = stage_folder(run, len(addition.recipe.data.tasks) - 1, task).name
+        curve = folders.read_run(run).losses().get(stage, [])
+        losses = [line["loss"] for line in curve if line.get("loss") is not None]
+        for sentence in learned.sentences(known, addition.recipe, losses):
+            typer.echo(sentence)
+        return {**result, "earlier": found.effects_json(), "advised": found.advised_json(), "own": found.own}
 
     with addition.written():
-        sequence.start("run", str(run / CONFIG), [f"run_dir={_run_dir(run)}"], None, as_json, with_effects)
+        sequence.start(
+            "run",
+            str(run / CONFIG),
+            [f"run_dir={_run_dir(run)}", "evaluate.held_out=true"],
+            None,
+            as_json,
+            with_effects,
+        )
 
 
 def _run_dir(run: Path) -> str:

@@ -18,15 +18,17 @@ from pipeline.training.deepspeed_config import accumulation
 
 if TYPE_CHECKING:
     from data_prep import prepare as preparing
+    from pipeline.planning import budget
     from pipeline.report import summary
     from pipeline.runs import claim
     from pipeline.sequence import prepared
     from pipeline.sequence import run as running
 else:
-    preparing, summary, claim, prepared, running = map(
+    preparing, budget, summary, claim, prepared, running = map(
         lazy,
         (
             "data_prep.prepare",
+            "pipeline.planning.budget",
             "pipeline.report.summary",
             "pipeline.runs.claim",
             "pipeline.sequence.prepared",
@@ -50,6 +52,8 @@ def start(
     """
     require_srun()
     recipe = load_recipe(name, overrides)
+    if recipe.train.budget is not None:
+        recipe = budget.within_budget(recipe)
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
     if recipe.data.prepare_first and not is_distributed():
         preparing.prepare(recipe, progress=True)

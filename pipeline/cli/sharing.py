@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.cli import completion
 from pipeline.cli.lazy import lazy
-from pipeline.cli.options import AsJson, RunFolder
+from pipeline.cli.options import AsJson, Learned, Model
 from pipeline.cli.outcome import show
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.adapter import edit as editing
     from pipeline.adapter import from_run
+    from pipeline.adapter.vocabulary import export as vocabulary
 else:
     editing, from_run = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.from_run")
+    vocabulary = lazy("pipeline.adapter.vocabulary.export")
+
+Form = Literal["adapter", "vocabulary"]
 
 
 def export(
-    run: RunFolder,
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter.")],
+    run: Learned,
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the adapter, or of the checkpoint.")],
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--as",
+            help="adapter: what was learned, without the frozen model. vocabulary: the frozen model's checkpoint with "
+            "prompt sets as special tokens, for any server.",
+        ),
+    ] = "adapter",
+    model: Model = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="With --as vocabulary: copy files of frozen weights instead of linking them.")
+    ] = False,
     licence: Annotated[
         str | None,
         typer.Option("--licence", "--license", help="Licence of the prompt sets, for the model card."),
@@ -30,7 +47,16 @@ def export(
     public: Annotated[bool, typer.Option(help="Let everybody see the repository that --push makes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the learned pool of all stages as one portable adapter."""
+    """Write the learned pool of all stages as one portable adapter, or into the vocabulary of its frozen model."""
+    if form == "vocabulary":
+        if push is not None:
+            raise UserError(
+                f"--push uploads adapters; `hf upload {push} {target}` uploads a checkpoint, once it is written."
+            )
+        show(vocabulary.export_vocabulary(run, target, model, licence, link=not copy), as_json)
+        return
+    if model is not None or copy:
+        raise UserError("--model and --copy are options of --as vocabulary; an adapter holds no frozen model.")
     result = from_run.export(run, target, licence)
     if push is not None:
         result["pushed"] = editing.push(target, push, public)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli import sequence
+from pipeline.cli.labelling import Port, until_labelled
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson, Overrides, RecipeName, RunFolder, SkipBad, Until
 from pipeline.cli.outcome import ReportedError, show
@@ -85,10 +86,24 @@ def run(
     overrides: Overrides = None,
     skip_bad: SkipBad = None,
     until: Until = None,
+    label: Annotated[
+        bool, typer.Option("--label", help="Serve a page to label the images that a round of protocol active asks for.")
+    ] = False,
+    port: Port = 8000,
     as_json: AsJson = False,
 ) -> None:
     """Train all stages, evaluate after each, and write the report; a stopped run resumes where it was."""
-    _start("run", recipe, _with_skip_bad(overrides, skip_bad), until, as_json)
+    given = _with_skip_bad(overrides, skip_bad)
+    if not label:
+        _start("run", recipe, given, until, as_json)
+        return
+    asked = clip_recipe.load_benchmark(recipe, given) if recipe_kind(recipe) == "clip" else None
+    if asked is None or asked.active is None or asked.active.oracle != "file":
+        raise UserError(
+            f"--label serves a page to a person, and '{recipe}' asks nobody; set active.oracle to file in a recipe of "
+            "protocol active, or leave --label out."
+        )
+    until_labelled(lambda: _start("run", recipe, given, until, as_json), asked.run_path, port)
 
 
 def train(

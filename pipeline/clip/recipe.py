@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.clip.methods import method_class, refuse_options
-from pipeline.clip.recipe_data import DATASET_CONTENT, ClipDataConfig, DatasetConfig
+from pipeline.clip.methods import PromptLearner, method_class, refuse_options
+from pipeline.clip.recipe_active import ActiveConfig, AskingConfig, refuse_missing_labels
+from pipeline.clip.recipe_data import DATASET_CONTENT, UNLABELLED_CONTENT, ClipDataConfig, DatasetConfig
+from pipeline.clip.recipe_descriptions import refuse_descriptions
+from pipeline.clip.recipe_search import SearchConfig
 from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.towers.text import MARK
 from pipeline.config import registry
@@ -88,7 +91,7 @@ class ClipTrainConfig(LoopConfig):
 _OF_ALL_METHODS = ("deepspeed", "processes", "save_minutes", "save_steps", "keep", "watchdog_s")
 
 
-class ClipMethodConfig(Section):
+class ClipMethodConfig(AskingConfig):
     """One row of the benchmark: a method, its options, and its overrides of the training settings."""
 
     name: Name = Field(description="the row's name in tables and folders")
@@ -103,6 +106,9 @@ class ClipMethodConfig(Section):
     )
     average: AverageConfig | None = Field(
         None, description="Gaussian average of the prompts over the epochs; null: the last epoch's prompts"
+    )
+    search: SearchConfig | None = Field(
+        None, description="dpl: find the lengths of its prompts before each unit's training; null: they are options"
     )
     train: dict[str, Any] = Field({}, description="overrides of train for this method")
     train_on: dict[str, dict[str, Any]] = Field(
@@ -126,6 +132,8 @@ class ClipMethodConfig(Section):
         try:
             learner = method_class(self.kind)
             refuse_options(self.kind, self.options, hidden=("classes",))  # `per_class` sets it from the dataset
+            if self.search is None:
+                learner.refuse_values(self.options)
         except UserError as error:
             raise ValueError(str(error)) from None
         template = self.options.get("template")
@@ -134,9 +142,42 @@ class ClipMethodConfig(Section):
         if self.per_class and not learner.takes_classes:
             able = ", ".join(name for name in registry.BUILT_IN["clip_methods"] if method_class(name).takes_classes)
             raise ValueError(f"per_class belongs to {able}; {self.kind} learns one context for all classes")
+        if self.search is not None:
+            self._search_belongs(learner)
         if not learner.learns and (self.consistency or self.average):
             raise ValueError(f"{self.kind} learns nothing that could be regularised or averaged")
         return self
+
+    def _search_belongs(self, learner: type[PromptLearner]) -> None:
+        """Raise ValueError for a search of a method whose lengths no search finds, or beside given lengths."""
+        if not learner.searches:
+            able = ", ".join(name for name in registry.BUILT_IN["clip_methods"] if method_class(name).searches)
+            raise ValueError(f"search belongs to {able}; the prompt lengths of {self.kind} are its options")
+        given = [name for name in ("text", "vision") if name in self.options]
+        if given:
+            raise ValueError(
+                f"{self.name} has a search and the lengths that it would find (options.{given[0]}); keep one of them"
+            )
+
+
+def search_among(methods: Sequence[ClipMethodConfig], method: ClipMethodConfig) -> SearchConfig | None:
+    """See `ClipRecipe.search_of`."""
+    like = None if method.search is None else method.search.like
+    if like is None:
+        return method.search
+    names = [row.name for row in methods]
+    if like not in names:
+        raise ValueError(
+            f"methods.{method.name}.search.like names no row; the rows are {', '.join(names)}.{nearest(like, names)}"
+        )
+    other = methods[names.index(like)]
+    if names.index(like) >= names.index(method.name) or other.search is None:
+        raise ValueError(
+            f"methods.{method.name}.search.like is {like}, which "
+            f"{'has no search' if other.search is None else 'comes later or is the row itself'}; name an earlier "
+            "row with a search of its own"
+        )
+    return search_among(methods, other)
 
 
 class ClipRecipe(FileRecipe):
@@ -148,6 +189,9 @@ class ClipRecipe(FileRecipe):
     )
     data: ClipDataConfig
     model: ClipModelConfig
+    active: ActiveConfig | None = Field(
+        None, description="protocol active: how labels are asked for; null: with the defaults"
+    )
     methods: tuple[ClipMethodConfig, ...] = Field(min_length=1, description="the rows of the benchmark, in this order")
     train: ClipTrainConfig = ClipTrainConfig()
     evaluate_batch: int = Field(100, ge=1, description="images per forward pass in evaluation, per rank")
@@ -158,14 +202,28 @@ class ClipRecipe(FileRecipe):
         advice = "; give the second one another name and its method in `method`"
         each_once("method", (method.name for method in self.methods), advice)
         each_once("seed", self.seeds)
+        active = self.data.protocol == "active"
+        if self.active is not None and not active:
+            raise ValueError("the section active belongs to the protocol active; set data.protocol to active")
         for method in self.methods:
-            if method.per_class and self.data.protocol != "all_classes":
+            learner = method_class(method.kind)
+            method.refuse_contradictions(method.name, learner.learns, learner.per_image, active)
+            if method.per_class and self.data.protocol not in ("all_classes", "active"):
                 raise ValueError(
                     f"{method.name} learns a context for each class, which the other classes of {self.data.protocol} "
                     "have none of; set data.protocol to all_classes, or per_class to false"
                 )
             for dataset in (None, *method.train_on):
                 self.train_of(method, dataset)
+            compares = bool(method.consistency) or learner.regularisers is not PromptLearner.regularisers
+            refuse_descriptions(method.name, method.descriptions, compares)
+            if active:
+                refuse_missing_labels(self.active or ActiveConfig(), method, method.name, self.data, learner.learns)
+            if self.search_of(method) is not None and active:
+                raise ValueError(
+                    f"methods.{method.name}.search needs the few-shot images of a seed, which the protocol active has "
+                    "none of; give the lengths in options"
+                )
         return self
 
     def data_settings(self) -> dict[str, Any]:
@@ -174,8 +232,9 @@ class ClipRecipe(FileRecipe):
         Seeds are not among them: a prepared dataset holds the few-shot rows of every seed it was prepared for.
         """
         data = self.data
+        content = DATASET_CONTENT | UNLABELLED_CONTENT
         said = {
-            entry.name: entry.model_dump(mode="json", include=DATASET_CONTENT, exclude_defaults=True)
+            entry.name: entry.model_dump(mode="json", include=content, exclude_defaults=True)
             for entry in (*data.datasets, *data.targets)
         }
         found = {
@@ -188,6 +247,18 @@ class ClipRecipe(FileRecipe):
             "seed": data.seed if data.source == "generated" else None,
         }
         return {name: value for name, value in found.items() if value not in (None, {})}
+
+    def search_of(self, method: ClipMethodConfig) -> SearchConfig | None:
+        """The settings of a row's search, those of another row where it is `like` one; None where it has none.
+
+        ValueError where `like` names no row, not an earlier one, or one without a search.
+        """
+        return search_among(self.methods, method)
+
+    @property
+    def searches(self) -> bool:
+        """Whether some row has a search, which needs validation images."""
+        return any(method.search is not None for method in self.methods)
 
     def template_of(self, dataset: str) -> str:
         """The text template of one of the datasets."""

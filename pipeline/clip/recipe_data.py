@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,11 @@ from pipeline.config.base import PREPARED, Name, Section, each_once
 from pipeline.errors import nearest
 from pipeline.files.paths import GivenPath
 
-Protocol = Literal["base_to_new", "cross_dataset", "all_classes"]
+Protocol = Literal["base_to_new", "cross_dataset", "all_classes", "active"]
 DATASET_CONTENT = {"layout", "folder", "images", "split"}
+UNLABELLED_CONTENT = {"classes", "test"}
 _WITH_SPLIT = ("split_zhou", "csv")  # layouts whose splits are read from a file that the recipe names
+NONE_OF_THESE = "-"  # what a person answers for an image of no class, so no class may be called so
 
 
 class DatasetConfig(Section):
@@ -34,6 +37,16 @@ class DatasetConfig(Section):
     )
     split: GivenPath | None = Field(None, description="name of the split file (split_zhou) or of the CSV file")
     template: str | None = Field(None, description="text template, with {} for the class name; null: as published")
+    classes: tuple[str, ...] | None = Field(
+        None,
+        min_length=2,
+        description="unlabelled: the class names; null: the lines of classes.txt in the dataset's folder",
+    )
+    test: GivenPath | None = Field(
+        None,
+        description="unlabelled: a folder in the images' folder with labelled images to score on, one folder per "
+        "class; null: there are none, and nothing is scored",
+    )
 
     @model_validator(mode="after")
     def _known_or_complete(self) -> DatasetConfig:
@@ -54,6 +67,28 @@ class DatasetConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _classes_are_said_where_no_label_says_them(self) -> DatasetConfig:
+        said = [name for name in ("classes", "test") if getattr(self, name) is not None]
+        if said and self.layout != "unlabelled":
+            raise ValueError(
+                f"dataset '{self.name}' has {' and '.join(said)}, which belong to the layout unlabelled; leave them "
+                "out, or set layout to unlabelled"
+            )
+        if self.classes is not None:
+            refuse_class_list(self.classes, f"dataset '{self.name}'")
+        return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its training images have labels."""
+        return self.layout != "unlabelled"
+
+    @property
+    def tested(self) -> bool:
+        """Whether it has test images."""
+        return self.labelled or self.test is not None
+
     @property
     def description(self) -> Dataset:
         """The published dataset with the recipe's changes, or a description of the user's own dataset."""
@@ -64,7 +99,18 @@ class DatasetConfig(Section):
             return replace(known, **changes)
         template = known.template if known is not None else TEMPLATE
         own = Dataset(self.name, 0, self.name, ".", 0, 0, 0, "", template, None, self.layout or "class_folders")
-        return replace(own, **changes)
+        return replace(own, **changes, class_list=self.classes, test_folder=self.test)
+
+
+def refuse_class_list(names: Sequence[str], where: str) -> None:
+    """Raise ValueError for class names of which one is empty, twice there, or what a person answers for no class."""
+    wrong = [name for name in names if not name.strip() or name.strip() == NONE_OF_THESE]
+    if wrong:
+        raise ValueError(
+            f"{where} has a class '{wrong[0]}'; expected names to show to a person and to CLIP ('{NONE_OF_THESE}' is "
+            "the answer for an image of no class)"
+        )
+    each_once("class", names, f" in {where}")
 
 
 class ClipDataConfig(Section):
@@ -83,7 +129,8 @@ class ClipDataConfig(Section):
     protocol: Protocol = Field(
         "base_to_new",
         description="base_to_new: train on the first half of the classes, evaluate on each half; all_classes: train "
-        "and evaluate on all classes; cross_dataset: train on all classes, evaluate on the targets too",
+        "and evaluate on all classes; cross_dataset: train on all classes, evaluate on the targets too; active: train "
+        "on the images that a row asks the labels of, round by round, and evaluate on all classes after each",
     )
     targets: tuple[DatasetConfig, ...] = Field((), description="cross_dataset: datasets that are only evaluated")
     shots: int | None = Field(16, ge=1, description="training images per class; null: all")
@@ -109,6 +156,23 @@ class ClipDataConfig(Section):
         each_once("dataset", (entry.name for entry in (*self.datasets, *self.targets)))
         if bool(self.targets) != (self.protocol == "cross_dataset"):
             raise ValueError("targets belong to the protocol cross_dataset, which needs at least one")
+        if self.protocol == "active" and self.shots is not None:
+            raise ValueError(
+                f"the protocol active asks for labels of the whole training split, and shots is {self.shots}; set "
+                "data.shots to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_images_are_asked_about(self) -> ClipDataConfig:
+        without = [entry.name for entry in (*self.datasets, *self.targets) if not entry.labelled]
+        if without and self.protocol != "active":
+            raise ValueError(
+                f"the images of {without[0]} have no labels, which {self.protocol} needs; set data.protocol to active "
+                "and active.oracle to file, so that a person is asked for them"
+            )
+        if without and self.source == "generated":
+            raise ValueError(f"{without[0]} has the layout unlabelled, and generated images have labels; give folders")
         return self
 
     def split_path(self, dataset: str, split: str) -> Path:
@@ -118,7 +182,9 @@ class ClipDataConfig(Section):
     def split_settings(self, entry: DatasetConfig, split: str) -> dict[str, Any]:
         """The settings that, with the files under the root, determine a split's content; see `pipeline.data.origin`."""
         settings = {"source": self.source, **entry.model_dump(mode="json", include=DATASET_CONTENT)}
-        if split == "train":
+        if entry.test is not None:
+            settings["test"] = entry.test
+        if split in ("train", "val"):
             settings |= {"shots": self.shots, "fewer": self.fewer}
         if self.source == "generated":
             settings["seed"] = self.seed

@@ -78,6 +78,8 @@ class FileRecipe(Section):
     """The base of all kinds of recipes: a name, the run's folder, and reading and writing it as YAML."""
 
     filled_in: ClassVar[tuple[str, ...]] = ("name",)  # placeholders in run_dir
+    # Fields that may change in the middle of a run, which then makes anew what depends on them.
+    adopted: ClassVar[tuple[str, ...]] = ()
 
     name: Name = Field(description="name of the recipe")
     run_dir: GivenPath = Field("runs/{name}", description="folder of the run; {name} is filled in")
@@ -128,6 +130,10 @@ class FileRecipe(Section):
         """The fields of a run's config.yaml, completed with former defaults of fields that it lacks."""
         return fields
 
+    def continuing(self, recorded: Any) -> FileRecipe:
+        """The recipe for a run that was begun with the fields `recorded`: what it leaves out stays as it was there."""
+        return self
+
     @property
     def run_path(self) -> Path:
         """Folder of the run."""
@@ -136,8 +142,8 @@ class FileRecipe(Section):
     def dump_yaml(self, path: Path) -> None:
         """Write the resolved recipe atomically; reading the file gives an equal recipe.
 
-        Except for a password in `tracking.uri`, which is masked because run folders are shared (see
-        `pipeline.tracking.store.tracking_uri`).
+        Except for what is not a single run's (a section `comparison`), and for a password in `tracking.uri`, which is
+        masked because run folders are shared (see `pipeline.tracking.store.tracking_uri`).
         """
         fields = self.model_dump(mode="json")
         tracking = fields.get("tracking")

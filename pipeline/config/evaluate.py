@@ -17,6 +17,16 @@ class EvaluateConfig(Section):
     ahead: bool = Field(
         False, description="also score each task just before its own stage, for forward transfer; costs a test set each"
     )
+    told: Literal["last", "stages", "never"] = Field(
+        "last",
+        description="score each task also with every sample's own set ranked first, after the last stage of a call or "
+        "after all stages; answers anew only what routing sent to another set",
+    )
+    held_out: bool = Field(
+        False,
+        description="after the last stage, also answer its held-out samples with its own set ranked first, and compare "
+        "with the most frequent training answer: whether the task was learned, as `add` says",
+    )
     repetition_penalty: Annotated[float, Field(gt=0)] | Literal["checkpoint"] = Field(
         1.0,
         description="penalty for tokens that the answer has already; 1: none, so that boxes and numbers can repeat "
@@ -28,3 +38,7 @@ class EvaluateConfig(Section):
         description="encode an image once for all questions about it that get the same sets; always on with "
         "method.insertion after_image",
     )
+
+    def tells(self, last: bool) -> bool:
+        """Whether scores with the task told are measured after a stage, the `last` one of a call or not."""
+        return self.told == "stages" or (self.told == "last" and last)

@@ -76,16 +76,17 @@ def load_run(run_path: Path) -> Recipe:
         raise UserError(
             f"'{run_path}' is a benchmark of prompt methods on CLIP; expected the run of a task sequence. What it "
             f"learned is in {run_path / 'units'}; "
-            f"pipeline.clip.benchmark.checkpoint.classifier_from loads it for any classes."
+            f"`python -m pipeline predict {run_path} --image FILE` names the class of an image."
         )
     return as_recorded(load_recipe(run_path / CONFIG), run_path)
 
 
 def as_recorded(recipe: Recipe, run_path: Path) -> Recipe:
-    """The recipe of a run, with the former default of `repetition_penalty` where the run is older than this field."""
+    """The recipe of a run, with former defaults of fields that the recipe leaves out and the run is older than."""
     path, field = run_path / CONFIG, "repetition_penalty"
-    if field in recipe.evaluate.model_fields_set or not path.is_file():
+    if not path.is_file():
         return recipe
-    if field in (read_recipe(path).get("evaluate") or {}):
-        return recipe
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={field: "checkpoint"})})
+    recorded = read_recipe(path)
+    if field not in recipe.evaluate.model_fields_set and field not in (recorded.get("evaluate") or {}):
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={field: "checkpoint"})})
+    return recipe.continuing(recorded)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, PlainValidator, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import InitErrorDetails
@@ -22,6 +22,9 @@ ONCE_OF_ALL = (
     *("prompt_length", "init", "k", "selection", "insertion", "text_only", "gate", "earlier_gates", "image_weight"),
     "prototype_weight",
 )
+Unfamiliar: TypeAlias = Literal["answer", "zero_shot", "flag"]
+UNFAMILIAR: tuple[Unfamiliar, ...] = get_args(Unfamiliar)
+BOTH_BOUNDS = "expected gate or share, one way to say which modules are similar enough, and both are given"
 Choice: TypeAlias = str | Mapping[str, Any]  # a name, or `{name: ..., and its options}`
 
 
@@ -45,16 +48,26 @@ class MethodOptions(Section):
     """The continual-learning method, and what is learned per task."""
 
     TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset()  # options without effect once a module is learned
+    # Former defaults, by the options that runs and adapters lack which are older than these options.
+    FORMERLY: ClassVar[Mapping[str, Any]] = {}
 
     name: Annotated[str, FromRegistry("methods")] = Field(DEFAULT, description="the continual-learning method")
+
+    @classmethod
+    def training_only(cls) -> frozenset[str]:
+        """The options without effect once a module is learned: `TRAINING_ONLY` of it and of its base classes."""
+        return frozenset[str]().union(*(vars(base).get("TRAINING_ONLY", ()) for base in cls.__mro__))
 
     def after(self, stages: int) -> MethodOptions:
         """The method as it was after this number of stages; differs from the present one if it was changed since."""
         return self
 
-    def with_gate(self, gate: float | None, stages: int) -> MethodOptions:
-        """The method with another gate for the stages after the first `stages`; UserError where it has no gate."""
-        raise UserError(f"the method {self.name} has no gate; expected one that selects by similarity.")
+    def changed(self, changes: Mapping[str, Any], stages: int) -> MethodOptions:
+        """The method with another `gate` or `share` for the stages after the first `stages`; UserError without one."""
+        if changes:
+            name = next(iter(changes))
+            raise UserError(f"the method {self.name} has no {name}; expected one that selects by similarity.")
+        return self
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Section]]:
@@ -69,9 +82,28 @@ class MethodOptions(Section):
         return found
 
 
-RULE, ROUTER = FromRegistry("rules"), FromRegistry("routers")
+RULE, ROUTER, PART = FromRegistry("rules"), FromRegistry("routers"), FromRegistry("parts")
 RuleChoice = Annotated[str | dict[str, Any], PlainValidator(RULE.checked), RULE]
 RouterChoice = Annotated[str | dict[str, Any], PlainValidator(ROUTER.checked), ROUTER]
+PartChoice = Annotated[str | dict[str, Any], PlainValidator(PART.checked), PART]
+
+
+class RoutedOptions(MethodOptions):
+    """What methods have in common that find the task of a sample by routing."""
+
+    TRAINING_ONLY = frozenset({"keys_per_task"})
+
+    unfamiliar: Unfamiliar = Field(
+        "answer",
+        description="a question that resembles no task (it is farther from the training samples of the task that fits "
+        "best than 99 in 100 of these are). answer: as any other; zero_shot: by the frozen model alone; flag: as any "
+        "other, and marked",
+    )
+    keys_per_task: int = Field(
+        128,
+        ge=1,
+        description="samples of a task whose routing keys are kept, where router, share or unfamiliar need any",
+    )
 
 
 def choice_name(choice: Choice) -> str:
@@ -80,12 +112,12 @@ def choice_name(choice: Choice) -> str:
 
 
 def chosen_options(kind: str, options: type[Section], choice: Choice, method: Section | None) -> Section:
-    """The options of a chosen router or rule: those in the choice, and the method's options of the same names.
+    """The options of a chosen router, rule, part or term: those in the choice, and the method's of the same names.
 
-    Raises UserError for an option that the router or rule does not have, and for an invalid value.
+    Raises UserError for an option that what is chosen does not have, and for an invalid value.
 
     Args:
-        kind: "routers" or "rules".
+        kind: "routers", "rules", "parts" or "terms".
         options: the options' class.
         choice: the name, or a mapping with `name` and options.
         method: options of the method; None: only those in the choice.
@@ -155,11 +187,15 @@ MethodField = Annotated[SerializeAsAny[MethodOptions], WrapValidator(validated)]
 
 
 def of_a_record(fields: Any) -> Any:
-    """The section `method` of a run or adapter from when all methods had all fields, without fields of no effect."""
+    """The section `method` of a run or adapter of any version, as this version says the same.
+
+    Without fields of no effect, which all methods once had, and with the former defaults of fields that it lacks.
+    """
     if not isinstance(fields, Mapping) or not registry.knows("methods", str(fields.get("name", DEFAULT))):
         return fields
-    known = options_of(str(fields.get("name", DEFAULT))).model_fields
-    return {name: value for name, value in fields.items() if name in known or name not in ONCE_OF_ALL}
+    options = options_of(str(fields.get("name", DEFAULT)))
+    kept = {name: value for name, value in fields.items() if name in options.model_fields or name not in ONCE_OF_ALL}
+    return {**options.FORMERLY, **kept}
 
 
 def require_registered(place: Path, fields: Any) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from pipeline.config.base import FileRecipe, TrackingConfig
+from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import TASK_CONTENT, DataConfig
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.config.method import MethodField, method_options, of_a_record
+from pipeline.config.method import DEFAULT, MethodField, method_options, of_a_record
 from pipeline.config.models import KeysConfig, ModelConfig
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import AUTO, ZERO2, TrainConfig
 from pipeline.data.origin import shared_or_each
 from pipeline.files.paths import GivenPath
 
@@ -22,6 +24,7 @@ class Recipe(FileRecipe):
     """Everything that a run depends on: data, model, method, training and a seed."""
 
     filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
+    adopted: ClassVar[tuple[str, ...]] = ("method.router", "method.unfamiliar")
 
     seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
     run_dir: GivenPath = Field(
@@ -34,6 +37,25 @@ class Recipe(FileRecipe):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    # What `compare` reads; a run's own recipe does not have it.
+    comparison: ComparisonConfig = Field(ComparisonConfig(), exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_keys_are_the_models(cls, fields: Any) -> Any:
+        model, keys = _sections(fields, "model", "keys")
+        if keys.get("kind") == "own" and "path" not in keys:
+            fields = {**fields, "keys": {**keys, "path": model.get("path"), "revision": model.get("revision")}}
+        return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quantised_weights_are_whole(cls, fields: Any) -> Any:
+        """`auto` of train.deepspeed is ZeRO-2 for a quantised model, which ZeRO-3 cannot partition."""
+        model, train = _sections(fields, "model", "train")
+        if model.get("quantization", "none") != "none" and train.get("deepspeed", AUTO) == AUTO:
+            fields = {**fields, "train": {**train, "deepspeed": ZERO2}}
+        return fields
 
     @model_validator(mode="after")
     def _one_order_of_samples(self) -> Recipe:
@@ -86,7 +108,26 @@ class Recipe(FileRecipe):
         completed = {**fields, "data": {"validation_share": 0.0, **fields["data"]}}
         return {**completed, "method": of_a_record(fields["method"])} if "method" in fields else completed
 
+    def continuing(self, recorded: Any) -> Recipe:
+        """The recipe for a run that was begun with the fields `recorded`: what it leaves out stays as it was there.
+
+        That are fields whose default has changed since. A run that lacks one of them has the former default.
+        """
+        method = recorded.get("method") if isinstance(recorded, Mapping) else None
+        if not isinstance(method, Mapping) or method.get("name", DEFAULT) != self.method.name:
+            return self
+        former = {**self.method.FORMERLY, **{name: method[name] for name in self.method.FORMERLY if name in method}}
+        left_out = {name: former[name] for name in former if name not in self.method.model_fields_set}
+        return self.model_copy(update={"method": self.method.model_copy(update=left_out)}) if left_out else self
+
     @property
     def run_path(self) -> Path:
         """Folder of this run."""
         return Path(self.run_dir.format(name=self.name, method=self.method.name.replace(":", "."), seed=self.seed))
+
+
+def _sections(fields: Any, *names: str) -> list[dict[str, Any]]:
+    """These sections of a recipe before its validation; all empty where one is no mapping, which validation reports."""
+    found = [fields.get(name) for name in names] if isinstance(fields, dict) else []
+    given = [section for section in found if isinstance(section, dict)]
+    return given if len(given) == len(names) else [{} for _ in names]

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from pipeline.config.base import LoopConfig
 from pipeline.files.paths import GivenPath
 
+AUTO = "auto"  # value of train.deepspeed that `pipeline.planning.auto` resolves by the memory plan
+ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
+
 
 class TrainConfig(LoopConfig):
     """Optimisation of one stage."""
@@ -25,6 +28,12 @@ class TrainConfig(LoopConfig):
         ge=1,
         description="optimizer steps per stage; overrides epochs, unless epochs are given later: by --set, or in a "
         "recipe that extends the one with steps",
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="values of the method's module that a stage trains at most: its rank or prompt length is the "
+        "largest within it, whatever the recipe says; null: as `method` says",
     )
     global_batch: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward; null: no accumulation")

@@ -20,7 +20,15 @@ WRITTEN = (CONFIG, STATE, "adapter.json")  # files by which the folder of a run 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Two fields for the same quantity. Where both are given together, the second is used. Where the first is given later
 # (by --set, or in a recipe that extends the one with the second), it removes the second.
-OVERRULED = {"train.epochs": "train.steps"}
+OVERRULED = {
+    "train.epochs": "train.steps",
+    "method.rank": "train.budget",
+    "method.prompt_length": "train.budget",
+    "method.prefix_length": "train.budget",
+    "method.pool_length": "train.budget",
+    "method.task_length": "train.budget",
+    "method.component_length": "train.budget",
+}
 # Groups whose fields depend on their `name`, with the kind of extension that it names and its default. Where another
 # name is given later, options that only the earlier one has are dropped.
 NAMED = {"method": ("methods", "modalprompt")}
@@ -72,7 +80,12 @@ def read_recipe(path: Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return fields
     if not isinstance(parent, str):
         raise UserError(f"extends in '{path}': found {parent!r}, expected the name or path of one recipe.")
-    below = read_recipe(find_recipe(parent, beside=path.parent), (*_children, path.resolve()))
+    return overlaid(read_recipe(find_recipe(parent, beside=path.parent), (*_children, path.resolve())), fields)
+
+
+def overlaid(below: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe over those of another: mappings merge, lists replace, another name drops its options."""
+    below = copy.deepcopy(below)
     for path_above in OVERRULED:
         if _has(fields, path_above):
             _overrule(below, path_above)

@@ -39,6 +39,8 @@ class Batch:
     text_key: Tensor  # [B, K] float32
     ids: list[str]
     selected_weights: Tensor | None = None  # [B, m] float32 weights of these sets; None: all are 1
+    # [B] in training: where the samples stand in the stage's order over all ranks, of which random draws are a function
+    places: Tensor | None = None
     # Where samples share prefixes, `images` are those of the G prefixes.
     groups: Tensor | None = None  # [B] number of each sample's prefix
     leaders: Tensor | None = None  # [G] the first sample with each prefix
@@ -65,7 +67,7 @@ class Batch:
     @property
     def selection(self) -> Selection:
         """The earlier modules of each sample, with their weights."""
-        return Selection(self.selected, self.selected_weights)
+        return Selection(self.selected, self.selected_weights, self.places)
 
     def counts(self) -> tuple[float, float]:
         """Numbers of answer tokens and samples, without duplicates."""
@@ -230,10 +232,13 @@ class MicroBatches(Dataset[Batch]):
         step, micro = divmod(item, self.accumulation)
         epoch, batch = divmod(step, self.order.batches_per_epoch)
         indices, weights = self.order.batch(epoch, batch)
+        places = np.arange(step * len(indices), (step + 1) * len(indices))
         indices, weights = rank_slice(indices, self.rank, self.world), rank_slice(weights, self.rank, self.world)
+        places = rank_slice(places, self.rank, self.world)
         size = len(indices) // self.accumulation
         part = slice(micro * size, (micro + 1) * size)
-        return collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selection)
+        found = collate(self.examples, indices[part].tolist(), weights[part].tolist(), self.selection)
+        return dataclasses.replace(found, places=torch.from_numpy(places[part].copy()))
 
     def samples_of(self, steps: Iterable[int]) -> list[int]:
         """The samples of the global batches of these steps, over all ranks."""

@@ -53,7 +53,8 @@ class Conversation:
             max_length: longest example in tokens.
             template: auto: the processor's chat template, else LLaVA-1.5's without its system prompt; vicuna_v1:
                 LLaVA-1.5's with its system prompt.
-            image_padding: square: pad images to squares with the processor's mean colour, as LLaVA's own code does.
+            image_padding: square: pad images to squares with the processor's mean colour, as LLaVA's own code does;
+                stretch: resize them whole to the one size that the model sees.
             cuts: shorten samples of more than `max_length` tokens (see `cut_to_fit`) instead of refusing them.
         """
         self.processor = processor
@@ -61,6 +62,7 @@ class Conversation:
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
         self.padded = image_padding == "square"
+        self.stretched = self._one_size() if image_padding == "stretch" else None  # height and width in pixels
         self.image_token: str = processor.image_token
         self.system = VICUNA_SYSTEM if template == "vicuna_v1" else ""
         self.templated = template == "auto" and bool(getattr(processor, "chat_template", None))
@@ -290,10 +292,21 @@ class Conversation:
         return [*ends[0], *self.plain(question), *ends[1]]
 
     def _given(self, picture: Image.Image) -> Image.Image:
-        """The picture for the processor: with `image_padding` square, padded to a square with the mean colour."""
+        """The picture for the processor: padded to a square with the mean colour, stretched, or as it is."""
+        if self.stretched is not None:
+            return picture.resize(self.stretched[::-1], Image.Resampling.BICUBIC)
         if not self.padded:
             return self.sizes.prepared(picture)
         return squared(picture, tuple(int(255 * value) for value in self.processor.image_processor.image_mean))
+
+    def _one_size(self) -> tuple[int, int]:
+        size = self.sizes.one_size
+        if size is None:
+            raise UserError(
+                "model.image_padding is stretch, and this model takes images in their own shape or in several crops; "
+                "expected a llava or a fast_vlm. Set it to none."
+            )
+        return size
 
     def _blank(self) -> dict[str, Tensor]:
         """Inputs of a blank image for batches without one; one crop unless the model needs the number of crops."""

@@ -51,6 +51,11 @@ class ImageSizes(ABC):
         self.most: int | None = None  # most tokens of an image, where `limit` was called
         self.options: dict[str, Any] = {}  # keyword arguments for calls of the processor
 
+    @property
+    def one_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels to which every image is brought; None where they depend on the image."""
+        return None
+
     @abstractmethod
     def of(self, width: int, height: int) -> ImageShape:
         """The ImageShape for an image of this size; ValueError for a size that the processor refuses."""

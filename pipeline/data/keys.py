@@ -145,6 +145,12 @@ def join_keys(parts: Sequence[tuple[Keys | PickedKeys, int]]) -> AnyKeys:
     return JoinedKeys(ChainedRows(images), ChainedRows(texts), flags, identity)
 
 
+def in_parts(keys: AnyKeys, rows: int) -> Iterator[Keys]:
+    """All keys in turn, those of `rows` samples at a time (fewer at the end)."""
+    parts = (part.split(rows) for part in (keys.image, keys.text, keys.has_image))
+    return (Keys(image, text, has_image, keys.identity) for image, text, has_image in zip(*parts, strict=True))
+
+
 def _first(rows: Tensor | PickedRows, count: int) -> Tensor | PickedRows:
     return rows if count == len(rows) else rows[:count]
 

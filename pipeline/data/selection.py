@@ -23,6 +23,8 @@ class Selection:
 
     numbers: Tensor  # [N, m] long
     weights: Tensor | None = None  # [N, m] float32; those of NO_SET are 0
+    # [N] of a batch in training (see `Batch.places`); [N, 2] with the number of the token, where rows are tokens
+    places: Tensor | None = None
 
     @classmethod
     def none(cls, samples: int) -> Selection:
@@ -59,7 +61,27 @@ class Selection:
 
     def rows(self, index: Tensor) -> Selection:
         """The selections of the samples at the indices [B]."""
-        return Selection(self.numbers[index], None if self.weights is None else self.weights[index])
+        weights, places = (None if one is None else one[index] for one in (self.weights, self.places))
+        return Selection(self.numbers[index], weights, places)
+
+    def tokens(self, samples: Tensor, numbers: Tensor) -> Selection:
+        """The selections of tokens [n], given whose they are [n] and their numbers in these samples' answers [n]."""
+        found = self.rows(samples)
+        return found if found.places is None else replace(found, places=torch.stack([found.places, numbers], dim=1))
+
+    def replaced(self, index: Tensor, rows: Selection) -> Selection:
+        """The same selections, but `rows` for the samples at the indices [B]."""
+        order = torch.arange(len(self))
+        order[index] = len(self) + torch.arange(len(rows))
+        return Selection.joined([self, rows]).rows(order)
+
+    def differs(self, other: Selection) -> Tensor:
+        """Whether a sample [N] gets other modules, in another order or with other weights in `other`."""
+        both = Selection.joined([self, other])
+        (mine, its), (my_weights, its_weights) = (
+            values.split(len(self)) if len(self) else (values, values) for values in (both.numbers, both.full_weights())
+        )
+        return ((mine != its) | (my_weights != its_weights)).any(1)
 
     def renumbered(self, numbers: Tensor) -> Selection:
         """The same modules with other numbers [N, m], as for a pool that is reduced to the used modules."""

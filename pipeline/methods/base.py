@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.config.method import Choice, MethodOptions, choice_name
+from pipeline.config import registry
+from pipeline.config.method import Choice, MethodOptions, PartChoice, choice_name
 
 if TYPE_CHECKING:
     from pipeline.prompts.routing import Routing
@@ -52,6 +53,32 @@ class PromptOptions(InputOptions):
     )
 
 
+class ReferenceOptions(PromptOptions):
+    """One module per stage of any kind of part; those of prompts below are for `part: input_rows` alone."""
+
+    part: PartChoice = Field(
+        "input_rows",
+        description="what a stage learns: input_rows (a prompt set), low_rank (a LoRA) or another part, with its own "
+        "options, such as {name: low_rank, rank: 8}",
+    )
+
+    @model_validator(mode="after")
+    def _of_rows_alone(self) -> ReferenceOptions:
+        part = choice_name(self.part)
+        fields = PromptOptions.model_fields
+        changed = [
+            name
+            for name in ("prompt_length", "init", "insertion")
+            if part != "input_rows" and getattr(self, name) != fields[name].default
+        ]
+        if changed:
+            raise ValueError(
+                f"{' and '.join(changed)} are options of the part input_rows, and the part is {part}; expected its own "
+                f"options beside its name, such as part: {{name: {part}, ...}}"
+            )
+        return self
+
+
 class Method:
     """A way to learn and use modules; the default is one of its own per stage, trained alone.
 
@@ -60,10 +87,10 @@ class Method:
     """
 
     Options: ClassVar[type[MethodOptions]] = PromptOptions
-    part: ClassVar[str | None] = "input_rows"  # what a stage learns, by its name in the registry; None: nothing
     learns_prototypes: ClassVar[bool] = False  # whether the router's state is learned with the module
     carries_prompt: ClassVar[bool] = False  # whether a stage goes on from the module of the stage before
     has_next_stage: ClassVar[bool] = True  # whether a finished run can learn one more task
+    sized_by: ClassVar[str] = ""  # the option that a budget of trained values sets, where it is not the part's own
 
     def __init__(self, options: Any) -> None:
         """`options` is an instance of the class's own `Options`."""
@@ -75,14 +102,29 @@ class Method:
         return str(self.options.name)
 
     @property
+    def part(self) -> Choice | None:
+        """What a stage learns; None: nothing."""
+        chosen: Choice = getattr(self.options, "part", "input_rows")
+        return chosen
+
+    @property
+    def terms(self) -> tuple[Choice, ...]:
+        """Additions to the loss, beside those of a learned router."""
+        return ()
+
+    @property
     def router(self) -> Choice | None:
-        """How the task of a sample is recognised; None where it is not."""
-        return None
+        """How the task of a sample is recognised: as the option `router` says; None where it is not."""
+        choice: Choice | None = getattr(self.options, "router", None)
+        return choice
 
     @property
     def rule(self) -> Choice:
-        """Which modules a sample gets."""
-        raise NotImplementedError
+        """Which modules a sample gets: as the option `rule` says."""
+        choice: Choice | None = getattr(self.options, "rule", None)
+        if choice is None:
+            raise NotImplementedError(f"the method {self.name} has neither an option nor a property `rule`")
+        return choice
 
     @property
     def changes_earlier(self) -> Changes:
@@ -90,6 +132,12 @@ class Method:
 
         A new module may always be chosen for a sample of an earlier task; that is not meant here.
         """
+        if (
+            self.has_next_stage
+            and self.part is not None
+            and registry.load("parts", choice_name(self.part)).changes_shared(self)
+        ):
+            return "modules"
         return "answers" if self.routing.rule.uses_later else "nothing"
 
     @property

@@ -1,11 +1,12 @@
-"""Independent: one set per task and the task known at inference, the upper bound for routing."""
+"""Independent: one module per task and the task known at inference, the upper bound for routing."""
 
 from __future__ import annotations
 
-from pipeline.methods.base import Method
+from pipeline.methods.base import Method, ReferenceOptions
 
 
 class Independent(Method):
-    """Every set is trained alone; a sample of task i gets set i."""
+    """Every module is trained alone; a sample of task i gets module i."""
 
+    Options = ReferenceOptions
     rule = "own"

@@ -1,15 +1,16 @@
-"""Joint: one set trained on all tasks at once, no sequence and hence no forgetting."""
+"""Joint: one module trained on all tasks at once, no sequence and hence no forgetting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.methods.base import Method, Stage
+from pipeline.methods.base import Method, ReferenceOptions, Stage
 
 
 class Joint(Method):
-    """A single stage on the union of the tasks; its set answers every task."""
+    """A single stage on the union of the tasks; its module answers every task."""
 
+    Options = ReferenceOptions
     rule = "first"
     has_next_stage = False
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
-from pipeline.config.method import Choice, RuleChoice
+from pipeline.config.method import BOTH_BOUNDS, Choice, RoutedOptions, RouterChoice, RuleChoice, choice_name
+from pipeline.errors import UserError
 from pipeline.methods.base import Method, PromptOptions
 
 
 class EarlierGate(Section):
-    """A gate that a run had before another one was chosen: what was measured with it stays as it was."""
+    """A gate or share that a run had before another one was chosen: what was measured with it stays as it was."""
 
-    stages: int = Field(ge=0, description="after so many stages and fewer the gate was this one, for training and rows")
+    stages: int = Field(ge=0, description="after so many stages and fewer it was this one, for training and rows")
     gate: float | None = Field(ge=0, description="see method.gate")
+    share: float | None = Field(None, gt=0, le=1, description="see method.share")
 
 
-class ModalPromptOptions(PromptOptions):
+class ModalPromptOptions(PromptOptions, RoutedOptions):
     """One prompt set per stage, and which of them are inserted for a sample."""
 
-    TRAINING_ONLY = PromptOptions.TRAINING_ONLY | {"prototype_weight", "earlier_gates"}
+    TRAINING_ONLY = frozenset({"prototype_weight", "earlier_gates"})
+    FORMERLY: ClassVar[dict[str, Any]] = {"router": "prototype"}  # the only router that there was
 
     k: int = Field(3, ge=1, description="most prompt sets inserted for one sample, 1 to the number of tasks")
     selection: RuleChoice = Field(
@@ -27,29 +33,54 @@ class ModalPromptOptions(PromptOptions):
         description="which sets a sample gets. topk: the k most similar; all: every set, unselected; current: the "
         "newest; oracle: those of its own task (told, not routed); or another selection rule",
     )
+    router: RouterChoice = Field(
+        "random_ridge",
+        description="how the task of a sample is recognised. random_ridge, ridge: by a regression on a sample of the "
+        "tasks' keys; prototype: by a vector that a head learns (paper); mean, centres; or another router",
+    )
     gate: float | None = Field(
         None,
         ge=0,
         description="insert a set only if its similarity is at least the best minus this; null: always k (paper)",
     )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="insert a set only if its task is at least this share as probable as the most probable one, which "
+        "means the same for every router; null: as gate says",
+    )
     earlier_gates: tuple[EarlierGate, ...] = Field(
-        (), description="the gates before it was changed, which `add --gate` writes here"
+        (),
+        description="gate and share before they were changed, which `add --gate` and `add --share` write here",
     )
     image_weight: float = Field(0.5, ge=0, le=1, description="share of the image in the similarity")
     prototype_weight: float = Field(1.0, ge=0, description="weight of the two prototype terms in the loss")
 
     def after(self, stages: int) -> ModalPromptOptions:
-        """The method as it is after so many stages, with the gate of that time."""
-        gates = [earlier.gate for earlier in self.earlier_gates if stages <= earlier.stages]
-        return self.model_copy(update={"gate": gates[0] if gates else self.gate, "earlier_gates": ()})
+        """The method as it is after so many stages, with the gate or share of that time."""
+        then = next((earlier for earlier in self.earlier_gates if stages <= earlier.stages), self)
+        return self.model_copy(update={"gate": then.gate, "share": then.share, "earlier_gates": ()})
 
-    def with_gate(self, gate: float | None, stages: int) -> ModalPromptOptions:
-        """The method with another gate from the stage behind the first `stages` on."""
-        if gate == self.after(stages + 1).gate:
+    @model_validator(mode="after")
+    def _one_bound(self) -> ModalPromptOptions:
+        if self.gate is not None and self.share is not None:
+            raise ValueError(BOTH_BOUNDS)
+        return self
+
+    def changed(self, changes: Mapping[str, Any], stages: int) -> ModalPromptOptions:
+        """The method with another gate or share, which takes the place of both, behind the first `stages` stages."""
+        if not changes:
+            return self
+        new = {"gate": None, "share": None, **changes}
+        if None not in new.values():
+            raise UserError(f"--gate and --share are given; {BOTH_BOUNDS.rpartition(',')[0]}.")
+        now, before = self.after(stages + 1), self.after(stages)
+        if (now.gate, now.share) == (new["gate"], new["share"]):
             return self
         kept = [earlier for earlier in self.earlier_gates if earlier.stages < stages]
-        before = EarlierGate(stages=stages, gate=self.after(stages).gate)
-        return self.model_copy(update={"gate": gate, "earlier_gates": (*kept, before)})
+        kept.append(EarlierGate(stages=stages, gate=before.gate, share=before.share))
+        return self.model_copy(update={**new, "earlier_gates": tuple(kept)})
 
 
 class ModalPrompt(Method):
@@ -61,8 +92,10 @@ class ModalPrompt(Method):
     """
 
     Options = ModalPromptOptions
-    learns_prototypes = True
-    router = "prototype"
+
+    @property
+    def learns_prototypes(self) -> bool:  # type: ignore[override]
+        return choice_name(self.options.router) == "prototype"
 
     @property
     def rule(self) -> Choice:

@@ -1,13 +1,14 @@
-"""Sequential: one prompt set trained on and on, the measure of forgetting without any counter-measure."""
+"""Sequential: one module trained on and on, the measure of forgetting without any counter-measure."""
 
 from __future__ import annotations
 
-from pipeline.methods.base import Changes, Method
+from pipeline.methods.base import Changes, Method, ReferenceOptions
 
 
 class Sequential(Method):
-    """Each stage starts from the previous stage's set; the newest one answers every task."""
+    """Each stage starts from the previous stage's module; the newest one answers every task."""
 
+    Options = ReferenceOptions
     carries_prompt = True
     rule = "current"
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from pydantic import Field
 
-from pipeline.config.method import Choice, MethodOptions, RouterChoice, RuleChoice
+from pipeline.config.low_rank import LowRankOptions
+from pipeline.config.method import RoutedOptions, RouterChoice, RuleChoice
 from pipeline.methods.base import Method
 
 
-class TaskLoraOptions(MethodOptions):
+class TaskLoraOptions(RoutedOptions, LowRankOptions):
     """One LoRA per task on linear layers of the decoder."""
 
-    targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-        min_length=1,
-        description="ends of the names of the decoder's linear layers that get an update",
+    FORMERLY: ClassVar[dict[str, Any]] = {"router": "mean"}
+
+    router: RouterChoice = Field(
+        "random_ridge",
+        description="how the task of a sample is recognised. random_ridge, ridge: by a regression on a sample of the "
+        "tasks' keys; mean, centres; or another router in closed form",
     )
-    rank: int = Field(8, ge=1, description="rank of each update")
-    alpha: float = Field(16.0, gt=0, description="an update counts alpha / rank times")
-    router: RouterChoice = Field("mean", description="how the task of a sample is recognised")
     rule: RuleChoice = Field(
         "hard", description="hard: the update of the most similar task; soft: several, weighted; or another rule"
     )
@@ -32,13 +34,3 @@ class TaskLora(Method):
 
     Options = TaskLoraOptions
     part = "low_rank"
-
-    @property
-    def router(self) -> Choice:
-        choice: Choice = self.options.router
-        return choice
-
-    @property
-    def rule(self) -> Choice:
-        choice: Choice = self.options.rule
-        return choice

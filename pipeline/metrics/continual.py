@@ -126,6 +126,16 @@ def forward_transfer(zero_shot: Row, ahead: Row | None) -> float | None:
     return _mean([_difference(before, none) for before, none in list(zip(ahead, zero_shot, strict=True))[1:]])
 
 
+def routing_loss_per_task(told: Row, routed: Row) -> list[float | None]:
+    """Per task what routing costs its score: the score with the task told minus the routed one, in percent points."""
+    return [_difference(own, found) for own, found in zip(told, routed, strict=True)]
+
+
+def routing_costs(told: Row, routed: Row) -> dict[str, float | None]:
+    """The mean of the scores with the task told, and the mean of `routing_loss_per_task`; the rows as long as known."""
+    return {"told": _mean(told), "routing_loss": _mean(routing_loss_per_task(told, routed))}
+
+
 METRICS = {
     "last": last,
     "average": average,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pipeline.config.train import TrainConfig
+from pipeline.config.train import AUTO, HPZ, ZERO2, ZERO3, TrainConfig
 from pipeline.data.sample import Sample
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles
@@ -17,7 +17,6 @@ from pipeline.planning.plan import GIB, Tokens
 from pipeline.planning.workload import Workload
 from pipeline.ranks.environment import ranks_per_node
 from pipeline.ranks.world import World, on_main
-from pipeline.training.deepspeed_config import AUTO, HPZ, ZERO2, ZERO3
 from pipeline.training.hpz import several_nodes
 
 log = logging.getLogger(__name__)

@@ -8,16 +8,19 @@ optimizer. Estimates: the gathered window (an upper bound), activations, and wha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.recompute import recomputed_layers
-from pipeline.config.method import MethodOptions
+from pipeline.config import registry
+from pipeline.config.method import MethodOptions, choice_name
 from pipeline.methods import make_method
 from pipeline.planning.model_shape import (
-    LinearShape,
     ModelShape,
+    Quantised,
     head_size,
     intermediate_size,
     key_value_width,
@@ -28,7 +31,7 @@ from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
 from pipeline.planning.workload import Workload
 from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
-from pipeline.prompts.parts.low_rank import ending_in
+from pipeline.prompts.parts.base import kind_of
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
 KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica is freed during training and loaded again afterwards
@@ -57,18 +60,22 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
     shape = model_shape(model, projector_learns)
     groups = trainable_groups(work.method, shape, work.key_width, projector_learns)
     micro, _ = accumulation(work.train, ranks)
-    method = make_method(work.method)
-    inserted = method.routing.rule.most(work.tasks) * method.prompt_length
+    inserted = inserted_vectors(work)
     length = tokens.image + tokens.text + tokens.answer + inserted
     length = min(length, work.model.max_length + inserted)
 
-    weights, weights_note = zero.frozen(shape.frozen, shape.buffers)
+    quantised = Quantised.of(shape, work.model.quantization)
+    weights, weights_note = zero.frozen(shape.frozen, shape.buffers + quantised.held - quantised.values * element)
+    if quantised.values:
+        weights_note += f", {in_words(quantised.values)} of them in {work.model.quantization}"
     held, gradients, optimizer = zero.trained(groups, states=2)
     window, window_note = zero.window(shape.frozen, shape.fetched, [size for group in groups for size in group])
     activations = training_activations(work, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
+    whole += quantised.held - quantised.values * element
     replica = whole if stage == 3 else 0
     generation = generation_memory(work, shape, length, tokens, element)
+    beside, used, pool = modules_memory(work, shape, element)
     trained = sum(map(sum, groups))
     return MemoryPlan(
         ranks,
@@ -84,6 +91,12 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
             ),
             Entry("trainables", held, held, f"{in_words(trained)} parameters"),
             Entry("gradients", gradients, gradients, "with the reduction buffer"),
+            Entry(
+                "modules",
+                beside,
+                used,
+                "of earlier tasks in training; of all tasks, if answers use all",
+            ),
             Entry("optimizer", optimizer, optimizer, "float32 masters and Adam's two moments"),
             Entry(
                 "evaluation replica",
@@ -93,6 +106,7 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
             ),
         ),
         waiting=_waiting(work, micro, tokens),
+        pool=pool,
     )
 
 
@@ -101,26 +115,33 @@ def trainable_groups(
 ) -> list[list[int]]:
     """Numbers of elements of the trained parameters, by optimizer group."""
     method, width = make_method(options), shape.text.hidden_size
-    updated = updated_linears(options, shape)
-    groups = [[method.prompt_length * width]] if method.prompt_length else []
-    if updated:
-        rank = options.rank  # type: ignore[attr-defined]
-        groups.append([rank * size for layer in updated for size in (layer.inputs, layer.outputs)])
+    own = kind_of(method).sizes(method, replace(shape.decoder, key_width=key_width))
+    groups = [own] if own else []
     router = method.routing.router
-    if router is not None and router.learned:
+    if router is not None and router.learned and router.learned_in == "head":
         with torch.device("meta"):
             head = ProjectionHead(width, key_width)
         groups.append([parameter.numel() for parameter in head.parameters()])
     return [*groups, shape.projector] if projector_learns else groups
 
 
-def updated_linears(options: MethodOptions, shape: ModelShape) -> list[LinearShape]:
-    """The decoder's linear layers that get low-rank updates; [] for a method without them.
+def modules_memory(work: Workload, shape: ModelShape, element: int) -> tuple[int, int, int]:
+    """Bytes of finished modules: on the GPU while the last stage is trained, and while answers are generated; and of
+    the pool in the host memory of each rank, in float32."""
+    method = make_method(work.method)
+    decoder = replace(shape.decoder, key_width=work.key_width)
+    stored, earlier = kind_of(method).stored(method, decoder), max(work.tasks - 1, 0)
+    rule, terms = method.routing.rule, [registry.load("terms", choice_name(choice)) for choice in method.terms]
+    trains_beside = rule.training(torch.zeros(1, earlier), torch.zeros(1)).width > 0
+    if not trains_beside and not any(term.uses_bank for term in terms):
+        earlier = 0
+    return earlier * stored * element, work.tasks * stored * element, work.tasks * stored * FLOAT32
 
-    Raises UserError for a target of the method that names no layer.
-    """
-    linears = {linear.name: linear for linear in shape.linears}
-    return [linears[name] for name in ending_in(getattr(options, "targets", ()), linears)]
+
+def inserted_vectors(work: Workload) -> int:
+    """The most vectors that modules insert into the sequence of one sample."""
+    method = make_method(work.method)
+    return method.routing.rule.most(work.tasks) * kind_of(method).length(method)
 
 
 def training_activations(
@@ -139,12 +160,13 @@ def training_activations(
       where `pipeline.backbones.gated` does not apply. Eager attention stores its [heads, N, N] probabilities instead of
       output and mask, in float32 and in the model's precision.
     - With sets after the image only the tokens from there on have gradients; of the rest keys and values are stored.
+    - Of quantised weights one layer's exist dequantised, in the forward and again in the backward pass.
     - Logits exist for answers only. The vision tower runs without gradients; the hidden states of all its layers exist
       at once.
 
     Not modelled: the last layer computes its output for answers only.
     """
-    text = shape.text
+    text, method = shape.text, make_method(work.method)
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
     attention = heads * head_size(text)
     gates = 2 if shape.gates_kept_once else 3
@@ -156,18 +178,19 @@ def training_activations(
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two
         per_token += (2 * width + attention + inner) * element
     else:  # inputs that the gradients of low-rank updates need
-        read = dict(layer.reads for layer in updated_linears(work.method, shape))
-        per_token += sum(read.values()) * element // text.num_hidden_layers
+        per_token += kind_of(method).read(method, shape.decoder) * element // text.num_hidden_layers
     again = recomputed_layers(work.train.checkpointing, text.num_hidden_layers)
-    two_passes = make_method(work.method).insertion == "after_image"
+    two_passes = method.insertion == "after_image"
     own = length - tokens.image * two_passes  # tokens with gradients
     layers = (text.num_hidden_layers - again + 1) * (own * per_token + length * per_key) + again * own * width * element
     kept = batch * (layers + own * FLOAT32 * width)
     if two_passes:  # keys and values of the prefix before the sets
         kept += batch * tokens.image * 2 * key_value_width(text) * text.num_hidden_layers * element
-    logits = batch * tokens.answer * text.vocab_size * (element + 3 * FLOAT32)
+    added = element * kind_of(method).adds_to_logits(method, shape.decoder)
+    logits = batch * tokens.answer * text.vocab_size * (element + added + 3 * FLOAT32)
     projected = batch * tokens.image * 3 * width * element if shape.projector else 0
-    return kept + logits + projected + _vision(shape, batch, tokens, element)
+    dequantised = Quantised.of(shape, work.model.quantization).largest * element  # one layer's weight at a time
+    return kept + logits + projected + dequantised + _vision(shape, batch, tokens, element)
 
 
 def generation_memory(work: Workload, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
@@ -175,6 +198,7 @@ def generation_memory(work: Workload, shape: ModelShape, length: int, tokens: To
     text, batch = shape.text, work.answers
     cache = batch * (length + work.answer_length) * 2 * key_value_width(text) * text.num_hidden_layers * element
     layer = batch * length * (6 * text.hidden_size + 3 * intermediate_size(text)) * element
+    layer += Quantised.of(shape, work.model.quantization).largest * element  # dequantised
     return cache + layer + _vision(shape, batch, tokens, element)
 
 

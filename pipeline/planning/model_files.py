@@ -9,28 +9,35 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import nn
 from transformers import AutoConfig
 
 from pipeline.backbones.lmm import load_processor
+from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.example import Example
+from pipeline.data.image_sizes import ImageShape, image_sizes, know_image_sizes, limit_image_tokens
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.hub import repository as hub
-from pipeline.hub.known_models import known_config, known_settings
+from pipeline.hub.known_models import known_config, known_processor, known_settings
 from pipeline.hub.pickled import is_converted, with_safetensors
 from pipeline.hub.snapshots import settings_folder
 from pipeline.hub.weights import weights_of
 from pipeline.planning.memory_plan import ASSUMED_ANSWER, ASSUMED_TEXT
+from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
 
+# Checkpoints of the shipped recipes that are neither on the Hub nor in the repository, and what makes them.
+ASSEMBLED = {"models/small": "make small"}
 PROBE_SIZE = (640, 480)  # width and height of a typical photograph in CoIN
 
 
@@ -79,10 +86,23 @@ class ModelFiles:
                 f"({first}). Expected an image-text-to-text checkpoint."
             ) from error
 
-    def known(self) -> Any:
-        """The built-in configuration of a well-known model; OSError for others."""
-        self.config = known_config(self.settings.path)
-        return self.config
+    @cached_property
+    def shipped(self) -> bool:
+        """Whether there is no configuration but the numbers that ship with the project, see `known_models`."""
+        try:
+            return self.config is None
+        except UserError:
+            return known_settings(self.settings.path) is not None
+
+    @cached_property
+    def planned(self) -> Any:
+        """The configuration to plan with: the model's own, else the shipped one; UserError where there is neither."""
+        return known_config(self.settings.path) if self.shipped else self.config
+
+    @cached_property
+    def built(self) -> nn.Module:
+        """The model on the meta device, by `planned`; raises as `meta_model`."""
+        return meta_model(self.settings, self.planned)
 
     @cached_property
     def processor(self) -> Any:
@@ -122,10 +142,45 @@ class ModelFiles:
         source = f"{image} per image, the rest assumed"
         return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, source, shape.crops, shape.tower_tokens, shape.values)
 
-    def assumed_tokens(self) -> Tokens:
-        """Lengths from config.json only, for a model without a usable processor."""
-        image = getattr(self.config, "image_seq_length", None) or 0
-        return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
+    def assumed_tokens(self, samples: Sequence[Sample] = ()) -> Tokens:
+        """Lengths for a model without a usable processor: of its largest image by the shipped settings, if it has any.
+
+        Raises UserError where images cannot be limited to `model.image_tokens`.
+        """
+        sizes = list(picture_sizes(samples))
+        shape = self.shipped_shape(sizes or [PROBE_SIZE])
+        if shape is None:
+            image = getattr(self.planned, "image_seq_length", None) or 0
+            return Tokens(image, ASSUMED_TEXT, ASSUMED_ANSWER, "assumed")
+        source = f"{shape.tokens} per image, the rest assumed"
+        return Tokens(shape.tokens, ASSUMED_TEXT, ASSUMED_ANSWER, source, shape.crops, shape.tower_tokens, shape.values)
+
+    def shipped_shape(self, sizes: Sequence[tuple[int, int]]) -> ImageShape | None:
+        """What the processor makes of the largest of these images (width, height), by its shipped settings.
+
+        None for a model without any; UserError where images cannot be limited to `model.image_tokens`.
+        """
+        processor = known_processor(self.settings.path)
+        if processor is None:
+            return None
+        know_image_sizes(processor, family_of(self.planned.model_type).sizes)
+        limit_image_tokens(processor, self.settings.image_tokens)
+        if self.settings.image_padding == "square":
+            sizes = [(max(size), max(size)) for size in sizes]
+        shapes = []
+        for size in sizes:
+            with contextlib.suppress(ValueError):  # a size that the processor refuses
+                shapes.append(image_sizes(processor).of(*size))
+        return max(shapes, key=lambda shape: shape.tokens, default=image_sizes(processor).of(*PROBE_SIZE))
+
+
+def picture_sizes(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:
+    """Width and height of the samples' images."""
+    for sample in samples:
+        with contextlib.suppress(Exception):  # Pillow raises many types for damaged files, which the data's check names
+            picture = sample.picture()
+            if picture is not None:
+                yield picture.size
 
 
 def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
@@ -137,16 +192,21 @@ def _most_of_images(examples: list[Example]) -> tuple[int, int, int]:
 
 
 def clip_key_width(keys: KeysConfig) -> int | None:
-    """Width of a CLIP's keys, from its configuration; None where that is not available."""
+    """Width of the keys, from the configuration of their model; None where that is not available."""
     folder = hub.local_folder(keys.location, keys.revision)
     try:
-        return int(json.loads(((folder or Path()) / "config.json").read_text("utf-8"))["projection_dim"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return (known_settings(keys.path) or {}).get("projection_dim")
+        settings = json.loads(((folder or Path()) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        settings = known_settings(keys.path) or {}
+    towers = {"clip": (), "siglip": ("vision_config",), "own": ("vision_config", "text_config")}[keys.kind]
+    widths = [settings.get(tower, {}).get("hidden_size") for tower in towers] or [settings.get("projection_dim")]
+    return max(widths) if all(isinstance(width, int) for width in widths) else None
 
 
 def not_here(field: str, path: str, revision: str | None) -> str:
     """The error for a checkpoint that is neither a folder nor in the cache, without access to the Hub."""
+    if path in ASSEMBLED:
+        return f"{field}: '{path}' is not here; run `{ASSEMBLED[path]}`, which assembles it."
     if not hub.is_repository(path):
         return f"{field}: there is no folder '{path}'; put the checkpoint there or set {field} to its folder."
     at = f" --revision {revision}" if revision else ""

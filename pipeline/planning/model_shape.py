@@ -9,27 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.backbones.lmm import DTYPES
+from pipeline.backbones.lmm import DTYPES, linears_of
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
+from pipeline.backbones.quantised import quantised_bytes
 from pipeline.backbones.shortcuts import why_not_gated
 from pipeline.config.models import ModelConfig
 from pipeline.hub.snapshots import settings_folder
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One linear layer of the decoder."""
-
-    name: str
-    inputs: int
-    outputs: int
-
-    @property
-    def reads(self) -> tuple[str, int]:
-        """Name and width of its input, which query, key and value (and gate and up) share."""
-        module, _, end = self.name.rpartition(".")
-        return f"{module}.{'output' if end in ('o_proj', 'down_proj') else 'input'}", self.inputs
+from pipeline.prompts.parts.shapes import DecoderShape, LinearShape
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,30 @@ class ModelShape:
     text: Any
     vision: Any
     gates_kept_once: bool = False  # see `pipeline.backbones.gated`
-    linears: tuple[LinearShape, ...] = ()  # of the decoder
+    linears: tuple[LinearShape, ...] = ()  # of the decoder, and the output layer
+
+    @property
+    def decoder(self) -> DecoderShape:
+        """What parts are told of the decoder."""
+        return DecoderShape(self.text, self.linears)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The quantised weights of a model: their number, their bytes with scales, and the number in the largest."""
+
+    values: int = 0
+    held: int = 0
+    largest: int = 0
+
+    @classmethod
+    def of(cls, shape: ModelShape, kind: str) -> Quantised:
+        """Those that `pipeline.backbones.quantised_loading` makes for this `model.quantization`."""
+        sizes = [(one.inputs, one.outputs) for one in shape.linears if not one.is_output]
+        if kind == "none" or not sizes:
+            return cls()
+        values = [inputs * outputs for inputs, outputs in sizes]
+        return cls(sum(values), sum(quantised_bytes(*size, kind) for size in sizes), max(values))
 
 
 def meta_model(model: ModelConfig, config: Any = None) -> nn.Module:
@@ -57,7 +67,10 @@ def meta_model(model: ModelConfig, config: Any = None) -> nn.Module:
         config = AutoConfig.from_pretrained(settings_folder(source_of(model)), trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(
-            config, dtype=DTYPES[model.dtype], attn_implementation=model.attn_implementation, trust_remote_code=False
+            config,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=family_of(config.model_type).attention(model.attn_implementation),
+            trust_remote_code=False,
         )
 
 
@@ -76,14 +89,11 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         text=config.get_text_config(),
         vision=getattr(config, "vision_config", None),
         gates_kept_once=not why_not_gated(inner.get_submodule(family.decoder).layers[0].mlp, family.gated_mlps),
-        linears=tuple(_linears(inner.get_submodule(family.decoder))),
+        linears=tuple(
+            LinearShape(name, module.in_features, module.out_features)
+            for name, module in linears_of(model, inner.get_submodule(family.decoder)).items()
+        ),
     )
-
-
-def _linears(decoder: nn.Module) -> Iterator[LinearShape]:
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Linear):
-            yield LinearShape(name, module.in_features, module.out_features)
 
 
 def _fetched_together(module: nn.Module, layers: frozenset[str] | None = None) -> Iterator[int]:

@@ -16,18 +16,21 @@ from pipeline.errors import OutOfMemory
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(section: TrainConfig | EvaluateConfig) -> Iterator[None]:
-    """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `section` is that of the work."""
+def out_of_memory_advice(section: TrainConfig | EvaluateConfig, quantised: bool = False) -> Iterator[None]:
+    """Raise OutOfMemory with advice in place of torch.OutOfMemoryError; `section` is that of the work.
+
+    `quantised` says whether the model's weights are, so that ZeRO-3 is no way out.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(_sentence(section, error)) from error
+        raise OutOfMemory(_sentence(section, error, quantised)) from error
 
 
-def _sentence(section: TrainConfig | EvaluateConfig, error: BaseException) -> str:
+def _sentence(section: TrainConfig | EvaluateConfig, error: BaseException, quantised: bool) -> str:
     said = (str(error).splitlines() or ["out of memory"])[0].split(". ")[0]
     if isinstance(section, TrainConfig):
-        work, helps = "training", _training(section)
+        work, helps = "training", _training(section, quantised)
     else:
         work, helps = "evaluation", _evaluation(section.batch)
     return (
@@ -37,10 +40,10 @@ def _sentence(section: TrainConfig | EvaluateConfig, error: BaseException) -> st
     )
 
 
-def _training(train: TrainConfig) -> str:
+def _training(train: TrainConfig, quantised: bool) -> str:
     fewer = "" if train.micro_batch == 1 else "set train.micro_batch to a smaller divisor of train.global_batch"
     again = "" if train.checkpointing == "full" else "train.checkpointing to full"
-    shared = "" if "zero3" in train.deepspeed else "train.deepspeed to ds_configs/zero3.json"
+    shared = "" if quantised or "zero3" in train.deepspeed else "train.deepspeed to ds_configs/zero3.json"
     ways = [way for way in (fewer, again, shared, "or give images fewer tokens with model.image_tokens") if way]
     sentence = ", ".join(ways).removeprefix("or ")
     return sentence[0].upper() + sentence[1:]

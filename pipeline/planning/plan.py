@@ -45,6 +45,7 @@ class MemoryPlan:
     entries: tuple[Entry, ...]
     # Bytes of host memory per rank for the pixels of batches that loader processes have prepared.
     waiting: int = 0
+    pool: int = 0  # and for the modules of all finished stages
 
     @property
     def most(self) -> int:
@@ -75,4 +76,5 @@ class MemoryPlan:
             "bytes_per_gpu": totals,
             "parts": parts,
             "waiting_pixels": self.waiting,
+            "pool": self.pool,
         }

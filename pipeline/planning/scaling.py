@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import load_recipe
-from pipeline.methods import make_method
-from pipeline.planning.memory_plan import plan_memory
+from pipeline.config.train import HPZ, ZERO2, ZERO3
+from pipeline.planning.memory_plan import inserted_vectors, plan_memory
 from pipeline.planning.plan import GIB, MemoryPlan, Tokens
 from pipeline.planning.workload import Workload
 from pipeline.ranks.environment import USUAL_NODE
@@ -27,7 +27,6 @@ FLOPS_PER_PARAMETER = 4
 MICRO_BATCH, KEY_WIDTH = 2, 768
 TOKENS = Tokens(image=576, text=128, answer=16, source="assumed")
 RANKS = (8, 16, 64, 128, 512)
-ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ def plan(work: Workload, model: nn.Module, ranks: int, deepspeed: str) -> Memory
 def main() -> None:
     """Print the tables."""
     work = Workload.of(load_recipe("coin_llava15_7b"), KEY_WIDTH)
-    method = make_method(work.method)
-    prompts = method.routing.rule.most(work.tasks) * method.prompt_length
+    prompts = inserted_vectors(work)
     tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + prompts)
     built = list(models())
     print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | evaluation GiB |")

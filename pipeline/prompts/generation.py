@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from pipeline.data.grouped_order import image_groups
 from pipeline.data.loader import loaded
 from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.selection import NO_SET, Selection, as_selection
-from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.insertion import gather_sets, insert_prompts
-from pipeline.prompts.parts.base import Entry, attachment
+from pipeline.prompts.embedding import embed_with_rows
+from pipeline.prompts.insertion import insert_prompts, row_numbers
+from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.parts.input_rows import PROMPT, RowsEntry
 from pipeline.prompts.two_passes import cut_behind_images
+from pipeline.training.operations import OperationCount, counting
 
 WAITING_BYTES = 128 << 20  # of samples that loader processes have made and that wait for their batch
 
@@ -33,13 +34,15 @@ class Conditions:
 
     `workers` loader processes make the samples that come next; 0: this process makes each batch before it is answered.
     `bar` names the bar that a terminal shows. `go_on` is asked before every batch; the batches after its first no are
-    left out. `progress` is called for every sample that was made and every batch that was answered.
+    left out. `progress` is called for every sample that was made and every batch that was answered. The operations of
+    the first batch are added to the `count`.
     """
 
     workers: int = 0
     bar: str | None = None
     go_on: Callable[[], bool] = lambda: True
     progress: Callable[[], None] = lambda: None
+    count: OperationCount | None = None
 
 
 PLAIN = Conditions()
@@ -52,11 +55,12 @@ class Modules:
     tensors: Mapping[str, Tensor]  # [T, ...] by name
     selected: Selection | Tensor  # numbers of the modules, for all samples
     entry: Entry
+    common: Mapping[str, Tensor] = field(default_factory=dict)  # what all modules have in common, by name
 
     @property
-    def rows(self) -> Tensor:
-        """The prompt sets [T, L, D]; [0, 0, 0] of modules of another kind."""
-        return self.tensors.get(PROMPT, torch.zeros(0, 0, 0))
+    def length(self) -> int:
+        """Columns that one module takes in the sequence."""
+        return self.entry.length(self.tensors)
 
 
 def prompt_sets(sets: Tensor, selected: Selection | Tensor, insertion: str = "after_bos") -> Modules:
@@ -97,11 +101,12 @@ def generate_answers(
     """
     device, batch = lmm.model.device, decoding.batch
     selection = as_selection(modules.selected)
-    ordered = _ordered(examples, indices, selection.numbers, modules.rows.shape[1])
+    ordered = _ordered(examples, indices, selection.numbers, modules.length)
     used, numbers = _used(selection.numbers, indices)
     selection = selection.renumbered(numbers)
     tensors = {name: value[used.to(value.device)].to(device, lmm.dtype) for name, value in modules.tensors.items()}
-    answers: dict[int, str] = {}
+    tensors |= {name: value.to(device, lmm.dtype) for name, value in modules.common.items()}
+    answers, count = dict[int, str](), conditions.count
     made = _made(examples, ordered, batch, conditions.workers)
     parts = (ordered[start : start + batch] for start in range(0, len(ordered), batch))
     answer = generate_once if examples.sharing == "none" else _generate_after_prefix
@@ -117,7 +122,11 @@ def generate_answers(
             inputs = inputs.pinned()
         inputs = inputs.to(device)
         given = Modules(tensors, inputs.selection, modules.entry)
-        generated = answer(lmm, inputs, given, decoding.max_new_tokens)
+        with counting(count):
+            generated = answer(lmm, inputs, given, decoding.max_new_tokens)
+        if count is not None:
+            count.samples += len(part)
+            count = None
         for index, tokens in zip(part, generated, strict=True):
             answers[index] = examples.conversation.decode(tokens)
         conditions.progress()
@@ -167,21 +176,38 @@ def _used(selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def generate_once(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
-    embeddings, attention, places = embed_with_sets(lmm, inputs, modules.rows, modules.entry.insertion or "after_bos")
-    prompts = Prompts(embeddings, attention, places, inputs.images, selection=inputs.selection)
-    return generate(lmm, prompts, max_new_tokens, attached=attachment(lmm, modules.entry, modules.tensors))
+    entry, tensors = modules.entry, modules.tensors
+    found = embed_with_rows(lmm, inputs, entry.rows(tensors, inputs), entry.insertion or "after_bos")
+    prompts = Prompts(
+        found.vectors,
+        found.attention,
+        found.places,
+        inputs.images,
+        selection=entry.chosen(tensors, inputs),
+        inserted=found.inserted if entry.follows_rows else None,
+    )
+    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, tensors))
 
 
 def _generate_after_prefix(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
     """Answers [B] to a batch, in which what samples begin with in common is computed once."""
-    bank, insertion = modules.rows, modules.entry.insertion or "after_bos"
-    cut = cut_behind_images(lmm, inputs, bank, insertion)
-    embeddings, attention = cut.embeddings, cut.attention
-    if insertion == "after_image" and inputs.selected.shape[1] and len(bank):
-        vectors, valid = gather_sets(bank, inputs.selected, inputs.selected_weights)
+    entry, insertion = modules.entry, modules.entry.insertion or "after_bos"
+    rows = entry.rows(modules.tensors, inputs)
+    cut = cut_behind_images(lmm, inputs, rows, insertion)
+    embeddings, attention, inserted = cut.embeddings, cut.attention, None
+    if insertion == "after_image" and rows is not None:
         foremost = torch.zeros_like(cut.groups)
-        embeddings, attention, _ = insert_prompts(embeddings, attention, vectors, valid, place=foremost)
+        numbers = row_numbers(attention, rows[1], foremost)
+        embeddings, attention, _ = insert_prompts(embeddings, attention, *rows, place=foremost)
         used = int(attention.sum(1).max())
         embeddings, attention = embeddings[:, :used], attention[:, :used]
-    prompts = Prompts(embeddings, attention, prefix=cut.prefix, groups=cut.groups)
-    return generate(lmm, prompts, max_new_tokens)
+        inserted = cut.behind_prefix(numbers[:, :used])
+    prompts = Prompts(
+        embeddings,
+        attention,
+        prefix=cut.prefix,
+        groups=cut.groups,
+        selection=entry.chosen(modules.tensors, inputs),
+        inserted=inserted if entry.follows_rows else None,
+    )
+    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, modules.tensors))

@@ -50,6 +50,13 @@ def insert_gaps(flags: Tensor, attention: Tensor, valid: Tensor, place: Tensor, 
     return insert_prompts(marks, attention, gaps, valid, left=left, place=place)[0][..., 0] > 0
 
 
+def row_numbers(attention: Tensor, valid: Tensor, place: Tensor, left: bool = False) -> Tensor:
+    """Of each column [B, N+P] that `insert_prompts` makes, the number from 1 of the inserted row; 0 for the others."""
+    counted = (torch.arange(1, valid.shape[1] + 1, device=valid.device) * valid)[..., None].float()
+    none = torch.zeros(*attention.shape, 1, device=attention.device)
+    return insert_prompts(none, attention, counted, valid, left=left, place=place)[0][..., 0].long()
+
+
 def insert_prompts(
     embeddings: Tensor,
     attention: Tensor,

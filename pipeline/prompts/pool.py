@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.prompts.parts.base import SHARED
 from pipeline.prompts.parts.input_rows import PROMPT
 from pipeline.prompts.parts.projector import projector_of
 from pipeline.prompts.routers import State, States
+from pipeline.prompts.routers.kept_keys import KEPT, TEXT, kept_print
 from pipeline.prompts.routers.mean import PROTOTYPE
 
 FORMAT = "prompt-pool-1"
@@ -23,6 +25,7 @@ FORMAT = "prompt-pool-1"
 STACKED = {PROMPT: "prompts"}
 STATE = "router."  # how the names of a router's tensors begin, other than the prototypes'
 PROTOTYPES = "prototypes"
+MEMORY = "memory."  # how the names begin of what the last stage tells later ones; no adapter has it
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -35,8 +38,12 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of named tensors; "" of none."""
     if not tensors:
         return ""
-    prints = [f"{name}:{tensor_fingerprint(tensor)}" for name, tensor in sorted(tensors.items())]
-    return hashlib.sha256("\n".join(prints).encode()).hexdigest()
+    return _joined_prints({name: tensor_fingerprint(tensor) for name, tensor in tensors.items()})
+
+
+def _joined_prints(prints: Mapping[str, str]) -> str:
+    lines = [f"{name}:{found}" for name, found in sorted(prints.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @dataclass
@@ -45,13 +52,14 @@ class PromptPool:
 
     `names` T strings; `tensors` [T, ...] float32, of each name that a module's tensors have ("prompt" [T, L, D]);
     `states` what the router knows of each task; `shared` what all modules have in common as the last stage left it,
-    such as a trained projector.
+    such as a trained projector; `memory` what terms of the loss remember of earlier stages.
     """
 
     names: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     states: States = field(default_factory=lambda: States([]))
     shared: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     _prints: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
     _printed: list[tuple[Tensor, int]] = field(default_factory=list, repr=False, compare=False)  # at which versions
 
@@ -92,27 +100,37 @@ class PromptPool:
             joined = {key: torch.cat([old, added[key].to(old.device)]) for key, old in self.tensors.items()}
         else:
             joined = added
-        state = {key: value.detach().float().clone() for key, value in state.items()}
+        # Kept keys are not copied: they may be views of the stage's file, whose pages take no memory until read.
+        state = {key: value if key.startswith(KEPT) else value.detach().float().clone() for key, value in state.items()}
         self.tensors, self.states = joined, States([*self.states, state])
         self.shared, self.names = dict(shared or {}), [*self.names, name]
 
     def _require_alike(self, name: str, added: Mapping[str, Tensor], state: State) -> None:
         found = {key: tuple(value.shape[1:]) for key, value in added.items()}
         known = {key: tuple(value.shape[1:]) for key, value in self.tensors.items()}
-        key_shapes = [tuple(part[PROTOTYPE].shape) for part in (self.states[-1], state) if PROTOTYPE in part]
-        if found == known and len(set(key_shapes)) < 2:
+        widths = {
+            key: (tuple(state[key].shape[-1:]), tuple(self.states[-1][key].shape[-1:]))
+            for key in (PROTOTYPE, TEXT)
+            if key in state and key in self.states[-1]
+        }
+        shapes = {key: (found.get(key), known.get(key)) for key in {**known, **found}} | widths
+        differing = [key for key, (one, other) in shapes.items() if one != other]
+        if not differing:
             return
-        differing = [key for key in {**known, **found} if known.get(key) != found.get(key)]
-        shapes = [(found.get(key), known.get(key)) for key in differing[:1]] or [(key_shapes[1], key_shapes[0])]
+        here, there = shapes[differing[0]]
         raise UserError(
-            f"The module '{name}' has {differing[0] if differing else PROTOTYPE} of shape {shapes[0][0]}, the pool "
-            f"holds {shapes[0][1]}. All stages of a run need the same method, prompt length, language model and CLIP "
-            "model."
+            f"The module '{name}' has {differing[0]} of shape {here}, the pool holds {there}. All stages of a run need "
+            "the same method, prompt length, language model and CLIP model."
         )
 
     def newest(self) -> dict[str, Tensor]:
         """What the last stage learned, by name; empty before the first."""
         return {**{name: value[-1] for name, value in self.tensors.items()}, **self.shared} if self.names else {}
+
+    @property
+    def common(self) -> dict[str, Tensor]:
+        """What all modules have in common, besides a projector, which is loaded into the frozen model."""
+        return {name: value for name, value in self.shared.items() if name.startswith(SHARED)}
 
     def picked(self, numbers: Sequence[int]) -> PromptPool:
         """The pool of these modules alone."""
@@ -123,10 +141,10 @@ class PromptPool:
 
     @classmethod
     def joined(cls, pools: Sequence[PromptPool]) -> PromptPool:
-        """The modules of several pools, one pool behind the other; they share nothing else."""
+        """The modules of several pools, one pool behind the other, with what all of them have in common."""
         tensors = {name: torch.cat([pool.tensors[name] for pool in pools]) for name in pools[0].tensors}
         states = States([state for pool in pools for state in pool.states])
-        return cls([name for pool in pools for name in pool.names], tensors, states)
+        return cls([name for pool in pools for name in pool.names], tensors, states, pools[0].common)
 
     def fingerprint(self, index: int) -> str:
         """SHA-256 (hex) of one module's values, computed once as long as they are not written to."""
@@ -143,24 +161,33 @@ class PromptPool:
 
     def shared_fingerprint(self) -> str:
         """SHA-256 (hex) of what all modules have in common, "" of nothing."""
-        return fingerprint_of(projector_of(self.shared))
+        return fingerprint_of({**projector_of(self.shared), **self.common})
 
     def states_fingerprint(self) -> str:
         """SHA-256 (hex) of what the router knows of all tasks."""
         if len(self) and any(set(state) != {PROTOTYPE} for state in self.states):
-            return fingerprint_of({f"{n}.{key}": v for n, state in enumerate(self.states) for key, v in state.items()})
+            return _joined_prints(
+                {
+                    f"{number}.{key}": kept_print(value) if key.startswith(KEPT) else tensor_fingerprint(value)
+                    for number, state in enumerate(self.states)
+                    for key, value in state.items()
+                }
+            )
         return tensor_fingerprint(self.prototypes)
 
     def whole_fingerprint(self) -> str:
         """SHA-256 (hex) of all modules and states, which a stage begun beside them records."""
-        if set(self.tensors) <= {PROMPT}:
+        if set(self.tensors) <= {PROMPT} and not (self.common or self.memory):
             prompts = self.prompts if len(self) else torch.zeros(0, 0, 0)
-            return fingerprint_of({"prompts": prompts, PROTOTYPES: self.prototypes})
-        return fingerprint_of({**self.tensors, STATE: torch.zeros(0)}) + self.states_fingerprint()
+            found = fingerprint_of({"prompts": prompts, PROTOTYPES: self.prototypes})
+            return found + self.states_fingerprint() if any({*state} - {PROTOTYPE} for state in self.states) else found
+        kept = {**self.tensors, **self.common, **self.memory, STATE: torch.zeros(0)}
+        return fingerprint_of(kept) + self.states_fingerprint()
 
     def stacked(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All modules and states as a file has them: modules in this precision, states in float32."""
-        content = {STACKED.get(name, name): value.cpu().to(dtype) for name, value in self.tensors.items()}
+        modules = {**self.tensors, **self.common}
+        content = {STACKED.get(name, name): value.cpu().to(dtype) for name, value in modules.items()}
         for key in {key: None for state in self.states for key in state}:
             values = [state[key] for state in self.states if key in state]
             if key == PROTOTYPE and len(values) == len(self):
@@ -171,7 +198,7 @@ class PromptPool:
         return {name: value.contiguous() for name, value in content.items()}
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write modules and states as one safetensors file (names in the metadata), `shared` left out."""
+        """Write modules, what they share and states as one safetensors file, without a projector and `memory`."""
         save_file(self.stacked(dtype), path, metadata={"names": "\n".join(self.names), "format": FORMAT})
 
     @classmethod
@@ -188,5 +215,7 @@ class PromptPool:
         for name in [name for name in content if name.startswith(STATE)]:
             number, _, key = name.removeprefix(STATE).partition(".")
             states[int(number)][key] = content.pop(name)
+        shared = {name: content.pop(name) for name in list(content) if name.startswith(SHARED)}
         plain = {stacked: name for name, stacked in STACKED.items()}
-        return cls(names, {plain.get(name, name): value for name, value in content.items()}, States(states))
+        tensors = {plain.get(name, name): value for name, value in content.items()}
+        return cls(names, tensors, States(states), shared)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pipeline.files.atomic import empty_folder
 from pipeline.prompts.parts.projector import PROJECTOR
-from pipeline.prompts.pool import STATE, PromptPool
+from pipeline.prompts.pool import MEMORY, SHARED, STATE, PromptPool
 from pipeline.prompts.routers import State
+from pipeline.prompts.routers.kept_keys import KEPT
 from pipeline.prompts.routers.mean import PROTOTYPE
 from pipeline.runs.finished import finish_folder, read_finished
 from pipeline.runs.layout import stage_folder, unfinished_folder
@@ -22,7 +23,7 @@ HEAD = "head."  # of a learned router; only the training of its own stage needs 
 
 @dataclass(frozen=True)
 class StageCheckpoint:
-    """What a finished stage leaves behind: float32 tensors by name."""
+    """What a finished stage leaves behind: tensors by name, in float32 but for kept keys."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -43,15 +44,27 @@ def stage_tensors(values: Mapping[str, Tensor], state: State) -> dict[str, Tenso
 def add_stage(pool: PromptPool, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Add what a stage's file holds to the pool; a head, which stages of all methods once had, is left out."""
     state = {key.removeprefix(STATE): value for key, value in tensors.items() if key.startswith((PROTOTYPE, STATE))}
-    shared = {key: value for key, value in tensors.items() if key.startswith(PROJECTOR)}
-    others = (PROTOTYPE, STATE, PROJECTOR, HEAD)
+    shared = {key: value for key, value in tensors.items() if key.startswith((PROJECTOR, SHARED))}
+    others = (PROTOTYPE, STATE, PROJECTOR, SHARED, MEMORY, HEAD)
     pool.append(name, {key: value for key, value in tensors.items() if not key.startswith(others)}, state, shared)
+    pool.memory = {key: value.detach().float().clone() for key, value in tensors.items() if key.startswith(MEMORY)}
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor of a stage's file belongs to what the router keeps of the task."""
+    return name.startswith((PROTOTYPE, STATE))
+
+
+def without_kept_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A stage's tensors without the sample of routing keys that its task keeps."""
+    return {name: value for name, value in tensors.items() if not name.startswith(STATE + KEPT)}
 
 
 def save_stage(run: Path, index: int, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Complete the unfinished folder of a stage and give it its final name; returns that folder."""
     work, final = unfinished_folder(run, index, name), stage_folder(run, index, name)
-    return finish_folder(work, final, tensors, {"task": name, "stage": index + 1, **meta})
+    kept = {key: value if key.startswith(STATE + KEPT) else value.float() for key, value in tensors.items()}
+    return finish_folder(work, final, kept, {"task": name, "stage": index + 1, **meta})
 
 
 def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.prefix_cache import PrefixCache, compute_prefix
 from pipeline.data.collate import Batch
-from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts, insertion_place
+from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,17 @@ class Cut:
     attention: Tensor  # [B, R]
     labels: Tensor  # [B, R]
 
+    def behind_prefix(self, numbers: Tensor) -> Tensor:
+        """Row numbers [B, S] of the rest as those of whole sequences [B, P + S], in whose prefixes no rows stand."""
+        return pad(numbers, (self.prefix.attention.shape[1], 0))
 
-def cut_behind_images(lmm: LMM, batch: Batch, bank: Tensor | None = None, insertion: str = "after_image") -> Cut:
+
+def cut_behind_images(
+    lmm: LMM, batch: Batch, rows: tuple[Tensor, Tensor] | None = None, insertion: str = "after_image"
+) -> Cut:
     """Run what stands before the end of the images, without gradients, and embed what follows.
 
-    With a `bank` [T, L, D] the selected sets of each sample are put where `insertion` says, unless that is behind the
+    Each sample's `rows` (vectors [B, P, D], valid [B, P]) are put where `insertion` says, unless that is behind the
     image: then the rest has to get them. Samples without an image are cut after their first token.
     """
     spans = lmm.image_spans(lmm.image_places(batch.input_ids))
@@ -45,9 +52,8 @@ def cut_behind_images(lmm: LMM, batch: Batch, bank: Tensor | None = None, insert
         words[: ids.numel()].unflatten(0, ids.shape), ids, batch.images, batch.has_image[leaders]
     )
     places = lmm.image_places(ids)
-    if bank is not None and len(bank) and batch.selected.shape[1] and insertion != "after_image":
-        selection = batch.selection.rows(leaders)
-        vectors, valid = gather_sets(bank, selection.numbers, selection.weights)
+    if rows is not None and insertion != "after_image":
+        vectors, valid = (part[leaders] for part in rows)
         place = insertion_place(first_attention, lmm.image_spans(places), insertion)
         places = insert_gaps(places, first_attention, valid, place)
         embeddings, first_attention, _ = insert_prompts(embeddings, first_attention, vectors, valid, place=place)

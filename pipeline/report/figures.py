@@ -1,4 +1,4 @@
-"""Figures of runs: accuracy matrix, mean score by stage, forgetting, routing, similarities and losses.
+"""Figures of runs: accuracy matrix, mean score by stage, forgetting, similarities and losses; others use their style.
 
 Colour is never the only cue: cells show their numbers, lines differ in dash and marker.
 """
@@ -28,7 +28,7 @@ PNG_DPI = 160
 SMALLEST_SVG = 560  # pixels of width
 SMALLEST_SHARE = 0.7  # of its natural width, below which a wide figure is unreadable
 LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key", "loss_text": "text key"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.parse_math": False,  # names may contain dollar signs
@@ -51,10 +51,10 @@ def matrix_figure(matrix: Mapping[str, Any], path: Path | None = None) -> Figure
     rows = [(label, row) for label, row in rows if any(score is not None for score in row)]
     if matrix.get("zero_shot"):
         rows.insert(0, ("zero-shot", matrix["zero_shot"]))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(1.9 + 0.95 * len(tasks), 1.5 + 0.48 * max(len(rows), 1)), layout="constrained")
         axes = figure.add_subplot()
-        _heatmap(axes, [row for _, row in rows], [label for label, _ in rows], tasks)
+        heatmap(axes, [row for _, row in rows], [label for label, _ in rows], tasks)
         axes.set_xlabel("score on (percent)")
         if matrix.get("zero_shot") and len(rows) > 1:
             axes.axhline(0.5, color="white", linewidth=6)  # separates the frozen model from the stages
@@ -63,29 +63,11 @@ def matrix_figure(matrix: Mapping[str, Any], path: Path | None = None) -> Figure
     return figure
 
 
-def routing_figure(shares: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[str]) -> Figure:
-    """Draw the routing as heatmaps, one per entry of `shares` (title -> true task -> set -> percent)."""
-    sets = list(tasks)
-    for table in shares.values():
-        sets += [name for row in table.values() for name in row if name not in sets]
-    true = [task for task in tasks if any(task in table for table in shares.values())]
-    with rc_context(_STYLE):
-        width, height = 1.4 + 0.9 * len(sets), 1.5 + 0.45 * len(true)
-        figure = Figure(figsize=(width * len(shares), height), layout="constrained")
-        for place, (title, table) in enumerate(shares.items(), start=1):
-            axes = figure.add_subplot(1, len(shares), place)
-            _heatmap(axes, [[table.get(task, {}).get(name, 0.0) for name in sets] for task in true], true, sets, ".0f")
-            axes.set_xlabel(title)
-            if place == 1:
-                axes.set_ylabel("true task")
-    return figure
-
-
 def loss_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draw the loss terms over the steps, one panel per stage, all with the same axes."""
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.4 * columns + 0.4, 2.2 * lines + 0.5), layout="constrained")
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         panels = [axes for row in grid for axes in row]
@@ -112,7 +94,7 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 def course_figure(courses: Mapping[str, Scores], tasks: Sequence[str]) -> Figure:
     """Draw the mean score over the tasks seen so far after each stage, one line per run."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for place, (name, means) in enumerate(courses.items()):
@@ -144,7 +126,7 @@ def forgetting_figure(
     """
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(2.7 * columns + 0.5, 1.9 * lines + 0.9), layout="constrained")
         panels = [
             axes for row in figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False) for axes in row
@@ -194,7 +176,7 @@ def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]
     """
     tasks = list(distributions)
     labels = list(dict.fromkeys(label for table in distributions.values() for label in table))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.75 * len(tasks) + 1.2), layout="constrained")
         axes = figure.add_subplot()
         for number, label in enumerate(labels):
@@ -225,7 +207,7 @@ def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, or in the format of the path's suffix; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(path, dpi=PNG_DPI, facecolor="white")
     return path
 
@@ -236,7 +218,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     `name` is unique on the page and prefixes every id in it; `description` is the text for screen readers.
     """
     buffer = io.StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": name}):  # a fixed salt makes the ids, and so the report, reproducible
+    with rc_context(STYLE | {"svg.hashsalt": name}):  # a fixed salt makes the ids, and so the report, reproducible
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -262,7 +244,7 @@ def cell_colours(score: float | None) -> tuple[str, str]:
     return "#" + "".join(f"{part:02x}" for part in mixed), INK
 
 
-def _heatmap(
+def heatmap(
     axes: Axes, rows: Sequence[Scores], labels: Sequence[str], columns: Sequence[str], digits: str = ".1f"
 ) -> None:
     """Draw cells with their numbers; None: an empty cell."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipeline.errors import UserError
 from pipeline.metrics.continual import retention_per_task
+from pipeline.report.confusion import confused_pairs, told_rows
 from pipeline.report.figures import (
     cell_colours,
     course_figure,
@@ -19,13 +20,13 @@ from pipeline.report.figures import (
     inline_svg,
     loss_figure,
     matrix_figure,
-    routing_figure,
     save,
     similarity_figure,
 )
 from pipeline.report.html import write_page
 from pipeline.report.listing import narrow
-from pipeline.report.predictions import examples, routing_shares, similarity_distributions
+from pipeline.report.predictions import examples, routing_shares, similarity_distributions, unfamiliar_shares
+from pipeline.report.routing_figure import MOST, routing_figures
 from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.runs.folder import RunFolder, Scores, read_run
 
@@ -33,7 +34,7 @@ __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
-FIGURES = ("course", "forgetting", "routing", "similarity", "losses")
+FIGURES = ("course", "forgetting", "routing", "inserted", "similarity", "losses")
 
 
 def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
@@ -56,6 +57,10 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         "metric_runs": [other.name for other in runs],
         "metrics": metric_rows(runs),
         "routing": [(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
+        "told": told_rows(run),
+        "pairs": confused_pairs(run),
+        "left_out": len(run.set_names) > MOST,
+        "unfamiliar": unfamiliar_shares(run),
         "figures": _figures(run, runs),
         "costs": cost_rows(run),
         "examples": shown,
@@ -134,7 +139,8 @@ def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
         )
     shares = routing_shares(run)
     if shares:
-        figures["routing"] = (routing_figure(shares, run.tasks), "Prompt sets that the samples of each task got")
+        for name, figure in zip(("routing", "inserted"), routing_figures(shares, run.tasks), strict=False):
+            figures[name] = (figure, "Prompt sets that the samples of each task got")
     similarities = similarity_distributions(run)
     if similarities:
         figures["similarity"] = (
@@ -167,6 +173,9 @@ def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
         seen = run.last_stage + 1
         kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
         rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], "retention"))
+    free = run.format_free_scores
+    if free is not None and any(score is not None for score in free):
+        rows.append(("format-free", free, "retention"))
     return rows
 
 

@@ -18,6 +18,7 @@ from pipeline.runs.folder import RunFolder
 EXAMPLES = 3  # correct ones and wrong ones per task on the page
 RIGHT = 0.5  # soft scores from this value on are shown as correct
 THUMBNAIL = 128  # pixels of the longer side
+NEAREST, INSERTED = "most similar set (% of samples)", "inserted sets (% of samples)"
 OWN, OTHER = "the task's own set", "most similar other set"
 
 
@@ -26,16 +27,16 @@ def routing_shares(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
     names = run.set_names
     nearest: dict[str, dict[str, float]] = {}
     inserted: dict[str, dict[str, float]] = {}
-    routes = _routes(run)
+    routed = routes(run)
     for task, lines in run.last_predictions().items():
         for line in lines:
             similarity = line.get("similarity") or []
-            if routes and 0 < len(similarity) <= len(names):
+            if routed and 0 < len(similarity) <= len(names):
                 best = names[max(range(len(similarity)), key=similarity.__getitem__)]
                 _count(nearest, task, best, len(lines))
             for name in line.get("selected") or []:
                 _count(inserted, task, str(name), len(lines))
-    tables = {"most similar set (% of samples)": nearest, "inserted sets (% of samples)": inserted}
+    tables = {NEAREST: nearest, INSERTED: inserted}
     return {title: table for title, table in tables.items() if table}
 
 
@@ -45,7 +46,7 @@ def similarity_distributions(run: RunFolder) -> dict[str, dict[str, list[float]]
     Empty for methods without a router.
     """
     names = run.set_names
-    if not _routes(run):
+    if not routes(run):
         return {}
     found: dict[str, dict[str, list[float]]] = {}
     for task, lines in run.last_predictions().items():
@@ -59,6 +60,19 @@ def similarity_distributions(run: RunFolder) -> dict[str, dict[str, list[float]]
     return found
 
 
+def unfamiliar_shares(run: RunFolder) -> dict[str, float]:
+    """Return how many of each task's samples, in percent of the last evaluation, resembled no task.
+
+    These are false alarms, for a task that was learned is familiar. Tasks without such a record are left out.
+    """
+    found = {}
+    for task, lines in run.last_predictions().items():
+        flags = [line["unfamiliar"] for line in lines if line.get("unfamiliar") is not None]
+        if flags:
+            found[task] = 100.0 * sum(flags) / len(flags)
+    return found
+
+
 def examples(run: RunFolder) -> list[dict[str, Any]]:
     """Return some correct and wrong predictions per task, with question and thumbnail where available."""
     shown = []
@@ -66,7 +80,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
         right = [line for line in lines if (line.get("score") or 0) >= RIGHT]
         wrong = [line for line in lines if (line.get("score") or 0) < RIGHT]
         chosen = [(line, False) for line in wrong[:EXAMPLES]] + [(line, True) for line in right[:EXAMPLES]]
-        samples = _prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
+        samples = prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
         for line, is_right in chosen:
             sample = samples.get(str(line.get("id")))
             shown.append(
@@ -78,7 +92,8 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
                     "answer": line.get("answer", ""),
                     "prediction": line.get("prediction", ""),
                     "selected": ", ".join(_with_similarity(run, line)),
-                    "image": _thumbnail(sample.image) if sample and sample.image else None,
+                    "unfamiliar": line.get("unfamiliar") is True,
+                    "image": thumbnail(sample.image) if sample and sample.image else None,
                 }
             )
     return shown
@@ -87,11 +102,11 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
     """Names of the inserted sets, with the sample's similarity to each where it is recorded."""
     known = dict(zip(run.set_names, line.get("similarity") or [], strict=False))
-    shown = known if _routes(run) else {}
+    shown = known if routes(run) else {}
     return [f"{name} ({shown[name]:.2f})" if name in shown else str(name) for name in line.get("selected") or []]
 
 
-def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
+def prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
     """Return samples by id from the prepared data; empty where it is not on this machine or was prepared anew."""
     prepared = run.config.get("data", {}).get("prepared")
     if not prepared or not (Path(prepared) / task / "test").is_dir():
@@ -106,7 +121,7 @@ def _prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str
         return {}
 
 
-def _thumbnail(encoded: bytes) -> str | None:
+def thumbnail(encoded: bytes) -> str | None:
     """Return an image file as a small data URI, None when it cannot be read."""
     from pipeline.data.pictures import decode_image  # deferred: imports Pillow, not needed without pictures
 
@@ -120,7 +135,7 @@ def _thumbnail(encoded: bytes) -> str | None:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _routes(run: RunFolder) -> bool:
+def routes(run: RunFolder) -> bool:
     """Whether the run's method has a router; without one, older runs recorded similarities of a random head.
 
     True for methods that are not installed, or not with the run's options.

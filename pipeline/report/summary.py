@@ -11,10 +11,10 @@ from rich.table import Table
 
 from pipeline.files.paths import command
 from pipeline.report.listing import narrow
-from pipeline.runs.folder import RunFolder, read_run
+from pipeline.runs.folder import RunFolder, Scores, read_run
 from pipeline.runs.layout import CONFIG, REPORT
 
-NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing"}
+NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing", "routing_loss": "lost to routing"}
 
 
 def show_end(run_path: Path, verb: str, name: str) -> None:
@@ -38,8 +38,12 @@ def matrix_table(run: RunFolder) -> Table:
     table.add_column("", overflow="fold")
     for task in run.tasks:
         table.add_column(escape(task), justify="right", overflow="fold")
-    rows = [("majority answer", run.majority), ("zero-shot", run.zero_shot)]
+    rows: list[tuple[str, Scores | None]] = [("majority answer", run.majority), ("zero-shot", run.zero_shot)]
+    rows.append(("zero-shot, format-free", run.format_free.get("zero_shot")))
     rows += [(f"after {task}", row) for task, row in zip(run.tasks, run.accuracy, strict=True)]
+    rows.append(("the same, task told", run.told_scores))
+    if run.last_stage is not None:
+        rows.append(("the same, format-free", run.format_free_scores))
     for label, scores in rows:
         if scores and any(score is not None for score in scores):
             table.add_row(escape(narrow(label)), *("–" if score is None else f"{score:.1f}" for score in scores))

@@ -11,6 +11,9 @@ from pipeline.runs.contents import StageMeta, read_json
 from pipeline.runs.folder import RunFolder, Scores
 from pipeline.runs.layout import COMPLETE, META, STAGES
 
+# How the names of a stage's tensors begin that are no trainables, and that no answer needs.
+STATES, TRAINING_ONLY = ("prototype", "router."), ("head.", "memory.", "projector.")
+
 METRIC_TEXTS = {
     "last": "mean over the tasks after the last stage",
     "average": "mean over the stages of the mean over the tasks seen",
@@ -23,6 +26,8 @@ METRIC_TEXTS = {
     "zero_shot": "mean score of the frozen model",
     "gain": "last minus zero_shot",
     "immediate_gain": "own stage's score minus zero-shot's, mean over the tasks",
+    "told": "mean over the tasks after the last stage had each sample's task been told",
+    "routing_loss": "told minus last: what routing costs",
     "forward_transfer": "score just before the own stage minus zero-shot's (measured with evaluate.ahead)",
 }
 
@@ -99,8 +104,9 @@ def metric_rows(runs: Sequence[RunFolder]) -> list[tuple[str, str, Scores]]:
 def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
     """Return the cost of each finished stage: steps, seconds, samples/s, ranks, last loss, and sizes.
 
-    `trained` is the number of trainable parameters, `kept` the number of parameters that answering needs (prompt set
-    and prototype), `megabytes` the size of the stage's file. Unknown values are None.
+    `trained` is the number of trainable parameters, `kept` the number of parameters that answering needs (the module
+    and the router's state), `operations` those of training per sample, `megabytes` the size of the stage's file.
+    Unknown values are None.
     """
     curves = run.losses()
     rows = []
@@ -110,7 +116,7 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
         meta = read_json(folder / META, StageMeta)
         # The first line covers the first step, which includes one-time work.
         speeds = [line["samples_per_s"] for line in curves.get(folder.name, [])[1:] if "samples_per_s" in line]
-        trained, kept = _numbers(folder / "prompts.safetensors")
+        counted, kept = _numbers(folder / "prompts.safetensors")
         file = folder / "prompts.safetensors"
         rows.append(
             {
@@ -120,7 +126,8 @@ def cost_rows(run: RunFolder) -> list[dict[str, Any]]:
                 "samples_per_s": mean(speeds) if speeds else None,
                 "ranks": meta.get("world_size"),
                 "loss": meta.get("loss"),
-                "trained": trained,
+                "trained": meta.get("trained_parameters", counted),
+                "operations": meta.get("operations_per_sample"),
                 "kept": kept,
                 "megabytes": file.stat().st_size / 1e6 if file.is_file() else None,
             }
@@ -142,8 +149,8 @@ def _numbers(file: Path) -> tuple[int | None, int | None]:
                 sizes[name] = size
     except (OSError, SafetensorError):
         return None, None
-    trained = sum(size for name, size in sizes.items() if name != "prototype")
-    return trained, sizes.get("prompt", 0) + sizes.get("prototype", 0)
+    trained = sum(size for name, size in sizes.items() if not name.startswith(STATES))
+    return trained, sum(size for name, size in sizes.items() if not name.startswith(TRAINING_ONLY))
 
 
 def _by_task(run: RunFolder, scores: Scores, tasks: Sequence[str]) -> Scores:

@@ -68,7 +68,9 @@ def claim_run(recipe: FileRecipe) -> Path:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({error}); restore it or remove the run folder.") from error
-        differing = differing_fields(_with_defaults(found, type(recipe)), recipe.model_dump(mode="json"))
+        now = recipe.continuing(found).model_dump(mode="json")
+        fields = differing_fields(_with_defaults(found, type(recipe)), now)
+        differing = [field for field in fields if not _within(field[0], recipe.adopted)]
         if differing and not unbegun(run):
             listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in differing)
             raise UserError(
@@ -126,6 +128,11 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[tuple[str, An
         pairs = zip(_names(old), old, new, strict=True)
         return [found for name, one, other in pairs for found in differing_fields(one, other, f"{prefix}.{name}")]
     return [] if old == new else [(prefix, old, new)]
+
+
+def _within(field: str, groups: tuple[str, ...]) -> bool:
+    """Whether a field is one of these or inside one."""
+    return any(field == group or field.startswith(f"{group}.") for group in groups)
 
 
 def _names(items: Any) -> list[str]:

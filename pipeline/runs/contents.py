@@ -52,6 +52,13 @@ class BenchmarkState(Content):
     status: str = "new"
 
 
+class FormatFree(Content):
+    """`format_free` of matrix.json: the scores without the format of the answers."""
+
+    accuracy: list[Scores] | None = None  # a row [T] for each of `accuracy`
+    zero_shot: Scores | None = None  # [T]
+
+
 class MatrixFile(Content):
     """matrix.json: T tasks, scores in percent; lengths and ranges are checked where they are used."""
 
@@ -60,15 +67,19 @@ class MatrixFile(Content):
     zero_shot: Scores | None = None  # [T]
     majority: Scores | None = None  # [T]
     ahead: Scores | None = None  # [T]
+    told: list[Scores | None] | None = None  # [T, T], a row for each of `accuracy`; null where it was not measured
     routing: dict[str, Any] | None = None
+    format_free: FormatFree | None = None
+    costs: dict[str, float | None] | None = None
 
 
 class Routing(Content):
-    """`routing` of matrix.json, [T] each."""
+    """`routing` of matrix.json, [T] each but `confusion`: own task -> task whose set ranks first -> percent."""
 
     accuracy: Scores | None = None
     image_only: Scores | None = None
     text_only: Scores | None = None
+    confusion: dict[str, dict[str, float]] | None = None
 
 
 class LogLine(Content):
@@ -87,6 +98,8 @@ class StageMeta(Content):
     seconds: float | None = None
     world_size: int | None = None
     loss: float | None = None
+    trained_parameters: int | None = None
+    operations_per_sample: float | None = None
 
 
 class PredictionLine(Content):
@@ -95,6 +108,8 @@ class PredictionLine(Content):
     score: float | None = None
     similarity: list[float] | None = None
     selected: list[str] | None = None
+    probability: list[float] | None = None
+    unfamiliar: bool | None = None
 
 
 def require(content: Any, kind: type[Content], place: str) -> None:

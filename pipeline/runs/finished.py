@@ -31,16 +31,16 @@ FORMAT_VERSION = 1
 
 
 def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write tensors (as float32) and meta.json into `work` and rename it to `final` atomically.
+    """Write tensors and meta.json into `work` and rename it to `final` atomically.
 
     Args:
         work: folder of the training in progress; may hold checkpoints, which are removed at the end.
         final: the finished folder; one that exists there is replaced.
-        tensors: what was learned, by name.
+        tensors: what was learned, by name, each in the precision that it is kept in.
         meta: content of meta.json.
     """
     work.mkdir(parents=True, exist_ok=True)
-    write_synced(work / TENSORS, save({key: value.float().contiguous() for key, value in tensors.items()}))
+    write_synced(work / TENSORS, save({key: value.contiguous() for key, value in tensors.items()}))
     meta = {"format": FORMAT_VERSION, **meta, "sha256": sha256(work / TENSORS)}
     (work / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / COMPLETE).write_text(sha256(work / META) + "\n")
@@ -55,6 +55,13 @@ def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dic
     sync_folder(final.parent)
     shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the rename, only the checkpoints can be resumed
     return final
+
+
+def finish_replacement(work: Path, final: Path) -> None:
+    """Rename a complete folder to `final` where `finish_folder` was killed after it had removed the former one."""
+    if not final.exists() and (work / COMPLETE).is_file():
+        work.rename(final)
+        sync_folder(final.parent)
 
 
 def read_finished(folder: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.strict_text import load_yaml
-from pipeline.metrics.continual import after_stage, square, summarise
+from pipeline.metrics.continual import after_stage, routing_costs, square, summarise
 from pipeline.runs.contents import (
     ConfigFile,
     Content,
@@ -25,7 +26,17 @@ from pipeline.runs.contents import (
     read_json,
     require,
 )
-from pipeline.runs.layout import CONFIG, MATRIX, METRICS, STAGES, STATE, after_folders, zero_shot_folder
+from pipeline.runs.layout import (
+    CONFIG,
+    MATRIX,
+    METRICS,
+    STAGES,
+    STATE,
+    after_folder,
+    after_folders,
+    told_folder,
+    zero_shot_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,10 @@ class RunFolder:
     routing: dict[str, Scores] = field(default_factory=dict)  # accuracy, image_only, text_only: [T] each
     majority: Scores | None = None  # [T] each task's most frequent training answer
     ahead: Scores | None = None  # [T] scores just before a task's own stage, where measured
+    told: list[Scores | None] = field(default_factory=list)  # like `accuracy`, with the task told; None: not measured
+    confusion: dict[str, dict[str, float]] = field(default_factory=dict)  # own task -> set ranked first -> percent
+    format_free: dict[str, Any] = field(default_factory=dict)  # accuracy [T, T], zero_shot [T]; {} where not measured
+    costs: dict[str, float | None] = field(default_factory=dict)  # by name, see `pipeline.sequence.costs`
 
     @property
     def name(self) -> str:
@@ -83,6 +98,20 @@ class RunFolder:
             return self.zero_shot
         return [None] * len(self.tasks)
 
+    @property
+    def told_scores(self) -> Scores | None:
+        """The scores [T] after the last stage had the task been told; None where they were not measured."""
+        stage = self.last_stage
+        return None if stage is None or stage >= len(self.told) else self.told[stage]
+
+    @property
+    def format_free_scores(self) -> Scores | None:
+        """The scores [T] after the last stage without the format of the answers; None where they are not known."""
+        stage, rows = self.last_stage, self.format_free.get("accuracy") or []
+        if stage is not None:
+            return rows[stage] if stage < len(rows) else None
+        return self.format_free.get("zero_shot") if self.learned_nothing else None
+
     def metrics(self) -> dict[str, float | None]:
         """Return the metrics of continual learning after the last stage so far."""
         if self.last_stage is None:
@@ -92,7 +121,9 @@ class RunFolder:
             name: row[:seen] if row and None not in row[:seen] else None
             for name, row in (("zero_shot", self.zero_shot), ("ahead", self.ahead and [0.0, *self.ahead[1:]]))
         }
-        return summarise([row[:seen] for row in self.accuracy[:seen]], **known)
+        summary = summarise([row[:seen] for row in self.accuracy[:seen]], **known)
+        told = self.told_scores
+        return summary if told is None else {**summary, **routing_costs(told[:seen], self.last_scores[:seen])}
 
     def seen_means(self) -> Scores:
         """Return, per stage [T], the mean score over the tasks seen so far."""
@@ -119,12 +150,30 @@ class RunFolder:
 
         Raises UserError for a line that is damaged.
         """
+        return self._last_evaluation[1]
+
+    def told_predictions(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the prediction lines by sample id that differ from those of `last_predictions` with the task told.
+
+        Of the tasks whose score with the task told is known. Raises UserError for a line that is damaged.
+        """
+        stage, scores = self.last_stage, self.told_scores
+        if stage is None or scores is None or self._last_evaluation[0] != after_folder(self.path, stage + 1):
+            return {}
+        folder = told_folder(self.path, stage + 1)
+        tasks = [task for task, score in zip(self.tasks, scores, strict=True) if score is not None]
+        found = {task: read_lines(folder / f"{task}.jsonl", PredictionLine) for task in tasks}
+        return {task: {str(line.get("id")): line for line in lines} for task, lines in found.items()}
+
+    @functools.cached_property
+    def _last_evaluation(self) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+        """The folder of the last evaluation that wrote predictions, and these; read once, because they may be many."""
         for folder in [*after_folders(self.path), zero_shot_folder(self.path)]:
             found = {task: list(read_lines(folder / f"{task}.jsonl", PredictionLine)) for task in self.tasks}
             found = {task: lines for task, lines in found.items() if lines}
             if found:
-                return found
-        return {}
+                return folder, found
+        return self.path, {}
 
 
 def read_run(path: Path) -> RunFolder:
@@ -153,8 +202,14 @@ def read_run(path: Path) -> RunFolder:
     except UserError as error:
         raise UserError(f"{path / MATRIX}: {error}") from None
     zero_shot, majority, ahead = (matrix.get(name) or None for name in ("zero_shot", "majority", "ahead"))
-    routing = {name: routing[name] for name in Routing.model_fields if routing.get(name)}
+    confusion = routing.get("confusion") or {}
+    routing = {name: routing[name] for name in Routing.model_fields if name != "confusion" and routing.get(name)}
+    told = matrix.get("told") or []
     rows = {"zero_shot": zero_shot, "majority": majority, "ahead": ahead, "accuracy": accuracy[0], **routing}
+    rows |= {f"told.{number}": row for number, row in enumerate(told)}
+    free = matrix.get("format_free") or {}
+    rows |= {f"format_free.{number}": row for number, row in enumerate(free.get("accuracy") or [])}
+    rows["format_free.zero_shot"] = free.get("zero_shot")
     for name, scores in rows.items():
         if scores is not None and len(scores) != len(tasks):
             raise UserError(
@@ -162,7 +217,12 @@ def read_run(path: Path) -> RunFolder:
                 "Evaluate the run again."
             )
     state = read_json(path / STATE, StateFile)
-    return RunFolder(path, config, state, tasks, accuracy, zero_shot, routing, majority, ahead)
+    timing = state.get("timing")
+    seconds = timing.get("evaluate_s") if isinstance(timing, dict) else None
+    costs = {**(matrix.get("costs") or {}), "seconds_evaluation": seconds}
+    return RunFolder(
+        path, config, state, tasks, accuracy, zero_shot, routing, majority, ahead, told, confusion, free, costs
+    )
 
 
 def read_lines(path: Path, kind: type[Content]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The layout of a run folder: names and paths of its files.
 
-A run of a task sequence has `stages/NN-task/` and `eval/{zero-shot,after-NN,ahead-NN}/`, a benchmark `units/NAME/`.
+A run of a task sequence has `stages/NN-task/` and `eval/{zero-shot,after-NN,told-NN,ahead-NN,held-out-NN}/`, a
+benchmark `units/NAME/`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ REPORT = "report.html"
 METRICS = "metrics.jsonl"  # of a stage or unit: the log of its training
 RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `pipeline.training.resume`)
 STAGES, UNITS, EVALUATIONS = "stages", "units", "eval"
+# There while what finished stages keep for routing is replaced: after a crash some is of one router, some of another.
+REPLACING_ROUTING = ".routing-unfinished"
+SEARCHES = "searches"  # of a benchmark: searches that units take the lengths of their prompts from
+ASK, ASK_FOLDER = "ask.csv", "ask"  # of a benchmark: what a person is asked to label, and pictures of it
 UNFINISHED = ".unfinished"  # suffix of the folder of a stage or unit in training
 
 
@@ -31,6 +36,11 @@ def stage_folder(run: Path, index: int, name: str) -> Path:
 def unit_folder(run: Path, label: str) -> Path:
     """Folder of a finished unit of a benchmark."""
     return run / UNITS / label
+
+
+def labels_file(run: Path, dataset: str) -> Path:
+    """The labels that a person has given to a dataset's images in a benchmark."""
+    return run / f"labels-{dataset}.csv"
 
 
 def unfinished(folder: Path) -> Path:
@@ -63,11 +73,22 @@ def after_folder(run: Path, seen: int) -> Path:
     return run / EVALUATIONS / f"after-{seen:02d}"
 
 
+def told_folder(run: Path, seen: int) -> Path:
+    """Folder of the answers that would be others, were the task told, after the stage with which `seen` are learned."""
+    return run / EVALUATIONS / f"told-{seen:02d}"
+
+
 def ahead_folder(run: Path, number: int) -> Path:
     """Folder of the answers on the task with this number (from 1) just before its own stage."""
     return run / EVALUATIONS / f"ahead-{number:02d}"
 
 
+def held_out_folder(run: Path, seen: int) -> Path:
+    """Folder of the answers to the held-out samples of the newest of `seen` tasks, with the task told."""
+    return run / EVALUATIONS / f"held-out-{seen:02d}"
+
+
 def after_folders(run: Path) -> list[Path]:
     """Existing folders of answers after stages, the last stage first."""
-    return sorted((run / EVALUATIONS).glob("after-*"), reverse=True)
+    found = [path for path in (run / EVALUATIONS).glob("after-*") if path.name.removeprefix("after-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("after-")), reverse=True)

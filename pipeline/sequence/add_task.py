@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.data import TaskConfig
 from pipeline.config.load import load_run
@@ -16,6 +17,9 @@ from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.methods import make_method
 from pipeline.runs.layout import CONFIG, begun_stages
+
+if TYPE_CHECKING:
+    from pipeline.prompts.stage_files import StageCheckpoint
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class Addition:
             raise
 
 
-def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None) -> Addition:
+def prepare_addition(run: Path, name: str, root: Path, changes: Mapping[str, Any] | None = None) -> Addition:
     """Prepare a task as the run's next stage; the run itself is not changed. A repeated call resumes the preparation.
 
     Args:
         run: the run folder.
         name: the task's name.
         root: a folder in CoIN layout with the task.
-        gate: the run's `method.gate` from this stage on; None: unchanged. Earlier stages keep their gates.
+        changes: `gate` or `share` of the run's method from this stage on; earlier stages keep theirs.
 
     Raises:
         UserError: a method without further stages, an unfinished run, or data that cannot be used.
@@ -68,7 +72,10 @@ def prepare_addition(run: Path, name: str, root: Path, gate: float | None = None
     if name not in names:
         _require_finished(run, names)
     earlier = len(names) - (name in names)
-    method = recipe.method if gate is None else recipe.method.with_gate(gate, earlier)
+    method = recipe.method.changed(changes or {}, earlier)
+    if changes:
+        _ = make_method(method).routing  # raises for a share or gate that cannot be
+        _require_keys(run, names[:earlier], changes)
     # Imported here: torch and pyarrow take seconds, and errors of the run or the task are reported before.
     from data_prep.prepare import prepare
     from data_prep.split import NotRewritten  # see above
@@ -104,11 +111,31 @@ def _task(root: Path, name: str) -> TaskConfig:
         raise UserError(f"{folder / TASK_FILE} is not as `new-task` writes it ({first}); mend or remove it.") from None
 
 
-def _require_finished(run: Path, tasks: Sequence[str]) -> None:
+def _require_keys(run: Path, tasks: Sequence[str], changes: Mapping[str, Any]) -> None:
+    """Raise UserError for a share where the stages of these tasks keep no routing keys, of which it is computed."""
+    from pipeline.prompts.pool import STATE  # torch, see `prepare_addition`
+    from pipeline.prompts.routers.kept_keys import TEXT  # see above
+
+    if "share" not in changes:
+        return
+    if any(stage is not None and STATE + TEXT not in stage.tensors for stage in _stages(run, tasks)):
+        first = command("run", run / CONFIG, "--set", "method.unfamiliar=flag")
+        raise UserError(
+            f"--share compares the probabilities of tasks, and {run} keeps no routing keys to compute them from. "
+            f"`{first}` makes them from the prepared data and changes no set; add the task then, or give --gate."
+        )
+
+
+def _stages(run: Path, tasks: Sequence[str]) -> Iterator[StageCheckpoint | None]:
+    """What the stages of these tasks left, read one after the other; None for a stage that is not finished."""
     from pipeline.prompts.stage_files import load_stage  # torch, see `prepare_addition`
 
-    for index, task in enumerate(tasks):
-        if load_stage(run, index, task) is None:
+    return (load_stage(run, index, task) for index, task in enumerate(tasks))
+
+
+def _require_finished(run: Path, tasks: Sequence[str]) -> None:
+    for index, (task, stage) in enumerate(zip(tasks, _stages(run, tasks), strict=True)):
+        if stage is None:
             raise UserError(
                 f"stage {index + 1} ({task}) of {run} is not finished; let "
                 f"`{command('run', run / 'config.yaml')}` finish first."

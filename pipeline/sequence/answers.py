@@ -11,17 +11,17 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
 from pipeline.data.selection import Selection
 from pipeline.files.atomic import write_if_other, write_json
-from pipeline.metrics.scoring import Answered, TaskScore, score_task
+from pipeline.metrics.format_free import format_free_percent
+from pipeline.metrics.scoring import Answered, TaskScore, metric_of, score_task
 from pipeline.prompts.pool import PromptPool, tensor_fingerprint
+from pipeline.prompts.routing import Routed
 from pipeline.sequence.test_set import TestSet
 
 SCORES_VERSION = 1  # increase when a metric scores the same answers differently, so that they are scored again
@@ -41,14 +41,9 @@ class AnswerKey:
     projector: str = ""  # fingerprint of a trained image projector; "": the base model's
     # Fingerprints of the base model and its files by name, stored with the answers; reuse requires all to match.
     made_by: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The modules of a task's test samples."""
-
-    selection: Selection
-    scores: Tensor  # [N, T] by the router; [N, 0] of a method without one
+    # The router with its options, whose scores are written with the answers; "" for `mean` and `prototype`, whose
+    # scores follow from the states.
+    router: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +85,14 @@ class TaskAnswers:
         """For every sample the fingerprints of projector and modules that a reused answer must have been made with."""
         return [(self._key.projector, *made_of(modules, self._prints)) for modules in self._chosen]
 
+    @functools.cached_property
+    def _written(self) -> Collection[int]:
+        """The samples whose predictions are written, in ascending order: all of them."""
+        return range(len(self.test.data))
+
     @property
     def _identity(self) -> str:
-        return identity_of(self.test, self._pool, self.routed.selection, self._key.projector)
+        return identity_of(self.test, self._pool, self.routed.selection, self._key)
 
     def finished_score(self) -> float | None:
         """The stored score in percent if it belongs to these samples, sets and settings, else None.
@@ -112,11 +112,20 @@ class TaskAnswers:
 
     def missing(self) -> list[int]:
         """The samples without a reusable answer; the answers to all others are loaded."""
-        known = known_answers(self.test.name, [self._folder, *self._earlier], self._made_with)
-        wants = [(identity, self._wanted[index]) for index, identity in enumerate(self.test.data.ids)]
-        self.answers.update({index: known[want] for index, want in enumerate(wants) if want in known})
         self.answers.update(dict.fromkeys(self.test.unanswered, ""))
-        return [index for index in range(len(wants)) if index not in self.answers]
+        missing = [index for index in range(len(self.test.data)) if index not in self.answers]
+        for folders in self._sources():
+            known = known_answers(self.test.name, folders, self._made_with)
+            wants = [(index, (self.test.data.ids[index], self._wanted[index])) for index in missing]
+            self.answers.update({index: known[want] for index, want in wants if want in known})
+            missing = [index for index in missing if index not in self.answers]
+            if not missing:
+                break
+        return missing
+
+    def _sources(self) -> Iterable[Sequence[Path]]:
+        """Folders with reusable answers, in groups that are read until no answer is missing; here one group."""
+        return [[self._folder, *self._earlier]]
 
     def keep(self, answers: Mapping[int, str]) -> None:
         """Add new answers by sample and write all answers so far, which the next attempt reuses.
@@ -125,26 +134,30 @@ class TaskAnswers:
         """
         self.answers.update(answers)
         ids = self.test.data.ids
-        kept = [(ids[index], self._wanted[index], answer) for index, answer in sorted(self.answers.items())]
+        written = [index for index in self._written if index in self.answers]
+        kept = [(ids[index], self._wanted[index], self.answers[index]) for index in written]
         content = {"made_with": self._made_with, "answers": kept}
         write_json(self._folder / UNFINISHED_FILE.format(self.test.name), content)
 
     def finish(self) -> float:
         """Write predictions with their points, and the score; returns the score in percent."""
-        lines, scored = self._scored_lines()
+        lines, scored, format_free = self._scored_lines()
         write_if_other(self._folder / SETS_FILE, json.dumps(self._sets, indent=2, ensure_ascii=False) + "\n")
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_if_other(self._folder / f"{self.test.name}.jsonl", content)
-        self._write_score(scored)
+        self._write_score(scored, format_free)
         (self._folder / UNFINISHED_FILE.format(self.test.name)).unlink(missing_ok=True)
         return scored.percent
 
-    def _scored_lines(self) -> tuple[list[dict[str, Any]], TaskScore]:
+    def _scored_lines(self) -> tuple[list[dict[str, Any]], TaskScore, float]:
+        """The predictions' lines, their score, and the score that ignores format."""
         lines: list[dict[str, Any]] = []
         answered: list[Answered] = []
         pictured = self.test.data.keys.has_image.tolist()
         for index, sample in enumerate(self.test.texts):
             answered.append(Answered(self.answers[index], sample.answer, sample.meta, pictured[index]))
+            if index not in self._written:
+                continue
             names, weights = self._chosen[index]
             line: dict[str, Any] = {
                 "id": sample.id,
@@ -154,13 +167,23 @@ class TaskAnswers:
                 "selected": names,
                 "similarity": [round(s, 6) for s in self.routed.scores[index].tolist()],
             }
-            lines.append(line if weights is None else {**line, "weights": weights})
+            lines.append({**line, **({} if weights is None else {"weights": weights}), **self._recognised(index)})
         scored = score_task(self.test.metric, answered, self.test.scoring)
-        for written, points in zip(lines, scored.points, strict=True):
-            written["score"] = points
-        return lines, scored
+        format_free = format_free_percent(metric_of(self.test.metric), answered, scored)
+        for line, index in zip(lines, self._written, strict=True):
+            line["score"] = scored.points[index]
+        return lines, scored, format_free
 
-    def _write_score(self, scored: TaskScore) -> None:
+    def _recognised(self, index: int) -> dict[str, Any]:
+        """Probabilities [T] of a sample's tasks and whether it resembles none, where they are known."""
+        routed, found = self.routed, dict[str, Any]()
+        if routed.probabilities is not None:
+            found["probability"] = [round(share, 6) for share in routed.probabilities[index].tolist()]
+        if routed.unfamiliar is not None:
+            found["unfamiliar"] = bool(routed.unfamiliar[index])
+        return found
+
+    def _write_score(self, scored: TaskScore, format_free: float) -> None:
         """Write the task's score with the facts by which it and its predictions are verified later.
 
         The sets are included, because SETS_FILE belongs to all tasks of the folder and may be rewritten with others.
@@ -172,6 +195,7 @@ class TaskAnswers:
             "samples": len(scored.points),
             "score": scored.percent,
             "parts": scored.parts,
+            "format_free": format_free,
             "made_with": self._made_with,
             "sets": self._sets,
             "identity": self._identity,
@@ -197,18 +221,19 @@ def made_of(modules: Modules, prints: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{prints[name]}*{weight!r}" for name, weight in zip(names, weights, strict=True))
 
 
-def identity_of(test: TestSet, pool: PromptPool, selection: Selection, projector: str) -> str:
+def identity_of(test: TestSet, pool: PromptPool, selection: Selection, key: AnswerKey) -> str:
     """A hash [hex] of what a task's predictions and score depend on besides `made_with`.
 
-    These are the modules of every sample with their weights, the modules' values, the routing state, the projector, and
-    the metric.
+    These are the modules of every sample with their weights, the modules' values, the routing state, the router, the
+    projector, and the metric.
     """
     selected = selection.numbers
-    facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), projector, pool.names]
+    facts: list[Any] = [SCORES_VERSION, test.metric, test.scoring, len(test.data), key.projector, pool.names]
     facts += [list(selected.shape), sorted(test.unanswered)]
     facts += [pool.fingerprint(number) for number in range(len(pool))]
     facts += [pool.states_fingerprint(), tensor_fingerprint(selected)]
     facts += [] if selection.weights is None else [tensor_fingerprint(selection.weights)]
+    facts += [key.router] if key.router else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

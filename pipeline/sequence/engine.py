@@ -8,18 +8,19 @@ import torch
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
-from pipeline.config import registry
+from pipeline.config.method import choice_name
 from pipeline.config.recipe import Recipe
+from pipeline.config.train import AUTO
 from pipeline.errors import UserError
 from pipeline.methods import Method, make_method
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
-from pipeline.prompts.parts.base import Part, entry_of
+from pipeline.prompts.parts.base import Part, entry_of, kind_of
 from pipeline.prompts.parts.projector import Projector
-from pipeline.prompts.terms import PrototypeTerm, Term
+from pipeline.prompts.terms import PrototypeTerm, Term, make_term
 from pipeline.ranks.world import World, agreed_node_size
-from pipeline.training.deepspeed_config import AUTO, deepspeed_config
+from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Engine, start_deepspeed
 
 
@@ -58,24 +59,47 @@ def learner_of(lmm: LMM, method: Method, key_width: int, trains_projector: bool 
     """
     if method.part is None:
         raise UserError(f"the method {method.name} learns nothing; expected one with stages.")
-    kind: type[Part] = registry.load("parts", method.part)
-    parts: dict[str, Part] = {"module": kind.of(lmm, method)}
+    parts: dict[str, Part] = {"module": kind_of(method).keyed(lmm, method, key_width)}
     terms: list[Term] = []
     require_learnable(method)
     router = method.routing.router
-    if router is not None and router.learned:
+    if router is not None and router.learned and router.learned_in == "head":
         parts["head"] = ProjectionHead(lmm.width, key_width, dtype=lmm.dtype)
         terms.append(PrototypeTerm(method.prototype_weight))
     if trains_projector:
         parts["projector"] = Projector(lmm)
-    return Learner(parts, terms)
+    terms += [make_term(choice, method) for choice in method.terms]
+    return Learner(parts, terms, entry_of(method))
 
 
 def require_learnable(method: Method) -> None:
-    """Raise UserError where the method's router is learned from a prompt set but the method has none."""
+    """Raise UserError where the method's router is learned from a prompt set but the method has none.
+
+    Also for options of learning where it is not learned.
+    """
     router = method.routing.router
-    if router is not None and router.learned and entry_of(method).insertion is None:
+    if router is None:
+        return
+    if router.learned and router.learned_in == "module" and not kind_of(method).learns_key:
+        raise UserError(
+            f"the method {method.name} has no key that its router could be learned from; expected a router in closed "
+            "form, such as mean."
+        )
+    if router.learned and router.learned_in == "head" and entry_of(method).insertion is None:
         raise UserError(
             f"the method {method.name} has no prompt set that its router could be learned from; expected a router "
             "in closed form, such as mean."
+        )
+    if router.learned:
+        return
+    if method.learns_prototypes and method.router is not None and choice_name(method.router) != "prototype":
+        raise UserError(
+            f"the method {method.name} declares that it learns prototypes (learns_prototypes), which its router "
+            f"{choice_name(method.router)} does not use; expected the router prototype, or learns_prototypes False."
+        )
+    weight = type(method.options).model_fields.get("prototype_weight")
+    if weight is not None and method.prototype_weight != weight.default:
+        raise UserError(
+            f"method.prototype_weight {method.prototype_weight:g} weighs a loss that only a learned router has, and "
+            f"{router.word} is computed in closed form; leave prototype_weight out, or set method.router to prototype."
         )

@@ -46,7 +46,7 @@ def evaluate_task(
     Args:
         test: the test set.
         pool: the prompt sets of all finished stages.
-        route: selects the sets of every question.
+        route: selects the sets of every question; called on rank 0, so no rank can select otherwise.
         store: reads reusable answers and writes the predictions.
         answering: how missing answers are generated.
         world: the ranks, over which the questions are split.
@@ -66,8 +66,8 @@ def evaluate_task(
         return score
     missing = on_main(world, lambda: opened[0].missing())
     if missing:
-        routed = opened[0].routed if world.main else route()
-        modules = Modules(pool.tensors, routed.selection, answering.entry)
+        selection = on_main(world, lambda: opened[0].routed.selection)
+        modules = Modules(pool.tensors, selection, answering.entry, pool.common)
         answers, stopped = _generate(test, missing, modules, answering, world)
         on_main(world, lambda: opened[0].keep(answers))
         if stopped:
@@ -125,7 +125,7 @@ def _sharing(lmm: LMM, entry: Entry, share_images: bool) -> Literal["none", "ima
 
 def require_own_images(entry: Entry, share_images: bool) -> None:
     """Raise UserError where images are to be shared among samples whose modules change what an image becomes."""
-    if entry.attaches and (share_images or entry.insertion == "after_image"):
+    if entry.changes_images and (share_images or entry.insertion == "after_image"):
         raise UserError(
             "evaluate.share_images: true is not possible with a method that changes layers of the decoder: what an "
             "image becomes there depends on the sample's own modules. Set it to false."

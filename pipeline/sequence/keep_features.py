@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm import LMM, of_the_checkpoint
 from pipeline.data.example import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
 from pipeline.data.shards import IndexedShards
@@ -146,7 +146,10 @@ def _whole(part: Part) -> tuple[IndexedShards, int, npt.NDArray[np.int64] | None
 
 def _identity(lmm: LMM, base_model: str) -> str:
     """A hash of everything the features depend on besides the picture."""
-    facts = {"model": base_model, "dtype": str(lmm.dtype), "square": lmm.conversation.padded}
+    # The vision tower is not quantised, so runs with and without quantised weights share the features.
+    facts = {"model": of_the_checkpoint(base_model), "dtype": str(lmm.dtype), "square": lmm.conversation.padded}
+    if lmm.conversation.stretched is not None:
+        facts["stretched"] = lmm.conversation.stretched
     facts["preprocessing"] = json.loads(lmm.processor.image_processor.to_json_string())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.metrics.continual import retention_per_task, summarise
-from pipeline.prompts.routers import Router, States
-from pipeline.sequence.test_set import TestSet
+from pipeline.metrics.continual import retention_per_task, routing_costs, routing_loss_per_task, summarise
+from pipeline.sequence.confusion import RoutingShares
 
 Row = list[float | None]
-
-
-def routing_accuracy(tests: Sequence[TestSet], states: States, router: Router) -> dict[str, list[float]]:
-    """Percent of each task's test samples for which the task itself scores highest, by each of the router's `views`.
-
-    The views are the router itself and, where it has them, versions that use one kind of key alone. State i must be
-    that of task i.
-    """
-    return {
-        name: [
-            100.0 * float((view.scores(test.data.keys, states).argmax(1) == number).double().mean())
-            for number, test in enumerate(tests)
-        ]
-        for name, view in router.views().items()
-    }
 
 
 @dataclass
@@ -36,6 +20,7 @@ class AccuracyMatrix:
     zero_shot: list[float] | None = None  # [T]
     rows: list[Row] = field(default_factory=list)  # [T] each, None for tasks that are not learned yet
     ahead: dict[int, float | None] = field(default_factory=dict)  # by task: its score just before its own stage
+    told: dict[int, Row] = field(default_factory=dict)  # by row, 0-based: the scores [T] with the task told
 
     def add(self, row: Row, seen: int) -> None:
         """Add the row after the stage with which `seen` tasks are learned.
@@ -46,14 +31,19 @@ class AccuracyMatrix:
         self.rows.append(row)
 
     def content(
-        self, with_ahead: bool, majority: list[float] | None = None, routing: dict[str, list[float]] | None = None
+        self,
+        with_ahead: bool,
+        majority: list[float] | None = None,
+        routing: RoutingShares | None = None,
+        **further: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The content of matrix.json.
 
         Args:
             with_ahead: whether scores ahead of the tasks' stages are part of it.
             majority: scores [T] of each task's most frequent training answer.
-            routing: shares [T] of samples routed to their own task, by the keys used.
+            routing: shares of the test samples that the router sends to their own task and to others.
+            further: what else there is, by name: `format_free`, `costs`.
         """
         ahead = [self.ahead.get(task) for task in range(len(self.tasks))] if with_ahead else None
         zero_shot = self.zero_shot
@@ -62,7 +52,18 @@ class AccuracyMatrix:
             metrics = {
                 **summarise(self.rows, zero_shot, ahead),
                 "retention_per_task": retention_per_task(self.rows),
+                **self._costs(),
             }
         content = {"tasks": list(self.tasks), "zero_shot": zero_shot, "accuracy": self.rows, "metrics": metrics}
-        given = {"majority": majority, "ahead": ahead, "routing": routing}
-        return {**content, **{name: value for name, value in given.items() if value}}
+        told = [self.told.get(number) for number in range(len(self.rows))] if self.told else None
+        given = {"majority": majority, "ahead": ahead, "told": told, "routing": routing and routing.content()}
+        return {**content, **{name: value for name, value in given.items() if value}, **further}
+
+    def _costs(self) -> dict[str, Any]:
+        """What routing costs the scores of the last row; nothing where they were not measured with the task told."""
+        last = len(self.rows) - 1
+        if last not in self.told:
+            return {}
+        told, routed = self.told[last][: last + 1], self.rows[last][: last + 1]
+        rest: Row = [None] * (len(self.tasks) - last - 1)
+        return {**routing_costs(told, routed), "routing_loss_per_task": [*routing_loss_per_task(told, routed), *rest]}

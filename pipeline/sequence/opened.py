@@ -7,11 +7,12 @@ from typing import Any
 
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.backbones.lmm_processor import settings_fingerprint
+from pipeline.backbones.quantised import require_quantiser
 from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.methods import Method, Stage, make_method
 from pipeline.planning.frozen_models import fetch_models
-from pipeline.prompts.parts.base import entry_of
+from pipeline.prompts.parts.base import entry_of, kind_of
 from pipeline.ranks.world import on_main
 from pipeline.runs.recorded import recorded_base_model
 from pipeline.runs.session import Session
@@ -21,6 +22,7 @@ from pipeline.sequence.evaluate import require_own_images
 from pipeline.sequence.models import Models
 from pipeline.sequence.results import RunResults
 from pipeline.sequence.stage_files import StageFiles
+from pipeline.training.deepspeed_config import require_whole_weights
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ def require_fitting(recipe: Recipe) -> None:
     method = make_method(recipe.method)
     require_learnable(method)  # its routing refuses options that the chosen router or rule does not have
     require_own_images(entry_of(method), recipe.evaluate.share_images)
+    kind_of(method).require_attention(method, recipe.model.attn_implementation)
+    require_quantiser(recipe.model.quantization)
 
 
 def open_run(recipe: Recipe, session: Session) -> OpenRun:
     """Fetch the models and open the data of a run on every rank; UserError when something is missing or damaged."""
     world, path = session.world, session.path
     require_fitting(recipe)
+    require_whole_weights(recipe.train, recipe.model.quantization)
     fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))
     data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.adapter.registry import register_run
@@ -11,9 +12,12 @@ from pipeline.metrics.continual import after_stage
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
 from pipeline.runs.layout import EVALUATIONS
+from pipeline.sequence.confusion import routing_shares
+from pipeline.sequence.costs import ANSWERING, Costs
 from pipeline.sequence.evaluation import Evaluator
+from pipeline.sequence.format_free import format_free_scores
 from pipeline.sequence.majority import majority_scores
-from pipeline.sequence.matrix import AccuracyMatrix, routing_accuracy
+from pipeline.sequence.matrix import AccuracyMatrix
 from pipeline.sequence.opened import OpenRun
 from pipeline.tracking.tracker import StoredRun, Tracker
 
@@ -35,6 +39,7 @@ class RunRecord:
         self._main, self._results = run.session.world.main, run.results
         self._timing: dict[str, float] = {}
         self._majority: list[float] | None = None
+        self.costs = Costs(self._results.state.get("costs") or {})
 
     # ------------------------------------------------------------------ run.json
 
@@ -48,6 +53,10 @@ class RunRecord:
         """Record that a stage was trained and saved, and the time it took."""
         self._timing[f"train.{stage.name}_s"] = seconds
         self._results.trained()
+
+    def finished(self, meta: Mapping[str, Any]) -> None:
+        """Record a finished stage, of this call or of an earlier one, by its meta.json."""
+        self.costs.stage(meta)
 
     def write_end(self, evaluated: bool) -> None:
         """Write the status at the end of a call: done, trained (the matrix is missing) or stopped (stages are)."""
@@ -74,9 +83,19 @@ class RunRecord:
             "timing": self._results.times(self._timing),
             "skipped": self.run.data.skipped,
             "data": self.run.data.record,
+            "needs_task": self.run.method.needs_task,
+            "routes": self.run.method.routing.router is not None,
+            "costs": {**self._costs(), ANSWERING: self.costs.by_task()},
             "left_out": self.run.data.left_out,
         }
         self._results.write_state(status, facts)
+
+    def _costs(self) -> dict[str, float | None]:
+        """The costs so far; every rank may ask, and rank 0 has counted."""
+        for task, per_sample in self.evaluator.operations.items():
+            self.costs.answered(task, per_sample)
+        learned = sum(len(stage.tasks) for stage in self.run.stages[: len(self.pool)])
+        return self.costs.content(self.pool, self.run.method, learned)
 
     # ------------------------------------------------------------------ matrix.json and the report
 
@@ -87,17 +106,24 @@ class RunRecord:
         """
         pool, tests, world = self.pool, self.run.data.tests, self.run.session.world
         routing = None
-        router = self.run.method.routing.router
-        if last and matrix.rows and len(pool) == len(tests) and router is not None:
-            routing = routing_accuracy(tests, pool.states, router)
+        method = self.run.method.routing
+        if last and matrix.rows and len(pool) == len(tests) and method.router is not None:
+            # On one rank, because some routers are fitted for each of their views.
+            routing = on_main(world, lambda: routing_shares(tests, pool.states, method))
         if self._majority is None:  # computed late, because it reads the texts of all tasks
             folder = self.run.session.path / EVALUATIONS
             self._majority = on_main(world, lambda: majority_scores(folder, self.run.data.train, tests))
-        content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing)
+        path, zero_shot = self.run.session.path, matrix.zero_shot is not None
+        free = on_main(world, lambda: format_free_scores(path, tests, matrix.rows, zero_shot))
+        costs = self._costs()
+        content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing, format_free=free, costs=costs)
         on_main(world, lambda: self._results.write_matrix(content, last))
         numbers: dict[str, float | None] = dict(after_stage(matrix.rows, len(matrix.rows) - 1)) if matrix.rows else {}
-        for name, row in (routing or {}).items():
+        for name, row in (routing.views if routing else {}).items():
             numbers[f"routing.{name}"] = sum(row) / len(row)
+        if matrix.rows and None not in (scores := free["accuracy"][-1][: len(matrix.rows)]):
+            numbers["format_free"] = sum(scores) / len(scores)
+        numbers |= {f"cost.{name}": value for name, value in costs.items()}
         self.tracker.metrics(numbers, len(matrix.rows))
         return content
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import as_recorded, load_run
 from pipeline.config.recipe import Recipe
 from pipeline.errors import require_extras
+from pipeline.planning.budget import within_budget
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import add_stage
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
+from pipeline.sequence.adopt_routing import adopt_routing
 from pipeline.sequence.evaluation import Evaluator
+from pipeline.sequence.learned import measure_learned
 from pipeline.sequence.matrix import AccuracyMatrix
 from pipeline.sequence.opened import open_run
 from pipeline.sequence.record import RunRecord
@@ -39,13 +43,16 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         Interrupted: a signal asked to stop.
     """
     require_extras("train", *recipe.tracking.extras)  # otherwise an import would fail in the middle of the run
+    recipe = within_budget(recipe)
     train, evaluate = stages != "evaluate", stages != "train"
     with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe.train, world.size)) as here:
         recipe = on_main(here.world, lambda: as_recorded(recipe, here.path))
         run = open_run(recipe, here)
+        on_main(here.world, lambda: adopt_routing(run))
         todo = list(enumerate(run.stages[:until]))
         # Verify every finished stage before anything is written.
         finished = on_main(here.world, lambda: [run.files.load(*place) is not None for place in todo])
+        rows = len(todo) if train else sum(1 for _ in takewhile(bool, finished))  # of the matrix that this call makes
         tracker = together(lambda: make_tracker(sequence_facts(recipe), here.path, here.world.rank))
         if recipe.train.projector == "trained":
             log.warning(
@@ -57,6 +64,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
         evaluator = Evaluator(recipe, here, run.data.tests, run.models, run.made_by, tracker)
         record = RunRecord(run, pool, evaluator, tracker)
         result: dict[str, Any] = {}
+        further: dict[str, Any] = {}
         with here.running(tracker.sequence(run.results.state, run.results.stay_finished), record.write_state):
             if train and evaluate and not all(finished):
                 run.models.prepare_to_train()
@@ -74,12 +82,20 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
                 else:
                     break
                 add_stage(pool, stage.name, checkpoint.tensors)
+                record.finished(checkpoint.meta)
                 record.write_state("running")
                 if evaluate:
                     seen = max(stage.tasks) + 1
-                    matrix.add(evaluator.row(seen, stage.name, pool), seen)
+                    row = evaluator.row(seen, stage.name, pool)
+                    matrix.add(row, seen)
+                    told = evaluator.told(seen, pool, row, recipe.evaluate.tells(last=index + 1 == rows))
+                    if told is not None:
+                        matrix.told[seen - 1] = told
                     if seen < len(matrix.tasks):
                         matrix.ahead[seen] = evaluator.ahead(seen, pool)
+                    if recipe.evaluate.held_out and index + 1 == len(run.stages):
+                        learned = measure_learned(run.data, seen - 1, pool, evaluator)
+                        further = {"learned": learned.to_json() if learned is not None else None}
                     if index + 1 < len(todo):
                         record.write_matrix(matrix, last=False)
             if evaluate:
@@ -87,7 +103,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
             record.write_end(evaluate)
             if evaluate:
                 record.report()
-        return {"run": str(here.path), "method": run.method.name, "stages": len(pool), **result}
+        return {"run": str(here.path), "method": run.method.name, "stages": len(pool), **result, **further}
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:

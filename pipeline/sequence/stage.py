@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,19 +17,23 @@ from pipeline.data.collate import Examples, MicroBatches
 from pipeline.data.stage_data import StageData
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import out_of_memory_advice
+from pipeline.prompts.parts.base import shape_of
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers import State
 from pipeline.prompts.stage_files import StageCheckpoint, stage_tensors
+from pipeline.prompts.terms import FinishedStage
 from pipeline.ranks.world import on_main
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
 from pipeline.sequence.data import Part, stage_order
+from pipeline.sequence.gradients import mean_squares
 from pipeline.sequence.keep_features import keep_features
 from pipeline.sequence.stage_files import StageFiles
 from pipeline.tracking.step_numbers import StepNumbers, set_shares
 from pipeline.tracking.tracker import NullTracker, Tracker
 from pipeline.training.engine import Engine
 from pipeline.training.loop import Attempt, train_stage
+from pipeline.training.operations import OperationCount
 from pipeline.training.resume import StepSaver, restore_random_state
 from pipeline.training.schedule import LearningRate, schedule, total_steps
 
@@ -109,11 +114,12 @@ class StageTrainer:
         begun |= {**self.files.expected(stage), "world_size": world.size, "seconds": seconds_before}
         config = self.recipe.train
         saver = StepSaver(engine, world, folder, config, begun)
+        count = engine.count = OperationCount()
         with self.tracker.stage(index, stage.name):
             begins()
             self.tracker.metrics(set_shares(batches.selection, pool.names), 0)
             numbers = StepNumbers(batches, pool.names, start)
-            with out_of_memory_advice(config):
+            with out_of_memory_advice(config, self.recipe.model.quantization != "none"):
                 history = train_stage(
                     engine,
                     batches,
@@ -133,11 +139,14 @@ class StageTrainer:
                 "world_size": world.size,
                 "seconds": seconds,
                 "loss": final.loss,
+                "trained_parameters": sum(math.prod(shape_of(value)) for value in engine.trainables.values()),
+                "operations_per_sample": count.per_sample,
                 "versions": package_versions(),
             }
             values = engine.values()
-            state = self._state(engine, batches.examples.data, values)
-            saved = self.files.save(index, stage, stage_tensors(values, state), facts)
+            state = self._state(engine, batches.examples.data, values, stage.name)
+            left = self._left(engine, batches, values, pool)
+            saved = self.files.save(index, stage, stage_tensors(left, state), facts)
             self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
             self.tracker.artifact(saved / "meta.json")
         checkpoint = self.files.restore(index, stage)
@@ -153,7 +162,10 @@ class StageTrainer:
         by_image = self.method.insertion == "after_image"
         order = stage_order(recipe.train, recipe.seed, index, data, by_image)
         steps = total_steps(recipe.train, order.batches_per_epoch)
-        selected = make_method(recipe.method.after(index + 1)).routing.training(data.keys, pool.states)
+        routing = make_method(recipe.method.after(index + 1)).routing
+        self.session.watchdog.beat(f"selecting the earlier modules of stage {stage.name}", slow=True)
+        # On rank 0 for all: the others need neither kept keys nor a fit, and none can select otherwise.
+        selected = on_main(world, lambda: routing.training(data.keys, pool.states))
         sharing: Literal["image", "none"] = "image" if module.in_two_passes else "none"
         kept = None
         if recipe.train.vision_features == "kept":
@@ -171,14 +183,27 @@ class StageTrainer:
 
     def _start(self, engine: Engine, index: int, pool: PromptPool, uses_pool: bool) -> None:
         """Set the engine to the stage's initial values, identical on every rank."""
-        module = engine.module
-        module.learner.start_stage(pool.tensors if uses_pool else {})
-        engine.restart(module.learner.start(module.lmm, self.recipe.seed, index, pool.newest()))
+        module, learner = engine.module, engine.module.learner
+        modules = pool.tensors if uses_pool or learner.uses_bank else {}
+        learner.start_stage({**modules, **pool.common, **pool.memory}, pool.newest() if learner.uses_previous else None)
+        engine.restart(learner.start(module.lmm, self.recipe.seed, index, pool.newest()))
 
-    def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor]) -> State:
+    def _left(
+        self, engine: Engine, batches: MicroBatches, values: Mapping[str, Tensor], pool: PromptPool
+    ) -> dict[str, Tensor]:
+        """What the stage's file holds: its module, what all modules share, and what terms remember; a collective."""
+        learner = engine.module.learner
+
+        def squares(samples: int) -> Mapping[str, Tensor]:
+            return mean_squares(engine, batches, samples, self.session)
+
+        stage = FinishedStage(values, pool.memory, squares)
+        remembered = [term.remembered(stage) for term in learner.terms]
+        left: dict[str, Tensor] = learner.outcome(values, pool.newest())
+        return {**left, **{name: value for told in remembered for name, value in told.items()}}
+
+    def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor], task: str) -> State:
         """The router's state of the stage's task, from the trained values or from the keys of its training samples."""
-        router = self.method.routing.router
-        if router is None or router.learned:
-            learned: State = engine.module.learner.finish(values)
-            return learned
-        return router.observe(data.keys)
+        routing = self.method.routing
+        learned = engine.module.learner.finish(values) if routing.router is None or routing.router.learned else None
+        return routing.observe(data.keys, learned, f"the task {task}")

@@ -12,10 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.methods import Stage
-from pipeline.prompts.stage_files import StageCheckpoint, load_stage, save_stage, start_stage_folder
+from pipeline.prompts.stage_files import (
+    StageCheckpoint,
+    load_stage,
+    save_stage,
+    start_stage_folder,
+    without_kept_keys,
+)
 from pipeline.ranks.world import on_main
 from pipeline.runs.claim import check_stage
-from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_folder, unfinished_folder
+from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_folder, told_folder, unfinished_folder
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 
@@ -46,8 +52,19 @@ class StageFiles:
         return checkpoint
 
     def restore(self, index: int, stage: Stage) -> StageCheckpoint | None:
-        """`load` on rank 0, broadcast to all ranks, which call it together."""
-        return on_main(self.session.world, lambda: self.load(index, stage))
+        """`load` on rank 0, broadcast to all ranks, which call it together.
+
+        The others get it without the kept routing keys: rank 0 routes for all, and a thousand tasks have 0.4 GB.
+        """
+        whole: StageCheckpoint | None = None
+
+        def read() -> StageCheckpoint | None:
+            nonlocal whole
+            whole = self.load(index, stage)
+            return None if whole is None else StageCheckpoint(without_kept_keys(whole.tensors), whole.meta)
+
+        found = on_main(self.session.world, read)
+        return whole if self.session.world.main else found
 
     def begin(self, index: int, stage: Stage, begun: Mapping[str, Any]) -> StepState | None:
         """The newest checkpoint of an unfinished stage, None where it starts from the beginning; for rank 0.
@@ -65,7 +82,7 @@ class StageFiles:
                 return found
             log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
         for number in range(max(stage.tasks) + 1, len(self.data) + 1):
-            for answers in (after_folder(path, number), ahead_folder(path, number + 1)):
+            for answers in (after_folder(path, number), told_folder(path, number), ahead_folder(path, number + 1)):
                 shutil.rmtree(answers, ignore_errors=True)
         start_stage_folder(path, index, stage.name)
         return None

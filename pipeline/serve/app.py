@@ -66,8 +66,13 @@ class Service:
         if answerer.lmm.conversation.padded:  # images are padded to squares, so the longer side counts
             limits = replace(limits, image=replace(limits.image, side=WORK_SIDE))
         self._limits, self._decoding = limits, DecodingSpace(limits.image.decode_bytes)
+        source = answerer.source
         self._offer = Offer(
-            [settings.model], answerer.source.max_new_tokens, answerer.source.method.name, answerer.method.needs_task
+            [settings.model],
+            source.max_new_tokens,
+            source.method.name,
+            answerer.method.needs_task,
+            source.blind,
         )
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self.began = int(time.time())
@@ -115,7 +120,8 @@ class Service:
         def done(status: int, update: Update, why: str = "") -> None:
             seconds = time.perf_counter() - began
             self.metrics.finished(status, seconds)
-            self.metrics.sets.update(update.selected if status == 200 else [])
+            if status == 200:
+                self.metrics.answered(update.chosen)
             logger.info(line_of(http.client, status, seconds, asked[0] if asked else None, update, why))
 
         try:
@@ -164,6 +170,7 @@ class Service:
             "created": self.began,
             "owned_by": "continual-prompts",
             "prompt_sets": self.worker.answerer.pool.names,
+            "unfamiliar": self.worker.answerer.source.unfamiliar,
         }
 
     def _authorise(self, http: HttpRequest) -> None:
@@ -253,14 +260,11 @@ def line_of(client: Any, status: int, seconds: float, asked: ChatRequest | None,
         parts.append(f"{image.format} {image.width}x{image.height}")
     if update.completion_tokens:
         parts.append(f"{update.prompt_tokens}+{update.completion_tokens} tokens")
-    if update.selected:
-        parts.append("+".join(_scored(name, update) for name in update.selected))
+    if update.chosen.selected:
+        parts.append("+".join(map(update.chosen.scored, update.chosen.selected)))
+    if update.chosen.unfamiliar:
+        parts.append("unfamiliar")
     return ", ".join(parts)
-
-
-def _scored(name: str, update: Update) -> str:
-    """A prompt set's name with the question's similarity to it, where the router computes one."""
-    return f"{name} {update.similarity[name]:.2f}" if name in update.similarity else name
 
 
 async def _other_method(http: HttpRequest, error: Exception) -> Response:

@@ -35,12 +35,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offer:
-    """What is served: names of the model and its method, and the default length limit of an answer."""
+    """What is served: names of the model and its method, and the default length limit of an answer.
+
+    `blind` is why it cannot be told whether a question resembles a task; "" where it can.
+    """
 
     models: Sequence[str]
     longest: int
     method: str = "modalprompt"
     needs_task: bool = False
+    blind: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[Ch
     checked.refuse_what_is_not_done(fields)
     longest = checked.longest_answer(fields, limits.tokens) or min(offer.longest, limits.tokens)
     task = checked.task_of(fields, offer.method, offer.needs_task)
+    unfamiliar = checked.unfamiliar_of(fields, offer.blind)
     stream, stops = checked.flag(fields, "stream"), checked.stops(fields)
     text, image, ignored = _last_question(fields.get("messages"), whole, limits)
     plan = None if image is None else plan_image(image, limits.image)
     request = ChatRequest(str(model), longest, stream, checked.includes_usage(fields), stops, plan, ignored)
-    return request, Question(text, image, task)
+    return request, Question(text, image, task, unfamiliar)
 
 
 def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:

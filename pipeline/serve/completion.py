@@ -43,13 +43,9 @@ def usage(update: Update) -> dict[str, int]:
 
 
 def about(update: Update, ignored: Sequence[str]) -> dict[str, Any]:
-    """Fields beyond OpenAI's protocol: the selected prompt sets, and parts of the request that had no effect.
-
-    `similarity` is that of the question to each set: where all are low, no task resembles the question. `weights` are
-    those of the selected sets, where the rule weights them.
-    """
-    chosen: dict[str, Any] = {"selected": update.selected, "similarity": update.similarity}
-    sets = {"prompt_sets": chosen if update.weights is None else {**chosen, "weights": update.weights}}
+    """Fields beyond OpenAI's protocol: how the question came to its prompt sets, and parts of the request that had no
+    effect."""
+    sets = {"prompt_sets": update.chosen.to_json()}
     return {**sets, "ignored": list(ignored)} if ignored else sets
 
 

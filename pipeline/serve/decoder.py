@@ -11,9 +11,7 @@ import torch
 from pipeline.adapter.answering import Answerer, Routed
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.data.collate import collate_prompts
-from pipeline.prompts.embedding import embed_with_sets
-from pipeline.prompts.parts.base import attachment
-from pipeline.prompts.parts.input_rows import PROMPT
+from pipeline.prompts.embedding import embed_with_rows
 from pipeline.serve.memory import Extent
 
 
@@ -36,16 +34,28 @@ class RunningBatch(GreedyDecoder[Running]):
 
     def __init__(self, answerer: Answerer) -> None:
         lmm, entry = answerer.lmm, answerer.entry
-        tensors = {name: value.to(lmm.model.device, lmm.dtype) for name, value in answerer.pool.tensors.items()}
-        super().__init__(lmm, attachment(lmm, entry, tensors))
-        self.insertion, self.sets = entry.insertion or "after_bos", tensors.get(PROMPT, torch.zeros(0))
+        learned = {**answerer.pool.tensors, **answerer.pool.common}
+        tensors = {name: value.to(lmm.model.device, lmm.dtype) for name, value in learned.items()}
+        super().__init__(lmm, entry.on(lmm, tensors))
+        self.entry, self.tensors = entry, tensors
 
     @torch.no_grad()
     def begin(self, routed: Routed, answers: Sequence[Running]) -> list[Running]:
         """Add the answers to routed questions and decode their first tokens; returns them."""
         batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
-        embeddings, attention, places = embed_with_sets(self.lmm, batch, self.sets, self.insertion)
-        prompts = Prompts(embeddings, attention, places, batch.images, selection=batch.selection)
+        entry = self.entry
+        found = embed_with_rows(self.lmm, batch, entry.rows(self.tensors, batch), entry.insertion or "after_bos")
+        inserted = found.inserted
+        if entry.follows_rows and inserted is None:  # as rows of the batch may have some
+            inserted = torch.zeros_like(found.attention)
+        prompts = Prompts(
+            found.vectors,
+            found.attention,
+            found.places,
+            batch.images,
+            selection=entry.chosen(self.tensors, batch),
+            inserted=inserted if entry.follows_rows else None,
+        )
         return self._read_texts(self.join(prompts, answers))
 
     def step(self) -> list[Running]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.method import UNFAMILIAR, Unfamiliar
 from pipeline.serve.refusal import RefusedError, kind_of, shown
 
 # Fields that change the meaning of a reply and are not supported.
@@ -87,6 +88,22 @@ def task_of(fields: Mapping[str, Any], method: str, needs_task: bool) -> str | N
             "out."
         )
     return task
+
+
+def unfamiliar_of(fields: Mapping[str, Any], blind: str) -> Unfamiliar | None:
+    """The field `unfamiliar`, for this question in place of the server's; None where it is left out.
+
+    `blind` is why it cannot be told whether a question resembles a task; "" where it can.
+    """
+    mode = fields.get("unfamiliar")
+    if mode is None:
+        return None
+    if mode not in UNFAMILIAR:
+        raise RefusedError(f"unfamiliar is {shown(mode)}; expected {', '.join(UNFAMILIAR[:-1])} or {UNFAMILIAR[-1]}.")
+    if blind and mode != "answer":
+        raise RefusedError(f"unfamiliar is {shown(mode)}, but {blind}")
+    known: Unfamiliar = mode
+    return known
 
 
 def _whole(value: Any) -> int | None:

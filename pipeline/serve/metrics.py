@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from pipeline.adapter.answer import Chosen
+
 BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PREFIX = "pipeline_serve_"
 
 
 class Metrics:
-    """Requests by status, their durations, and answers by prompt set; used by the event loop only."""
+    """Requests by status, their durations, answers by prompt set, and unfamiliar questions; for the event loop only."""
 
     def __init__(self) -> None:
         self.requests: Counter[int] = Counter()
         self.sets: Counter[str] = Counter()
+        self.unfamiliar = 0  # answered questions that resemble no task
         self._buckets: Counter[float] = Counter()
         self._seconds = 0.0
 
@@ -27,6 +30,11 @@ class Metrics:
         self._seconds += seconds
         for bound in BOUNDS_S:
             self._buckets[bound] += seconds <= bound
+
+    def answered(self, chosen: Chosen) -> None:
+        """Count an answer by the sets of its question, and as one to an unfamiliar question where it is."""
+        self.sets.update(chosen.selected)
+        self.unfamiliar += chosen.unfamiliar is True
 
     def text(self, gauges: Mapping[str, int], counters: Mapping[str, int]) -> str:
         """The metrics page, with gauges and counters of the worker."""
@@ -38,6 +46,7 @@ class Metrics:
         lines += [f'{PREFIX}requests_total{{status="{status}"}} {n}' for status, n in sorted(self.requests.items())]
         lines.append(f"# TYPE {PREFIX}answers_by_set_total counter")
         lines += [f'{PREFIX}answers_by_set_total{{set="{name}"}} {n}' for name, n in sorted(self.sets.items())]
+        lines += [f"# TYPE {PREFIX}unfamiliar_total counter", f"{PREFIX}unfamiliar_total {self.unfamiliar}"]
         name, total = f"{PREFIX}request_seconds", self.requests.total()
         lines.append(f"# TYPE {name} histogram")
         lines += [f'{name}_bucket{{le="{bound:g}"}} {self._buckets[bound]}' for bound in BOUNDS_S]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.method import Unfamiliar
+
 KEY_VARIABLE = "PIPELINE_API_KEY"
 
 
@@ -13,7 +15,8 @@ class Options:
 
     At most `batch` rows are decoded together and `queue` requests wait. `memory_gib` limits keys and values. `name` is
     the model's name for clients. Web pages of `origins` may send requests (CORS). `ignore_system` answers requests with
-    system messages and ignores these. `quiet` omits the log line per request.
+    system messages and ignores these. `quiet` omits the log line per request. `unfamiliar` is what becomes of questions
+    that resemble no task, where a request does not say it; None: as the run's method says.
     """
 
     host: str = "127.0.0.1"
@@ -28,3 +31,4 @@ class Options:
     origins: tuple[str, ...] = ()
     ignore_system: bool = False
     quiet: bool = False
+    unfamiliar: Unfamiliar | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipeline.adapter.answer import Chosen
 from pipeline.adapter.answering import Question, Tokenised
 from pipeline.errors import PipelineError
 
@@ -17,9 +18,7 @@ class Update:
     # "stop", "length", "refused" (an error of the client), "too_large", "failed" or "stopped"
     finish: str | None = None
     error: str | None = None
-    selected: list[str] = field(default_factory=list)
-    similarity: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] | None = None  # of the selected sets; None: each has weight 1
+    chosen: Chosen = field(default_factory=Chosen)
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -53,6 +52,4 @@ class Request:
     tell: Callable[[Update], None]
     stops: tuple[str, ...] = ()
     cancelled: bool = False
-    selected: list[str] = field(default_factory=list)
-    similarity: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] | None = None
+    chosen: Chosen = field(default_factory=Chosen)

@@ -49,7 +49,8 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     _check_origins(options.origins, key)
     listener = _listen(host, options.port)
     memory = None if options.memory_gib is None else int(options.memory_gib * (1 << 30))
-    worker = Worker(Answerer(source_of(path, model, clip)), options.batch, options.queue, memory)
+    source = source_of(path, model, clip).with_unfamiliar(options.unfamiliar)
+    worker = Worker(Answerer(source), options.batch, options.queue, memory)
     limits = Limits(ImageLimits(options.max_pixels), tokens=options.max_tokens, ignores_system=options.ignore_system)
     waiting, name = max(Settings.waiting_bytes, 2 * options.max_body), options.name or path.resolve().name
     settings = Settings(

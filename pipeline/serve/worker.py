@@ -130,7 +130,7 @@ class Worker:
         question, pool = request.question, self.answerer.pool
         prompt = len(question.example.prompt) if isinstance(question, Tokenised) else 0
         sets = self.answerer.method.routing.rule.most(len(pool))
-        return Extent(prompt + sets * (pool.prompts.shape[1] if len(pool) else 0), request.longest)
+        return Extent(prompt + sets * self.answerer.entry.length(pool.tensors), request.longest)
 
     def _turn(self, joining: list[Request]) -> None:
         """Decode one token for every row, then add the rows of joining requests."""
@@ -231,9 +231,7 @@ class Worker:
                 requests[0].tell(Update(finish="failed", error=f"the request failed ({type(error).__name__})."))
             return
         for number, request in enumerate(requests):
-            request.selected = self.answerer.set_names(routed, number)
-            request.similarity = self.answerer.similarities(routed, number)
-            request.weights = self.answerer.weights(routed, number)
+            request.chosen = self.answerer.chosen(routed, number)
         began = [Running(request, request.longest, request.stops) for request in requests]
         try:
             self.running.begin(routed, began)
@@ -266,15 +264,4 @@ class Worker:
         self.largest = max(self.largest, len(rows))
         for row in rows:
             request: Request = row.key
-            request.tell(
-                Update(
-                    row.text,
-                    row.finish,
-                    None,
-                    request.selected,
-                    request.similarity,
-                    request.weights,
-                    row.prompt_tokens,
-                    len(row.tokens),
-                )
-            )
+            request.tell(Update(row.text, row.finish, None, request.chosen, row.prompt_tokens, len(row.tokens)))

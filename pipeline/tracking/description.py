@@ -125,7 +125,11 @@ def note(run: RunFolder) -> str:
     metrics = run.metrics()
     figures = [f"{name} {_score(metrics.get(name))}" for name in ("last", "average", "forgetting", "gain")]
     header = ["after", *run.tasks]
-    rows = [("zero-shot", run.zero_shot), *((f"{n + 1:02d}", row) for n, row in enumerate(run.accuracy))]
+    rows: list[tuple[str, Scores | None]] = [
+        ("zero-shot", run.zero_shot),
+        *((f"{n + 1:02d}", row) for n, row in enumerate(run.accuracy)),
+    ]
+    rows.append(("task told", run.told_scores))
     lines = [
         f"{run.method}: {', '.join(figures)}",
         "",

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.paths import PACKAGE, PROJECT
-from pipeline.config.train import TrainConfig, divisors
+from pipeline.config.train import AUTO, ZERO2, ZERO3, TrainConfig, divisors
 from pipeline.errors import UserError, nearest
 from pipeline.files.strict_text import load_json
 from pipeline.training.hpz import with_node_size
 
-AUTO = "auto"  # value of train.deepspeed that `pipeline.planning.auto` resolves by the memory plan
 # A wheel has the folder inside the package, a checkout at its top.
 DS_CONFIGS = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PROJECT) / "ds_configs"
-ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"
 # Keys that a DeepSpeed file must not set, and the recipe's fields for them: set twice, one would silently be ignored.
 RECIPE_OWNS = {
     "train_batch_size": "train.global_batch",
@@ -58,6 +56,19 @@ def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int 
     config = with_node_size(deepspeed_file(file), world_size, node=node)
     micro, steps = accumulation(train, world_size)
     return with_recipe(config, micro, steps, train.clip, dtype)
+
+
+def require_whole_weights(train: TrainConfig, quantization: str) -> None:
+    """Raise UserError where the DeepSpeed file is for ZeRO-3 and the model is quantised."""
+    if quantization == "none":
+        return
+    config = deepspeed_file(ZERO3 if train.deepspeed == AUTO else train.deepspeed)
+    if int((config.get("zero_optimization") or {}).get("stage", 0)) == 3:
+        raise UserError(
+            f"model.quantization {quantization} is not possible under ZeRO-3 ({train.deepspeed}), which partitions "
+            "weights in the precision of the step while they are loaded, before they could be quantised; set "
+            f"train.deepspeed to {ZERO2}."
+        )
 
 
 def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.normaliser import Normaliser
+from pipeline.training.operations import OperationCount, counting
 from pipeline.training.optimizer_state import ADAM, Moments, give_parts, master_of, write_moments
 
 
@@ -46,7 +47,8 @@ class Companion(Protocol):
 class Engine:
     """A module whose trainables keep their shapes, so that a new stage only sets new values.
 
-    `Engine.optimizer` and `Engine.engine` are DeepSpeed's. A `companion` is called after every micro-batch.
+    `Engine.optimizer` and `Engine.engine` are DeepSpeed's. A `companion` is called after every micro-batch. Where a
+    `count` is given, the operations of the next micro-batch are added to it.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         self.micro_batch: int = config["train_micro_batch_size_per_gpu"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.companion: Companion | None = None
+        self.count: OperationCount | None = None
         if self.zero_stage == 3:
             gather_layer_by_layer(module)
         self.rates = [group.rate for group in groups]
@@ -127,9 +130,22 @@ class Engine:
 
     def accumulate(self, batch: Any, normaliser: Normaliser) -> Tensor:
         """Forward and backward pass of one micro-batch; returns its loss terms [K] in the order of `term_names`."""
-        loss, terms = self.engine(batch, normaliser)
-        self.engine.backward(loss)
+        count, self.count = self.count, None
+        with counting(count):
+            loss, terms = self.engine(batch, normaliser)
+            self.engine.backward(loss)
+        if count is not None:
+            count.samples += len(batch.ids)
         return torch.stack([terms[name] for name in self.term_names])
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """The gradients of a loss by the trainables' names, of this rank alone: nothing is accumulated or stepped."""
+        found = torch.autograd.grad(loss, list(self.trainables.values()), allow_unused=True)
+        # ZeRO-3 gathers weights for the backward pass of every module and frees the last of them only in a step.
+        gathered = getattr(self.optimizer, "parameter_offload", None)
+        if gathered is not None:
+            gathered.partition_all_parameters()
+        return {name: value for name, value in zip(self.trainables, found, strict=True) if value is not None}
 
     def total(self, terms: Sequence[float]) -> float:
         """The total loss from its terms."""

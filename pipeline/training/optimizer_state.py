@@ -21,9 +21,13 @@ Moments = dict[str, dict[str, Tensor]]
 class Optimised(Protocol):
     """The parts of an engine used here: DeepSpeed's optimizer, the trainables by name, the names of the moments."""
 
-    optimizer: Any
     trainables: dict[str, nn.Parameter]
-    moment_kinds: tuple[str, ...]
+
+    @property
+    def optimizer(self) -> Any: ...
+
+    @property
+    def moment_kinds(self) -> tuple[str, ...]: ...
 
 
 def read_moments(engine: Optimised) -> Moments:

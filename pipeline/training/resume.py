@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -30,8 +30,7 @@ from pipeline.errors import PipelineError
 from pipeline.files.atomic import empty_folder, sync_folder, write_synced
 from pipeline.ranks.world import World, gather_objects, on_main
 from pipeline.runs.layout import RESUME
-from pipeline.training.engine import Engine
-from pipeline.training.optimizer_state import Moments, read_moments
+from pipeline.training.optimizer_state import Moments, Optimised, read_moments
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -66,10 +65,18 @@ class StepState:
         return {f"{kind}.{name}": value for kind, part in parts.items() for name, value in part.items()}
 
 
+class Savable(Optimised, Protocol):
+    """What is saved of an engine besides the moments of its optimizer."""
+
+    def values(self) -> dict[str, Tensor]: ...
+
+    def rest(self) -> dict[str, Tensor]: ...
+
+
 class StepSaver:
     """Saves checkpoints of the stage in progress; all ranks call it together at a step boundary."""
 
-    def __init__(self, engine: Engine, world: World, folder: Path, config: LoopConfig, facts: dict[str, Any]) -> None:
+    def __init__(self, engine: Savable, world: World, folder: Path, config: LoopConfig, facts: dict[str, Any]) -> None:
         """Prepare saving; nothing is written yet.
 
         Args:

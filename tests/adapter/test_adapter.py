@@ -151,7 +151,7 @@ def edited(folder: Path, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 1}, "has adapter format 1, expected 2"),
+        ({"format": 1}, "has adapter format 1, expected 2 or 3; export"),
         ({"sha256": "0" * 64}, "not the file that adapter.json describes"),
         ({"sets": ["T0"]}, "does not hold the sets"),
         ({"method": {"name": "magic"}}, "needs the method 'magic'"),
@@ -160,6 +160,23 @@ def edited(folder: Path, target: Path, **changes: Any) -> Path:
 def test_a_damaged_adapter_is_named(whole: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_adapter(edited(whole, tmp_path / "damaged", **changes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "task_lora"}, "task_lora, whose part low_rank has no such tensor"),
+        ({"name": "coda"}, "coda, whose part components has no such tensor"),
+        ({"name": "zero_shot"}, "zero_shot, which learns nothing"),
+    ],
+)
+def test_an_adapter_of_another_part_than_its_method_says_is_refused(
+    whole: Path, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(
+        UserError, match=f"prompts.safetensors holds 'prompt', and adapter.json names the method {said}"
+    ):
+        read_adapter(edited(whole, tmp_path / "other", method=fields))
 
 
 def test_the_card_tells_tasks_scores_licences_and_how_to_load(whole: Path) -> None:

@@ -11,6 +11,10 @@ from tests.backbones.tiny_families import FAMILIES
 
 # preprocessor_config.json and processor_config.json, as far as sizes depend on them.
 REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fast_vlm": (
+        {"size": {"height": 224, "width": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": False},
+        {"patch_size": 32, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+    ),
     "llava_next": (
         {
             "size": {"shortest_edge": 336},

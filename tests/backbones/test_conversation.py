@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import load_processor
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Examples, collate
 from pipeline.data.conversation import Conversation
 from pipeline.data.example import Example
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from tests import tiny
@@ -136,6 +136,32 @@ def test_square_padding_puts_the_image_in_the_middle_of_the_mean_colour(llava: P
         for bar in bars:
             assert pixels[:, bar].abs().max() < 0.02  # the mean, normalised
         assert pixels[:, 9:23].min() > 1
+
+
+def test_stretching_shows_the_whole_picture_of_which_the_processor_would_cut_the_sides(llava: Path) -> None:
+    processor = load_processor(ModelConfig(path=str(llava)))
+    wide = Image.new("RGB", (128, 32), (255, 255, 255))
+    wide.paste((0, 0, 0), (0, 0, 32, 32))  # black on the left quarter, which is outside of the central square
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    sample = Sample("a", buffer.getvalue(), "?", "!")
+    cut, whole = (
+        Conversation(processor, 512, image_padding=fit).example(sample).images["pixel_values"][0]  # type: ignore[index]
+        for fit in ("none", "stretch")
+    )
+    assert cut.shape == whole.shape
+    assert cut.min() > 1, "without it only white is seen"
+    quarter = whole.shape[-1] // 4
+    assert whole[..., : quarter - 2].max() < 0 < 1 < whole[..., quarter + 2 :].min()
+    assert Conversation(processor, 512, image_padding="stretch").length(
+        Sample("a", picture(128, 32), "?", "!"), (128, 32)
+    )
+
+
+def test_a_model_of_many_image_sizes_is_not_stretched(tmp_path: Path) -> None:
+    processor = load_processor(ModelConfig(path=str(FAMILIES["qwen2_5_vl"](tmp_path))))
+    with pytest.raises(UserError, match=r"model\.image_padding is stretch, and this model takes images in their own"):
+        Conversation(processor, 512, image_padding="stretch")
 
 
 def test_without_padding_the_processor_alone_decides(llava: Path) -> None:

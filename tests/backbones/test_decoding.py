@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
@@ -72,7 +73,7 @@ def test_every_row_keeps_its_own_modules_whoever_joins_and_leaves(lmm: LMM, exam
     layer: Any = lmm.decoder.layers[0]  # type: ignore[index]
 
     @contextlib.contextmanager
-    def attached(selection: Selection) -> Iterator[None]:
+    def attached(selection: Selection, inserted: Tensor | None = None) -> Iterator[None]:
         chosen = modules[selection.numbers.clamp(min=0)] * selection.full_weights()[..., None]  # [B, m, D]
         handle = layer.mlp.register_forward_hook(lambda _module, _inputs, output: output + chosen.sum(1)[:, None])
         yield

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.adapter.answering import SampleList
 from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate, collate_prompts
 from pipeline.data.order import Order
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
 from pipeline.prompts.insertion import insert_gaps, insert_prompts, insertion_place

@@ -93,6 +93,7 @@ def test_the_known_numbers_of_real_photographs(folders):
 
 LIMITS = {
     "llava": 576,
+    "fast_vlm": 49,
     "llava_next": 1800,
     "qwen2_5_vl": 64,
     "internvl": 1000,
@@ -122,6 +123,7 @@ def test_gemma_with_room_for_crops_pans_and_scans(folders):
     ("kind", "most", "least"),
     [
         ("llava", 575, 576),
+        ("fast_vlm", 48, 49),
         ("internvl", 100, 256),
         ("smolvlm", 63, 64),
         ("gemma3", 255, 256),

@@ -160,7 +160,7 @@ def older_name(kind: str, name: str) -> str:
     name = re.sub(r"^model\.(visual|vision_tower|multi_modal_projector|image_newline)", r"\1", name)
     if kind == "qwen2_5_vl":
         return re.sub(r"^model\.language_model\.", "model.", name)
-    if kind in ("idefics3", "smolvlm"):
+    if kind in ("fast_vlm", "idefics3", "smolvlm"):
         return name
     name = re.sub(r"^lm_head", "language_model.lm_head", name)
     return re.sub(r"^model\.language_model\.", "language_model.model.", name)
@@ -168,7 +168,7 @@ def older_name(kind: str, name: str) -> str:
 
 def newer_name(kind: str, name: str) -> str:
     """As the modules of transformers are named."""
-    if kind in ("idefics3", "smolvlm"):
+    if kind in ("fast_vlm", "idefics3", "smolvlm"):
         return name
     if kind == "qwen2_5_vl":
         name = re.sub(r"^model\.(?!visual|language_model)", "model.language_model.", name)
@@ -245,11 +245,19 @@ def test_a_chat_template_that_does_not_place_pictures_is_refused(tmp_path: Path,
 
 
 def test_a_gpu_that_emulates_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not emulated("bfloat16"), "without a GPU there is nothing to say"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert "Tesla T4 emulates bfloat16" in emulated("bfloat16")
+    assert not emulated("float32")
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_a_cpu_without_instructions_for_bfloat16_is_named(
+    capability: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert ("no instructions for bfloat16" in emulated("bfloat16")) == slow
     assert not emulated("float32")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.lmm import LMM
@@ -21,7 +21,7 @@ from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_families import EVERY, NEW, SAMPLES, plain_answer, plain_inputs, seen
 from tests.training.worlds import make_samples
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 RANK, ALPHA = 2, 3.0
 # Rows with one module, two with weights, one at half, and none.
 CHOSEN = Selection(
@@ -37,10 +37,11 @@ def examples(lmm: LMM) -> Examples:
 
 @pytest.fixture(scope="module")
 def tensors(lmm: LMM) -> dict[str, Tensor]:
-    """Three random modules on every linear layer of the decoder."""
+    """Three random modules on every linear layer of the decoder and on the output layer."""
     generator = torch.Generator().manual_seed(11)
     trainables = LowRank(lmm, TARGETS, RANK, ALPHA).trainables()
-    assert len(trainables) == 2 * len(TARGETS) * len(list(lmm.decoder.layers))  # type: ignore[arg-type]
+    layers = len(list(lmm.decoder.layers))  # type: ignore[arg-type]
+    assert len(trainables) == 2 * ((len(TARGETS) - 1) * layers + 1)
     return {name: torch.randn(3, *value.shape, generator=generator) * 0.5 for name, value in trainables.items()}
 
 
@@ -48,15 +49,18 @@ def tensors(lmm: LMM) -> dict[str, Tensor]:
 def merged_answer(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> list[int]:
     """The plain model's answer to a sample with its modules in the weights of the layers."""
     names = {name.removeprefix("low_rank.")[:-2] for name in tensors}
-    weights = {name: lmm.decoder.get_parameter(f"{name}.weight") for name in names}
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
+    layers = {name: lmm.linears[name] for name in names}
+    before = {name: layer.weight for name, layer in layers.items()}
+    for name, layer in layers.items():
+        weight = layer.weight.clone()
         for number, share in CHOSEN.chosen(row):
             update = tensors[f"low_rank.{name}.b"][number] @ tensors[f"low_rank.{name}.a"][number]
             weight.add_(ALPHA / RANK * share * update)
+        # A parameter of its own: the output layer's may be the input embeddings' too, which have no update.
+        layer.weight = nn.Parameter(weight, requires_grad=False)
     tokens = plain_answer(lmm, plain_inputs(lmm, SAMPLES[row]))
-    for name, weight in weights.items():
-        weight.copy_(before[name])
+    for name, layer in layers.items():
+        layer.weight = before[name]
     return tokens
 
 

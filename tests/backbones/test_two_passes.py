@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Batch, Examples, collate
+from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets

@@ -88,6 +88,47 @@ def save_llava(folder: Path) -> Path:
     return tiny.save_llava(folder)
 
 
+def save_fast_vlm(folder: Path) -> Path:
+    """FastVLM with a tiny EfficientNet: 4 x 4 features of an image, and no class token."""
+    from transformers import EfficientNetConfig, FastVlmConfig, FastVlmForConditionalGeneration, LlamaConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tiny.byte_tokenizer()
+    side = {"height": SIDE, "width": SIDE}
+    vision = EfficientNetConfig(
+        image_size=SIDE,
+        hidden_size=32,
+        patch_size=PATCH,
+        hidden_act="relu6",
+        width_coefficient=0.025,  # 8 features inside, 1280 times this at the end
+        depth_coefficient=1.0,
+        hidden_dim=32,
+        in_channels=[32, 320],
+        out_channels=[320, 320],
+        kernel_sizes=[3, 5],
+        strides=[2, 2],
+        num_block_repeats=[1, 2],
+        expand_ratios=[1, 2],
+        drop_connect_rate=0.0,
+        initializer_range=0.8,  # a norm of small weights would leave nothing of an image
+    )
+    config = FastVlmConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**text_config(tokenizer)),
+        image_token_index=3,
+        image_seq_length=(SIDE // PATCH) ** 2,
+        tie_word_embeddings=False,
+    )
+    images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+    }
+    return save(folder, FastVlmForConditionalGeneration, config, tokenizer, images, processor, tiny.LLAVA_TEMPLATE)
+
+
 def save_llava_next(folder: Path) -> Path:
     """LLaVA-NeXT: a base view and up to four crops."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -289,6 +330,7 @@ def save_gemma3(folder: Path) -> Path:
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llava": save_llava,
+    "fast_vlm": save_fast_vlm,
     "llava_next": save_llava_next,
     "qwen2_5_vl": save_qwen2_5_vl,
     "internvl": save_internvl,

@@ -27,6 +27,8 @@ STAGES = {f"zero{stage}": {"train__deepspeed": f"ds_configs/zero{stage}.json"} f
 LOW = {f"{name}, bf16": {**changes, "model__dtype": "bfloat16"} for name, changes in STAGES.items()}
 TWO = {
     "zero2, bf16": LOW["zero2, bf16"],
+    "zero2, bf16, nf4": {**LOW["zero2, bf16"], "model__quantization": "nf4"},
+    "zero2, int8": {**STAGES["zero2"], "model__quantization": "int8"},
     "zero3": STAGES["zero3"],
     "zero3, bf16": LOW["zero3, bf16"],
     "zero3, projector": {**STAGES["zero3"], "train__projector": "trained"},
@@ -48,7 +50,7 @@ def held(folder: Path, model: Path, ranks: int, runs: dict[str, dict[str, Any]])
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("ranks", "runs"),
-    [(1, {**STAGES, **LOW}), (2, TWO)],
+    [pytest.param(1, {**STAGES, **LOW}, marks=pytest.mark.slow), (2, TWO)],
     ids=["one rank", "two ranks"],
 )
 def test_weights_trainables_and_optimizer_are_what_a_run_allocates(

@@ -134,12 +134,22 @@ def test_export_writes_the_pool_and_what_it_belongs_to(run: dict[str, Any], call
     assert call("export", run["run"], "coin").exit_code == EXIT_USER
 
 
+def test_export_writes_a_checkpoint_with_the_sets(run: dict[str, Any], call: Call, folder: Path) -> None:
+    done = call("export", run["run"], "checkpoint", "--as", "vocabulary")
+    assert done.exit_code == EXIT_OK, done.stderr
+    listed = json.loads((folder / "checkpoint" / "prompt_sets.json").read_text())
+    assert [len(ids) for ids in listed["sets"].values()] == [2, 2]
+    assert (folder / "checkpoint" / "adapter" / "adapter.json").is_file()
+    assert call("export", run["run"], "checkpoint", "--as", "vocabulary").exit_code == EXIT_USER
+
+
 def test_report_writes_the_page(run: dict[str, Any], call: Call, folder: Path) -> None:
     done = call("report", run["run"])
     assert done.exit_code == EXIT_OK, done.stderr
     assert (folder / run["run"] / "report.html").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_run_whose_loaders_have_workers_saves_when_it_is_told_to_stop(run: dict[str, Any], folder: Path) -> None:
     """The launcher tells the workers too, and before their ranks."""
     target = folder / "told"

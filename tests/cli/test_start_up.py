@@ -18,7 +18,7 @@ NEEDED = {
     "pipeline.report.listing": (),
     "pipeline.report.summary": (),
     "pipeline.report.page": ("matplotlib",),
-    "pipeline.clip.benchmark.report": (),
+    "pipeline.clip.benchmark.report": ("matplotlib",),
     "pipeline.data.shards": ("pyarrow",),
     "pipeline.adapter.from_run": ("torch",),
     "pipeline.adapter.edit": ("torch",),

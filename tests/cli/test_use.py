@@ -135,7 +135,7 @@ def test_a_task_is_added_to_the_folder_that_was_named_whatever_it_is_called(
 
 
 def test_piped_questions_get_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.adapter.load.load_adapter", lambda *_: None)
+    monkeypatch.setattr("pipeline.adapter.load.load_adapter", lambda *_, **__: None)
     monkeypatch.setattr(
         "pipeline.adapter.chat.chat", lambda answerer, image, read, write: write(f"asked {read('[x] > ')}")
     )

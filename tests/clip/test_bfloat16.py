@@ -25,6 +25,7 @@ METHODS_HERE: list[Any] = [
     {"name": "ivlp", "options": {"length": 2, "length_vision": 2, "depth": 2}},
     {"name": "maple", "options": {"length": 2, "depth": 3}},
     {"name": "mpl", "options": {"length": 1, "depth": 3}},
+    {"name": "dpl", "options": {"text": 1, "vision": 1}},
     {
         "name": "promptsrc",
         "method": "ivlp",

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.check.clip import check_benchmark
-from pipeline.clip.learning.memory_plan import image_tokens, kept_bytes, plan_benchmark
+from pipeline.clip.learning.memory_plan import image_tokens, kept_bytes, mixed_bytes, plan_benchmark
 from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.methods import make_learner
+from pipeline.clip.search_space import SearchSpace, TowerOptions
 from pipeline.clip.towers.backbone import Backbone
 from tests.clip.project import make_project, recipe, recipe_file
 from tests.clip.tiny import batch, byte_tokenizer, clip_model
@@ -64,6 +65,29 @@ def test_what_a_forward_pass_keeps_is_what_is_planned(
         tokens = image_tokens(config.vision_config) + max(module.learner.schedule.vision.present)
         planned += kept_bytes(config.vision_config, 8, tokens, 4)
     assert planned == pytest.approx(kept(module), rel=0.05)
+
+
+def test_what_a_search_keeps_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+    backbone, options = Backbone(clip_model(**SIZES)), TowerOptions((0, 1, 3, 6), (0, 2, 4))
+    names = [f"class number {number}" for number in range(20)]
+    space = SearchSpace(backbone.sizes, options)
+    module = PromptedCLIP(backbone, space, backbone.words(byte_tokenizer()), names)
+    config, tokens = backbone.model.config, module.texts.ids.shape[1]
+    planned = mixed_bytes(config.text_config, len(names), tokens, options.text, 4)
+    planned += mixed_bytes(config.vision_config, 8, image_tokens(config.vision_config), options.vision, 4)
+    assert planned == pytest.approx(kept(module), rel=0.05)
+
+
+def test_a_search_is_planned_where_it_needs_more_than_the_training(tmp_path: Path) -> None:
+    def activations(search: Any, **train: Any) -> int:
+        row = {"name": "dpl", "search": {"options": [0, 1, 2], **search}}
+        plan = plan_benchmark(recipe(tmp_path, row, train=train), 1, meta(), classes=3, tested=3)
+        return plan.bytes_of("activations")
+
+    assert activations({"validation_batch": 100}) > 3 * activations({})
+    assert activations({"global_batch": 100}) == activations({"validation_batch": 100})
+    assert activations({"global_batch": 100}, micro_batch=50) < activations({"global_batch": 100})
 
 
 def test_weights_trainables_and_ranks_are_counted(tmp_path: Path) -> None:

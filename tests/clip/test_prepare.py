@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ def test_training_shards_hold_what_the_seeds_draw_and_no_more(folder: Path) -> N
         assert [(data.train.ids[row], label) for row, label in zip(shots.rows, shots.labels, strict=True)] == [
             (image.path, image.label) for image in images
         ]
-    assert len(data.test) == len(NAMES) * IMAGES["test"]
+    assert data.test is not None and len(data.test) == len(NAMES) * IMAGES["test"]
 
 
 def test_halves_count_from_zero_and_never_share_an_image(folder: Path) -> None:
     data = prepared(folder)
     base, new = data.test_images("base"), data.test_images("new")
+    assert data.test is not None
     assert (base.names, new.names) == (NAMES[:3], NAMES[3:])
     assert set(base.labels) == set(new.labels) == {0, 1, 2}
     assert not set(base.rows) & set(new.rows)
@@ -150,3 +152,20 @@ def test_the_drawn_dataset_is_the_same_for_a_seed_and_halves_share_every_colour_
     first, second, third = ((folder / "images" / names[0] / "test-000.png").read_bytes() for folder in folders)
     assert first == second
     assert first != third
+
+
+def test_the_uneven_pool_has_frequent_and_rare_classes_of_the_same_images(tmp_path: Path) -> None:
+    folder = colour_shapes.draw(tmp_path, 0)
+    even, uneven = (
+        json.loads((folder / file).read_text()) for file in (colour_shapes.SPLIT_FILE, colour_shapes.UNEVEN_FILE)
+    )
+    assert uneven["test"] == even["test"]
+    assert {tuple(entry) for entry in uneven["train"]} < {tuple(entry) for entry in even["train"]}
+    counts = sorted(Counter(label for _, label, _ in uneven["train"]).values())
+    assert (counts[0], counts[-1], len(counts)) == (2, 20, len(colour_shapes.class_names()))
+    assert counts[len(counts) // 2] < 10
+    (folder / colour_shapes.UNEVEN_FILE).unlink()  # a folder that was drawn before there was an uneven pool
+    colour_shapes.draw(tmp_path, 0)
+    assert json.loads((folder / colour_shapes.UNEVEN_FILE).read_text()) == uneven
+    colour_shapes.draw(tmp_path, 1)
+    assert json.loads((folder / colour_shapes.UNEVEN_FILE).read_text()) != uneven

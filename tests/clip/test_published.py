@@ -10,6 +10,8 @@ import pytest
 from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS
 from pipeline.clip.methods import method_class
 from pipeline.clip.recipe import AverageConfig, ConsistencyConfig, load_benchmark
+from pipeline.clip.recipe_search import OptionsConfig
+from pipeline.clip.search.engine import BETAS
 from pipeline.clip.templates import PROMPTSRC
 
 
@@ -68,6 +70,43 @@ def test_methods_are_trained_as_published(name: str) -> None:
         )
 
 
+RELEASED_SEARCH = {
+    "options": OptionsConfig(text=tuple(range(7)), vision=tuple(range(7))),
+    "epochs": 80,
+    "global_batch": 4,
+    "lr": 0.0035,
+    "alpha_lr": 0.0035,
+    "validation_batch": 16,
+}
+EVEN_OPTIONS = OptionsConfig(text=(0, 2, 4, 6), vision=(0, 2, 4, 6))
+SEARCHES: dict[str, dict[str, Any]] = {
+    "dpl": RELEASED_SEARCH,
+    "dpl-distilled": RELEASED_SEARCH,
+    "dpl-0246": RELEASED_SEARCH | {"options": EVEN_OPTIONS, "epochs": 60},
+    "dpl-shuffled": RELEASED_SEARCH,
+    "dpl-even": RELEASED_SEARCH,
+    "dpl-released": RELEASED_SEARCH | {"validation": "first", "start": "released"},
+}
+
+
+def test_dpl_is_searched_and_trained_as_published() -> None:
+    recipe = load_benchmark("dpl_vitb16")
+    assert BETAS == (0.5, 0.999)
+    rows = {method.name: method for method in recipe.methods}
+    assert list(rows) == ["zero_shot", *SEARCHES]
+    right = {"validation": "shuffled", "start": "small", "tie": 0}
+    for name, settings in SEARCHES.items():
+        search, train = recipe.search_of(rows[name]), recipe.train_of(rows[name], "eurosat")
+        assert search is not None and rows[name].kind == "dpl"
+        assert {field: getattr(search, field) for field in (*settings, *right)} == right | settings, name
+        assert (train.lr, train.global_batch, train.epochs, train.warmup_epochs) == (0.0035, 4, 40, 1)
+        assert (train.momentum, train.weight_decay, train.clip, train.augment) == (0.9, 5e-4, None, "crop_flip")
+    terms = {name: row.consistency for name, row in rows.items() if row.consistency is not None}
+    assert terms == {"dpl-distilled": ConsistencyConfig(text=0, image=0, logits=1)}
+    assert {name: row.options for name, row in rows.items() if row.options} == {"dpl-released": {"texts": "ensemble"}}
+    assert [rows[f"dpl-{how}"].search.lengths for how in ("shuffled", "even")] == ["shuffled", "even"]  # type: ignore[union-attr]
+
+
 def test_coop_learns_fewer_epochs_on_imagenet() -> None:
     recipe = load_benchmark("base2new_vitb16")
     epochs = {m.name: recipe.train_of(m, "imagenet").epochs for m in recipe.methods}
@@ -77,6 +116,7 @@ def test_coop_learns_fewer_epochs_on_imagenet() -> None:
 PROTOCOLS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
     ("base2new_vitb16", "base_to_new", BASE_TO_NEW, ()),
     ("cross_vitb16", "cross_dataset", ("imagenet",), CROSS_DATASET_TARGETS),
+    ("dpl_vitb16", "all_classes", BASE_TO_NEW, ()),
     ("domain_vitb16", "cross_dataset", ("imagenet",), ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")),
 ]
 

@@ -154,6 +154,7 @@ def test_the_watchdog_follows_a_benchmark(folder: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_on_two_and_on_one(folder: Path, tmp_path: Path) -> None:
     """One rank is told; bit for bit on two, and on one what one learns without a stop, to 1e-6."""
 

@@ -185,7 +185,7 @@ def test_check_names_the_block_where_a_schedule_breaks(folder: Path) -> None:
 
 def test_a_benchmark_is_no_sequence(folder: Path) -> None:
     run = str(folder / "runs" / "tiny")
-    assert "expected the run of a task sequence" in said("predict", run, "--question", "what?")
+    assert "is a benchmark on CLIP, where --question means nothing" in said("predict", run, "--question", "what?")
     assert "expected the run of a task sequence" in said("export", run, str(folder / "adapter"))
     (row,) = list_runs(folder / "runs")
     assert (row["method"], row["status"], row["stages"]) == ("benchmark", "done", "5/5")

@@ -45,9 +45,14 @@ class Tolerance:
     loss: float = 1e-4  # as a share of the number
     value: float = 1e-3  # as a share of a tensor's norm
     floor: float = 1e-5  # of numbers that are next to 0, where a share says nothing
+    steps: int | None = None  # of the first stage that are compared; None: all, and the tensors that are left
 
 
 ELSEWHERE, ELSEWHERE_BFLOAT16 = Tolerance(), Tolerance(2e-2, 1e-1, 1e-3)
+# B starts at zero, so its first gradients are next to it, and Adam's steps are as long for rounding noise as for a
+# gradient: with other instructions (AVX2 in place of AVX512) the code that made the curves leaves them after eight
+# steps, and has another loss by a half in the second stage.
+ELSEWHERE_LOW_RANK = Tolerance(1e-3, steps=5)
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,9 @@ def _processor(field: str) -> str:
     return platform.processor()
 
 
-def tolerance(part: str, bfloat16: bool = False) -> Tolerance | None:
+def tolerance(part: str, elsewhere: Tolerance = ELSEWHERE) -> Tolerance | None:
     """How far numbers may be here from those of this part (artefacts or golden); None: they have to be the same."""
-    if is_same_platform(part):
-        return None
-    return ELSEWHERE_BFLOAT16 if bfloat16 else ELSEWHERE
+    return None if is_same_platform(part) else elsewhere
 
 
 def is_same_platform(part: str) -> bool:

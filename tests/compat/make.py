@@ -27,15 +27,23 @@ os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM
 os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
 os.environ.update({"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.clip.project import save_model
-from tests.compat.curves import CLIP, CURVES, FURTHER, Golden, curves_of_benchmark, curves_of_sequence
+from tests.compat.curves import (
+    CLIP,
+    CURVES,
+    DPL,
+    FURTHER,
+    Golden,
+    curves_of_benchmark,
+    curves_of_dpl,
+    curves_of_sequence,
+    save_pictures,
+)
 from tests.compat.inner import CLIP_METHODS, SEQUENCE_METHODS, load_any, logits_of, recipe_names
 from tests.compat.kept import KEPT, ORIGIN, TENSORS, program, succeeded, this_platform
 
@@ -52,7 +60,6 @@ TASKS = {
     "T2": ("read the sign on plate {n}", (40, 60, 230), ("x", "y")),
 }
 TRAIN, TEST = 10, 5
-CLASSES = {"red_panda": (160, 20, 20), "golf ball": (160, 160, 160), "tench": (20, 120, 20), "organ": (90, 60, 0)}
 STOP_AFTER = 5  # steps of the stage or unit that is left unfinished
 RESUMABLE = 75
 LEFT_OUT = (
@@ -74,7 +81,7 @@ def main() -> None:
     parts = [part for part in PARTS if part in chosen.parts]
     origin = json.loads(ORIGIN.read_text("utf-8")) if ORIGIN.is_file() else {}
     for part in parts:
-        if part in origin and not chosen.replace:
+        if part == "artefacts" and part in origin and not chosen.replace:
             sys.exit(
                 f"{KEPT} has {part} already, of commit {origin[part]['commit']}; to overwrite them give --replace."
             )
@@ -157,20 +164,23 @@ def make_golden(commit: str, replace: bool) -> None:
     if replace:
         shutil.rmtree(KEPT / "golden", ignore_errors=True)
     golden = Golden()
-    for name in (CLIP, *CURVES, *FURTHER):
+    benchmarks = {CLIP: curves_of_benchmark, DPL: curves_of_dpl}
+    for name in (*benchmarks, *CURVES, *FURTHER):
         if not golden.names(name):
-            golden.add(curves_of_benchmark() if name == CLIP else curves_of_sequence(name), commit)
+            golden.add(benchmarks[name]() if name in benchmarks else curves_of_sequence(name), commit)
             print(f"  {name}", flush=True)
+    golden.save()
     left = {*SEQUENCE_METHODS, *CLIP_METHODS} - {"zero_shot"} - methods_with_curves()
     if left:
-        sys.exit(f"no curve is of the methods {', '.join(sorted(left))}; add them to curves.py or clip_curves.yaml")
-    golden.save()
+        sys.exit(f"no curve is of the methods {', '.join(sorted(left))}; add them to curves.py or a benchmark's curves")
 
 
 def methods_with_curves() -> set[str]:
     """The methods that curves are of: those of a sequence by `--set`, of a benchmark by its rows."""
-    told = [changes.get("method.name", "modalprompt") for changes in {**CURVES, **FURTHER}.values()]
-    rows = yaml.safe_load((KEPT / "recipes" / "clip_curves.yaml").read_text("utf-8"))["methods"]
+    changed = {**CURVES, **FURTHER}.values()
+    told = [changes.get("method", {}).get("name") or changes.get("method.name", "modalprompt") for changes in changed]
+    files = [KEPT / "recipes" / f"{name}_curves.yaml" for name in (CLIP, DPL)]
+    rows = [row for file in files for row in yaml.safe_load(file.read_text("utf-8"))["methods"]]
     return {*told, *(row.get("method", row["name"]) for row in rows if isinstance(row, dict))}
 
 
@@ -222,21 +232,6 @@ def draw_tasks(root: Path, said: dict[str, list[str]]) -> None:
                     entry |= {"question_id": n, "text": question, "answer": known or answer}
                 entries.append(entry)
             (root / "instructions" / task / f"{split}.json").write_text(json.dumps(entries), "utf-8")
-
-
-def save_pictures(root: Path) -> None:
-    """Pictures of four classes with a split file, in CoOp's layout; each class has a colour of its own, and noise."""
-    folder = root / "toys" / "images"
-    folder.mkdir(parents=True)
-    parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
-    for split, count in (("train", 3), ("test", 3)):
-        for label, (name, colour) in enumerate(CLASSES.items()):
-            for number in range(count):
-                noise = np.random.default_rng([label, number, split == "train"]).integers(0, 90, (18, 16, 3))
-                path = folder / f"{split}-{label}-{number}.png"
-                Image.fromarray((noise + np.array(colour)).astype(np.uint8)).save(path)
-                parts[split].append((path.name, label, name))
-    (folder.parent / "split_zhou_toys.json").write_text(json.dumps(parts))
 
 
 def leave_unfinished(name: str, last: str) -> None:

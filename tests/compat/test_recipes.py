@@ -13,6 +13,10 @@ from tests.compat.kept import KEPT, assert_contains
 
 # Recipes held these for every method, although only this one reads them; they are left out of the others' by now.
 OF_MODALPROMPT = ("k", "selection", "gate", "earlier_gates", "image_weight", "prototype_weight")
+# Whose selection has changed since: a share of the best probability in place of a gate of similarities.
+OTHER_GATE = ("nano", "real6_nano")
+# Benchmarks that have rows behind its former ones.
+MORE_ROWS = ("base2new_nano", "base2new_folders")
 RESOLVED = sorted((KEPT / "resolved").glob("*.yaml"))
 SHIPPED = [path.stem for path in RESOLVED if not (KEPT / "recipes" / path.name).is_file()]
 
@@ -34,7 +38,13 @@ def test_a_resolved_recipe_loads_and_is_written_as_it_was(path: Path, tmp_path: 
 @pytest.mark.parametrize("path", RESOLVED, ids=[path.stem for path in RESOLVED])
 def test_a_recipe_resolves_to_what_it_did(path: Path) -> None:
     source = path.stem if path.stem in SHIPPED else KEPT / "recipes" / path.name
-    assert_contains(load_any(source).model_dump(mode="json"), meaning(path))
+    expected = meaning(path)
+    if path.stem in OTHER_GATE:
+        expected["method"] |= {"gate": None, "share": 0.5}
+    found = load_any(source).model_dump(mode="json")
+    if path.stem in MORE_ROWS:
+        found["methods"] = found["methods"][: len(expected["methods"])]
+    assert_contains(found, expected)
 
 
 def test_every_shipped_recipe_of_then_ships_now() -> None:

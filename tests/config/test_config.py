@@ -280,9 +280,31 @@ def _with_train(**train) -> Recipe:
 
 def test_a_gate_that_is_changed_leaves_the_stages_before_it_theirs() -> None:
     method = ModalPromptOptions(gate=0.1)
-    changed = method.with_gate(0.05, stages=6)
+    changed = method.changed({"gate": 0.05}, stages=6)
     assert [changed.after(stages).gate for stages in (1, 6, 7, 9)] == [0.1, 0.1, 0.05, 0.05]
-    again = changed.with_gate(None, stages=6).with_gate(0.2, stages=7)
+    again = changed.changed({"gate": None}, stages=6).changed({"gate": 0.2}, stages=7)
     assert [again.after(stages).gate for stages in (6, 7, 8)] == [0.1, None, 0.2]
-    assert method.with_gate(0.1, stages=6) == method and again.after(8).earlier_gates == ()
+    assert method.changed({"gate": 0.1}, stages=6) == method and again.after(8).earlier_gates == ()
     assert method_options(again.model_dump(mode="json")) == again
+
+
+def bounds(method: ModalPromptOptions, stages: int) -> tuple[float | None, float | None]:
+    then = method.after(stages)
+    return then.gate, then.share
+
+
+def test_a_share_takes_the_place_of_a_gate_and_earlier_stages_keep_theirs() -> None:
+    method = ModalPromptOptions(gate=0.1).changed({"share": 0.6}, stages=6)
+    assert [bounds(method, stages) for stages in (6, 7)] == [(0.1, None), (None, 0.6)]
+    back = method.changed({"gate": 0.2}, stages=8)
+    assert [bounds(back, stages) for stages in (6, 8, 9)] == [(0.1, None), (None, 0.6), (0.2, None)]
+    assert method.changed({"share": 0.6}, stages=7) == method
+    assert method_options(back.model_dump(mode="json")) == back
+    with pytest.raises(UserError, match="--gate and --share are given; expected gate or share"):
+        method.changed({"gate": 0.1, "share": 0.5}, stages=7)
+
+
+def test_what_a_method_does_not_have_does_not_change() -> None:
+    assert method_options(name="independent").changed({}, 3) == method_options(name="independent")
+    with pytest.raises(UserError, match="the method independent has no share"):
+        method_options(name="independent").changed({"share": 0.5}, 3)

@@ -39,6 +39,7 @@ def test_a_method_that_is_named_later_leaves_behind_what_it_has_not_got(mine: Pa
         "prompt_length": 4,
         "init": "vocab_rows",
         "text_only": "insert",
+        "part": "input_rows",
     }
     assert child(mine, "{name: sequential}").method == method
 

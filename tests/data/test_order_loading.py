@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,12 +21,20 @@ slowly = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCh
 Drawn = list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class Bare:
+    """The numbers and weights of a batch's samples, and their places in the order."""
+
+    pairs: Drawn
+    places: torch.Tensor | None = None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _indices_for_batches() -> Iterator[None]:
     """A batch is the numbers and weights of its samples: what a worker makes of them is not the subject."""
 
-    def bare(examples: Any, indices: list[int], weights: list[float], selected: Any) -> Drawn:
-        return list(zip(indices, weights, strict=True))
+    def bare(examples: Any, indices: list[int], weights: list[float], selected: Any) -> Bare:
+        return Bare(list(zip(indices, weights, strict=True)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collate, "collate", bare)
@@ -39,7 +48,7 @@ def drawn(order: Order, steps: int, world: int, workers: int, accumulation: int 
         loaded_steps(MicroBatches(nothing, order, torch.zeros(0), steps, accumulation, rank, world), workers, start)
         for rank in range(world)
     ]
-    return [[pair for part in parts for batch in part for pair in batch] for parts in zip(*ranks, strict=True)]
+    return [[pair for part in parts for batch in part for pair in batch.pairs] for parts in zip(*ranks, strict=True)]
 
 
 @slowly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.nano.behaviours import SET_LENGTH, RowMaker, behaviour_rows
+from data_prep.nano.resembling import RESEMBLING
 from data_prep.nano.scenes import (
     DIGIT_PARTS,
     DRAW,
@@ -21,8 +23,9 @@ from data_prep.nano.scenes import (
     handwritten_digits,
 )
 from data_prep.nano.skills import BASE_FORMATS, PLAIN, SKILLS, TASK_FORMATS, WORDINGS, asks
-from data_prep.nano.tasks import PICTURES, TASK_WORDINGS, TASKS, draw_items, write_coin
+from data_prep.nano.tasks import ALL_TASKS, PICTURES, TASK_WORDINGS, TASKS, draw_items, write_coin
 from data_prep.nano.tokenizer import build_tokenizer
+from data_prep.sources.generated import draw
 from pipeline.errors import UserError
 
 
@@ -39,6 +42,7 @@ def test_no_task_format_is_among_the_base_models_formats_in_any_case() -> None:
 def test_no_task_wording_is_among_the_base_models_wordings() -> None:
     base = {wording for wordings in WORDINGS.values() for wording in wordings}
     assert base.isdisjoint(wording for wordings in TASK_WORDINGS.values() for wording in wordings)
+    assert base.isdisjoint(wording for task in RESEMBLING.values() for wording in task.wordings)
 
 
 def test_digit_scans_of_base_training_and_test_are_disjoint_and_complete() -> None:
@@ -53,6 +57,48 @@ def test_three_tasks_share_their_pictures_and_three_their_wordings() -> None:
     assert len(shared) == 3
     assert all(np.array_equal(a, b) for other in pictures[1:] for a, b in zip(pictures[0], other, strict=True))
     assert len({TASK_WORDINGS[t] for t in TASKS if PICTURES[t] != "shapes"}) == 1
+
+
+def test_the_six_tasks_are_what_recorded_numbers_were_measured_on() -> None:
+    found = hashlib.sha256()
+    for task in TASKS:
+        for split in ("train", "test"):
+            for item in draw_items(task, split, 4, seed=0):
+                found.update(item.scene.image.tobytes() + f"{item.question}|{item.answer}\n".encode())
+    assert found.hexdigest() == "ffef8b7b4fed14e787a2469a65388f518ba5f41853d811603ad849b7f167b100", (
+        "VERSION says what changed"
+    )
+
+
+def test_each_resembling_task_shares_pictures_and_asks_what_the_picture_answers() -> None:
+    assert len(ALL_TASKS) >= 12 and set(PICTURES) == set(ALL_TASKS)
+    six = {PICTURES[task] for task in TASKS}
+    for name, task in RESEMBLING.items():
+        assert task.pictures in six
+        items = list(draw_items(name, "train", 40, seed=0))
+        assert len({item.answer for item in items}) > 1
+        other = draw_items(next(t for t in TASKS if PICTURES[t] == task.pictures), "train", 40, seed=0)
+        assert all(np.array_equal(a.scene.image, b.scene.image) for a, b in zip(items, other, strict=True))
+
+
+def test_a_folder_with_the_resembling_tasks_holds_the_six_unchanged(tmp_path: Path) -> None:
+    write_coin(tmp_path / "six", 0, (3, 2))
+    write_coin(tmp_path / "all", 0, (3, 2), more=True)
+    tasks = {path.name for path in (tmp_path / "all" / "instructions").iterdir()}
+    assert tasks == set(ALL_TASKS)
+    for path in (tmp_path / "six").rglob("*.*"):
+        if path.is_file() and path.name != "GENERATED.txt":
+            assert path.read_bytes() == (tmp_path / "all" / path.relative_to(tmp_path / "six")).read_bytes()
+
+
+def test_a_drawing_with_the_resembling_tasks_serves_a_recipe_of_the_six(tmp_path: Path) -> None:
+    draw(tmp_path, 0, (3, 2), TASKS)
+    assert not (tmp_path / "instructions" / "Tally").exists()
+    draw(tmp_path, 0, (2, 1), ALL_TASKS)
+    stamp = (tmp_path / "GENERATED.txt").read_text()
+    draw(tmp_path, 0, (1, 1), TASKS)
+    assert (tmp_path / "GENERATED.txt").read_text() == stamp
+    assert len(json.loads((tmp_path / "instructions" / "Tally" / "train.json").read_text())) == 3
 
 
 def test_train_and_test_share_no_picture() -> None:

@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from data_prep.nano import CHECKPOINTS
 from data_prep.nano.__main__ import app
+from data_prep.nano.example import write_example
 from data_prep.nano.tasks import TASKS
+from data_prep.own_task import make_task
+from pipeline.errors import EXIT_USER
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
@@ -43,6 +46,26 @@ def test_train_writes_the_two_checkpoints_with_their_processors(tmp_path: Path) 
     assert clip(**words, **pixels).logits_per_image.isfinite().all()
     for name in ("llava", "clip"):  # the same architecture as the ones that ship
         assert shapes(tmp_path / name) == shapes(CHECKPOINTS / name)
+
+
+def test_example_writes_a_folder_of_pictures_and_a_table_that_become_a_task(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["example", str(tmp_path / "mine"), "--samples=40"])
+    assert done.exit_code == 0, done.output
+    pictures, table = tmp_path / "mine" / "photos", tmp_path / "mine" / "shelf.csv"
+    with Image.open(pictures / "040.png") as picture:
+        assert picture.size == (48, 48)
+    made = make_task("Shelf", pictures, table, tmp_path / "own")
+    assert (made["train"] + made["test"], made["pictures"], made["answers"]) == (40, 40, 5)
+    again = CliRunner().invoke(app, ["example", str(tmp_path / "mine")])
+    assert again.exit_code == EXIT_USER and "is there already; choose another folder" in again.stderr
+
+
+def test_an_example_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    tables = [write_example(tmp_path / str(number), 12, seed) for number, seed in enumerate((0, 0, 1))]
+    first, same, other = (table.read_bytes() for table in tables)
+    assert first == same != other
+    one, two = ((tmp_path / name / "photos" / "012.png").read_bytes() for name in "01")
+    assert one == two
 
 
 def test_tasks_writes_coin_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.paths import PROJECT
 @pytest.mark.e2e
 def test_every_module_has_a_page_and_no_warning_is_given(tmp_path: Path) -> None:
     pytest.importorskip("pdoc")
-    command = ["make", "docs", f"VENV={sys.prefix}", f"DOCS={tmp_path}"]
+    command = ["make", "docs", f"VENV={sys.prefix}", f"DOCS={tmp_path}", f"SITE={tmp_path / 'site'}"]
     made = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1200)
     assert made.returncode == 0, made.stderr
     assert "warn" not in made.stderr.lower(), made.stderr[:2000]
@@ -26,4 +26,5 @@ def test_every_module_has_a_page_and_no_warning_is_given(tmp_path: Path) -> None
                 continue  # what runs is no interface
             page = module.parent if module.name == "__init__" else module
             assert (tmp_path / page).with_suffix(".html").is_file(), module
+    assert (tmp_path / "site" / "troubleshooting.html").is_file()
     assert "Weighted mean of the cosines" in (tmp_path / "pipeline/prompts/routers/mean.html").read_text("utf-8")

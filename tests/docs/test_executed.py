@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from data_prep.__main__ import app as data_prep_app
+from data_prep.nano.example import write_example
 from pipeline.bench.__main__ import app as bench
 from pipeline.cli.commands import app
 from pipeline.config import yaml_file as recipe_file
@@ -26,7 +27,6 @@ from pipeline.config.load import load_recipe
 from pipeline.config.paths import PROJECT
 from tests.docs.test_commands import PAGES, SHOWN, commands
 from tests.serve.conftest import address_of, start
-from tests.tiny_clip import picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -38,19 +38,42 @@ NANO = "runs/nano-modalprompt-s0"
 STANDS_FOR = {
     "RECIPE": "nano_paper",
     "RUN": NANO,
+    "RUN/config.yaml": f"{NANO}/config.yaml",
     "TASK": "Shelf",
     "A": "smaller",
     "B": "another-adapter",
 }
+HUB_MODEL = "a model from the Hub; see tests/e2e/test_hub_id.py and tests/check/test_shipped_models.py"
 CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
+LABELLED_BY_HAND = "waits for a person, as which tests/browser/test_own_images.py and tests/clip/test_person.py act"
+MANY_NANO = "minutes; tests/prompts/test_resembling_tasks.py tells its tasks apart"
 NOT_EXECUTED = {
     "run base2new_nano": "minutes; tests/clip/test_recipe.py runs the recipe's parts",
     "check base2new_vitb16": CLIP_BENCHMARK,
     "prepare base2new_vitb16 --set data.datasets=[dtd,eurosat]": CLIP_BENCHMARK,
     "run base2new_vitb16 --set data.datasets=[dtd,eurosat] --set methods=[maple,mpl]": CLIP_BENCHMARK,
     "report runs/base2new_vitb16": CLIP_BENCHMARK,
+    "run label_folder --label --set data.root=PHOTOS": LABELLED_BY_HAND,
+    "run label_folder --set data.root=PHOTOS": LABELLED_BY_HAND,
+    "label runs/label_folder": LABELLED_BY_HAND,
+    "predict runs/label_folder --image photo.jpg": LABELLED_BY_HAND,
+    "compare nano --methods modalprompt,task_lora --seeds 0,1,2": "minutes; see tests/e2e/test_compare.py",
+    (
+        "compare nano --methods modalprompt,modular,task_lora,lora,olora,hide,disco,core_moe,ewc,zero_shot "
+        "--seeds 0,1,2 --jobs 2 --set train.processes=1 --set train.budget=19200 "
+        "--set 'comparison.targets=[q_proj,v_proj]'"
+    ): "hours; see tests/e2e/test_compare.py",
     "run coin_llava15_7b --set keys.text_feature=pooled": "a model of 7 billion parameters",
+    "check coin_llava15_7b --set model.quantization=nf4": "a model that is not here, but for its memory plan; see "
+    "tests/planning/test_quantised_plan.py",
+    "run many_nano --set method.router=prototype --set method.gate=0.1 --set method.share=null": MANY_NANO,
+    "run many_nano --set method.router=random_ridge --set method.gate=null --set method.share=0.5": MANY_NANO,
+    "check smolvlm_256m_own": HUB_MODEL,
+    "run smolvlm_256m_own": HUB_MODEL,
+    "add runs/smolvlm_256m_own-modalprompt-s0 Shelf": HUB_MODEL,
     "run real6_nano --set data.root=FOLDER": "six public data sets",
+    "run real6_nano_task_lora --set data.root=FOLDER": "six public data sets",
+    "run real6_small --set data.root=FOLDER": "six public data sets, and the model of `make small`",
     "run real6_nano --set data.root=FOLDER --set method.name=sequential": "six public data sets",
     "run real6_nano --set data.root=FOLDER --set method.name=independent": "six public data sets",
 }
@@ -95,14 +118,7 @@ def _place(command: str) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with a user's pictures and table, in which the shipped recipes are small."""
     folder, recipes = tmp_path_factory.mktemp("tour"), tmp_path_factory.mktemp("recipes")
-    (folder / "photos" / "shelf").mkdir(parents=True)
-    for number in range(1, 13):
-        (folder / "photos" / "shelf" / f"{number:03d}.jpg").write_bytes(picture(number))
-    rows = [
-        f"shelf/{number:03d}.jpg,Which article is missing?,{'milk' if number % 2 else 'bread'}\n"
-        for number in range(1, 13)
-    ]
-    (folder / "shelf.csv").write_text("image,question,answer\n" + "".join(rows))
+    write_example(folder, 12, seed=0)  # as the tutorial's first command
     for name in ("nano", "nano_paper", "real6_nano"):
         fields = {"extends": str(recipe_file.RECIPES / f"{name}.yaml"), "name": name, "train": SMALL_TRAINING}
         if name != "real6_nano":

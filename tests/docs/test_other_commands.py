@@ -32,9 +32,15 @@ CLIP = "clip --size nano --classes 4 --images 2 --chunk 2 --batches 1 --rounds 1
 BENCHES = {
     "python -m pipeline.bench step --size small": "step --size tiny --rounds 1 --variants after_bos",
     "python -m pipeline.bench tasks --size small": "tasks --size tiny --few 4 --many 8 --samples 1 --rounds 1",
+    "python -m pipeline.bench tasks --size small --router random_ridge --key-width 768": (
+        "tasks --size tiny --few 4 --many 8 --samples 1 --rounds 1 --router random_ridge --key-width 16"
+    ),
     "python -m pipeline.bench loader --samples 1000": "loader --samples 20 --rounds 1",
+    "python -m pipeline.bench low-rank --size small": "low-rank --size tiny --many 9 --samples 1 --rounds 1",
+    "python -m pipeline.bench routing --tasks 40": "routing --tasks 40 --samples 10 --pictures 200 --routers mean",
     "python -m pipeline.bench keys": "keys --size tiny --samples 4 --batch 2",
     "python -m pipeline.bench clip": CLIP,
+    "python -m pipeline.bench startup": "startup --rounds 1",
     "python -m pipeline.bench clip --size vitb16": CLIP,
 }
 # The file that runs it, and words of it that do.
@@ -47,6 +53,9 @@ ELSEWHERE = {
         "tests/bench/test_serve.py",
         '"--clients", "4", "--requests"',
     ),
+    "python -m data_prep.nano example .": ("tests/data_prep/test_nano_cli.py", '["example", str('),
+    "python -m data_prep.assemble RECIPE": ("tests/data_prep/test_assemble.py", '"--out"'),
+    "python -m data_prep.small train PHOTOGRAPHS": ("tests/data_prep/test_small.py", '["train", str(photographs)'),
     "python -m data_prep verify FOLDER": ("tests/docs/test_executed.py", 'data_prep_app, ["verify"'),
     "python -m pipeline.scaling": ("tests/docs/test_other_commands.py", "scaling.main()"),
     "python -m pipeline.recipe_docs": ("tests/docs/test_recipes.py", "page()"),
@@ -78,6 +87,7 @@ ELSEWHERE = {
     ),
     "slurm/prepare_array.sh --tasks 2 $trial": ("tests/slurm/test_sequence.py", "prepare_array"),
     "slurm/prepare_array.sh --tasks 100 RECIPE": ("tests/slurm/test_script.py", "prepare_array"),
+    "slurm/compare_array.sh RECIPE --methods A,B --seeds 0,1,2": ("tests/slurm/test_script.py", "shell.compare("),
     "scancel --signal=USR1 1": ("tests/slurm/test_sequence.py", "--signal="),
     "scancel 1": ("tests/slurm/test_sequence.py", "scancel"),
     "tests/slurm/cluster.sh install": ("Makefile", "tests/slurm/cluster.sh install"),
@@ -88,12 +98,15 @@ ELSEWHERE = {
     "deepspeed --module pipeline run ...": ("pipeline/ranks/launch.py", "deepspeed.launcher"),
     "srun python -m pipeline run ...": ("slurm/run_sequence.sh", "srun"),
     "pytest tests/parity/test_clip_prompts.py --fixtures DIR": ("tests/conftest.py", '"--fixtures"'),
+    "pytest tests/parity/test_dpl.py --fixtures DIR": ("tests/conftest.py", '"--fixtures"'),
     "pytest tests/clip --data DIR": ("tests/conftest.py", '"--data"'),
 }
 NOT_EXECUTED = {
     "source .venv/bin/activate": "what `make venv` makes",
     "pip install -e . --no-deps": "asks a package index for what builds it; tests/cli/test_cli.py has the command",
     "pip install -e .": "asks a package index for what builds it; tests/extending installs the packages without it",
+    "pip install --no-deps timm==1.0.31": "asks a package index",
+    'pip install "continual-prompts[quantised]"': "asks a package index",
     "scancel --signal=USR1 JOB": "with a number it is in ELSEWHERE",
     "scancel JOB": "with a number it is in ELSEWHERE",
     "sbatch --signal=B:USR1@900 ...": "an option of Slurm",

@@ -53,7 +53,8 @@ def test_a_run_leaves_the_files_of_the_contract(make: MakeRecipe) -> None:
         assert {"prompts.safetensors", "meta.json", "metrics.jsonl", "COMPLETE"} <= {p.name for p in stage.iterdir()}
     assert [len([s for s in row if s is not None]) for row in result["accuracy"]] == [1, 2, 3]
     assert len(result["zero_shot"]) == 3
-    assert set(result["routing"]) == {"accuracy", "image_only", "text_only"}
+    assert set(result["routing"]) == {"accuracy", "image_only", "text_only", "confusion", "confused"}
+    assert result["told"][:2] == [None, None] and len(result["told"][2]) == 3
     assert read(run / "matrix.json")["accuracy"] == result["accuracy"]
     predictions = lines(run / "eval" / "after-03" / "T0.jsonl")
     assert [line["id"] for line in predictions] == ["0", "1", "2", "3"]

@@ -102,7 +102,8 @@ def test_every_row_of_the_matrix_is_answered_with_the_projector_of_its_stage(
     run_sequence(recipe)
     base = fingerprint_of(load_lmm(recipe.model).projector().state_dict())
     first, second = (fingerprint_of(projector_of(stage(recipe, number))) for number in range(2))
-    assert used == [base, base, first, second, second]
+    assert used[:5] == [base, base, first, second, second]
+    assert set(used[5:]) <= {second}  # with the task told, where questions were misrouted
     assert len({base, first, second}) == 3
 
 

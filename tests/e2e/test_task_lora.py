@@ -19,8 +19,8 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.sequence.run import run_sequence
 from pipeline.sequence.stage import StageTrainer, TrainedStage
-from pipeline.serve.decoder import Running, RunningBatch
 from tests.e2e.conftest import MakeRecipe
+from tests.joining import require_same_answers_in_any_batch
 from tests.stopping import signal_in_forward
 
 METHOD = {"name": "task_lora", "rank": 2, "alpha": 4.0}
@@ -97,18 +97,7 @@ def test_a_run_is_evaluated_exported_answered_and_served_alike(
     assert pool.names == kept.names and all(torch.equal(pool.tensors[n], v) for n, v in kept.tensors.items())
     answerer = Answerer(source_of(tmp_path / "adapter"))
     asked = [Question(line["question"], None) for line in told] + [Question(f"task {n} asks?", None) for n in range(4)]
-    answers = answerer.answer(asked, 5)
-    alone = [answerer.answer([one], 5)[0] for one in asked]
-    assert [answer.text for answer in answers] == [answer.text for answer in alone]
-    batch, began = RunningBatch(answerer), list[Running]()
-    while len(began) < len(asked) or batch.rows:
-        batch.step()
-        group = asked[len(began) : len(began) + 2]
-        if group:
-            new = [Running(len(began) + place, 5) for place in range(len(group))]
-            batch.begin(answerer.route(group), new)
-            began += new
-    assert [row.text for row in began] == [answer.text for answer in answers]
+    require_same_answers_in_any_batch(answerer, asked, 5)
     with pytest.raises(UserError, match="updates of its layers, which prompt_embeds"):
         answerer.prompt_embeds("what?")
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.e2e
 SCORING = {
     *("pipeline.sequence.evaluation", "pipeline.sequence.evaluate", "pipeline.sequence.answers"),
     *("pipeline.sequence.majority", "pipeline.sequence.matrix", "pipeline.sequence.test_set"),
+    *("pipeline.sequence.confusion", "pipeline.sequence.told"),
     *("pipeline.prompts.generation", "pipeline.metrics.blind", "pipeline.report.predictions"),
     "pipeline.data.texts",  # questions and answers of a test set, read by threads; evaluations alone ask for them
     "pipeline.planning.sample_lengths",  # whether a test sample fits into the model; nothing is set by it

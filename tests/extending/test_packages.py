@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pipeline.adapter.answering import Question
 from pipeline.adapter.from_run import export
 from pipeline.adapter.load import load_adapter
 from pipeline.clip.methods import learner_of_sizes
@@ -25,6 +27,7 @@ from pipeline.sequence.run import run_sequence
 from tests.clip import project
 from tests.extending.conftest import TASKS
 from tests.extending.site_folder import PACKAGES
+from tests.joining import require_same_answers_in_any_batch
 
 pytestmark = pytest.mark.e2e
 FAST = {"epochs": 1, "warmup_epochs": 0, "augment": "none", "processes": 1}
@@ -92,6 +95,28 @@ def test_a_method_and_a_router(run: Path, folder: Path, installed: Path, monkeyp
     assert [sum(each) for each in weights] == pytest.approx([1.0] * 4, abs=1e-3)
 
 
+def test_a_lora_method_with_a_part_of_its_own(
+    run: Path, folder: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert len((PACKAGES / "lora_fa" / "lora_fa.py").read_text("utf-8").splitlines()) <= 120
+    method = "method={name: lora_fa, rank: 2, targets: [q_proj, v_proj], dropout: 0.1}"
+    recipe = load_recipe("mine.yaml", [method, "train.lr_prompt=0.3"])
+    run_sequence(recipe)
+    files = sorted((recipe.run_path / "stages").glob("*/prompts.safetensors"))
+    first, second = (load_file(path) for path in files)
+    common = [name for name in first if name.startswith("shared.lora_fa.")]
+    own = [name for name in first if name.startswith("lora_fa.")]
+    assert len(common) == len(own) == 4 and all(torch.equal(first[name], second[name]) for name in common)
+    assert all(first[name].abs().sum() > 0 and not torch.equal(first[name], second[name]) for name in own)
+    export(recipe.run_path, folder / "lora_fa")
+    answerer = load_adapter(folder / "lora_fa")
+    pictures = [(folder / f"tables/{task}/images/test-0.png").read_bytes() for task in TASKS]
+    asked = [Question(f"what is {n}?", picture) for picture in pictures for n in range(3)]
+    require_same_answers_in_any_batch(answerer, asked, 4)
+    assert {name for answer in answerer.answer(asked) for name in answer.selected} == set(TASKS)
+
+
 def test_a_clip_method(tmp_path: Path, site: Path) -> None:
     project.make_project(tmp_path)
     project.recipe_file(tmp_path, {"name": "one_word", "options": {"length": 2}}, seeds=[1], train=FAST)
@@ -134,7 +159,7 @@ def test_the_tests_that_the_page_shows_pass(name: str, installed: Path, tmp_path
 
 def test_every_kind_has_an_example_that_the_registry_finds(installed: Path) -> None:
     for kind, built_in in registry.BUILT_IN.items():
-        if kind == "parts":  # the page points to the project's own files
+        if kind == "terms":  # the page points to the project's own file
             continue
         added = set(registry.names(kind)) - set(built_in)
         assert added, kind

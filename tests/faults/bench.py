@@ -184,8 +184,13 @@ def results(recipe: Path) -> dict[str, Any]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         kept = [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
         found[str(path.relative_to(run))] = kept
-    for path in [*sorted(run.glob("eval/*/*.jsonl")), run / "matrix.json"]:
-        found[str(path.relative_to(run))] = path.read_text() if path.is_file() else None
+    for path in sorted(run.glob("eval/*/*.jsonl")):
+        found[str(path.relative_to(run))] = path.read_text()
+    matrix = run / "matrix.json"
+    found[matrix.name] = None
+    if matrix.is_file():
+        # Costs are measured: seconds, and operations of the first batch that a process meets.
+        found[matrix.name] = {name: part for name, part in json.loads(matrix.read_text()).items() if name != "costs"}
     return found
 
 

@@ -15,6 +15,7 @@ PROJECT, LIMIT_S = Path(__file__).resolve().parents[2], 600
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_what_is_killed_hangs_or_cannot_write_loses_nothing() -> None:
     command = [sys.executable, "-m", "tests.faults", "--fast"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=LIMIT_S)

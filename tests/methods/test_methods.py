@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.config import registry
@@ -14,16 +15,21 @@ from pipeline.data.keys import Keys
 from pipeline.data.selection import NO_SET
 from pipeline.errors import UserError
 from pipeline.methods import Method, make_method
+from pipeline.methods.modalprompt import ModalPromptOptions
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers.mean import similarity
+from pipeline.sequence.engine import require_learnable
 from tests.training.worlds import make_pool, make_samples
 
 TASKS = ["a", "b", "c"]
 METHODS = registry.names("methods")
+CARRIED = {"sequential", "l2p", "lora", "moelora", "ewc", "lwf"}
 
 
 def method(name: str, **fields: Any) -> Method:
-    return make_method(method_options(name=name, **fields))
+    """A method; ModalPrompt with the learned router unless another one is named."""
+    given = {"router": "prototype", **fields} if name == "modalprompt" else fields
+    return make_method(method_options(name=name, **given))
 
 
 def trained_behind(method: Method, pool: PromptPool, keys: Any) -> Tensor:
@@ -84,13 +90,14 @@ def test_a_gate_of_zero_trains_behind_no_set_less_similar_than_the_task_itself()
     assert (selected >= 0).sum() < 12  # random prototypes seldom beat the task's own
 
 
-def test_only_sequential_carries_its_prompt_and_only_modalprompt_learns_prototypes() -> None:
+def test_some_carry_their_module_on_and_only_modalprompt_learns_prototypes() -> None:
     kinds = {name: registry.load("methods", name) for name in METHODS}
-    assert {name for name, kind in kinds.items() if kind.carries_prompt} == {"sequential"}
-    assert {name for name, kind in kinds.items() if kind.learns_prototypes} == {"modalprompt"}
+    assert {name for name, kind in kinds.items() if kind.carries_prompt} == CARRIED
+    assert {name for name, kind in kinds.items() if kind.learns_prototypes} == {"modalprompt", "modular"}
     for name in METHODS:
         router = method(name).routing.router
-        assert method(name).learns_prototypes == (router is not None and router.learned)
+        learned = router is not None and router.learned and router.learned_in == "head"
+        assert method(name).learns_prototypes == learned
 
 
 def test_what_a_stage_changes_of_earlier_tasks_is_said() -> None:
@@ -101,6 +108,19 @@ def test_what_a_stage_changes_of_earlier_tasks_is_said() -> None:
         "joint": "nothing",
         "zero_shot": "nothing",
         "task_lora": "nothing",
+        "lora": "modules",
+        "lora_merged": "answers",
+        "olora": "answers",
+        "moelora": "modules",
+        "hide": "answers",
+        "disco": "nothing",
+        "core_moe": "nothing",
+        "ewc": "modules",
+        "lwf": "modules",
+        "modular": "nothing",
+        "l2p": "modules",
+        "dualprompt": "modules",
+        "coda": "answers",
     }
     assert method("modalprompt", selection="all").changes_earlier == "answers"
     assert method("modalprompt", selection="current").changes_earlier == "answers"
@@ -173,3 +193,30 @@ def test_skip_leaves_questions_without_an_image_without_sets(name: str) -> None:
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="Did you mean 'modalprompt'"):
         registry.load("methods", "modalpromt")
+
+
+def test_options_of_learning_without_a_learned_router_are_refused() -> None:
+    require_learnable(method("modalprompt", router="ridge"))
+    require_learnable(method("modalprompt", prototype_weight=0.5))
+    with pytest.raises(UserError, match=r"prototype_weight 0\.5 weighs a loss that only a learned router has"):
+        require_learnable(method("modalprompt", router="ridge", prototype_weight=0.5))
+
+    class Claims(type(method("independent"))):  # type: ignore[misc]
+        learns_prototypes = True
+        router = "ridge"
+        rule = "hard"
+
+    with pytest.raises(UserError, match="declares that it learns prototypes"):
+        require_learnable(Claims(method_options(name="independent")))
+    with pytest.raises(ValidationError, match="expected gate or share"):
+        method_options(gate=0.1, share=0.5)
+    changed = method_options(share=0.5).changed({"gate": 0.1}, 2)
+    assert isinstance(changed, ModalPromptOptions) and (changed.gate, changed.share) == (0.1, None)
+
+
+@pytest.mark.parametrize("router", ["mean", "centres", "ridge", {"name": "random_ridge", "width": 9, "seed": 3}])
+def test_modalprompt_takes_any_router_and_its_options(router: Any) -> None:
+    found = method("modalprompt", router=router, image_weight=0.25).routing.router
+    assert found is not None and not found.learned and found.options.image_weight == 0.25
+    with pytest.raises(UserError, match="router ridge has no option 'rigde'"):
+        _ = method("modalprompt", router={"name": "ridge", "rigde": 1}).routing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.adapter.answering import SampleList
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.metrics import blind
 from pipeline.metrics.blind import majority_score
 

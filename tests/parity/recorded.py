@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.adapter.answering import SampleList
 from pipeline.data.collate import Examples
 from pipeline.data.conversation import Conversation
 from pipeline.data.example import Example
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.pool import PromptPool

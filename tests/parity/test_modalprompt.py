@@ -56,7 +56,7 @@ MODES = ("default", "compat")
 
 
 def method_of(mode: str, recorded: Recorded) -> MethodOptions:
-    chosen = method_options() if mode == "default" else load_recipe("coin_llava15_7b_compat").method
+    chosen = method_options(router="prototype") if mode == "default" else load_recipe("coin_llava15_7b_compat").method
     return chosen.model_copy(update={"prompt_length": recorded.prompt_length, "k": recorded.k})
 
 

@@ -48,6 +48,14 @@ def test_evaluation_that_does_not_fit_is_told_with_the_field_that_helps(tmp_path
     assert "lower evaluate.batch" in caplog.text
 
 
+def test_zero3_is_no_advice_for_a_quantised_model() -> None:
+    train = make_recipe("none", model__quantization="int8").train
+    for quantised in (False, True):
+        with pytest.raises(OutOfMemory) as told, out_of_memory_advice(train, quantised):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert ("zero3.json" in str(told.value)) is not quantised
+
+
 @pytest.mark.parametrize(
     ("work", "section", "fields"),
     [

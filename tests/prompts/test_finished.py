@@ -116,7 +116,9 @@ def test_the_same_selection_has_the_same_identity_however_it_is_stored() -> None
     pool = make_pool(2)
     test: Any = type("Test", (), {"metric": "exact", "scoring": "fixed", "data": [0, 0], "unanswered": ()})
     numbers = torch.tensor([[0, 1], [1, 0]])
-    one = answers.identity_of(test, pool, Selection(numbers), "")
-    assert one == answers.identity_of(test, pool, Selection(numbers.T.contiguous().T), "")
+    one = answers.identity_of(test, pool, Selection(numbers), answers.AnswerKey())
+    assert one == answers.identity_of(test, pool, Selection(numbers.T.contiguous().T), answers.AnswerKey())
     weighted = Selection(numbers, torch.tensor([[0.2, 0.8], [0.5, 0.5]]))
-    assert one != answers.identity_of(test, pool, weighted, "")
+    assert one != answers.identity_of(test, pool, weighted, answers.AnswerKey())
+    # Scores of another router are written with the same answers.
+    assert one != answers.identity_of(test, pool, Selection(numbers), answers.AnswerKey(router="ridge"))

@@ -41,7 +41,8 @@ class Generated:
 
     def generate(self, lmm: Any, examples: Examples, indices: list[int], modules: Modules, *_: Any) -> Any:
         self.asked += indices
-        return {index: f"{modules.rows[as_selection(modules.selected).numbers[index]].sum():.3f}" for index in indices}
+        sets, numbers = modules.tensors["prompt"], as_selection(modules.selected).numbers
+        return {index: f"{sets[numbers[index]].sum():.3f}" for index in indices}
 
 
 def run(

@@ -103,6 +103,6 @@ def nothing() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        all_errors(Path(sys.argv[1]))
+        end_as_rank(lambda: all_errors(Path(sys.argv[1])))
     else:
         end_as_rank(lambda: app(sys.argv[2:]))

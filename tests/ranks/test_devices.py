@@ -43,7 +43,14 @@ def seen_by_ranks(tmp_path: Path) -> list[Any]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("value", ["4,5", UUIDS, "MIG-3f1a5c55-1111-5f6e-9d1c-6b1f1d2e3f4a", ""])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "4,5",
+        *(pytest.param(value, marks=pytest.mark.slow) for value in (UUIDS, "MIG-3f1a5c55-1111-5f6e-9d1c-6b1f1d2e3f4a")),
+        "",
+    ],
+)
 def test_ranks_see_the_devices_that_their_launch_was_given(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,8 @@ def test_a_folder_whose_starts_were_all_refused_is_taken_by_another_recipe(tmp_p
     other = nano(tmp_path, "data.too_long=skip")
     assert (claim_run(other) / CONFIG).read_text().count("too_long: refuse") == 1  # nothing is written without the lock
     started(other)
-    assert load_recipe(tmp_path / "run" / CONFIG) == other
+    # What a recipe compares is no part of its runs.
+    assert load_recipe(tmp_path / "run" / CONFIG).model_dump() == other.model_dump()
 
 
 @pytest.mark.parametrize("there", ["stages", "run.json", "lost+found"])

@@ -20,4 +20,4 @@ def test_a_gate_for_a_method_without_one_is_refused_before_the_task_is_prepared(
     monkeypatch.setattr(add_task, "_require_finished", lambda *_: None)
     monkeypatch.setattr(prepare, "prepare", lambda recipe: pytest.fail("the task was prepared"))
     with pytest.raises(UserError, match="the method independent has no gate"):
-        add_task.prepare_addition(tmp_path / "run", "Mine", tmp_path, gate=0.1)
+        add_task.prepare_addition(tmp_path / "run", "Mine", tmp_path, {"gate": 0.1})

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from PIL import Image
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from pipeline.adapter.answer import Chosen
 from pipeline.adapter.answering import Answerer, Tokenised
+from pipeline.adapter.load import load_adapter
 from pipeline.cli.commands import app
 from pipeline.errors import EXIT_USER
 from pipeline.serve.app import Service, Settings
@@ -26,7 +29,7 @@ from tests import tiny
 from tests.adapters import COLOURS
 from tests.serve.asgi import Caller, Scripted, chat, post
 
-WHOLE = Update("red", "stop", completion_tokens=2, prompt_tokens=31, selected=["T1"], similarity={"T1": 0.714})
+WHOLE = Update("red", "stop", completion_tokens=2, prompt_tokens=31, chosen=Chosen(["T1"], {"T1": 0.714}))
 PAGE = "http://localhost:3000"
 
 
@@ -35,6 +38,19 @@ def test_another_method_is_told_which_one_is_expected(answerer: Answerer) -> Non
     caller = asyncio.run(Caller([]).call(service, method="GET"))
     assert (caller.status, caller.headers["allow"]) == (405, "POST")
     assert caller.error == "/v1/chat/completions does not take GET; expected POST."
+
+
+def test_a_method_that_needs_the_task_says_which_there_are(adapter: Path, tmp_path: Path) -> None:
+    told = shutil.copytree(adapter, tmp_path / "told")
+    meta = json.loads((told / "adapter.json").read_text())
+    meta["method"]["selection"] = "oracle"
+    (told / "adapter.json").write_text(json.dumps(meta))
+    service = Service(Worker(load_adapter(told), 2, 2), Settings("m"))
+    client = TestClient(service.app(), base_url="http://localhost")
+    reply = client.post("/v1/chat/completions", json=json.loads(chat()["body"]))
+    assert reply.status_code == 400
+    expected = "method selection oracle needs the task; set task (--task) to one of T0, T1, T2."
+    assert reply.json()["error"]["message"] == expected
 
 
 @pytest.mark.parametrize(("origins", "allowed"), [((), None), ((PAGE,), PAGE), (("http://other",), None)])

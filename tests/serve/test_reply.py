@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.adapter.answer import Chosen
 from pipeline.adapter.answering import Answerer
 from pipeline.serve.app import Service, Settings
 from pipeline.serve.reply import following
@@ -62,7 +63,8 @@ def test_a_stream_is_neither_cached_nor_buffered(answerer: Answerer) -> None:
 
 
 def test_a_stream_has_the_answer_and_its_end(answerer: Answerer) -> None:
-    found = events(streamed(answerer, Update("large", completion_tokens=1), Update("large red", "stop", None, ["T1"])))
+    finished = Update("large red", "stop", chosen=Chosen(["T1"]))
+    found = events(streamed(answerer, Update("large", completion_tokens=1), finished))
     assert text_of(found) == "large red"
     assert found[-1]["choices"][0]["finish_reason"] == "stop"
 

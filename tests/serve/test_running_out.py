@@ -91,7 +91,7 @@ def test_columns_in_front_of_a_row_are_zero_whatever_was_there() -> None:
     assert layer.keys[1, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 5])
 def test_answers_are_the_same_when_memory_runs_out_at_so_many_rows(
     answerer: Answerer, allocator: Allocator, rows: int
 ) -> None:

@@ -18,21 +18,14 @@ from pipeline.serve.decoder import Running, RunningBatch
 from pipeline.serve.request import FullError, Request, StoppedError, Update
 from pipeline.serve.worker import Worker
 from tests.adapters import question
+from tests.joining import joined_by_twos
 from tests.serve.asgi import Caller, chat, post
 
 
 def test_answers_do_not_depend_on_who_joins_or_leaves_the_batch(answerer: Answerer) -> None:
     asked = [question(n % 3, variant=n % 4, with_image=n % 5 != 4) for n in range(12)]
     expected = [answer.text for answer in answerer.answer(asked)]
-    batch, began = RunningBatch(answerer), list[Running]()
-    while len(began) < len(asked) or batch.rows:
-        batch.step()
-        group = asked[len(began) : len(began) + 2]
-        if group:
-            new = [Running(len(began) + place, 6) for place in range(len(group))]
-            batch.begin(answerer.route(group), new)
-            began += new
-        batch.drop({7})
+    began = joined_by_twos(answerer, asked, 6, leaving=7)
     assert [row.text for row in began if row.key != 7] == [text for n, text in enumerate(expected) if n != 7]
     assert all(row.finish in ("stop", "length") for row in began if row.key != 7)
 

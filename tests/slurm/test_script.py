@@ -87,6 +87,10 @@ class Shell:
         """Call the script that prepares data."""
         return self(*arguments, script="prepare_array.sh", **environment)
 
+    def compare(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Call the script that compares methods."""
+        return self(*arguments, script="compare_array.sh", **environment)
+
     def wait_for(self, word: str, process: subprocess.Popen[str]) -> None:
         """Wait until a stand-in has noted that it is so far."""
         while word not in (self.calls_file.read_text("utf-8") if self.calls_file.exists() else ""):
@@ -424,3 +428,42 @@ def test_every_job_of_the_preparation_does_its_share(shell: Shell, step: str, ca
     assert shell.prepare("--step", step, "--tasks", "3", "r.yaml", SLURM_CPUS_PER_TASK="8", **task).returncode == 0
     assert shell.calls("srun")[0].endswith(f"python-stand-in -m {call}")
     assert "--cpus-per-task=8" in shell.calls("srun")[0].split()  # srun does not inherit it
+
+
+COMPARED = ("nano", "--methods", "joint,lora", "--seeds", "0,1")
+
+
+def test_methods_are_compared_by_an_array_of_runs_and_a_job_for_the_page(shell: Shell) -> None:
+    done = shell.compare(*COMPARED, RUN="echo 4", COMPARE_OPTIONS="--gpus-per-node=2")
+    assert done.returncode == 0, done.stderr
+    script, given = "slurm/compare_array.sh --step", " ".join(COMPARED)
+    assert shell.calls("python-stand-in") == [f"-m pipeline compare {given} --count"]
+    assert [call.removeprefix("--parsable --job-name=compare-") for call in shell.calls("sbatch")] == [
+        f"runs --gpus-per-node=2 --array=1-4 {script} runs --of 4 {given}",
+        f"page --gpus-per-node=2 --dependency=afterany:101 {script} page --of 4 {given}",
+    ]
+
+
+def test_a_comparison_that_is_wrong_submits_nothing(shell: Shell) -> None:
+    assert shell.compare(*COMPARED, RUN="exit 2").returncode == 2
+    assert not shell.calls("sbatch")
+
+
+@pytest.mark.parametrize(("step", "call"), [("runs", "--share 2/4"), ("page", "--only-page")])
+def test_every_job_of_a_comparison_does_its_share(shell: Shell, step: str, call: str) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_SUBMIT_DIR": str(PROJECT)}
+    assert shell.compare("--step", step, "--of", "4", *COMPARED, **task).returncode == 0
+    assert shell.calls("srun")[0].endswith(f"python-stand-in -m pipeline compare {' '.join(COMPARED)} {call}")
+
+
+def test_a_compared_run_is_told_before_the_time_limit_and_queued_again(shell: Shell) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    waits = "trap 'exit 75' TERM; while true; do sleep 0.05; done"
+    given = ("--step", "runs", "--of", "4", *COMPARED)
+    process = shell.start(*given, script="compare_array.sh", SRUN=waits, SLURM_SUBMIT_DIR=str(PROJECT), **task)
+    shell.wait_for("srun", process)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert shell.calls("scontrol") == ["requeue 5_2"]

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.check.features import check_kept_features
@@ -26,6 +25,7 @@ from pipeline.data.collate import Examples, collate
 from pipeline.data.conversation import KEPT
 from pipeline.data.kept_features import KeptFeatures, SplitFeatures
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.lock import FileLock
@@ -334,6 +334,7 @@ def test_what_is_held_out_changes_nothing_of_what_is_kept(
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_two_ranks_under_zero3_share_the_work_and_learn_what_one_learns(prepared: Path, tmp_path: Path) -> None:
     runs = []
     for ranks, zero in ((2, 3), (1, 0)):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import ModelConfig
@@ -26,6 +27,7 @@ from tests.training.worlds import make_recipe, make_samples
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EVERY = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+OUTPUT = "low_rank.lm_head"
 RANK, ALPHA = 3, 6.0
 # Rows with one module, two with weights, one at half, and none.
 NUMBERS, WEIGHTS = [[0, -1], [2, 1], [1, -1], [-1, -1]], [[1.0, 0.0], [0.7, 0.3], [0.5, 0.0], [0.0, 0.0]]
@@ -37,10 +39,10 @@ def lmm(llava: Path) -> LMM:
     return load_lmm(ModelConfig(path=str(llava)))
 
 
-def modules(lmm: LMM, count: int = 3) -> dict[str, Tensor]:
+def modules(lmm: LMM, count: int = 3, targets: tuple[str, ...] = EVERY) -> dict[str, Tensor]:
     """Random finished modules, stacked."""
     generator = torch.Generator().manual_seed(3)
-    part = LowRank(lmm, EVERY, RANK, ALPHA)
+    part = LowRank(lmm, targets, RANK, ALPHA)
     return {
         name: torch.randn(count, *value.shape, generator=generator) * 0.2 for name, value in part.trainables().items()
     }
@@ -93,14 +95,16 @@ def test_samples_that_all_get_no_module_are_answered_by_the_frozen_model(lmm: LM
     assert answers(modules(lmm), LowRankEntry(ALPHA / RANK)) == answers({}, Entry())
 
 
-def trained(lmm: LMM, checkpointing: str, bank: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def trained(
+    lmm: LMM, checkpointing: str, bank: bool, targets: tuple[str, ...] = EVERY
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a step."""
-    learner = Learner({"module": LowRank(lmm, EVERY, RANK, ALPHA)})
+    learner = Learner({"module": LowRank(lmm, targets, RANK, ALPHA)})
     module = LearnerOnLMM(lmm, learner, checkpointing)
     generator = torch.Generator().manual_seed(5)
     for value in learner.trainables().values():
         value.data.copy_(torch.randn(value.shape, generator=generator) * 0.1)
-    learner.start_stage(modules(lmm) if bank else {})
+    learner.start_stage(modules(lmm, targets=targets) if bank else {})
     batch = batch_of(lmm, SELECTION if bank else None)
     loss, terms = module(batch, Normaliser(*batch.counts()))
     loss.backward()
@@ -110,11 +114,12 @@ def trained(lmm: LMM, checkpointing: str, bank: bool) -> tuple[Tensor, dict[str,
     return loss.detach(), gradients
 
 
+@pytest.mark.parametrize("targets", [EVERY, (*EVERY, "lm_head")])
 @pytest.mark.parametrize("bank", [False, True])
-def test_recomputed_layers_are_computed_with_the_updates_too(lmm: LMM, bank: bool) -> None:
-    loss, gradients = trained(lmm, "none", bank)
+def test_recomputed_layers_are_computed_with_the_updates_too(lmm: LMM, bank: bool, targets: tuple[str, ...]) -> None:
+    loss, gradients = trained(lmm, "none", bank, targets)
     for policy in ("selective", "full"):
-        again, found = trained(lmm, policy, bank)
+        again, found = trained(lmm, policy, bank, targets)
         torch.testing.assert_close(again, loss)
         for name, value in gradients.items():
             torch.testing.assert_close(found[name], value, msg=name)
@@ -140,6 +145,51 @@ def test_a_new_module_changes_nothing_and_its_gradient_is_that_of_the_loss(lmm: 
     assert float((loss - moved).detach()) == pytest.approx(step * slope, rel=0.05)
 
 
+@pytest.fixture
+def untied(lmm: LMM) -> Iterator[nn.Linear]:
+    """The output layer with weights of its own, which the test may change without the input embeddings changing."""
+    output = lmm.model.get_output_embeddings()
+    tied = output.weight
+    output.weight = nn.Parameter(tied.detach().clone(), requires_grad=False)
+    yield output
+    output.weight = tied
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_an_updated_output_layer_scores_each_sample_as_the_model_with_its_modules_merged_in(
+    lmm: LMM, untied: nn.Linear, bank: bool
+) -> None:
+    """The loss over all samples' tokens is the sum of those of single samples, and so are its gradients."""
+    learner = Learner({"module": LowRank(lmm, ("lm_head",), RANK, ALPHA)})
+    own, earlier = learner.trainables(), modules(lmm, targets=("lm_head",))
+    assert own.keys() == {OUTPUT + ".a", OUTPUT + ".b"}
+    for name, value in own.items():
+        value.data.copy_(earlier[name].mean(0))
+    selection = SELECTION if bank else None
+    learner.start_stage(earlier if bank else {})
+    batch = batch_of(lmm, selection)
+    LearnerOnLMM(lmm, learner).unlikeliness(batch).backward()
+    plain, gradient, weight = LearnerOnLMM(lmm, Learner({})), torch.zeros_like(untied.weight), untied.weight.clone()
+    expected = 0.0
+    for row, chosen in enumerate(SELECTION.listed()):
+        added = own[OUTPUT + ".b"] @ own[OUTPUT + ".a"]
+        for number, share in chosen if bank else []:
+            added = added + share * (earlier[OUTPUT + ".b"][number] @ earlier[OUTPUT + ".a"][number])
+        untied.weight = nn.Parameter((weight + ALPHA / RANK * added).detach())
+        data = StageData([(*make_samples(4, text_only=(1,)), None)])
+        loss = plain.unlikeliness(collate(Examples(data, lmm.conversation), [row], [1.0], Selection.none(4)))
+        loss.backward()
+        assert untied.weight.grad is not None
+        gradient += untied.weight.grad
+        expected += float(loss.detach())
+    untied.weight = nn.Parameter(weight, requires_grad=False)
+    found = LearnerOnLMM(lmm, learner).unlikeliness(batch)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    ups, downs = own[OUTPUT + ".b"], own[OUTPUT + ".a"]
+    torch.testing.assert_close(ups.grad, ALPHA / RANK * gradient @ downs.T, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(downs.grad, ALPHA / RANK * ups.T @ gradient, atol=1e-4, rtol=1e-3)
+
+
 def test_targets_that_name_no_layer_are_refused(lmm: LMM) -> None:
     with pytest.raises(UserError, match=r"ends in 'wq'; expected among .*q_proj"):
         LowRank(lmm, ("q_proj", "wq"), RANK, ALPHA)
@@ -157,3 +207,14 @@ def test_the_plan_has_the_inputs_that_gradients_of_updates_need(lmm: LMM, llava:
     assert more == (layers + 1) * length * (shape.text.hidden_size + heads) * element
     parameters = sum(value.numel() for value in LowRank(lmm, ATTENTION, RANK, ALPHA).trainables().values())
     assert sum(map(sum, trainable_groups(recipe.method, shape, 12, False))) == parameters
+
+
+def test_the_plan_has_the_output_layers_update_and_what_it_adds_to_the_scores(lmm: LMM, llava: Path) -> None:
+    shape = model_shape(meta_model(make_recipe(llava).model))
+    tokens, element, planned = Tokens(image=0, text=100, answer=7, source=""), 4, []
+    for targets in (ATTENTION, (*ATTENTION, "lm_head")):
+        recipe = make_recipe(llava, method={"name": "task_lora", "targets": list(targets), "rank": RANK})
+        planned.append(training_activations(Workload.of(recipe, 12), shape, 2, 100, tokens, element))
+        parameters = sum(value.numel() for value in LowRank(lmm, targets, RANK, ALPHA).trainables().values())
+        assert sum(map(sum, trainable_groups(recipe.method, shape, 12, False))) == parameters
+    assert planned[1] - planned[0] == 2 * tokens.answer * shape.text.vocab_size * element

@@ -14,7 +14,6 @@ from pipeline.backbones.lmm import load_lmm
 from pipeline.config.models import ModelConfig
 from pipeline.data.collate import Batch, Examples, collate
 from pipeline.data.conversation import Conversation
-from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
 from pipeline.prompts.learner import Learner
@@ -75,7 +74,7 @@ def test_a_duplicate_of_weight_zero_changes_nothing(module: LearnerOnLMM, exampl
 
 def rows_of(module: LearnerOnLMM, batch: Batch) -> torch.Tensor:
     """The vectors that are inserted for each sample."""
-    rows = module.learner.rows(batch.selection)
+    rows = module.learner.rows(batch)
     assert rows is not None
     return rows[0]
 
@@ -186,8 +185,8 @@ def test_a_method_that_drops_the_current_set_is_noticed(
 ) -> None:
     original = Learner.rows
 
-    def dropped(self: Learner, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors, valid = original(self, selection)  # type: ignore[misc]
+    def dropped(self: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors, valid = original(self, batch)  # type: ignore[misc]
         return vectors[:, :-4], valid[:, :-4]
 
     monkeypatch.setattr(Learner, "rows", dropped)
@@ -200,8 +199,8 @@ def test_a_method_that_swaps_the_order_is_noticed(
 ) -> None:
     original = Learner.rows
 
-    def swapped(self: Learner, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors, valid = original(self, selection)  # type: ignore[misc]
+    def swapped(self: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors, valid = original(self, batch)  # type: ignore[misc]
         sets = vectors.unflatten(1, (-1, 4))[:, [1, 0, 2]]
         return sets.flatten(1, 2), valid
 

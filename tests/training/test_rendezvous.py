@@ -36,8 +36,17 @@ def waits_in_cpp(process: subprocess.Popen[str]) -> None:
         assert process.poll() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (0, signal.SIGTERM),
+        (1, signal.SIGUSR1),
+        (0, signal.SIGINT),
+        pytest.param(0, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_wait_for_other_ranks(rank: int, number: signal.Signals, tmp_path: Path) -> None:
     environment = {
         **os.environ,

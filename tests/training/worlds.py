@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from pipeline.adapter.answering import SampleList
 from pipeline.backbones.lmm import LMM
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
+from pipeline.data.sample_list import SampleList
 from pipeline.methods import Stage
 from pipeline.prompts.learner import prompt_learner
 from pipeline.prompts.model import LearnerOnLMM
@@ -76,6 +76,8 @@ def make_recipe(model: Path | str, **changes: Any) -> Recipe:
             fields.setdefault(section, {})[field] = value
         else:
             fields[section] = value
+    if fields["method"].get("name", "modalprompt") == "modalprompt":
+        fields["method"].setdefault("router", "prototype")  # the one that is learned with the sets
     if fields["method"].get("name") == "zero_shot" and "method__prompt_length" not in changes:
         fields["method"].pop("prompt_length", None)  # it learns no set
     return Recipe.model_validate(fields)

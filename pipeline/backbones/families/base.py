@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pipeline.data.image_sizes import ImageSizes
 
@@ -16,11 +17,13 @@ class LMMFamily:
     A subclass overrides the defaults here, which fit most families. `model` is the loaded transformers model
     (`...ForConditionalGeneration`), whose `model.model` holds vision tower, projector and decoder.
 
-    1. Which checkpoints belong to it, and which processor reads them: `kind`, `processor`, `supports_vicuna_template`.
+    1. Which checkpoints belong to it, and what loads them: `kind`, `processor`, `supports_vicuna_template`,
+       `tower_attends`.
     2. Where are its submodules: `decoder`, `projector`.
     3. How do images become features: `image_features`, `keeps_features`, `adopt`.
     4. How many tokens does an image of a given size take: `sizes`.
-    5. Which tokens around the image belong to it: `image_prefix_tokens`, `image_suffix_tokens`.
+    5. Which tokens around the image belong to it, and how words are embedded: `image_prefix_tokens`,
+       `image_suffix_tokens`, `scales_embeddings`.
     6. Which inputs does the decoder take beside embeddings and attention mask, and which positions do tokens get:
        `needs_image_mask`, `decoder_inputs`, `next_position`, `position_ids`, `needs_one_pass`.
     7. For which layers are the shortcuts exact: `lean_attentions`, `gated_mlps`.
@@ -32,6 +35,9 @@ class LMMFamily:
     processor: ClassVar[str | None] = None
     # Whether model.template may be vicuna_v1, so that a checkpoint needs no chat template.
     supports_vicuna_template: ClassVar[bool] = False
+
+    # Whether the vision tower has attention; transformers refuses a kernel for a model that has none.
+    tower_attends: ClassVar[bool] = True
 
     # Submodules of `model.model`.
     decoder: ClassVar[str] = "language_model"
@@ -48,6 +54,9 @@ class LMMFamily:
     image_prefix_tokens: ClassVar[int] = 0
     image_suffix_tokens: ClassVar[int] = 0
 
+    # Whether the embedding layer multiplies its rows, see `embedding_scale`.
+    scales_embeddings: ClassVar[bool] = False
+
     # Whether `decoder_inputs` needs the image mask and the image tensors.
     needs_image_mask: ClassVar[bool] = False
 
@@ -61,6 +70,21 @@ class LMMFamily:
         self.model = model
         # Factor from rows of the embedding's weight to the word embeddings that the decoder gets.
         self.embedding_scale = 1.0
+
+    @classmethod
+    def attention(cls, implementation: str) -> str | dict[str, str]:
+        """What transformers takes for `attn_implementation`, for a recipe's attention kernel."""
+        return implementation if cls.tower_attends else {"text_config": implementation, "vision_config": "eager"}
+
+    @classmethod
+    def image_spans(cls, places: Tensor) -> Tensor:
+        """The places of image tokens [B, N] and of the marker tokens directly before and after an image."""
+        spans = places
+        for before in range(1, cls.image_prefix_tokens + 1):
+            spans = spans | pad(places[:, before:], (0, before))
+        for behind in range(1, cls.image_suffix_tokens + 1):
+            spans = spans | pad(places[:, :-behind], (behind, 0))
+        return spans
 
     def image_features(self, images: dict[str, Tensor]) -> Tensor:
         """Projected features [n, D] of all images, concatenated."""

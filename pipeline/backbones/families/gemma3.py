@@ -64,6 +64,7 @@ class Gemma3(LMMFamily):
     image_prefix_tokens = 1  # <start_of_image>
     image_suffix_tokens = 1  # <end_of_image>
     needs_image_mask = True
+    scales_embeddings = True
     lean_attentions = ()  # it normalises queries and keys
     gated_mlps = ()  # its activation is GELU
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one crop of a fixed size; and LLaVA-NeXT (1.6): crops of the grid that fits the image best."""
+"""LLaVA-1.5 and FastVLM: one crop of a fixed size; LLaVA-NeXT (1.6): crops of the grid that fits the image best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LlavaSizes(ImageSizes):
     """One crop of a fixed size."""
 
     def of(self, width: int, height: int) -> ImageShape:
-        high, wide = self._crop()
+        high, wide = self.one_size
         processor, patch = self.processor, self.processor.patch_size
         tokens = (high // patch) * (wide // patch) + processor.num_additional_image_tokens
         tokens -= processor.vision_feature_select_strategy == "default"
@@ -24,7 +24,8 @@ class LlavaSizes(ImageSizes):
     def limit(self, most: int) -> int:
         return self.of(1, 1).tokens
 
-    def _crop(self) -> tuple[int, int]:
+    @property
+    def one_size(self) -> tuple[int, int]:
         size = self.images.crop_size if getattr(self.images, "do_center_crop", False) else self.images.size
         return int(size["height"]), int(size["width"])
 
@@ -70,6 +71,18 @@ class Llava(LMMFamily):
 
     kind = "llava"
     supports_vicuna_template = True
+    keeps_features = True
+    sizes = LlavaSizes
+
+
+class FastVLM(LMMFamily):
+    """FastVLM: as LLaVA-1.5, with a convolutional vision tower, whose last features all become tokens.
+
+    `python -m data_prep.assemble` makes such models with an EfficientNet, which transformers has itself.
+    """
+
+    kind = "fast_vlm"
+    tower_attends = False
     keeps_features = True
     sizes = LlavaSizes
 

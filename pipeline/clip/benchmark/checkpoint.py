@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.clip.learning.descriptions import Descriptions
 from pipeline.clip.learning.model import PromptedCLIP
 from pipeline.clip.methods import PromptLearner, learner_of_sizes
 from pipeline.clip.towers.backbone import Backbone
@@ -29,7 +30,7 @@ class LearnedPrompts:
 
 def save_prompts(folder: Path, values: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write a unit's trainables and meta.json into its unfinished folder, then rename it to `folder`."""
-    finish_folder(unfinished(folder), folder, values, meta)
+    finish_folder(unfinished(folder), folder, {name: value.float() for name, value in values.items()}, meta)
 
 
 def load_prompts(folder: Path) -> LearnedPrompts | None:
@@ -70,4 +71,11 @@ def classifier_from(folder: Path, backbone: Backbone, words: Words, names: Seque
     learned = load_prompts(folder)
     if learned is None:
         raise UserError(f"{folder} holds no finished prompts ({COMPLETE} is missing). Name a finished unit's folder.")
-    return PromptedCLIP(backbone, learner_from(learned, backbone), words, names)
+    return classifier_of(learned, backbone, words, names)
+
+
+def classifier_of(learned: LearnedPrompts, backbone: Backbone, words: Words, names: Sequence[str]) -> PromptedCLIP:
+    """The classifier over the class names `names` with a checkpoint's prompts; UserError as `classifier_from`."""
+    described = learned.meta.get("described")
+    descriptions = None if described is None else Descriptions.from_json(described)
+    return PromptedCLIP(backbone, learner_from(learned, backbone), words, names, descriptions=descriptions)

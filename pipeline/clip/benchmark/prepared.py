@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.clip.images.prepared import PreparedDataset
+from pipeline.clip.learning.unit import descriptions_of
 from pipeline.clip.recipe import ClipRecipe, datasets_of
 from pipeline.clip.recipe_data import ClipDataConfig, DatasetConfig
 from pipeline.data.origin import REMEDY, other_settings
@@ -13,7 +14,11 @@ from pipeline.files.paths import command
 
 
 def require_prepared(recipe: ClipRecipe, name: str) -> None:
-    """Raise UserError, with the command to run, unless every dataset is prepared with the recipe's settings."""
+    """Raise UserError, with the command to run, unless every dataset is prepared with the recipe's settings.
+
+    And for a class that the descriptions of a row leave out.
+    """
+    described = descriptions_of(recipe)
     for entry, trained in datasets_of(recipe):
         folder = Path(recipe.data.prepared) / entry.name
         if not folder.is_dir():
@@ -22,19 +27,25 @@ def require_prepared(recipe: ClipRecipe, name: str) -> None:
             )
         found = PreparedDataset(folder)
         refuse_other_settings(recipe.data, entry, trained, found)
+        for (_, dataset), descriptions in described.items():
+            if dataset == entry.name:
+                descriptions.of(found.classes.names)
         wanted = {"shots": recipe.data.shots, "fewer": recipe.data.fewer}
         if trained and found.classes.sampling != wanted:
             raise UserError(
                 f"dataset '{entry.name}' in {folder} was prepared with {found.classes.sampling or 'no training'}, the "
                 f"recipe wants {wanted}; run `{command('prepare', name)}`."
             )
-        for seed in recipe.seeds if trained else ():
+        for seed in recipe.seeds if trained and found.labelled else ():
             found.few_shots(seed, "all")
+            if recipe.searches:
+                found.validation_images(seed, "all")
 
 
 def refuse_other_settings(data: ClipDataConfig, entry: DatasetConfig, trained: bool, found: PreparedDataset) -> None:
     """Raise UserError when a dataset was prepared with other settings than the recipe's."""
-    for split, shards in (("test", found.test), ("train", found.train if trained else None)):
+    learned = {"train": found.train, "val": found.val} if trained else {}
+    for split, shards in {"test": found.test, **learned}.items():
         if shards is not None:
             clause = other_settings(shards.description, data.split_settings(entry, split))
             if clause is not None:

@@ -89,6 +89,8 @@ class BenchmarkRecord:
                 numbers[f"{name}.harmonic"] = line["harmonic"]
             if line["target_mean"] is not None:
                 numbers[f"{name}.target_mean"] = line["target_mean"]["mean"]
+            if line.get("area") is not None:
+                numbers[f"{name}.area"] = line["area"]["mean"]
             self.tracker.metrics(numbers, 0)
         if not self.session.world.main:
             return

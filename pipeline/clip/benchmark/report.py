@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from pipeline.clip.benchmark.curves import curves_figure
 from pipeline.clip.benchmark.results import UnitResult, results_json, results_table, spread_text
 from pipeline.errors import UserError
 from pipeline.files.paths import command
+from pipeline.report.figures import inline_svg
 from pipeline.report.html import write_page
 from pipeline.runs.contents import BenchmarkState, LogLine, read_json
 from pipeline.runs.folder import read_lines
@@ -39,6 +43,8 @@ def write_benchmark_report(run: Path) -> Path:
         "targets": any(line.get("target_mean") for line in content["lines"]),
         "classes": _by_class(content),
         "losses": _losses(run, content),
+        "curves": _curves(content),
+        "rounds": any(line.get("paid") for line in content["lines"]),
     }
     return write_page(run, "clip_report.html.j2", {"spread": spread_text, "number": _number}, page)
 
@@ -50,6 +56,13 @@ def terminal_results(run: Path) -> Any:
 
 def _state(run: Path) -> dict[str, Any]:
     return read_json(run / STATE, BenchmarkState)
+
+
+def _curves(content: dict[str, Any]) -> Markup | None:
+    """The figure of accuracy over labels; None where no row asked for labels."""
+    if not any(line.get("area") for line in content["lines"]):
+        return None
+    return Markup(inline_svg(curves_figure(content["lines"]), "curves", "Accuracy over the labels paid, by row"))
 
 
 def _by_class(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,37 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pipeline.clip.active.selection import Selection
 from pipeline.clip.benchmark.scores import BaseToNew, Counts, Spread, average, base_to_new
+from pipeline.clip.images.classes import UNLABELLED
 
 BASE, NEW = "base", "new"
 Row = tuple[str, str, int]  # method, dataset and seed of a unit
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What was labelled up to and with one round of a unit that asks for labels.
+
+    `labels` images have a label; `paid` were asked for, those of none of the classes too, the others are guesses.
+    Shares of the largest and the smallest class are of the labelled images, in percent.
+    """
+
+    labels: int
+    paid: int
+    classes_without: int
+    largest_share: float
+    smallest_share: float
+
+    @classmethod
+    def of(cls, selections: Sequence[Selection], classes: int) -> RoundFacts:
+        """The facts after these rounds."""
+        said = [label for selection in selections for label in selection.labels]
+        labels = [label for label in said if label != UNLABELLED]
+        counts = [labels.count(c) for c in range(classes)]
+        shares = [100 * count / max(1, len(labels)) for count in counts]
+        paid = len(said) - sum(len(selection.free) for selection in selections)
+        return cls(len(labels), paid, counts.count(0), max(shares), min(shares))
 
 
 @dataclass(frozen=True)
@@ -28,6 +56,21 @@ class UnitResult:
     seed: int
     groups: dict[str, Counts]
     names: dict[str, tuple[str, ...]]
+    rounds: tuple[RoundFacts, ...] = ()  # of each round, in the order of the groups; none without rounds
+
+    @property
+    def area(self) -> float | None:
+        """The area under accuracy over labels paid, divided by the labels, in percent.
+
+        None without rounds, or without test images.
+        """
+        if not self.rounds or not self.groups:
+            return None
+        points = [(f.paid, 100 * c.accuracy) for f, c in zip(self.rounds, self.groups.values(), strict=True)]
+        width = points[-1][0] - points[0][0]
+        if not width:
+            return statistics.fmean(accuracy for _, accuracy in points)
+        return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points)) / width
 
     @property
     def row(self) -> Row:
@@ -54,6 +97,7 @@ class UnitResult:
             "seed": self.seed,
             "groups": groups,
             "target_mean": self.target_mean,
+            **({"rounds": [asdict(facts) for facts in self.rounds], "area": self.area} if self.rounds else {}),
         }
 
     @classmethod
@@ -63,7 +107,8 @@ class UnitResult:
             name: Counts(tuple(counts["right"]), tuple(counts["total"])) for name, counts in found["groups"].items()
         }
         names = {name: tuple(counts["names"]) for name, counts in found["groups"].items()}
-        return cls(found["method"], found["dataset"], found["seed"], groups, names)
+        rounds = tuple(RoundFacts(**facts) for facts in found.get("rounds", ()))
+        return cls(found["method"], found["dataset"], found["seed"], groups, names, rounds)
 
 
 @dataclass(frozen=True)
@@ -75,6 +120,9 @@ class Line:
     groups: dict[str, Spread]
     halves: BaseToNew | None = None  # only where there are base and new classes
     target_mean: Spread | None = None  # over each seed's mean over the targets; only where there are targets
+    area: Spread | None = None  # under accuracy over labels paid; only where there are rounds
+    paid: tuple[float, ...] = ()  # labels paid after each round, mean over the seeds
+    classes_without: tuple[float, ...] = ()  # classes without a label after each round, mean over the seeds
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of results.json; `harmonic` is the harmonic mean of the mean base and new accuracies."""
@@ -84,7 +132,21 @@ class Line:
             "harmonic_of_seeds": asdict(self.halves.harmonic_of_seeds) if self.halves else None,
         }
         targets = asdict(self.target_mean) if self.target_mean else None
-        return {"method": self.method, "dataset": self.dataset, "groups": groups, "target_mean": targets, **harmonic}
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "groups": groups,
+            "target_mean": targets,
+            **harmonic,
+        } | (
+            {
+                "area": asdict(self.area) if self.area else None,
+                "paid": list(self.paid),
+                "classes_without": list(self.classes_without),
+            }
+            if self.paid
+            else {}
+        )
 
 
 def lines(results: Sequence[UnitResult]) -> list[Line]:
@@ -100,7 +162,20 @@ def lines(results: Sequence[UnitResult]) -> list[Line]:
         if {BASE, NEW} <= groups.keys():
             halves = base_to_new([tuple(100 * unit.groups[half].accuracy for half in (BASE, NEW)) for unit in units])  # type: ignore[misc]
         targets = [unit.target_mean for unit in units if unit.target_mean is not None]
-        found.append(Line(method, dataset, groups, halves, Spread.of(targets) if targets else None))
+        areas = [unit.area for unit in units if unit.area is not None]
+        rounds = list(zip(*(unit.rounds for unit in units if unit.rounds), strict=True))
+        found.append(
+            Line(
+                method,
+                dataset,
+                groups,
+                halves,
+                Spread.of(targets) if targets else None,
+                Spread.of(areas) if areas else None,
+                tuple(statistics.fmean(facts.paid for facts in seeds) for seeds in rounds),
+                tuple(statistics.fmean(facts.classes_without for facts in seeds) for seeds in rounds),
+            )
+        )
     return found
 
 
@@ -143,6 +218,7 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
     harmonic = any(line["harmonic"] is not None for line in found)
     targets = any(line["target_mean"] is not None for line in found)
     several = len({line["dataset"] for line in found}) > 1
+    unscored = any(not line["groups"] for line in found)  # images of one's own without a test split
     table = Table(box=SIMPLE_HEAD, title=title, caption="percent; mean and deviation over the seeds; HM of the means")
     for title_ in ("method", *(("dataset",) if several else ())):
         table.add_column(title_, no_wrap=True)
@@ -150,6 +226,7 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
         *groups,
         *(("target mean",) if targets else ()),
         *(("HM", "HM of seeds") if harmonic else ()),
+        *(("labels paid", "classes without a label") if unscored else ()),
         "seeds",
     ):
         table.add_column(title_, justify="right", no_wrap=True)
@@ -161,7 +238,10 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
         if harmonic:
             both = line["harmonic"], line["harmonic_of_seeds"]
             cells += [f"{both[0]:.2f}" if both[0] is not None else "", spread_text(both[1])]
-        table.add_row(*cells, str(max(spread["seeds"] for spread in line["groups"].values())))
+        if unscored:
+            ends = (line.get(name, []) for name in ("paid", "classes_without"))
+            cells += [f"{numbers[-1]:g}" if numbers else "" for numbers in ends]
+        table.add_row(*cells, str(len(_seeds(content, line))))
     if several:
         table.add_section()
         for method, means in content["averages"].items():
@@ -171,8 +251,15 @@ def results_table(title: str, content: dict[str, Any]) -> Table:
             if harmonic:
                 ways = means.get("harmonic_of_means"), means.get("mean_of_harmonics")
                 cells += [f"{ways[0]:.2f} (mean of HMs {ways[1]:.2f})" if None not in ways else "", ""]
+            cells += ["", ""] if unscored else []
             table.add_row(*cells, "")
     return table
+
+
+def _seeds(content: dict[str, Any], line: dict[str, Any]) -> set[int]:
+    """The seeds of a line's units."""
+    row = line["method"], line["dataset"]
+    return {unit["seed"] for unit in content["units"] if (unit["method"], unit["dataset"]) == row}
 
 
 def spread_text(spread: dict[str, Any] | None) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.clip.benchmark.active_rounds import AskingUnit, Workshop
+from pipeline.clip.benchmark.opened import OpenBenchmark
 from pipeline.clip.benchmark.record import BenchmarkRecord
 from pipeline.clip.benchmark.run_results import BenchmarkResults
 from pipeline.clip.benchmark.tracking import benchmark_facts
@@ -41,15 +43,26 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
     """
     require_extras("train", *recipe.tracking.extras)
     with session(recipe, recipe.train.watchdog_s) as here:
-        units, names = units_of(recipe), [entry.name for entry, _ in datasets_of(recipe)]
+        units, names = (
+            together(lambda: units_of(recipe, described=True)),
+            [entry.name for entry, _ in datasets_of(recipe)],
+        )
         data = together(lambda: {name: PreparedDataset(Path(recipe.data.prepared) / name) for name in names})
         models = ClipModels(recipe, here.world, here.watchdog)
         images = open_test_images(recipe, here.world, models, data)
         files = UnitFiles(here, data, models.fingerprint)
         results = on_main(here.world, lambda: BenchmarkResults(here.path, [unit.row for unit in units]))
         tracker = together(lambda: make_tracker(benchmark_facts(recipe), here.path, here.world.rank))
-        trainer = UnitTrainer(recipe, here, models, data, files, tracker)
-        evaluator = UnitEvaluator(recipe, here, models, data, images, tracker)
+        opened = OpenBenchmark(recipe, here, models, data, files, tracker)
+        trainer, evaluator = UnitTrainer(opened), UnitEvaluator(opened, images)
+        workshop = Workshop(here, models, files, tracker, trainer, evaluator)
+        asking = together(
+            lambda: {
+                unit.row: AskingUnit(recipe, unit, data[unit.dataset.name], workshop)
+                for unit in units
+                if unit.method.asks
+            }
+        )
         record = BenchmarkRecord(recipe, here, results, units, data, tracker)
         content: dict[str, Any] = {}
         missing = 0
@@ -70,9 +83,11 @@ def run_benchmark(recipe: ClipRecipe, train: bool = True, evaluate: bool = True)
                         record.write_state("running", index)  # records the unit's MLflow run, which a restart resumes
                         facts = {"method": unit.method.kind, "dataset": unit.dataset.name, "seed": unit.seed}
                         tracker.params(facts)
-                        values = trainer.train(unit) if values is None else values
+                        asks = asking.get(unit.row)
+                        if values is None:
+                            values = trainer.train(unit) if asks is None else asks.train(evaluate)
                         if evaluate:
-                            result = evaluator.evaluate(unit, values)
+                            result = evaluator.evaluate(unit, values) if asks is None else asks.evaluate()
                             files.write_result(unit, result)
                 if result is not None:
                     record.add(result)

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pipeline.clip.benchmark.evaluate import TestImages, evaluate_group
+from pipeline.clip.benchmark.opened import OpenBenchmark
 from pipeline.clip.benchmark.results import UnitResult
 from pipeline.clip.images.prepared import PreparedDataset
 from pipeline.clip.images.ready_pixels import Room
 from pipeline.clip.learning.models import ClipModels
-from pipeline.clip.learning.unit import Unit, units_of
+from pipeline.clip.learning.unit import Unit, units_of, with_lengths_of
 from pipeline.clip.recipe import ClipRecipe
 from pipeline.ranks.world import World, together
-from pipeline.runs.session import Session
-from pipeline.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +30,30 @@ def open_test_images(
     """
     room = together(lambda: Room.of(world) if models.some_change_images(units_of(recipe)) else None)
     batch = recipe.evaluate_batch
-    return {name: TestImages(found.test, models.pixels, world, batch, room) for name, found in data.items()}
+    return {
+        name: TestImages(found.test, models.pixels, world, batch, room)
+        for name, found in data.items()
+        if found.test is not None
+    }
 
 
 class UnitEvaluator:
-    """Scores units on the test images of their datasets.
+    """Scores units on the test images of their datasets, `images` by name."""
 
-    Args:
-        recipe: the benchmark's recipe.
-        session: the ranks, over which the images are split.
-        models: makes the classifier of a unit.
-        data: the prepared datasets by name.
-        images: their test images by name.
-        tracker: receives the accuracies.
-    """
-
-    def __init__(
-        self,
-        recipe: ClipRecipe,
-        session: Session,
-        models: ClipModels,
-        data: Mapping[str, PreparedDataset],
-        images: Mapping[str, TestImages],
-        tracker: Tracker,
-    ) -> None:
-        self.recipe, self.session, self.models = recipe, session, models
-        self.data, self.images, self.tracker = data, images, tracker
+    def __init__(self, opened: OpenBenchmark, images: Mapping[str, TestImages]) -> None:
+        self.recipe, self.session, self.models = opened.recipe, opened.session, opened.models
+        self.data, self.images, self.tracker = opened.data, images, opened.tracker
 
     def evaluate(self, unit: Unit, values: dict[str, Tensor]) -> UnitResult:
-        """The result of a unit whose trained values are `values`."""
+        """The result of a unit whose trained values are `values`; one without groups where there are no test images."""
+        if not unit.groups:  # the dataset has no test images
+            return UnitResult(unit.method.name, unit.dataset.name, unit.seed, {}, {})
         wanted = [(name, self.data[dataset], dataset, part) for name, dataset, part in unit.groups]
         groups = together(lambda: [(name, d.test_images(part), dataset) for name, d, dataset, part in wanted])
-        learner = self.models.learner(unit, len(self.data[unit.dataset.name].classes.names))
+        unit = with_lengths_of(unit, values, self.models.backbone.sizes.blocks)
+        learner = self.models.learner(unit, self.data[unit.dataset.name].classes.names)
         learner.load_state_dict(values)
-        module = self.models.classifier(learner, groups[0][1].names)
+        module = self.models.classifier(learner, groups[0][1].names, unit.descriptions)
         counts, names = {}, {}
         for name, group, dataset in groups:
             self.session.stop_if_told(f"in the evaluation of {unit.label}")

@@ -39,10 +39,8 @@ class UnitFiles:
 
     def expected(self, unit: Unit) -> dict[str, Any]:
         """The fingerprints of model and data that a unit's meta.json has to match."""
-        return {
-            "base_model": self.base_model,
-            "data": self.data[unit.dataset.name].identity(unit.seed, unit.group),
-        }
+        found = {"base_model": self.base_model, "data": unit.identity(self.data[unit.dataset.name])}
+        return found | ({} if unit.descriptions is None else {"descriptions": unit.descriptions.identity()})
 
     def restore(self, unit: Unit) -> dict[str, Tensor] | None:
         """The trainables of a finished unit by name; None when it has to be trained. All ranks call it."""

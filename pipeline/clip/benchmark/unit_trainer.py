@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from pipeline.clip.benchmark.checkpoint import unfinished
-from pipeline.clip.benchmark.unit_files import UnitFiles
-from pipeline.clip.images.prepared import ClassGroup, PreparedDataset
+from pipeline.clip.benchmark.opened import OpenBenchmark
+from pipeline.clip.benchmark.unit_search import UnitSearcher
+from pipeline.clip.images.prepared import ClassGroup
 from pipeline.clip.learning.averaging import EpochAveraging, WeightAverage
 from pipeline.clip.learning.few_shot_batches import FewShotBatches, FewShotImages
-from pipeline.clip.learning.models import ClipModels
 from pipeline.clip.learning.protocol import epoch_rates, small_set_warning
 from pipeline.clip.learning.unit import Unit, regularisers_of
 from pipeline.clip.methods import PromptLearner
-from pipeline.clip.recipe import ClipRecipe, ClipTrainConfig
+from pipeline.clip.recipe import ClipTrainConfig
+from pipeline.clip.search.choice import arrange
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.provenance import package_versions
-from pipeline.runs.session import Session
-from pipeline.tracking.tracker import Tracker
 from pipeline.training.engine import Engine
 from pipeline.training.loop import Attempt, train_stage
 from pipeline.training.resume import StepSaver, restore_random_state
@@ -43,28 +42,12 @@ class OpenUnit:
 
 
 class UnitTrainer:
-    """Trains the units of a benchmark.
+    """Trains the units of a benchmark."""
 
-    Args:
-        recipe: the benchmark's recipe, with the training settings of every unit.
-        session: the ranks, the graceful shutdown and the watchdog.
-        models: makes learner and engine of a unit.
-        data: the prepared datasets by name.
-        files: reads and writes the units' folders.
-        tracker: receives the metrics of every unit.
-    """
-
-    def __init__(
-        self,
-        recipe: ClipRecipe,
-        session: Session,
-        models: ClipModels,
-        data: Mapping[str, PreparedDataset],
-        files: UnitFiles,
-        tracker: Tracker,
-    ) -> None:
-        self.recipe, self.session, self.models = recipe, session, models
-        self.data, self.files, self.tracker = data, files, tracker
+    def __init__(self, opened: OpenBenchmark) -> None:
+        self.recipe, self.session, self.models = opened.recipe, opened.session, opened.models
+        self.data, self.files, self.tracker = opened.data, opened.files, opened.tracker
+        self.searcher = UnitSearcher(opened)
 
     def train(self, unit: Unit) -> dict[str, Tensor]:
         """Train one unit, save its prompts and return them.
@@ -74,6 +57,13 @@ class UnitTrainer:
             Interrupted: a signal asked to stop.
         """
         world, began = self.session.world, time.perf_counter()
+        found_lengths = None
+        if unit.search is not None:
+            found_lengths = self.searcher.search(unit)
+            how = "found" if unit.method.search is None else unit.method.search.lengths
+            unit = replace(unit, lengths=arrange(found_lengths["lengths"], how, unit.seed))
+            if not any(any(lengths) for lengths in found_lengths["lengths"].values()):
+                return self._save_nothing(unit, found_lengths)
         opened = self._open(unit)
         train, group, engine = opened.train, opened.group, opened.engine
         batches = self._batches(opened)
@@ -102,7 +92,7 @@ class UnitTrainer:
             LearningRate(train.lr, lambda step: rates[step // batches.steps_per_epoch] / train.lr),
             self.session,
             Attempt(work, StepSaver(engine, world, work, train, facts), start),
-            lambda progress: self.tracker.metrics(progress.numbers(), progress.step),
+            lambda progress: self.tracker.metrics(progress.numbers(), unit.first_step + progress.step),
         )
         self.session.watchdog.beat(f"saving {unit.label}", slow=True)
         values = engine.values() if averaging is None else averaging.average.average()
@@ -110,7 +100,7 @@ class UnitTrainer:
             "world_size": world.size,
             "seconds": round(time.perf_counter() - began + facts.get("seconds", 0.0), 1),
             "method": unit.method.kind,
-            "options": unit.options(len(group.names)),
+            "options": unit.options(unit.contexts(group.names)),
             "template": opened.learner.template,
             "row": unit.method.name,
             "dataset": unit.dataset.name,
@@ -124,18 +114,43 @@ class UnitTrainer:
             "loss": history[-1].loss,
             "versions": package_versions(),
         }
+        if unit.descriptions is not None:
+            meta["described"] = unit.descriptions.to_json(group.names)
+        if found_lengths is not None:
+            self.searcher.keep(unit, found_lengths)
         folder = self.files.save(unit, values, meta)
         self.tracker.stage_model(folder, unit.label, {"loss": history[-1].loss})
         return values
 
+    def _save_nothing(self, unit: Unit, search: dict[str, Any]) -> dict[str, Tensor]:
+        """Finish a unit whose search chose no prompt in any block: it is zero-shot, and nothing is left to train."""
+        log.warning("%s: the search chose no prompts in any block, so the unit is the frozen model.", unit.label)
+        group = together(lambda: self.data[unit.dataset.name].few_shots(unit.seed, unit.group))
+        meta = {
+            "method": unit.method.kind,
+            "options": unit.options(len(group.names)),
+            "template": self.recipe.template_of(unit.dataset.name),
+            "row": unit.method.name,
+            "dataset": unit.dataset.name,
+            "seed": unit.seed,
+            "group": unit.group,
+            "classes": list(group.names),
+            "model": self.recipe.model.path,
+            "trained": 0,
+            "versions": package_versions(),
+        }
+        self.searcher.keep(unit, search)
+        self.files.save(unit, {}, meta)
+        return {}
+
     def _open(self, unit: Unit) -> OpenUnit:
         """Select the images of a unit and make its learner, both identical on every rank."""
         train, data = self.recipe.train_of(unit.method, unit.dataset.name), self.data[unit.dataset.name]
-        group = together(lambda: data.few_shots(unit.seed, unit.group))
+        group = together(lambda: unit.training_images(data))
         warning = small_set_warning(len(group.rows), train.global_batch, train.epochs)
         if warning:
             log.warning("%s: %s", unit.label, warning)
-        learner = self.models.learner(unit, len(group.names))
+        learner = self.models.learner(unit, group.names)
         return OpenUnit(unit, train, group, learner, self.models.engine(unit, learner, group.names))
 
     def _batches(self, opened: OpenUnit) -> FewShotBatches:
@@ -159,6 +174,7 @@ class UnitTrainer:
         template = self.recipe.template_of(unit.dataset.name)
         engine.module.learner.template = learner.template
         engine.module.regularisers = tuple(regularisers_of(unit.method, learner, template))
+        engine.module.descriptions = unit.descriptions
         engine.module.set_classes(opened.group.names, self.models.backbone)
         average = unit.method.average
         averaging = None

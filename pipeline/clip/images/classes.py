@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from pipeline.errors import UserError
 
 Group = Literal["all", "base", "new"]
 Split = Literal["train", "val", "test"]
+UNLABELLED = -1  # the label of an image whose class nobody has said
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +24,15 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of a dataset; `val` may be empty."""
+    """The images of a dataset; `val` may be empty.
+
+    `classes` are given where the training images have no labels (`UNLABELLED`); then `test` may be empty too.
+    """
 
     train: tuple[LabelledImage, ...]
     val: tuple[LabelledImage, ...]
     test: tuple[LabelledImage, ...]
+    classes: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     def of(self, split: Split) -> tuple[LabelledImage, ...]:
         """The images of one split."""
@@ -35,7 +40,7 @@ class Splits:
 
     def names(self) -> list[str]:
         """The class names in the order of their labels."""
-        return class_names([*self.train, *self.val, *self.test])
+        return list(self.classes) if self.classes else class_names([*self.train, *self.val, *self.test])
 
 
 def refuse_twice(splits: Splits, where: str) -> None:

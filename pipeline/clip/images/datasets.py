@@ -13,7 +13,7 @@ from pipeline.clip.images.classes import base_classes
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.errors import UserError, nearest
 
-Layout = Literal["split_zhou", "aircraft", "imagenet", "class_folders", "csv"]
+Layout = Literal["split_zhou", "aircraft", "imagenet", "class_folders", "csv", "unlabelled"]
 MIRROR = "https://huggingface.co/datasets/zhengli97/prompt_learning_dataset"  # all but ImageNet, with split files
 SPLITS = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
@@ -24,6 +24,9 @@ class Dataset:
 
     `template` with one `{}` is the zero-shot text; `train`, `val`, `test` are the published numbers of images (0: not
     published); `sha256` is that of the published split file, None where it is not known.
+
+    Images without labels have their class names in `class_list` (None: in `classes.txt`), and test images in
+    `test_folder` (None: there are none).
     """
 
     name: str
@@ -38,6 +41,8 @@ class Dataset:
     split: str | None = None
     layout: Layout = "split_zhou"
     sha256: str | None = None
+    class_list: tuple[str, ...] | None = None
+    test_folder: str | None = None
 
     @property
     def base(self) -> int:

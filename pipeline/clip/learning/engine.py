@@ -44,9 +44,10 @@ def clip_engine(module: PromptedCLIP, train: ClipTrainConfig, dtype: str, world:
     kinds = MOMENTUM if train.momentum else ()
     engine = Engine(module, dict(module.learner.named_parameters()), groups, optimizer, config, kinds)
     if engine.zero_stage == 3:
-        # ZeRO-3 gathers a module's parameters when its forward runs, which an nn.ParameterList never does.
+        # ZeRO-3 gathers a module's parameters when its forward runs, which a list or dict of parameters never does.
         for part in module.learner.modules():
-            for parameter in part.parameters(recurse=False) if isinstance(part, nn.ParameterList) else ():
+            kept = isinstance(part, nn.ParameterList | nn.ParameterDict)
+            for parameter in part.parameters(recurse=False) if kept else ():
                 deepspeed.zero.register_external_parameter(module.learner, parameter)
     # DeepSpeed casts buffers to the model's precision too, but these two scale float32 logits: restore them.
     module.backbone.scale, module.backbone.bias = (

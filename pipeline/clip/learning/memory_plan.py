@@ -6,16 +6,20 @@ and DeepSpeed's buffers besides gradients and momentum, are estimates.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.clip.learning.descriptions import Descriptions
 from pipeline.clip.learning.few_shot_batches import micro_batches
 from pipeline.clip.methods import learner_of_sizes, method_class
 from pipeline.clip.recipe import ClipMethodConfig, ClipRecipe
 from pipeline.clip.towers.backbone import Sizes
 from pipeline.clip.towers.encode import AT_ONCE
+from pipeline.errors import UserError
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan
 from pipeline.planning.zero import Zero
 from pipeline.training.deepspeed_config import deepspeed_file, with_recipe
@@ -43,7 +47,12 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
     whole = sum(sizes) * element + buffers
     weights, weights_note = zero.frozen(sizes, buffers)
     most, by_method = max((_activations(recipe, m, ranks, model, classes, element), m.name) for m in recipe.methods)
-    learned, trained_by = max((_trainables(m, model, classes), m.name) for m in recipe.methods)
+    searching, searched_by = max(
+        (_searching(recipe, m, ranks, model, classes, element), m.name) for m in recipe.methods
+    )
+    if searching > most:
+        most, by_method = searching, f"{searched_by} (its search)"
+    learned, trained_by = max((_trainables(recipe, m, model, classes), m.name) for m in recipe.methods)
     held, gradients, optimizer = zero.trained([[learned]], states=1)
     return MemoryPlan(
         ranks,
@@ -75,14 +84,27 @@ def plan_benchmark(recipe: ClipRecipe, ranks: int, model: nn.Module, classes: in
     )
 
 
-def _learner(method: ClipMethodConfig, model: Any, classes: int) -> Any:
-    options = method.options | ({"classes": classes} if method.per_class else {})
+def _learner(recipe: ClipRecipe, method: ClipMethodConfig, model: Any, classes: int) -> Any:
+    search = recipe.search_of(method)
+    options = method.options | ({"classes": _texts(recipe, method, classes)} if method.per_class else {})
+    options |= {} if search is None else search.longest
     with torch.device("meta"):
         return learner_of_sizes(method.kind, Sizes.of(model.config), 0, **options)
 
 
-def _trainables(method: ClipMethodConfig, model: Any, classes: int) -> int:
-    return sum(parameter.numel() for parameter in _learner(method, model, classes).parameters())
+def _texts(recipe: ClipRecipe, method: ClipMethodConfig, classes: int) -> int:
+    """The number of texts of a row: one per class, or the most descriptions of a dataset where their files are here."""
+    if method.descriptions is None:
+        return classes
+    counts = [classes]
+    for dataset in recipe.data.datasets:
+        with contextlib.suppress(UserError):
+            counts.append(sum(map(len, Descriptions.read(method.descriptions, dataset.name).texts.values())))
+    return max(counts)
+
+
+def _trainables(recipe: ClipRecipe, method: ClipMethodConfig, model: Any, classes: int) -> int:
+    return sum(parameter.numel() for parameter in _learner(recipe, method, model, classes).parameters())
 
 
 def _activations(
@@ -91,16 +113,30 @@ def _activations(
     """Bytes that one forward pass of a method keeps for the backward pass, over both towers."""
     if not method_class(method.kind).learns:
         return 0
-    learner, train = _learner(method, model, classes), recipe.train_of(method)
+    learner, train = _learner(recipe, method, model, classes), recipe.train_of(method)
     micro, _ = micro_batches(train.global_batch, train.micro_batch, ranks)
-    texts = classes * (micro if learner.per_image else 1)
+    texts = _texts(recipe, method, classes) * (micro if learner.per_image else 1)
     texts = min(texts, recipe.model.text_chunk or texts)  # a chunk's activations are recomputed in the backward pass
     text, vision = model.config.text_config, model.config.vision_config
     kept = kept_bytes(text, texts, text_tokens(model), element)
     if learner.changes_images:
-        tokens = image_tokens(vision) + max(learner.schedule.vision.present)
+        tokens = image_tokens(vision) + max(learner.schedule.vision.present + learner.schedule.vision.kv)
         return kept + kept_bytes(vision, micro, tokens, element)
     return kept + _passing(vision, micro * image_tokens(vision), element)
+
+
+def _searching(recipe: ClipRecipe, method: ClipMethodConfig, ranks: int, model: Any, classes: int, element: int) -> int:
+    """Bytes that a forward pass of a row's own search keeps for the backward pass, over both towers."""
+    search, train = method.search, recipe.train_of(method)
+    if search is None or search.like is not None:
+        return 0
+    micro, _ = micro_batches(search.global_batch, train.micro_batch, ranks)
+    images = max(micro, -(-search.validation_batch // ranks))
+    texts = min(classes, recipe.model.text_chunk or classes)
+    text, vision = model.config.text_config, model.config.vision_config
+    return mixed_bytes(text, texts, text_tokens(model), search.options.text, element) + mixed_bytes(
+        vision, images, image_tokens(vision), search.options.vision, element
+    )
 
 
 def kept_bytes(tower: Any, sequences: int, tokens: int, element: int) -> int:
@@ -121,6 +157,20 @@ def kept_bytes(tower: Any, sequences: int, tokens: int, element: int) -> int:
     return sequences * tokens * tower.num_hidden_layers * per_token
 
 
+def mixed_bytes(tower: Any, sequences: int, tokens: int, options: Sequence[int], element: int) -> int:
+    """The same as `kept_bytes` where every block mixes the options of a search.
+
+    The attention is written out: per head and token the scores of all tokens and their exponentials, in float32 and the
+    latter in the tower's precision besides, and for every prompt its score and twice its share; per option some numbers
+    more. The keys of prompts are the same for all sequences and are not counted.
+    """
+    heads, prompts = tower.num_attention_heads, sum(options)
+    exact = 2 * tokens + 3 * prompts + 4 * len(options)
+    again = (tokens + prompts) * element if element < FLOAT32 else 0
+    per_token = heads * (exact * FLOAT32 + again)
+    return kept_bytes(tower, sequences, tokens, element) + sequences * tokens * tower.num_hidden_layers * per_token
+
+
 def text_tokens(model: Any) -> int:
     """Tokens of a text: ASSUMED_TEXT where texts may be shortened, else the tower's maximum length."""
     length = model.config.text_config.max_position_embeddings
@@ -135,7 +185,8 @@ def image_tokens(vision: Any) -> int:
 def _evaluation(recipe: ClipRecipe, model: Any, classes: int, element: int) -> int:
     """Bytes of activations in evaluation: those of the tower that needs more, without gradients."""
     per_image = any(method_class(method.kind).per_image for method in recipe.methods)
-    texts = classes * (recipe.evaluate_batch if per_image else 1)
+    texts = max(_texts(recipe, method, classes) for method in recipe.methods)
+    texts *= recipe.evaluate_batch if per_image else 1
     texts = min(texts, recipe.model.text_chunk or texts, AT_ONCE)
     config = model.config
     return max(

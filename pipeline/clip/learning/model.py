@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.clip.learning.descriptions import Descriptions
 from pipeline.clip.methods.base import PromptLearner, Prompts
 from pipeline.clip.methods.regulariser import Features, Regulariser
-from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.recipe_descriptions import Mode
+from pipeline.clip.towers.backbone import Backbone, normalised
 from pipeline.clip.towers.encode import encode_texts
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError
@@ -55,6 +57,7 @@ class PromptedCLIP(nn.Module):
         names: the class names.
         regularisers: further terms of the loss.
         text_chunk: texts per pass of the text tower; None: all at once.
+        descriptions: give a class several texts; None: one with its name.
 
     Raises:
         UserError: the learner has class-specific contexts for another number of classes, or regularisers are given for
@@ -69,10 +72,11 @@ class PromptedCLIP(nn.Module):
         names: Sequence[str],
         regularisers: Sequence[Regulariser] = (),
         text_chunk: int | None = None,
+        descriptions: Descriptions | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.learner = backbone, learner
-        self.words, self.text_chunk = words, text_chunk
+        self.words, self.text_chunk, self.descriptions = words, text_chunk, descriptions
         self.regularisers = tuple(regularisers)
         if self.regularisers and learner.per_image:
             raise UserError(
@@ -94,13 +98,16 @@ class PromptedCLIP(nn.Module):
         `frozen` is a copy of the backbone on which regularisers compute their frozen features, since this module's own
         may be sharded.
         """
-        expected = self.learner.classes
-        if expected is not None and expected != len(names):
+        described = names if self.descriptions is None else self.descriptions.described(names)
+        expected, what = self.learner.classes, "classes" if self.descriptions is None else "descriptions"
+        if expected is not None and expected != len(described):
             raise UserError(
-                f"The method {self.learner.name} learned a context for each of {expected} classes, but the class list "
-                f"has {len(names)}. Give the classes it was trained on, or train with a shared context."
+                f"The method {self.learner.name} learned a context for each of {expected} {what}, but the class list "
+                f"has {len(described)}. Give the classes it was trained on, or train with a shared context."
             )
-        self.texts = self.learner.texts(self.words, names)
+        self.names = tuple(names)
+        self.texts = self.learner.texts(self.words, described)
+        self._averaging = None if self.descriptions is None else self.descriptions.averaging(names)
         for regulariser in self.regularisers:
             regulariser.start(frozen or self.backbone, self.words, names)
 
@@ -115,17 +122,40 @@ class PromptedCLIP(nn.Module):
     def text_features(self, prompts: Prompts | None = None) -> Tensor:
         """Text features [K, J] of the classes, or [B, K, J] for prompts made from B images; not normalised.
 
+        Where logits of descriptions are averaged, features [R, J] of all R descriptions; see `class_features`.
         In evaluation compute them once and pass them to `logits`, except for methods whose prompts depend on the image.
         """
         prompts = prompts or self.learner()
         self.texts = self.texts.to(self.backbone.scale.device)
-        return encode_texts(self.backbone, self.texts, self.learner.schedule, prompts.text, self.text_chunk)
+        found = encode_texts(self.backbone, self.texts, self.learner.schedule, prompts.text, self.text_chunk)
+        return self._by_class(found) if self._averages("features") else found
+
+    def class_features(self, texts: Tensor) -> Tensor:
+        """A unit text feature [K, J] for each class from `text_features` that do not depend on the image.
+
+        Where logits are averaged, it is the mean of the descriptions' unit features, brought to unit length.
+        """
+        return normalised(self._by_class(normalised(texts))) if self._averages("logits") else normalised(texts)
+
+    def _averages(self, what: Mode) -> bool:
+        return self.descriptions is not None and self.descriptions.mode == what
+
+    def _by_class(self, values: Tensor) -> Tensor:
+        """Means [K, ...] over the descriptions of each class of values [R, ...]."""
+        assert self._averaging is not None
+        self._averaging = self._averaging.to(values.device)
+        return self._averaging.to(values.dtype) @ values
+
+    def _scores(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Class logits [B, K] of features."""
+        found = self.backbone.logits(images, texts)
+        return self._by_class(found.T).T if self._averages("logits") else found
 
     def logits(
         self, pixel_values: Tensor | None, image_features: Tensor | None = None, text_features: Tensor | None = None
     ) -> Tensor:
         """Class logits [B, K] of `pixel_values` [B, 3, H, W]; features that are passed are not computed."""
-        return self.backbone.logits(*self._features(pixel_values, image_features, text_features))
+        return self._scores(*self._features(pixel_values, image_features, text_features))
 
     def _features(
         self, pixel_values: Tensor | None, images: Tensor | None = None, texts: Tensor | None = None
@@ -150,7 +180,7 @@ class PromptedCLIP(nn.Module):
         over all ranks (None: by the total weight of this batch).
         """
         images, texts = self._features(batch.pixel_values, batch.image_features)
-        logits = self.backbone.logits(images, texts)
+        logits = self._scores(images, texts)
         weights = torch.ones_like(logits[:, 0]) if batch.weights is None else batch.weights
         share = weights / (weights.sum() if normaliser is None else normaliser.samples)
         labels = batch.labels.to(logits.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.backbones.base_model import fingerprint
 from pipeline.clip.images.pixels import Pixels
 from pipeline.clip.images.ready_pixels import ReadyPixels, Room, decoding_threads
+from pipeline.clip.learning.descriptions import Descriptions
 from pipeline.clip.learning.engine import clip_engine, shards_parameters
 from pipeline.clip.learning.few_shot_batches import FewShotImages
 from pipeline.clip.learning.model import PromptedCLIP
@@ -48,14 +49,16 @@ class ClipModels:
         self.fingerprint = on_main(world, lambda: fingerprint(source, recorded))
         self._engine: tuple[tuple[Any, ...], Engine] | None = None
 
-    def learner(self, unit: Unit, classes: int) -> PromptLearner:
-        """A learner with its initial values, identical on every rank."""
-        return together(lambda: learner_of(unit, self.backbone, self.words, classes))
+    def learner(self, unit: Unit, names: Sequence[str]) -> PromptLearner:
+        """A learner for these classes with its initial values, identical on every rank."""
+        return together(lambda: learner_of(unit, self.backbone, self.words, unit.contexts(names)))
 
-    def classifier(self, learner: PromptLearner, names: Sequence[str]) -> PromptedCLIP:
+    def classifier(
+        self, learner: PromptLearner, names: Sequence[str], descriptions: Descriptions | None = None
+    ) -> PromptedCLIP:
         """The classifier of a learner over these classes, on this rank's device."""
-        chunk = self.recipe.model.text_chunk
-        return PromptedCLIP(self.backbone, learner.to(self.world.device), self.words, names, text_chunk=chunk)
+        chunk, learner = self.recipe.model.text_chunk, learner.to(self.world.device)
+        return PromptedCLIP(self.backbone, learner, self.words, names, text_chunk=chunk, descriptions=descriptions)
 
     def some_change_images(self, units: Sequence[Unit]) -> bool:
         """Whether some method has image prompts, so that its units need pixels instead of frozen image features."""
@@ -85,6 +88,7 @@ class ClipModels:
                 names,
                 regularisers_of(unit.method, learner, recipe.template_of(unit.dataset.name)),
                 recipe.model.text_chunk,
+                unit.descriptions,
             )
             self._engine = shapes, clip_engine(module, train, recipe.model.dtype, self.world)
         return self._engine[1]

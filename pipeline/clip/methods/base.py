@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class PromptLearner(nn.Module):
     name: ClassVar[str]
     learns: ClassVar[bool] = True  # whether it has trainables; without, no seed changes the result
     takes_classes: ClassVar[bool] = False  # whether the recipe's `per_class` sets its option `classes`
+    searches: ClassVar[bool] = False  # whether the recipe's `search` finds its options `text` and `vision`
     per_image: ClassVar[bool] = False  # whether prompts depend on the image, so that text features do too
     position: Position = "end"  # of the class name, see `class_texts`
 
@@ -51,10 +52,14 @@ class PromptLearner(nn.Module):
         super().__init__()
         self.schedule, self.template, self.length = schedule, template, length
 
+    @classmethod
+    def refuse_values(cls, options: Mapping[str, Any]) -> None:
+        """Raise UserError for values of options, each of the right type, that make no learner on any backbone."""
+
     @property
     def changes_images(self) -> bool:
         """Whether there are image prompts; without them image features can be computed once."""
-        return bool(self.schedule.vision.adds)
+        return bool(self.schedule.vision.adds) or any(self.schedule.vision.kv)
 
     @property
     def classes(self) -> int | None:

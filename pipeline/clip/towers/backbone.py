@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from pipeline.backbones.clip import projected
-from pipeline.clip.towers.inject import image_prompts, text_prompts
+from pipeline.clip.towers.inject import Additions, averaged_embeddings, image_prompts, text_prompts
 from pipeline.clip.towers.schedule import PromptSchedule
 from pipeline.clip.towers.text import Words
 from pipeline.errors import UserError, nearest
@@ -92,7 +92,14 @@ class Backbone(nn.Module):
         with torch.no_grad():
             return table(ids.to(table.weight.device)).float()
 
-    def text(self, ids: Tensor, rows: Tensor, schedule: PromptSchedule, added: Mapping[int, Tensor]) -> Tensor:
+    def text(
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        schedule: PromptSchedule,
+        added: Additions,
+        averaged: Tensor | None = None,
+    ) -> Tensor:
         """Text features [R, J] in float32, not normalised.
 
         Args:
@@ -100,11 +107,17 @@ class Backbone(nn.Module):
             rows: positions [R, n] of the prompts in each sequence.
             schedule: the operations of each block.
             added: prompts by block.
+            averaged: token ids [M, R, T] whose mean token embedding stands for that of `ids`; None: that of `ids`.
         """
-        with text_prompts(self.model.text_model, schedule.text, added, rows):
+        with ExitStack() as stack:
+            if averaged is not None:
+                # One of the M at a time: ids are small, their embeddings are not.
+                total = sum((self.embedding_rows(part) for part in averaged), torch.zeros((), device=ids.device))
+                stack.enter_context(averaged_embeddings(self.model.text_model, total / len(averaged)))
+            stack.enter_context(text_prompts(self.model.text_model, schedule.text, added, rows))
             return _features(self.model.get_text_features(input_ids=ids))
 
-    def image(self, pixel_values: Tensor, schedule: PromptSchedule, added: Mapping[int, Tensor]) -> Tensor:
+    def image(self, pixel_values: Tensor, schedule: PromptSchedule, added: Additions) -> Tensor:
         """Image features [B, J] in float32, not normalised, of `pixel_values` [B, 3, H, W] with prompts `added`."""
         with image_prompts(self.model.vision_model, schedule.vision, added, pooled_tokens=self.kind == "siglip"):
             pixel_values = pixel_values.to(self.model.dtype)

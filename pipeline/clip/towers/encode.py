@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.clip.towers.backbone import Backbone
+from pipeline.clip.towers.inject import Additions
 from pipeline.clip.towers.schedule import PromptSchedule
 from pipeline.clip.towers.text import ClassTexts
 
@@ -20,7 +19,7 @@ def encode_texts(
     backbone: Backbone,
     texts: ClassTexts,
     schedule: PromptSchedule,
-    added: Mapping[int, Tensor],
+    added: Additions,
     chunk: int | None = None,
 ) -> Tensor:
     """Text features [K, J] of the classes, or [B, K, J] when the context is per image [B, 1, n, D]; not normalised.
@@ -35,7 +34,7 @@ def encode_texts(
     """
     classes = len(texts.ids)
     context = added.get(0)
-    images = len(context) if context is not None and context.dim() == 4 else None
+    images = len(context) if isinstance(context, Tensor) and context.dim() == 4 else None
     features, learning = [], torch.is_grad_enabled()
     sequences = torch.arange(classes * (images or 1), device=texts.ids.device)
     together = chunk or len(sequences)
@@ -52,12 +51,13 @@ def encode_texts(
 
 
 def _encode(
-    backbone: Backbone, texts: ClassTexts, schedule: PromptSchedule, added: Mapping[int, Tensor], numbers: Tensor
+    backbone: Backbone, texts: ClassTexts, schedule: PromptSchedule, added: Additions, numbers: Tensor
 ) -> Tensor:
     """Features [R, J] of the sequences `numbers` [R]; number image * K + class is a class's text for an image."""
     classes = numbers % len(texts.ids)
     fresh = dict(added)
-    if 0 in fresh and fresh[0].dim() > 2:
-        context = fresh[0]
+    context = fresh.get(0)
+    if isinstance(context, Tensor) and context.dim() > 2:
         fresh[0] = context[classes] if context.dim() == 3 else context[numbers // len(texts.ids), 0]
-    return backbone.text(texts.ids[classes], texts.rows[classes], schedule, fresh)
+    averaged = None if texts.averaged is None else texts.averaged[:, classes]
+    return backbone.text(texts.ids[classes], texts.rows[classes], schedule, fresh, averaged)

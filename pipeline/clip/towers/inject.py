@@ -3,7 +3,7 @@
 The model's own code runs unchanged, with any attention implementation, precision and sharding that it supports. Image
 prompts are appended to the sequence before CLIP's first layer norm and get no position embedding. Text prompts replace
 given rows: in the first block token embeddings, to which position embeddings are then added; in later blocks hidden
-states (docs/design.md 5.3, 5.4).
+states (docs/design.md 5.3, 5.4). Prompts that are keys and values of single blocks are in `extra_keys`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.clip.towers.extra_keys import Mixed, extra_keys
 from pipeline.clip.towers.schedule import TowerSchedule
 
-Additions = Mapping[int, Tensor]  # block -> new prompts [n, D], or [R, n, D] for each of R sequences
+# Block -> new prompts [n, D], or [R, n, D] for each of R sequences; or the options of a search.
+Additions = Mapping[int, Tensor | Mixed]
 
 
 @contextmanager
@@ -32,6 +34,11 @@ def image_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, p
             because the pooling was trained on patches alone.
     """
     layers = _layers(tower)
+    if schedule.kv:
+        with extra_keys(layers, added, front=False):
+            yield
+        return
+    added = _in_the_sequence(added)
     with ExitStack() as stack:
         if 0 in added:
             stack.enter_context(_changed_output(_part(tower, "embeddings"), lambda x: _append(x, added[0])))
@@ -55,8 +62,13 @@ def text_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, ro
         rows: positions [R, n] of the prompts in each sequence.
     """
     layers = _layers(tower)
+    if schedule.kv:
+        # In front of the start token, which every token sees: under a causal mask all tokens then see the prompts.
+        with extra_keys(layers, added, front=True):
+            yield
+        return
     with ExitStack() as stack:
-        for block, fresh in added.items():
+        for block, fresh in _in_the_sequence(added).items():
             where = rows[:, rows.shape[1] - schedule.ops[block].add :]
             place = _Place(where, fresh)
             if block == 0:
@@ -65,6 +77,19 @@ def text_prompts(tower: nn.Module, schedule: TowerSchedule, added: Additions, ro
             else:
                 stack.enter_context(_changed_input(layers[block], place))
         yield
+
+
+@contextmanager
+def averaged_embeddings(tower: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Within this context the token embeddings of a text tower are `rows` [R, T, D], whatever its token ids."""
+    table = _part(_part(tower, "embeddings"), "token_embedding")
+    with _changed_output(table, lambda x: rows.to(x.dtype)):
+        yield
+
+
+def _in_the_sequence(added: Additions) -> dict[int, Tensor]:
+    assert not any(isinstance(prompt, Mixed) for prompt in added.values()), "a mixture has no place in the sequence"
+    return {block: prompt for block, prompt in added.items() if isinstance(prompt, Tensor)}
 
 
 class _Tail:

@@ -1,77 +1,63 @@
-"""Prompt schedules: how many prompts are removed, added and carried before each block of each tower.
+"""Prompt schedules of both towers of a CLIP: how many prompts are removed, added and carried before each block.
 
-Every method is one schedule. Before a block runs, the `remove` newest prompts are removed and `add` new ones appended.
-All others are carried: they enter the block as the hidden states of the block before (docs/design.md 5.4).
+Every method is one schedule; see `pipeline.backbones.prompt_schedule`, which the decoders of the other half use too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from pipeline.errors import UserError, nearest
+from pipeline.backbones.prompt_schedule import Counts, First, Op, at_least_one, grown, replaced
+from pipeline.errors import UserError
 
-First = Literal["code", "figure"]
-
-
-@dataclass(frozen=True)
-class Op:
-    """The operation before one block: remove the `remove` newest prompts, then append `add` new ones."""
-
-    remove: int = 0
-    add: int = 0
+__all__ = [
+    *("First", "Op", "PromptSchedule", "TowerSchedule", "coop", "ivlp", "keys_and_values", "maple", "mpl"),
+    *("schedule", "vpt"),
+]
 
 
 @dataclass(frozen=True)
-class TowerSchedule:
+class TowerSchedule(Counts):
     """The operations of one tower, one per block.
 
-    Raises UserError, naming tower and block, for a negative count, for removing more prompts than are present, and for
-    a number of text prompts that changes between blocks: positions and causal mask of the text tower fit one length.
+    `kv` are the numbers of prompts by block that are keys and values of that block's attention alone (empty: none).
+    They are no tokens: no block but theirs has them, so the sequence keeps its length, and `present` does not count
+    them.
+
+    Raises UserError, naming tower and block, for a negative count, for removing more prompts than are present, for
+    a number of text prompts that changes between blocks (positions and causal mask of the text tower fit one length),
+    and for prompts of both kinds in one tower.
     """
 
     tower: Literal["text", "vision"]
     ops: tuple[Op, ...]
+    kv: tuple[int, ...] = ()
+
+    def place(self, block: int) -> str:
+        return f"Block {block} of the {self.tower} tower"
 
     def __post_init__(self) -> None:
-        present = 0
+        self.require_possible()
         for block, op in enumerate(self.ops):
-            place = f"Block {block} of the {self.tower} tower"
-            if op.remove < 0 or op.add < 0:
-                raise UserError(
-                    f"{place} would remove {op.remove} and add {op.add} prompts; expected counts of 0 or more. "
-                    "Correct the method's prompt counts."
-                )
-            if op.remove > present:
-                raise UserError(
-                    f"{place} would remove {op.remove} prompts, but only {present} are there when it begins. Remove "
-                    f"at most {present}, or add more before."
-                )
             if self.tower == "text" and block > 0 and op.add != op.remove:
                 raise UserError(
-                    f"{place} would remove {op.remove} and add {op.add} prompts, but the number of tokens in the "
-                    "text tower cannot change between blocks. Add as many as are removed."
+                    f"{self.place(block)} would remove {op.remove} and add {op.add} prompts, but the number of tokens "
+                    "in the text tower cannot change between blocks. Add as many as are removed."
                 )
-            present += op.add - op.remove
-
-    @property
-    def present(self) -> tuple[int, ...]:
-        """The number of prompts in each block."""
-        counts, count = [], 0
-        for op in self.ops:
-            count += op.add - op.remove
-            counts.append(count)
-        return tuple(counts)
-
-    def carried(self, block: int) -> int:
-        """The number of prompts that enter `block` from the block before."""
-        return 0 if block == 0 else self.present[block - 1] - self.ops[block].remove
-
-    @property
-    def adds(self) -> dict[int, int]:
-        """The number of new prompts by block, for blocks that have some."""
-        return {block: op.add for block, op in enumerate(self.ops) if op.add}
+        if self.kv and len(self.kv) != len(self.ops):
+            raise UserError(
+                f"{len(self.kv)} prompt lengths are given for the {self.tower} tower, which has {len(self.ops)} "
+                "blocks; expected one for each block (0: none)."
+            )
+        for block, count in enumerate(self.kv):
+            if count < 0:
+                raise UserError(f"{self.place(block)} would get {count} prompts; expected a length of 0 or more.")
+        if any(self.kv) and self.adds:
+            raise UserError(
+                f"The {self.tower} tower would get prompts in its sequence and as keys and values; expected one kind."
+            )
 
 
 @dataclass(frozen=True)
@@ -98,18 +84,6 @@ def schedule(text: Iterable[Op], vision: Iterable[Op], blocks: tuple[int, int]) 
     return PromptSchedule(TowerSchedule("text", tuple(first)), TowerSchedule("vision", tuple(second)))
 
 
-def _replaced(count: int, depth: int) -> list[Op]:
-    """`count` prompts before block 0, replaced before each of the next `depth` - 1 blocks."""
-    return [Op(add=count), *[Op(remove=count, add=count)] * (at_least_one("depth", depth) - 1)]
-
-
-def at_least_one(name: str, value: int) -> int:
-    """The value; UserError when it is below 1."""
-    if value < 1:
-        raise UserError(f"The prompt {name} is {value}; expected 1 or more. Correct it, or choose another method.")
-    return value
-
-
 def coop(n: int, blocks: tuple[int, int]) -> PromptSchedule:
     """`n` context tokens at the input of the text tower (docs/design.md 5.1), also for CoCoOp and KgCoOp."""
     return schedule([Op(add=at_least_one("length", n))], [], blocks)
@@ -118,14 +92,14 @@ def coop(n: int, blocks: tuple[int, int]) -> PromptSchedule:
 def vpt(n: int, depth: int, blocks: tuple[int, int], carry: bool = False) -> PromptSchedule:
     """`n` image prompts before each of the first `depth` blocks, which replace or (`carry`) join those before."""
     at_least_one("length", n)
-    ops = [Op(add=n)] * at_least_one("depth", depth) if carry else _replaced(n, depth)
+    ops = [Op(add=n)] * at_least_one("depth", depth) if carry else replaced(n, depth)
     return schedule([], ops, blocks)
 
 
 def ivlp(n_text: int, n_vision: int, depth: int, blocks: tuple[int, int]) -> PromptSchedule:
     """Independent prompts in both towers, replaced before each of the first `depth` blocks (docs/design.md 5.8)."""
     at_least_one("length", min(n_text, n_vision))
-    return schedule(_replaced(n_text, depth), _replaced(n_vision, depth), blocks)
+    return schedule(replaced(n_text, depth), replaced(n_vision, depth), blocks)
 
 
 def maple(n: int, depth: int, blocks: tuple[int, int]) -> PromptSchedule:
@@ -145,11 +119,20 @@ def mpl(n: int, add: int, remove: int, depth: int, blocks: tuple[int, int], firs
         first: image prompts of the first block: code: `n`, as in the released code; figure: `add * n`, as in the
             paper's figure. Another value is a UserError.
     """
-    at_least_one("length", n)
-    at_least_one("number of added groups", add)
-    if first not in get_args(First):
-        expected = ", ".join(get_args(First)) + "." + nearest(first, get_args(First))
-        raise UserError(f"The first block follows '{first}'; expected one of {expected}")
-    start = n if first == "code" else add * n
-    grown = [Op(add=start), *[Op(remove=remove, add=add * n)] * (at_least_one("depth", depth) - 1)]
-    return schedule(_replaced(n, depth), grown, blocks)
+    ops = grown(n, add, remove, depth, first)
+    return schedule(replaced(n, depth), ops, blocks)
+
+
+def keys_and_values(text: int | Sequence[int], vision: int | Sequence[int], blocks: tuple[int, int]) -> PromptSchedule:
+    """Prompts as keys and values of single blocks (docs/clip_prompts.md); a single number is that of every block.
+
+    Raises UserError for a negative length, and where lengths are not as many as the tower has blocks.
+    """
+    lengths = [
+        (given,) * count if isinstance(given, int) else tuple(given)
+        for given, count in zip((text, vision), blocks, strict=True)
+    ]
+    return PromptSchedule(
+        TowerSchedule("text", (Op(),) * blocks[0], lengths[0]),
+        TowerSchedule("vision", (Op(),) * blocks[1], lengths[1]),
+    )

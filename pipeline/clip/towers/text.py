@@ -21,15 +21,20 @@ MARK = "{}"  # where a template takes the class name
 
 @dataclass(frozen=True)
 class ClassTexts:
-    """One text per class: the class names, token ids `ids` [K, T], and positions `rows` [K, n] of the context."""
+    """One text per class: the class names, token ids `ids` [K, T], and positions `rows` [K, n] of the context.
+
+    `averaged` [M, K, T] are the ids of M texts per class whose mean token embedding stands for that of `ids`.
+    """
 
     names: tuple[str, ...]
     ids: Tensor
     rows: Tensor
+    averaged: Tensor | None = None
 
     def to(self, device: torch.device) -> ClassTexts:
         """The same texts on another device."""
-        return ClassTexts(self.names, self.ids.to(device), self.rows.to(device))
+        averaged = None if self.averaged is None else self.averaged.to(device)
+        return ClassTexts(self.names, self.ids.to(device), self.rows.to(device), averaged)
 
 
 class Words:
@@ -120,6 +125,19 @@ def class_texts(
         sequences.append(start + context[:before] + rest[:name_length] + context[before:] + rest[name_length:])
         rows.append([lead + k + (name_length if k >= before else 0) for k in range(length)])
     return ClassTexts(tuple(names), words.padded(sequences), torch.tensor(rows, dtype=torch.long))
+
+
+def averaged_texts(words: Words, names: Sequence[str], templates: Sequence[str]) -> ClassTexts:
+    """Texts whose token embeddings are the mean over the templates, with the end position of the last template.
+
+    Templates of different lengths are averaged position by position, padding included, and end where the last one
+    does: nothing after the end position is read.
+    """
+    last = class_texts(words, names, templates[-1])
+    length = last.ids.shape[1]
+    rows = [[words.whole(template.replace(MARK, readable(name))) for name in names] for template in templates]
+    padded = [[(ids + [words.pad] * length)[:length] for ids in part] for part in rows]
+    return ClassTexts(last.names, last.ids, last.rows, torch.tensor(padded))
 
 
 def check_names(names: Sequence[str]) -> None:

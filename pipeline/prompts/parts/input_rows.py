@@ -14,6 +14,8 @@ from pipeline.prompts.parts.base import Entry, Part, shape_of, with_own
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
+    from pipeline.data.collate import Batch
+    from pipeline.prompts.parts.shapes import DecoderShape
 
 PROMPT = "prompt"  # the name of a stage's prompt set [L, D] in files
 
@@ -24,6 +26,15 @@ class RowsEntry(Entry):
     def __init__(self, insertion: str) -> None:
         self.insertion = insertion
 
+    def length(self, tensors: Mapping[str, Tensor]) -> int:
+        return int(tensors[PROMPT].shape[1]) if PROMPT in tensors else 0
+
+    def rows(self, tensors: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor] | None:
+        sets = tensors.get(PROMPT)
+        if sets is None or not len(sets) or not batch.selected.shape[1]:
+            return None
+        return gather_sets(sets, batch.selected, batch.selected_weights)
+
 
 class InputRows(Part):
     """A prompt set [L, D].
@@ -31,6 +42,8 @@ class InputRows(Part):
     `init` vocab_rows: rows of the frozen input embedding picked at random (docs/design.md 4.2); normal: deviation
     0.02; previous: the previous stage's set, vocab_rows in the first stage.
     """
+
+    sized_by = "prompt_length"
 
     def __init__(self, lmm: LMM, length: int, insertion: str = "after_bos", init: str = "vocab_rows") -> None:
         super().__init__()
@@ -51,6 +64,18 @@ class InputRows(Part):
         """How finished prompt sets of a method enter."""
         return RowsEntry(method.insertion)
 
+    @classmethod
+    def keeps(cls, name: str) -> bool:
+        return name == PROMPT
+
+    @classmethod
+    def length(cls, method: Any) -> int:
+        return int(method.prompt_length)
+
+    @classmethod
+    def sizes(cls, method: Any, shape: DecoderShape) -> list[int]:
+        return [method.prompt_length * shape.width]
+
     def forward(self, bank: Tensor | None = None, selection: Selection | None = None) -> tuple[Tensor, Tensor | None]:
         """The sets of each sample [B, (m + 1) * L, D] and their validity: the selected ones of the bank [t-1, L, D],
         then the current one. Without a selection the current set [L, D] alone."""
@@ -58,6 +83,10 @@ class InputRows(Part):
             return self.prompt.clone(), None
         sets, mine = with_own(bank, self.prompt, selection)
         return gather_sets(sets, mine.numbers, mine.weights)
+
+    def rows(self, bank: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor] | None:
+        found: tuple[Tensor, Tensor] = self(bank.get(PROMPT), batch.selection)
+        return found
 
     def start(self, lmm: LMM, generator: torch.Generator, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         length, width = shape_of(self.prompt)

@@ -11,37 +11,66 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.selection import NO_SET, Selection
-from pipeline.errors import UserError
-from pipeline.prompts.parts.base import Entry, Part, shape_of, with_own
+from pipeline.config.low_rank import OUTPUT_LAYER, LowRankOptions
+from pipeline.data.selection import Selection
+from pipeline.errors import UserError, nearest
+from pipeline.prompts.parts.base import Entry, Part, shape_of
+from pipeline.prompts.parts.dropout import Dropout
+from pipeline.prompts.parts.mixture import Mixture
 
 if TYPE_CHECKING:
+    from pipeline.backbones.decoding import Attached
     from pipeline.backbones.lmm import LMM
+    from pipeline.prompts.parts.shapes import DecoderShape, LinearShape
 
 PREFIX = "low_rank."
 A, B = ".a", ".b"
+Update = Callable[[Tensor], Tensor]  # what is added to a layer's output [B, N, outputs], of its input [B, N, inputs]
 
 
 class LowRankEntry(Entry):
     """Updates are added to the outputs of the layers that the tensors name, each row of the batch with its own."""
 
     attaches = True
+    prefix = PREFIX
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def attached(self, lmm: LMM, tensors: Mapping[str, Tensor], selection: Selection) -> AbstractContextManager[None]:
-        # Tensors of no module [0, ...]: the rule chose none for any sample.
-        ends = [name for name, value in tensors.items() if name.endswith(A) and len(value)]
-        names = [name.removeprefix(PREFIX).removesuffix(A) for name in ends]
-        if not selection.numbers.numel() or not names:
-            return contextlib.nullcontext()
+    def attached(
+        self, lmm: LMM, tensors: Mapping[str, Tensor], selection: Selection, inserted: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        return self.on(lmm, tensors)(selection, inserted)
 
-        def update(name: str, inputs: Tensor) -> Tensor:
-            a, b = tensors[PREFIX + name + A], tensors[PREFIX + name + B]
-            return low_rank_output(inputs, a, b, selection) * self.scale
+    def on(self, lmm: LMM, tensors: Mapping[str, Tensor]) -> Attached:
+        names = self.layers(tensors)
+        layers = [lmm.linear(name) for name in names]
+        made: list[tuple[Selection, list[Update]]] = []  # the last selection: most tokens are of the same rows
 
-        return added_to_outputs(lmm, {name: functools.partial(update, name) for name in names})
+        def attached(selection: Selection, inserted: Tensor | None = None) -> AbstractContextManager[None]:
+            if not made or made[0][0] is not selection:
+                made[:] = [(selection, self.updates(names, tensors, selection))]
+            return added_to_outputs(zip(layers, made[0][1], strict=False))
+
+        return attached
+
+    def layers(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The names of the layers that the modules update."""
+        ends = [name for name in tensors if name.startswith(self.prefix) and name.endswith(A)]
+        return [name.removeprefix(self.prefix).removesuffix(A) for name in ends]
+
+    def updates(self, names: Sequence[str], tensors: Mapping[str, Tensor], selection: Selection) -> list[Update]:
+        """What is added to each of these layers for a batch with this selection; [] for nothing."""
+        count = max((len(value) for name, value in tensors.items() if name.startswith(self.prefix)), default=0)
+        mixture = Mixture.of(selection, count)
+        if mixture is None:  # the rule chose no module for any sample
+            return []
+        return [functools.partial(self.output, mixture, tensors, name) for name in names]
+
+    def output(self, mixture: Mixture, tensors: Mapping[str, Tensor], name: str, inputs: Tensor) -> Tensor:
+        """What the mixture adds to a layer [B, N, outputs]."""
+        a, b = tensors[self.prefix + name + A], tensors[self.prefix + name + B]
+        return mixture.added(inputs, a, b, name) * self.scale
 
 
 class LinearUpdate(nn.Module):
@@ -52,35 +81,77 @@ class LinearUpdate(nn.Module):
         self.a = nn.Parameter(torch.zeros(rank, inputs, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype))
 
-    def forward(self, inputs: Tensor, bank: tuple[Tensor | None, Tensor | None], selection: Selection) -> Tensor:
-        """What the selected earlier modules of the `bank` and the current one add [B, N, outputs], unscaled."""
-        (a, mine), (b, _) = with_own(bank[0], self.a, selection), with_own(bank[1], self.b, selection)
-        return low_rank_output(inputs, a, b, mine)
+    def forward(self, inputs: Tensor | None, of: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """What it adds to the output [B, N, outputs], unscaled; or instead what a term makes `of` its A and B, which
+        ZeRO-3 has gathered only here."""
+        if of is not None:
+            return of(self.a, self.b)
+        assert inputs is not None
+        return inputs @ self.a.T @ self.b.T
 
 
-class LowRank(Part):
-    """One LoRA (arXiv 2106.09685) per task on the decoder's linear layers whose names end in one of the `targets`.
+class LinearUpdates(Part):
+    """What parts have in common that update linear layers: of the decoder, and the output layer where it is named."""
 
-    The frozen layers' own weights are not touched: ZeRO-3 has them partitioned, and a hook adds to their outputs.
+    layers: dict[str, nn.Linear]  # the updated layers by their names
+
+    @classmethod
+    def read(cls, method: Any, shape: DecoderShape) -> int:
+        return inputs_read(cls.options(method), shape)
+
+    @classmethod
+    def adds_to_logits(cls, method: Any, shape: DecoderShape) -> bool:
+        return output_updated(cls.options(method).targets, shape)
+
+    @property
+    def updates_output(self) -> bool:
+        return OUTPUT_LAYER in self.layers
+
+
+class LowRank(LinearUpdates):
+    """A LoRA (arXiv 2106.09685) on the linear layers of `LMM.linears` whose names end in one of the `targets`.
+
+    The frozen layers' own weights are not touched: ZeRO-3 has them partitioned, and a hook adds to their outputs. With
+    `carried` a stage goes on from the values of the one before. Earlier modules that act beside it are not trained, and
+    read everything whatever the `dropout`.
     """
 
+    Options = LowRankOptions
     prefix = PREFIX
+    sized_by, keeps_ratio = "rank", ("alpha",)  # so an update counts as much at every rank
 
-    def __init__(self, lmm: LMM, targets: Sequence[str], rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        lmm: LMM,
+        targets: Sequence[str],
+        rank: int,
+        alpha: float,
+        carried: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.scale, self.layers = alpha / rank, linear_layers(lmm.decoder, targets)
+        self.earlier, self.carried, self.dropout = LowRankEntry(alpha / rank), carried, Dropout(dropout)
+        self.layers = linear_layers(lmm, targets)
         sizes = ((layer.in_features, layer.out_features) for layer in self.layers.values())
         self.updates = nn.ModuleList(LinearUpdate(*size, rank, lmm.dtype) for size in sizes)
+        self._made: tuple[Any, Any, list[Update]] | None = None  # of the last batch, whose layers may be recomputed
 
     @classmethod
     def of(cls, lmm: LMM, method: Any) -> LowRank:
         """That of a method's options."""
-        return cls(lmm, method.options.targets, method.options.rank, method.options.alpha)
+        options = cls.options(method)
+        return cls(lmm, options.targets, options.rank, options.alpha, method.carries_prompt, options.dropout)
 
     @classmethod
     def entry(cls, method: Any) -> Entry:
         """How finished modules of a method enter."""
-        return LowRankEntry(method.options.alpha / method.options.rank)
+        return LowRankEntry(cls.options(method).scale)
+
+    @classmethod
+    def sizes(cls, method: Any, shape: DecoderShape) -> list[int]:
+        options = cls.options(method)
+        linears = updated_linears(options.targets, shape)
+        return [options.rank * size for linear in linears for size in (linear.inputs, linear.outputs)]
 
     def trainables(self) -> dict[str, nn.Parameter]:
         pairs = zip(self.layers, self.updates, strict=True)
@@ -93,21 +164,63 @@ class LowRank(Part):
             shape = shape_of(parameter)
             uniform = (torch.rand(shape, generator=generator) * 2 - 1) * shape[1] ** -0.5
             values[name] = uniform if name.endswith(A) else torch.zeros(shape)
-        return values
+        self.dropout.begin(generator)
+        return {name: previous[name].clone() for name in values} if self.carried and previous else values
 
-    def attached(self, lmm: LMM, bank: Mapping[str, Tensor], selection: Selection) -> AbstractContextManager[None]:
-        def update(name: str, module: nn.Module, inputs: Tensor) -> Tensor:
-            earlier = bank.get(PREFIX + name + A), bank.get(PREFIX + name + B)
-            output: Tensor = module(inputs, earlier, selection) * self.scale
-            return output
+    def attached(
+        self, lmm: LMM, bank: Mapping[str, Tensor], selection: Selection, inserted: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        scale, beside = self.earlier.scale, self._beside(bank, selection)
+        befores: list[Update | None] = [*beside] or [None] * len(self.layers)
 
-        pairs = zip(self.layers, self.updates, strict=True)
-        return added_to_outputs(lmm, {name: functools.partial(update, name, module) for name, module in pairs})
+        def update(number: int, module: nn.Module, before: Update | None, inputs: Tensor) -> Tensor:
+            output: Tensor = module(self.dropout(inputs, selection.places, number)) * scale
+            return output if before is None else output + before(inputs)
+
+        pairs = enumerate(zip(self.updates, befores, strict=True))
+        both = [functools.partial(update, number, *pair) for number, pair in pairs]
+        return added_to_outputs(zip(self.layers.values(), both, strict=True))
+
+    def summed(self, of: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """The sum over the trainables, by name, of what a term makes `of` them."""
+        return torch.stack(
+            [
+                module(None, of=lambda a, b, name=name: of(PREFIX + name + A, a) + of(PREFIX + name + B, b))
+                for name, module in zip(self.layers, self.updates, strict=True)
+            ]
+        ).sum()
+
+    def _beside(self, bank: Mapping[str, Tensor], selection: Selection) -> list[Update]:
+        """What the selected earlier modules add to each layer; [] for nothing."""
+        if self._made is None or self._made[0] is not bank or self._made[1] is not selection:
+            self._made = bank, selection, self.earlier.updates(list(self.layers), bank, selection) if bank else []
+        return self._made[2]
 
 
-def linear_layers(decoder: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The decoder's linear layers whose names end in a target; UserError for a target that no name ends in."""
-    layers = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+def updated_linears(targets: Sequence[str], shape: DecoderShape) -> list[LinearShape]:
+    """The layers that get an update; UserError for a target that names none."""
+    linears = {linear.name: linear for linear in shape.linears}
+    return [linears[name] for name in ending_in(targets, linears)]
+
+
+def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
+    """Elements per token of what the updates read, which gradients need.
+
+    Layers that read the same keep it once; with dropout each layer keeps its own, which differ. Without the output
+    layer's, which are of the answers' tokens alone, and small beside its scores.
+    """
+    linears = [linear for linear in updated_linears(options.targets, shape) if not linear.is_output]
+    return sum(one.inputs for one in linears) if options.dropout else sum(dict(one.reads for one in linears).values())
+
+
+def output_updated(targets: Sequence[str], shape: DecoderShape) -> bool:
+    """Whether the output layer is among the layers that get an update."""
+    return any(linear.is_output for linear in updated_linears(targets, shape))
+
+
+def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers of a model whose names end in a target; UserError for a target that no name ends in."""
+    layers = lmm.linears
     return {name: layers[name] for name in ending_in(targets, layers)}
 
 
@@ -116,22 +229,22 @@ def ending_in(targets: Sequence[str], names: Iterable[str]) -> list[str]:
     names = list(names)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            known = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
-                f"method.targets: no linear layer of the decoder ends in '{target}'; expected among {known}."
+                f"method.targets: no linear layer of the decoder ends in '{target}'; expected among "
+                f"{', '.join(known)}.{nearest(target, known)}"
             )
     return [name for name in names if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
 @contextlib.contextmanager
-def added_to_outputs(lmm: LMM, updates: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """While the block runs, add to the outputs of these layers of the decoder what their updates make of the inputs."""
+def added_to_outputs(updates: Iterable[tuple[nn.Module, Update]]) -> Iterator[None]:
+    """While the block runs, add to the outputs of these layers what their updates make of the inputs."""
 
-    def hook(update: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def hook(update: Update) -> Callable[..., Tensor]:
         return lambda _, inputs, output: output + update(inputs[0])
 
-    decoder = lmm.decoder
-    handles = [decoder.get_submodule(name).register_forward_hook(hook(update)) for name, update in updates.items()]
+    handles = [layer.register_forward_hook(hook(update)) for layer, update in updates]
     try:
         yield
     finally:
@@ -140,18 +253,6 @@ def added_to_outputs(lmm: LMM, updates: Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def low_rank_output(inputs: Tensor, a: Tensor, b: Tensor, selection: Selection) -> Tensor:
-    """sum_i w_i B_i A_i x [B, N, outputs] of inputs [B, N, D], `a` [M, r, D] and `b` [M, outputs, r].
-
-    Where there are fewer modules than the batch selects, all are computed and those not selected weighted 0; otherwise
-    each row's own are gathered, so that the cost does not grow with the pool.
-    """
-    numbers, weights = selection.numbers, selection.full_weights()
-    rank, rows = a.shape[1], len(numbers)
-    if len(a) <= numbers.numel():
-        share = weights.new_zeros(rows, len(a)).scatter_add(1, numbers.clamp(min=0), weights)
-        down, up = a.flatten(0, 1).T, b.transpose(1, 2).flatten(0, 1)  # [D, M * r], [M * r, outputs]
-    else:
-        chosen, share = numbers.masked_fill(numbers == NO_SET, 0), weights
-        down, up = a[chosen].flatten(1, 2).transpose(1, 2), b[chosen].transpose(2, 3).flatten(1, 2)
-    hidden = inputs @ down * share.to(inputs.dtype).repeat_interleave(rank, dim=1)[:, None]
-    return hidden @ up
+    """sum_i w_i B_i A_i x [B, N, outputs] of inputs [B, N, D], `a` [M, r, D] and `b` [M, outputs, r]."""
+    mixture = Mixture.of(selection, len(a))
+    return inputs.new_zeros(*inputs.shape[:2], b.shape[1]) if mixture is None else mixture.added(inputs, a, b)

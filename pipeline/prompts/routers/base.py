@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from pipeline.config import registry
 from pipeline.config.base import Section
 from pipeline.config.method import Choice, chosen_options
+from pipeline.errors import UserError
+from pipeline.prompts.routers.kept_keys import kept_keys, picked
+from pipeline.prompts.routers.states import State, States
 
 if TYPE_CHECKING:
     from pipeline.data.keys import AnyKeys
 
-State = Mapping[str, Tensor]  # what a router keeps of one task: tensors by name
-Made = TypeVar("Made")
-
-
-class States(Sequence[State]):
-    """The states of T tasks in the order of their stages; they never change.
-
-    A state has tensors of any number and shape: one vector, several centres, a covariance. Where all tasks have a
-    tensor of the same shape, `stacked` gives them as one.
-    """
-
-    def __init__(self, states: Sequence[State]) -> None:
-        self._states: list[State] = list(states)
-        self._stacks: dict[str, Tensor] = {}
-        self._made: dict[str, Any] = {}
-
-    @classmethod
-    def of_stacked(cls, tensors: Mapping[str, Tensor]) -> States:
-        """The states whose tensors [T, ...] stand one behind the other."""
-        count = len(next(iter(tensors.values()), torch.zeros(0)))
-        states = cls([{name: rows[number] for name, rows in tensors.items()} for number in range(count)])
-        states._stacks = dict(tensors)
-        return states
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    @overload
-    def __getitem__(self, index: int) -> State: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[State]: ...
-    def __getitem__(self, index: int | slice) -> State | Sequence[State]:
-        return self._states[index]
-
-    def stacked(self, name: str) -> Tensor:
-        """The tensors of this name of all tasks [T, ...] on the CPU, where keys are."""
-        if name not in self._stacks:
-            self._stacks[name] = torch.stack([state[name] for state in self._states])
-        return self._stacks[name].cpu()
-
-    def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """What a router makes of all states together, such as the solution of a linear system: made at the first
-        call and kept with the states, for scores are asked for with every batch of questions that is served."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+__all__ = ["Router", "State", "States", "make_router"]
 
 
 class Router:
@@ -74,6 +30,15 @@ class Router:
     Options: ClassVar[type[Section]] = Section
     # Whether the state is learned with the module. Then `observe` gives one that stands in until it is.
     learned: ClassVar[bool] = False
+    # By what a learned state is: a projection head on the module's prompt set, or the module itself.
+    learned_in: ClassVar[Literal["head", "module"]] = "head"
+    # Whether scores are computed from the kept keys of the states (`pipeline.prompts.routers.kept_keys`).
+    needs_keys: ClassVar[bool] = False
+    # Whether the score of a task depends on which other tasks there are.
+    joint: ClassVar[bool] = False
+    fewest: ClassVar[int] = 1  # kept samples of a task that the statistics need
+    passing: ClassVar[tuple[str, ...]] = ()  # what `fit` makes for the held-out scores alone, which nobody needs later
+    names: ClassVar[tuple[str, ...]] = ()  # the tensors of a state without which it cannot score, other than kept keys
 
     def __init__(self, options: Any) -> None:
         """`options` is an instance of the class's own `Options`."""
@@ -87,9 +52,57 @@ class Router:
         """How well each of N samples fits each of T tasks [N, T]; higher fits better."""
         raise NotImplementedError
 
+    def fit(self, states: States) -> dict[str, Tensor]:
+        """What is made of all states together, such as the solution of a linear system; `fitted` keeps it."""
+        return {}
+
+    def fitted(self, states: States) -> dict[str, Tensor]:
+        """The result of `fit` for these states, made at the first call."""
+        return states.once(self.label, lambda: self.fit(states))
+
+    @property
+    def word(self) -> str:
+        """What messages call it: its name here, else its class."""
+        target = f"{type(self).__module__}:{type(self).__qualname__}"
+        named = [name for name, known in registry.BUILT_IN["routers"].items() if known == target]
+        return named[0] if named else type(self).__qualname__
+
+    @property
+    def label(self) -> str:
+        """The router with its options, by which what is made of states is known."""
+        return f"{type(self).__module__}:{type(self).__qualname__} {self.options!r}"
+
+    def held_out_scores(self, states: States, rows: Tensor) -> Tensor:
+        """The scores [B, T] of kept keys as though each had been left out of the states.
+
+        Where that is not known, those of the router as it is; one sample of many hardly changes a mean.
+
+        Args:
+            states: those of T tasks, which keep keys.
+            rows: [B] places among the kept keys of all tasks.
+        """
+        kept = kept_keys(states)
+        if kept is None:
+            raise ValueError("states without kept keys have no held-out scores")
+        return self.scores(picked(kept.keys, rows), states)
+
     def views(self) -> dict[str, Router]:
         """The router under the names that `routing` of matrix.json has: itself, and reduced to one kind of key."""
         return {"accuracy": self}
+
+
+def require_numbers(scores: Tensor, router: Router) -> None:
+    """Raise UserError where scores [N, T] of finite keys are not numbers, because the states of some tasks are not.
+
+    Such a task would rank first for every sample.
+    """
+    lost = scores.isnan().any(0).nonzero()[:, 0].tolist()
+    if lost:
+        raise UserError(
+            f"The router {router.word} has no score for {len(lost)} of {scores.shape[1]} tasks (the first: number "
+            f"{lost[0] + 1}), because what they keep for routing is not finite numbers. Train these tasks anew, or get "
+            "the adapter again."
+        )
 
 
 def make_router(choice: Choice, options: Section | None = None) -> Router:

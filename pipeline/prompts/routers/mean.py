@@ -34,6 +34,7 @@ class Mean(Router):
     """
 
     Options = KeyWeights
+    names = (PROTOTYPE,)
 
     def observe(self, keys: AnyKeys) -> State:
         return {PROTOTYPE: provisional_prototype(keys.image, keys.text, keys.has_image)}

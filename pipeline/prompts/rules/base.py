@@ -30,6 +30,11 @@ class Rule:
         self.options = options
 
     @property
+    def probable(self) -> bool:
+        """Whether it is given logarithms of the tasks' probabilities in place of the router's scores."""
+        return False
+
+    @property
     def needs_own(self) -> bool:
         """Whether `training` has to be given the scores of the stage's own task."""
         return False

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.config.base import Section
 from pipeline.data.selection import Selection
 from pipeline.prompts.rules.base import Rule
+
+
+class AllOptions(Section):
+    """What stands beside the module that is trained."""
+
+    forward: Literal["all", "own"] = Field(
+        "all", description="all: a module is trained beside all earlier ones; own: alone, and answers use all"
+    )
 
 
 class All(Rule):
     """Every module, in the order of the stages."""
 
+    Options = AllOptions
     uses_later = True
 
     def training(self, scores: Tensor, own: Tensor | None) -> Selection:
+        if self.options.forward == "own":
+            return Selection.none(len(scores))
         return Selection.same(len(scores), range(scores.shape[1]))
 
     def inference(self, scores: Tensor, tasks: Tensor) -> Selection:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config.base import Section
+from pipeline.config.method import BOTH_BOUNDS
 from pipeline.data.selection import NO_SET, Selection, without_gaps
 from pipeline.prompts.rules.base import Rule
 
@@ -18,23 +21,45 @@ class TopKOptions(Section):
     gate: float | None = Field(
         None, ge=0, description="only modules whose score is at least the best minus this; null: always k"
     )
+    share: float | None = Field(
+        None, gt=0, le=1, description="only modules whose probability is at least this share of the best one's"
+    )
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> TopKOptions:
+        if self.gate is not None and self.share is not None:
+            raise ValueError(BOTH_BOUNDS)
+        return self
 
 
 class TopK(Rule):
-    """At most k modules: the most similar ones, and of these only those within `gate` of the best."""
+    """At most k modules: the most similar ones, and of these only those within `gate` of the best.
+
+    With `share` only those whose task is at least that share as probable as the best one: as scores are then logarithms
+    of probabilities, that is a gate of -log(share).
+    """
 
     Options = TopKOptions
     compares = True
 
     @property
+    def probable(self) -> bool:
+        return self.options.share is not None
+
+    @property
+    def gate(self) -> float | None:
+        """The largest difference to the best score with which a module is still selected."""
+        return self.options.gate if self.options.share is None else -math.log(self.options.share)
+
+    @property
     def needs_own(self) -> bool:
-        return self.options.gate is not None
+        return self.gate is not None
 
     def training(self, scores: Tensor, own: Tensor | None) -> Selection:
-        return Selection(select_for_training(scores, self.options.k, self.options.gate, own))
+        return Selection(select_for_training(scores, self.options.k, self.gate, own))
 
     def inference(self, scores: Tensor, tasks: Tensor) -> Selection:
-        return Selection(select_for_inference(scores, self.options.k, self.options.gate))
+        return Selection(select_for_inference(scores, self.options.k, self.gate))
 
     def most(self, modules: int) -> int:
         return min(self.options.k, modules)
@@ -54,7 +79,7 @@ class Oracle(TopK):
         for task in tasks.unique().tolist():
             mine = tasks == task
             part = scores[mine]
-            earlier = select_for_training(part[:, :task], self.options.k, self.options.gate, reference=part[:, task])
+            earlier = select_for_training(part[:, :task], self.options.k, self.gate, reference=part[:, task])
             joined = without_gaps(torch.cat([earlier, earlier.new_full((len(earlier), 1), task)], dim=1))
             numbers[mine, : joined.shape[1]] = joined
             used = max(used, joined.shape[1])

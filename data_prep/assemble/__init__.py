@@ -1,0 +1,1 @@
+"""Assembles an ordinary Hugging Face checkpoint from a vision tower, a language model and a projector."""

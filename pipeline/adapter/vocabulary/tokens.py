@@ -1,0 +1,93 @@
+"""The special tokens of prompt sets, and their place in a tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files.atomic import write_json
+
+# A private-use character, which every token of a set begins and ends with. A tokenizer is a function of the text alone,
+# so it would make the token of its string whoever wrote it; the chat template replaces this one character in all that
+# it prints of the messages (see `template`), and no text without it contains such a token.
+MARK = "\U0010e5e7"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class SetTokens:
+    """The tokens of T sets of L vectors: set t has the ids from `first` + t L on."""
+
+    names: Sequence[str]
+    length: int
+    first: int
+
+    @property
+    def count(self) -> int:
+        return len(self.names) * self.length
+
+    @property
+    def end(self) -> int:
+        """The id behind the last one."""
+        return self.first + self.count
+
+    def ids(self, name: str) -> list[int]:
+        """The tokens of one set, in order."""
+        start = self.first + list(self.names).index(name) * self.length
+        return list(range(start, start + self.length))
+
+    def texts(self) -> list[str]:
+        """All tokens as text, by id."""
+        return [token_text(number, row) for number in range(len(self.names)) for row in range(self.length)]
+
+
+def token_text(number: int, row: int) -> str:
+    """The token of one vector of a set, as text."""
+    return f"{MARK}set_{number}_{row}{MARK}"
+
+
+def next_token(tokenizer: Any) -> int:
+    """The id that the next added token gets: behind all others."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def refuse_marks(tokenizer: Any, place: str) -> None:
+    """Raise UserError where a tokenizer has tokens of prompt sets already."""
+    if any(MARK in token for token in tokenizer.get_vocab()):
+        raise UserError(
+            f"The vocabulary of '{place}' has prompt sets already; expected the frozen model as it was published."
+        )
+
+
+def add_to_files(tokenizer: Any, tokens: SetTokens, folder: Path) -> None:
+    """Add the tokens to tokenizer.json and tokenizer_config.json of a checkpoint's folder.
+
+    The files are edited rather than saved by the installed transformers, whose versions write them differently.
+    """
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    known = [token["id"] for token in content.get("added_tokens") or []]
+    if max(known, default=-1) != tokens.first - 1:  # some added tokens are in tokenizer_config.json alone, or no file
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["truncation"] = content["padding"] = None
+    entries = [{"id": tokens.first + place, **_added(text)} for place, text in enumerate(tokens.texts())]
+    content["added_tokens"] = [*(content.get("added_tokens") or []), *entries]
+    write_json(path, content)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    settings.pop("chat_template", None)
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"] |= {
+            str(tokens.first + place): _added(text) for place, text in enumerate(tokens.texts())
+        }
+    write_json(path, settings)
+
+
+def _added(text: str) -> dict[str, Any]:
+    """A special token that is matched in the text as it is given, before any normalisation."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": text, **flags, "special": True}

@@ -1,0 +1,1 @@
+"""Active prompt learning: which images of a pool to have labelled, round by round."""

@@ -1,0 +1,38 @@
+"""The options of low-rank updates, which parts and the methods that have one read."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from pipeline.config.base import Section
+
+OUTPUT_LAYER = "lm_head"  # the name of the output layer among the targets, whatever an architecture calls it
+
+
+class LowRankOptions(Section):
+    """Which of the decoder's layers are updated, and how."""
+
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"dropout"})
+
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        min_length=1,
+        description="ends of the names of the decoder's linear layers that get an update; lm_head: the output layer, "
+        "which scores the words, also where it shares its weights with the input embeddings",
+    )
+    rank: int = Field(8, ge=1, description="rank of each update")
+    alpha: float = Field(16.0, gt=0, description="an update counts alpha / rank times")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the numbers that a trained update reads which are set to zero in training, the others "
+        "being scaled up",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What an update's output is multiplied by."""
+        return self.alpha / self.rank

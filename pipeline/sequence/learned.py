@@ -1,0 +1,130 @@
+"""Whether a run's last task was learned: its answers to held-out samples against its most frequent training answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.nano import CHECKPOINTS
+from pipeline.config.recipe import Recipe
+from pipeline.data.stage_data import StageData
+from pipeline.files.paths import command
+from pipeline.metrics.blind import majority_score
+from pipeline.prompts.pool import PromptPool
+from pipeline.ranks.world import on_main
+from pipeline.runs.layout import held_out_folder
+from pipeline.sequence.data import RunData
+from pipeline.sequence.evaluation import Evaluator
+from pipeline.sequence.format_free import format_free_score
+from pipeline.sequence.test_set import TestSet
+
+FEW_PASSES = 3  # over the training samples; a stage with fewer may have ended before its loss settled
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The scores in percent on a task's held-out samples, which no stage was trained on."""
+
+    task: str
+    samples: int
+    score: float  # with the task told
+    majority: float  # of the most frequent training answer, given to every sample
+    format_free: float | None  # like `score`, see `pipeline.metrics.format_free`; None where it is not known
+    trained_on: int  # training samples
+
+    @property
+    def learned(self) -> bool:
+        """Whether the answers are better than one that needs neither picture nor question."""
+        return self.score > self.majority
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores as a JSON object."""
+        return {**asdict(self), "learned": self.learned}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Learned:
+        """The scores of `to_json`."""
+        return cls(**{name: value for name, value in content.items() if name != "learned"})
+
+
+def held_out_set(data: RunData, number: int) -> TestSet | None:
+    """The held-out samples of a task as a set to score; None where the task holds none out."""
+    part = data.validation[number]
+    if not len(part[0]):
+        return None
+    samples = StageData([part])
+    left_out = () if samples.used is None else np.setdiff1d(np.arange(len(samples)), samples.used).tolist()
+    return replace(data.tests[number], data=samples, unanswered=frozenset(left_out))
+
+
+def measure_learned(data: RunData, number: int, pool: PromptPool, evaluator: Evaluator) -> Learned | None:
+    """The scores of the task that was learned last; None where it holds no samples out. All ranks call it together."""
+    held_out = held_out_set(data, number)
+    if held_out is None:
+        return None
+    score = evaluator.held_out(number, held_out, pool)
+
+    def against() -> Learned:
+        training = StageData([data.train[number]])
+        pictured = held_out.data.keys.has_image.tolist()
+        majority = majority_score(training, held_out.texts, held_out.metric, held_out.scoring, pictured)
+        free = format_free_score(held_out_folder(evaluator.session.path, len(pool)), held_out)
+        return Learned(held_out.name, len(held_out.data), score, majority, free, len(training))
+
+    return on_main(evaluator.session.world, against)
+
+
+def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = ()) -> list[str]:
+    """What to say of a task that was not learned, and why that may be; nothing of one that was.
+
+    Args:
+        found: the task's scores; None where it holds no samples out.
+        recipe: the run's recipe, in which the task is the last.
+        losses: those that were logged of its stage, in the order of the steps.
+    """
+    task = recipe.data.tasks[-1].name
+    if found is None:
+        return [
+            f"{task} holds no samples out (it has too few, or data.validation_share is 0), so whether it was learned "
+            "is not known."
+        ]
+    if found.learned:
+        return []
+    reasons = []
+    if found.format_free is not None and found.format_free > found.majority:
+        reasons.append(
+            f"{found.format_free:.1f} percent are right but for case, punctuation or wrapping words: the content is "
+            "there and the format is not learned yet"
+        )
+    passes = _passes(recipe, found.trained_on)
+    if passes < FEW_PASSES:
+        steps = "train.steps" if recipe.train.steps is not None else "train.epochs"
+        reasons.append(
+            f"the stage passed {passes:.1f} times over {found.trained_on} samples; raise {steps} if the loss in the "
+            "report was still falling"
+        )
+    if Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava":
+        reasons.append(
+            "the embedded model knows drawn shapes, digits, letters and charts alone and has never seen a photograph; "
+            f"for other pictures see `{command('check', 'smolvlm_256m_own')}`"
+        )
+    elif recipe.model.image_tokens is not None:
+        most = recipe.model.image_tokens
+        reasons.append(f"an image has at most {most} tokens (model.image_tokens), which may be too few")
+    reasons.append("the module may be too small, or its rate (train.lr_prompt) wrong for this model")
+    fell = f" The stage's loss went from {losses[0]:.2f} to {losses[-1]:.2f}." if len(losses) > 1 else ""
+    return [
+        f"{task} was not learned: on its {found.samples} held-out samples its own module scores {found.score:.1f}, "
+        f"and the most frequent training answer, given to all of them, {found.majority:.1f}.{fell} It may be because "
+        f"{'; or because '.join(reasons)}."
+    ]
+
+
+def _passes(recipe: Recipe, samples: int) -> float:
+    """How often a stage passes over its training samples."""
+    train = recipe.train
+    return train.epochs if train.steps is None else train.steps * train.global_batch / max(samples, 1)
