@@ -28,7 +28,7 @@ ASKS = 5  # branches of a sequence
 TRIES = 50  # photographs that are looked at for one that can be asked about
 KINDS = ("photograph", "pair", "drawing")
 SHARES = (0.45, 0.15, 0.4)  # of sequences
-PER_STEP = 2  # sequences of an optimizer step
+PER_STEP = 4  # sequences of an optimizer step
 RATE = 1e-3  # highest learning rate
 HALVES = (("left", "right"), ("top", "bottom"))
 
