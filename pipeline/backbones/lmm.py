@@ -16,7 +16,7 @@ from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
 from pipeline.backbones.lmm_weights import DTYPES, load_weights
 from pipeline.backbones.shortcuts import log_shortcuts
-from pipeline.config.low_rank import OUTPUT_LAYER
+from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
 from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
@@ -119,7 +119,8 @@ class LMM(nn.Module):
 
     def words(self, input_ids: Tensor) -> Tensor:
         """Input embeddings [..., D] of tokens; image tokens get the embedding of their placeholder."""
-        return self.model.get_input_embeddings()(input_ids)
+        words: Tensor = self.input_embeddings(input_ids)
+        return words
 
     def place_features(self, words: Tensor, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
         """`embed` with the word embeddings [B, N, D] computed already."""
@@ -183,8 +184,16 @@ class LMM(nn.Module):
         """The linear layers behind the input embeddings: the decoder's by their names in it, and the output layer."""
         return linears_of(self.model, self.decoder)
 
-    def linear(self, name: str) -> nn.Module:
-        """The layer of that name among `linears`."""
+    @property
+    def input_embeddings(self) -> nn.Embedding:
+        """The layer that maps token ids to the decoder's inputs."""
+        embeddings: nn.Embedding = self.model.get_input_embeddings()
+        return embeddings
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer of that name among `linears`, or the input embeddings."""
+        if name == INPUT_LAYER:
+            return self.input_embeddings
         output: nn.Module = self.model.get_output_embeddings()
         return output if name == OUTPUT_LAYER else self.decoder.get_submodule(name)
 
@@ -216,7 +225,7 @@ class LMM(nn.Module):
 
     def vocabulary_rows(self, rows: Tensor) -> Tensor:
         """Input embeddings [n, D] of these token ids in float32; under ZeRO-3 all ranks call it."""
-        weight = self.model.get_input_embeddings().weight
+        weight: nn.Parameter = self.model.get_input_embeddings().weight
         with _gathered(weight):
             return weight.detach()[rows.to(weight.device)].float().cpu() * self.family.embedding_scale
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from pipeline.config.base import Section
 
-OUTPUT_LAYER = "lm_head"  # the name of the output layer among the targets, whatever an architecture calls it
+# The names of the output layer and of the input embeddings among the targets, whatever an architecture calls them.
+OUTPUT_LAYER, INPUT_LAYER = "lm_head", "embed_tokens"
 
 
 class LowRankOptions(Section):
@@ -20,7 +21,8 @@ class LowRankOptions(Section):
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         min_length=1,
         description="ends of the names of the decoder's linear layers that get an update; lm_head: the output layer, "
-        "which scores the words, also where it shares its weights with the input embeddings",
+        "which scores the words, also where it shares its weights with the input embeddings; embed_tokens: the input "
+        "embeddings of all words that the decoder reads (not of the methods moelora and core_moe)",
     )
     rank: int = Field(8, ge=1, description="rank of each update")
     alpha: float = Field(16.0, gt=0, description="an update counts alpha / rank times")
@@ -29,7 +31,7 @@ class LowRankOptions(Section):
         ge=0,
         lt=1,
         description="share of the numbers that a trained update reads which are set to zero in training, the others "
-        "being scaled up",
+        "being scaled up; an update of the input embeddings reads no numbers",
     )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from pipeline.prompts.insertion import gather_sets, insert_gaps, insert_prompts,
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
     from pipeline.data.collate import Batch
+    from pipeline.prompts.parts.base import Entry
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,20 @@ class Embedded:
     attention: Tensor  # [B, N]
     places: Tensor  # [B, N] which columns are an image's
     inserted: Tensor | None  # [B, N] the number from 1 of the inserted row at each column, 0: none
+
+
+def embed_with_modules(lmm: LMM, batch: Batch, entry: Entry, tensors: Mapping[str, Tensor]) -> Embedded:
+    """A batch padded on the left with what finished modules make of its input: their rows, and their words.
+
+    Args:
+        lmm: the frozen model.
+        batch: questions with their selections of modules.
+        entry: how the modules enter.
+        tensors: M modules' tensors [M, ...] by name, see `Entry.attached`.
+    """
+    words = entry.updates_words(tensors)
+    with entry.attached(lmm, tensors, entry.chosen(tensors, batch)) if words else nullcontext():
+        return embed_with_rows(lmm, batch, entry.rows(tensors, batch), entry.insertion or "after_bos")
 
 
 def embed_with_rows(lmm: LMM, batch: Batch, rows: tuple[Tensor, Tensor] | None, insertion: str) -> Embedded:

@@ -18,7 +18,7 @@ from pipeline.data.grouped_order import image_groups
 from pipeline.data.loader import loaded
 from pipeline.data.prompt_lengths import prompt_lengths
 from pipeline.data.selection import NO_SET, Selection, as_selection
-from pipeline.prompts.embedding import embed_with_rows
+from pipeline.prompts.embedding import embed_with_modules
 from pipeline.prompts.insertion import insert_prompts, row_numbers
 from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.parts.input_rows import PROMPT, RowsEntry
@@ -177,7 +177,7 @@ def _used(selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
 def generate_once(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
     entry, tensors = modules.entry, modules.tensors
-    found = embed_with_rows(lmm, inputs, entry.rows(tensors, inputs), entry.insertion or "after_bos")
+    found = embed_with_modules(lmm, inputs, entry, tensors)
     prompts = Prompts(
         found.vectors,
         found.attention,

@@ -128,6 +128,11 @@ class Learner(nn.Module):
         """Whether `attached` acts on the output layer too."""
         return any(part.updates_output for part in self.all_parts())
 
+    @property
+    def updates_words(self) -> bool:
+        """Whether `attached` acts on the input embeddings too."""
+        return any(part.updates_words for part in self.all_parts())
+
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Vectors [B, P, D] for the input of each sample and their validity [B, P]; None without rows."""
         if self.insertion is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,10 +123,10 @@ class LearnerOnLMM(nn.Module):
 
     def _said(self, batch: Batch) -> Said:
         """What the model with its modules says at the answers' tokens."""
-        read = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
-        selection = self.learner.chosen(
-            batch
-        )  # one object, by which modules know that a layer is computed again for this batch
+        # One object, by which modules know that a layer is computed again for this batch.
+        selection = self.learner.chosen(batch)
+        with self.learner.attached(self.lmm, selection) if self.learner.updates_words else nullcontext():
+            read = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
 
         def attached() -> AbstractContextManager[None]:
             return self.learner.attached(self.lmm, selection, read.inserted)

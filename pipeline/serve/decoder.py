@@ -11,7 +11,7 @@ import torch
 from pipeline.adapter.answering import Answerer, Routed
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.data.collate import collate_prompts
-from pipeline.prompts.embedding import embed_with_rows
+from pipeline.prompts.embedding import embed_with_modules
 from pipeline.serve.memory import Extent
 
 
@@ -44,7 +44,7 @@ class RunningBatch(GreedyDecoder[Running]):
         """Add the answers to routed questions and decode their first tokens; returns them."""
         batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
         entry = self.entry
-        found = embed_with_rows(self.lmm, batch, entry.rows(self.tensors, batch), entry.insertion or "after_bos")
+        found = embed_with_modules(self.lmm, batch, entry, self.tensors)
         inserted = found.inserted
         if entry.follows_rows and inserted is None:  # as rows of the batch may have some
             inserted = torch.zeros_like(found.attention)

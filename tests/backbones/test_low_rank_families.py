@@ -21,7 +21,7 @@ from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_families import EVERY, NEW, SAMPLES, plain_answer, plain_inputs, seen
 from tests.training.worlds import make_samples
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens")
 RANK, ALPHA = 2, 3.0
 # Rows with one module, two with weights, one at half, and none.
 CHOSEN = Selection(
@@ -37,11 +37,11 @@ def examples(lmm: LMM) -> Examples:
 
 @pytest.fixture(scope="module")
 def tensors(lmm: LMM) -> dict[str, Tensor]:
-    """Three random modules on every linear layer of the decoder and on the output layer."""
+    """Three random modules on every linear layer of the decoder, the output layer and the input embeddings."""
     generator = torch.Generator().manual_seed(11)
     trainables = LowRank(lmm, TARGETS, RANK, ALPHA).trainables()
     layers = len(list(lmm.decoder.layers))  # type: ignore[arg-type]
-    assert len(trainables) == 2 * ((len(TARGETS) - 1) * layers + 1)
+    assert len(trainables) == 2 * ((len(TARGETS) - 2) * layers + 2)
     return {name: torch.randn(3, *value.shape, generator=generator) * 0.5 for name, value in trainables.items()}
 
 
@@ -49,14 +49,14 @@ def tensors(lmm: LMM) -> dict[str, Tensor]:
 def merged_answer(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> list[int]:
     """The plain model's answer to a sample with its modules in the weights of the layers."""
     names = {name.removeprefix("low_rank.")[:-2] for name in tensors}
-    layers = {name: lmm.linears[name] for name in names}
+    layers = {name: lmm.layer(name) for name in names}
     before = {name: layer.weight for name, layer in layers.items()}
     for name, layer in layers.items():
         weight = layer.weight.clone()
         for number, share in CHOSEN.chosen(row):
             update = tensors[f"low_rank.{name}.b"][number] @ tensors[f"low_rank.{name}.a"][number]
-            weight.add_(ALPHA / RANK * share * update)
-        # A parameter of its own: the output layer's may be the input embeddings' too, which have no update.
+            weight.add_(ALPHA / RANK * share * (update.T if name == "embed_tokens" else update))
+        # A parameter of its own: the output layer's may be the input embeddings' too, which have another update.
         layer.weight = nn.Parameter(weight, requires_grad=False)
     tokens = plain_answer(lmm, plain_inputs(lmm, SAMPLES[row]))
     for name, layer in layers.items():
@@ -75,7 +75,7 @@ def test_rows_that_join_leave_and_are_parked_keep_their_updates(
     decoder, rows = GreedyDecoder[Row](lmm, attached), [Row(number, NEW - number % 3) for number in EVERY]
     for chosen in ([3], [0, 4], [1], [2, 5]):
         selection = CHOSEN.rows(torch.tensor(chosen))
-        with torch.no_grad():
+        with torch.no_grad(), attached(selection):
             seen_by = seen(lmm, collate_prompts(examples, chosen, CHOSEN), None, left=True)
         decoder.join(Prompts(*seen_by, selection=selection), [rows[number] for number in chosen])
         parked = decoder.park(len(decoder.rows) // 2) if len(decoder.rows) > 1 else None

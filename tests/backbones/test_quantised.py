@@ -121,9 +121,9 @@ def pair(request: pytest.FixtureRequest, llava: Path) -> tuple[LMM, LMM]:
     found, plain = load_lmm(config.model_copy(update={"quantization": request.param})), load_lmm(config)
     for name, layer in plain.linears.items():
         if name == "lm_head":
-            assert not isinstance(found.linear(name), QuantisedLinear)
+            assert not isinstance(found.layer(name), QuantisedLinear)
         else:
-            mine = found.linear(name)
+            mine = found.layer(name)
             assert isinstance(mine, QuantisedLinear) and mine.kind == request.param
             layer.weight.data.copy_(mine.dequantised(torch.float32))
     return found, plain

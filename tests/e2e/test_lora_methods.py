@@ -23,6 +23,7 @@ from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_task_lora import learned
 from tests.stopping import signal_in_forward
 
+WORDS = ["embed_tokens"]
 LOW_RANK = {"name": "low_rank", "rank": 2, "alpha": 4.0}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 2, "alpha": 4.0},
@@ -40,10 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"name": "sequential", "part": LOW_RANK},
     "independent": {"name": "independent", "part": LOW_RANK},
     "joint": {"name": "joint", "part": LOW_RANK},
-    # The output layer has an update too, beside those of earlier tasks.
+    # The output layer has an update too, and the input embeddings where they can, beside those of earlier tasks.
     **{
-        f"{name}-output": {"name": name, "rank": 2, "alpha": 4.0, "targets": ["v_proj", "lm_head"]}
-        for name in ("olora", "moelora", "hide", "core_moe", "lwf")
+        f"{name}-output": {"name": name, "rank": 2, "alpha": 4.0, "targets": ["v_proj", "lm_head", *words]}
+        for name, words in {"moelora": [], "core_moe": [], **dict.fromkeys(("olora", "hide", "lwf"), WORDS)}.items()
     },
 }
 SLOW = (

@@ -22,12 +22,16 @@ from pipeline.data.collate import Batch, Examples, collate
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.methods import make_method
+from pipeline.prompts.learner import Learner
+from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.base import entry_of
+from pipeline.prompts.parts.low_rank import LowRank
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import add_stage, load_stage
 from pipeline.ranks.world import init_world
 from pipeline.sequence.engine import lmm_engine
 from pipeline.training.engine import Engine
+from pipeline.training.normaliser import Normaliser
 from tests import tiny
 from tests.training.worlds import KEY_WIDTH, make_recipe, make_samples, train_once
 
@@ -205,23 +209,30 @@ def test_lora_goes_on_from_stage_to_stage(llava: Path, tmp_path: Path, plain: Pl
         compare(run, stage, trained(plain, run, stage, lora))
 
 
-def test_lora_is_what_peft_learns_from_the_same_values(llava: Path, tmp_path: Path) -> None:
-    """Losses, gradients' effect and values of Hugging Face PEFT's LoRA, to 1e-6."""
+@pytest.mark.parametrize("targets", [TARGETS, [*TARGETS, "embed_tokens"], ["embed_tokens"]])
+def test_lora_is_what_peft_learns_from_the_same_values(llava: Path, tmp_path: Path, targets: list[str]) -> None:
+    """Losses, gradients and values of Hugging Face PEFT's LoRA, to 1e-6."""
     peft = pytest.importorskip("peft", reason="PEFT is a development dependency: pip install -r requirements-dev.txt")
-    run = Run(llava, tmp_path, {"name": "lora", **SIZES})
+    run = Run(llava, tmp_path, {"name": "lora", **SIZES, "targets": targets})
     model = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    named = rf".*language_model.*\.({'|'.join(targets)})"
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=named)
     wrapped = peft.get_peft_model(model, config).eval()
     parameters = {}
     for name, value in wrapped.named_parameters():
         if value.requires_grad:
             layer, _, end = name.partition("language_model.")[2].partition(".lora_")
-            parameters[f"{layer}.{end[0].lower()}"] = value
+            parameters[f"{layer}.{end.removeprefix('embedding_')[0].lower()}"] = value
     assert parameters.keys() == run.starts[0].keys()
     for name, value in parameters.items():
         value.data.copy_(run.starts[0][name])
+    learner = Learner({"module": LowRank(run.lmm, targets, RANK, ALPHA)})
+    own = {name.removeprefix("low_rank."): value for name, value in learner.trainables().items()}
+    for name, value in own.items():
+        value.data.copy_(run.starts[0][name])
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=0.0)
     batch, losses = run.batches[0], []
+    LearnerOnLMM(run.lmm, learner)(batch, Normaliser(*batch.counts()))[0].backward()
     for _ in range(2):
         logits = wrapped(
             input_ids=batch.input_ids, attention_mask=batch.attention, pixel_values=batch.images["pixel_values"]
@@ -229,6 +240,9 @@ def test_lora_is_what_peft_learns_from_the_same_values(llava: Path, tmp_path: Pa
         loss = cross_entropy(logits, Plain.answers(batch))
         optimizer.zero_grad()
         loss.backward()
+        if not losses:
+            for name, value in parameters.items():
+                torch.testing.assert_close(own[name].grad, value.grad, atol=1e-6, rtol=1e-4, msg=name)
         optimizer.step()
         losses.append(float(loss.detach()))
     assert run.losses[0] == pytest.approx(losses, rel=1e-6)

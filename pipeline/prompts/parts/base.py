@@ -40,6 +40,10 @@ class Entry:
         """Whether what the decoder makes of an image depends on a sample's modules other than by rows before it."""
         return self.attaches
 
+    def updates_words(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether `attached` acts on the input embeddings too, which are computed before the decoder runs."""
+        return False
+
     def length(self, tensors: Mapping[str, Tensor]) -> int:
         """Columns that one module takes in the sequence."""
         return 0
@@ -137,6 +141,11 @@ class Part(nn.Module):
     @property
     def updates_output(self) -> bool:
         """Whether `attached` acts on the output layer too."""
+        return False
+
+    @property
+    def updates_words(self) -> bool:
+        """Whether `attached` acts on the input embeddings too, which are computed before the decoder runs."""
         return False
 
     @classmethod

@@ -22,6 +22,7 @@ from pipeline.prompts.parts.low_rank import (
     updated_linears,
 )
 from pipeline.prompts.parts.mixture import Mixture
+from pipeline.prompts.parts.targets import sides
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
@@ -80,8 +81,9 @@ class Core(LinearUpdates):
         self.carried = carried
         self.scale, self.layers = options.scale, linear_layers(lmm, options.targets)
         self.dropout = Dropout(options.dropout)
-        sizes = ((layer.in_features, layer.out_features) for layer in self.layers.values())
-        self.updates = nn.ModuleList(CoreUpdate(*size, options.rank, lmm.dtype) for size in sizes)
+        self.updates = nn.ModuleList(
+            CoreUpdate(*sides(layer), options.rank, lmm.dtype) for layer in self.layers.values()
+        )
 
     @classmethod
     def of(cls, lmm: LMM, method: Any) -> Core:

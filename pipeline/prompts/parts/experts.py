@@ -26,6 +26,7 @@ from pipeline.prompts.parts.low_rank import (
     updated_linears,
 )
 from pipeline.prompts.parts.mixture import Mixture, weighted_sum
+from pipeline.prompts.parts.targets import sides
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
@@ -111,8 +112,7 @@ class Experts(LinearUpdates):
         super().__init__()
         self.scale, self.carried, self.dropout = options.scale, carried, Dropout(options.dropout)
         self.layers = linear_layers(lmm, options.targets)
-        sizes = ((layer.in_features, layer.out_features) for layer in self.layers.values())
-        self.updates = nn.ModuleList(ExpertsUpdate(*size, options, lmm.dtype) for size in sizes)
+        self.updates = nn.ModuleList(ExpertsUpdate(*sides(layer), options, lmm.dtype) for layer in self.layers.values())
 
     @classmethod
     def of(cls, lmm: LMM, method: Any) -> Experts:

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config.low_rank import OUTPUT_LAYER, LowRankOptions
+from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import NO_SET, Selection
 from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, Update
-from pipeline.prompts.parts.mixture import weighted_sum
+from pipeline.prompts.parts.mixture import are_words, of_words, weighted, weighted_sum
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # the number of a decoder layer in a linear layer's name
 
@@ -30,7 +30,8 @@ class FusedOptions(LowRankOptions):
 class FusedEntry(LowRankEntry):
     """In the last layers modules count by their weights; below, all that a row selects count alike, as one.
 
-    The output layer goes with the last layer. A row without any module is that of the frozen model.
+    The output layer goes with the last layer; the input embeddings stand below the first, so they are never routed. A
+    row without any module is that of the frozen model.
     """
 
     def __init__(self, scale: float, fuse: str, routed_layers: int) -> None:
@@ -48,10 +49,13 @@ class FusedEntry(LowRankEntry):
         present = present_in(selection, len(tensors[self.prefix + names[0] + ".a"]))
         alike = bool((present.any(1) == present.all(1)).all())  # a row has all modules or none, as of a rule for all
         fused = [functools.partial(self._fused, tensors, name, present, alike) for name in names]
-        return [routed[place] if number >= first else fused[place] for place, number in enumerate(numbers)]
+        chosen = [number >= first and name != INPUT_LAYER for name, number in zip(names, numbers, strict=True)]
+        return [routed[place] if one else fused[place] for place, one in enumerate(chosen)]
 
     def _fused(self, tensors: Mapping[str, Tensor], name: str, present: Tensor, alike: bool, inputs: Tensor) -> Tensor:
         a, b = tensors[self.prefix + name + ".a"], tensors[self.prefix + name + ".b"]
+        if are_words(inputs):
+            return self._fused_words(a, b, present, inputs) * self.scale
         if self.fuse == "sum":
             down, up = a.flatten(0, 1).T, b.transpose(1, 2).flatten(0, 1)
             return weighted_sum(inputs, down, up, present) * self.scale
@@ -59,6 +63,15 @@ class FusedEntry(LowRankEntry):
             return weighted_sum(inputs, a.sum(0).T, b.sum(0).T, present[:, :1]) * self.scale
         own_a, own_b = (torch.einsum("bm,mxy->byx", present.to(one), one) for one in (a, b))
         return inputs @ own_a @ own_b * self.scale
+
+    def _fused_words(self, a: Tensor, b: Tensor, present: Tensor, ids: Tensor) -> Tensor:
+        """The same of token ids [B, N], unscaled."""
+        hidden = of_words(ids, a, torch.arange(len(a), device=a.device))  # [B, N, M * r]
+        if self.fuse == "sum":
+            return weighted(hidden, b.transpose(1, 2).flatten(0, 1), present)
+        own = present.to(hidden.dtype)
+        joined = (hidden.unflatten(-1, a.shape[:2]) * own[:, None, :, None]).sum(2)  # [B, N, r]
+        return joined @ torch.einsum("bm,mxy->byx", own, b)
 
 
 def present_in(selection: Selection, modules: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""Low-rank updates of linear layers of the decoder: y = W x + (alpha / rank) * sum_i w_i B_i A_i x, W frozen."""
+"""Low-rank updates of linear layers of the decoder: y = W x + (alpha / rank) * sum_i w_i B_i A_i x, W frozen.
+
+The input embeddings are a linear layer of one-hot vectors x: A_i x is a column of A_i.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-from pipeline.config.low_rank import OUTPUT_LAYER, LowRankOptions
+from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import Selection
-from pipeline.errors import UserError, nearest
 from pipeline.prompts.parts.base import Entry, Part, shape_of
 from pipeline.prompts.parts.dropout import Dropout
-from pipeline.prompts.parts.mixture import Mixture
+from pipeline.prompts.parts.mixture import Mixture, are_words
+from pipeline.prompts.parts.targets import Layer, ending_in, sides
 
 if TYPE_CHECKING:
     from pipeline.backbones.decoding import Attached
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
 
 PREFIX = "low_rank."
 A, B = ".a", ".b"
-Update = Callable[[Tensor], Tensor]  # what is added to a layer's output [B, N, outputs], of its input [B, N, inputs]
+# What is added to a layer's output [B, N, outputs], of its input [B, N, inputs], or of token ids [B, N].
+Update = Callable[[Tensor], Tensor]
 
 
 class LowRankEntry(Entry):
@@ -44,7 +49,7 @@ class LowRankEntry(Entry):
 
     def on(self, lmm: LMM, tensors: Mapping[str, Tensor]) -> Attached:
         names = self.layers(tensors)
-        layers = [lmm.linear(name) for name in names]
+        layers = [lmm.layer(name) for name in names]
         made: list[tuple[Selection, list[Update]]] = []  # the last selection: most tokens are of the same rows
 
         def attached(selection: Selection, inserted: Tensor | None = None) -> AbstractContextManager[None]:
@@ -53,6 +58,9 @@ class LowRankEntry(Entry):
             return added_to_outputs(zip(layers, made[0][1], strict=False))
 
         return attached
+
+    def updates_words(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.prefix + INPUT_LAYER + A in tensors
 
     def layers(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names of the layers that the modules update."""
@@ -82,18 +90,19 @@ class LinearUpdate(nn.Module):
         self.b = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype))
 
     def forward(self, inputs: Tensor | None, of: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """What it adds to the output [B, N, outputs], unscaled; or instead what a term makes `of` its A and B, which
-        ZeRO-3 has gathered only here."""
+        """What it adds to the output [B, N, outputs], unscaled, of inputs [B, N, inputs] or token ids [B, N]; or
+        instead what a term makes `of` its A and B, which ZeRO-3 has gathered only here."""
         if of is not None:
             return of(self.a, self.b)
         assert inputs is not None
-        return inputs @ self.a.T @ self.b.T
+        hidden = embedding(inputs, self.a.T) if are_words(inputs) else inputs @ self.a.T
+        return hidden @ self.b.T
 
 
 class LinearUpdates(Part):
     """What parts have in common that update linear layers: of the decoder, and the output layer where it is named."""
 
-    layers: dict[str, nn.Linear]  # the updated layers by their names
+    layers: Mapping[str, Layer]  # the updated layers by their names
 
     @classmethod
     def read(cls, method: Any, shape: DecoderShape) -> int:
@@ -109,11 +118,12 @@ class LinearUpdates(Part):
 
 
 class LowRank(LinearUpdates):
-    """A LoRA (arXiv 2106.09685) on the linear layers of `LMM.linears` whose names end in one of the `targets`.
+    """A LoRA (arXiv 2106.09685) on the linear layers of `LMM.linears` whose names end in one of the `targets`, and on
+    the input embeddings where `embed_tokens` is among these.
 
     The frozen layers' own weights are not touched: ZeRO-3 has them partitioned, and a hook adds to their outputs. With
     `carried` a stage goes on from the values of the one before. Earlier modules that act beside it are not trained, and
-    read everything whatever the `dropout`.
+    read everything whatever the `dropout`, and so does the update of the input embeddings.
     """
 
     Options = LowRankOptions
@@ -131,9 +141,8 @@ class LowRank(LinearUpdates):
     ) -> None:
         super().__init__()
         self.earlier, self.carried, self.dropout = LowRankEntry(alpha / rank), carried, Dropout(dropout)
-        self.layers = linear_layers(lmm, targets)
-        sizes = ((layer.in_features, layer.out_features) for layer in self.layers.values())
-        self.updates = nn.ModuleList(LinearUpdate(*size, rank, lmm.dtype) for size in sizes)
+        self.layers = updated_layers(lmm, targets)
+        self.updates = nn.ModuleList(LinearUpdate(*sides(layer), rank, lmm.dtype) for layer in self.layers.values())
         self._made: tuple[Any, Any, list[Update]] | None = None  # of the last batch, whose layers may be recomputed
 
     @classmethod
@@ -150,18 +159,29 @@ class LowRank(LinearUpdates):
     @classmethod
     def sizes(cls, method: Any, shape: DecoderShape) -> list[int]:
         options = cls.options(method)
-        linears = updated_linears(options.targets, shape)
+        linears = updated_linears(options.targets, shape, words=True)
         return [options.rank * size for linear in linears for size in (linear.inputs, linear.outputs)]
+
+    @property
+    def updates_words(self) -> bool:
+        return INPUT_LAYER in self.layers
 
     def trainables(self) -> dict[str, nn.Parameter]:
         pairs = zip(self.layers, self.updates, strict=True)
         return {PREFIX + name + end: getattr(update, end[1:]) for name, update in pairs for end in (A, B)}
 
     def start(self, lmm: LMM, generator: torch.Generator, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A uniform within 1 / sqrt(inputs), as PEFT starts it, and B zero: the first step is the frozen model's."""
+        """A uniform within 1 / sqrt(inputs) and B zero, as PEFT starts them: the first step is the frozen model's.
+
+        Of the input embeddings A is zero and B standard normal, as in PEFT: a step moves the columns of those words
+        alone that it has read.
+        """
         values = {}
         for name, parameter in self.trainables().items():
             shape = shape_of(parameter)
+            if name.startswith(PREFIX + INPUT_LAYER):
+                values[name] = torch.zeros(shape) if name.endswith(A) else torch.randn(shape, generator=generator)
+                continue
             uniform = (torch.rand(shape, generator=generator) * 2 - 1) * shape[1] ** -0.5
             values[name] = uniform if name.endswith(A) else torch.zeros(shape)
         self.dropout.begin(generator)
@@ -174,7 +194,8 @@ class LowRank(LinearUpdates):
         befores: list[Update | None] = [*beside] or [None] * len(self.layers)
 
         def update(number: int, module: nn.Module, before: Update | None, inputs: Tensor) -> Tensor:
-            output: Tensor = module(self.dropout(inputs, selection.places, number)) * scale
+            read = inputs if are_words(inputs) else self.dropout(inputs, selection.places, number)
+            output: Tensor = module(read) * scale
             return output if before is None else output + before(inputs)
 
         pairs = enumerate(zip(self.updates, befores, strict=True))
@@ -197,25 +218,32 @@ class LowRank(LinearUpdates):
         return self._made[2]
 
 
-def updated_linears(targets: Sequence[str], shape: DecoderShape) -> list[LinearShape]:
-    """The layers that get an update; UserError for a target that names none."""
+def updated_linears(targets: Sequence[str], shape: DecoderShape, words: bool = False) -> list[LinearShape]:
+    """The layers that get an update; UserError for a target that names none.
+
+    Without `words` the input embeddings are none of them, and naming them is an error too.
+    """
     linears = {linear.name: linear for linear in shape.linears}
-    return [linears[name] for name in ending_in(targets, linears)]
+    return [linears.get(name) or shape.words for name in ending_in(targets, linears, words)]
 
 
 def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
     """Elements per token of what the updates read, which gradients need.
 
     Layers that read the same keep it once; with dropout each layer keeps its own, which differ. Without the output
-    layer's, which are of the answers' tokens alone, and small beside its scores.
+    layer's, which are of the answers' tokens alone, and small beside its scores. Of the input embeddings' update, which
+    reads token ids, A's column of the word is kept.
     """
-    linears = [linear for linear in updated_linears(options.targets, shape) if not linear.is_output]
-    return sum(one.inputs for one in linears) if options.dropout else sum(dict(one.reads for one in linears).values())
+    layers = updated_linears(options.targets, shape, words=True)
+    columns = options.rank * any(one.is_words for one in layers)
+    linears = [one for one in layers if not (one.is_output or one.is_words)]
+    own = [one.inputs for one in linears] if options.dropout else dict(one.reads for one in linears).values()
+    return columns + sum(own)
 
 
 def output_updated(targets: Sequence[str], shape: DecoderShape) -> bool:
     """Whether the output layer is among the layers that get an update."""
-    return any(linear.is_output for linear in updated_linears(targets, shape))
+    return any(linear.is_output for linear in updated_linears(targets, shape, words=True))
 
 
 def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -224,27 +252,26 @@ def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
     return {name: layers[name] for name in ending_in(targets, layers)}
 
 
-def ending_in(targets: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Those of the linear layers' names that end in a target; UserError for a target that no name ends in."""
-    names = list(names)
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(
-                f"method.targets: no linear layer of the decoder ends in '{target}'; expected among "
-                f"{', '.join(known)}.{nearest(target, known)}"
-            )
-    return [name for name in names if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+def updated_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, Layer]:
+    """As `linear_layers`, with the input embeddings where a target names them."""
+    layers: dict[str, Layer] = {**lmm.linears, INPUT_LAYER: lmm.input_embeddings}
+    return {name: layers[name] for name in ending_in(targets, lmm.linears, words=True)}
 
 
 @contextlib.contextmanager
 def added_to_outputs(updates: Iterable[tuple[nn.Module, Update]]) -> Iterator[None]:
-    """While the block runs, add to the outputs of these layers what their updates make of the inputs."""
+    """While the block runs, add to the outputs of these layers what their updates make of the inputs.
 
-    def hook(update: Update) -> Callable[..., Tensor]:
-        return lambda _, inputs, output: output + update(inputs[0])
+    Gemma's input embeddings multiply their rows (`embed_scale`); an update is multiplied too, as one of the rows.
+    """
 
-    handles = [layer.register_forward_hook(hook(update)) for layer, update in updates]
+    def hook(layer: nn.Module, update: Update) -> Callable[..., Tensor]:
+        times = getattr(layer, "embed_scale", None)
+        if times is None:
+            return lambda _, inputs, output: output + update(inputs[0])
+        return lambda _, inputs, output: output + update(inputs[0]) * torch.as_tensor(times).to(output)
+
+    handles = [layer.register_forward_hook(hook(layer, update)) for layer, update in updates]
     try:
         yield
     finally:
@@ -253,6 +280,7 @@ def added_to_outputs(updates: Iterable[tuple[nn.Module, Update]]) -> Iterator[No
 
 
 def low_rank_output(inputs: Tensor, a: Tensor, b: Tensor, selection: Selection) -> Tensor:
-    """sum_i w_i B_i A_i x [B, N, outputs] of inputs [B, N, D], `a` [M, r, D] and `b` [M, outputs, r]."""
+    """sum_i w_i B_i A_i x [B, N, outputs] of inputs [B, N, D] or token ids [B, N], `a` [M, r, D] and `b` [M, outputs,
+    r]."""
     mixture = Mixture.of(selection, len(a))
-    return inputs.new_zeros(*inputs.shape[:2], b.shape[1]) if mixture is None else mixture.added(inputs, a, b)
+    return b.new_zeros(*inputs.shape[:2], b.shape[1]) if mixture is None else mixture.added(inputs, a, b)

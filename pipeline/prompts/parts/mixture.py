@@ -51,10 +51,17 @@ class Mixture:
     def added(self, inputs: Tensor, a: Tensor, b: Tensor, layer: str = "") -> Tensor:
         """sum_i w_i B_i A_i x [B, N, outputs] of inputs [B, N, D], `a` [M, r, D] and `b` [M, outputs, r].
 
-        `layer` is the name by which joined factors are found again.
+        Inputs [B, N] are token ids, each in place of its one-hot vector of width D. `layer` is the name by which
+        joined factors are found again.
         """
         used, m = len(a) if self.used is None else len(self.used), self.numbers.shape[1]
-        if inputs.shape[1] * (used - m) > COPY * m:
+        gathers = inputs.shape[1] * (used - m) > COPY * m
+        if are_words(inputs):
+            everyone = torch.arange(len(a), device=a.device) if self.used is None else self.used
+            numbers = self.numbers if gathers else everyone
+            up = b[numbers].transpose(-2, -1).flatten(-3, -2)  # [B, m * r, outputs] or [U * r, outputs]
+            return weighted(of_words(inputs, a, numbers), up, self.weights if gathers else self.share)
+        if gathers:
             down = a[self.numbers].flatten(1, 2).transpose(1, 2)  # [B, D, m * r]
             up = b[self.numbers].transpose(2, 3).flatten(1, 2)  # [B, m * r, outputs]
             return weighted_sum(inputs, down, up, self.weights)
@@ -77,9 +84,31 @@ def weighted_sum(inputs: Tensor, down: Tensor, up: Tensor, weights: Tensor | Non
         up: their B below each other, [U * r, outputs] or by row [B, U * r, outputs].
         weights: [B, U] by row, [B, N, U] by token; None: 1.
     """
-    hidden = inputs @ down
+    return weighted(inputs @ down, up, weights)
+
+
+def weighted(hidden: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
+    """As `weighted_sum`, of what the modules' A make of the inputs, side by side [B, N, U * r]."""
     if weights is not None:
         spread = weights[:, None] if weights.ndim == 2 else weights  # [B, 1 or N, U]
         rank = hidden.shape[-1] // weights.shape[-1]
         hidden = hidden * spread.to(hidden.dtype).repeat_interleave(rank, dim=-1)
     return hidden @ up
+
+
+def are_words(inputs: Tensor) -> bool:
+    """Whether a layer's inputs are token ids [B, N], as those of the input embeddings are."""
+    return not inputs.is_floating_point()
+
+
+def of_words(ids: Tensor, a: Tensor, numbers: Tensor) -> Tensor:
+    """A_i x of one-hot vectors x, for several modules side by side [B, N, m * r].
+
+    Only the columns of the words are copied, never a module's whole A.
+
+    Args:
+        ids: [B, N], the places of the ones.
+        a: [M, r, V].
+        numbers: which modules, the same for all rows [m] or by row [B, m].
+    """
+    return a[numbers.unsqueeze(-2), :, ids[..., None]].flatten(2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.low_rank import OUTPUT_LAYER
+from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer of the decoder, or the output layer."""
+    """One linear layer of the decoder, the output layer, or the input embeddings, whose inputs are one-hot vectors."""
 
     name: str
     inputs: int
@@ -20,6 +20,11 @@ class LinearShape:
     def is_output(self) -> bool:
         """Whether it is the output layer, which scores the words."""
         return self.name == OUTPUT_LAYER
+
+    @property
+    def is_words(self) -> bool:
+        """Whether it is the input embeddings, which read token ids."""
+        return self.name == INPUT_LAYER
 
     @property
     def reads(self) -> tuple[str, int]:
@@ -40,6 +45,11 @@ class DecoderShape:
     def width(self) -> int:
         """D, the width of its input embeddings."""
         return int(self.text.hidden_size)
+
+    @property
+    def words(self) -> LinearShape:
+        """The input embeddings."""
+        return LinearShape(INPUT_LAYER, int(self.text.vocab_size), self.width)
 
     @property
     def layers(self) -> int:
