@@ -50,9 +50,9 @@ def merged_answer(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> list[int
     """The plain model's answer to a sample with its modules in the weights of the layers."""
     names = {name.removeprefix("low_rank.")[:-2] for name in tensors}
     layers = {name: lmm.layer(name) for name in names}
-    before = {name: layer.weight for name, layer in layers.items()}
+    before = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     for name, layer in layers.items():
-        weight = layer.weight.clone()
+        weight = before[name].clone()
         for number, share in CHOSEN.chosen(row):
             update = tensors[f"low_rank.{name}.b"][number] @ tensors[f"low_rank.{name}.a"][number]
             weight.add_(ALPHA / RANK * share * (update.T if name == "embed_tokens" else update))

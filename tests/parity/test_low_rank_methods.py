@@ -231,7 +231,7 @@ def test_lora_is_what_peft_learns_from_the_same_values(llava: Path, tmp_path: Pa
     for name, value in own.items():
         value.data.copy_(run.starts[0][name])
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=0.0)
-    batch, losses = run.batches[0], []
+    batch, losses = run.batches[0], list[float]()
     LearnerOnLMM(run.lmm, learner)(batch, Normaliser(*batch.counts()))[0].backward()
     for _ in range(2):
         logits = wrapped(
