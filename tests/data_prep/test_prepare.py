@@ -161,7 +161,8 @@ def test_an_image_and_a_question_that_occur_often_are_encoded_once(recipe, tmp_p
 
 def test_keys_of_another_clip_are_refused_and_computed_anew(recipe, prepared, other_clip):
     expected = key_identity(other_clip)
-    with pytest.raises(UserError, match=r"come from another CLIP: weights_sha256 is .*python -m pipeline prepare"):
+    advice = r"come from another CLIP: weights_sha256 is .*data\.prepared .*python -m pipeline prepare.* `--replace`"
+    with pytest.raises(UserError, match=advice):
         _train(prepared).keys(expected)
     built = recipe(keys={"path": str(other_clip)})
     with pytest.raises(UserError, match=r"has the keys of another CLIP .*--replace"):
