@@ -187,7 +187,8 @@ def read_keys(folder: Path, description: Mapping[str, Any], expected_identity: M
             raise UserError(
                 f"The CLIP keys {path} come from another CLIP: {name} is {identity.get(name)} "
                 f"(model {identity.get('clip')}), the recipe's model {expected_identity.get('clip')} has "
-                f"{expected_identity[name]}. Set data.prepared to another folder and run `python -m pipeline prepare RECIPE`, "
-                "or run it with `--replace` to compute them anew here, where other recipes and runs may need them."
+                f"{expected_identity[name]}. Set data.prepared to another folder and run `python -m pipeline prepare "
+                "RECIPE`, or run it with `--replace` to compute them anew here, where other recipes and runs may need "
+                "them."
             )
     return Keys(image, text, has_image.bool(), identity)

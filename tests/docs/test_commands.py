@@ -14,6 +14,7 @@ from pipeline.cli.commands import app
 from pipeline.config.paths import PROJECT
 
 PAGES = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
+TUTORIALS = [page for page in PAGES if page.name.startswith("tutorial_")]  # test_tutorials.py executes them
 COMMAND = re.compile(r"python -m pipeline +([^`\n]*)")
 
 

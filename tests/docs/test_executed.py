@@ -25,11 +25,13 @@ from pipeline.cli.commands import app
 from pipeline.config import yaml_file as recipe_file
 from pipeline.config.load import load_recipe
 from pipeline.config.paths import PROJECT
-from tests.docs.test_commands import PAGES, SHOWN, commands
+from tests.docs.test_commands import PAGES, TUTORIALS, commands
 from tests.serve.conftest import address_of, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
+VISITED = [page for page in PAGES if page not in TUTORIALS]
+SHOWN = {command for page in VISITED for command in commands(page)}
 SMALL_TASKS = [
     {"name": name, "metric": "exact", "limit_train": 32, "limit_test": 6} for name in ("Colours", "Charts", "Boxes")
 ]
@@ -39,9 +41,9 @@ STANDS_FOR = {
     "RECIPE": "nano_paper",
     "RUN": NANO,
     "RUN/config.yaml": f"{NANO}/config.yaml",
+    "ADAPTER": "adapter",
+    "NEW": "new-adapter",
     "TASK": "Shelf",
-    "A": "smaller",
-    "B": "another-adapter",
 }
 HUB_MODEL = "a model from the Hub; see tests/e2e/test_hub_id.py and tests/check/test_shipped_models.py"
 CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
@@ -68,6 +70,7 @@ NOT_EXECUTED = {
     "tests/planning/test_quantised_plan.py",
     "run many_nano --set method.router=prototype --set method.gate=0.1 --set method.share=null": MANY_NANO,
     "run many_nano --set method.router=random_ridge --set method.gate=null --set method.share=0.5": MANY_NANO,
+    "check mine.yaml": "tests/docs/test_reference_pages.py reads the recipe; its model is one from the Hub",
     "check smolvlm_256m_own": HUB_MODEL,
     "run smolvlm_256m_own": HUB_MODEL,
     "add runs/smolvlm_256m_own-modalprompt-s0 Shelf": HUB_MODEL,
@@ -97,14 +100,12 @@ FIRST = [
     "export",
     "prune adapter",
     "merge smaller",
-    "merge A",
-    "prune C",
 ]
 
 
 def executed() -> list[str]:
     """The commands that are executed, in order; verbs that are only named are left out."""
-    shown = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+    shown = list(dict.fromkeys(command for page in VISITED for command in commands(page)))
     shown = [command for command in shown if " " in command.strip() or command == "ls"]
     return sorted((c for c in shown if c not in NOT_EXECUTED), key=_place)
 
@@ -198,7 +199,7 @@ def test_prepared_data_is_verified(outcomes: dict[str, tuple[int, str]]) -> None
 def python_blocks() -> list[tuple[str, str]]:
     return [
         (f"{page.name}-{number}", block)
-        for page in PAGES
+        for page in VISITED
         if page.name not in PYTHON_NOT_EXECUTED
         for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL), start=1)
     ]

@@ -76,6 +76,27 @@ ELSEWHERE = {
         "tests/slurm/test_script.py",
         "one_task_per_gpu",
     ),
+    "sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --time=01:00:00 slurm/run_sequence.sh --prepare llava15_7b_coin3 "
+    "--set name=small --set train.steps=20": ("tests/slurm/test_script.py", "--prepare"),
+    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh coin_llava15_7b": (
+        "tests/slurm/test_script.py",
+        "one_task_per_gpu",
+    ),
+    "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh coin_llava15_7b": (
+        "tests/slurm/test_sequence.py",
+        "one_node_instead",
+    ),
+    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh --train coin_llava15_7b": (
+        "tests/slurm/test_sequence.py",
+        "--train",
+    ),
+    "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=8 --time=12:00:00 slurm/run_sequence.sh --evaluate "
+    "runs/coin_llava15_7b-modalprompt-s0": ("tests/slurm/test_sequence.py", "--evaluate"),
+    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh "
+    "runs/coin_llava15_7b-modalprompt-s0/config.yaml": ("tests/slurm/test_script.py", "one_task_per_gpu"),
+    "sbatch --nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=64 --time=04:00:00 --wrap "
+    '"python -m pipeline add runs/coin_llava15_7b-modalprompt-s0 Shelf"': ("tests/docs/test_tutorials.py", "--wrap"),
+    "slurm/run_sequence.sh --dry-run coin_llava15_7b": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
     "slurm/run_sequence.sh --train": ("tests/slurm/test_script.py", "--train"),
     "slurm/run_sequence.sh --dry-run $trial": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
     "sbatch --nodes=2 slurm/run_sequence.sh --prepare --train $trial": ("tests/slurm/test_script.py", "--prepare"),
@@ -110,6 +131,7 @@ NOT_EXECUTED = {
     "scancel --signal=USR1 JOB": "with a number it is in ELSEWHERE",
     "scancel JOB": "with a number it is in ELSEWHERE",
     "sbatch --signal=B:USR1@900 ...": "an option of Slurm",
+    "cp slurm/site.env.example slurm/site.env": "a file to be changed by hand",
     "squeue": "only looks",
     "sinfo": "only looks",
     "tail -f sequence-1.out": "only looks",

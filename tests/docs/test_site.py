@@ -17,7 +17,7 @@ import yaml
 
 from tests.processes import PROJECT
 
-SECTIONS = ["Home", "Concepts", "Tutorials", "How-to", "Reference", "Explanation", "Troubleshooting"]
+SECTIONS = ["Home", "Concepts", "Tutorials", "How-to", "Reference", "Explanation", "Troubleshooting", "FAQ"]
 FILES = ("README.md", "mkdocs.yml", "docs", "examples", "data_prep/nano/README.md")
 
 
