@@ -27,6 +27,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    (?! )(.+)$", re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 
+JOB_24H = "--gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh"
 CLIP = "clip --size nano --classes 4 --images 2 --chunk 2 --batches 1 --rounds 1"
 # By what is shown: the same with sizes that take seconds.
 BENCHES = {
@@ -68,32 +69,34 @@ ELSEWHERE = {
         "pipeline.__path__[0]",
     ),
     "sbatch slurm/run_sequence.sh": ("tests/slurm/test_script.py", "without_a_recipe_the_embedded_default"),
-    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE": (
+    f"sbatch --nodes=2 {JOB_24H} RECIPE": (
         "tests/slurm/test_script.py",
         "one_task_per_gpu",
     ),
-    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE --set seed=1": (
+    f"sbatch --nodes=2 {JOB_24H} RECIPE --set seed=1": (
         "tests/slurm/test_script.py",
         "one_task_per_gpu",
     ),
-    "sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --time=01:00:00 slurm/run_sequence.sh --prepare llava15_7b_coin3 "
-    "--set name=small --set train.steps=20": ("tests/slurm/test_script.py", "--prepare"),
-    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh coin_llava15_7b": (
+    "sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --time=01:00:00 slurm/run_sequence.sh --prepare "
+    "llava15_7b_coin3 --set name=small --set train.steps=20": ("tests/slurm/test_script.py", "--prepare"),
+    f"sbatch --nodes=2 {JOB_24H} coin_llava15_7b": (
         "tests/slurm/test_script.py",
         "one_task_per_gpu",
     ),
-    "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh coin_llava15_7b": (
+    f"sbatch --nodes=1 {JOB_24H} coin_llava15_7b": (
         "tests/slurm/test_sequence.py",
         "one_node_instead",
     ),
-    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh --train coin_llava15_7b": (
+    f"sbatch --nodes=2 {JOB_24H} --train coin_llava15_7b": (
         "tests/slurm/test_sequence.py",
         "--train",
     ),
     "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=8 --time=12:00:00 slurm/run_sequence.sh --evaluate "
     "runs/coin_llava15_7b-modalprompt-s0": ("tests/slurm/test_sequence.py", "--evaluate"),
-    "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh "
-    "runs/coin_llava15_7b-modalprompt-s0/config.yaml": ("tests/slurm/test_script.py", "one_task_per_gpu"),
+    f"sbatch --nodes=2 {JOB_24H} runs/coin_llava15_7b-modalprompt-s0/config.yaml": (
+        "tests/slurm/test_script.py",
+        "one_task_per_gpu",
+    ),
     "sbatch --nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=64 --time=04:00:00 --wrap "
     '"python -m pipeline add runs/coin_llava15_7b-modalprompt-s0 Shelf"': ("tests/docs/test_tutorials.py", "--wrap"),
     "slurm/run_sequence.sh --dry-run coin_llava15_7b": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
