@@ -22,6 +22,7 @@ def commands(page: Path) -> list[str]:
     found = []
     for text in COMMAND.findall(page.read_text(encoding="utf-8")):
         text = text.partition("  #")[0].strip().rstrip(".,;:)")
+        text = text[:-1] if text.endswith('"') and text.count('"') % 2 else text  # the whole is quoted, as for --wrap
         if text and not text.endswith("..."):
             found.append(text)
     return found
