@@ -30,7 +30,8 @@ from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE
 from tests import tiny_clip
 from tests.backbones.shrunk_models import as_cached, save_shrunk
-from tests.docs.test_commands import TUTORIALS
+from tests.docs.test_commands import TUTORIALS, commands
+from tests.docs.test_other_commands import BLOCK
 from tests.e2e.test_coin import write_coin
 from tests.serve.conftest import address_of, start
 
@@ -55,8 +56,8 @@ MODELS = ("smolvlm_256m_own", "qwen25vl_3b_own", "coin_llava15_7b")
 
 def shown(page: str) -> list[str]:
     """The lines of the page's blocks of commands, without remarks."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (PROJECT / "docs" / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    blocks = BLOCK.findall((PROJECT / "docs" / page).read_text("utf-8"))
+    return [line.partition("  #")[0].strip() for kind, block in blocks if not kind for line in block.splitlines()]
 
 
 def verbs(page: str) -> list[str]:
@@ -117,6 +118,9 @@ def test_each_tutorial_is_walked_through_here() -> None:
     here = Path(__file__).read_text("utf-8")
     assert len(TUTORIALS) >= 5
     assert not [page.name for page in TUTORIALS if f'"{page.name}"' not in here]
+    for page in TUTORIALS:  # a command in a sentence is none of the path
+        assert set(verbs(page.name)) >= {command for command in commands(page) if "--set name=" in command}
+        assert len(verbs(page.name)) >= 3, page.name
 
 
 def test_own_photographs_to_a_served_adapter(folder: Path) -> None:
@@ -147,7 +151,7 @@ def test_coin_to_a_matrix_and_a_further_task_on_a_cluster(folder: Path) -> None:
         walked(command)
     assert (folder / "runs" / "coin_llava15_7b-modalprompt-s0" / "matrix.json").is_file()
     write_example(folder, 12, seed=0)
-    for command in verbs("tutorial_cluster.md"):
+    for command in verbs("tutorial_cluster.md"):  # the run is that of the tutorial before
         said = walked(command)
     assert "Expected interference" in said
     (wrapped,) = re.findall(r'--wrap "python -m pipeline (.*)"', "\n".join(shown("tutorial_cluster.md")))
