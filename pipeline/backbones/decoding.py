@@ -86,7 +86,7 @@ class GreedyDecoder(Generic[R]):
     their current order, so that each row keeps its own modules; None: no modules act on the model.
 
     Not usable under ZeRO-3: ranks whose answers end at different lengths would wait for each other (docs/design.md
-    7.4).
+    7.4). Where the layers are divided over ranks (`pipeline.backbones.sharded`), all of these decode the same rows.
     """
 
     def __init__(self, lmm: LMM, attached: Attached | None = None) -> None:
@@ -179,7 +179,7 @@ class GreedyDecoder(Generic[R]):
     def _advance(self, numbers: range, scores: Tensor) -> list[R]:
         """Append each row's best token by scores [n, V] and let finished rows leave; returns the rows."""
         rows = [self.rows[number] for number in numbers]
-        best = self._ruled(rows, scores).argmax(-1)
+        best = self.lmm.agreed(self._ruled(rows, scores).argmax(-1))
         self._state.last[numbers.start : numbers.stop] = best
         for row, token in zip(rows, best.tolist(), strict=True):
             row.tokens.append(token)

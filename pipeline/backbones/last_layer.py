@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.sharded import COMPUTED, is_elsewhere
+
 
 @contextlib.contextmanager
 def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Collection[str]) -> Iterator[bool]:
@@ -24,7 +26,9 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
     if positions is None or why_whole(attention, attentions):
         yield False
         return
-    before, plain = layer.__dict__.get("forward"), layer.forward
+    # What a divided layer computes lies behind its forward, which sends the output to the other ranks.
+    slot = COMPUTED if hasattr(layer, COMPUTED) else "forward"
+    before, plain, elsewhere = layer.__dict__.get(slot), getattr(layer, slot), is_elsewhere(layer)
 
     def there(
         hidden: Tensor,
@@ -33,6 +37,8 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
         past_key_values: Any = None,
         **inputs: Any,
     ) -> Tensor:
+        if elsewhere:
+            return rows_at(plain(hidden, past_key_values=past_key_values), positions)
         keys, values = _keys_and_values(attention, layer.input_layernorm(hidden), position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
@@ -44,14 +50,14 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
             **inputs | {"position_ids": None},
         )
 
-    layer.forward = there
+    setattr(layer, slot, there)
     try:
         yield True
     finally:
         if before is None:
-            del layer.forward
+            delattr(layer, slot)
         else:
-            layer.forward = before
+            setattr(layer, slot, before)
 
 
 def why_whole(attention: Any, attentions: Collection[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.sharded import is_elsewhere
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ Change = Callable[[LayerInputs], LayerInputs]
 
 @contextlib.contextmanager
 def changed_layers(lmm: LMM, changes: Mapping[int, Change]) -> Iterator[None]:
-    """While the block runs, these layers of the decoder, by number, read what their changes make of their inputs."""
+    """While the block runs, these layers of the decoder, by number, read what their changes make of their inputs.
+
+    A layer that another rank computes reads nothing here.
+    """
     require_usual_layers(lmm)
     layers: Any = lmm.decoder.layers
     handles = [
-        layers[number].register_forward_pre_hook(_hook(change), with_kwargs=True) for number, change in changes.items()
+        layers[number].register_forward_pre_hook(_hook(change), with_kwargs=True)
+        for number, change in changes.items()
+        if not is_elsewhere(layers[number])
     ]
     try:
         yield

@@ -14,7 +14,8 @@ from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
-from pipeline.backbones.lmm_weights import DTYPES, load_weights
+from pipeline.backbones.lmm_weights import DTYPES, load_shard, load_weights
+from pipeline.backbones.sharded import Place, Shards
 from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
 from pipeline.config.models import ModelConfig
@@ -43,6 +44,7 @@ class LMM(nn.Module):
         self.dtype: torch.dtype = model.dtype
         self.trains_projector = False
         self.cuts = False  # whether too long samples are truncated, see `Conversation`
+        self.shards: Shards | None = None  # where the layers are on several ranks
         if config is not None and config.image_tokens is not None:
             self.family.adopt(processor)
         self.freeze()
@@ -209,6 +211,10 @@ class LMM(nn.Module):
         """Scores of the next token [..., V] in float32."""
         return self.model.get_output_embeddings()(hidden).float()
 
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """Chosen tokens [n], the same on all ranks where the layers are on several."""
+        return tokens if self.shards is None else self.shards.agreed(tokens)
+
     @property
     def stops(self) -> list[int]:
         """Tokens that end an answer: the end token of training, and those of generation_config.json."""
@@ -249,21 +255,31 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
         yield
 
 
-def load_lmm(config: ModelConfig, zero3: dict[str, Any] | None = None, device: torch.device | str | None = None) -> LMM:
+def load_lmm(
+    config: ModelConfig,
+    zero3: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    place: Place | None = None,
+) -> LMM:
     """Load model and processor.
 
     Args:
         config: the recipe's section.
         zero3: the DeepSpeed configuration where the weights are to be partitioned at load; then all ranks call this.
         device: each weight is moved there as it is read, so host memory never holds the whole model; None: the CPU.
+        place: this rank where the layers are divided over several (`pipeline.backbones.sharded`); it reads its own.
 
     Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights.
     """
     folder = checkpoint(source_of(config)).folder  # fetched first, so that missing files are reported first
     processor = load_processor(config)
-    model = load_weights(config, folder, zero3, device)
+    if place is None:
+        model, shards = load_weights(config, folder, zero3, device), None
+    else:
+        model, shards = load_shard(config, folder, torch.device(device or "cpu"), place)
     check_image_size(config, model.config, processor)
     lmm = LMM(model, processor, config)
+    lmm.shards = shards
     log_shortcuts(lmm.family, lmm.decoder)
     return lmm
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
 from pipeline.backbones.quantised import require_quantising
+from pipeline.backbones.sharded import Place, Shards, ranks_of
 from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
@@ -65,6 +67,53 @@ def load_weights(
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
     return model
+
+
+def load_shard(config: ModelConfig, folder: Path, device: torch.device, place: Place) -> tuple[Any, Shards]:
+    """The model with the weights in `folder` that are this rank's, and their division; otherwise as `load_weights`.
+
+    Only this rank's weights are read.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging as progress
+
+    assert config.quantization == "none", "`ranks_per_replica` refuses quantised weights"
+    progress.disable_progress_bar()
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        ranks = ranks_of(empty_model(settings), place.size)
+        here = {name: device if rank == place.rank else torch.device("meta") for name, rank in ranks.items()}
+        with _undispatched():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=family_of(settings.model_type).attention(config.attn_implementation),
+                device_map={"": device, **here},
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+    except LOAD_ERRORS as error:
+        raise not_loadable(config, error) from error
+    refuse_unfitting(config, report)
+    return model, Shards(model, ranks, place, device)
+
+
+@contextlib.contextmanager
+def _undispatched() -> Iterator[None]:
+    """While the block runs, transformers attaches no hooks to a model whose weights are on several devices.
+
+    The hooks move inputs to the device of a module's weights, which for another rank's weights is the meta device.
+    """
+    from transformers import modeling_utils
+
+    plain = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = plain
 
 
 def _quantization(config: ModelConfig, folder: Path, device: torch.device | str | None) -> Any:

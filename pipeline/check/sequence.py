@@ -27,16 +27,20 @@ from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
 from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
-from pipeline.planning.auto import fit_to_memory, gpu_memory, least_for_zero2, without_gpus
+from pipeline.planning.auto import divided_plan, fit_to_memory, fits, gpu_memory, least_for_zero2, without_gpus
 from pipeline.planning.budget import USUAL_KEY_WIDTH, sized_decoder, trained_values, within_budget
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles, clip_key_width
-from pipeline.planning.plan import Tokens
+from pipeline.planning.plan import GIB, MemoryPlan, Tokens
+from pipeline.planning.replicas import ranks_per_replica
 from pipeline.planning.workload import Workload
 from pipeline.prompts.parts.base import kind_of
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
+from pipeline.ranks.environment import ranks_per_node
 from pipeline.sequence.opened import require_fitting
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config, require_whole_weights
+
+ASSUMED_GPU = 80 * GIB  # of the GPUs that a run is checked for on a machine without any
 
 
 def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
@@ -96,6 +100,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "metrics": lambda: _metrics(recipe.data),
         "ranks": lambda: _ranks(recipe.train, ranks),
         "deepspeed": lambda: _deepspeed(recipe.train, recipe.model),
+        "evaluation": lambda: _evaluation(recipe, ranks),
         "model": lambda: check_model(model),
         SHIPPED: lambda: check_shipped(findings, model),
         "insertion": lambda: check_insertion(recipe, model),
@@ -108,6 +113,8 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
     }
     if not model.shipped:
         del checks[SHIPPED]
+    if recipe.evaluate.engine == "replicas":
+        del checks["evaluation"]
     if not passes_twice(recipe):
         del checks["insertion"]
     if recipe.train.vision_features == "computed":
@@ -153,8 +160,8 @@ def _deepspeed(train: TrainConfig, model: ModelConfig) -> str:
 
 def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, data: CheckedData) -> str:
     """Plan the memory; obstacles have been reported by the checks that they belong to."""
-    if {"recipe", "ranks", "deepspeed", "insertion"} & findings.problems.keys():
-        return "not planned: method, packages, ranks, DeepSpeed file or insertion are wrong"
+    if {"recipe", "ranks", "deepspeed", "evaluation", "insertion"} & findings.problems.keys():
+        return "not planned: method, packages, ranks, DeepSpeed file, evaluation or insertion are wrong"
     if SHIPPED in findings.problems:
         return "not planned: see the shipped numbers"
     shipped = f"; by the numbers of {recipe.model.path} that ship with the project" if model.shipped else ""
@@ -167,8 +174,28 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, d
     _require_carried(recipe, built, width)
     work = Workload.of(recipe, width)
     train, note = _resolved(work, ranks, built, tokens)
-    plan = findings.memory = plan_memory(work.trained_with(train), ranks, built, tokens)
+    work = work.trained_with(train)
+    plan = findings.memory = plan_memory(work, ranks, built, tokens)
+    if told := _too_large_to_answer(work, plan, ranks, built, tokens):
+        findings.warnings["memory"] = [told]
     return peak(plan) + note + shipped
+
+
+def _too_large_to_answer(work: Workload, plan: MemoryPlan, ranks: int, built: nn.Module, tokens: Tokens) -> str:
+    """A sentence where answers need more memory than a GPU has and a model on several ranks needs less; else ""."""
+    memory = gpu_memory(torch.device("cuda", 0)) if torch.cuda.is_available() else ASSUMED_GPU
+    divided = None if fits(plan.evaluation, memory) else divided_plan(work, ranks, built, tokens)
+    if divided is None:
+        return ""
+    return (
+        f"with a whole model on each rank answers take {amount(plan.evaluation)}, which does not fit GPUs of "
+        f"{amount(memory)}; with evaluate.engine=sharded they take {amount(divided.evaluation)}"
+    )
+
+
+def _evaluation(recipe: Recipe, ranks: int) -> str:
+    shards = ranks_per_replica(recipe.evaluate, recipe.model, ranks, ranks_per_node())
+    return f"{counted(ranks // shards, 'model')}, each on {shards} ranks"
 
 
 def _require_carried(recipe: Recipe, built: nn.Module, key_width: int) -> None:

@@ -12,7 +12,17 @@ from pipeline.config.base import Section
 class EvaluateConfig(Section):
     """Generation of the answers that are scored."""
 
-    batch: int = Field(50, ge=1, description="samples per generate call and rank")
+    batch: int = Field(50, ge=1, description="samples per generate call and replica")
+    engine: Literal["replicas", "sharded"] = Field(
+        "replicas",
+        description="replicas: each rank has the whole model and answers questions of its own; sharded: several ranks "
+        "have the layers of one model and answer the same questions, for models that do not fit one GPU",
+    )
+    shards: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto",
+        description="with engine sharded, the ranks that have one model together; auto: those of a node, or all ranks "
+        "where there are fewer",
+    )
     zero_shot: bool = Field(True, description="score the frozen model alone before the first stage")
     ahead: bool = Field(
         False, description="also score each task just before its own stage, for forward transfer; costs a test set each"

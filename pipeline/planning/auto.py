@@ -10,10 +10,11 @@ from torch import nn
 
 from pipeline.config.train import AUTO, HPZ, ZERO2, ZERO3, TrainConfig
 from pipeline.data.sample import Sample
+from pipeline.errors import UserError
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles
 from pipeline.planning.model_shape import meta_model
-from pipeline.planning.plan import GIB, Tokens
+from pipeline.planning.plan import GIB, MemoryPlan, Tokens
 from pipeline.planning.workload import Workload
 from pipeline.ranks.environment import ranks_per_node
 from pipeline.ranks.world import World, on_main
@@ -67,7 +68,7 @@ def fit_to_memory(
     nodes only. Where nothing fits, the settings that need least. `model` is on the meta device, `node` the number of
     ranks on each node (None: as on this machine); see `plan_memory`.
     """
-    train, allowed = work.train, (memory - KEPT_FREE) * ESTIMATED
+    train, allowed = work.train, _allowed(memory)
     spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
     files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
     policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
@@ -76,15 +77,39 @@ def fit_to_memory(
         if plan.training <= allowed:
             break
     if plan.evaluation > allowed:
-        # No setting chosen here changes this: evaluation needs the complete model on each GPU under every ZeRO stage.
+        # No setting chosen here changes this: replicas need the complete model on each GPU under every ZeRO stage.
+        divided = divided_plan(work.trained_with(candidate), ranks, model, tokens, node)
         log.warning(
             "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that are "
-            "available; lower evaluate.batch.",
+            "available; lower evaluate.batch%s.",
             work.answers,
             plan.evaluation / GIB,
             allowed / GIB,
+            "" if divided is None else f", or set evaluate.engine=sharded ({divided.evaluation / GIB:.1f} GiB)",
         )
     return candidate
+
+
+def divided_plan(
+    work: Workload, ranks: int, model: nn.Module, tokens: Tokens, node: int | None = None
+) -> MemoryPlan | None:
+    """The memory plan with `evaluate.engine: sharded`; None where that is set, not possible or no smaller."""
+    if work.evaluate.engine == "sharded":
+        return None
+    try:
+        plan = plan_memory(work.evaluated_by("sharded"), ranks, model, tokens, node)
+    except UserError:
+        return None
+    return plan if plan.evaluation < plan_memory(work, ranks, model, tokens, node).evaluation else None
+
+
+def fits(planned: int, memory: int) -> bool:
+    """Whether so many planned bytes fit into `memory` bytes of a GPU."""
+    return planned <= _allowed(memory)
+
+
+def _allowed(memory: int) -> float:
+    return (memory - KEPT_FREE) * ESTIMATED
 
 
 def gpu_memory(device: torch.device) -> int:

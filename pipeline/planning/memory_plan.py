@@ -28,10 +28,12 @@ from pipeline.planning.model_shape import (
     number_in,
 )
 from pipeline.planning.plan import FLOAT32, Entry, MemoryPlan, Tokens
+from pipeline.planning.replicas import Division, ranks_per_replica
 from pipeline.planning.workload import Workload
 from pipeline.planning.zero import Zero, in_words
 from pipeline.prompts.heads import ProjectionHead
 from pipeline.prompts.parts.base import kind_of
+from pipeline.ranks.environment import ranks_per_node
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config
 
 KEEP_REPLICA_BYTES = 2 << 30  # a larger evaluation replica is freed during training and loaded again afterwards
@@ -50,8 +52,8 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
         tokens: lengths of the sample to plan for.
         node: GPUs on each node; None: as on this machine.
 
-    Raises UserError where the batch size does not fit the ranks, or for the DeepSpeed file (see `accumulation`,
-    `deepspeed_config`).
+    Raises UserError where the batch size does not fit the ranks, for the DeepSpeed file, or where evaluation cannot be
+    divided (see `accumulation`, `deepspeed_config`, `ranks_per_replica`).
     """
     element = DTYPES[work.model.dtype].itemsize
     zero = Zero.of(deepspeed_config(work.train, work.model.dtype, ranks, node), ranks, element)
@@ -73,8 +75,15 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
     activations = training_activations(work, shape, micro, length, tokens, element, stage)
     whole = sum(shape.frozen) * element + sum(shape.projector) * element * projector_learns + shape.buffers
     whole += quantised.held - quantised.values * element
-    replica = whole if stage == 3 else 0
-    generation = generation_memory(work, shape, length, tokens, element)
+    replica, replica_note, cached = whole if stage == 3 else 0, "the training model itself generates", 1.0
+    if replica:
+        replica_note = "the complete frozen model"
+    shards = ranks_per_replica(work.evaluate, work.model, ranks, node or ranks_per_node())
+    if shards > 1:
+        division = Division.of(model, shards)
+        whole = replica = division.held
+        replica_note, cached = f"1/{shards} of the frozen model's layers", division.layers
+    generation = generation_memory(work, shape, length, tokens, element, cached)
     beside, used, pool = modules_memory(work, shape, element)
     trained = sum(map(sum, groups))
     return MemoryPlan(
@@ -102,7 +111,7 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
                 "evaluation replica",
                 replica if whole < KEEP_REPLICA_BYTES else 0,
                 replica,
-                "the complete frozen model" if replica else "the training model itself generates",
+                replica_note,
             ),
         ),
         waiting=_waiting(work, micro, tokens),
@@ -193,10 +202,16 @@ def training_activations(
     return kept + logits + projected + dequantised + _vision(shape, batch, tokens, element)
 
 
-def generation_memory(work: Workload, shape: ModelShape, length: int, tokens: Tokens, element: int) -> int:
-    """Bytes of the key-value cache at the end of the longest answers, and of one layer of the prefill."""
+def generation_memory(
+    work: Workload, shape: ModelShape, length: int, tokens: Tokens, element: int, cached: float = 1.0
+) -> int:
+    """Bytes of the key-value cache at the end of the longest answers, and of one layer of the prefill.
+
+    `cached` is the share of the layers whose keys and values this rank has.
+    """
     text, batch = shape.text, work.answers
-    cache = batch * (length + work.answer_length) * 2 * key_value_width(text) * text.num_hidden_layers * element
+    layers = round(text.num_hidden_layers * cached)
+    cache = batch * (length + work.answer_length) * 2 * key_value_width(text) * layers * element
     layer = batch * length * (6 * text.hidden_size + 3 * intermediate_size(text)) * element
     layer += Quantised.of(shape, work.model.quantization).largest * element  # dequantised
     return cache + layer + _vision(shape, batch, tokens, element)

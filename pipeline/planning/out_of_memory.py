@@ -32,7 +32,7 @@ def _sentence(section: TrainConfig | EvaluateConfig, error: BaseException, quant
     if isinstance(section, TrainConfig):
         work, helps = "training", _training(section, quantised)
     else:
-        work, helps = "evaluation", _evaluation(section.batch)
+        work, helps = "evaluation", _evaluation(section)
     return (
         f"The GPU's memory was not enough for {work} ({said}). Finished stages and answers are kept, but the same "
         f"command would fail again. {helps}; `python -m pipeline check` shows the memory plan. Check also that no "
@@ -49,6 +49,8 @@ def _training(train: TrainConfig, quantised: bool) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _evaluation(batch: int) -> str:
+def _evaluation(section: EvaluateConfig) -> str:
+    batch = section.batch
     smaller = f"Lower evaluate.batch (now {batch})" if batch > 1 else "evaluate.batch is 1 already"
-    return f"{smaller}, or give images fewer tokens with model.image_tokens"
+    divided = "" if section.engine == "sharded" else ", on several GPUs set evaluate.engine to sharded"
+    return f"{smaller}{divided}, or give images fewer tokens with model.image_tokens"

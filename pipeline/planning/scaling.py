@@ -127,14 +127,16 @@ def main() -> None:
     prompts = inserted_vectors(work)
     tokens = MICRO_BATCH * (TOKENS.image + TOKENS.text + TOKENS.answer + prompts)
     built = list(models())
-    print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | evaluation GiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | weights GiB | GPUs | ZeRO-2 GiB | ZeRO-3 GiB | with hpZ GiB | replicas GiB | sharded GiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, model in built:
         weights = sum(p.nbytes for p in model.parameters())
         for ranks in RANKS:
             plans = [plan(work, model, ranks, file) for file in (ZERO2, ZERO3, HPZ)]
             used = " | ".join(f"{found.training / GIB:.1f}" for found in plans)
-            print(f"| {name} | {weights / GIB:.1f} | {ranks} | {used} | {plans[2].evaluation / GIB:.1f} |")
+            answers = [plan(work.evaluated_by(engine), model, ranks, ZERO3) for engine in ("replicas", "sharded")]
+            used += " | " + " | ".join(f"{found.evaluation / GIB:.1f}" for found in answers)
+            print(f"| {name} | {weights / GIB:.1f} | {ranks} | {used} |")
     print()
     print("| model | GPUs | hpZ | GB per GPU inside the node | GB into each node | s, wide network | s, one port |")
     print("|---|---|---|---|---|---|---|")

@@ -136,6 +136,12 @@ def agreed_node_size() -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
+def neighbours(world: World, size: int) -> dist.ProcessGroup:
+    """The process group of the `size` consecutive ranks that this one belongs to. All ranks must call it."""
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
+    return groups[world.rank // size]
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of a tensor over the ranks (a new tensor)."""
     total = values.detach().clone()

@@ -1,4 +1,4 @@
-"""Evaluation of one task: answers generated on replicas, split over the ranks, and their score."""
+"""Evaluation of one task: answers generated on replicas, over which the questions are split, and their score."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Answering:
     share_images: bool = False
     # All ranks call `go_on` together before every batch; it must return the same on all of them.
     conditions: Conditions = PLAIN
+    shards: int = 1  # ranks that have one model together; they answer the same questions
 
 
 def evaluate_task(
@@ -49,7 +50,7 @@ def evaluate_task(
         route: selects the sets of every question; called on rank 0, so no rank can select otherwise.
         store: reads reusable answers and writes the predictions.
         answering: how missing answers are generated.
-        world: the ranks, over which the questions are split.
+        world: the ranks; the questions are split over the models, each of which is on one rank or on several.
 
     Raises:
         Interrupted: `answering.conditions.go_on` returned False; the answers so far are kept for the next attempt.
@@ -86,18 +87,25 @@ def _generate(
     model, conditions = answering.lmm(), answering.conditions
     sharing = _sharing(model, modules.entry, answering.share_images)
     examples = Examples(test.data, model.conversation, sharing, once=True, answered=False)
-    share = _share_of(missing, examples, world)
+    share = _share_of(missing, examples, world.rank // answering.shards, world.size // answering.shards)
     rounds = _Rounds(max(gather_objects(-(-len(share) // answering.batch))), conditions.go_on)
     bar = f"answering {test.name}" if world.main else None
     decoding = Decoding(test.max_new_tokens, answering.batch)
     conditions = replace(conditions, bar=bar, go_on=rounds.go_on)
+    shards = model.shards if answering.shards > 1 else None
+    if shards is not None:
+        shards.watch(conditions.count)
     mine = generate_answers(model, examples, share, modules, decoding, conditions)
+    if shards is not None:
+        shards.sum_up()
     rounds.finish()
+    if world.rank % answering.shards:
+        mine = {}  # the first rank of the same model has them too
     return {index: answer for part in gather_objects(mine) for index, answer in part.items()}, rounds.stopped
 
 
 class _Rounds:
-    """Rounds of one batch per rank, between which all ranks may stop; ranks without batches left take part too."""
+    """Rounds of one batch per model, between which all ranks may stop; ranks without batches left take part too."""
 
     def __init__(self, rounds: int, go_on: Callable[[], bool]) -> None:
         self.left, self.stopped, self._go_on = rounds, False, go_on
@@ -132,12 +140,12 @@ def require_own_images(entry: Entry, share_images: bool) -> None:
         )
 
 
-def _share_of(missing: list[int], examples: Examples, world: World) -> list[int]:
-    """The samples that this rank answers: every world.size-th one, so that all ranks get a similar mix of lengths.
+def _share_of(missing: list[int], examples: Examples, model: int, models: int) -> list[int]:
+    """The samples that this one of the models answers: every `models`-th, so that all get a similar mix of lengths.
 
-    Where questions share images, all questions about one image go to one rank.
+    Where questions share images, all questions about one image go to one model.
     """
-    if examples.sharing == "none" or world.size == 1:
-        return missing[world.rank :: world.size]
+    if examples.sharing == "none" or models == 1:
+        return missing[model::models]
     groups = image_groups(examples.data.keys)[missing]
-    return [index for index, group in zip(missing, groups, strict=True) if group % world.size == world.rank]
+    return [index for index, group in zip(missing, groups, strict=True) if group % models == model]

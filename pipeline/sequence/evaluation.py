@@ -222,6 +222,7 @@ class Evaluator:
             entry_of(self.method),
             recipe.evaluate.share_images,
             conditions,
+            self.models.shards,
         )
         with out_of_memory_advice(recipe.evaluate):
             score = evaluate_task(test, pool, route, store, answering, session.world)

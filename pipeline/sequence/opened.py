@@ -12,8 +12,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
 from pipeline.methods import Method, Stage, make_method
 from pipeline.planning.frozen_models import fetch_models
+from pipeline.planning.replicas import ranks_per_replica
 from pipeline.prompts.parts.base import entry_of, kind_of
-from pipeline.ranks.world import on_main
+from pipeline.ranks.world import agreed_node_size, on_main
 from pipeline.runs.recorded import recorded_base_model
 from pipeline.runs.session import Session
 from pipeline.sequence.data import RunData, open_data
@@ -62,6 +63,7 @@ def open_run(recipe: Recipe, session: Session) -> OpenRun:
     world, path = session.world, session.path
     require_fitting(recipe)
     require_whole_weights(recipe.train, recipe.model.quantization)
+    shards = ranks_per_replica(recipe.evaluate, recipe.model, world.size, agreed_node_size())
     fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))
     data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
 
@@ -80,7 +82,7 @@ def open_run(recipe: Recipe, session: Session) -> OpenRun:
         session=session,
         data=data,
         files=StageFiles(session, list(zip(names, prints, strict=True)), fixed),
-        models=Models(recipe, world, data.train[0][1].image.shape[1], session.watchdog, data.telling),
+        models=Models(recipe, world, data.train[0][1].image.shape[1], session.watchdog, data.telling, shards),
         made_by={"base_model": fixed["base_model"], "model_files": model_files},
         results=RunResults(path),
     )

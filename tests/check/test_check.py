@@ -156,6 +156,32 @@ def test_a_quantised_model_is_planned_with_zero2_and_refused_with_zero3(here: Pa
     assert wrong.keys() == {"deepspeed"} and "int8 is not possible under ZeRO-3" in wrong["deepspeed"][0]
 
 
+def test_a_model_on_several_ranks_is_planned_and_refused_where_it_cannot_be_divided(here: Path) -> None:
+    whole, found = findings(ranks=4).memory, findings("evaluate.engine=sharded", "evaluate.shards=2", ranks=4)
+    assert not found.problems and found.found["evaluation"] == "2 models, each on 2 ranks"
+    assert whole is not None and found.memory is not None and found.memory.evaluation < whole.evaluation
+    for ranks, override, said in (
+        (1, "seed=1", "this run has one"),
+        (4, "evaluate.shards=3", "set it to one of 2, 4"),
+        (4, "model.quantization=int8", "not possible with model.quantization int8"),
+    ):
+        done = CliRunner().invoke(
+            app, ["check", "tiny.yaml", "--ranks", str(ranks), "--set", "evaluate.engine=sharded", "--set", override]
+        )
+        assert done.exit_code == EXIT_USER
+        assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_answers_that_no_gpu_has_room_for_are_warned_of_with_what_helps(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "memory" not in findings(ranks=2).warnings
+    monkeypatch.setattr("pipeline.check.sequence.ASSUMED_GPU", 1 << 20)
+    assert "with evaluate.engine=sharded they take" in findings(ranks=2).warnings["memory"][0]
+    assert "memory" not in findings(ranks=1).warnings
+    assert "memory" not in findings("evaluate.engine=sharded", ranks=2).warnings
+
+
 def test_a_missing_quantiser_and_weights_that_are_quantised_already_are_told(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,44 @@
+"""A run on two ranks whose answers come from one model on both of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.runs.layout import EVALUATIONS
+from pipeline.sequence.run import run_sequence
+from tests.e2e.conftest import recipe_on
+from tests.processes import torchrun
+
+TASKS, LIMIT_S = 2, 300
+
+
+def predictions(run: Path) -> dict[str, str]:
+    """By place: zero-shot, after each stage, with the task told, held out."""
+    files = sorted((run / EVALUATIONS).rglob("*.jsonl"))
+    return {str(path.relative_to(run)): path.read_text() for path in files}
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_every_evaluation_of_a_run_is_that_of_one_rank(prepared: Path, tmp_path: Path, deepspeed: str) -> None:
+    file = {"train__deepspeed": f"ds_configs/{deepspeed}.json"}
+    evaluate = {"told": "stages", "ahead": True, "held_out": True, "batch": 2}
+    two = recipe_on(prepared, tmp_path / "two", TASKS, evaluate={**evaluate, "engine": "sharded"}, **file)
+    two.dump_yaml(tmp_path / "two.yaml")
+    torchrun(["-m", "pipeline", "run", str(tmp_path / "two.yaml")], 2, LIMIT_S)
+    found = predictions(two.run_path)
+
+    one = recipe_on(prepared, tmp_path / "one", TASKS, evaluate=evaluate, **file)
+    shutil.copytree(two.run_path, one.run_path)
+    for place in found:
+        (one.run_path / place).unlink()
+    run_sequence(one, stages="evaluate")
+    expected = predictions(one.run_path)
+    assert len(found) > 2 * TASKS and found == expected
+
+    torchrun(["-m", "pipeline", "run", str(tmp_path / "two.yaml")], 2, LIMIT_S)  # nothing is left to answer
+    assert predictions(two.run_path) == expected
