@@ -1,4 +1,4 @@
-"""A run on two ranks whose answers come from one model on both of them."""
+"""A run on several ranks whose answers come from models on two of them each."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ def predictions(run: Path) -> dict[str, str]:
 
 @pytest.mark.gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_every_evaluation_of_a_run_is_that_of_one_rank(prepared: Path, tmp_path: Path, deepspeed: str) -> None:
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(2, "zero2"), (4, "zero3")])
+def test_every_evaluation_of_a_run_is_that_of_one_rank(
+    prepared: Path, tmp_path: Path, ranks: int, deepspeed: str
+) -> None:
     file = {"train__deepspeed": f"ds_configs/{deepspeed}.json"}
     evaluate = {"told": "stages", "ahead": True, "held_out": True, "batch": 2}
-    two = recipe_on(prepared, tmp_path / "two", TASKS, evaluate={**evaluate, "engine": "sharded"}, **file)
-    two.dump_yaml(tmp_path / "two.yaml")
-    torchrun(["-m", "pipeline", "run", str(tmp_path / "two.yaml")], 2, LIMIT_S)
-    found = predictions(two.run_path)
+    many = recipe_on(
+        prepared, tmp_path / "many", TASKS, evaluate={**evaluate, "engine": "sharded", "shards": 2}, **file
+    )
+    many.dump_yaml(tmp_path / "many.yaml")
+    torchrun(["-m", "pipeline", "run", str(tmp_path / "many.yaml")], ranks, LIMIT_S)
+    found = predictions(many.run_path)
 
     one = recipe_on(prepared, tmp_path / "one", TASKS, evaluate=evaluate, **file)
-    shutil.copytree(two.run_path, one.run_path)
+    shutil.copytree(many.run_path, one.run_path)
     for place in found:
         (one.run_path / place).unlink()
     run_sequence(one, stages="evaluate")
     expected = predictions(one.run_path)
     assert len(found) > 2 * TASKS and found == expected
 
-    torchrun(["-m", "pipeline", "run", str(tmp_path / "two.yaml")], 2, LIMIT_S)  # nothing is left to answer
-    assert predictions(two.run_path) == expected
+    torchrun(["-m", "pipeline", "run", str(tmp_path / "many.yaml")], ranks, LIMIT_S)  # nothing is left to answer
+    assert predictions(many.run_path) == expected
