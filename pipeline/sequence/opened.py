@@ -58,12 +58,15 @@ def require_fitting(recipe: Recipe) -> None:
     require_quantiser(recipe.model.quantization)
 
 
-def open_run(recipe: Recipe, session: Session) -> OpenRun:
-    """Fetch the models and open the data of a run on every rank; UserError when something is missing or damaged."""
+def open_run(recipe: Recipe, session: Session, answers: bool = True) -> OpenRun:
+    """Fetch the models and open the data of a run on every rank; UserError when something is missing or damaged.
+
+    With `answers` the ranks are those that evaluate, and `evaluate.engine` has to fit them.
+    """
     world, path = session.world, session.path
     require_fitting(recipe)
     require_whole_weights(recipe.train, recipe.model.quantization)
-    shards = ranks_per_replica(recipe.evaluate, recipe.model, world.size, agreed_node_size())
+    shards = ranks_per_replica(recipe.evaluate, recipe.model, world.size, agreed_node_size()) if answers else 1
     fetch_models(recipe.model, recipe.keys, world, lambda: session.stop_if_told("while models are fetched"))
     data = open_data(recipe, world, True, lambda: session.stop_if_told("while the data was looked through"))
 
