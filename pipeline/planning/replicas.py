@@ -64,7 +64,7 @@ class Division:
         """That of a model, which may be on the meta device, over so many ranks, as `load_lmm` divides it."""
         ranks, modules = ranks_of(model, shards), divided_modules(model)
         kind: str = model.config.model_type  # type: ignore[union-attr, assignment]
-        decoder: nn.Module = model.model.get_submodule(family_of(kind).decoder)  # type: ignore[union-attr, operator]
+        decoder: nn.Module = model.model.get_submodule(family_of(kind).decoder)  # type: ignore[union-attr]
         layers = {id(layer) for layer in decoder.layers}  # type: ignore[union-attr]
         held, decoding, seen = [0] * shards, [0] * shards, set[int]()
         for name, rank in ranks.items():
