@@ -33,7 +33,7 @@ class Place:
 
     rank: int
     size: int
-    group: Any = None
+    group: Any
 
 
 class Counted(Protocol):
@@ -54,7 +54,7 @@ class Shards:
 
     def __init__(self, model: Any, ranks: Mapping[str, int], place: Place, device: torch.device) -> None:
         self.place, self.device = place, device
-        self._global = [dist.get_global_rank(place.group, rank) for rank in range(place.size)] if place.group else []
+        self._global = [dist.get_global_rank(place.group, rank) for rank in range(place.size)]
         self._count: Counted | None = None
         self._inside = 0  # operations of this rank's own modules
         embedding, output = model.get_input_embeddings(), model.get_output_embeddings()

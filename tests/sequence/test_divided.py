@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.load import load_recipe
 from pipeline.config.models import ModelConfig
+from pipeline.config.train import ZERO3
 from pipeline.errors import UserError
+from pipeline.planning import scaling
+from pipeline.planning.auto import fit_to_memory, fits
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_shape import meta_model
-from pipeline.planning.plan import Tokens
+from pipeline.planning.plan import GIB, Tokens
 from pipeline.planning.replicas import Division, ranks_per_replica
 from pipeline.planning.workload import Workload
 from tests import tiny
@@ -142,3 +146,23 @@ def test_the_plan_divides_model_and_cache(tmp_path: Path) -> None:
 
     assert evaluation("sharded", "zero3") < 0.6 * evaluation("replicas", "zero3")
     assert evaluation("sharded", "zero2") > evaluation("sharded", "zero3")  # the training model is whole beside it
+
+
+def test_a_72b_is_trained_and_evaluated_on_eight_gpus_of_80_gb() -> None:
+    *_, (_, model) = scaling.models()
+    work = Workload.of(load_recipe("coin_llava15_7b"), KEY_WIDTH)
+    whole, divided = (scaling.plan(work.evaluated_by(engine), model, 8, ZERO3) for engine in ("replicas", "sharded"))
+    assert not fits(whole.evaluation, 80 * GIB)
+    assert fits(divided.evaluation, 80 * GIB) and fits(divided.training, 80 * GIB)
+
+
+def test_a_run_whose_answers_do_not_fit_is_told_what_divides_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(tiny.save_llava(tmp_path / "llava"), train__deepspeed="auto", evaluate__batch=100_000)
+    work, model, tokens = Workload.of(recipe, KEY_WIDTH), meta_model(recipe.model), Tokens(16, 20, 4, "given")
+    fit_to_memory(work, 2, model, tokens, 2 * GIB, node=2)
+    assert "lower evaluate.batch, or set evaluate.engine=sharded (" in caplog.text
+    caplog.clear()
+    fit_to_memory(work, 1, model, tokens, 2 * GIB, node=1)
+    assert "lower evaluate.batch." in caplog.text
