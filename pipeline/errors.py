@@ -24,7 +24,7 @@ EXTRAS = {
     "train": ("deepspeed", "pyarrow", "webdataset"),
     "track": ("mlflow",),
     "report": ("matplotlib",),
-    "serve": ("starlette", "uvicorn"),
+    "serve": ("httpx2", "starlette", "uvicorn"),
     "captions": ("pycocoevalcap",),
     "demo": ("sklearn",),
     "small": ("gguf",),

@@ -28,10 +28,11 @@ COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 10))
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of the frozen models."""
+    """Folders of the frozen models, and the width of the multimodal one."""
 
     llava: Path
     clip: Path
+    width: int = tiny.HIDDEN
 
 
 def save_models(folder: Path) -> Models:
@@ -73,7 +74,7 @@ def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1,
         prototype = sum(torch.nn.functional.normalize(key, dim=-1) for key in keys)
         assert isinstance(prototype, torch.Tensor)
         generator = torch.Generator().manual_seed(number)
-        prompt = torch.randn(LENGTH, tiny.HIDDEN, generator=generator)
+        prompt = torch.randn(LENGTH, models.width, generator=generator)
         routing = make_method(options).routing
         state = routing.observe(training_keys(encoder, number), {"prototype": prototype[0]})
         if routing.router is not None and not routing.router.learned:

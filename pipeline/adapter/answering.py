@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,19 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.adapter.answer import Answer, Chosen
+from pipeline.adapter.choosing import Chooser, Question, Routable, decoded
 from pipeline.adapter.source import Source
-from pipeline.backbones.key_encoders import key_encoder
 from pipeline.backbones.lmm import LMM, load_lmm
-from pipeline.config.method import Unfamiliar
 from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.example import Example
-from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample, decode_image
 from pipeline.data.sample_list import SampleList
-from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
-from pipeline.methods import make_method
+from pipeline.prompts import routing
 from pipeline.prompts.embedding import embed_with_rows
 from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.parts.base import entry_of
@@ -36,43 +33,22 @@ TOGETHER = 256  # most questions whose pixels are in memory at once
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about at most one image (the file's bytes); `task` is for methods that need the task.
+class Tokenised(Routable):
+    """A tokenised question without the image's file."""
 
-    `unfamiliar` is what becomes of it should it resemble no task; None: as the method says.
-    """
-
-    text: str
-    image: bytes | None = None
-    task: str | None = None
-    unfamiliar: Unfamiliar | None = None
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A tokenised question without the image's file; `pixels` [1, 3, H, W] are the input of CLIP."""
-
-    text: str
-    task: int  # number of the task
-    example: Example
-    pixels: Tensor | None
-    unfamiliar: Unfamiliar | None = None  # as of the question
+    example: Example = field(kw_only=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return len(self.text) + self.example.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+        return super().nbytes + self.example.nbytes
 
 
 @dataclass(frozen=True)
-class Routed:
-    """Routed questions: their samples, selected modules, and the router's scores for every task."""
+class Routed(routing.Routed):
+    """Routed questions with their samples."""
 
-    examples: Examples
-    selection: Selection
-    similarity: Tensor  # [N, T]; [N, 0] of a method without a router
-    probabilities: Tensor | None = None  # [N, T]; None where no routing keys are kept to calibrate the scores with
-    unfamiliar: Tensor | None = None  # [N] bool, whether a question resembles no task
+    examples: Examples = field(kw_only=True)
 
 
 class Answerer:
@@ -80,15 +56,13 @@ class Answerer:
 
     def __init__(self, source: Source, device: str | None = None) -> None:
         self.source = source
-        self.method = make_method(source.method)
         place = choose_device(device)
         self.lmm: LMM = load_lmm(source.model, device=place)
         self.lmm.use_repetition_penalty(source.repetition_penalty)
         load_projector(self.lmm, source.pool.shared)
+        self.chooser = Chooser(source, place)
+        self.method, self.encoder = self.chooser.method, self.chooser.encoder
         self.entry = entry_of(self.method)
-        self.encoder = key_encoder(*source.keys.source, device=place)
-        if self.method.routing.keeps_keys:
-            self.method.routing.fitted(source.pool.states)  # now, so that the first question does not wait for it
 
     @property
     def pool(self) -> PromptPool:
@@ -150,13 +124,10 @@ class Answerer:
         task = self.source.task_number(question.task)
         self.source.require_sight(question.unfamiliar)
         sample = Sample(f"question {number}", question.image, question.text, answer="")
-        try:
-            picture = sample.picture() if picture is None else picture
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise UserError(f"the image is not readable ({error}); expected PNG or JPEG.") from error
+        picture = decoded(question, number) if picture is None else picture
         example = self.lmm.conversation.example_of(sample, picture)
-        pixels = None if picture is None else self.encoder.pixels([picture])
-        return Tokenised(question.text, task, example, pixels, question.unfamiliar)
+        pixels = self.chooser.pixels(picture)
+        return Tokenised(question.text, task, pixels, question.unfamiliar, example=example)
 
     def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
         """Raise UserError where a question with an image of this size has too many tokens.
@@ -177,41 +148,17 @@ class Answerer:
             question if isinstance(question, Tokenised) else self.tokenise(question, number)
             for number, question in enumerate(questions, start=1)
         ]
-        tasks = torch.tensor([question.task for question in tokenised], dtype=torch.long)
-        keys, routing = self._keys(tokenised), self.method.routing
-        bare = torch.tensor([(one.unfamiliar or routing.unfamiliar) == "zero_shot" for one in tokenised])
-        found = routing.route(keys, self.pool.states, tasks, bare=bare)
+        keys = self.chooser.keys(tokenised)
+        found = self.chooser.route(tokenised, keys)
         examples = [question.example for question in tokenised]
         samples = SampleList(Sample(e.id, None, q.text, "") for e, q in zip(examples, tokenised, strict=True))
         data = StageData([(samples, keys, None)])
         ready = Examples(data, self.lmm.conversation, ready=examples)
-        return Routed(ready, found.selection, found.scores, found.probabilities, found.unfamiliar)
+        return Routed(**vars(found), examples=ready)
 
     def chosen(self, routed: Routed, number: int) -> Chosen:
         """How a routed question came to its sets, in names and rounded numbers."""
-        names, picked = self.pool.names, routed.selection.chosen(number)
-        strange = None if routed.unfamiliar is None else bool(routed.unfamiliar[number])
-        return Chosen(
-            [names[index] for index, _ in picked],
-            _rounded(names, routed.similarity[number]),
-            None if routed.selection.weights is None else {names[index]: round(weight, 4) for index, weight in picked},
-            None if routed.probabilities is None else _rounded(names, routed.probabilities[number]),
-            strange,
-        )
-
-    def _keys(self, questions: Sequence[Tokenised]) -> Keys:
-        text = self.encoder.text([question.text for question in questions])
-        pixels = [question.pixels for question in questions if question.pixels is not None]
-        flags = torch.tensor([question.pixels is not None for question in questions])
-        image = torch.zeros_like(text)
-        if pixels:
-            image[flags] = self.encoder.image(torch.cat(pixels))
-        return Keys(image, text, flags, {})
-
-
-def _rounded(names: Sequence[str], row: Tensor) -> dict[str, float]:
-    """A number [T] of each set by name; empty where there are none [0]."""
-    return {name: round(value, 4) for name, value in zip(names, row.tolist(), strict=False)}
+        return self.chooser.chosen(routed, number)
 
 
 def read_image(path: str | Path | None) -> bytes | None:

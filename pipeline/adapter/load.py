@@ -18,17 +18,20 @@ from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 
 
-def source_of(path: Path, model: str | None = None, clip: str | None = None) -> Source:
+def source_of(path: Path, model: str | None = None, clip: str | None = None, answers: bool = True) -> Source:
     """Return pool and settings of a run's or an adapter's folder.
 
     `model` and `clip` are the locations of the frozen models on this machine, where they differ from the recorded
-    ones. Raises UserError when the folder is neither, or the models are not those that the pool was trained with.
+    ones. Without `answers` the frozen model of an adapter need not be here: only sets are chosen. Raises UserError
+    when the folder is neither, or the models are not those that the pool was trained with.
     """
     if (path / META).is_file():
         adapter = read_adapter(path)
         meta, pool = adapter.meta, adapter.pool
         model_config, keys = moved(meta.model, model), moved(meta.clip, clip)
-        require_same_models(path, meta, model_config, keys)
+        if answers:
+            require_same_model(path, meta, model_config)
+        require_same_keys(path, meta, keys)
         longest, penalty = meta.max_new_tokens, meta.repetition_penalty
         return Source(pool, meta.tasks, meta.method, model_config, keys, longest, penalty)
     recipe = load_run(path)
@@ -63,12 +66,22 @@ def load_adapter(
 
 def require_same_models(folder: Path, meta: Meta, model: ModelConfig, keys: KeysConfig) -> None:
     """Raise UserError unless `model` and `keys` are the frozen models that an adapter in `folder` was trained with."""
+    require_same_model(folder, meta, model)
+    require_same_keys(folder, meta, keys)
+
+
+def require_same_model(folder: Path, meta: Meta, model: ModelConfig) -> None:
+    """Raise UserError unless `model` is the frozen model that an adapter in `folder` was trained with."""
     found = base_fingerprint(model, meta.base_model)
     if found != meta.base_model:
         raise UserError(
             f"{folder} belongs to another base model (fingerprint {meta.base_model[:22]}, {model.path} has "
             f"{found[:22]}); give the model it was trained on ({meta.model.path}) as --model."
         )
+
+
+def require_same_keys(folder: Path, meta: Meta, keys: KeysConfig) -> None:
+    """Raise UserError unless `keys` name the frozen CLIP that an adapter in `folder` was trained with."""
     identity = key_identity(*keys.source)
     differing = [name for name in IDENTITY_FIELDS if identity[name] != meta.keys.get(name)]
     if differing:

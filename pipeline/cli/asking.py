@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from pipeline.cli.options import AsJson, Clip, Learned, Model, UnfamiliarMode
 from pipeline.cli.outcome import show
 from pipeline.config.load import run_kind
 from pipeline.errors import UserError, require_extras
-from pipeline.serve.options import Options
+from pipeline.serve.options import EngineKind, EngineOptions, Options
 
 if TYPE_CHECKING:
     from pipeline.adapter import chat as chatting
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from pipeline.adapter import predict as predicting
     from pipeline.clip.benchmark import classify as classifying
     from pipeline.serve import server
+    from pipeline.serve.front import server as front_server
 else:
     chatting, loading, predicting = map(
         lazy, ("pipeline.adapter.chat", "pipeline.adapter.load", "pipeline.adapter.predict")
     )
     server, classifying = lazy("pipeline.serve.server"), lazy("pipeline.clip.benchmark.classify")
+    front_server = lazy("pipeline.serve.front.server")
 
 
 def predict(
@@ -89,11 +92,36 @@ def serve(
         bool, typer.Option("--ignore-system", help="Answer requests with system messages, which have no effect.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no line per request.")] = False,
+    engine: Annotated[
+        EngineKind, typer.Option(help="own: this process answers. vllm: routing here, answers by an unmodified vLLM.")
+    ] = "own",
+    behind: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A running vLLM with the exported checkpoint; without it one is started."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The exported checkpoint that vLLM is started with; written if missing."),
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The command `vllm` of another environment; by default that of this one."),
+    ] = None,
+    engine_args: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Further options of `vllm serve`, in one text.")
+    ] = None,
     unfamiliar: UnfamiliarMode = None,
     model: Model = None,
     clip: Clip = None,
 ) -> None:
     """Answer questions over HTTP by OpenAI's chat API; the API key is read from PIPELINE_API_KEY."""
+    started = {"checkpoint": checkpoint, "vllm": vllm, "engine-args": engine_args}
+    if engine == "own":
+        _refuse("--engine is own", behind=behind, **started)
+    else:
+        _refuse("--engine is vllm", memory=memory)
+        if behind is not None:
+            _refuse("--behind names a running engine", **started)
     require_extras("serve")
     options = Options(
         host,
@@ -110,7 +138,11 @@ def serve(
         quiet,
         unfamiliar,
     )
-    server.serve(run, options, model, clip)
+    if engine == "own":
+        server.serve(run, options, model, clip)
+    else:
+        arguments = tuple(shlex.split(engine_args or ""))
+        front_server.serve_front(run, options, EngineOptions(behind, checkpoint, vllm, arguments), model, clip)
 
 
 def chat(

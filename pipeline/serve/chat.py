@@ -20,6 +20,7 @@ from pipeline.serve.refusal import RefusedError, kind_of, shown
 
 INSTRUCTING = ("system", "developer")
 ROLES = ("user", "assistant", *INSTRUCTING)
+PARTS = "expected text, or a list of parts {type: text, text} and at most one {type: image_url, image_url: {url}}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ class ChatRequest:
 
 def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[ChatRequest, Question]:
     """Return what a request body asks; raises RefusedError with a sentence: what was found, what was expected."""
+    whole, fields = read_fields(body, offer)
+    checked.refuse_what_is_not_done(fields)
+    longest = checked.longest_answer(fields, limits.tokens) or min(offer.longest, limits.tokens)
+    task = checked.task_of(fields, offer.method, offer.needs_task)
+    unfamiliar = checked.unfamiliar_of(fields, offer.blind)
+    stream, stops = checked.flag(fields, "stream"), checked.stops(fields)
+    text, image, ignored = _last_question(fields.get("messages"), whole, limits)
+    plan = None if image is None else plan_image(image, limits.image)
+    request = ChatRequest(fields["model"], longest, stream, checked.includes_usage(fields), stops, plan, ignored)
+    return request, Question(text, image, task, unfamiliar)
+
+
+def read_fields(body: bytes | bytearray, offer: Offer) -> tuple[JsonBody, dict[str, Any]]:
+    """The parsed body of a request for a model of the offer, and its fields; raises RefusedError."""
     try:
         whole = JsonBody(body)
     except OverflowError as error:
@@ -74,15 +89,7 @@ def read_chat(body: bytes | bytearray, offer: Offer, limits: Limits) -> tuple[Ch
     model = fields.get("model")
     if model not in offer.models:
         raise unknown_model(model, offer.models)
-    checked.refuse_what_is_not_done(fields)
-    longest = checked.longest_answer(fields, limits.tokens) or min(offer.longest, limits.tokens)
-    task = checked.task_of(fields, offer.method, offer.needs_task)
-    unfamiliar = checked.unfamiliar_of(fields, offer.blind)
-    stream, stops = checked.flag(fields, "stream"), checked.stops(fields)
-    text, image, ignored = _last_question(fields.get("messages"), whole, limits)
-    plan = None if image is None else plan_image(image, limits.image)
-    request = ChatRequest(str(model), longest, stream, checked.includes_usage(fields), stops, plan, ignored)
-    return request, Question(text, image, task, unfamiliar)
+    return whole, fields
 
 
 def unknown_model(model: Any, models: Sequence[str]) -> RefusedError:
@@ -123,16 +130,21 @@ def _last_question(messages: Any, body: JsonBody, limits: Limits) -> tuple[str, 
         raise RefusedError("the last message is not from the user; expected a question, role user.")
     text, image = "", None
     for place, message in enumerate(reversed(asked)):
-        texts, address = _parts(message.get("content"))
+        texts, images = parts_of(message.get("content"))
+        if len(images) > 1:
+            raise RefusedError(
+                f"a message has {len(images)} images, and the models learned questions about one; {PARTS}."
+            )
         if place == 0:
-            text = _checked_text(texts, body, limits.question_characters)
-        if address is not None:
-            image = read_image(address, body)
+            text = checked_text(texts, body, limits.question_characters)
+        if images:
+            image = read_image(images[0], body)
             break
     return text, image, tuple(ignored)
 
 
-def _checked_text(texts: Sequence[str], body: JsonBody, most: int) -> str:
+def checked_text(texts: Sequence[str], body: JsonBody, most: int) -> str:
+    """The question in the text parts of a message; RefusedError without one, or of more than `most` characters."""
     if any(body.is_long(text) for text in texts):
         raise RefusedError(f"the question is too long; expected at most {most} characters.", 413)
     text = "\n".join(texts)
@@ -147,13 +159,10 @@ def _checked_text(texts: Sequence[str], body: JsonBody, most: int) -> str:
     return text
 
 
-def _parts(content: Any) -> tuple[list[str], str | None]:
-    """Texts and image address of a message's content."""
+def parts_of(content: Any, expected: str = PARTS) -> tuple[list[str], list[str]]:
+    """Texts and addresses of images of a message's content; RefusedError for anything else, `expected` in its words."""
     if isinstance(content, str):
-        return [content], None
-    expected = (
-        "expected text, or a list of parts {type: text, text} and at most one {type: image_url, image_url: {url}}"
-    )
+        return [content], []
     if not isinstance(content, list):
         raise RefusedError(f"content is {kind_of(content)}; {expected}.")
     texts, images = [], []
@@ -171,8 +180,4 @@ def _parts(content: Any) -> tuple[list[str], str | None]:
         else:
             found = f"the type {shown(kind)}" if isinstance(part, dict) else f"{kind_of(part)} in its place"
             raise RefusedError(f"a part of content has {found}; {expected}.")
-    if len(images) > 1:
-        raise RefusedError(
-            f"a message has {len(images)} images, and the models learned questions about one; {expected}."
-        )
-    return texts, images[0] if images else None
+    return texts, images

@@ -39,6 +39,11 @@ class JsonBody:
         except RecursionError:
             raise OverflowError("it is nested too deeply") from None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the body."""
+        return len(self._body)
+
     def is_long(self, text: Any) -> bool:
         """Whether a string of `value` is the placeholder of a long one."""
         return isinstance(text, str) and text.startswith(self._mark)
@@ -61,6 +66,17 @@ class JsonBody:
         if b"\\" in raw:  # some encoders write \/ and \u002B, and line breaks
             raw = json.loads(b'"%b"' % raw).encode("ascii")
         return raw.translate(None, WHITESPACE)
+
+    def written(self, value: Any) -> bytes:
+        """A value made of parts of `value` as JSON, long strings as the body has them."""
+        rest = json.dumps(value, separators=(",", ":")).encode()
+        pieces = rest.split(b'"' + self._mark.encode())  # the mark is ASCII, which JSON writes as it is
+        body, out = memoryview(self._body), [pieces[0]]
+        for piece in pieces[1:]:
+            number, _, following = piece.partition(b'"')
+            start, end = self._long[int(number)]
+            out += [b'"', body[start:end], b'"', following]
+        return b"".join(out)
 
     def _place(self, text: str) -> tuple[int, int]:
         return self._long[int(text.removeprefix(self._mark))]

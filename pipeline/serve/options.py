@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from pipeline.config.method import Unfamiliar
 
 KEY_VARIABLE = "PIPELINE_API_KEY"
+ENGINE_KEY_VARIABLE = "PIPELINE_ENGINE_KEY"  # of an engine that was started by others
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,20 @@ class Options:
     ignore_system: bool = False
     quiet: bool = False
     unfamiliar: Unfamiliar | None = None
+
+
+EngineKind = Literal["own", "vllm"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of `serve --engine vllm`: an engine that runs at `behind`, or how one is started.
+
+    `checkpoint` is the export that it serves, written there first if nothing is there. `program` is the command `vllm`,
+    None: that of this environment, else of PATH. `arguments` are further options of `vllm serve`.
+    """
+
+    behind: str | None = None
+    checkpoint: Path | None = None
+    program: Path | None = None
+    arguments: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from pipeline.serve.worker import Worker
 STATUS = {"refused": 400, "too_large": 413, "failed": 500, "stopped": 503}
 # Without these a proxy may buffer the events or cache them.
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+END = "data: [DONE]\n\n"  # of every stream
 JOINED = 3  # tokenizers that clean up spaces may remove one that precedes up to this many characters: " n't"
 
 
@@ -114,21 +115,21 @@ class EventStream(StreamingResponse):
         try:
             async for update in reply.updates():
                 if not self._update.completion_tokens:
-                    yield _event({**opening, **about(update, reply.ignored)})
+                    yield event({**opening, **about(update, reply.ignored)})
                 self._update = update
                 piece = following(sent, update, reply.stops)
                 if piece:
-                    yield _event(chunk(identity, model, {"content": piece}))
+                    yield event(chunk(identity, model, {"content": piece}))
                     sent += piece
         except RefusedError as error:
             self._status = error.status
-            yield _event(error_body(str(error), error.code))
+            yield event(error_body(str(error), error.code))
         else:
             self._status = 200
-            yield _event(chunk(identity, model, {}, self._update.finish))
+            yield event(chunk(identity, model, {}, self._update.finish))
             if reply.include_usage:
-                yield _event({**chunk(identity, model, {}), "choices": [], "usage": usage(self._update)})
-        yield "data: [DONE]\n\n"
+                yield event({**chunk(identity, model, {}), "choices": [], "usage": usage(self._update)})
+        yield END
 
 
 def following(sent: str, update: Update, stops: Sequence[str] = ()) -> str:
@@ -154,5 +155,6 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _event(content: dict[str, Any]) -> str:
+def event(content: dict[str, Any]) -> str:
+    """An event of a stream, as server-sent events write it."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -10,6 +10,8 @@ import re
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,11 +20,12 @@ import uvicorn
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.load import source_of
 from pipeline.errors import UserError
-from pipeline.serve.app import LOOPBACK, Service, Settings
+from pipeline.serve.app import Service
 from pipeline.serve.chat import Limits
 from pipeline.serve.connection import HeadDeadlineProtocol
 from pipeline.serve.images import ImageLimits, bound_png_texts
 from pipeline.serve.options import KEY_VARIABLE, Options
+from pipeline.serve.web import LOOPBACK, Settings, WebService
 from pipeline.serve.worker import Worker
 
 KEEP_ALIVE_S = 15
@@ -40,6 +43,23 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
     folder that cannot be served, for a port in use, and without a key for an address beyond this machine or the
     origin `*`.
     """
+    door = opened(path, options)
+    memory = None if options.memory_gib is None else int(options.memory_gib * (1 << 30))
+    source = source_of(path, model, clip).with_unfamiliar(options.unfamiliar)
+    worker = Worker(Answerer(source), options.batch, options.queue, memory)
+    run(Service(worker, door.settings), door, options.quiet, worker.close)
+
+
+@dataclass(frozen=True)
+class Door:
+    """A bound socket, and the settings of the service that answers at it."""
+
+    listener: socket.socket
+    settings: Settings
+
+
+def opened(path: Path, options: Options) -> Door:
+    """Check the options of access and bind the socket, before anything is loaded; raises UserError as `serve` does."""
     host, key = options.host, os.environ.get(KEY_VARIABLE, "").strip() or None
     if host not in LOOPBACK and key is None:
         raise UserError(
@@ -48,19 +68,30 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
         )
     _check_origins(options.origins, key)
     listener = _listen(host, options.port)
-    memory = None if options.memory_gib is None else int(options.memory_gib * (1 << 30))
-    source = source_of(path, model, clip).with_unfamiliar(options.unfamiliar)
-    worker = Worker(Answerer(source), options.batch, options.queue, memory)
     limits = Limits(ImageLimits(options.max_pixels), tokens=options.max_tokens, ignores_system=options.ignore_system)
     waiting, name = max(Settings.waiting_bytes, 2 * options.max_body), options.name or path.resolve().name
     settings = Settings(
         name, host, key, options.max_body, waiting_bytes=waiting, limits=limits, origins=options.origins
     )
-    _log_to_terminal(logging.WARNING if options.quiet else logging.INFO)
+    return Door(listener, settings)
+
+
+def run(service: WebService, door: Door, quiet: bool, close: Callable[[], None], behind: str = "") -> None:
+    """Answer requests until SIGINT or SIGTERM.
+
+    Args:
+        service: what answers.
+        door: where.
+        quiet: whether requests are not logged.
+        close: ends unfinished answers at the end of the grace period.
+        behind: what is printed of an engine behind the service.
+    """
+    settings = door.settings
+    log_to_terminal(logging.WARNING if quiet else logging.INFO)
     return_large_blocks()
     bound_png_texts()
     config = uvicorn.Config(
-        Service(worker, settings).app(),
+        service.app(),
         http=HeadDeadlineProtocol,
         log_level="warning",
         access_log=False,
@@ -70,31 +101,32 @@ def serve(path: Path, options: Options, model: str | None = None, clip: str | No
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=64 << 10,
     )
-    address = f"[{host}]" if ":" in host else host
-    port = listener.getsockname()[1]
-    listener.listen(CONNECTIONS)  # before the address is printed, so that early connections wait and are not refused
-    sets = len(worker.answerer.pool)
+    address = f"[{settings.host}]" if ":" in settings.host else settings.host
+    port = door.listener.getsockname()[1]
+    # Before the address is printed, so that early connections wait and are not refused.
+    door.listener.listen(CONNECTIONS)
+    sets = len(service.source.pool)
 
-    server = Server(config, worker)
+    server = Server(config, close)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Handles signals until uvicorn installs its own handlers. uvicorn raises the signal again after its shutdown,
         # which must not change the exit code either.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1", flush=True)
-    server.run(sockets=[listener])
+    print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1{behind}", flush=True)
+    server.run(sockets=[door.listener])
 
 
 class Server(uvicorn.Server):
     """uvicorn's server; unfinished answers get an error at the end of the grace period, where uvicorn drops them."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
         super().__init__(config)
-        self.worker = worker
+        self.close = close
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop as uvicorn does, and close the worker at the end of the grace period."""
+        """Stop as uvicorn does, and close what answers at the end of the grace period."""
         super().handle_exit(sig, frame)
-        late = threading.Timer(GRACE_S, self.worker.close)
+        late = threading.Timer(GRACE_S, self.close)
         late.daemon = True
         late.start()
 
@@ -113,7 +145,7 @@ def _check_origins(origins: tuple[str, ...], key: str | None) -> None:
             )
 
 
-def _log_to_terminal(level: int) -> None:
+def log_to_terminal(level: int) -> None:
     """Log to standard error; level INFO includes one line per request."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -40,7 +40,7 @@ def routed(folder: Path | Answerer) -> dict[str, Any]:
     answerer = load_adapter(folder) if isinstance(folder, Path) else folder
     found = answerer.route([question(n, 3, with_image) for n in range(4) for with_image in (True, False)])
     assert found.probabilities is not None and found.unfamiliar is not None
-    columns = zip(answerer.pool.names, found.similarity.T, found.probabilities.T, strict=True)
+    columns = zip(answerer.pool.names, found.scores.T, found.probabilities.T, strict=True)
     return {"unfamiliar": found.unfamiliar, **{name: torch.stack([one, two]) for name, one, two in columns}}
 
 

@@ -50,6 +50,8 @@ CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
 LABELLED_BY_HAND = "waits for a person, as which tests/browser/test_own_images.py and tests/clip/test_person.py act"
 MANY_NANO = "minutes; tests/prompts/test_resembling_tasks.py tells its tasks apart"
 NOT_EXECUTED = {
+    "serve runs/nano-modalprompt-s0 --engine vllm --checkpoint checkpoint": "needs vLLM; see "
+    "tests/serve/front/test_process.py, and tests/vllm for the real one",
     "run base2new_nano": "minutes; tests/clip/test_recipe.py runs the recipe's parts",
     "check base2new_vitb16": CLIP_BENCHMARK,
     "prepare base2new_vitb16 --set data.datasets=[dtd,eurosat]": CLIP_BENCHMARK,

@@ -21,11 +21,11 @@ from pipeline.adapter.vocabulary.settings import Tables as Sizes
 from pipeline.adapter.vocabulary.settings import conversation_of, write_config, write_generation, write_settings
 from pipeline.adapter.vocabulary.tables import EMBEDDING_FILE, HEAD_FILE, Tables, tables_of
 from pipeline.adapter.vocabulary.template import ARGUMENT, Places
-from pipeline.adapter.vocabulary.tokens import SetTokens, next_token, refuse_marks
+from pipeline.adapter.vocabulary.tokens import SetTokens, identity_of, next_token, refuse_marks
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import load_processor, source_of
 from pipeline.backbones.lmm_weights import DTYPES, require_fitting_weights
-from pipeline.config.method import choice_name
+from pipeline.config.method import MethodOptions, choice_name
 from pipeline.errors import UserError
 from pipeline.files.atomic import sync_folder, temporary_of, write_json
 from pipeline.hub.snapshots import checkpoint
@@ -33,6 +33,7 @@ from pipeline.methods import make_method
 from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.parts.input_rows import RowsEntry
 from pipeline.prompts.parts.projector import projector_of
+from pipeline.prompts.pool import PromptPool
 
 ROUTER, ADAPTER = "prompt_sets.json", "adapter"
 FORMAT = 1
@@ -114,7 +115,7 @@ def export_vocabulary(
 def _planned(source: Path, model: str | None, licence: str | None) -> Export:
     """Read what is exported and refuse what cannot be; computes nothing."""
     adapter = _adapter(source, model, licence)
-    _require_rows(adapter, source)
+    require_rows(adapter.meta.method, adapter.pool, source)
     config, pool = adapter.meta.model, adapter.pool
     base = checkpoint(source_of(config)).folder
     tables = tables_of(base)
@@ -132,7 +133,8 @@ def _planned(source: Path, model: str | None, licence: str | None) -> Export:
             f"A model of type {tables.kind} multiplies the rows of its embedding table, in the precision of its "
             "weights, so most vectors are no row of it; expected a model of another type, or `export` as an adapter."
         )
-    tokens = SetTokens(pool.names, length, next_token(processor.tokenizer))
+    identity = identity_of(pool.names, pool.prompts, DTYPES[config.dtype])
+    tokens = SetTokens(pool.names, length, next_token(processor.tokenizer), identity)
     method = make_method(adapter.meta.method)
     entry = entry_of(method)
     run = Run(conversation_of(processor, config), family, config, entry.insertion or "after_bos")
@@ -152,9 +154,9 @@ def _adapter(source: Path, model: str | None, licence: str | None) -> Adapter:
     )
 
 
-def _require_rows(adapter: Adapter, source: Path) -> None:
+def require_rows(options: MethodOptions, pool: PromptPool, source: Path) -> None:
     """Raise UserError where modules are no rows that can stand in an embedding table, whatever the question."""
-    method = make_method(adapter.meta.method)
+    method = make_method(options)
     otherwise = "`export` without --as, or with --as adapter, writes them as an adapter."
     if type(entry_of(method)) is not RowsEntry:
         part = "none" if method.part is None else choice_name(method.part)
@@ -162,12 +164,12 @@ def _require_rows(adapter: Adapter, source: Path) -> None:
             f"{source} learned modules of the part {part} (method {method.name}), which are no rows of an embedding "
             f"table; expected prompt sets, the part input_rows. {otherwise}"
         )
-    if projector_of(adapter.pool.shared):
+    if projector_of(pool.shared):
         raise UserError(
             f"{source} learned the image projector too (train.projector), and a vocabulary holds prompt sets alone; "
             f"expected train.projector frozen. {otherwise}"
         )
-    modules = len(adapter.pool)
+    modules = len(pool)
     chosen = method.routing.rule.inference(torch.zeros(1, modules), torch.zeros(1, dtype=torch.long))
     if chosen.weights is not None:
         raise UserError(
@@ -186,6 +188,7 @@ def _write_numbers(export: Export, folder: Path) -> None:
     content = {
         "format": FORMAT,
         "argument": ARGUMENT,
+        "identity": tokens.identity,
         "insertion": run.insertion,
         "length": tokens.length,
         "sets": {name: tokens.ids(name) for name in tokens.names},

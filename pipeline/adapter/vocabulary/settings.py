@@ -56,7 +56,7 @@ def write_settings(
             if path.is_file() and not path.name.endswith(".index.json") and not path.name.startswith("chat_template"):
                 shutil.copyfile(path, folder / path.name)
     add_to_files(conversation.tokenizer, tokens, folder)
-    template = chat_template(original_template(conversation), places, tokens.names, tokens.length)
+    template = chat_template(original_template(conversation), places, tokens)
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     _write_processor(folder, conversation.processor, model)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files.atomic import write_json
@@ -20,11 +24,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class SetTokens:
-    """The tokens of T sets of L vectors: set t has the ids from `first` + t L on."""
+    """The tokens of T sets of L vectors: set t has the ids from `first` + t L on; `identity` is that of the sets."""
 
     names: Sequence[str]
     length: int
     first: int
+    identity: str = ""
 
     @property
     def count(self) -> int:
@@ -48,6 +53,13 @@ class SetTokens:
 def token_text(number: int, row: int) -> str:
     """The token of one vector of a set, as text."""
     return f"{MARK}set_{number}_{row}{MARK}"
+
+
+def identity_of(names: Sequence[str], vectors: Tensor, dtype: torch.dtype) -> str:
+    """Sixteen digits that other sets, names, orders or precisions change; `vectors` is [T, L, D]."""
+    content = hashlib.sha256(json.dumps([list(names), list(vectors.shape), str(dtype)]).encode())
+    content.update(vectors.to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def next_token(tokenizer: Any) -> int:

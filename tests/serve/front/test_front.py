@@ -1,0 +1,373 @@
+"""The front before an engine: sets are chosen here, requests and replies pass unchanged, engines come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from pipeline.adapter.answering import Answerer, Question
+from pipeline.adapter.vocabulary.tokens import MARK, token_text
+from pipeline.serve.chat import Limits
+from tests import tiny
+from tests.adapter.vocabulary import photo
+from tests.adapters import COLOURS, question
+from tests.serve.front.conftest import Asked, Fronts
+from tests.serve.front.fake_engine import FakeEngine
+from tests.serve.test_openai_client import messages
+
+PICTURE = "data:image/png;base64," + base64.b64encode(tiny.png(COLOURS[0])).decode()
+PICTURE_PART = {"type": "image_url", "image_url": {"url": PICTURE}}
+ASKED = [question(0), question(1, variant=3), question(2, with_image=False), question(2, variant=1)]
+
+
+def events(text: str) -> list[Any]:
+    contents = [part.removeprefix("data: ") for part in text.split("\n\n") if part]
+    assert contents[-1] == "[DONE]"
+    return [json.loads(content) for content in contents[:-1]]
+
+
+@pytest.mark.parametrize("number", range(len(ASKED)))
+def test_an_answer_is_that_of_the_own_engine_with_its_sets_and_similarities(
+    asked: Asked, engine: FakeEngine, answerer: Answerer, number: int
+) -> None:
+    expected = answerer.answer([ASKED[number]])[0]
+    reply = asked.post(messages=messages(ASKED[number]))
+    assert reply.status_code == 200, reply.text
+    content = reply.json()
+    assert content["choices"][0]["message"]["content"].strip() == expected.text
+    assert content["model"] == "m"
+    assert content["prompt_sets"]["selected"] == expected.selected
+    assert content["prompt_sets"]["similarity"] == pytest.approx(expected.similarity, abs=1e-3)
+    sent = engine.questions()[-1]
+    assert sent["chat_template_kwargs"]["prompt_sets"] == expected.selected
+    assert (sent["max_tokens"], sent["temperature"], sent["model"]) == (6, 0, "engine-name")
+
+
+def test_a_streamed_answer_is_the_same_text_and_its_first_event_has_the_sets(asked: Asked, answerer: Answerer) -> None:
+    expected = answerer.answer([ASKED[1]])[0]
+    reply = asked.post(messages=messages(ASKED[1]), stream=True, stream_options={"include_usage": True})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    found = events(reply.text)
+    assert found[0]["prompt_sets"]["selected"] == expected.selected
+    assert not any("prompt_sets" in piece for piece in found[1:])
+    assert "".join(c["delta"].get("content", "") for p in found for c in p["choices"]).strip() == expected.text
+    assert {piece["model"] for piece in found} == {"m"}
+    assert found[-1]["usage"]["completion_tokens"] == 6
+
+
+def test_what_the_engine_understands_is_passed_on_unchanged(asked: Asked, engine: FakeEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    given = {
+        "stop": ["\n", "."],
+        "response_format": {"type": "json_object"},
+        "n": 2,
+        "tools": tools,
+        "tool_choice": "auto",
+        "logprobs": True,
+        "top_logprobs": 3,
+        "seed": 7,
+        "max_completion_tokens": 5,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "first?"},
+        {"role": "assistant", "content": "an answer"},
+        {"role": "user", "content": [PICTURE_PART, {"type": "text", "text": "second?"}]},
+    ]
+    reply = asked.post(messages=turns, task=None, **given)
+    assert reply.status_code == 200, reply.text
+    assert len(reply.json()["choices"]) == 2
+    sent = engine.questions()[-1]
+    assert sent.pop("chat_template_kwargs").pop("enable_thinking") is False
+    assert sent.pop("messages") == turns
+    del given["chat_template_kwargs"]
+    assert sent == {**given, "model": "engine-name"}  # several answers are sampled, so no temperature is added
+
+
+def test_a_long_image_reaches_the_engine_as_it_was_written(asked: Asked, engine: FakeEngine) -> None:
+    noise = photo(300, 200)
+    written = messages(Question("what is it?", noise))
+    assert len(base64.b64encode(noise)) > 1 << 17  # beyond it the text is not parsed, see `json_body`
+    assert asked.post(messages=written).status_code == 200
+    assert engine.questions()[-1]["messages"][0]["content"] == written[0]["content"][::-1]
+
+
+def test_an_image_goes_before_the_text_as_questions_were_learned(asked: Asked, engine: FakeEngine) -> None:
+    """Several images stay where they are: no set has learned such questions."""
+    parts = [{"type": "text", "text": "first"}, PICTURE_PART, {"type": "text", "text": "second"}]
+    engine.refuses = (400, "what is sent is what counts here")
+    turns = [{"role": "user", "content": [*parts, PICTURE_PART]}, {"role": "user", "content": parts}]
+    asked.post(messages=turns)
+    several, one = engine.questions()[-1]["messages"]
+    assert several == turns[0]
+    assert one["content"] == [PICTURE_PART, {"type": "text", "text": "first\nsecond"}]
+
+
+def test_the_last_user_message_routes_and_the_latest_image_before_it(asked: Asked, answerer: Answerer) -> None:
+    first, last = question(0), question(1, with_image=False)
+    turns = [*messages(first), {"role": "assistant", "content": "red"}, *messages(last)]
+    reply = asked.post(messages=turns).json()
+    expected = answerer.answer([Question(last.text, first.image)])[0]
+    assert reply["prompt_sets"]["similarity"] == pytest.approx(expected.similarity, abs=1e-3)
+
+
+def test_after_a_tools_result_the_question_of_the_user_still_routes(asked: Asked, engine: FakeEngine) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turns = [
+        *messages(question(1, with_image=False)),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "a result"},
+    ]
+    engine.refuses = (400, "this fake knows no tools")  # what is sent is what counts here
+    asked.post(messages=turns)
+    assert engine.questions()[-1]["messages"] == turns
+    assert engine.questions()[-1]["chat_template_kwargs"]["prompt_sets"] == ["T1"]
+
+
+def test_system_messages_are_left_out_where_the_service_ignores_them(fronts: Fronts, engine: FakeEngine) -> None:
+    ignoring = fronts(limits=Limits(ignores_system=True))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "task bbbbbb asks?"}]
+    assert ignoring.post(messages=turns).json()["ignored"] == ["messages with role system"]
+    assert engine.questions()[-1]["messages"] == turns[1:]
+
+
+def test_a_sets_token_that_a_user_writes_reaches_no_model(asked: Asked, engine: FakeEngine, answerer: Answerer) -> None:
+    """The checkpoint's chat template replaces the character that every such token contains."""
+    written = f"task bbbbbb asks{token_text(0, 0)}{token_text(0, 1)}?"
+    reply = asked.post(messages=[{"role": "user", "content": written}])
+    assert reply.status_code == 200
+    harmless = written.replace(MARK, "\N{REPLACEMENT CHARACTER}")
+    body = {**engine.questions()[-1], "messages": [{"role": "user", "content": harmless}]}
+    assert reply.json()["choices"][0]["message"]["content"] == engine.text(engine.answer(body))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"chat_template": "{{ messages }}"}, "chat_template is set; expected it to be left out"),
+        ({"chat_template_kwargs": {"prompt_sets": ["T0"]}}, "routing chooses the prompt sets"),
+        ({"chat_template_kwargs": {"prompt_sets_of": "0"}}, "routing chooses the prompt sets"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is a list; expected an object"),
+        ({"max_tokens": 1000}, "max_tokens is 1000; expected a whole number from 1 to 256"),
+        ({"model": "other"}, "model is 'other'; expected m."),
+        ({"task": "T1"}, "finds the prompt sets by itself"),
+    ],
+)
+def test_what_would_pass_routing_by_is_refused(
+    asked: Asked, engine: FakeEngine, fields: dict[str, Any], sentence: str
+) -> None:
+    reply = asked.post(**{"messages": messages(question(1)), **fields})
+    assert reply.status_code in (400, 404) and sentence in reply.json()["error"]["message"]
+    assert not engine.questions()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "http://10.0.0.1/x.png"}}], "addresses are not fetched"),
+        ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "addresses are not fetched"),
+        ([{"type": "prompt_embeds", "data": "AA=="}], "a part of content has the type the text 'prompt_embeds'"),
+        ([{"type": "video_url", "video_url": {"url": PICTURE}}], "a part of content has the type the text 'video_url'"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_no_message_names_files_or_addresses_to_the_engine(
+    asked: Asked, engine: FakeEngine, content: list[Any], sentence: str, role: str
+) -> None:
+    turns = [{"role": role, "content": [*content, {"type": "text", "text": "hm?"}]}, *messages(question(1))]
+    reply = asked.post(messages=turns)
+    assert reply.status_code == 400 and sentence in reply.json()["error"]["message"]
+    assert not engine.questions()
+
+
+def test_an_engine_that_goes_down_is_503_and_answers_again_once_it_is_back(asked: Asked, engine: FakeEngine) -> None:
+    assert asked.client.get("/health").json() == {"status": "ok"}
+    assert asked.post(messages=messages(ASKED[0])).status_code == 200
+    engine.down()
+    gone = asked.post(messages=messages(ASKED[0]))
+    assert (gone.status_code, gone.json()["error"]["code"]) == (503, "server_error")
+    assert f"the engine at {engine.url} is not reachable" in gone.json()["error"]["message"]
+    health = asked.client.get("/health")
+    assert health.status_code == 503 and "is not reachable" in health.json()["status"]
+    assert "pipeline_serve_engine_up 0" in asked.client.get("/metrics").text
+    engine.up()
+    assert asked.post(messages=messages(ASKED[0])).status_code == 200
+    assert asked.client.get("/health").status_code == 200
+
+
+def test_a_stream_that_the_engine_breaks_off_ends_with_an_error(
+    asked: Asked, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.breaks_after = 2
+    with caplog.at_level(logging.INFO, "pipeline.serve"):
+        found = events(asked.post(messages=messages(ASKED[0]), stream=True).text)
+    assert "is not reachable" in found[-1]["error"]["message"] and len(found) == 3
+    assert ", 503, " in caplog.records[-1].getMessage()
+    engine.breaks_after = None
+    assert asked.post(messages=messages(ASKED[0])).status_code == 200
+
+
+def test_an_answer_that_never_comes_because_the_engine_is_killed_is_503(asked: Asked, engine: FakeEngine) -> None:
+    assert asked.client.get("/health").status_code == 200
+    engine.seconds = 20
+    threading.Timer(0.5, engine.down).start()
+    began = time.monotonic()
+    assert asked.post(messages=messages(ASKED[0])).status_code == 503
+    assert time.monotonic() - began < 10
+
+
+def test_an_engine_with_another_checkpoint_is_not_asked(asked: Asked, engine: FakeEngine, answerer: Answerer) -> None:
+    original = engine.processor.chat_template
+    engine.processor.chat_template = original.replace(asked.front.engine.behind.identity, "0123456789abcdef")
+    reply = asked.post(messages=messages(ASKED[0]))
+    assert reply.status_code == 503 and "has other prompt sets" in reply.json()["error"]["message"]
+    engine.processor.chat_template = answerer.lmm.conversation.processor.chat_template
+    reply = asked.post(messages=messages(ASKED[0]))
+    assert reply.status_code == 503 and "serves a model without prompt sets" in reply.json()["error"]["message"]
+    assert not engine.questions()
+    engine.processor.chat_template = original
+    assert asked.post(messages=messages(ASKED[0])).status_code == 200
+    engine.processor.chat_template = original.replace(asked.front.engine.behind.identity, "0123456789abcdef")
+    reply = asked.post(messages=messages(ASKED[0]))  # replaced while nobody asked: the template itself refuses
+    assert reply.status_code == 503 and "has other prompt sets" in reply.json()["error"]["message"]
+
+
+def test_requests_that_arrive_together_verify_the_engine_once(asked: Asked, engine: FakeEngine) -> None:
+    threads = [threading.Thread(target=asked.post, kwargs={"messages": messages(ASKED[0])}) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(engine.asked) - len(engine.questions()) == 2  # another identity, and the right one
+    assert len(engine.questions()) == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "expected", "sentence"),
+    [
+        (400, 400, "max_tokens is too large"),
+        (422, 422, "max_tokens is too large"),
+        (429, 429, "max_tokens is too large"),
+        (500, 500, "max_tokens is too large"),
+        (401, 503, "expected PIPELINE_ENGINE_KEY to be the key"),
+        (404, 503, "the engine has changed"),
+    ],
+)
+def test_a_refusal_of_the_engine_is_passed_on(
+    asked: Asked, engine: FakeEngine, status: int, expected: int, sentence: str
+) -> None:
+    engine.refuses = (status, "max_tokens is too large")
+    for stream in (False, True):
+        reply = asked.post(messages=messages(ASKED[0]), stream=stream)
+        assert reply.status_code == expected and sentence in reply.json()["error"]["message"]
+
+
+def test_the_engine_gets_its_own_key_and_never_a_clients(fronts: Fronts, engine: FakeEngine) -> None:
+    guarded = fronts(api_key="client-secret", key="engine-secret")
+    assert guarded.post(messages=messages(ASKED[0])).status_code == 401
+    guarded.client.headers["authorization"] = "Bearer client-secret"
+    assert guarded.post(messages=messages(ASKED[0])).status_code == 200
+    assert {*engine.keys} == {"Bearer engine-secret"}
+
+
+def test_metrics_are_those_of_the_front_and_of_the_engine(asked: Asked) -> None:
+    asked.post(messages=messages(ASKED[1]))
+    asked.post(messages=[], stream=True)
+    text = asked.client.get("/metrics").text
+    assert 'pipeline_serve_requests_total{status="200"} 1' in text
+    assert 'pipeline_serve_requests_total{status="400"} 1' in text
+    assert 'pipeline_serve_answers_by_set_total{set="T1"} 1' in text
+    assert "pipeline_serve_engine_up 1" in text and "vllm:num_requests_running 0" in text
+
+
+def test_the_model_is_listed_with_its_sets(asked: Asked) -> None:
+    (listed,) = asked.client.get("/v1/models").json()["data"]
+    assert (listed["id"], listed["prompt_sets"]) == ("m", ["T0", "T1", "T2"])
+
+
+def test_more_requests_than_may_be_in_progress_are_told_to_come_back(fronts: Fronts, engine: FakeEngine) -> None:
+    narrow, statuses = fronts(most=2), list[int]()
+    assert narrow.client.get("/health").status_code == 200
+    engine.seconds = 0.5
+
+    def ask() -> None:
+        statuses.append(narrow.post(messages=messages(ASKED[0])).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {*statuses} == {200, 429} and statuses.count(200) >= 2
+    assert narrow.front.open == 0
+    assert narrow.post(messages=messages(ASKED[0])).status_code == 200
+
+
+def test_requests_at_the_same_time_each_get_their_own_sets(asked: Asked, answerer: Answerer) -> None:
+    wanted = [question(n % 3, variant=n % 4, with_image=n % 5 != 4) for n in range(15)]
+    expected = answerer.answer(wanted)
+    found = dict[int, Any]()
+
+    def ask(number: int) -> None:
+        found[number] = asked.post(messages=messages(wanted[number])).json()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(wanted))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for number, answer in enumerate(expected):
+        assert found[number]["prompt_sets"]["selected"] == answer.selected
+        assert found[number]["choices"][0]["message"]["content"].strip() == answer.text
+
+
+def test_a_question_whose_routing_fails_fails_alone(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chooser = asked.front.selector.chooser
+    keys = chooser.keys
+
+    def failing(questions: Any) -> Any:
+        if any(one.text == "break" for one in questions):
+            raise RuntimeError("a kernel failed")
+        return keys(questions)
+
+    monkeypatch.setattr(chooser, "keys", failing)
+    good, bad = (chooser.read(Question(text)) for text in ("fine", "break"))
+    results = asked.front.selector._results([good, bad, good])
+    assert [type(result).__name__ for result in results] == ["Chosen", "RefusedError", "Chosen"]
+    reply = asked.post(messages=[{"role": "user", "content": "break"}])
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the request failed (RuntimeError).")
+
+
+def test_a_client_that_leaves_ends_its_request_in_the_engine(fronts: Fronts, engine: FakeEngine) -> None:
+    from tests.serve.asgi import Caller, part
+
+    front = fronts().front
+    body = json.dumps({"model": "m", "messages": messages(ASKED[0]), "stream": True}).encode()
+    engine.seconds = 0.2
+
+    async def leave() -> None:
+        caller = Caller([part(body)])
+        async with front.engine.connected():
+            asking = asyncio.ensure_future(caller.call(front))  # type: ignore[arg-type]
+            while len(caller.received) < 3:
+                await asyncio.sleep(0.02)
+            caller.gone.set()
+            await asking
+
+    asyncio.run(leave())
+    for _ in range(100):
+        if engine.left:
+            break
+        time.sleep(0.05)
+    assert engine.left == 1 and front.open == 0
+    assert front.metrics.requests[499] == 1

@@ -1,0 +1,215 @@
+"""A real vLLM behind the front, on two CPU cores: its answers are those of the own engine, whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from pipeline.adapter.answering import Question
+from pipeline.adapter.vocabulary.tokens import token_text
+from pipeline.cli.commands import app
+from pipeline.config.paths import PROJECT
+from pipeline.errors import EXIT_USER
+from tests.adapters import COLOURS, question, save_adapter
+from tests.serve.conftest import address_of, drain, start
+from tests.serve.test_openai_client import messages
+from tests.vllm.models import save_loadable
+
+pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
+
+PROGRAM = Path(os.environ.get("VLLM_PROGRAM", PROJECT / ".venv-vllm" / "bin" / "vllm"))
+# Compiling would take longer than all answers; the model has 1024 positions.
+SMALL = "--enforce-eager --max-model-len 512 --limit-mm-per-prompt '{\"image\": 1}'"
+KEY = "a key of the tests"
+QUESTIONS = 120
+CLIENTS = 8
+STARTS_S = 600.0
+
+
+@dataclass
+class Running:
+    """A service and a client of it."""
+
+    process: Any
+    url: str
+    client: openai.OpenAI
+
+    def ask(self, asked: Question, **options: Any) -> Any:
+        return self.client.chat.completions.create(model="m", messages=messages(asked), **options)
+
+    def text(self, asked: Question) -> tuple[str, list[str]]:
+        reply: Any = self.ask(asked)
+        return reply.choices[0].message.content, reply.prompt_sets["selected"]
+
+    def engine(self) -> psutil.Process:
+        """The process of vLLM that this service has started."""
+        (process,) = psutil.Process(self.process.pid).children()
+        return process
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60) as reply:
+                return bool(reply.status == 200)
+        except urllib.error.HTTPError:
+            return False
+
+
+def running(folder: Path, *options: str, **environment: str) -> Iterator[Running]:
+    process = start(folder, "--name", "m", *options, **environment)
+    try:
+        url = address_of(process)
+        drain(process)
+        yield Running(process, url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loadable")
+    return save_adapter(folder / "adapter", save_loadable(folder), numbers=(0, 1, 2, 3), insertion="after_image")
+
+
+@pytest.fixture(scope="module")
+def own(adapter: Path) -> Iterator[Running]:
+    yield from running(adapter)
+
+
+@pytest.fixture(scope="module")
+def front(adapter: Path) -> Iterator[Running]:
+    if not PROGRAM.is_file():
+        pytest.skip(f"{PROGRAM} is missing; `make test-vllm` installs it")
+    checkpoint = adapter.with_name("checkpoint")
+    options = ["--engine", "vllm", "--checkpoint", str(checkpoint), "--vllm", str(PROGRAM), "--engine-args", SMALL]
+    # One GiB for keys and values; a front that starts its own engine takes the key of the environment.
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "WARNING"}
+    yield from running(adapter, *options, **environment)
+
+
+def asked(number: int) -> Question:
+    """One of some hundred different questions, every fifth without an image."""
+    base = question(number % len(COLOURS), with_image=number % 5 != 4)
+    return Question(f"{base.text} number {number}", base.image)
+
+
+def answers(service: Running, numbers: range) -> tuple[list[tuple[str, list[str]]], float]:
+    """Answers and their sets, from several clients at once, and the seconds that all took."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        found = list(clients.map(lambda number: service.text(asked(number)), numbers))
+    return found, time.perf_counter() - began
+
+
+def test_answers_are_those_of_the_own_engine(own: Running, front: Running) -> None:
+    numbers = range(QUESTIONS)
+    answers(own, range(CLIENTS))  # warms up
+    answers(front, range(CLIENTS))
+    expected, own_s = answers(own, numbers)
+    found, front_s = answers(front, numbers)
+    print(
+        f"\n{QUESTIONS} questions, {CLIENTS} clients: own {QUESTIONS / own_s:.1f}/s, vllm {QUESTIONS / front_s:.1f}/s"
+    )
+    assert [sets for _, sets in found] == [sets for _, sets in expected]
+    assert {sets[-1] for _, sets in found} == {"T0", "T1", "T2", "T3"}
+    assert len({text for text, _ in expected}) > 1
+    assert [text for text, _ in found] == [text for text, _ in expected]
+
+
+def test_a_stream_is_the_same_text(own: Running, front: Running) -> None:
+    events = list(front.ask(asked(1), stream=True, stream_options={"include_usage": True}))
+    assert events[0].prompt_sets["selected"]
+    text = "".join(choice.delta.content or "" for event in events for choice in event.choices)
+    assert text == own.text(asked(1))[0]
+    assert events[-1].usage.completion_tokens >= 1
+
+
+def test_what_the_own_engine_refuses_is_passed_on(front: Running) -> None:
+    several = front.ask(asked(1), n=2, seed=1, temperature=1.0)
+    assert len(several.choices) == 2
+    scored = front.ask(asked(1), logprobs=True, top_logprobs=2, max_tokens=2)
+    assert len(scored.choices[0].logprobs.content[0].top_logprobs) == 2
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    formed = front.ask(asked(1), response_format=form, max_tokens=30)
+    assert formed.choices[0].message.content.startswith("{")
+    whole = front.text(asked(1))[0]
+    stopped = front.ask(asked(1), stop=[whole[1:3]])
+    assert stopped.choices[0].message.content == whole[: whole.index(whole[1:3])]
+    turns = [{"role": "system", "content": "Be brief."}, *messages(asked(0)), {"role": "assistant", "content": "red"}]
+    turns[1]["content"] = turns[1]["content"][:1]  # the limit is one image
+    reply: Any = front.client.chat.completions.create(model="m", messages=[*turns, *messages(asked(1))])
+    assert reply.choices[0].message.content
+
+
+def test_a_sets_token_that_a_user_writes_changes_nothing_but_its_own_text(front: Running) -> None:
+    written, harmless = (
+        front.ask(Question(f"task bbbbbb {text}?"), logprobs=True, max_tokens=1)
+        for text in (token_text(0, 0), token_text(0, 0).replace("\U0010e5e7", "\N{REPLACEMENT CHARACTER}"))
+    )
+    assert written.usage.prompt_tokens == harmless.usage.prompt_tokens
+    one, other = (reply.choices[0].logprobs.content[0] for reply in (written, harmless))
+    assert (one.token, one.logprob) == (other.token, pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_metrics_are_those_of_both(front: Running) -> None:
+    with urllib.request.urlopen(f"{front.url}/metrics") as reply:
+        text = reply.read().decode()
+    assert "pipeline_serve_engine_up 1" in text and "vllm:" in text
+
+
+def test_another_adapter_is_refused_at_the_same_engine(front: Running, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    other = save_adapter(tmp_path / "other", save_loadable(tmp_path), numbers=(0, 1))
+    words = front.engine().cmdline()
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    options = ["serve", str(other), "--engine", "vllm", "--behind", url, "--port", "0"]
+    done = CliRunner().invoke(app, options, env={"PIPELINE_ENGINE_KEY": KEY})
+    assert done.exit_code == EXIT_USER and "has other prompt sets" in " ".join(done.stderr.split()), done.output
+
+
+def test_an_engine_that_is_killed_is_503_and_comes_back_by_itself(own: Running, front: Running) -> None:
+    statuses = dict[int, str]()
+
+    def ask(number: int) -> None:
+        try:
+            statuses[number] = "equal" if front.text(asked(number)) == own.text(asked(number)) else "other"
+        except openai.InternalServerError as error:
+            statuses[number] = str(error.status_code)
+
+    killed = front.engine()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        pending = [clients.submit(ask, number) for number in range(60)]
+        while len(statuses) < 20:
+            time.sleep(0.01)
+        for process in [*killed.children(recursive=True), killed]:
+            process.kill()
+        for one in pending:
+            one.result()
+    assert {*statuses.values()} == {"equal", "503"} and not front.healthy()
+    deadline = time.monotonic() + STARTS_S
+    while not front.healthy() and time.monotonic() < deadline:
+        time.sleep(1)
+    found, _ = answers(front, range(20))
+    assert found == answers(own, range(20))[0]
+
+
+def test_the_service_ends_its_engine(adapter: Path, front: Running) -> None:
+    """Runs last: the service is not there afterwards."""
+    started = [front.engine(), *front.engine().children(recursive=True)]
+    front.process.send_signal(signal.SIGTERM)
+    assert front.process.wait(90) == 0
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
