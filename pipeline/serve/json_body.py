@@ -71,7 +71,8 @@ class JsonBody:
         """A value made of parts of `value` as JSON, long strings as the body has them."""
         rest = json.dumps(value, separators=(",", ":")).encode()
         pieces = rest.split(b'"' + self._mark.encode())  # the mark is ASCII, which JSON writes as it is
-        body, out = memoryview(self._body), [pieces[0]]
+        body = memoryview(self._body)
+        out: list[bytes | memoryview] = [pieces[0]]
         for piece in pieces[1:]:
             number, _, following = piece.partition(b'"')
             start, end = self._long[int(number)]

@@ -325,6 +325,7 @@ def test_requests_at_the_same_time_each_get_their_own_sets(asked: Asked, answere
     for thread in threads:
         thread.join(120)
     for number, answer in enumerate(expected):
+        assert "error" not in found[number], found[number]
         assert found[number]["prompt_sets"]["selected"] == answer.selected
         assert found[number]["choices"][0]["message"]["content"].strip() == answer.text
 
