@@ -50,8 +50,9 @@ class Running:
         return self.client.chat.completions.create(model="m", messages=messages(asked), **options)
 
     def text(self, asked: Question) -> tuple[str, list[str]]:
+        """The answer, without the spaces around it that vLLM leaves and the own engine does not, and its sets."""
         reply: Any = self.ask(asked)
-        return reply.choices[0].message.content, reply.prompt_sets["selected"]
+        return reply.choices[0].message.content.strip(), reply.prompt_sets["selected"]
 
     def engine(self) -> psutil.Process:
         """The process of vLLM that this service has started."""
@@ -132,7 +133,7 @@ def test_a_stream_is_the_same_text(own: Running, front: Running) -> None:
     events = list(front.ask(asked(1), stream=True, stream_options={"include_usage": True}))
     assert events[0].prompt_sets["selected"]
     text = "".join(choice.delta.content or "" for event in events for choice in event.choices)
-    assert text == own.text(asked(1))[0]
+    assert text.strip() == own.text(asked(1))[0]
     assert events[-1].usage.completion_tokens >= 1
 
 
@@ -145,9 +146,9 @@ def test_what_the_own_engine_refuses_is_passed_on(front: Running) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     formed = front.ask(asked(1), response_format=form, max_tokens=30)
     assert formed.choices[0].message.content.startswith("{")
-    whole = front.text(asked(1))[0]
-    stopped = front.ask(asked(1), stop=[whole[1:3]])
-    assert stopped.choices[0].message.content == whole[: whole.index(whole[1:3])]
+    whole = front.text(asked(0))[0]
+    stopped = front.ask(asked(0), stop=[whole[1:3]])
+    assert len(whole) > 2 and stopped.choices[0].message.content.strip() == whole[: whole.index(whole[1:3])]
     turns = [{"role": "system", "content": "Be brief."}, *messages(asked(0)), {"role": "assistant", "content": "red"}]
     turns[1]["content"] = turns[1]["content"][:1]  # the limit is one image
     reply: Any = front.client.chat.completions.create(model="m", messages=[*turns, *messages(asked(1))])
