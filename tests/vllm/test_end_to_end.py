@@ -33,7 +33,7 @@ PROGRAM = Path(os.environ.get("VLLM_PROGRAM", PROJECT / ".venv-vllm" / "bin" / "
 # Compiling would take longer than all answers; the model has 1024 positions.
 SMALL = "--enforce-eager --max-model-len 512 --limit-mm-per-prompt '{\"image\": 1}'"
 KEY = "a key of the tests"
-QUESTIONS = 120
+QUESTIONS = 300
 CLIENTS = 8
 STARTS_S = 600.0
 
