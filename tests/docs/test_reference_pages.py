@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
 
@@ -15,9 +16,11 @@ import pipeline
 from pipeline import errors
 from pipeline.adapter import meta as adapter_files
 from pipeline.adapter.fitted_routing import FITTED
+from pipeline.cli.commands import app
 from pipeline.clip.benchmark import results
 from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
+from pipeline.config.yaml_file import recipe_names
 from pipeline.data import checksums, shards
 from pipeline.data.key_file import IDENTITY_FIELDS, KEYS_FILE
 from pipeline.methods import make_method
@@ -126,6 +129,21 @@ def test_the_record_of_a_shard_is_one() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- codes, names, recipe
+
+
+def test_every_verb_has_its_row_and_no_other() -> None:
+    table = page("running").partition("## Verbs")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    verbs = [verb for row in rows for verb in re.findall(r"`([\w-]+)`", row)]
+    group: Any = typer.main.get_command(app)
+    assert sorted(verbs) == sorted(group.commands)
+
+
+def test_every_shipped_recipe_is_named_or_is_one_of_a_family() -> None:
+    table = page("running").partition("## Shipped recipes")[2].partition("\n## ")[0]
+    there = set(re.findall(r"`(\w+)`", table))
+    family = re.compile(r"(coin|ucit)_llava15_7b_\w+|\w+_coin3")  # "and so on" of the table
+    assert not [name for name in recipe_names() if name not in there and not family.fullmatch(name)]
 
 
 def test_the_exit_codes_are_those_of_the_sources() -> None:
