@@ -45,6 +45,8 @@ STANDS_FOR = {
     "NEW": "new-adapter",
     "TASK": "Shelf",
 }
+# Of this process's environment; a user's next command has them not.
+LEFT_BY_A_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HUB_MODEL = "a model from the Hub; see tests/e2e/test_hub_id.py and tests/check/test_shipped_models.py"
 CLIP_BENCHMARK = "ViT-B/16 and data sets of gigabytes"
 LABELLED_BY_HAND = "waits for a person, as which tests/browser/test_own_images.py and tests/clip/test_person.py act"
@@ -151,7 +153,7 @@ def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
         arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
         asked = "how large is the group here?\n/quit\n" if command.startswith("chat") else None
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a run leaves them; a user's next command has them not
+            for name in LEFT_BY_A_RUN:
                 patch.delenv(name, raising=False)
             done = CliRunner().invoke(app, arguments, input=asked)
         found[command] = done.exit_code, done.output
@@ -225,7 +227,8 @@ def test_the_python_runs(outcomes: dict[str, tuple[int, str]], block: str) -> No
 
 
 def _run_python(block: str) -> None:
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name not in LEFT_BY_A_RUN}
+    done = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     if "print(" in block:
         assert done.stdout.strip()
