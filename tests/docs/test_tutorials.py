@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def folder(empty_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             (recipes / f"{name}.yaml").write_text(yaml.safe_dump(content))
     for name in MODELS:
         recipe = load_recipe(name)
-        _cached(empty_machine, recipe.model.path, lambda path, model=recipe.model.path: save_shrunk(path, model))
+        _cached(empty_machine, recipe.model.path, partial(save_shrunk, repository=recipe.model.path))
         _cached(empty_machine, recipe.keys.path, tiny_clip.save_clip)
     monkeypatch.setattr(recipe_file, "RECIPES", recipes)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
