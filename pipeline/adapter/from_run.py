@@ -51,13 +51,14 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     return pool
 
 
-def export(run: Path, target: Path, licence: str | None = None) -> dict[str, Any]:
-    """Write a run's adapter into the folder `target` and return its contents.
+def export(run: str | Path, target: str | Path, licence: str | None = None) -> dict[str, Any]:
+    """Write the adapter of the run in the folder `run` into the folder `target` and return its contents.
 
     Raises UserError as `adapter_of_run` does, and when `target` is neither new, empty nor an adapter.
     """
+    target = Path(target)
     refuse_foreign(target)
-    return write_adapter(adapter_of_run(run, licence), target)
+    return write_adapter(adapter_of_run(Path(run), licence), target)
 
 
 def adapter_of_run(run: Path, licence: str | None = None, model: str | None = None) -> Adapter:

@@ -294,7 +294,7 @@ def test_predict_and_an_exported_adapter_have_the_penalty_of_the_run(
     for said, expected in ((1.0, 1.0), (1.7, 1.7), ("checkpoint", 1.3)):
         fields["evaluate"]["repetition_penalty"] = said
         config.write_text(yaml.safe_dump(fields))
-        export(recipe.run_path, tmp_path / f"adapter-{said}")
+        export(str(recipe.run_path), f"{tmp_path}/adapter-{said}")  # texts, as a program gives them
         for place in (recipe.run_path, tmp_path / f"adapter-{said}"):
             used.clear()
             predict(place, None, "what is this?")
