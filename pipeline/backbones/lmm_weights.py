@@ -81,14 +81,17 @@ def load_shard(config: ModelConfig, folder: Path, device: torch.device, place: P
     progress.disable_progress_bar()
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        ranks = ranks_of(empty_model(settings), place.size)
-        here = {name: device if rank == place.rank else torch.device("meta") for name, rank in ranks.items()}
+        empty = empty_model(settings)
+        ranks = ranks_of(empty, place.size)
+        places = {name: device if rank == place.rank else torch.device("meta") for name, rank in ranks.items()}
+        for name in ranks:  # the longest name counts
+            places |= {f"{name}.{buffer}": device for buffer, _ in empty.get_submodule(name).named_buffers()}
         with _undispatched():
             model, report = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=family_of(settings.model_type).attention(config.attn_implementation),
-                device_map={"": device, **here},
+                device_map={"": device, **places},
                 trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # refused below, by name

@@ -2,9 +2,9 @@
 
 The ranks of a replica call the same modules in the same order with the same inputs. A layer of the decoder or of the
 vision tower, the input embedding and the output layer are computed by the rank that has their weights, and the others
-receive the output by a broadcast. What is left (norms, projector, patch embedding) is small and complete on every rank.
-So no weight is communicated, only hidden states [B, N, D] per layer, and a layer's keys and values exist on its own
-rank only (docs/design.md 7.4).
+receive the output by a broadcast. What is left (norms, projector, patch embedding, buffers) is small and complete on
+every rank. So no weight is communicated, only hidden states [B, N, D] per layer, and a layer's keys and values exist on
+its own rank only (docs/design.md 7.4).
 
 Whoever acts on layers asks `is_elsewhere` first. The weights of a layer that is elsewhere are a single zero, expanded
 to their shapes, so that sizes, precision and device can be read as usual.
@@ -159,8 +159,8 @@ def ranks_of(model: Any, size: int) -> dict[str, int]:
 
 
 def own_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a module."""
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    """Bytes of the parameters of a module."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def held_bytes(module: nn.Module) -> int:
@@ -183,9 +183,6 @@ def _let_go(module: nn.Module, device: torch.device) -> None:
             if weight is not None:
                 nothing = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
                 part._parameters[name] = nn.Parameter(nothing, requires_grad=False)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.zeros((), dtype=buffer.dtype, device=device).expand(buffer.shape)
 
 
 def _unread(layer: Any, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Tensor:

@@ -73,5 +73,5 @@ class Division:
             if not any(id(parameter) in seen for parameter in module.parameters()):  # an output layer may be tied
                 held[rank] += own_bytes(module)
             seen |= {id(parameter) for parameter in module.parameters()}
-        whole = own_bytes(model) - sum(held)  # on every rank
+        whole = own_bytes(model) - sum(held) + sum(buffer.nbytes for buffer in model.buffers())  # on every rank
         return cls(max(held) + whole, max(decoding) / len(layers))

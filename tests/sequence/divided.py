@@ -105,7 +105,10 @@ def main(job_file: str) -> None:
     for kind, folder in job["models"].items():
         config = ModelConfig(path=folder, max_length=512)
         whole, divided = load_lmm(config), load_lmm(config, device=world.device, place=place)
+        buffers = dict(whole.model.named_buffers())
+        same = all(torch.equal(value, buffers[name]) for name, value in divided.model.named_buffers())
         results[kind] = {
+            "buffers": gather_objects(same),
             "whole": held_bytes(whole.model),
             "held": gather_objects(held_bytes(divided.model)),
             "cached whole": cached(whole),
