@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.backbones.sharded import Place
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.ranks.world import World
@@ -120,3 +121,17 @@ def test_an_engine_that_cannot_answer_is_not_made_for_it(
     found.prepare_to_train()
     found.replica(PromptPool())
     assert (loads.replicas, loads.engines) == (1, 0)
+
+
+def test_a_recipe_that_divides_the_model_is_not_answered_by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = Loads(monkeypatch, whole=True)
+    world = World(3, 4, 3, torch.device("cpu"))
+    recipe = make_recipe("none", train__deepspeed="ds_configs/zero2.json", evaluate__engine="sharded")
+    found, places = Models(recipe, world, 12, Watchdog(world, None), shards=2), list[Place]()
+    monkeypatch.setattr(models, "neighbours", lambda world, size: (world.rank, size))
+    monkeypatch.setattr(models, "load_lmm", lambda config, device, place: places.append(place) or Replica())
+    found.engine()
+    for _ in range(TASKS):
+        found.replica(PromptPool())
+    found.prepare_to_train()
+    assert places == [Place(1, 2, (3, 2))] and loads.engines == 1
