@@ -162,8 +162,11 @@ CHATML = (
 )
 
 
-def save_qwen2_5_vl(folder: Path) -> Path:
-    """Qwen2.5-VL: no first token, patches of images of any size, windows in the vision tower, M-RoPE."""
+def save_qwen2_5_vl(folder: Path, width: int = tiny.HIDDEN) -> Path:
+    """Qwen2.5-VL: no first token, patches of images of any size, windows in the vision tower, M-RoPE.
+
+    Its heads have a quarter of the width each, and those of its vision tower too, but 16 at least.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -172,19 +175,20 @@ def save_qwen2_5_vl(folder: Path) -> Path:
     tokenizer = byte_tokenizer(special, None, "<|im_end|>", "<|endoftext|>", adds_bos=False)
     vision = {
         "depth": 2,
-        "hidden_size": 32,
+        "hidden_size": max(32, width // 2),
         "intermediate_size": 48,
         "num_heads": 2,
-        "out_hidden_size": tiny.HIDDEN,
+        "out_hidden_size": width,
         "patch_size": PATCH,
         "spatial_merge_size": 2,
         "window_size": 32,
         "fullatt_block_indexes": [1],
     }
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    section = [width // 16, width // 32, width // 32]
+    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config=text_config(tokenizer, rope_parameters=rope),
+        text_config=text_config(tokenizer, hidden_size=width, rope_parameters=rope),
         image_token_id=5,
         video_token_id=6,
         vision_start_token_id=3,

@@ -89,8 +89,8 @@ def own(adapter: Path) -> Iterator[Running]:
     yield from running(adapter)
 
 
-@pytest.fixture(scope="module")
-def front(adapter: Path) -> Iterator[Running]:
+def in_front(adapter: Path) -> Iterator[Running]:
+    """A service in front of a vLLM that it starts with a checkpoint that it exports."""
     if not PROGRAM.is_file():
         pytest.skip(f"{PROGRAM} is missing; `make test-vllm` installs it")
     checkpoint = adapter.with_name("checkpoint")
@@ -98,6 +98,11 @@ def front(adapter: Path) -> Iterator[Running]:
     # One GiB for keys and values; a front that starts its own engine takes the key of the environment.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "WARNING"}
     yield from running(adapter, *options, **environment)
+
+
+@pytest.fixture(scope="module")
+def front(adapter: Path) -> Iterator[Running]:
+    yield from in_front(adapter)
 
 
 def asked(number: int) -> Question:
