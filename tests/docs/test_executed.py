@@ -81,6 +81,7 @@ NOT_EXECUTED = {
     "run real6_nano --set data.root=FOLDER": "six public data sets",
     "run real6_nano_task_lora --set data.root=FOLDER": "six public data sets",
     "run real6_small --set data.root=FOLDER": "six public data sets, and the model of `make small`",
+    "run real6_small_task_lora --set data.root=FOLDER": "six public data sets, and the model of `make small`",
     "run real6_nano --set data.root=FOLDER --set method.name=sequential": "six public data sets",
     "run real6_nano --set data.root=FOLDER --set method.name=independent": "six public data sets",
 }
