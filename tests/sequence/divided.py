@@ -97,7 +97,10 @@ def cached(lmm: LMM) -> int:
 
 
 def main(job_file: str) -> None:
-    """Do a job {"models": {kind: folder}, "out"}; predictions lie in OUT/KIND/MODULES/whole and divided."""
+    """Do a job {"models": {kind: folder}, "out"}; predictions lie in OUT/KIND/MODULES/whole and divided.
+
+    A kind whose name ends in " alone" is answered with without modules only.
+    """
     job = json.loads(Path(job_file).read_text())
     world = init_world()
     place = Place(world.rank, world.size, neighbours(world, world.size))
@@ -115,6 +118,8 @@ def main(job_file: str) -> None:
             "cached": gather_objects(cached(divided)),
         }
         for name, entry, tensors, share in modules(whole):
+            if kind.endswith(" alone") and name != "none":
+                break
             if (share or entry.insertion == "after_image") and whole.family.needs_one_pass():
                 continue
             asked, out = Asked(world, entry, tensors, share), Path(job["out"]) / kind / name
