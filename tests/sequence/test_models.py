@@ -128,8 +128,13 @@ def test_a_recipe_that_divides_the_model_is_not_answered_by_the_engine(monkeypat
     world = World(3, 4, 3, torch.device("cpu"))
     recipe = make_recipe("none", train__deepspeed="ds_configs/zero2.json", evaluate__engine="sharded")
     found, places = Models(recipe, world, 12, Watchdog(world, None), shards=2), list[Place]()
+
+    def load(config: Any, device: Any, place: Place) -> Replica:
+        places.append(place)
+        return Replica()
+
     monkeypatch.setattr(models, "neighbours", lambda world, size: (world.rank, size))
-    monkeypatch.setattr(models, "load_lmm", lambda config, device, place: places.append(place) or Replica())
+    monkeypatch.setattr(models, "load_lmm", load)
     found.engine()
     for _ in range(TASKS):
         found.replica(PromptPool())
