@@ -77,9 +77,9 @@ def test_gradients(recorded: Recorded, modules: dict[str, PromptedCLIP]) -> None
     """Within GRADIENT, or within what float32 itself leaves undetermined.
 
     No recorded run is within the README's 1e-6: our gradients are 1.2e-6 to 7.5e-6 of the largest entry away, of a run
-    as of each tensor (at most 3e-7 in absolute terms), and all of them pass by the second bound. A gradient that went
-    back through both towers in float32 differs from its float64 value by 1e-6 to 7e-6, in the recording as well as
-    here; how much, our own float64 gradient tells. It is independent of the recording.
+    as of each tensor (at most 3e-7 in absolute terms), and all of them pass by the bounds of rounding. A gradient that
+    went back through both towers in float32 differs from its float64 value by 1e-6 to 7e-6, in the recording as well
+    as here; how much, our own float64 gradient tells, from which both are at most ROUNDING away.
     """
     exact = recorded.pixels.double()
     for run in recorded.runs():
@@ -87,8 +87,11 @@ def test_gradients(recorded: Recorded, modules: dict[str, PromptedCLIP]) -> None
         in_double = gradients(copy.deepcopy(modules[run.name]).double(), replace(recorded.batch, pixel_values=exact))
         rounding = largest_error(found, in_double)
         assert rounding <= ROUNDING, run.name
-        error = largest_error(found, run.part("grad."))
-        assert error <= max(GRADIENT, 4 * rounding), f"{run.name}: {error:.1e}, rounding {rounding:.1e}"
+        theirs = largest_error(in_double, run.part("grad."))
+        assert theirs <= ROUNDING, run.name
+        # Kernels differ between processors, and with them who rounds more.
+        error, bound = largest_error(found, run.part("grad.")), max(GRADIENT, 4 * rounding, 2 * theirs)
+        assert error <= bound, f"{run.name}: {error:.1e}, rounding {rounding:.1e} here and {theirs:.1e} there"
 
 
 def test_three_optimizer_steps(recorded: Recorded, modules: dict[str, PromptedCLIP]) -> None:
