@@ -17,15 +17,14 @@ from pipeline.data.collate import Examples, StageData, collate, collate_prompts
 from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.methods import make_method
-from pipeline.planning.memory_plan import Tokens, trainable_groups, training_activations
+from pipeline.planning.memory_plan import trainable_groups
 from pipeline.planning.model_shape import meta_model, model_shape
-from pipeline.planning.workload import Workload
 from pipeline.prompts.embedding import embed_with_modules
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.base import kind_of
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, low_rank_output
-from tests.training.test_low_rank import ALPHA, ATTENTION, RANK, SELECTION, batch_of, modules
+from tests.training.test_low_rank import ALPHA, ATTENTION, ELEMENT, RANK, SELECTION, batch_of, modules, planned_more
 from tests.training.worlds import make_recipe, make_samples
 
 WORDS = "low_rank.embed_tokens"
@@ -130,12 +129,5 @@ def test_methods_on_linear_layers_alone_refuse_the_input_embeddings(lmm: LMM, ll
 
 
 def test_the_plan_has_the_input_embeddings_update_and_the_columns_that_it_keeps(lmm: LMM, llava: Path) -> None:
-    shape = model_shape(meta_model(make_recipe(llava).model))
-    tokens, element, planned = Tokens(image=0, text=100, answer=7, source=""), 4, []
-    for targets in (ATTENTION, (*ATTENTION, "embed_tokens")):
-        recipe = make_recipe(llava, method={"name": "task_lora", "targets": list(targets), "rank": RANK})
-        planned.append(training_activations(Workload.of(recipe, 12), shape, 2, 100, tokens, element))
-        parameters = sum(value.numel() for value in LowRank(lmm, targets, RANK, ALPHA).trainables().values())
-        assert sum(map(sum, trainable_groups(recipe.method, shape, 12, False))) == parameters
-    layers = shape.text.num_hidden_layers
-    assert planned[1] - planned[0] == 2 * 100 * (RANK * element // layers) * (layers + 1)
+    layers = model_shape(meta_model(make_recipe(llava).model)).text.num_hidden_layers
+    assert planned_more(lmm, llava, "embed_tokens") == 2 * 100 * (RANK * ELEMENT // layers) * (layers + 1)
