@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -51,9 +52,12 @@ def foreign(with_image: bool = True) -> Question:
     return Question("ZZZZZZZ", tiny.png((0, 0, 0)) if with_image else None)
 
 
-def training_keys(encoder: KeyEncoder, number: int) -> Keys:
+Asks: TypeAlias = Callable[..., Question]  # as `question`, by number, variant and whether there is an image
+
+
+def training_keys(encoder: KeyEncoder, number: int, asks: Asks = question) -> Keys:
     """The routing keys of twelve samples of a task, some of them without an image."""
-    asked = [question(number, variant, with_image=variant % 4 > 0) for variant in range(12)]
+    asked = [asks(number, variant, with_image=variant % 4 > 0) for variant in range(12)]
     pictured = torch.tensor([one.image is not None for one in asked])
     text = encoder.text([one.text for one in asked])
     image = torch.zeros_like(text)
@@ -61,14 +65,16 @@ def training_keys(encoder: KeyEncoder, number: int) -> Keys:
     return Keys(image, text, pictured, {})
 
 
-def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1, 2), **method: Any) -> Path:
+def save_adapter(
+    folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1, 2), asks: Asks = question, **method: Any
+) -> Path:
     """Write an adapter with the sets of these tasks, named T0, T1, ...; a set is the same in every adapter."""
     model, clip = ModelConfig(path=str(models.llava), max_length=256), KeysConfig(path=str(models.clip))
     encoder = key_encoder(*clip.source)
     options = method_options(**{"prompt_length": LENGTH, "k": 2, "router": "prototype", "gate": 0.001, **method})
     pool = PromptPool()
     for number in numbers:
-        asked = question(number)
+        asked = asks(number)
         assert asked.image is not None
         keys = (encoder.image([decode_image(asked.image)]), encoder.text([asked.text]))
         prototype = sum(torch.nn.functional.normalize(key, dim=-1) for key in keys)
@@ -76,9 +82,9 @@ def save_adapter(folder: Path, models: Models, numbers: tuple[int, ...] = (0, 1,
         generator = torch.Generator().manual_seed(number)
         prompt = torch.randn(LENGTH, models.width, generator=generator)
         routing = make_method(options).routing
-        state = routing.observe(training_keys(encoder, number), {"prototype": prototype[0]})
+        state = routing.observe(training_keys(encoder, number, asks), {"prototype": prototype[0]})
         if routing.router is not None and not routing.router.learned:
-            state = routing.observe(training_keys(encoder, number))
+            state = routing.observe(training_keys(encoder, number, asks))
         pool.append(f"T{number}", {"prompt": prompt}, state)
     meta = Meta(
         format=FORMAT_VERSION,

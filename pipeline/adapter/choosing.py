@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.adapter.answer import Chosen
 from pipeline.adapter.source import Source
+from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.key_encoders import key_encoder
 from pipeline.config.method import Unfamiliar
 from pipeline.data.keys import Keys
@@ -49,13 +50,22 @@ class Routable:
 
 
 class Chooser:
-    """The key encoder and the routing of a pool; raises UserError when the encoder cannot be loaded."""
+    """The key encoder and the routing of a pool; raises UserError when the encoder cannot be loaded.
 
-    def __init__(self, source: Source, device: torch.device | str | None = None) -> None:
+    `encoder` is that of these keys if it is loaded already.
+    """
+
+    def __init__(
+        self, source: Source, device: torch.device | str | None = None, encoder: KeyEncoder | None = None
+    ) -> None:
         self.source, self.method = source, make_method(source.method)
-        self.encoder = key_encoder(*source.keys.source, device=device)
+        self.encoder = encoder or key_encoder(*source.keys.source, device=device)
         if self.method.routing.keeps_keys:
             self.method.routing.fitted(source.pool.states)  # now, so that the first question does not wait for it
+
+    def of(self, source: Source) -> Chooser:
+        """The routing of another pool with keys of the same encoder."""
+        return Chooser(source, encoder=self.encoder)
 
     def read(self, question: Question, number: int = 1, picture: Image.Image | None = None) -> Routable:
         """Decode the image of a question and prepare it for routing; runs no model and is thread-safe.

@@ -73,24 +73,38 @@ def adapter_of_run(run: Path, licence: str | None = None, model: str | None = No
     if not len(pool):
         raise UserError(f"{run} learned nothing (method {recipe.method.name}); there is no adapter to export.")
     scored = read_run(run)
-    meta = Meta(
+    meta = _meta(recipe, pool.names, base_fingerprint(recipe.model, recorded_base_model(run)), licence)
+    known = {
+        "keys": key_identity(*recipe.keys.source),
+        "scores": dict(zip(scored.tasks, scored.last_scores, strict=True)),
+        "metrics": {name: value for name, value in scored.metrics().items() if value is not None},
+    }
+    return Adapter(meta.model_copy(update=known), pool)
+
+
+def adapter_of_recipe(recipe: Recipe, licence: str | None = None, model: str | None = None) -> Adapter:
+    """What a recipe's runs will have in common, as an adapter in memory without sets; for `model` see the above."""
+    recipe = recipe.model_copy(update={"model": moved(recipe.model, model)})
+    return Adapter(_meta(recipe, [], base_fingerprint(recipe.model), licence), PromptPool())
+
+
+def _meta(recipe: Recipe, sets: list[str], base_model: str, licence: str | None) -> Meta:
+    """An adapter's description, without what only a run knows."""
+    return Meta(
         format=FORMAT_VERSION,
-        sets=pool.names,
+        sets=sets,
         tasks=[task.name for task in recipe.data.tasks],
         recipe=recipe.name,
         method=recipe.method.after(len(recipe.data.tasks)),
         model=recipe.model,
         clip=recipe.keys,
-        base_model=base_fingerprint(recipe.model, recorded_base_model(run)),
-        keys=key_identity(*recipe.keys.source),
+        base_model=base_model,
+        keys={},
         max_new_tokens=max(task.max_new_tokens for task in recipe.data.tasks),
         projector=recipe.train.projector,
         repetition_penalty=recipe.evaluate.repetition_penalty,
-        scores=dict(zip(scored.tasks, scored.last_scores, strict=True)),
-        metrics={name: value for name, value in scored.metrics().items() if value is not None},
         licence=licence,
     )
-    return Adapter(meta, pool)
 
 
 def moved(config: Any, path: str | None) -> Any:

@@ -16,6 +16,7 @@ from pipeline.config.method import Unfamiliar
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
+from pipeline.runs.recorded import recorded_base_model
 
 
 def source_of(path: Path, model: str | None = None, clip: str | None = None, answers: bool = True) -> Source:
@@ -33,14 +34,15 @@ def source_of(path: Path, model: str | None = None, clip: str | None = None, ans
             require_same_model(path, meta, model_config)
         require_same_keys(path, meta, keys)
         longest, penalty = meta.max_new_tokens, meta.repetition_penalty
-        return Source(pool, meta.tasks, meta.method, model_config, keys, longest, penalty)
+        return Source(pool, meta.tasks, meta.method, model_config, keys, longest, penalty, meta.base_model)
     recipe = load_run(path)
     recipe = recipe.model_copy(update={"model": moved(recipe.model, model), "keys": moved(recipe.keys, clip)})
     pool = read_pool(path, recipe)
     longest = max(task.max_new_tokens for task in recipe.data.tasks)
     tasks = [task.name for task in recipe.data.tasks]
     penalty = recipe.evaluate.repetition_penalty
-    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, penalty)
+    base = base_fingerprint(recipe.model, recorded_base_model(path))
+    return Source(pool, tasks, recipe.method, recipe.model, recipe.keys, longest, penalty, base)
 
 
 def load_adapter(

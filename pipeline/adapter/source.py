@@ -23,6 +23,7 @@ class Source:
     keys: KeysConfig
     max_new_tokens: int
     repetition_penalty: float | str = "checkpoint"  # as `evaluate.repetition_penalty` of the run
+    base_model: str = ""  # fingerprint of the frozen model
 
     def task_number(self, task: str | None) -> int:
         """Number of the named task; raises UserError for an unknown task, or where the method needs one."""

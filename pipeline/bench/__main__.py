@@ -225,10 +225,24 @@ def serve(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or an exported adapter.")],
     clients: Annotated[int, typer.Option(min=1, max=128, help="Threads that ask at once.")] = 16,
     requests: Annotated[int, typer.Option(min=2, max=10_000, help="Questions in all.")] = 128,
+    engines: Annotated[
+        str, typer.Option(help="What answers: own, and vLLM with vocabulary or parts, with commas between them.")
+    ] = "own",
+    vllm: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The command `vllm` of another environment.")
+    ] = None,
+    engine_args: Annotated[
+        str, typer.Option(metavar="TEXT", help="Further options of `vllm serve`, in one text.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """The service under load, as a process on loopback, against one question at a time."""
-    show(serve_bench.bench_serve(folder, clients, requests), as_json)
+    """Services under load, as processes on loopback, against one question at a time."""
+    names = tuple(engines.split(","))
+    for name in names:
+        if name not in serve_bench.ENGINES:
+            known = ", ".join(serve_bench.ENGINES)
+            raise UserError(f"No engine '{name}'; expected some of {known}.{nearest(name, list(serve_bench.ENGINES))}")
+    show(serve_bench.bench_serve(folder, clients, requests, serve_bench.Engines(names, vllm, engine_args)), as_json)
 
 
 @app.command()

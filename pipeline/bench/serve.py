@@ -1,4 +1,4 @@
-"""The service under load: concurrent clients of a process on loopback, against `predict` one question at a time."""
+"""Services under load: concurrent clients of processes on loopback, against `predict` one question at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,23 +34,55 @@ TIMEOUT_S = 300.0  # for one request
 STOP_S = 30.0  # for the service to end
 ROUNDS = 4
 PICTURES = 16  # distinct images; all questions are distinct
+ALONE = "one by one"
+# What answers by name, and the options of `serve` that say so.
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    "own": (),
+    "vocabulary": ("--engine", "vllm", "--sets", "vocabulary"),
+    "parts": ("--engine", "vllm", "--sets", "parts"),
+}
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What answers: some of ENGINES, and how vLLM is started for two of them."""
+
+    names: Sequence[str] = ("own",)
+    vllm: Path | None = None  # the command of another environment
+    arguments: str = ""  # further options of `vllm serve`
+
+    def options(self, name: str, folder: Path) -> list[str]:
+        """The options of `serve` for one of the names; an export for vLLM is written into `folder`."""
+        if name == "own":
+            return []
+        found = [*ENGINES[name], "--checkpoint", str(folder / name), f"--engine-args={self.arguments}"]
+        return found if self.vllm is None else [*found, "--vllm", str(self.vllm)]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Results of one variant in one round: answers in the order of the questions, and their latencies."""
+    """Results of one variant: answers in the order of the questions, and their latencies."""
 
     answers: list[str]
     latencies: list[float]
     seconds: float
 
+    @classmethod
+    def joined(cls, rounds: Sequence[_Asked]) -> _Asked:
+        """Several rounds as one."""
+        answers = [answer for asked in rounds for answer in asked.answers]
+        latencies = [latency for asked in rounds for latency in asked.latencies]
+        return cls(answers, latencies, sum(asked.seconds for asked in rounds))
 
-def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[str, Any]:
-    """Send `requests` questions to the service of a run or adapter from `clients` threads, and to `predict` one by one.
 
-    Every other question has a noise image. The variants alternate for up to four rounds, one idle while the other is
-    measured; the ratio is the median over the rounds. Raises UserError for a folder that cannot be served.
+def bench_serve(folder: Path, clients: int = 16, requests: int = 128, engines: Engines | None = None) -> dict[str, Any]:
+    """Send `requests` questions to services of a run or adapter from `clients` threads, and to `predict` one by one.
+
+    Every other question has a noise image. All services run side by side, and the variants alternate for up to four
+    rounds, the others idle while one is measured; ratios are medians over the rounds. Raises UserError for a folder
+    that cannot be served, and for an engine that does not start.
     """
+    engines = engines or Engines()
     answerer = load_adapter(folder)
     needs_task = answerer.method.needs_task
     task = answerer.pool.names[0] if needs_task else None
@@ -58,37 +91,47 @@ def bench_serve(folder: Path, clients: int = 16, requests: int = 128) -> dict[st
         Question(f"What is in picture {number}?", None if number % 2 else pictures[number // 2 % PICTURES], task)
         for number in range(requests)
     ]
-    with _service(folder) as port:
+    with ExitStack() as running:
+        place = Path(running.enter_context(TemporaryDirectory(prefix="bench-serve-")))
+        ports = {n: running.enter_context(_service(folder, engines.options(n, place))) for n in engines.names}
         answerer.answer(questions[:2])  # warms up
-        _ask_service(port, questions[:2], 1)
-        rounds = list[tuple[_Asked, _Asked]]()
+        for port in ports.values():
+            _ask_service(port, questions[:2], 1)
+        rounds = list[dict[str, _Asked]]()
         for part in np.array_split(range(requests), max(1, min(ROUNDS, requests // clients))):
             asked = [questions[number] for number in part]
-            rounds.append((_ask_here(answerer, asked), _ask_service(port, asked, clients)))
-            alone, together = rounds[-1]
-            measure.tell(f"{len(asked)} questions: one by one {alone.seconds:.1f} s, service {together.seconds:.1f} s")
-    same = sum(
-        one == other for alone, together in rounds for one, other in zip(alone.answers, together.answers, strict=True)
-    )
-    ratio = statistics.median(alone.seconds / together.seconds for alone, together in rounds)
+            found = {ALONE: _ask_here(answerer, asked)}
+            found |= {name: _ask_service(port, asked, clients) for name, port in ports.items()}
+            rounds.append(found)
+            measure.tell(f"{len(asked)} questions: " + ", ".join(f"{n} {f.seconds:.1f} s" for n, f in found.items()))
+    variants = {name: _Asked.joined([found[name] for found in rounds]) for name in (ALONE, *ports)}
+    expected = variants[ALONE].answers
+    same = {name: _share_of_equal(expected, variants[name].answers) for name in ports}
+    ratios = {
+        name: {"requests_per_s": round(statistics.median(f[ALONE].seconds / f[name].seconds for f in rounds), 2)}
+        for name in ports
+    }
     return {
         "folder": folder.name,
         "clients": clients,
         "requests": requests,
         "machine": measure.machine(answerer.lmm.model.device.type),
-        "variants": {
-            name: _numbers(found)
-            for name, found in zip(("one by one", "service"), zip(*rounds, strict=True), strict=True)
-        },
-        "ratios": {"one by one": {"service": {"requests_per_s": round(ratio, 2)}}},
-        "same_answers": round(same / requests, 4),
+        "variants": {name: _numbers(asked) for name, asked in variants.items()},
+        "ratios": {ALONE: ratios},
+        "same_answers": same,
     }
 
 
+def _share_of_equal(expected: Sequence[str], found: Sequence[str]) -> float:
+    """The share of equal answers; vLLM leaves a space at the start of a text, which the own engine takes off."""
+    return round(sum(one == other.strip() for one, other in zip(expected, found, strict=True)) / len(expected), 4)
+
+
 @contextmanager
-def _service(folder: Path) -> Iterator[int]:
+def _service(folder: Path, options: Sequence[str]) -> Iterator[int]:
     """Start the service in a process of its own for the block; yields its port on loopback."""
     command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL, "--quiet"]
+    command += options
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
     process = subprocess.Popen(
@@ -146,13 +189,11 @@ def _ask_service(port: int, questions: Sequence[Question], clients: int) -> _Ask
     return _Asked(answers, latencies, time.perf_counter() - began)
 
 
-def _numbers(rounds: Sequence[_Asked]) -> dict[str, float]:
-    seconds = sum(asked.seconds for asked in rounds)
-    latencies = [latency for asked in rounds for latency in asked.latencies]
-    p50, p95 = np.percentile(latencies, [50, 95])
+def _numbers(asked: _Asked) -> dict[str, float]:
+    p50, p95 = np.percentile(asked.latencies, [50, 95])
     return {
-        "seconds": round(seconds, 3),
-        "requests_per_s": round(len(latencies) / seconds, 2),
+        "seconds": round(asked.seconds, 3),
+        "requests_per_s": round(len(asked.latencies) / asked.seconds, 2),
         "latency_p50_s": round(float(p50), 4),
         "latency_p95_s": round(float(p95), 4),
     }

@@ -17,7 +17,7 @@ from pipeline.cli.options import AsJson, Clip, Learned, Model, UnfamiliarMode
 from pipeline.cli.outcome import show
 from pipeline.config.load import run_kind
 from pipeline.errors import UserError, require_extras
-from pipeline.serve.options import EngineKind, EngineOptions, Options
+from pipeline.serve.options import EngineKind, EngineOptions, Options, SetsForm
 
 if TYPE_CHECKING:
     from pipeline.adapter import chat as chatting
@@ -107,6 +107,13 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="The command `vllm` of another environment; by default that of this one."),
     ] = None,
+    sets: Annotated[
+        SetsForm | None,
+        typer.Option(
+            help="How vLLM gets the prompt sets. vocabulary (default): as tokens of the checkpoint. parts: as vectors "
+            "in each request, so that a new task needs no restart. lora: low-rank updates that vLLM has loaded."
+        ),
+    ] = None,
     engine_args: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Further options of `vllm serve`, in one text.")
     ] = None,
@@ -117,7 +124,7 @@ def serve(
     """Answer questions over HTTP by OpenAI's chat API; the API key is read from PIPELINE_API_KEY."""
     started = {"checkpoint": checkpoint, "vllm": vllm, "engine-args": engine_args}
     if engine == "own":
-        _refuse("--engine is own", behind=behind, **started)
+        _refuse("--engine is own", behind=behind, sets=sets, **started)
     else:
         _refuse("--engine is vllm", memory=memory)
         if behind is not None:
@@ -142,7 +149,8 @@ def serve(
         server.serve(run, options, model, clip)
     else:
         arguments = tuple(shlex.split(engine_args or ""))
-        front_server.serve_front(run, options, EngineOptions(behind, checkpoint, vllm, arguments), model, clip)
+        chosen = EngineOptions(behind, checkpoint, vllm, arguments, sets or "vocabulary")
+        front_server.serve_front(run, options, chosen, model, clip)
 
 
 def chat(

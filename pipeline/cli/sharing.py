@@ -21,7 +21,7 @@ else:
     editing, from_run = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.from_run")
     vocabulary = lazy("pipeline.adapter.vocabulary.export")
 
-Form = Literal["adapter", "vocabulary"]
+Form = Literal["adapter", "vocabulary", "parts", "lora"]
 
 
 def export(
@@ -32,12 +32,14 @@ def export(
         typer.Option(
             "--as",
             help="adapter: what was learned, without the frozen model. vocabulary: the frozen model's checkpoint with "
-            "prompt sets as special tokens, for any server.",
+            "prompt sets as special tokens, for any server. parts: that checkpoint without sets, for a vLLM that gets "
+            "their vectors with each request. lora: that checkpoint with a task's low-rank update per folder.",
         ),
     ] = "adapter",
     model: Model = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="With --as vocabulary: copy files of frozen weights instead of linking them.")
+        bool,
+        typer.Option("--copy", help="With --as vocabulary or parts: copy files of frozen weights, do not link them."),
     ] = False,
     licence: Annotated[
         str | None,
@@ -47,16 +49,18 @@ def export(
     public: Annotated[bool, typer.Option(help="Let everybody see the repository that --push makes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the learned pool of all stages as one portable adapter, or into the vocabulary of its frozen model."""
-    if form == "vocabulary":
+    """Write the learned pool of all stages as one portable adapter, or a checkpoint with which others answer."""
+    if form != "adapter":
         if push is not None:
             raise UserError(
                 f"--push uploads adapters; `hf upload {push} {target}` uploads a checkpoint, once it is written."
             )
-        show(vocabulary.export_vocabulary(run, target, model, licence, link=not copy), as_json)
+        show(vocabulary.export_checkpoint(run, target, form, model, licence, link=not copy), as_json)
         return
     if model is not None or copy:
-        raise UserError("--model and --copy are options of --as vocabulary; an adapter holds no frozen model.")
+        raise UserError(
+            "--model and --copy are options of --as vocabulary and parts; an adapter holds no frozen model."
+        )
     result = from_run.export(run, target, licence)
     if push is not None:
         result["pushed"] = editing.push(target, push, public)

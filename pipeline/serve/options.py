@@ -38,6 +38,7 @@ class Options:
 
 
 EngineKind = Literal["own", "vllm"]
+SetsForm = Literal["vocabulary", "parts", "lora"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class EngineOptions:
     """Options of `serve --engine vllm`: an engine that runs at `behind`, or how one is started.
 
     `checkpoint` is the export that it serves, written there first if nothing is there. `program` is the command `vllm`,
-    None: that of this environment, else of PATH. `arguments` are further options of `vllm serve`.
+    None: that of this environment, else of PATH. `arguments` are further options of `vllm serve`. `form` is how it gets
+    what was learned: vocabulary: prompt sets are tokens of the checkpoint; parts: each request brings their vectors;
+    lora: it has low-rank updates loaded, and each request names one.
     """
 
     behind: str | None = None
     checkpoint: Path | None = None
     program: Path | None = None
     arguments: tuple[str, ...] = ()
+    form: SetsForm = "vocabulary"

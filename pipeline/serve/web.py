@@ -63,11 +63,14 @@ class WebService(ABC):
         self.source, self.settings, self.limits = source, settings, limits
         self.metrics, self.budget = Metrics(), Budget(settings.waiting_bytes)
         self.decoding = DecodingSpace(limits.image.decode_bytes)
-        needs_task = make_method(source.method).needs_task
-        longest, method = source.max_new_tokens, source.method.name
-        self.offer = Offer([settings.model], longest, method, needs_task, source.blind)
+        self.offer = self.offer_of(source)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self.began = int(time.time())
+
+    def offer_of(self, source: Source) -> Offer:
+        """What clients may ask of these sets."""
+        needs_task = make_method(source.method).needs_task
+        return Offer([self.settings.model], source.max_new_tokens, source.method.name, needs_task, source.blind)
 
     def app(self) -> Starlette:
         """The application for an ASGI server; it starts and stops what answers."""
@@ -84,6 +87,7 @@ class WebService(ABC):
             Route("/v1/models/{model:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            *self.further_routes(),
         ]
         # Against DNS rebinding: a web page must not reach a service on loopback by a host name of its own.
         local = self.settings.host in LOOPBACK
@@ -99,6 +103,10 @@ class WebService(ABC):
     def running(self) -> contextlib.AbstractAsyncContextManager[None]:
         """What runs as long as the application does; by default nothing."""
         return contextlib.nullcontext()
+
+    def further_routes(self) -> list[Route]:
+        """Endpoints that not every service has."""
+        return []
 
     @abstractmethod
     async def chat(self, http: HttpRequest) -> Response:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.adapter.answering import Question
 from pipeline.adapter.load import load_adapter
-from pipeline.adapter.vocabulary.export import export_vocabulary
+from pipeline.adapter.vocabulary.export import export_checkpoint
 from pipeline.adapter.vocabulary.tokens import MARK, token_text
 from pipeline.errors import UserError
 from tests import tiny, tiny_clip
@@ -41,7 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, models: Models) -> tuple[
     """An adapter and the checkpoint that is exported of it."""
     folder = tmp_path_factory.mktemp("exported")
     adapter = save_adapter(folder / "adapter", models)
-    export_vocabulary(adapter, folder / "checkpoint")
+    export_checkpoint(adapter, folder / "checkpoint")
     return adapter, folder / "checkpoint"
 
 
@@ -49,7 +49,7 @@ def require_equal_logits(family: str, insertion: str, clip: Path, folder: Path) 
     base = folder / "base"
     base.mkdir()
     adapter = save_adapter(folder / "adapter", Models(FAMILIES[family](base), clip), insertion=insertion)
-    export_vocabulary(adapter, folder / "checkpoint")
+    export_checkpoint(adapter, folder / "checkpoint")
     model, processor = loaded(folder / "checkpoint")
     run = load_adapter(adapter)
     for asked in ASKED:
@@ -83,7 +83,7 @@ def test_an_embedding_that_is_scaled_is_refused(clip: Path, tmp_path: Path) -> N
     base.mkdir()
     adapter = save_adapter(tmp_path / "adapter", Models(FAMILIES["gemma3"](base), clip))
     with pytest.raises(UserError, match="gemma3 multiplies the rows of its embedding table"):
-        export_vocabulary(adapter, tmp_path / "checkpoint")
+        export_checkpoint(adapter, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -135,7 +135,7 @@ def test_a_set_that_is_not_there_is_named(exported: tuple[Path, Path]) -> None:
 def test_no_hidden_state_gives_a_sets_token_the_highest_score(tied: bool, clip: Path, tmp_path: Path) -> None:
     """Neither for a sets' vector itself, whose score would be the highest in a tied output layer, nor for others."""
     base = tiny.save_llava(tmp_path / "base", tied=tied)
-    export_vocabulary(save_adapter(tmp_path / "adapter", Models(base, clip)), tmp_path / "checkpoint")
+    export_checkpoint(save_adapter(tmp_path / "adapter", Models(base, clip)), tmp_path / "checkpoint")
     model, processor = loaded(tmp_path / "checkpoint")
     first = read_json(tmp_path / "checkpoint" / "prompt_sets.json")["sets"]["T0"][0]
     assert first == len(tiny.byte_tokenizer()) < len(model.get_output_embeddings().weight)
@@ -158,7 +158,7 @@ def test_sets_in_spare_rows_leave_the_table_its_size(clip: Path, tmp_path: Path)
     grown.resize_token_embeddings(300)
     grown.save_pretrained(base)
     adapter = save_adapter(tmp_path / "adapter", Models(base, clip))
-    assert export_vocabulary(adapter, tmp_path / "checkpoint")["vocabulary"] == [300, 300]
+    assert export_checkpoint(adapter, tmp_path / "checkpoint")["vocabulary"] == [300, 300]
     model, processor = loaded(tmp_path / "checkpoint")
     with torch.no_grad():
         logits = model(**inputs_of(processor, ASKED[0], ["T1"])).logits[0]

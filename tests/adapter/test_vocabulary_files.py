@@ -21,7 +21,7 @@ from pipeline.adapter.answering import Question
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.load import load_adapter
 from pipeline.adapter.vocabulary import files, tables
-from pipeline.adapter.vocabulary.export import export_vocabulary
+from pipeline.adapter.vocabulary.export import export_checkpoint
 from pipeline.cli.commands import app
 from pipeline.config.method import method_options
 from pipeline.config.models import ModelConfig
@@ -78,7 +78,7 @@ def require_same(adapter: Path, checkpoint: Path, asked: Question = ASKED, dtype
 
 
 def test_shards_without_a_table_are_linked_and_the_index_names_all(adapter: Path, base: Path, tmp_path: Path) -> None:
-    done = export_vocabulary(adapter, tmp_path / "checkpoint")
+    done = export_checkpoint(adapter, tmp_path / "checkpoint")
     before, after = (read_json(folder / INDEX) for folder in (base, tmp_path / "checkpoint"))
     assert before["weight_map"].keys() == after["weight_map"].keys()
     where = {name: file for name, file in after["weight_map"].items()}
@@ -109,7 +109,7 @@ def test_files_are_copied_where_they_are_not_linked(
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    done = export_vocabulary(adapter, tmp_path / "checkpoint", link=why != "told")
+    done = export_checkpoint(adapter, tmp_path / "checkpoint", link=why != "told")
     assert done["linked_bytes"] == 0
     for path in base.glob("*.safetensors"):
         copied = tmp_path / "checkpoint" / path.name
@@ -130,7 +130,7 @@ def test_names_of_older_checkpoints_are_kept(clip: Path, tmp_path: Path) -> None
     renamed = {name.replace("model.multi_modal", "multi_modal"): value for name, value in renamed.items()}
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
     adapter = save_adapter(tmp_path / "adapter", Models(base, clip))
-    export_vocabulary(adapter, tmp_path / "checkpoint")
+    export_checkpoint(adapter, tmp_path / "checkpoint")
     assert "language_model.lm_head.weight" in read_json(tmp_path / "checkpoint" / INDEX)["weight_map"]
     require_same(adapter, tmp_path / "checkpoint")
 
@@ -143,7 +143,7 @@ def test_vectors_keep_the_precision_of_the_run(clip: Path, tmp_path: Path) -> No
     half: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float16)
     half.save_pretrained(base)
     adapter = save_adapter(tmp_path / "adapter", Models(base, clip))
-    export_vocabulary(adapter, tmp_path / "checkpoint")
+    export_checkpoint(adapter, tmp_path / "checkpoint")
     model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", dtype="auto")
     assert model.dtype == torch.float32
     first = read_json(tmp_path / "checkpoint" / "prompt_sets.json")["sets"]["T0"][0]
@@ -156,7 +156,7 @@ def test_llavas_own_conversation_padding_and_precision_are_written(clip: Path, b
     plain = save_adapter(tmp_path / "plain", Models(base, clip))
     model = ModelConfig(path=str(base), dtype="bfloat16", template="vicuna_v1", image_padding="square", max_length=512)
     adapter = changed(plain, tmp_path / "adapter", model=model)
-    export_vocabulary(adapter, tmp_path / "checkpoint")
+    export_checkpoint(adapter, tmp_path / "checkpoint")
     assert read_json(tmp_path / "checkpoint" / "config.json")["dtype"] == "bfloat16"
     _, processor = loaded(tmp_path / "checkpoint")
     question = Question("how many stripes?", photo(70, 33))
@@ -180,7 +180,7 @@ def test_a_limit_on_the_tokens_of_images_is_written(clip: Path, tmp_path: Path, 
     plain = save_adapter(tmp_path / "plain", Models(FAMILIES[family](base), clip))
     model = read_adapter(plain).meta.model
     adapter = changed(plain, tmp_path / "adapter", model=model.model_copy(update={"image_tokens": tokens}))
-    export_vocabulary(adapter, tmp_path / "checkpoint")
+    export_checkpoint(adapter, tmp_path / "checkpoint")
     require_same(adapter, tmp_path / "checkpoint", Question("what is it?", photo(200, 150)))
 
 
@@ -193,7 +193,7 @@ def test_the_embedded_model_generates_the_answers_of_the_run(tmp_path: Path) -> 
     words = torch.randint(100, len(table), (3, 4), generator=torch.Generator().manual_seed(1))
     plain.pool.tensors["prompt"] = 1.5 * table[words]
     write_adapter(plain, tmp_path / "adapter")
-    assert export_vocabulary(tmp_path / "adapter", tmp_path / "checkpoint")["vocabulary"] == [832, 896]
+    assert export_checkpoint(tmp_path / "adapter", tmp_path / "checkpoint")["vocabulary"] == [832, 896]
     model, processor = loaded(tmp_path / "checkpoint")
     run = load_adapter(tmp_path / "adapter")
     questions = [line.split(",") for line in write_example(tmp_path, 8, seed=0).read_text("utf-8").splitlines()[1:]]
@@ -217,7 +217,7 @@ def test_what_was_interrupted_leaves_nothing(
     else:
         monkeypatch.setattr(files.shutil, "copyfile", full)
     with pytest.raises(UserError, match=r"could not be written .*No space left"):
-        export_vocabulary(adapter, tmp_path / "out" / "checkpoint", link=False)
+        export_checkpoint(adapter, tmp_path / "out" / "checkpoint", link=False)
     assert not any((tmp_path / "out").iterdir())
 
 
@@ -226,31 +226,31 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(files, "free_space", lambda _: 1000)
     with pytest.raises(UserError, match=r"needs 0.1 GB of disk, and 0.0 GB are free"):
-        export_vocabulary(adapter, tmp_path / "out" / "checkpoint")
+        export_checkpoint(adapter, tmp_path / "out" / "checkpoint")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_files_is_refused(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is not empty"):
-        export_vocabulary(adapter, tmp_path)
+        export_checkpoint(adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_modules_that_are_no_rows_are_refused(adapter: Path, base: Path, clip: Path, tmp_path: Path) -> None:
     weighted = save_adapter(tmp_path / "weighted", Models(base, clip), selection="soft", gate=None)
     with pytest.raises(UserError, match=r"modalprompt .* multiplies prompt sets by weights"):
-        export_vocabulary(weighted, tmp_path / "out")
+        export_checkpoint(weighted, tmp_path / "out")
     read = read_adapter(adapter)
     lora = Adapter(read.meta.model_copy(update={"method": method_options(name="task_lora")}), low_rank(read.pool))
     write_adapter(lora, tmp_path / "lora")
     with pytest.raises(UserError, match=r"modules of the part low_rank .* with --as adapter, writes them"):
-        export_vocabulary(tmp_path / "lora", tmp_path / "out")
+        export_checkpoint(tmp_path / "lora", tmp_path / "out")
     projected = Adapter(read.meta.model_copy(update={"projector": "trained"}), replace(read.pool))
     projected.pool.shared = shared_projector({"linear_1.weight": torch.zeros(2, 2)})
     write_adapter(projected, tmp_path / "projected")
     with pytest.raises(UserError, match="learned the image projector too"):
-        export_vocabulary(tmp_path / "projected", tmp_path / "out")
+        export_checkpoint(tmp_path / "projected", tmp_path / "out")
 
 
 def low_rank(pool: PromptPool) -> PromptPool:
@@ -265,14 +265,14 @@ def low_rank(pool: PromptPool) -> PromptPool:
 
 def test_other_models_are_refused(adapter: Path, base: Path, clip: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.path is .*neither a folder here"):
-        export_vocabulary(adapter, tmp_path / "out", model=str(tmp_path / "nowhere"))
+        export_checkpoint(adapter, tmp_path / "out", model=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="belongs to another base model"):
-        export_vocabulary(adapter, tmp_path / "out", model=str(tiny.save_llava(tmp_path / "other", seed=9)))
+        export_checkpoint(adapter, tmp_path / "out", model=str(tiny.save_llava(tmp_path / "other", seed=9)))
     shutil.copytree(base, tmp_path / "moved")
-    assert export_vocabulary(adapter, tmp_path / "out", model=str(tmp_path / "moved"))["sets"] == ["T0", "T1", "T2"]
+    assert export_checkpoint(adapter, tmp_path / "out", model=str(tmp_path / "moved"))["sets"] == ["T0", "T1", "T2"]
     again = save_adapter(tmp_path / "again", Models(tmp_path / "out", clip))
     with pytest.raises(UserError, match="has prompt sets already"):
-        export_vocabulary(again, tmp_path / "twice")
+        export_checkpoint(again, tmp_path / "twice")
 
 
 def test_sets_of_another_width_are_refused(adapter: Path, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_sets_of_another_width_are_refused(adapter: Path, tmp_path: Path) -> Non
     read.pool.tensors["prompt"] = torch.zeros(3, 2, tiny.HIDDEN + 1)
     write_adapter(read, tmp_path / "wide")
     with pytest.raises(UserError, match=f"are {tiny.HIDDEN + 1} wide and the model .* {tiny.HIDDEN}"):
-        export_vocabulary(tmp_path / "wide", tmp_path / "out")
+        export_checkpoint(tmp_path / "wide", tmp_path / "out")
 
 
 def test_the_verb_writes_it_and_says_what(adapter: Path, tmp_path: Path) -> None:

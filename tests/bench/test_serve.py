@@ -19,11 +19,16 @@ def test_the_service_under_load_answers_as_one_by_one(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["folder"], found["clients"], found["requests"]) == ("tiny-adapter", 4, 12)
-    assert found["same_answers"] == 1.0
+    assert found["same_answers"] == {"own": 1.0}
     for numbers in found["variants"].values():
         assert numbers["requests_per_s"] > 0
         assert numbers["latency_p95_s"] >= numbers["latency_p50_s"] > 0
-    assert found["ratios"]["one by one"]["service"]["requests_per_s"] > 0
+    assert found["ratios"]["one by one"]["own"]["requests_per_s"] > 0
+
+
+def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["serve", str(tmp_path), "--engines", "own,part"])
+    assert done.exit_code == 2 and "No engine 'part'; expected some of own, vocabulary, parts." in done.stderr
 
 
 def test_a_load_without_bounds_is_refused(tmp_path: Path) -> None:

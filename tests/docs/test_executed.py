@@ -54,6 +54,12 @@ MANY_NANO = "minutes; tests/prompts/test_resembling_tasks.py tells its tasks apa
 NOT_EXECUTED = {
     "serve runs/nano-modalprompt-s0 --engine vllm --checkpoint checkpoint": "needs vLLM; see "
     "tests/serve/front/test_process.py, and tests/vllm for the real one",
+    "serve runs/nano-modalprompt-s0 --engine vllm --sets parts --checkpoint parts": "needs vLLM; see "
+    "tests/serve/front/test_parts.py, and tests/vllm for the real one",
+    "serve RUN --engine vllm --sets lora --checkpoint loras": "needs vLLM; see "
+    "tests/serve/front/test_loras.py, and tests/vllm for the real one",
+    "export RUN loras --as lora": "a run with low-rank updates; see tests/serve/front/test_loras.py",
+    "export RECIPE parts --as parts": "tests/e2e/test_vllm_engine.py exports the recipe that its engine serves",
     "run base2new_nano": "minutes; tests/clip/test_recipe.py runs the recipe's parts",
     "check base2new_vitb16": CLIP_BENCHMARK,
     "prepare base2new_vitb16 --set data.datasets=[dtd,eurosat]": CLIP_BENCHMARK,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from pipeline.adapter.vocabulary.tokens import token_text
 from pipeline.cli.commands import app
 from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_USER
-from tests.adapters import COLOURS, question, save_adapter
+from tests.adapters import Models, save_adapter
 from tests.serve.conftest import address_of, drain, start
 from tests.serve.test_openai_client import messages
-from tests.vllm.models import save_loadable
+from tests.vllm.models import TASKS, nano_question, nano_questions, save_loadable
 
 pytestmark = [pytest.mark.vllm, pytest.mark.e2e]
 
@@ -36,6 +37,8 @@ KEY = "a key of the tests"
 QUESTIONS = 300
 CLIENTS = 8
 STARTS_S = 600.0
+# One GiB for keys and values; a front that starts its own engine takes the key of the environment.
+ENGINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 @dataclass
@@ -79,9 +82,18 @@ def running(folder: Path, *options: str, **environment: str) -> Iterator[Running
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loadable")
-    return save_adapter(folder / "adapter", save_loadable(folder), numbers=(0, 1, 2, 3), insertion="after_image")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_loadable(tmp_path_factory.mktemp("loadable"))
+
+
+@pytest.fixture(scope="module")
+def adapter(models: Models) -> Path:
+    return save_tasks(models.llava.with_name("adapter"), models, len(TASKS))
+
+
+def save_tasks(folder: Path, models: Models, count: int) -> Path:
+    """Write an adapter with sets for the first tasks, which their own questions find."""
+    return save_adapter(folder, models, tuple(range(count)), nano_question, insertion="after_image")
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +101,13 @@ def own(adapter: Path) -> Iterator[Running]:
     yield from running(adapter)
 
 
-def in_front(adapter: Path) -> Iterator[Running]:
+def in_front(adapter: Path, form: str = "vocabulary") -> Iterator[Running]:
     """A service in front of a vLLM that it starts with a checkpoint that it exports."""
     if not PROGRAM.is_file():
         pytest.skip(f"{PROGRAM} is missing; `make test-vllm` installs it")
-    checkpoint = adapter.with_name("checkpoint")
+    checkpoint = adapter.with_name(f"{adapter.name}-{form}")
     options = ["--engine", "vllm", "--checkpoint", str(checkpoint), "--vllm", str(PROGRAM), "--engine-args", SMALL]
-    # One GiB for keys and values; a front that starts its own engine takes the key of the environment.
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "WARNING"}
-    yield from running(adapter, *options, **environment)
+    yield from running(adapter, *options, "--sets", form, **ENGINE)
 
 
 @pytest.fixture(scope="module")
@@ -105,33 +115,78 @@ def front(adapter: Path) -> Iterator[Running]:
     yield from in_front(adapter)
 
 
+@pytest.fixture(scope="module")
+def growing(models: Models) -> Path:
+    """An adapter with all tasks but the last, which a test adds."""
+    return save_tasks(models.llava.with_name("growing"), models, len(TASKS) - 1)
+
+
+@pytest.fixture(scope="module")
+def parts(growing: Path) -> Iterator[Running]:
+    yield from in_front(growing, "parts")
+
+
 def asked(number: int) -> Question:
     """One of some hundred different questions, every fifth without an image."""
-    base = question(number % len(COLOURS), with_image=number % 5 != 4)
+    base = nano_question(number % len(TASKS), number % 4, with_image=number % 5 != 4)
     return Question(f"{base.text} number {number}", base.image)
 
 
-def answers(service: Running, numbers: range) -> tuple[list[tuple[str, list[str]]], float]:
-    """Answers and their sets, from several clients at once, and the seconds that all took."""
-    began = time.perf_counter()
+def answers(service: Running, questions: Sequence[Question]) -> list[tuple[str, list[str]]]:
+    """Answers and their sets, from several clients at once."""
     with ThreadPoolExecutor(CLIENTS) as clients:
-        found = list(clients.map(lambda number: service.text(asked(number)), numbers))
-    return found, time.perf_counter() - began
+        return list(clients.map(service.text, questions))
 
 
-def test_answers_are_those_of_the_own_engine(own: Running, front: Running) -> None:
-    numbers = range(QUESTIONS)
-    answers(own, range(CLIENTS))  # warms up
-    answers(front, range(CLIENTS))
-    expected, own_s = answers(own, numbers)
-    found, front_s = answers(front, numbers)
-    print(
-        f"\n{QUESTIONS} questions, {CLIENTS} clients: own {QUESTIONS / own_s:.1f}/s, vllm {QUESTIONS / front_s:.1f}/s"
-    )
+def require_equal_answers(found: list[tuple[str, list[str]]], expected: list[tuple[str, list[str]]]) -> None:
     assert [sets for _, sets in found] == [sets for _, sets in expected]
-    assert {sets[-1] for _, sets in found} == {"T0", "T1", "T2", "T3"}
+    assert {sets[-1] for _, sets in found} == {f"T{number}" for number in range(len(TASKS))}
     assert len({text for text, _ in expected}) > 1
     assert [text for text, _ in found] == [text for text, _ in expected]
+
+
+@pytest.fixture(scope="module")
+def expected(own: Running) -> list[tuple[str, list[str]]]:
+    return answers(own, nano_questions(QUESTIONS))
+
+
+def test_answers_with_sets_in_the_vocabulary_are_those_of_the_own_engine(
+    front: Running, expected: list[tuple[str, list[str]]]
+) -> None:
+    require_equal_answers(answers(front, nano_questions(QUESTIONS)), expected)
+
+
+def test_a_task_is_added_without_a_restart_and_answers_with_vectors_are_those_of_the_own_engine(
+    parts: Running, growing: Path, models: Models, expected: list[tuple[str, list[str]]]
+) -> None:
+    engine, last = parts.engine().pid, f"T{len(TASKS) - 1}"
+    assert not any(last in sets for _, sets in answers(parts, nano_questions(len(TASKS))))
+    save_tasks(growing, models, len(TASKS))
+    request = urllib.request.Request(f"{parts.url}/reload", b"{}", {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        assert json.load(reply)["added"] == [last]
+    require_equal_answers(answers(parts, nano_questions(QUESTIONS)), expected)
+    assert parts.engine().pid == engine
+
+
+def test_questions_without_an_image_and_a_placeholder_that_a_user_writes(own: Running, parts: Running) -> None:
+    bare = [asked(number) for number in range(4, 60, 5)]
+    assert answers(parts, bare) == answers(own, bare)
+    with pytest.raises(openai.BadRequestError, match="may not contain the reserved placeholder"):
+        parts.ask(Question("what is <prompt_embeds> here?"))
+
+
+def test_an_engine_without_the_flag_or_of_the_other_form_is_refused_before_anything_is_served(
+    front: Running, growing: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    words = front.engine().cmdline()
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    options = ["serve", str(growing), "--engine", "vllm", "--sets", "parts", "--behind", url, "--port", "0"]
+    done = CliRunner().invoke(app, options, env={"PIPELINE_ENGINE_KEY": KEY})
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == EXIT_USER and "refuses prompt sets (You must set `--enable-prompt-embeds`" in said, said
 
 
 def test_a_stream_is_the_same_text(own: Running, front: Running) -> None:
@@ -162,7 +217,7 @@ def test_what_the_own_engine_refuses_is_passed_on(front: Running) -> None:
 
 def test_a_sets_token_that_a_user_writes_changes_nothing_but_its_own_text(front: Running) -> None:
     written, harmless = (
-        front.ask(Question(f"task bbbbbb {text}?"), logprobs=True, max_tokens=1)
+        front.ask(Question(f"what is {text}?"), logprobs=True, max_tokens=1)
         for text in (token_text(0, 0), token_text(0, 0).replace("\U0010e5e7", "\N{REPLACEMENT CHARACTER}"))
     )
     assert written.usage.prompt_tokens == harmless.usage.prompt_tokens
@@ -176,10 +231,10 @@ def test_metrics_are_those_of_both(front: Running) -> None:
     assert "pipeline_serve_engine_up 1" in text and "vllm:" in text
 
 
-def test_another_adapter_is_refused_at_the_same_engine(front: Running, tmp_path: Path) -> None:
+def test_another_adapter_is_refused_at_the_same_engine(front: Running, models: Models, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    other = save_adapter(tmp_path / "other", save_loadable(tmp_path), numbers=(0, 1))
+    other = save_tasks(tmp_path / "other", models, 2)
     words = front.engine().cmdline()
     url = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
     options = ["serve", str(other), "--engine", "vllm", "--behind", url, "--port", "0"]
@@ -209,8 +264,8 @@ def test_an_engine_that_is_killed_is_503_and_comes_back_by_itself(own: Running, 
     deadline = time.monotonic() + STARTS_S
     while not front.healthy() and time.monotonic() < deadline:
         time.sleep(1)
-    found, _ = answers(front, range(20))
-    assert found == answers(own, range(20))[0]
+    questions = [asked(number) for number in range(20)]
+    assert answers(front, questions) == answers(own, questions)
 
 
 def test_the_service_ends_its_engine(adapter: Path, front: Running) -> None:

@@ -27,9 +27,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(folder / "adapter", models, insertion="after_image")
 
 
-@pytest.fixture(scope="module")
-def front(adapter: Path) -> Iterator[Running]:
-    yield from in_front(adapter)
+@pytest.fixture(scope="module", params=["vocabulary", "parts"])
+def front(adapter: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    yield from in_front(adapter, request.param)
 
 
 def test_answers_are_those_of_the_own_engine(adapter: Path, front: Running) -> None:

@@ -1,30 +1,35 @@
-"""Exports prompt sets as a checkpoint in which each set is a run of special tokens."""
+"""Exports the checkpoint of a frozen model for other servers: with prompt sets as runs of special tokens, or with one
+token in whose place a request's vectors go."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
-from pipeline.adapter.from_run import adapter_of_run, moved
+from pipeline.adapter.from_run import adapter_of_recipe, adapter_of_run, moved
 from pipeline.adapter.load import require_same_models
 from pipeline.adapter.meta import META
 from pipeline.adapter.vocabulary.files import Frozen, require_space, write_frozen, write_index
-from pipeline.adapter.vocabulary.page import page
+from pipeline.adapter.vocabulary.lora import LORAS, require_loras, served_names, write_loras
+from pipeline.adapter.vocabulary.page import page_of_loras, page_of_parts, page_of_sets
+from pipeline.adapter.vocabulary.part import PLACEHOLDER, VECTORS, PartToken, identity_of_places
 from pipeline.adapter.vocabulary.proof import Run, prove
 from pipeline.adapter.vocabulary.settings import Tables as Sizes
 from pipeline.adapter.vocabulary.settings import conversation_of, write_config, write_generation, write_settings
 from pipeline.adapter.vocabulary.tables import EMBEDDING_FILE, HEAD_FILE, Tables, tables_of
-from pipeline.adapter.vocabulary.template import ARGUMENT, Places
-from pipeline.adapter.vocabulary.tokens import SetTokens, identity_of, next_token, refuse_marks
+from pipeline.adapter.vocabulary.template import Places
+from pipeline.adapter.vocabulary.tokens import ARGUMENT, SetTokens, identity_of, next_token, refuse_marks
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import load_processor, source_of
 from pipeline.backbones.lmm_weights import DTYPES, require_fitting_weights
+from pipeline.config.load import load_recipe
 from pipeline.config.method import MethodOptions, choice_name
 from pipeline.errors import UserError
 from pipeline.files.atomic import sync_folder, temporary_of, write_json
@@ -37,6 +42,7 @@ from pipeline.prompts.pool import PromptPool
 
 ROUTER, ADAPTER = "prompt_sets.json", "adapter"
 FORMAT = 1
+Form: TypeAlias = Literal["vocabulary", "parts", "lora"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Export:
     run: Run
     base: Path
     tables: Tables
-    tokens: SetTokens
+    tokens: SetTokens | PartToken
     places: Places
 
     @property
@@ -55,17 +61,31 @@ class Export:
         """Rows of the new tables."""
         return self.tables.size(self.tokens)
 
+    @property
+    def vectors(self) -> Tensor:
+        """The rows [count, D] of the new tokens; nobody reads that of a placeholder."""
+        if isinstance(self.tokens, PartToken):
+            return torch.zeros(1, self.tables.width)
+        return self.adapter.pool.prompts.flatten(0, 1)  # [T, L, D] -> [T L, D]
 
-def export_vocabulary(
-    source: Path, target: Path, model: str | None = None, licence: str | None = None, link: bool = True
+
+def export_checkpoint(
+    source: Path,
+    target: Path,
+    form: Form = "vocabulary",
+    model: str | None = None,
+    licence: str | None = None,
+    link: bool = True,
 ) -> dict[str, Any]:
-    """Write a checkpoint with a run's or an adapter's prompt sets in its vocabulary; returns its contents.
+    """Write a checkpoint of the frozen model of a run or an adapter for other servers; returns its contents.
 
     Everything is written beside `target` and renamed at the end. One tensor is in memory at a time.
 
     Args:
-        source: folder of a run or an adapter.
+        source: folder of a run or an adapter; for parts also a recipe, by name or path.
         target: the new checkpoint's folder, new or empty.
+        form: vocabulary: with the prompt sets as special tokens. parts: with none, for vectors that requests bring.
+            lora: with low-rank updates beside it, which requests name.
         model: location of the frozen model on this machine, None: as recorded.
         licence: of the prompt sets, None: as the adapter says.
         link: whether files of frozen weights are linked where the file system can.
@@ -75,7 +95,7 @@ def export_vocabulary(
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"'{target}' exists and is not empty; expected a new or empty folder for the checkpoint.")
-    export = _planned(source, model, licence)
+    export = _planned(source, form, model, licence)
     tables, tokens = export.tables, export.tokens
     frozen = Frozen.of(tables.tensors, tables.replaced)
     dtype = DTYPES[export.run.model.dtype]
@@ -85,16 +105,20 @@ def export_vocabulary(
     try:
         temporary.mkdir(parents=True)
         write_settings(export.base, temporary, export.run.conversation, export.run.model, tokens, export.places)
-        _write_numbers(export, temporary)
+        _write_numbers(export, form, temporary)
         prove(export.run, temporary, tokens)
-        vectors = export.adapter.pool.prompts.flatten(0, 1)  # [T L, D]
-        tables.write_embedding(temporary / EMBEDDING_FILE, vectors, tokens, dtype)
+        tables.write_embedding(temporary / EMBEDDING_FILE, export.vectors, tokens, dtype)
         tables.write_head(temporary / HEAD_FILE, tokens, dtype)
         linked = write_frozen(temporary, tables.tensors, frozen, link)
         added = {tables.embedding: (EMBEDDING_FILE, table_bytes), tables.head: (HEAD_FILE, table_bytes)}
         write_index(temporary, tables.tensors, frozen, added)
         require_fitting_weights(export.run.model.model_copy(update={"path": str(target)}), temporary)
-        write_adapter(export.adapter, temporary / ADAPTER)
+        if form == "lora":
+            write_loras(
+                temporary / LORAS, export.adapter.meta.method, export.adapter.pool, export.run.family.decoder, dtype
+            )
+        if form == "vocabulary":
+            write_adapter(export.adapter, temporary / ADAPTER)
         sync_folder(temporary)
         temporary.rename(target)  # an empty folder is replaced
     except (OSError, SafetensorError) as error:
@@ -104,7 +128,7 @@ def export_vocabulary(
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {
         "checkpoint": str(target),
-        "sets": list(tokens.names),
+        "sets": [] if isinstance(tokens, PartToken) else list(tokens.names),
         "tokens": tokens.count,
         "vocabulary": [tables.rows, export.size],
         "bytes": size,
@@ -112,15 +136,18 @@ def export_vocabulary(
     }
 
 
-def _planned(source: Path, model: str | None, licence: str | None) -> Export:
+def _planned(source: Path, form: Form, model: str | None, licence: str | None) -> Export:
     """Read what is exported and refuse what cannot be; computes nothing."""
-    adapter = _adapter(source, model, licence)
-    require_rows(adapter.meta.method, adapter.pool, source)
+    adapter = _adapter(source, form, model, licence)
+    if form == "lora":
+        require_loras(adapter.meta.method, adapter.pool, source)
+    else:
+        require_rows(adapter.meta.method, adapter.pool, source, adapter.meta.projector)
     config, pool = adapter.meta.model, adapter.pool
     base = checkpoint(source_of(config)).folder
     tables = tables_of(base)
     length, width = pool.prompts.shape[1:]
-    if width != tables.width:
+    if form != "lora" and len(pool) and width != tables.width:
         raise UserError(
             f"The prompt sets of {source} are {width} wide and the model '{config.path}' {tables.width}; expected the "
             "model that they were learned with."
@@ -133,17 +160,24 @@ def _planned(source: Path, model: str | None, licence: str | None) -> Export:
             f"A model of type {tables.kind} multiplies the rows of its embedding table, in the precision of its "
             "weights, so most vectors are no row of it; expected a model of another type, or `export` as an adapter."
         )
-    identity = identity_of(pool.names, pool.prompts, DTYPES[config.dtype])
-    tokens = SetTokens(pool.names, length, next_token(processor.tokenizer), identity)
-    method = make_method(adapter.meta.method)
-    entry = entry_of(method)
-    run = Run(conversation_of(processor, config), family, config, entry.insertion or "after_bos")
+    insertion, first = insertion_of(adapter.meta.method), next_token(processor.tokenizer)
+    tokens: SetTokens | PartToken
+    if form != "vocabulary":
+        tokens = PartToken(first, identity_of_places(adapter.meta.base_model, config, places_of(form, insertion)))
+    else:
+        tokens = SetTokens(pool.names, length, first, identity_of(pool.names, pool.prompts, DTYPES[config.dtype]))
+    run = Run(conversation_of(processor, config), family, config, insertion)
     places = Places.of(run.conversation, family, run.insertion)
     return Export(adapter, run, base, tables, tokens, places)
 
 
-def _adapter(source: Path, model: str | None, licence: str | None) -> Adapter:
-    """The adapter of a run or in a folder, with the frozen model where it is on this machine."""
+def _adapter(source: Path, form: Form, model: str | None, licence: str | None) -> Adapter:
+    """The adapter of a run or in a folder, with the frozen model where it is on this machine.
+
+    For parts a recipe is enough, whose adapter has no sets.
+    """
+    if form == "parts" and not source.is_dir():
+        return adapter_of_recipe(load_recipe(source), licence, model)
     if not (source / META).is_file():
         return adapter_of_run(source, licence, model)
     adapter = read_adapter(source)
@@ -154,8 +188,18 @@ def _adapter(source: Path, model: str | None, licence: str | None) -> Adapter:
     )
 
 
-def require_rows(options: MethodOptions, pool: PromptPool, source: Path) -> None:
-    """Raise UserError where modules are no rows that can stand in an embedding table, whatever the question."""
+def insertion_of(options: MethodOptions) -> str:
+    """Where the prompt sets of a method stand."""
+    return entry_of(make_method(options)).insertion or "after_bos"
+
+
+def places_of(form: Form, insertion: str) -> str:
+    """What an identity has for the place of modules."""
+    return "low_rank" if form == "lora" else insertion
+
+
+def require_rows(options: MethodOptions, pool: PromptPool, source: Path, projector: str = "frozen") -> None:
+    """Raise UserError where modules are no vectors that stand among the words of a question, whatever it is."""
     method = make_method(options)
     otherwise = "`export` without --as, or with --as adapter, writes them as an adapter."
     if type(entry_of(method)) is not RowsEntry:
@@ -164,35 +208,37 @@ def require_rows(options: MethodOptions, pool: PromptPool, source: Path) -> None
             f"{source} learned modules of the part {part} (method {method.name}), which are no rows of an embedding "
             f"table; expected prompt sets, the part input_rows. {otherwise}"
         )
-    if projector_of(pool.shared):
+    if projector_of(pool.shared) or projector == "trained":
         raise UserError(
-            f"{source} learned the image projector too (train.projector), and a vocabulary holds prompt sets alone; "
+            f"{source} learned the image projector too (train.projector), and other servers get prompt sets alone; "
             f"expected train.projector frozen. {otherwise}"
         )
-    modules = len(pool)
+    modules = max(len(pool), 1)
     chosen = method.routing.rule.inference(torch.zeros(1, modules), torch.zeros(1, dtype=torch.long))
     if chosen.weights is not None:
         raise UserError(
             f"The method {method.name} of {source} multiplies prompt sets by weights that depend on the question, "
-            f"which tokens cannot have; expected one whose sets count alike. {otherwise}"
+            f"and an engine gets them as they are; expected one whose sets count alike. {otherwise}"
         )
 
 
-def _write_numbers(export: Export, folder: Path) -> None:
+def _write_numbers(export: Export, form: Form, folder: Path) -> None:
     """Write configuration, generation settings, the list of the sets for a router, and a page for people."""
     run, tokens, meta = export.run, export.tokens, export.adapter.meta
     write_config(export.base, folder, Sizes(export.size, run.model.dtype), run.conversation.processor)
     spare = range(max(export.tables.rows, tokens.end), export.size)
     never = [*range(tokens.first, tokens.end), *spare]
     write_generation(export.base, folder, run.conversation, never, meta.repetition_penalty)
-    content = {
-        "format": FORMAT,
-        "argument": ARGUMENT,
-        "identity": tokens.identity,
-        "insertion": run.insertion,
-        "length": tokens.length,
-        "sets": {name: tokens.ids(name) for name in tokens.names},
-        "adapter": ADAPTER,
-    }
+    content: dict[str, Any] = {"format": FORMAT, "identity": tokens.identity, "insertion": run.insertion}
+    if form == "lora":
+        content |= {"folder": LORAS, "loras": served_names(export.adapter.pool)}
+        text = page_of_loras(meta)
+    elif isinstance(tokens, PartToken):
+        content |= {"argument": VECTORS, "placeholder": {PLACEHOLDER: tokens.first}}
+        text = page_of_parts(meta)
+    else:
+        sets = {name: tokens.ids(name) for name in tokens.names}
+        content |= {"argument": ARGUMENT, "length": tokens.length, "sets": sets, "adapter": ADAPTER}
+        text = page_of_sets(meta, tokens)
     write_json(folder / ROUTER, content)
-    (folder / "README.md").write_text(page(meta, tokens), encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")

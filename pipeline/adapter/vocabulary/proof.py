@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline.adapter.vocabulary.settings import conversation_of
-from pipeline.adapter.vocabulary.template import ARGUMENT
-from pipeline.adapter.vocabulary.tokens import SetTokens
+from pipeline.adapter.vocabulary.tokens import Added, Probe
 from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.lmm_processor import load_processor
 from pipeline.config.models import ModelConfig
@@ -45,18 +44,18 @@ class Run:
     insertion: str
 
 
-def prove(run: Run, folder: Path, tokens: SetTokens) -> None:
+def prove(run: Run, folder: Path, tokens: Added) -> None:
     """Compare the checkpoint in `folder`, which needs no weights yet, with the run; UserError where they differ."""
     processor = load_processor(run.model.model_copy(update={"path": str(folder), "revision": None, **_AS_IT_IS}))
     exported = conversation_of(processor, run.model.model_copy(update=_AS_IT_IS))
-    names = list(tokens.names)
+    probes = tokens.probes()
     pictures = [None, *(_noise(width, height) for width, height in SIZES)]
     for number, picture in enumerate(pictures):
         for question in QUESTIONS if number < 2 else QUESTIONS[:1]:
             inputs = run.conversation.example_of(Sample("probe", None, question, ""), picture)
-            for selected in ([], names[:1], names[-2:]) if question == QUESTIONS[0] else (names[-2:],):
-                found = _read(processor, question, picture, selected)
-                expected = _inserted(run, inputs.prompt, [i for name in selected for i in tokens.ids(name)])
+            for probe in probes if question == QUESTIONS[0] else probes[-1:]:
+                found = _read(processor, question, picture, probe)
+                expected = _inserted(run, inputs.prompt, probe.ids)
                 _require_equal(run, question, picture, expected, found["input_ids"][0].tolist())
         if picture is not None:
             _require_pixels(run, inputs.images or {}, exported, picture)
@@ -70,12 +69,12 @@ def _noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def _read(processor: Any, question: str, picture: Image.Image | None, names: Sequence[str]) -> Any:
+def _read(processor: Any, question: str, picture: Image.Image | None, probe: Probe) -> Any:
     """What the checkpoint's own processor makes of a question."""
     image = [] if picture is None else [{"type": "image", "image": picture}]
-    messages = [{"role": "user", "content": [*image, {"type": "text", "text": question}]}]
+    messages = [*probe.messages, {"role": "user", "content": [*image, {"type": "text", "text": question}]}]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(messages, **options, **{ARGUMENT: list(names)})
+    return processor.apply_chat_template(messages, **options, **probe.arguments)
 
 
 def _inserted(run: Run, prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
@@ -112,10 +111,10 @@ def _require_pixels(run: Run, images: dict[str, Any], exported: Conversation, pi
             )
 
 
-def _require_out_of_reach(processor: Any, tokens: SetTokens) -> None:
+def _require_out_of_reach(processor: Any, tokens: Added) -> None:
     """Raise UserError if a message could hold a set's token."""
     written = "".join(tokens.texts()[:2])
-    found = _read(processor, written, None, [])["input_ids"][0].tolist()
+    found = _read(processor, written, None, tokens.probes()[0])["input_ids"][0].tolist()
     if any(tokens.first <= token < tokens.end for token in found):
         raise UserError(
             "The chat template of the exported checkpoint lets a message hold the tokens of prompt sets, which is a "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapter.vocabulary.template import Places, chat_template, original_template
-from pipeline.adapter.vocabulary.tokens import SetTokens, add_to_files
+from pipeline.adapter.vocabulary.tokens import Added, add_to_files
 from pipeline.backbones.lmm_processor import load_processor
 from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import Conversation
@@ -37,7 +37,7 @@ def conversation_of(processor: Any, config: ModelConfig) -> Conversation:
 
 
 def write_settings(
-    base: Path, folder: Path, conversation: Conversation, model: ModelConfig, tokens: SetTokens, places: Places
+    base: Path, folder: Path, conversation: Conversation, model: ModelConfig, tokens: Added, places: Places
 ) -> None:
     """Write everything but weights, configuration and generation settings into a new checkpoint's folder.
 
@@ -48,8 +48,8 @@ def write_settings(
         folder: the new one's.
         conversation: how the run writes conversations.
         model: the run's settings of the frozen model.
-        tokens: the sets' tokens.
-        places: where they stand in a conversation.
+        tokens: what the vocabulary gets.
+        places: where sets stand in a conversation.
     """
     for pattern in (*SETTINGS, *LICENCES):
         for path in base.glob(pattern):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.adapter.vocabulary.tokens import SetTokens
+from pipeline.adapter.vocabulary.tokens import Added
 from pipeline.backbones.lmm_weights import empty_model
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing
@@ -51,18 +51,18 @@ class Tables:
         """The stored tensors that the new tables take the place of."""
         return {self.embedding, self.head} & self.tensors.keys()
 
-    def size(self, tokens: SetTokens) -> int:
+    def size(self, tokens: Added) -> int:
         """Rows of the new tables: as many as before where the tokens fit into spare ones."""
         return self.rows if tokens.end <= self.rows else -(-tokens.end // MULTIPLE) * MULTIPLE
 
-    def write_embedding(self, path: Path, vectors: Tensor, tokens: SetTokens, dtype: torch.dtype) -> None:
-        """Write the embedding table with the sets' `vectors` [T L, D] in the rows of their tokens."""
+    def write_embedding(self, path: Path, vectors: Tensor, tokens: Added, dtype: torch.dtype) -> None:
+        """Write the embedding table with `vectors` [count, D] in the rows of the new tokens."""
         table = self._grown(self.embedding, self.size(tokens), dtype)
         table[tokens.first : tokens.end] = vectors.to(dtype)
         _save(self.embedding, table, path)
 
-    def write_head(self, path: Path, tokens: SetTokens, dtype: torch.dtype) -> None:
-        """Write an output layer that never gives one of the sets' tokens, or a new spare row, the highest score.
+    def write_head(self, path: Path, tokens: Added, dtype: torch.dtype) -> None:
+        """Write an output layer that never gives one of the new tokens, or a new spare row, the highest score.
 
         Their rows are the mean of the rows of all tokens that there were, so their score is the mean of these tokens'
         scores, which is no higher than the highest. Of softmax they get at most one part in as many tokens, because the

@@ -6,17 +6,13 @@ with roles, images and tools stays as it is, and nothing that a message contains
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.adapter.vocabulary.tokens import MARK, REPLACEMENT, SetTokens
+from pipeline.adapter.vocabulary.tokens import IDENTITY, Added, quoted
 from pipeline.backbones.families.base import LMMFamily
 from pipeline.data.conversation import Conversation
 from pipeline.errors import UserError
-
-ARGUMENT = "prompt_sets"  # what the template calls the names of the selected sets
-IDENTITY = "prompt_sets_of"  # what it calls the identity that a caller expects the sets to have
 
 # The conversations that `pipeline.data.conversation` writes without a chat template.
 USER_ASSISTANT = """{%- if messages and messages[0].role == 'system' %}
@@ -106,37 +102,22 @@ def original_template(conversation: Conversation) -> str:
     return template
 
 
-def quoted(value: Any) -> str:
-    """A value as Jinja and JSON write it."""
-    return json.dumps(value, ensure_ascii=False)
+def chat_template(original: str, places: Places, tokens: Added) -> str:
+    """The template that prints `original` with the tokens that a request asks for where sets stand.
 
-
-def chat_template(original: str, places: Places, tokens: SetTokens) -> str:
-    """The template that prints `original` with the tokens of the sets named in its argument `prompt_sets`.
-
-    Where the argument `prompt_sets_of` is given and not that of the sets, it raises an error.
+    Where the argument `prompt_sets_of` is given and not the identity of `tokens`, it raises an error.
 
     Jinja drops a newline behind a block and spaces before one, which belong to the original template: empty
     expressions stand between.
     """
-    identity, length = tokens.identity, tokens.length
-    numbers = quoted({name: number for number, name in enumerate(tokens.names)})
-    mark = quoted(MARK)
-    head = f"""{{#- The argument prompt_sets names the prompt sets of this conversation, the most similar one last.
-Their tokens contain a private-use character, which is replaced in everything that messages contain. -#}}
-{{%- if {IDENTITY} | default("{identity}", true) != "{identity}" %}}
+    identity, (hidden, replacement) = tokens.identity, map(quoted, tokens.hidden)
+    head = f"""{{%- if {IDENTITY} | default("{identity}", true) != "{identity}" %}}
 {{{{- raise_exception("The prompt sets of this checkpoint are {identity}, not " ~ {IDENTITY}) }}}}
 {{%- endif %}}
-{{%- set set_numbers = {numbers} %}}
-{{%- set set_tokens %}}
-{{%- for name in {ARGUMENT} | default([], true) %}}
-{{%- if name not in set_numbers %}}{{{{ raise_exception("There is no prompt set " ~ name) }}}}{{% endif %}}
-{{%- for row in range({length}) %}}{{{{ {mark} ~ "set_" ~ set_numbers[name] ~ "_" ~ row ~ {mark} }}}}{{% endfor %}}
-{{%- endfor %}}
-{{%- endset %}}
+{tokens.inserted()}
 {{%- set conversation_text %}}{{{{ "" }}}}"""
     tail = f"""{{{{ "" }}}}{{% endset %}}
-{{%- set conversation_text = conversation_text | replace({mark}, {quoted(REPLACEMENT)}) %}}
+{{%- set conversation_text = conversation_text | replace({hidden}, {replacement}) %}}
 {{%- set first = {quoted(places.first)} %}}
 {{%- set rest = conversation_text[(first | length):] if conversation_text.startswith(first) else conversation_text %}}
 {_inserted(places)}"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,54 @@ from pipeline.files.atomic import write_json
 # it prints of the messages (see `template`), and no text without it contains such a token.
 MARK = "\U0010e5e7"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+ARGUMENT = "prompt_sets"  # what the template calls the names of the selected sets
+IDENTITY = "prompt_sets_of"  # what it calls the identity that a caller expects the sets to have
 
 
 @dataclass(frozen=True)
-class SetTokens:
+class Probe:
+    """A way to ask an exported checkpoint for sets, and the tokens that its template then has to insert."""
+
+    arguments: dict[str, Any]  # of the chat template
+    messages: list[dict[str, Any]]  # before those of the conversation
+    ids: list[int]
+
+
+class Added(ABC):
+    """Tokens that an export adds to a vocabulary, from the id `first` on, and how its chat template prints them."""
+
+    first: int
+    identity: str  # what has to match between the checkpoint and whoever asks it
+
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """All tokens as text, by id."""
+
+    @property
+    @abstractmethod
+    def hidden(self) -> tuple[str, str]:
+        """The text without which no message contains one of the tokens, and what the template replaces it by."""
+
+    @abstractmethod
+    def inserted(self) -> str:
+        """The lines of the template that set `set_tokens`, the text that is inserted."""
+
+    @abstractmethod
+    def probes(self) -> list[Probe]:
+        """Requests by which an export is proved, the first without sets."""
+
+    @property
+    def count(self) -> int:
+        return len(self.texts())
+
+    @property
+    def end(self) -> int:
+        """The id behind the last one."""
+        return self.first + self.count
+
+
+@dataclass(frozen=True)
+class SetTokens(Added):
     """The tokens of T sets of L vectors: set t has the ids from `first` + t L on; `identity` is that of the sets."""
 
     names: Sequence[str]
@@ -36,9 +81,26 @@ class SetTokens:
         return len(self.names) * self.length
 
     @property
-    def end(self) -> int:
-        """The id behind the last one."""
-        return self.first + self.count
+    def hidden(self) -> tuple[str, str]:
+        return MARK, REPLACEMENT
+
+    def inserted(self) -> str:
+        numbers = quoted({name: number for number, name in enumerate(self.names)})
+        mark = quoted(MARK)
+        return f"""{{#- The argument {ARGUMENT} names the prompt sets of this conversation, the most similar one last.
+Their tokens contain a private-use character, which is replaced in everything that messages contain. -#}}
+{{%- set set_numbers = {numbers} %}}
+{{%- set set_tokens %}}
+{{%- for name in {ARGUMENT} | default([], true) %}}
+{{%- if name not in set_numbers %}}{{{{ raise_exception("There is no prompt set " ~ name) }}}}{{% endif %}}
+{{%- for row in range({self.length}) %}}{{{{ {mark} ~ "set_" ~ set_numbers[name] ~ "_" ~ row ~ {mark} }}}}{{% endfor %}}
+{{%- endfor %}}
+{{%- endset %}}"""
+
+    def probes(self) -> list[Probe]:
+        names = list(self.names)
+        chosen = list[list[str]](([], names[:1], names[-2:]))
+        return [Probe({ARGUMENT: some}, [], [i for name in some for i in self.ids(name)]) for some in chosen]
 
     def ids(self, name: str) -> list[int]:
         """The tokens of one set, in order."""
@@ -46,7 +108,6 @@ class SetTokens:
         return list(range(start, start + self.length))
 
     def texts(self) -> list[str]:
-        """All tokens as text, by id."""
         return [token_text(number, row) for number in range(len(self.names)) for row in range(self.length)]
 
 
@@ -75,7 +136,12 @@ def refuse_marks(tokenizer: Any, place: str) -> None:
         )
 
 
-def add_to_files(tokenizer: Any, tokens: SetTokens, folder: Path) -> None:
+def quoted(value: Any) -> str:
+    """A value as Jinja and JSON write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def add_to_files(tokenizer: Any, tokens: Added, folder: Path) -> None:
     """Add the tokens to tokenizer.json and tokenizer_config.json of a checkpoint's folder.
 
     The files are edited rather than saved by the installed transformers, whose versions write them differently.

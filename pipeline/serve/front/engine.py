@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from httpx2 import AsyncClient, Response, Timeout, TransportError
 
-from pipeline.adapter.vocabulary.template import ARGUMENT, IDENTITY
+from pipeline.serve.front.form import SetForm
 from pipeline.serve.options import ENGINE_KEY_VARIABLE
 from pipeline.serve.refusal import RefusedError
 
@@ -25,11 +25,10 @@ OTHER_SETS = "The prompt sets of this checkpoint are"  # in the error of an expo
 
 @dataclass(frozen=True)
 class Behind:
-    """Where the engine is, its key, and the prompt sets that its checkpoint has to have: their identity, one name."""
+    """Where the engine is, its key, and the form in which its checkpoint has to take prompt sets."""
 
     url: str
-    identity: str
-    probe: str
+    form: SetForm
     key: str | None = None
 
 
@@ -141,30 +140,33 @@ class Engine:
             model = str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
             raise WrongCheckpointError(f"the engine at {self.behind.url} names no model at /v1/models.") from None
-        expected = (
-            "expected the checkpoint that `python -m pipeline export RUN DIR --as vocabulary` writes of these sets"
-        )
+        expected = f"expected {self.behind.form.expected}"
         wrong = await self._trial(model, "another")
         if wrong.status_code == 200:
             found = f"the engine at {self.behind.url} serves a model without prompt sets"
             raise WrongCheckpointError(f"{found}; {expected}.")
-        right = await self._trial(model, self.behind.identity)
+        right = await self._trial(model, None)
         if right.status_code == 400:
             said = _message(right.content)
-            raise WrongCheckpointError(f"the engine at {self.behind.url} has other prompt sets ({said}); {expected}.")
+            found = "has other prompt sets" if OTHER_SETS in said else "refuses prompt sets"
+            raise WrongCheckpointError(f"the engine at {self.behind.url} {found} ({said}); {expected}.")
+        if right.status_code == 404:
+            said = _message(right.content)
+            raise WrongCheckpointError(f"the engine at {self.behind.url} lacks what was learned ({said}); {expected}.")
         if right.status_code != 200:
             raise self._refusal(right.status_code, right.content)
         return model
 
-    async def _trial(self, model: str, identity: str) -> Response:
-        arguments = {ARGUMENT: [self.behind.probe], IDENTITY: identity}
-        body = {
+    async def _trial(self, model: str, identity: str | None) -> Response:
+        """The reply to a request for one token with one set, the checkpoint having an identity; None: the right one."""
+        form = self.behind.form
+        body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": "?"}],
             "max_tokens": 1,
             "temperature": 0,
-            "chat_template_kwargs": arguments,
         }
+        form.write(body, form.names[-1:], identity)
         return await self._whole("POST", "/v1/chat/completions", json.dumps(body).encode(), TRIAL_S)
 
     async def _whole(self, method: str, path: str, body: bytes, seconds: float) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.adapter.vocabulary.lora import CONFIG, LORAS
 from pipeline.errors import UserError
 from pipeline.serve.options import EngineOptions
 
@@ -46,6 +48,8 @@ ASK_S = 1.0  # between two looks at an engine that starts
 STOP_S = 20.0  # for an engine to end by itself
 LONGEST_DELAY_S = 60.0  # before an engine that keeps dying is started again
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy of the environment
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+MOST_LORAS = 8  # different ones in one batch; requests for others wait
 STEADY_S = 300.0  # an engine that lived as long is started again at once
 
 
@@ -197,6 +201,20 @@ def _end_with_parent() -> Callable[[], object]:
     return lambda: library.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
+def _form_options(checkpoint: Path, options: EngineOptions) -> list[str]:
+    """The options of vLLM by which it takes what was learned in this form."""
+    if options.form == "parts":
+        return ["--enable-prompt-embeds"]
+    if options.form == "vocabulary":
+        return []
+    folder = checkpoint / LORAS
+    names = sorted(path.name for path in folder.iterdir())
+    rank = json.loads((folder / names[0] / CONFIG).read_text("utf-8"))["r"]
+    largest = next((size for size in RANKS if size >= rank), rank)
+    found = ["--enable-lora", "--max-lora-rank", str(largest), "--max-loras", str(min(len(names), MOST_LORAS))]
+    return [*found, "--lora-modules", *(f"{name}={folder / name}" for name in names)]
+
+
 def vllm_process(checkpoint: Path, options: EngineOptions, name: str, dtype: str, batch: int) -> EngineProcess:
     """A vLLM server that is to serve a checkpoint; UserError as `vllm_command` does.
 
@@ -211,5 +229,6 @@ def vllm_process(checkpoint: Path, options: EngineOptions, name: str, dtype: str
     command = [*beginning, str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", name, "--dtype", dtype, "--max-num-seqs", str(batch)]
     # As the export has proved its template: with parts of text and image, whatever vLLM takes it for.
-    command += ["--chat-template-content-format", "openai", *options.arguments]
+    command += ["--chat-template-content-format", "openai"]
+    command += [*_form_options(checkpoint, options), *options.arguments]
     return EngineProcess(command, f"http://127.0.0.1:{port}")

@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.adapter.answer import Chosen
 from pipeline.adapter.choosing import Question
-from pipeline.adapter.vocabulary.template import ARGUMENT, IDENTITY
 from pipeline.serve import fields as checked
 from pipeline.serve.chat import INSTRUCTING, ROLES, ChatRequest, Limits, Offer, checked_text, parts_of, read_fields
+from pipeline.serve.front.form import RESERVED, TEMPLATE, SetForm
 from pipeline.serve.images import plan_image, read_image
 from pipeline.serve.json_body import JsonBody
 from pipeline.serve.refusal import RefusedError, kind_of, shown
@@ -22,7 +22,6 @@ from pipeline.serve.refusal import RefusedError, kind_of, shown
 TOLD = (*ROLES, "tool", "function")
 PARTS = "expected text, or a list of parts {type: text, text} and {type: image_url, image_url: {url}}"
 OWN = ("task", "unfamiliar")  # fields that routing reads and the engine does not know
-TEMPLATE = "chat_template_kwargs"
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Forwarded:
         """Bytes in memory."""
         return self.body.nbytes + len(self.question.image or b"")
 
-    def written(self, model: str, chosen: Chosen, identity: str) -> bytes:
-        """The body for the engine, which calls the model `model`, with the chosen sets of this identity.
+    def written(self, model: str, chosen: Chosen, form: SetForm) -> bytes:
+        """The body for the engine, which calls the model `model`, with the chosen sets in this form.
 
         Answers are greedy and as long as the tasks' longest, as those of the own engine, where the request does not say
         otherwise. Several answers (`n`) are sampled: greedy ones would be equal, and vLLM refuses them.
@@ -53,7 +52,7 @@ class Forwarded:
         if fields.get("n", 1) == 1:
             fields.setdefault("temperature", 0)
         fields["model"] = model
-        fields[TEMPLATE] = {**fields.get(TEMPLATE, {}), ARGUMENT: chosen.selected, IDENTITY: identity}
+        form.write(fields, chosen.selected)
         return self.body.written(fields)
 
 
@@ -98,7 +97,7 @@ def _refuse_detours(fields: Mapping[str, Any]) -> None:
     arguments = fields.get(TEMPLATE)
     if arguments is not None and not isinstance(arguments, dict):
         raise RefusedError(f"{TEMPLATE} is {kind_of(arguments)}; expected an object.")
-    for name in (ARGUMENT, IDENTITY):
+    for name in RESERVED:
         if name in (arguments or {}):
             raise RefusedError(f"{TEMPLATE} has {name}; expected it to be left out: routing chooses the prompt sets.")
 

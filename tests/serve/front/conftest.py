@@ -11,11 +11,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from pipeline.adapter.choosing import Chooser
-from pipeline.adapter.vocabulary.export import export_vocabulary
+from pipeline.adapter.vocabulary.export import export_checkpoint
 from pipeline.serve.front.engine import Behind, Engine
 from pipeline.serve.front.front import Front
-from pipeline.serve.front.server import Sets
-from pipeline.serve.options import Options
+from pipeline.serve.front.sets import Folder, Sets
 from pipeline.serve.web import Settings
 from tests.serve.front.fake_engine import FakeEngine
 
@@ -23,7 +22,7 @@ from tests.serve.front.fake_engine import FakeEngine
 @pytest.fixture(scope="session")
 def checkpoint(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "checkpoint"
-    export_vocabulary(adapter, folder)
+    export_checkpoint(adapter, folder)
     return folder
 
 
@@ -36,7 +35,7 @@ def engine(checkpoint: Path) -> Iterator[FakeEngine]:
 
 @pytest.fixture(scope="session")
 def sets(adapter: Path) -> Sets:
-    return Sets.of(adapter, Options(), None, None)
+    return Folder(adapter, "vocabulary").read()
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +63,8 @@ def fronts(chooser: Chooser, sets: Sets, engine: FakeEngine) -> Iterator[Fronts]
     made = list[TestClient]()
 
     def make(most: int = 16, key: str | None = None, **settings: Any) -> Asked:
-        behind = Behind(engine.url, sets.identity, sets.source.pool.names[-1], key)
-        front = Front(chooser, Engine(behind), Settings("m", **settings), most)
+        behind = Behind(engine.url, sets.form, key)
+        front = Front(sets, chooser, Engine(behind), Settings("m", **settings), most, lambda: sets)
         client = TestClient(front.app(), base_url="http://localhost")
         client.__enter__()
         made.append(client)

@@ -21,7 +21,8 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
-from pipeline.adapter.vocabulary.template import ARGUMENT, IDENTITY
+from pipeline.adapter.vocabulary.part import PLACEHOLDER
+from pipeline.serve.front.form import RESERVED
 from tests.adapter.vocabulary import loaded
 
 METRICS = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"
@@ -38,6 +39,8 @@ class FakeEngine:
         self.breaks_after: int | None = None  # events of a stream, after which the connection breaks
         self.refuses: tuple[int, str] | None = None  # status and message for chat requests
         self.seconds = 0.0  # before each piece of an answer
+        self.loras = set[str]()  # names of low-rank updates; it answers with none of them
+        self.takes_vectors = True  # as vLLM with --enable-prompt-embeds
         self._lock, self._open = threading.Lock(), set[socket.socket]()
         self._server: ThreadingHTTPServer | None = None
 
@@ -72,31 +75,50 @@ class FakeEngine:
 
     def questions(self) -> list[dict[str, Any]]:
         """The chat requests without those by which the checkpoint is verified."""
-        return [body for body in self.asked if body["messages"][0].get("content") != "?"]
+        return [body for body in self.asked if body["messages"][-1].get("content") != "?"]
 
     def answer(self, body: dict[str, Any]) -> list[int]:
         """The tokens of an answer; TemplateError where the chat template refuses the request."""
-        messages = [{**message, "content": _content(message)} for message in body["messages"]]
+        vectors = list[torch.Tensor]()
+        messages = [{**message, "content": _content(message, vectors)} for message in body["messages"]]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        arguments = {k: v for k, v in body.get("chat_template_kwargs", {}).items() if k in (ARGUMENT, IDENTITY)}
+        arguments = {k: v for k, v in body.get("chat_template_kwargs", {}).items() if k in RESERVED}
         with self._lock, torch.no_grad():
             inputs = dict(self.processor.apply_chat_template(messages, **options, **arguments))
+            if vectors:
+                self._bring_in(inputs, torch.cat(vectors))
             length = body.get("max_tokens") or body["max_completion_tokens"]
             tokens = self.model.generate(**inputs, max_new_tokens=length, do_sample=False, pad_token_id=0)
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def _bring_in(self, inputs: dict[str, Any], vectors: torch.Tensor) -> None:
+        """Put vectors where a request's placeholder is, by way of spare rows of the embedding table."""
+        table, ids = self.model.get_input_embeddings().weight, inputs["input_ids"][0]
+        (place,) = (ids == self.processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)).nonzero()[0]
+        rows = torch.arange(len(table) - len(vectors), len(table))
+        assert vectors.shape[1] == table.shape[1] and len(self.processor.tokenizer) <= rows[0]
+        table[rows] = vectors
+        inputs["input_ids"] = torch.cat([ids[:place], rows, ids[place + 1 :]])[None]
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
     def text(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [
-        {"type": "image", "image": _picture(part["image_url"]["url"])} if part["type"] == "image_url" else part
-        for part in content
-    ]
+def _content(message: dict[str, Any], vectors: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """A message's parts as a chat template reads them; vectors that it brings are appended to `vectors`."""
+    content: Any = message["content"]
+    given: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = list[dict[str, Any]]()
+    for part in given:
+        if part["type"] == "image_url":
+            parts.append({"type": "image", "image": _picture(part["image_url"]["url"])})
+        elif part["type"] == "prompt_embeds":
+            vectors.append(torch.load(io.BytesIO(base64.b64decode(part["data"], validate=True)), weights_only=True))
+            parts.append({"type": "text", "text": PLACEHOLDER})
+        else:
+            parts.append(part)
+    return parts
 
 
 def _picture(address: str) -> Image.Image:
@@ -151,11 +173,15 @@ class _Handler(BaseHTTPRequestHandler):
             engine.left += 1
 
     def _chat(self, engine: FakeEngine, body: dict[str, Any]) -> None:
-        if body["model"] != engine.name:
+        if body["model"] not in {engine.name, *engine.loras}:
             self._error(404, f"The model `{body['model']}` does not exist.")
             return
-        if engine.refuses is not None and body["messages"][0].get("content") != "?":
+        if engine.refuses is not None and body["messages"][-1].get("content") != "?":
             self._error(*engine.refuses)
+            return
+        first = body["messages"][0].get("content")
+        if not engine.takes_vectors and isinstance(first, list) and first[0]["type"] == "prompt_embeds":
+            self._error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`")
             return
         try:
             tokens = engine.answer(body)

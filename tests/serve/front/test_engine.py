@@ -53,7 +53,7 @@ def test_an_answer_that_never_comes_because_the_engine_is_killed_is_503(asked: A
 
 def test_an_engine_with_another_checkpoint_is_not_asked(asked: Asked, engine: FakeEngine, answerer: Answerer) -> None:
     original = engine.processor.chat_template
-    engine.processor.chat_template = original.replace(asked.front.engine.behind.identity, "0123456789abcdef")
+    engine.processor.chat_template = original.replace(asked.front.engine.behind.form.identity, "0123456789abcdef")
     reply = asked.post(messages=messages(ASKED[0]))
     assert reply.status_code == 503 and "has other prompt sets" in reply.json()["error"]["message"]
     engine.processor.chat_template = answerer.lmm.conversation.processor.chat_template
@@ -62,7 +62,7 @@ def test_an_engine_with_another_checkpoint_is_not_asked(asked: Asked, engine: Fa
     assert not engine.questions()
     engine.processor.chat_template = original
     assert asked.post(messages=messages(ASKED[0])).status_code == 200
-    engine.processor.chat_template = original.replace(asked.front.engine.behind.identity, "0123456789abcdef")
+    engine.processor.chat_template = original.replace(asked.front.engine.behind.form.identity, "0123456789abcdef")
     reply = asked.post(messages=messages(ASKED[0]))  # replaced while nobody asked: the template itself refuses
     assert reply.status_code == 503 and "has other prompt sets" in reply.json()["error"]["message"]
 

@@ -242,7 +242,7 @@ def test_requests_at_the_same_time_each_get_their_own_sets(asked: Asked, answere
 def test_a_question_whose_routing_fails_fails_alone(
     asked: Asked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chooser = asked.front.selector.chooser
+    chooser = asked.front.serving.selector.chooser
     keys = chooser.keys
 
     def failing(questions: Any) -> Any:
@@ -252,7 +252,7 @@ def test_a_question_whose_routing_fails_fails_alone(
 
     monkeypatch.setattr(chooser, "keys", failing)
     good, bad = (chooser.read(Question(text)) for text in ("fine", "break"))
-    results = asked.front.selector._results([good, bad, good])
+    results = asked.front.serving.selector._results([good, bad, good])
     assert [type(result).__name__ for result in results] == ["Chosen", "RefusedError", "Chosen"]
     reply = asked.post(messages=[{"role": "user", "content": "break"}])
     assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the request failed (RuntimeError).")
