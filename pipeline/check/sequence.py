@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm import LMM, base_fingerprint
 from pipeline.check.data import CheckedData
 from pipeline.check.features import check_kept_features
 from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
@@ -38,6 +38,7 @@ from pipeline.prompts.parts.base import kind_of
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
 from pipeline.ranks.environment import ranks_per_node
 from pipeline.sequence.opened import require_fitting
+from pipeline.sequence.vllm import require_answerable, server_of
 from pipeline.training.deepspeed_config import accumulation, deepspeed_config, require_whole_weights
 
 ASSUMED_GPU = 80 * GIB  # of the GPUs that a run is checked for on a machine without any
@@ -100,8 +101,8 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "metrics": lambda: _metrics(recipe.data),
         "ranks": lambda: _ranks(recipe.train, ranks),
         "deepspeed": lambda: _deepspeed(recipe.train, recipe.model),
-        "evaluation": lambda: _evaluation(recipe, ranks),
         "model": lambda: check_model(model),
+        "evaluation": lambda: _evaluation(findings, recipe, ranks, model_works()),
         SHIPPED: lambda: check_shipped(findings, model),
         "insertion": lambda: check_insertion(recipe, model),
         "keys": keys,
@@ -193,7 +194,13 @@ def _too_large_to_answer(work: Workload, plan: MemoryPlan, ranks: int, built: nn
     )
 
 
-def _evaluation(recipe: Recipe, ranks: int) -> str:
+def _evaluation(findings: Findings, recipe: Recipe, ranks: int, model_works: bool) -> str:
+    if recipe.evaluate.engine == "vllm":
+        require_answerable(recipe)
+        server = server_of(recipe, base_fingerprint(recipe.model)) if model_works else None
+        if server is not None and (why := server.ailing()):
+            findings.warnings["evaluation"] = [f"{why} A run needs the server when it evaluates."]
+        return f"by the vLLM server at {recipe.evaluate.vllm_url}, with no model on the ranks"
     shards = ranks_per_replica(recipe.evaluate, recipe.model, ranks, ranks_per_node())
     return f"{counted(ranks // shards, 'model')}, each on {shards} ranks"
 

@@ -13,10 +13,16 @@ class EvaluateConfig(Section):
     """Generation of the answers that are scored."""
 
     batch: int = Field(50, ge=1, description="samples per generate call and replica")
-    engine: Literal["replicas", "sharded"] = Field(
+    engine: Literal["replicas", "sharded", "vllm"] = Field(
         "replicas",
         description="replicas: each rank has the whole model and answers questions of its own; sharded: several ranks "
-        "have the layers of one model and answer the same questions, for models that do not fit one GPU",
+        "have the layers of one model and answer the same questions, for models that do not fit one GPU; vllm: a vLLM "
+        "server at vllm_url answers, which gets the prompt sets as vectors",
+    )
+    vllm_url: str | None = Field(
+        None,
+        description="with engine vllm, the address of a server that runs with the checkpoint of `export --as parts` "
+        "and --enable-prompt-embeds, such as http://127.0.0.1:8001; its key is read from PIPELINE_ENGINE_KEY",
     )
     shards: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         "auto",

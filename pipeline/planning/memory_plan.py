@@ -85,6 +85,9 @@ def plan_memory(work: Workload, ranks: int, model: nn.Module, tokens: Tokens, no
         replica_note, cached = f"1/{shards} of the frozen model's layers", division.layers
     generation = generation_memory(work, shape, length, tokens, element, cached)
     beside, used, pool = modules_memory(work, shape, element)
+    if work.evaluate.engine == "vllm":
+        replica = generation = used = 0
+        replica_note = "a vLLM server generates, elsewhere"
     trained = sum(map(sum, groups))
     return MemoryPlan(
         ranks,

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 
 
 def ranks_per_replica(evaluate: EvaluateConfig, model: ModelConfig, ranks: int, node: int) -> int:
-    """The ranks that have one model together; 1 with `evaluate.engine: replicas`.
+    """The ranks that have one model together; 1 unless `evaluate.engine` is sharded.
 
     Args:
         evaluate: the recipe's section.
@@ -25,7 +25,7 @@ def ranks_per_replica(evaluate: EvaluateConfig, model: ModelConfig, ranks: int, 
     Raises:
         UserError: so many ranks cannot be divided, or the model cannot.
     """
-    if evaluate.engine == "replicas":
+    if evaluate.engine != "sharded":
         return 1
     if model.quantization != "none":
         raise UserError(

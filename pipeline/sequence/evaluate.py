@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.backbones.lmm import LMM
+from pipeline.console.progress import counted
 from pipeline.data.collate import Examples
 from pipeline.data.grouped_order import image_groups
 from pipeline.errors import Interrupted, UserError
@@ -16,6 +17,11 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import World, gather_objects, on_main
 from pipeline.sequence.answers import AnswerStore, Routed, TaskAnswers
 from pipeline.sequence.test_set import TestSet
+
+if TYPE_CHECKING:
+    from pipeline.sequence.vllm_server import VllmServer
+
+ROUND = 8  # requests per connection of a server, between which the ranks may stop
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Answering:
     # All ranks call `go_on` together before every batch; it must return the same on all of them.
     conditions: Conditions = PLAIN
     shards: int = 1  # ranks that have one model together; they answer the same questions
+    server: VllmServer | None = None  # what answers instead of a model of the ranks
 
 
 def evaluate_task(
@@ -69,7 +76,10 @@ def evaluate_task(
     if missing:
         selection = on_main(world, lambda: opened[0].routed.selection)
         modules = Modules(pool.tensors, selection, answering.entry, pool.common)
-        answers, stopped = _generate(test, missing, modules, answering, world)
+        if answering.server is None:
+            answers, stopped = _generate(test, missing, modules, answering, world)
+        else:
+            answers, stopped = _ask(test, missing, modules, answering, world, lambda some: opened[0].keep(some))
         on_main(world, lambda: opened[0].keep(answers))
         if stopped:
             count = len(test.data)
@@ -102,6 +112,33 @@ def _generate(
     if world.rank % answering.shards:
         mine = {}  # the first rank of the same model has them too
     return {index: answer for part in gather_objects(mine) for index, answer in part.items()}, rounds.stopped
+
+
+def _ask(
+    test: TestSet, missing: list[int], modules: Modules, answering: Answering, world: World, keep: Callable[..., None]
+) -> tuple[dict[int, str], bool]:
+    """The missing answers by sample, on rank 0, which asks the server, and whether that was stopped early.
+
+    `keep` stores the answers so far, should the server be lost.
+    """
+    server, conditions, answers = answering.server, answering.conditions, dict[int, str]()
+    assert server is not None
+    together = answering.batch * ROUND
+    parts = [missing[start : start + together] for start in range(0, len(missing), together)]
+    bar = f"answering {test.name}" if world.main else None
+    for part in counted(parts, len(missing), bar):
+        if not conditions.go_on():
+            return answers, True
+
+        def ask(part: Sequence[int] = part) -> None:
+            try:
+                server.answer(test, part, modules, answering.batch, answers.__setitem__, conditions.progress)
+            except UserError:
+                keep(answers)
+                raise
+
+        on_main(world, ask)
+    return answers, False
 
 
 class _Rounds:

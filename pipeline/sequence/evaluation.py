@@ -29,6 +29,7 @@ from pipeline.sequence.evaluate import Answering, evaluate_task
 from pipeline.sequence.models import Models
 from pipeline.sequence.test_set import TestSet
 from pipeline.sequence.told import ToldStore
+from pipeline.sequence.vllm import server_of
 from pipeline.tracking.tracker import NullTracker, Tracker
 from pipeline.training.operations import OperationCount
 
@@ -59,6 +60,7 @@ class Evaluator:
         self.recipe, self.session, self.tests, self.models, self.made_by = recipe, session, tests, models, made_by
         self.tracker = tracker or NullTracker()
         self.method = make_method(recipe.method)
+        self.server = server_of(recipe, made_by["base_model"])
         self.seconds = 0.0  # spent on evaluation so far
         self.operations: dict[str, float] = {}  # by task: of an answer with modules, in the first batch of this call
 
@@ -223,6 +225,7 @@ class Evaluator:
             recipe.evaluate.share_images,
             conditions,
             self.models.shards,
+            self.server,
         )
         with out_of_memory_advice(recipe.evaluate):
             score = evaluate_task(test, pool, route, store, answering, session.world)
@@ -233,7 +236,7 @@ class Evaluator:
 
     def _count(self, test: TestSet, pool: PromptPool) -> OperationCount | None:
         """What counts the operations of a task's answers with modules, if the method has any; None: they are known."""
-        uncounted = test.name not in self.operations and (len(pool) or self.method.part is None)
+        uncounted = test.name not in self.operations and (len(pool) or self.method.part is None) and not self.server
         return OperationCount() if uncounted else None
 
 

@@ -115,10 +115,11 @@ class Models:
     def _engine_may_answer(self) -> bool:
         """Whether an engine whose model is whole on each rank may answer in place of a replica.
 
-        With a trained projector its model is not that of the finished stage, and a recipe with `evaluate.engine:
-        sharded` asks for a divided model.
+        With a trained projector its model is not that of the finished stage, and a recipe with another
+        `evaluate.engine` asks for a divided model or for a server.
         """
-        return self.recipe.train.projector != "trained" and self.shards == 1
+        served = self.recipe.evaluate.engine == "vllm"
+        return self.recipe.train.projector != "trained" and self.shards == 1 and not served
 
     def _must_go(self, lmm: LMM) -> bool:
         """Whether a replica is so large that training needs its memory, the same on all ranks."""

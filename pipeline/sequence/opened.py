@@ -23,6 +23,7 @@ from pipeline.sequence.evaluate import require_own_images
 from pipeline.sequence.models import Models
 from pipeline.sequence.results import RunResults
 from pipeline.sequence.stage_files import StageFiles
+from pipeline.sequence.vllm import require_answerable
 from pipeline.training.deepspeed_config import require_whole_weights
 
 
@@ -56,6 +57,7 @@ def require_fitting(recipe: Recipe) -> None:
     require_own_images(entry_of(method), recipe.evaluate.share_images)
     kind_of(method).require_attention(method, recipe.model.attn_implementation)
     require_quantiser(recipe.model.quantization)
+    require_answerable(recipe)
 
 
 def open_run(recipe: Recipe, session: Session, answers: bool = True) -> OpenRun:
