@@ -1,4 +1,7 @@
-"""The command line of the benchmarks: `python -m pipeline.bench step --size small`."""
+"""The command line of the benchmarks: `python -m pipeline.bench step --size small`.
+
+One file because every benchmark is a few lines here, and all share the options and the way results are shown.
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class EvaluateConfig(Section):
     )
     vllm_url: str | None = Field(
         None,
-        description="with engine vllm, the address of a server that runs with the checkpoint of `export --as parts` "
-        "and --enable-prompt-embeds, such as http://127.0.0.1:8001; its key is read from PIPELINE_ENGINE_KEY",
+        description="with engine vllm, the address of a server of what export writes with --as parts, started with "
+        "--enable-prompt-embeds, such as http://127.0.0.1:8001; its key is read from PIPELINE_ENGINE_KEY",
     )
     shards: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         "auto",

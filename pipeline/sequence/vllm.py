@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from pipeline.methods import make_method
 from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.parts.input_rows import RowsEntry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or importlib.util.find_spec("httpx2") is not None:  # of the extra `serve`, which others do without
     from pipeline.sequence.vllm_server import VllmServer
 
 URL = re.compile(r"https?://[^/\s?#]+(/[^\s?#]*)?")
@@ -62,7 +63,6 @@ def server_of(recipe: Recipe, base_model: str) -> VllmServer | None:
     """The server that answers for a run; None where its ranks do. `base_model` is the frozen model's fingerprint."""
     if recipe.evaluate.engine != "vllm":
         return None
-    from pipeline.sequence.vllm_server import VllmServer  # needs the extra `serve`
-
+    require_extras("serve")
     insertion = entry_of(make_method(recipe.method)).insertion or "after_bos"
     return VllmServer(str(recipe.evaluate.vllm_url), recipe.model, base_model, insertion)

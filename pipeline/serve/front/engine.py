@@ -148,8 +148,11 @@ class Engine:
         right = await self._trial(model, None)
         if right.status_code == 400:
             said = _message(right.content)
-            found = "has other prompt sets" if OTHER_SETS in said else "refuses prompt sets"
-            raise WrongCheckpointError(f"the engine at {self.behind.url} {found} ({said}); {expected}.")
+            if OTHER_SETS in said:
+                raise WrongCheckpointError(
+                    f"the engine at {self.behind.url} has other prompt sets ({said}); {expected}."
+                )
+            raise WrongCheckpointError(f"the engine at {self.behind.url} refuses prompt sets ({said}); {expected}.")
         if right.status_code == 404:
             said = _message(right.content)
             raise WrongCheckpointError(f"the engine at {self.behind.url} lacks what was learned ({said}); {expected}.")
