@@ -95,7 +95,7 @@ class Models:
         """Resolve the recipe's `auto` settings; returns the ranks per node. All ranks call it."""
         node = agreed_node_size()
         work = Workload.of(self.recipe, self.key_width)
-        if self.shards == 1:  # as well where other ranks than these will evaluate
+        if self.shards == 1 and work.evaluate.engine == "sharded":  # other ranks than these will evaluate
             work = work.evaluated_by("replicas")
         train = resolve_auto(work, self.recipe.data.cuts, self.world, self._samples, node)
         self.recipe = self.recipe.model_copy(update={"train": train})

@@ -32,7 +32,7 @@ from pipeline.serve.refusal import RefusedError
 log = logging.getLogger(__name__)
 PATIENCE_S = 600.0  # for a server that has answered before to come back; loading a large model takes minutes
 RETRY_S = 2.0
-AWAY = (429, 502, 503, 504)  # statuses of a server that will answer later
+AWAY = (429, 500, 502, 503, 504)  # statuses of a server that may answer later; 500 while its engine dies
 
 
 class VllmServer:

@@ -19,7 +19,7 @@ from pipeline.check.sequence import check
 from pipeline.cli.commands import app
 from pipeline.config.recipe import Recipe
 from pipeline.errors import EXIT_USER, UserError
-from pipeline.sequence import vllm_server
+from pipeline.sequence import models, vllm_server
 from pipeline.sequence.opened import require_fitting
 from pipeline.sequence.run import run_sequence
 from tests.e2e.conftest import MakeRecipe, recipe_on
@@ -72,6 +72,20 @@ def test_every_evaluation_of_a_run_is_that_of_a_replica_and_is_reused(
     assert found == replicas_of(recipe, prepared, tmp_path / "one")
     run_sequence(recipe)  # nothing is left to answer
     assert len(engine.questions()) == asked and predictions(recipe.run_path) == found
+
+
+def test_the_ranks_load_no_model_to_evaluate_with(
+    prepared: Path, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_at(engine.url, prepared, tmp_path)
+    run_sequence(recipe, stages="train")
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(models, "load_lmm", load)
+    run_sequence(recipe, stages="evaluate")
+    assert predictions(recipe.run_path) and engine.questions()
 
 
 def test_sets_with_weights_are_sent_multiplied(prepared: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The token that marks where the vectors of a request go: prompt sets that travel as a part of a chat message.
 
-vLLM prints a part of the type `prompt_embeds` as this token, which it adds to the vocabulary itself, but has no row of
-the embedding table for where the table is full; it then refuses every such request.
+vLLM prints a part of the type `prompt_embeds` as this token, which it adds to the vocabulary itself, and refuses every
+such request where the embedding table has no row for it (docs/design.md 7.8).
 """
 
 from __future__ import annotations
