@@ -1,240 +1,177 @@
-"""A task from the user's own data: converts a folder of images and a table of questions and answers to CoIN layout."""
+"""A task from the user's own data: converts a table of questions and answers, and its images, to CoIN layout.
+
+The table is read twice, and no more of it is kept than a hash for each image and each question: first everything is
+checked and the split is drawn, then images and entries are written.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from data_prep.sources.image_files import UnreadableError, read_image, why_missing
-from data_prep.sources.text_files import Fault, column, csv_rows, lines_of, read_text
+from data_prep.own_rows import Checked, Rows, reading_of
+from data_prep.own_split import Plan
+from data_prep.own_split import plan as draw
+from data_prep.tables.open import Reading, open_table
 from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
 from pipeline.config.task_file import TASK_FILE
-from pipeline.errors import UserError, UserErrors, nearest, require_extras
-from pipeline.files.atomic import write_json
+from pipeline.errors import UserError, nearest, require_extras
+from pipeline.files.atomic import remove_folder, sweep_temporaries, temporary_of, write_json
 from pipeline.metrics.scoring import metric_names
 
-COLUMNS = ("image", "question", "answer")
-LIKE_IMAGE = ("image", "img", "picture", "photo", "file", "path")  # parts of other names for the column `image`
-SHOWN_FAULTS = 20  # lines that an error message lists
-FEWEST = 4  # samples that are needed for two splits
+SHOWN = 10  # samples on the sheet
 
 
 @dataclass(frozen=True)
-class Row:
-    """One checked line of the table; `image` is a path relative to the folder of images, None for no image."""
-
-    line: int
-    image: str | None
-    question: str
-    answer: str
-    content: str = ""  # hash of the image's bytes
-
-
-def make_task(
-    name: str,
-    images: Path,
-    table: Path,
-    root: Path,
-    test_share: float = 0.2,
-    metric: str = "exact_ci",
-    max_new_tokens: int = 16,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Write `root`/instructions/`name`/{train,test,task}.json, copies of the images, and a sheet of ten samples.
-
-    All samples of one image are in the same split. Raises UserError, or UserErrors with a message per line of the
-    table, for data that cannot be used; nothing is written then.
+class NewTask:
+    """What a new task is called, and how its answers are scored.
 
     Args:
         name: name of the task.
-        images: folder at which the table's image paths start.
-        table: CSV with a header, or JSONL; the fields are image, question and answer.
         root: folder in CoIN layout that gets the task.
-        test_share: share of the samples for the test split.
         metric: the task's metric.
         max_new_tokens: longest answer in tokens.
+        test_share: share of the samples for the test split, where the table has no splits.
         seed: for the assignment of images to splits.
     """
-    if metric not in metric_names():
-        known = ", ".join(metric_names())
-        raise UserError(f"unknown metric '{metric}'; expected one of {known}.{nearest(metric, metric_names())}")
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UserError(f"'{name}' cannot name a task; expected {NAME_LETTERS}.")
-    target = root / "instructions" / name
-    if target.exists():
-        raise UserError(f"{target} is there already; choose another name or --root, or remove that folder.")
-    if not images.is_dir():
+
+    name: str
+    root: Path
+    metric: str = "exact_ci"
+    max_new_tokens: int = 16
+    test_share: float = 0.2
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the task's text files."""
+        return self.root / "instructions" / self.name
+
+    @property
+    def images(self) -> Path:
+        """The folder of the task's images."""
+        return self.root / "images" / self.name
+
+
+def make_task(task: NewTask, images: Path | None, table: Path, reading: Reading | None = None) -> dict[str, Any]:
+    """Write `root`/instructions/`name`/{train,test,task}.json, copies of the images, and a sheet of ten samples.
+
+    All samples of one image are in the same split; splits that a dataset comes with are kept. Raises UserError, or
+    UserErrors with a message per line of the table, for data that cannot be used; nothing is written then.
+
+    Args:
+        task: the new task.
+        images: folder at which the table's image paths start; None where images are in the table.
+        table: file or dataset folder as `open_table` reads it.
+        reading: how the table is read, as `reading_of` makes it; None: by its header alone.
+    """
+    _refuse_wrong(task)
+    if images is not None and not images.is_dir():
         raise UserError(
             f"--images: '{images}' is no folder; expected the folder that the table's image paths start at."
         )
     require_extras("report")  # matplotlib, for the sheet; raised before anything is written
-    rows = _checked(images, table)
-    test = _test_rows(rows, test_share, seed)
-    splits = {"train": [row for row in rows if row not in test], "test": [row for row in rows if row in test]}
-    for row in rows:
-        if row.image is not None:
-            copy = root / "images" / name / row.image
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes((images / row.image).read_bytes())
-    target.mkdir(parents=True)
-    for split, members in splits.items():
-        write_json(target / f"{split}.json", [_entry(name, row, split) for row in members])
-    write_json(target / TASK_FILE, {"name": name, "metric": metric, "max_new_tokens": max_new_tokens})
+    rows = Rows(open_table(table, reading or reading_of()), images)
+    plan = draw(rows, task.test_share, task.seed)
+    sweep_temporaries(task.folder.parent)
+    staged = temporary_of(task.folder)
+    staged.mkdir(parents=True)
+    try:
+        written = _write(rows, task, plan, staged)
+        write_json(
+            staged / TASK_FILE, {"name": task.name, "metric": task.metric, "max_new_tokens": task.max_new_tokens}
+        )
+        staged.rename(task.folder)
+    except BaseException:
+        remove_folder(staged)
+        raise
     from data_prep.sheet import draw_sheet  # here: matplotlib, which is slow to import, only for a table that is right
 
-    sheet = draw_sheet(
-        [(images / row.image if row.image else None, row.question, row.answer) for row in _spread(rows, 10)],
-        root / "sheets" / f"{name}.png",
-    )
+    shown = [(task.images / image if image else None, question, answer) for image, question, answer in written.shown]
     return {
-        "task": name,
-        "root": str(root),
-        "train": len(splits["train"]),
-        "test": len(splits["test"]),
-        "pictures": len({row.image for row in rows} - {None}),
-        "answers": len({row.answer for row in rows}),
-        "metric": metric,
-        "sheet": str(sheet),
-        **_long_answers(splits["test"], max_new_tokens),
+        "task": task.name,
+        "root": str(task.root),
+        "train": written.counts["train"],
+        "test": written.counts["test"],
+        "pictures": len(written.copied),
+        "answers": len(written.answers),
+        "metric": task.metric,
+        "sheet": str(draw_sheet(shown, task.root / "sheets" / f"{task.name}.png")),
+        **plan.shared_images(table),
+        **_long_answers(written, task.max_new_tokens),
     }
 
 
-def _long_answers(test: list[Row], most: int) -> dict[str, str]:
-    """A warning about test answers of more than `most` tokens, counted in words, as a word has at least one token."""
-    words = [len(row.answer.split()) for row in test]
-    over = sum(count > most for count in words)
-    if not over:
-        return {}
-    return {
-        "long_answers": (
-            f"{over} of {len(words)} test answers have more words than the {most} tokens of max_new_tokens (the "
-            f"longest {max(words)} words), so they cannot be answered in full; set --max-new-tokens higher."
+def _refuse_wrong(task: NewTask) -> None:
+    if task.metric not in metric_names():
+        known = ", ".join(metric_names())
+        raise UserError(
+            f"unknown metric '{task.metric}'; expected one of {known}.{nearest(task.metric, metric_names())}"
         )
-    }
+    if not re.fullmatch(NAME_PATTERN, task.name):
+        raise UserError(f"'{task.name}' cannot name a task; expected {NAME_LETTERS}.")
+    if task.folder.exists():
+        raise UserError(f"{task.folder} is there already; choose another name or --root, or remove that folder.")
 
 
-def _checked(images: Path, table: Path) -> list[Row]:
-    """The rows of the table, their images decoded as a check; UserErrors that name every line that cannot be used."""
-    rows, faults = list[Row](), list[str]()
-    known: dict[str, tuple[str, str]] = {}  # by the path in the table: the path in the folder, and the hash
-    inside = images.resolve()
-    for line, record in _records(table):
-        where = f"{table}, line {line}"
-        if isinstance(record, Fault):
-            faults.append(record.sentence)
-            continue
-        texts = {}
-        for name in COLUMNS:
-            try:
-                texts[name] = _text(record.get(name))
-            except UserError as error:
-                faults.append(f"{where}: {name} is {error}.")
-        if len(texts) < len(COLUMNS):
-            continue
-        missing = [name for name in ("question", "answer") if not texts[name]]
-        if missing:
-            faults.append(f"{where} has no {' and no '.join(missing)}; add it or remove the line.")
-            continue
-        image = texts["image"]
-        if image and image not in known:
-            try:
-                path = (images / image).resolve()
-                if not path.is_relative_to(inside):
-                    faults.append(f"{where}: the image '{image}' is outside {images}; expected a path inside it.")
-                    continue
-                why = None if path.is_file() else why_missing([images], image) or "does not exist. Put it there."
-                encoded = b"" if why else read_image(path)
-            except (OSError, ValueError) as error:  # the name is too long or has a null byte
-                why = f"cannot be read ({error}). Correct the path."
-            except UnreadableError as error:
-                why = str(error)
-            if why is not None:
-                faults.append(f"{where}: the image '{image}' {why}")
-                continue
-            known[image] = (path.relative_to(inside).as_posix(), hashlib.sha256(encoded).hexdigest())
-        place, content = known.get(image, (None, ""))
-        rows.append(Row(line, place, texts["question"], texts["answer"], content))
-    if faults:
-        more = len(faults) - SHOWN_FAULTS
-        raise UserErrors([*faults[:SHOWN_FAULTS], *([f"And {more} more lines."] if more > 0 else [])])
-    if len(rows) < FEWEST:
-        raise UserError(f"{table} has {len(rows)} samples; expected at least {FEWEST}, to train and to test with.")
-    return rows
+@dataclass
+class Written:
+    """What has been written of a task."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    copied: set[str] = field(default_factory=set)
+    answers: set[int] = field(default_factory=set)  # hashes
+    shown: list[tuple[str | None, str, str]] = field(default_factory=list)
+    words: Counter[int] = field(default_factory=Counter)  # test answers by their number of words
 
 
-def _records(table: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
-    """Line number and fields of every record of a CSV or JSONL file."""
-    text = read_text(table)
-    if table.suffix.lower() not in (".jsonl", ".ndjson") and not text.lstrip().startswith("{"):
-        for number, row in csv_rows(table, ("question", "answer"), ("image",)):
-            if isinstance(row, dict):
-                _require_image_field(str(table), list(row))
-            yield number, row
-        return
-    for number, line in lines_of(table):
-        where = f"{table}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON ({error}); expected one object a line.") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where} holds no object; expected {{image, question, answer}}, one object a line.")
-        names = [column(name, COLUMNS) for name in record]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{where} has {twice} more than once. Keep one of them.")
-        fields = dict(zip(names, record.values(), strict=True))
-        _require_image_field(where, names)
-        yield number, fields
+def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
+    """Write images and entries of all rows; the two arrays of entries are written one entry at a time."""
+    done = Written()
+    step = max(1, plan.samples // SHOWN)
+    with (
+        (folder / "train.json").open("w", encoding="utf-8") as train,
+        (folder / "test.json").open("w", encoding="utf-8") as test,
+    ):
+        files: dict[str, IO[str]] = {"train": train, "test": test}
+        for part in dict.fromkeys(plan.parts.values()):
+            for row in rows.checked(part):
+                split = plan.split_of(part, row)
+                number = done.counts.total()
+                if row.image is not None and row.image not in done.copied:
+                    _copy(row, task.images / row.image)
+                    done.copied.add(row.image)
+                entry = json.dumps(_entry(task.name, row, split), indent=2, ensure_ascii=False)
+                files[split].write(("[" if not done.counts[split] else ",") + "\n" + entry)
+                done.counts[split] += 1
+                done.answers.add(hash(row.answer))
+                if split == "test":
+                    done.words[len(row.answer.split())] += 1
+                if number % step == 0 and len(done.shown) < SHOWN:
+                    done.shown.append((row.image, row.question, row.answer))
+        for file in files.values():
+            file.write("\n]\n")
+    if done.counts.total() != plan.samples or not all(done.counts[split] for split in files):
+        raise UserError(f"{rows.table.path} has changed while it was read; repeat the command when it is complete.")
+    return done
 
 
-def _text(value: Any) -> str:
-    """A field as text; "" for an empty cell, which pandas writes as NaN. UserError for anything but one value."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{type(value).__name__}, expected text or a number")
-    return str(value).strip()
+def _copy(row: Checked, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(row.source, bytes):
+        target.write_bytes(row.source)
+    elif row.source is not None and not (target.exists() and target.samefile(row.source)):
+        shutil.copyfile(row.source, target)
 
 
-def _require_image_field(where: str, found: list[str]) -> None:
-    """Raise UserError when there is no field `image` but one with a similar name."""
-    if "image" in found:
-        return
-    for name in found:
-        if name not in COLUMNS and (nearest("image", [name]) or any(part in name.lower() for part in LIKE_IMAGE)):
-            raise UserError(
-                f"{where} has '{name}' and no image; did you mean image? Rename '{name}' to image, or remove it if the "
-                "questions stand alone."
-            )
-
-
-def _test_rows(rows: list[Row], share: float, seed: int) -> set[Row]:
-    """About `share` of the rows, drawn by images, so that no image is both in training and in test."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.content or f"text {row.question}", []).append(row)
-    if len(groups) < 2:
-        raise UserError("all samples show the same image; expected at least two images, one to train and one to test.")
-    order = sorted(groups)
-    random.Random(seed).shuffle(order)
-    chosen: set[Row] = set()
-    for key in order[:-1]:  # at least one image is left for training
-        if chosen and len(chosen) >= share * len(rows):
-            break
-        chosen.update(groups[key])
-    return chosen
-
-
-def _entry(name: str, row: Row, split: str) -> dict[str, Any]:
+def _entry(name: str, row: Checked, split: str) -> dict[str, Any]:
     image = {} if row.image is None else {"image": f"images/{name}/{row.image}"}
-    identity = f"{name}-{row.line}"
+    identity = f"{name}-{row.number}"
     if split == "test":
         return {"question_id": identity, **image, "text": row.question, "answer": row.answer}
     asked = f"<image>\n{row.question}" if image else row.question
@@ -242,7 +179,15 @@ def _entry(name: str, row: Row, split: str) -> dict[str, Any]:
     return {"id": identity, **image, "conversations": turns}
 
 
-def _spread(rows: list[Row], count: int) -> Iterable[Row]:
-    """`count` rows, evenly spaced over the table."""
-    step = max(1, len(rows) // count)
-    return rows[::step][:count]
+def _long_answers(written: Written, most: int) -> dict[str, str]:
+    """A warning about test answers of more than `most` tokens, counted in words, as a word has at least one token."""
+    over = sum(count for words, count in written.words.items() if words > most)
+    if not over:
+        return {}
+    return {
+        "long_answers": (
+            f"{over} of {written.counts['test']} test answers have more words than the {most} tokens of max_new_tokens "
+            f"(the longest {max(written.words)} words), so they cannot be answered in full; set --max-new-tokens "
+            "higher."
+        )
+    }

@@ -24,6 +24,7 @@ EXTRAS = {
     "train": ("deepspeed", "pyarrow", "webdataset"),
     "track": ("mlflow",),
     "report": ("matplotlib",),
+    "tables": ("openpyxl",),  # and pyarrow, which `train` has too
     "serve": ("httpx2", "starlette", "uvicorn"),
     "captions": ("pycocoevalcap",),
     "demo": ("sklearn",),

@@ -18,7 +18,7 @@ from data_prep.bad_records import BadRecord
 from data_prep.parallel import ordered_map
 from data_prep.sources.image_files import IMAGE_SUFFIXES, UnreadableError, read_image, why_missing
 from data_prep.sources.image_states import image_states
-from data_prep.sources.text_files import Fault, csv_rows
+from data_prep.sources.text_files import Columns, Fault, csv_rows
 from pipeline.clip.images.classes import LabelledImage, Splits, refuse_twice
 from pipeline.data.origin import Origin
 from pipeline.data.sample import Sample
@@ -110,7 +110,7 @@ def read_csv(path: Path) -> Splits:
     if not path.is_file():
         raise UserError(f"There is no file {path}; expected a CSV file with the columns {', '.join(COLUMNS)}.")
     rows = []
-    for line, row in csv_rows(path, COLUMNS):
+    for line, row in csv_rows(path, Columns(COLUMNS)):
         if isinstance(row, Fault):
             raise UserError(row.sentence)
         rows.append((line, [row[column].strip() for column in COLUMNS]))

@@ -107,5 +107,6 @@ def _instructions_missing(root: Path, tasks: list[str], benchmark: BenchmarkDown
     return (
         f"{sentence} {benchmark.name}'s are the {folder}https://huggingface.co/datasets/{benchmark.repository}: "
         f"run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`{rename}; "
-        "or set data.root to the folder that has them."
+        f"or set data.root to the folder that has them. `python -m data_prep download {benchmark.name.lower()} --root "
+        f"{root}` fetches them, and of the images what needs no account."
     )

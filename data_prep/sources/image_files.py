@@ -31,13 +31,18 @@ def read_image(path: Path) -> bytes:
         encoded = path.read_bytes()
     except OSError as error:
         raise UnreadableError(f"cannot be read ({error.strerror or error}). Restore the file.") from error
+    check_image(encoded)
+    return encoded
+
+
+def check_image(encoded: bytes) -> None:
+    """Decode the bytes of an image file as a check; raises UnreadableError with the reason."""
     try:
         decode_image(encoded)
     except Exception as error:  # PIL raises a dozen types of errors for damaged files
         found = str(error) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         advice = "Save it as JPEG." if is_heic(encoded) else "Fetch the file again."
         raise UnreadableError(f"cannot be decoded ({found}). {advice}") from error
-    return encoded
 
 
 def why_missing(folders: Sequence[Path], image: str) -> str | None:

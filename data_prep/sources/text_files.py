@@ -7,10 +7,11 @@ Excel saves CSV in cp1252, and scraped text holds U+2028, which `str.splitlines`
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,12 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
-    if content.startswith(_SPREADSHEET):
-        raise UserError(f"{path} is a spreadsheet or an archive, expected text. Save the table as CSV in UTF-8.")
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, expected UTF-8. Save it as UTF-8 (in Excel: 'CSV UTF-8').")
+    _refuse_start(path, content)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line} holds the byte 0x{content[error.start]:02x}, which is not UTF-8 (an older encoding "
-            "such as cp1252?). Save the file as UTF-8 (in Excel: 'CSV UTF-8')."
-        ) from None
+        raise UserError(_not_utf_8(path, line, content[error.start])) from None
 
 
 def read_json(path: Path, expected: str, advice: str = "Restore the file.") -> Any:
@@ -48,9 +43,38 @@ def read_json(path: Path, expected: str, advice: str = "Restore the file.") -> A
         raise UserError(f"{path} is not valid JSON ({error}); expected {expected}. {advice}") from None
 
 
+def text_lines(path: Path, end: str = "") -> Iterator[str]:
+    """Yield a file's lines with their ends, without a byte order mark and without reading it whole.
+
+    `end` is as in `open`: "" for all three kinds of line ends, "\\n" for line feeds alone. Raises UserError as
+    `read_text` does.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=end) as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except UnicodeDecodeError:
+        refuse_encoding(path)
+        raise
+
+
+def refuse_encoding(path: Path) -> None:
+    """Raise UserError for a file that is not UTF-8 text, with the first line that is not."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                _refuse_start(path, line)
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf_8(path, number, line[error.start])) from None
+
+
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Yield number and content of the lines that are not blank; only a line feed ends a line."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    refuse_start(path)
+    for number, line in enumerate(text_lines(path, "\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
@@ -62,59 +86,144 @@ class Fault:
     sentence: str
 
 
-def csv_rows(
-    path: Path, needed: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[int, dict[str, str] | Fault]]:
-    """Yield line number and fields of each row of a CSV table, by the names in its header as `column` spells them.
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read of a table.
 
-    A row with more or fewer fields than the header, as an unquoted comma causes, is a `Fault`. Raises UserError for a
-    header that lacks a `needed` column or has one twice, and for a quote that is not closed.
+    Args:
+        needed: names without which a table is refused.
+        optional: further names.
+        called: the table's own names, by those of `needed` and `optional`, where they are others.
+        option: how a user says them; "" where that is not possible.
     """
-    text, names = read_text(path), (*optional, *needed)
-    columns = f"{', '.join(names[:-1])} and {names[-1]}"
-    if text.lstrip().startswith("["):
-        raise UserError(f"{path} holds a JSON array; expected CSV with the columns {columns}, or one object a line.")
-    reader = csv.reader(io.StringIO(text, newline=""))
+
+    needed: Sequence[str]
+    optional: Sequence[str] = ()
+    called: Mapping[str, str] = field(default_factory=dict)
+    option: str = ""
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All names, the optional ones first."""
+        return (*self.optional, *self.needed)
+
+    @property
+    def listed(self) -> str:
+        """All names as a message lists them."""
+        return f"{', '.join(self.known[:-1])} and {self.known[-1]}"
+
+    def spelled(self, header: Iterable[str]) -> list[str]:
+        """The names of a header: known ones whatever their case and outer blanks, else as they are written.
+
+        A column that `called` names gets the name it stands for, and another column of that name gets none.
+        """
+        ours = {theirs: name for name, theirs in self.called.items()}
+        found = []
+        for written in header:
+            name = written.strip()
+            plain = name.lower()
+            if name in ours:
+                found.append(ours[name])
+            elif plain in self.known:
+                found.append("" if plain in self.called else plain)
+            else:
+                found.append(name)
+        return found
+
+    def require(self, where: str, header: Sequence[str], place: str = "a first line that names") -> None:
+        """Raise UserError for a header as `spelled` returns it that lacks a needed column or has one twice.
+
+        `where` names the table, `place` says what names its columns.
+        """
+        twice = sorted({name for name in header if name and header.count(name) > 1})
+        if twice:
+            raise UserError(f"{where} has the column {twice[0]} more than once. Keep one of them.")
+        written = f"{where} has the columns {shown(', '.join(name for name in header if name)) or '(none)'}"
+        for name, theirs in self.called.items():
+            if name not in header:
+                raise UserError(f"{written}; expected '{theirs}', which {self.option} names.{nearest(theirs, header)}")
+        lacking = [name for name in self.needed if name not in header]
+        if not lacking:
+            return
+        close = next((other for other in header if other not in self.needed and nearest(lacking[0], [other])), None)
+        option = f", or {self.option} {lacking[0]}={close or 'NAME'}" if self.option else ""
+        advice = f"Write {lacking[0]} in place of {close}{option}." if close else f"Add '{lacking[0]}'{option}."
+        raise UserError(f"{written}; expected {place} {self.listed}. {advice}")
+
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_TOLD = re.compile(r"sep=([,;]|\t)")
+
+
+def csv_rows(
+    path: Path, columns: Columns, separator: str | None = None
+) -> Iterator[tuple[int, dict[str, str] | Fault]]:
+    """Yield line number and fields of each row of a CSV table, by the names in its header as `columns` spells them.
+
+    `separator` is one of SEPARATORS; None: the one by which the header has most of the columns. A row with more or
+    fewer fields than the header, as an unquoted comma causes, is a `Fault`. Raises UserError as `Columns.require`
+    does, and for a quote that is not closed.
+    """
+    refuse_start(path)
+    lines = text_lines(path)
+    first = next(lines, "")
+    told = _TOLD.fullmatch(first.strip())  # a line that Excel reads, and some programs write, above the header
+    if told is None:
+        lines = itertools.chain([first], lines)
+    if separator is None:
+        separator = told[1] if told else separator_of(first, columns)
+    reader, before = csv.reader(lines, delimiter=separator), int(told is not None)
     try:
-        header = [column(name, names) for name in next(reader, [])]
-        _check_header(path, header, needed, columns)
+        header = columns.spelled(next(reader, []))
+        columns.require(str(path), header)
         for row in reader:
             if not any(field.strip() for field in row):
                 continue
+            line = before + reader.line_num
             if len(row) == len(header):
-                yield reader.line_num, dict(zip(header, row, strict=True))
+                yield line, dict(zip(header, row, strict=True))
                 continue
-            found = f"{path}, line {reader.line_num} has {len(row)} fields, the header has {len(header)}"
-            yield reader.line_num, Fault(f"{found}; put text that holds a comma in double quotes.")
+            found = f"{path}, line {line} has {len(row)} fields, the header has {len(header)}"
+            yield line, Fault(f"{found}; put text that holds a {SEPARATORS[separator]} in double quotes.")
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num} cannot be read ({error}); expected {columns} in CSV. Look for a "
-            "quote that is not closed."
+            f"{path}, line {before + reader.line_num} cannot be read ({error}); expected {columns.listed} in CSV. Look "
+            "for a quote that is not closed."
         ) from None
 
 
-def column(name: str, known: Sequence[str]) -> str:
-    """The name of a column: a known one without regard to case and outer blanks, else as it is written."""
-    name = name.strip()
-    return name.lower() if name.lower() in known else name
+def separator_of(header: str, columns: Columns) -> str:
+    """The separator by which a table's first line has most of the columns, and else most fields; the comma if all
+    are equal."""
+
+    def known_and_all(mark: str) -> tuple[int, int]:
+        names = columns.spelled(next(csv.reader([header], delimiter=mark), []))
+        return sum(name in columns.known for name in names), len(names)
+
+    return max(SEPARATORS, key=known_and_all)
 
 
-def _check_header(path: Path, header: list[str], needed: Sequence[str], columns: str) -> None:
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    if twice:
-        raise UserError(f"{path} has the column {twice[0]} more than once. Keep one of them.")
-    lacking = [name for name in needed if name not in header]
-    if not lacking:
-        return
-    separator = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
-    if separator is not None:
-        name = {";": "semicolons", "\t": "tabs"}[separator]
-        raise UserError(f"{path} is separated by {name}; expected commas between {columns}. Save it so.")
-    close = next((other for other in header if other not in needed and nearest(lacking[0], [other])), None)
-    advice = f"Write {lacking[0]} in place of {close}." if close else f"Add '{lacking[0]}'."
-    raise UserError(
-        f"{path} has the columns {shown(', '.join(header)) or '(none)'}; expected a first line that names {columns}. "
-        f"{advice}"
+def refuse_start(path: Path) -> None:
+    """Raise UserError for a file that cannot be read, a spreadsheet or archive, and UTF-16, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
+    _refuse_start(path, start)
+
+
+def _refuse_start(path: Path, content: bytes) -> None:
+    if content.startswith(_SPREADSHEET):
+        raise UserError(f"{path} is a spreadsheet or an archive, expected text. Save the table as CSV in UTF-8.")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16, expected UTF-8. Save it as UTF-8 (in Excel: 'CSV UTF-8').")
+
+
+def _not_utf_8(path: Path, line: int, byte: int) -> str:
+    return (
+        f"{path}, line {line} holds the byte 0x{byte:02x}, which is not UTF-8 (an older encoding "
+        "such as cp1252?). Save the file as UTF-8 (in Excel: 'CSV UTF-8')."
     )
 
 

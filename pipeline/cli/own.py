@@ -18,15 +18,16 @@ from pipeline.files.paths import command
 from pipeline.runs.layout import stage_folder
 
 if TYPE_CHECKING:
-    from data_prep import own_task
+    from data_prep import own_rows, own_task
     from pipeline.runs import folder as folders
     from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
     from pipeline.sequence import add_task, learned
 else:
-    own_task, folders, effects, add_task, learned = map(
+    own_rows, own_task, folders, effects, add_task, learned = map(
         lazy,
         (
+            "data_prep.own_rows",
             "data_prep.own_task",
             "pipeline.runs.folder",
             "pipeline.sequence.add_effect",
@@ -39,8 +40,22 @@ else:
 
 def new_task(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the task.")],
-    images: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the image paths start at.")],
-    samples: Annotated[Path, typer.Option(metavar="FILE", help="CSV or JSONL with image, question, answer.")],
+    samples: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="CSV, JSON, .xlsx, Parquet or dataset folder: image, question, answer."),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder that image paths start at; left out for images in the table."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN,...", help="The table's own names, such as image=photo,answer=label."),
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Of CSV: comma, semicolon or tab; found by the header if left out.")
+    ] = None,
+    sheet: Annotated[str | None, typer.Option(help="Of a workbook with several.")] = None,
     root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the task is written.")] = Path("data/own"),
     test_share: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the samples to test with.")] = 0.2,
     metric: Annotated[str, typer.Option(help="How answers are scored.")] = "exact_ci",
@@ -49,7 +64,8 @@ def new_task(
     as_json: AsJson = False,
 ) -> None:
     """Make a task from a folder of images and a table of questions and answers, and draw ten of its samples."""
-    made = own_task.make_task(name, images, samples, root, test_share, metric, max_new_tokens, seed)
+    task = own_task.NewTask(name, root, metric, max_new_tokens, test_share, seed)
+    made = own_task.make_task(task, images, samples, own_rows.reading_of(columns or (), separator, sheet))
     if not made["pictures"]:
         typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
     show({**made, "next": command("add", "RUN", name, "--root", root)}, as_json)

@@ -15,7 +15,7 @@ from data_prep.nano import CHECKPOINTS
 from data_prep.nano.__main__ import app
 from data_prep.nano.example import write_example
 from data_prep.nano.tasks import TASKS
-from data_prep.own_task import make_task
+from data_prep.own_task import NewTask, make_task
 from pipeline.errors import EXIT_USER
 
 
@@ -54,7 +54,7 @@ def test_example_writes_a_folder_of_pictures_and_a_table_that_become_a_task(tmp_
     pictures, table = tmp_path / "mine" / "photos", tmp_path / "mine" / "shelf.csv"
     with Image.open(pictures / "040.png") as picture:
         assert picture.size == (48, 48)
-    made = make_task("Shelf", pictures, table, tmp_path / "own")
+    made = make_task(NewTask("Shelf", tmp_path / "own"), pictures, table)
     assert (made["train"] + made["test"], made["pictures"], made["answers"]) == (40, 40, 5)
     again = CliRunner().invoke(app, ["example", str(tmp_path / "mine")])
     assert again.exit_code == EXIT_USER and "is there already; choose another folder" in again.stderr

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_prep.own_task import make_task
+from data_prep.own_task import NewTask, make_task
 from data_prep.sources.coin import read_task
 from pipeline.cli.commands import app
 from pipeline.errors import EXIT_OK, UserError
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, lines: list[str], name: str = "samples.csv", **options: Any) -> dict[str, Any]:
     (folder / name).write_text("\n".join(lines))
-    return make_task("Mine", folder / "photos", folder / name, folder / "own", **options)
+    return make_task(NewTask("Mine", folder / "own", **options), folder / "photos", folder / name)
 
 
 def test_a_csv_table_becomes_a_task_that_the_pipeline_reads(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_task_without_pictures_is_said_to_have_none(folder: Path) -> None:
 def test_a_name_that_a_run_would_refuse_is_refused_at_once(folder: Path, name: str) -> None:
     (folder / "samples.csv").write_text("\n".join(TABLE))
     with pytest.raises(UserError, match="cannot name a task; expected letters, digits"):
-        make_task(name, folder / "photos", folder / "samples.csv", folder / "own")
+        make_task(NewTask(name, folder / "own"), folder / "photos", folder / "samples.csv")
 
 
 def test_copies_of_the_images_stay_in_the_tasks_folder(folder: Path) -> None:
@@ -165,5 +165,5 @@ def test_test_answers_that_cannot_be_generated_whole_are_told(folder: Path) -> N
     count = made["test"]
     assert f"{count} of {count} test answers have more words than the 16 tokens" in made["long_answers"]
     assert "long_answers" not in make_task(
-        "Other", folder / "photos", folder / "samples.jsonl", folder / "own", max_new_tokens=20
+        NewTask("Other", folder / "own", max_new_tokens=20), folder / "photos", folder / "samples.jsonl"
     )

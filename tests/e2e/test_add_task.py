@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.own_task import make_task
+from data_prep.own_task import NewTask, make_task
 from pipeline.cli.commands import app
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
@@ -33,7 +33,7 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
         (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
     table = tmp_path / "mine.csv"
     table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
-    make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
+    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
     refused = CliRunner().invoke(app, ["add", str(run), "Mien", "--root", str(tmp_path / "own")])
     assert refused.exit_code == EXIT_USER and "Did you mean 'Mine'" in refused.stderr
     recipe_before = (run / "config.yaml").read_bytes()
@@ -90,7 +90,7 @@ def mine(tmp_path: Path) -> list[str]:
         (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
     table = tmp_path / "mine.csv"
     table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(8)))
-    make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
+    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
     return ["Mine", "--root", str(tmp_path / "own")]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.own_task import make_task
+from data_prep.own_task import NewTask, make_task
 from data_prep.prepare import prepare
 from pipeline.cli.commands import app
 from pipeline.config.load import load_recipe
@@ -43,7 +43,7 @@ def machine(empty_machine: Path, tmp_path: Path) -> Path:
         (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number, size=(60 + 9 * number, 50)))
     rows = "".join(f"{number}.png,what is it?,thing {number % 3}\n" for number in range(8))
     (tmp_path / "mine.csv").write_text(f"image,question,answer\n{rows}")
-    make_task("Mine", tmp_path / "photos", tmp_path / "mine.csv", tmp_path / "data" / "own", max_new_tokens=4)
+    make_task(NewTask("Mine", tmp_path / "data" / "own", max_new_tokens=4), tmp_path / "photos", tmp_path / "mine.csv")
     return empty_machine
 
 

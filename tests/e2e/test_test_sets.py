@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.own_task import make_task
+from data_prep.own_task import NewTask, make_task
 from pipeline.cli.commands import app
 from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IndexedShards
@@ -86,7 +86,7 @@ def test_only_scoring_reads_the_test_sets(make: Callable[..., Recipe], tmp_path:
         (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
     table = tmp_path / "mine.csv"
     table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
-    make_task("Mine", tmp_path / "photos", table, tmp_path / "own", max_new_tokens=3)
+    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
     add = ("add", str(run), "Mine", "--root", str(tmp_path / "own"))
     readers.clear()
     invoked(*add, "--dry-run")
