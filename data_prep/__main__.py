@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from data_prep import prepare as preparing
     from data_prep import share as share_of
     from data_prep import verify as verifying
+    from data_prep.download import manifest
+    from data_prep.download import progress as shown
+    from data_prep.download import run as downloading
 else:
     preparing, share_of, verifying = lazy("data_prep.prepare"), lazy("data_prep.share"), lazy("data_prep.verify")
+    manifest, downloading = lazy("data_prep.download.manifest"), lazy("data_prep.download.run")
+    shown = lazy("data_prep.download.progress")
 
 app = App(add_completion=False, help=__doc__)
 
@@ -87,6 +92,33 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="a prepared split
     """Check every prepared split under FOLDER: hashes, index, images and keys."""
     for split in verifying.verify_all(folder):
         typer.echo(f"{split}: whole")
+
+
+@app.command("download")
+def download_command(
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="coin or ucit")],
+    tasks: Annotated[str, typer.Option(metavar="TASK,...", help="tasks to fetch; all if left out")] = "",
+    root: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="data.root; by default data/CoIN, data/UCIT")
+    ] = None,
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", envvar="HF_ENDPOINT", help="the Hugging Face Hub, or a mirror of it")
+    ] = "https://huggingface.co",
+    only_list: Annotated[bool, typer.Option("--list", help="say what would be fetched, and from where")] = False,
+) -> None:
+    """Fetch the files of a benchmark's tasks, verify and unpack them; say what has to be fetched by hand."""
+    found = manifest.benchmark_named(benchmark)
+    chosen = found.chosen(task.strip() for task in tasks.split(",") if task.strip())
+    downloads = downloading.Downloads(found, chosen, root or Path("data") / found.title, endpoint.rstrip("/"))
+    if only_list:
+        repository = f"{downloads.endpoint}/datasets/{found.instructions.repository}"
+        lines = [f"{repository}: the instructions of {', '.join(chosen)}", *downloads.files(), *downloads.by_hand()]
+        typer.echo("\n".join(lines))
+        return
+    result = shown.with_progress(downloads)
+    typer.echo(f"{result['root']}: fetched {result['fetched']} files, {result['there']} were there")
+    for sentence in result["by_hand"]:
+        typer.echo(sentence)
 
 
 def main() -> None:
