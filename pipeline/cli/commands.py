@@ -25,7 +25,7 @@ VERBS = {
     ),
     "Look at runs": (looking.report, looking.ls, comparing.compare),
     "Use what was learned": (asking.predict, asking.serve, asking.chat),
-    "Adapters": (sharing.export, sharing.merge, sharing.prune),
+    "Adapters": (sharing.export, sharing.merge, sharing.prune, sharing.from_peft),
     "A task of your own": (own.new_task, own.add),
 }
 

@@ -15,13 +15,14 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.adapter import edit as editing
-    from pipeline.adapter import from_run
+    from pipeline.adapter import from_run, peft_folder
     from pipeline.adapter.vocabulary import export as vocabulary
 else:
     editing, from_run = lazy("pipeline.adapter.edit"), lazy("pipeline.adapter.from_run")
     vocabulary = lazy("pipeline.adapter.vocabulary.export")
+    peft_folder = lazy("pipeline.adapter.peft_folder")
 
-Form = Literal["adapter", "vocabulary", "parts", "lora"]
+Form = Literal["adapter", "vocabulary", "parts", "lora", "peft"]
 
 
 def export(
@@ -33,7 +34,8 @@ def export(
             "--as",
             help="adapter: what was learned, without the frozen model. vocabulary: the frozen model's checkpoint with "
             "prompt sets as special tokens, for any server. parts: that checkpoint without sets, for a vLLM that gets "
-            "their vectors with each request. lora: that checkpoint with a task's low-rank update per folder.",
+            "their vectors with each request. lora: that checkpoint with a task's low-rank update per folder. peft: a "
+            "folder of PEFT's prompt tuning for each set.",
         ),
     ] = "adapter",
     model: Model = None,
@@ -50,6 +52,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the learned pool of all stages as one portable adapter, or a checkpoint with which others answer."""
+    if form == "peft":
+        if push is not None or copy or licence is not None:
+            raise UserError("--push, --copy and --licence are not for --as peft; leave them out.")
+        show(peft_folder.export_peft(run, target, model), as_json)
+        return
     if form != "adapter":
         if push is not None:
             raise UserError(
@@ -65,6 +72,18 @@ def export(
     if push is not None:
         result["pushed"] = editing.push(target, push, public)
     show(result, as_json)
+
+
+def from_peft(
+    adapter: Learned,
+    name: Annotated[str, typer.Argument(metavar="SET", help="The prompt set that gets other vectors.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What PEFT saved of its prompt tuning.")],
+    into: Annotated[Path, typer.Option("--into", metavar="DIR", help="Folder of the new adapter.")],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter in which one prompt set has the vectors of a folder of PEFT's prompt tuning."""
+    show(peft_folder.from_peft(adapter, name, folder, into, model), as_json)
 
 
 def merge(
