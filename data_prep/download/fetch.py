@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.atomic import sha256, sync_folder
 
@@ -76,7 +75,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
 def opened(url: str, patience: Patience, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
     """The response of a server; raises what urllib raises."""
     opener = urllib.request.build_opener(_NoDowngrade)
-    sent = {"User-Agent": f"continual-prompts/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
+    sent = {"User-Agent": "continual-prompts", "Accept-Encoding": "identity", **(headers or {})}
     return opener.open(urllib.request.Request(url, headers=sent, method=method), timeout=patience.timeout_s)
 
 
