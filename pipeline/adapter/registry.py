@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -18,10 +19,13 @@ from pipeline.tracking.tracker import StoredRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
+log = logging.getLogger(__name__)
 CODE = Path(__file__).with_name("mlflow_model.py")
 NEWEST, BEST = "newest", "best"
 CONTENT, TASKS, SCORE = "prompt_sets", "tasks", "last"  # tags of a version
+SCORE_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,15 @@ class Version:
     @property
     def tags(self) -> dict[str, str]:
         """The tags of the version in MLflow."""
-        score = {} if self.score is None else {SCORE: f"{self.score:.4f}"}
+        score = {} if self.score is None else {SCORE: f"{self.score:.{SCORE_DIGITS}f}"}
         return {CONTENT: self.content, TASKS: ", ".join(self.tasks)[:5000], **score}
 
 
-def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> None:
-    """Register a finished run's adapter, unless the model `name` has a version with the same prompt sets."""
+def register_run(stored: StoredRun, run_path: Path, name: str, seed: int, always: bool = True) -> None:
+    """Register a finished run's adapter, unless the model `name` has a version with the same prompt sets.
+
+    Without `always`, only an adapter that is better than all versions with the same tasks (see `is_better`).
+    """
     with tempfile.TemporaryDirectory(prefix="pipeline-adapter-") as folder:
         adapter = Path(folder) / "adapter"
         export(run_path, adapter)
@@ -57,7 +64,17 @@ def register_run(stored: StoredRun, run_path: Path, name: str, seed: int) -> Non
         if not any(version.tags.get(CONTENT) == content for version in known):
             run = read_run(run_path)
             version = Version(name, seed, content, run.tasks, run.metrics().get(SCORE))
+            if not always and not is_better(version, known):
+                log.info("%s is not registered: a version of '%s' has a score that is as high.", run_path, name)
+                return
             register_adapter(stored.client, stored.experiment, stored.run_id, adapter, version)
+
+
+def is_better(version: Version, known: Sequence[ModelVersion]) -> bool:
+    """Whether a version's score is above those of all known versions with the same tasks; true where there are none."""
+    tasks = version.tags[TASKS]
+    scores = [float(other.tags[SCORE]) for other in known if other.tags.get(TASKS) == tasks and other.tags.get(SCORE)]
+    return not scores or (version.score is not None and round(version.score, SCORE_DIGITS) > max(scores))
 
 
 def register_adapter(

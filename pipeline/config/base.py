@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -66,7 +66,11 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: GivenUri | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
     experiment: str | None = Field(None, description="experiment; null: the recipe's name")
-    registry: bool = Field(True, description="true: register a finished run's adapter as a version of a model")
+    registry: bool | Literal["always"] = Field(
+        True,
+        description="true: register a finished run's adapter as a version of a model where its `last` is above that of "
+        "every version with the same tasks; always: register every finished run's; false: none",
+    )
 
     @property
     def extras(self) -> tuple[str, ...]:

@@ -148,6 +148,10 @@ METRICS = {
 }
 
 
+# Metrics that are another one under the name of a paper, or its negative; tables and MLflow leave them out.
+OTHER_NAMES = ("mean_average_accuracy", "forgetting_coin")
+
+
 def summarise(accuracy: Matrix, zero_shot: Row | None = None, ahead: Row | None = None) -> dict[str, float | None]:
     """Return every metric of this module by name, in percent; those that compare with zero-shot need its scores.
 

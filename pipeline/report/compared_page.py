@@ -24,8 +24,9 @@ from pipeline.report.compared import (
     task_rows,
     whole,
 )
-from pipeline.report.figures import COLOURS, MARKERS, STYLE, cell_colours, inline_svg, save
 from pipeline.report.html import write_page
+from pipeline.report.look import COLOURS, GRID, MARKERS, STYLE, cell_style, inline_svg, save
+from pipeline.report.numbers import percent
 
 JSON, MARKDOWN, CSV, FIGURE = "comparison.json", "comparison.md", "comparison.csv", "accuracy_by_stored.png"
 
@@ -53,6 +54,12 @@ def write_comparison(
     write_if_other(folder / CSV, _csv(methods))
     content = {
         "name": name,
+        "contents": [
+            ("top", "Summary"),
+            ("h-methods", "Methods"),
+            ("h-stored", "Accuracy by parameters"),
+            ("h-tasks", "Scores per task"),
+        ],
         "facts": list(facts.items()),
         "columns": COLUMNS,
         "rows": rows(methods),
@@ -61,7 +68,7 @@ def write_comparison(
         "missing": list(missing),
         "figure": Markup(inline_svg(figure, "figure-stored", "Accuracy against stored parameters per task")),
     }
-    return write_page(folder, "comparison.html.j2", {"percent": _percent, "cell": _cell}, content)
+    return write_page(folder, "comparison.html.j2", {"percent": percent, "cell": cell_style}, content)
 
 
 def stored_figure(methods: Sequence[ComparedMethod]) -> Figure:
@@ -90,7 +97,7 @@ def stored_figure(methods: Sequence[ComparedMethod]) -> Figure:
         axes.set_ylim(0, 102)
         axes.set_xlabel("parameters stored per task")
         axes.set_ylabel("last (percent)")
-        axes.grid(color="#e4e7eb", linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         if drawn:
             figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     return figure
@@ -111,12 +118,3 @@ def _csv(methods: Sequence[ComparedMethod]) -> str:
         shown = ["" if number is None else f"{number:.10g}" for number in numbers]
         table.writerow([method.label, " ".join(method.seeds), method.changes_earlier, method.needs_task, *shown])
     return file.getvalue()
-
-
-def _percent(score: float | None) -> str:
-    return "–" if score is None else f"{score:.1f}"
-
-
-def _cell(score: float | None) -> str:
-    background, ink = cell_colours(score)
-    return f"background:{background};color:{ink}"

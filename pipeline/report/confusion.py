@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from pipeline.metrics.continual import routing_costs, routing_loss_per_task
-from pipeline.report.predictions import NEAREST, RIGHT, prepared_samples, routes, routing_shares, thumbnail
+from pipeline.report.predictions import NEAREST, RIGHT, Pictures, prepared_samples, routes, routing_shares
 from pipeline.runs.folder import RunFolder
 
 PAIRS = 10  # of tasks that the page shows with examples
@@ -88,6 +88,7 @@ def _costs(run: RunFolder, task: str, lines: Sequence[Line], told: Mapping[str, 
     gain = [0.0 if own is None else (own.get("score") or 0.0) - (line.get("score") or 0.0) for line, own in pairs]
     chosen = [pairs[place] for place in sorted(range(len(pairs)), key=lambda place: -gain[place])[:EXAMPLES]]
     samples = prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
+    pictures = Pictures(run, task, lines, samples)
     examples = []
     for line, own in chosen:
         sample = samples.get(str(line.get("id")))
@@ -100,7 +101,7 @@ def _costs(run: RunFolder, task: str, lines: Sequence[Line], told: Mapping[str, 
                 "told": None if own is None else own.get("prediction", ""),
                 "right": (line.get("score") or 0) >= RIGHT,
                 "told_right": own is not None and (own.get("score") or 0) >= RIGHT,
-                "image": thumbnail(sample.image) if sample and sample.image else None,
+                **pictures.of(line),
             }
         )
     owns = [own for _, own in pairs if own is not None]

@@ -1,12 +1,7 @@
-"""Figures of runs: accuracy matrix, mean score by stage, forgetting, similarities and losses; others use their style.
-
-Colour is never the only cue: cells show their numbers, lines differ in dash and marker.
-"""
+"""Figures of runs: accuracy matrix, mean score by stage, forgetting, similarities and losses."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,32 +9,23 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-Scores = Sequence[float | None]
+from pipeline.report.look import (
+    COLOURS,
+    DASHES,
+    FAINT,
+    GRID,
+    INK,
+    MARKERS,
+    STYLE,
+    Scores,
+    cell_colours,
+    save,
+)
 
-# Okabe and Ito's palette, safe for the common kinds of colour blindness; black and yellow left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-MARKERS = "osD^vP"
-INK, FAINT, EMPTY = "#1f2933", "#9aa5b1", "#f5f7fa"
-# Cells range from nearly white to a blue on which dark text has the contrast required by WCAG AA.
-LIGHT_CELL, DARK_CELL = (239, 246, 252), (84, 158, 214)
-PNG_DPI = 160
-SMALLEST_SVG = 560  # pixels of width
-SMALLEST_SHARE = 0.7  # of its natural width, below which a wide figure is unreadable
 LOSS_TERMS = {"loss": "total", "loss_lm": "language", "loss_image": "image key", "loss_text": "text key"}
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.parse_math": False,  # names may contain dollar signs
-    "svg.fonttype": "none",  # text as text, so that it can be searched and read by screen readers
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+LEGEND: dict[str, Any] = {"loc": "outside upper left", "frameon": False, "fontsize": 9}  # left: a phone shows it first
 
 
 def matrix_figure(matrix: Mapping[str, Any], path: Path | None = None) -> Figure:
@@ -49,22 +35,25 @@ def matrix_figure(matrix: Mapping[str, Any], path: Path | None = None) -> Figure
         (f"after {task}", row) for task, row in zip(tasks, matrix.get("accuracy") or [], strict=False)
     ]
     rows = [(label, row) for label, row in rows if any(score is not None for score in row)]
-    if matrix.get("zero_shot"):
-        rows.insert(0, ("zero-shot", matrix["zero_shot"]))
+    references = [("majority answer", matrix.get("majority")), ("zero-shot", matrix.get("zero_shot"))]
+    above: list[tuple[str, Scores]] = [(label, scores) for label, scores in references if scores]
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.9 + 0.95 * len(tasks), 1.5 + 0.48 * max(len(rows), 1)), layout="constrained")
+        figure = Figure(figsize=(1.9 + 0.95 * len(tasks), 1.5 + 0.48 * max(len(above + rows), 1)), layout="constrained")
         axes = figure.add_subplot()
-        heatmap(axes, [row for _, row in rows], [label for label, _ in rows], tasks)
+        heatmap(axes, [row for _, row in above + rows], [label for label, _ in above + rows], tasks)
         axes.set_xlabel("score on (percent)")
-        if matrix.get("zero_shot") and len(rows) > 1:
-            axes.axhline(0.5, color="white", linewidth=6)  # separates the frozen model from the stages
+        if above and rows:
+            axes.axhline(len(above) - 0.5, color="white", linewidth=6)  # separates what learned nothing from the stages
     if path is not None:
         save(figure, path)
     return figure
 
 
 def loss_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draw the loss terms over the steps, one panel per stage, all with the same axes."""
+    """Draw the loss terms over the steps, one panel per stage, all with the same axes.
+
+    The losses' axis is logarithmic, because the first ones are many times the last; a term that is 0 has no point.
+    """
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
     with rc_context(STYLE):
@@ -73,22 +62,26 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         panels = [axes for row in grid for axes in row]
         for axes, (stage, log) in zip(panels, curves.items(), strict=False):
             for (term, label), colour, dash in zip(LOSS_TERMS.items(), COLOURS, DASHES, strict=False):
-                points = [(line["step"], line[term]) for line in log if isinstance(line.get(term), int | float)]
+                points = [(line["step"], line[term]) for line in log if (line.get(term) or 0.0) > 0.0]
                 if points:
                     steps, values = zip(*points, strict=True)
                     marker = "o" if len(points) == 1 else None
                     axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.4, marker=marker, label=label)
             axes.set_title(stage, fontsize=10, loc="left")
-            axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.grid(axis="y", color=GRID, linewidth=0.6)
         for axes in panels[len(curves) :]:
             axes.set_visible(False)
         for axes in grid[:, 0]:
-            axes.set_ylabel("loss")
+            axes.set_ylabel("loss (log scale)")
         for axes in panels[max(0, len(curves) - columns) : len(curves)]:
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+        figure.legend(handles, labels, ncols=4, **LEGEND)
     return figure
 
 
@@ -112,8 +105,8 @@ def course_figure(courses: Mapping[str, Scores], tasks: Sequence[str]) -> Figure
         axes.set_ylim(0, 102)
         axes.set_ylabel("mean over tasks seen (percent)")
         axes.set_xlabel("after stage")
-        axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
-        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        figure.legend(ncols=3, **LEGEND)
     return figure
 
 
@@ -152,7 +145,7 @@ def forgetting_figure(
             axes.set_xlim(0.7, len(tasks) + 0.3)
             axes.set_ylim(-4, 104)
             axes.set_xticks(range(1, len(tasks) + 1))
-            axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+            axes.grid(axis="y", color=GRID, linewidth=0.6)
         for axes in panels[len(tasks) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(tasks) - columns) : len(tasks)]:
@@ -163,9 +156,7 @@ def forgetting_figure(
             label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         if found:
-            figure.legend(
-                list(found.values()), list(found), loc="outside upper left", ncols=3, frameon=False, fontsize=9
-            )
+            figure.legend(list(found.values()), list(found), ncols=3, **LEGEND)
     return figure
 
 
@@ -191,6 +182,8 @@ def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]
                 patch_artist=True,
                 manage_ticks=False,
                 medianprops={"color": INK, "linewidth": 1.6},
+                whiskerprops={"color": INK},
+                capprops={"color": INK},
                 boxprops={"facecolor": COLOURS[number] + "55", "edgecolor": INK, "hatch": ("", "////")[number % 2]},
                 label=label,
             )
@@ -198,50 +191,10 @@ def similarity_figure(distributions: Mapping[str, Mapping[str, Sequence[float]]]
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.set_ylabel("true task")
         axes.set_xlabel("similarity")
-        axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+        figure.legend(ncols=2, **LEGEND)
     return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, or in the format of the path's suffix; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
-        figure.savefig(path, dpi=PNG_DPI, facecolor="white")
-    return path
-
-
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """Return a figure as an <svg> element for HTML.
-
-    `name` is unique on the page and prefixes every id in it; `description` is the text for screen readers.
-    """
-    buffer = io.StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": name}):  # a fixed salt makes the ids, and so the report, reproducible
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
-    natural = float(width.group(1)) * 4 / 3 if width else 0.0  # pixels
-    # With a minimum width a narrow screen scrolls the figure instead of shrinking its text.
-    least = min(natural, max(SMALLEST_SVG, SMALLEST_SHARE * natural))
-    size = f"max-width:{natural:.0f}px;min-width:{least:.0f}px" if width else ""
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:100%;{size}"', 1)
-
-
-def cell_colours(score: float | None) -> tuple[str, str]:
-    """Return (background, ink) of a cell for a score in percent, the same in figures and in HTML tables."""
-    if score is None:
-        return EMPTY, FAINT
-    share = min(max(score / 100.0, 0.0), 1.0)
-    mixed = [round(low + (high - low) * share) for low, high in zip(LIGHT_CELL, DARK_CELL, strict=True)]
-    return "#" + "".join(f"{part:02x}" for part in mixed), INK
 
 
 def heatmap(

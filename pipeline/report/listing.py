@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.config.load import run_kind
 from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
+from pipeline.report.numbers import percent
 from pipeline.runs.contents import BenchmarkState, read_json
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import STATE
@@ -77,7 +78,7 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         numeric, named = title in (*shown.values(), "stages"), title in ("run", "method")
         table.add_column(title, justify="right" if numeric else "left", overflow="fold", no_wrap=not named)
     for row in rows:
-        numbers = ["–" if row.get(name) is None else f"{row[name]:.1f}" for name in shown]
+        numbers = [percent(row.get(name)) for name in shown]
         cells = [
             narrow(row["run"], RUN_WIDTH),
             row["method"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,44 @@ from rich.table import Table
 from pipeline.errors import UserError
 from pipeline.metrics.continual import retention_per_task
 from pipeline.report.confusion import confused_pairs, told_rows
-from pipeline.report.figures import (
-    cell_colours,
-    course_figure,
-    forgetting_figure,
-    inline_svg,
-    loss_figure,
-    matrix_figure,
-    save,
-    similarity_figure,
-)
+from pipeline.report.figures import course_figure, forgetting_figure, loss_figure, matrix_figure, similarity_figure
+from pipeline.report.headline import tiles
 from pipeline.report.html import write_page
 from pipeline.report.listing import narrow
+from pipeline.report.look import inline_svg, save
+from pipeline.report.missing import missing
+from pipeline.report.numbers import percent, spread
 from pipeline.report.predictions import examples, routing_shares, similarity_distributions, unfamiliar_shares
 from pipeline.report.routing_figure import MOST, routing_figures
+from pipeline.report.scores import score_rows
+from pipeline.report.settings import all_settings, data_rows, head_facts, main_settings, provenance_facts
 from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.runs.folder import RunFolder, Scores, read_run
+from pipeline.runs.rows import LAST
+from pipeline.runs.rows import score_rows as rows_of
 
 __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
+HEADINGS = (
+    ("h-comparison", "Comparison"),
+    ("h-matrix", "Accuracy matrix"),
+    ("h-forgetting", "Forgetting"),
+    ("h-metrics", "Metrics"),
+    ("h-routing", "Routing"),
+    ("h-training", "Training and cost"),
+    ("h-examples", "Examples"),
+    ("h-settings", "Settings"),
+)
 FIGURES = ("course", "forgetting", "routing", "inserted", "similarity", "losses")
 
 
 def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
     """Write report.html and figures/*.png into the run folder, compared with `others`; returns the page's path.
 
-    A run in progress is reported as far as it is. Raises UserError when a folder is missing or is not a run.
+    A run in progress is reported as far as it is, with a list of what is missing. Raises UserError when a folder is
+    missing or is not a run.
     """
     run = read_run(run_path)
     runs = [run, *(read_run(other) for other in others)]
@@ -49,11 +59,15 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         shown.setdefault(example["task"], []).append(example)
     page = {
         "run": run,
-        "facts": _facts(run),
+        "contents": [("top", "Summary"), *HEADINGS],
+        "tiles": tiles(run, runs),
+        "facts": head_facts(run),
+        "missing": missing(run),
         "header": comparison_header(run.tasks),
         "comparison": comparison_rows(runs),
         "seeds": seed_rows(runs),
         "matrix": _matrix_rows(run),
+        "scores": score_rows(run),
         "metric_runs": [other.name for other in runs],
         "metrics": metric_rows(runs),
         "routing": [(text, run.routing[name]) for name, text in ROUTING_TEXTS.items() if name in run.routing],
@@ -64,14 +78,12 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         "figures": _figures(run, runs),
         "costs": cost_rows(run),
         "examples": shown,
+        "settings": main_settings(run.config),
+        "all_settings": all_settings(run.config),
+        "data": data_rows(run.state),
+        "provenance": provenance_facts(run.state),
     }
-    filters: dict[str, Callable[..., str]] = {
-        "percent": _percent,
-        "cell": _cell_style,
-        "spread": _spread,
-        "amount": _amount,
-    }
-    return write_page(run_path, "report.html.j2", filters, page)
+    return write_page(run_path, "report.html.j2", {}, page)
 
 
 def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:
@@ -98,9 +110,9 @@ def comparison(run_paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def terminal_table(run_paths: Sequence[Path]) -> Table:
-    """Return the comparison of runs: zero-shot and one row per run; tasks, their mean, forgetting, routing in percent.
+    """Return the comparison of runs as a table: majority answer, zero-shot, and one row per run.
 
-    Raises UserError when a folder is missing or is not a run.
+    Columns: tasks, their mean, forgetting, routing, in percent. Raises UserError when a folder is missing or is no run.
     """
     runs = [read_run(path) for path in run_paths]
     if not runs:
@@ -115,7 +127,7 @@ def terminal_table(run_paths: Sequence[Path]) -> Table:
         table.add_column(escape(SHORT_TITLES.get(title, title)), justify="right", no_wrap=True)
     for row in comparison_rows(runs):
         label = narrow(row["name"]) + (f"\n({row['note']})" if row["note"] else "")
-        table.add_row(escape(label), *map(_percent, row["values"]))
+        table.add_row(escape(label), *map(percent, row["values"]))
     for row in seed_rows(runs):
         table.add_row(escape(f"mean of {row['name']}\n± over seeds {row['seeds']}"), *map(_stacked, row["values"]))
     return table
@@ -127,7 +139,7 @@ def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
 
     figures = {}
     if run.last_stage is not None or run.zero_shot is not None:
-        matrix = {"tasks": run.tasks, "accuracy": run.accuracy, "zero_shot": run.zero_shot}
+        matrix = {name: getattr(run, name) for name in ("tasks", "accuracy", "zero_shot", "majority")}
         save(matrix_figure(matrix), run.path / "figures" / "matrix.png")  # the page shows it as a table
     courses = {other.name: other.seen_means() for other in runs if any(m is not None for m in other.seen_means())}
     if courses and len(run.tasks) > 1:
@@ -165,59 +177,14 @@ def _columns(run: RunFolder) -> dict[str, Scores]:
 
 
 def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
-    """Rows of the heatmap: label, scores, and kind (reference, stage or retention)."""
-    rows = [("majority answer", run.majority, "reference")] if run.majority else []
-    rows += [("zero-shot", run.zero_shot, "reference")] if run.zero_shot else []
-    rows += [(f"after {task}", row, "stage") for task, row in zip(run.tasks, run.accuracy, strict=True)]
+    """Rows of the heatmap: label, scores, and kind (reference, stage or last)."""
+    rows = [(row.label, row.scores, row.kind) for row in rows_of(run)]
     if run.last_stage is not None and run.last_stage > 0:
         seen = run.last_stage + 1
         kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
-        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], "retention"))
-    free = run.format_free_scores
-    if free is not None and any(score is not None for score in free):
-        rows.append(("format-free", free, "retention"))
+        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], LAST))
     return rows
 
 
-def _facts(run: RunFolder) -> list[tuple[str, str]]:
-    """Return the facts at the head of the page, without unknown ones."""
-    config, state = run.config, run.state
-    facts = {
-        "recipe": state.get("recipe") or config.get("name"),
-        "method": run.method,
-        "a stage changes of earlier tasks": run.changes_earlier,
-        "seed": config.get("seed"),
-        "status": state.get("status"),
-        "model": config.get("model", {}).get("path"),
-        "keys": config.get("keys", {}).get("path"),
-        "ranks": state.get("world_size"),
-        "started": state.get("started"),
-    }
-    if state.get("skipped"):
-        facts["left out"] = f"{len(state['skipped'])} bad records, listed in run.json"
-    for group in ("timing", "versions"):
-        entries = state.get(group)
-        if isinstance(entries, Mapping):
-            facts[group] = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entries.items())
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def _percent(score: float | None) -> str:
-    return "–" if score is None else f"{score:.1f}"
-
-
-def _spread(value: tuple[float, float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.1f} ± {value[1]:.1f}"
-
-
 def _stacked(value: tuple[float, float] | None) -> str:
-    return _spread(value).replace(" ±", "\n±")
-
-
-def _amount(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def _cell_style(score: float | None) -> str:
-    background, ink = cell_colours(score)
-    return f"background:{background};color:{ink}"
+    return spread(value).replace(" ±", "\n±")

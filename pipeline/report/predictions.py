@@ -6,18 +6,23 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from pipeline.config.method import method_options, of_a_record
 from pipeline.errors import UserError
 from pipeline.methods import make_method
+from pipeline.metrics.boxes import true_box
+from pipeline.report.boxes import METRICS, frames, metric_of, unit_of
 from pipeline.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from pipeline.data.sample import Sample
 
 EXAMPLES = 3  # correct ones and wrong ones per task on the page
 RIGHT = 0.5  # soft scores from this value on are shown as correct
-THUMBNAIL = 128  # pixels of the longer side
+THUMBNAIL, BOXED = 128, 224  # pixels of the longer side; of pictures on which boxes are drawn
 NEAREST, INSERTED = "most similar set (% of samples)", "inserted sets (% of samples)"
 OWN, OTHER = "the task's own set", "most similar other set"
 
@@ -81,6 +86,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
         wrong = [line for line in lines if (line.get("score") or 0) < RIGHT]
         chosen = [(line, False) for line in wrong[:EXAMPLES]] + [(line, True) for line in right[:EXAMPLES]]
         samples = prepared_samples(run, task, [str(line.get("id")) for line, _ in chosen])
+        pictures = Pictures(run, task, lines, samples)
         for line, is_right in chosen:
             sample = samples.get(str(line.get("id")))
             shown.append(
@@ -93,10 +99,37 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
                     "prediction": line.get("prediction", ""),
                     "selected": ", ".join(_with_similarity(run, line)),
                     "unfamiliar": line.get("unfamiliar") is True,
-                    "image": thumbnail(sample.image) if sample and sample.image else None,
+                    **pictures.of(line),
                 }
             )
     return shown
+
+
+class Pictures:
+    """Small pictures of a task's samples; where its metric reads answers as boxes, with the boxes to be drawn on them.
+
+    `lines` are all predictions of the task, `samples` those that are shown, by id.
+    """
+
+    def __init__(self, run: RunFolder, task: str, lines: Sequence[dict[str, Any]], samples: dict[str, Sample]) -> None:
+        self.samples, self.boxed = samples, metric_of(run, task) in METRICS
+        side = BOXED if self.boxed else THUMBNAIL
+        self._small = {name: thumbnail(one.image, side) for name, one in samples.items() if one.image is not None}
+        self._unit: float | None = None
+        if self.boxed:
+            true = {name: true_box(one.answer, one.meta) for name, one in samples.items()}
+            shown = [(box, small[1]) for name, small in self._small.items() if small and (box := true[name])]
+            self._unit = unit_of((str(line.get("answer", "")) for line in lines), shown)
+
+    def of(self, line: dict[str, Any]) -> dict[str, Any]:
+        """`image`, a data URI or None, and `frames`, the expected and the predicted box."""
+        name = str(line.get("id"))
+        small = self._small.get(name)
+        if small is None:
+            return {"image": None, "frames": []}
+        sample, said = self.samples[name], str(line.get("prediction", ""))
+        drawn = frames(sample.answer, sample.meta, said, small[1], self._unit) if self.boxed else []
+        return {"image": small[0], "frames": drawn}
 
 
 def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
@@ -106,7 +139,7 @@ def _with_similarity(run: RunFolder, line: dict[str, Any]) -> list[str]:
     return [f"{name} ({shown[name]:.2f})" if name in shown else str(name) for name in line.get("selected") or []]
 
 
-def prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Any]:
+def prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str, Sample]:
     """Return samples by id from the prepared data; empty where it is not on this machine or was prepared anew."""
     prepared = run.config.get("data", {}).get("prepared")
     if not prepared or not (Path(prepared) / task / "test").is_dir():
@@ -121,18 +154,19 @@ def prepared_samples(run: RunFolder, task: str, ids: Sequence[str]) -> dict[str,
         return {}
 
 
-def thumbnail(encoded: bytes) -> str | None:
-    """Return an image file as a small data URI, None when it cannot be read."""
+def thumbnail(encoded: bytes, side: int = THUMBNAIL) -> tuple[str, tuple[int, int]] | None:
+    """Return an image file as a small data URI with the size of the original; None when it cannot be read."""
     from pipeline.data.pictures import decode_image  # deferred: imports Pillow, not needed without pictures
 
     try:
         small = decode_image(encoded)
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        size = small.size
+        small.thumbnail((side, side))
     except Exception:  # Pillow raises many kinds for damaged files
         return None
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), size
 
 
 def routes(run: RunFolder) -> bool:

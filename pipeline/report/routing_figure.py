@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.report.figures import EMPTY, INK, STYLE, cell_colours, heatmap
+from pipeline.report.figures import heatmap
+from pipeline.report.look import EMPTY, INK, STYLE, cell_colours
 
 Shares = Mapping[str, Mapping[str, float]]  # true task -> set -> percent
 

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from pipeline.files.paths import command
 from pipeline.report.listing import narrow
-from pipeline.runs.folder import RunFolder, Scores, read_run
+from pipeline.report.numbers import percent
+from pipeline.runs.folder import RunFolder, read_run
 from pipeline.runs.layout import CONFIG, REPORT
+from pipeline.runs.rows import score_rows
 
 NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing", "routing_loss": "lost to routing"}
 
@@ -38,15 +40,8 @@ def matrix_table(run: RunFolder) -> Table:
     table.add_column("", overflow="fold")
     for task in run.tasks:
         table.add_column(escape(task), justify="right", overflow="fold")
-    rows: list[tuple[str, Scores | None]] = [("majority answer", run.majority), ("zero-shot", run.zero_shot)]
-    rows.append(("zero-shot, format-free", run.format_free.get("zero_shot")))
-    rows += [(f"after {task}", row) for task, row in zip(run.tasks, run.accuracy, strict=True)]
-    rows.append(("the same, task told", run.told_scores))
-    if run.last_stage is not None:
-        rows.append(("the same, format-free", run.format_free_scores))
-    for label, scores in rows:
-        if scores and any(score is not None for score in scores):
-            table.add_row(escape(narrow(label)), *("–" if score is None else f"{score:.1f}" for score in scores))
+    for row in score_rows(run):
+        table.add_row(escape(narrow(row.label)), *map(percent, row.scores))
     return table
 
 
@@ -55,7 +50,7 @@ def key_figures(run: RunFolder) -> str:
     metrics = run.metrics()
     routing = [share for share in run.routing.get("accuracy", []) if share is not None]
     known = {**metrics, "routing": sum(routing) / len(routing) if routing else None}
-    figures = [f"{word} {value:.1f}" for key, word in NAMED.items() if (value := known.get(key)) is not None]
+    figures = [f"{word} {percent(value)}" for key, word in NAMED.items() if (value := known.get(key)) is not None]
     return "percent" + (f"; {', '.join(figures)}" if figures else "")
 
 

@@ -16,12 +16,10 @@ STATES, TRAINING_ONLY = ("prototype", "router."), ("head.", "memory.", "projecto
 
 METRIC_TEXTS = {
     "last": "mean over the tasks after the last stage",
-    "average": "mean over the stages of the mean over the tasks seen",
-    "mean_average_accuracy": "the same under CoIN's and MCITlib's name (MAA)",
+    "average": "mean over the stages of the mean over the tasks seen; CoIN's and MCITlib's MAA",
     "immediate": "mean score of each task right after its own stage",
     "forgetting": "best earlier score minus the last one, mean over the earlier tasks; positive = forgotten",
-    "forgetting_coin": "own stage's score minus the last one; CoIN's and ModalPrompt's “BWT”, positive = forgotten",
-    "backward_transfer": "last score minus own stage's; negative = forgotten",
+    "backward_transfer": "last score minus own stage's; negative = forgotten; CoIN's “BWT” is minus this",
     "retention": "last score in percent of that right after learning, mean over the earlier tasks; 100 = nothing lost",
     "zero_shot": "mean score of the frozen model",
     "gain": "last minus zero_shot",
@@ -40,18 +38,18 @@ def comparison_header(tasks: Sequence[str]) -> list[str]:
 def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """Return name, note and numbers per row: the scores on the first run's tasks, mean, forgetting, routing.
 
-    The frozen model and each task's most frequent answer come first.
+    Each task's most frequent answer and the frozen model come first.
     """
     tasks = runs[0].tasks
     rows = []
-    frozen = next((run for run in runs if run.zero_shot is not None), None)
-    if frozen is not None and frozen.zero_shot is not None:
-        scores = _by_task(frozen, frozen.zero_shot, tasks)
-        rows.append({"name": "zero-shot", "note": "", "values": [*scores, _mean(scores), None, None]})
     blind = next((run for run in runs if run.majority is not None), None)
     if blind is not None and blind.majority is not None:
         scores = _by_task(blind, blind.majority, tasks)
         rows.append({"name": "majority answer", "note": "", "values": [*scores, _mean(scores), None, None]})
+    frozen = next((run for run in runs if run.zero_shot is not None), None)
+    if frozen is not None and frozen.zero_shot is not None:
+        scores = _by_task(frozen, frozen.zero_shot, tasks)
+        rows.append({"name": "zero-shot", "note": "", "values": [*scores, _mean(scores), None, None]})
     for run in runs:
         if run.learned_nothing and run.last_stage is None and frozen is not None:
             continue  # the zero-shot row has its scores
@@ -67,7 +65,7 @@ def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 def _run_values(run: RunFolder, tasks: Sequence[str]) -> Scores:
     metrics = run.metrics()
     values = [*_by_task(run, run.last_scores, tasks), metrics.get("last"), metrics.get("forgetting")]
-    return [*values, _known_mean(run.routing.get("accuracy"))]
+    return [*values, known_mean(run.routing.get("accuracy"))]
 
 
 def seed_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
@@ -97,7 +95,7 @@ def metric_rows(runs: Sequence[RunFolder]) -> list[tuple[str, str, Scores]]:
     """Return (name, description, one value per run) of every continual metric that some run has."""
     found = [run.metrics() for run in runs]
     rows = [(name, text, [metrics.get(name) for metrics in found]) for name, text in METRIC_TEXTS.items()]
-    always = ("last", "average", "immediate", "forgetting", "forgetting_coin", "backward_transfer")
+    always = ("last", "average", "immediate", "forgetting", "backward_transfer")
     return [row for row in rows if row[0] in always or any(value is not None for value in row[2])]
 
 
@@ -164,6 +162,6 @@ def _mean(scores: Scores) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(scores) else None
 
 
-def _known_mean(scores: Scores | None) -> float | None:
+def known_mean(scores: Scores | None) -> float | None:
     """Mean over the tasks that have a score; tasks of later stages have none yet."""
     return _mean([score for score in scores or [] if score is not None])

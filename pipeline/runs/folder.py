@@ -187,7 +187,7 @@ def read_run(path: Path) -> RunFolder:
             f"{path} is not a run: it has no run.json, config.yaml or matrix.json. Name a folder that "
             "`python -m pipeline run` wrote (by default under runs/)."
         )
-    config = _read_config(path / CONFIG)
+    config = read_config(path / CONFIG)
     matrix = read_json(path / MATRIX, MatrixFile)
     routing = matrix.get("routing") or {}
     require(routing, Routing, f"routing in {path / MATRIX}")
@@ -243,7 +243,8 @@ def read_lines(path: Path, kind: type[Content]) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a run's config.yaml, {} where there is no such file; UserError when it is damaged."""
     if not path.is_file():
         return {}
     try:

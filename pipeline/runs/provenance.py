@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "transformers", "deepspeed", "webdataset", "safetensors", "numpy")
 DISTRIBUTION = "continual-prompts"
@@ -35,6 +37,16 @@ def describe(prepared: Path, tasks: Sequence[str]) -> dict[str, str]:
             if fingerprint:
                 facts[f"data.{task}.{split}"] = fingerprint
     return facts
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """The code's `commit`, and `uncommitted`, whether it was changed since; {} outside of a checkout of the project.
+
+    As it was when it was first asked: the modules of a process do not change with the files.
+    """
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit.strip(), "uncommitted": bool(changes)} if commit else {}
 
 
 def package_versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.files.atomic import write_json
 from pipeline.runs.layout import STATE
-from pipeline.runs.provenance import package_versions
+from pipeline.runs.provenance import code, package_versions
 
 if TYPE_CHECKING:
     from pipeline.ranks.world import World  # torch: reports read run.json without it
@@ -54,6 +54,7 @@ class RunState:
             "updated": now,
             "world_size": world.size,
             "mlflow": dict(tracked),
+            **code(),
             "versions": package_versions(),
         }
 

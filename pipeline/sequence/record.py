@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.adapter.registry import register_run
 from pipeline.methods import Stage
-from pipeline.metrics.continual import after_stage
+from pipeline.metrics.continual import OTHER_NAMES, after_stage
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
 from pipeline.runs.layout import EVALUATIONS
@@ -119,6 +119,7 @@ class RunRecord:
         content = matrix.content(self.run.recipe.evaluate.ahead, self._majority, routing, format_free=free, costs=costs)
         on_main(world, lambda: self._results.write_matrix(content, last))
         numbers: dict[str, float | None] = dict(after_stage(matrix.rows, len(matrix.rows) - 1)) if matrix.rows else {}
+        numbers = {name: value for name, value in numbers.items() if name not in OTHER_NAMES}
         for name, row in (routing.views if routing else {}).items():
             numbers[f"routing.{name}"] = sum(row) / len(row)
         if matrix.rows and None not in (scores := free["accuracy"][-1][: len(matrix.rows)]):
@@ -142,11 +143,12 @@ class RunRecord:
         self.tracker.results(path, self._register if self._is_to_be_registered() else None)
 
     def _is_to_be_registered(self) -> bool:
-        """Whether the adapter is registered as a model version: all stages are finished, and there is at least one."""
+        """Whether the adapter may become a model version: all stages are finished, and there is at least one."""
         recipe, complete = self.run.recipe, len(self.pool) == len(self.run.stages)
-        return complete and recipe.tracking.registry and bool(self.run.stages)
+        return complete and bool(recipe.tracking.registry) and bool(self.run.stages)
 
     def _register(self, stored: StoredRun) -> None:
         recipe = self.run.recipe
         method = recipe.method.name.replace(":", ".")  # of a target; MLflow takes no colon in the name of a model
-        register_run(stored, self.run.session.path, f"{recipe.name}-{method}", recipe.seed)
+        always = recipe.tracking.registry == "always"
+        register_run(stored, self.run.session.path, f"{recipe.name}-{method}", recipe.seed, always)

@@ -9,9 +9,10 @@ from typing import Any
 
 from pipeline.files.passwords import masked
 from pipeline.runs import provenance
-from pipeline.runs.folder import RunFolder, Scores
+from pipeline.runs.folder import RunFolder
 from pipeline.runs.layout import CONFIG
 from pipeline.runs.provenance import dataset_fingerprint
+from pipeline.runs.rows import score_rows
 from pipeline.tracking.tracker import RunFacts
 
 DIGEST = 36  # characters of a dataset's digest; MLflow's limit
@@ -124,26 +125,15 @@ def note(run: RunFolder) -> str:
     """A description of the run in Markdown: its key figures and the accuracy matrix, in percent."""
     metrics = run.metrics()
     figures = [f"{name} {_score(metrics.get(name))}" for name in ("last", "average", "forgetting", "gain")]
-    header = ["after", *run.tasks]
-    rows: list[tuple[str, Scores | None]] = [
-        ("zero-shot", run.zero_shot),
-        *((f"{n + 1:02d}", row) for n, row in enumerate(run.accuracy)),
-    ]
-    rows.append(("task told", run.told_scores))
     lines = [
         f"{run.method}: {', '.join(figures)}",
         "",
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {name} | {' | '.join(_score(value) for value in row)} |" for name, row in rows if row and any_known(row)),
+        f"| {' | '.join(['percent', *run.tasks])} |",
+        f"|---|{'---:|' * len(run.tasks)}",
+        *(f"| {row.label} | {' | '.join(map(_score, row.scores))} |" for row in score_rows(run)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def any_known(row: Scores) -> bool:
-    """Whether a row of the matrix has a score."""
-    return any(value is not None for value in row)
-
-
 def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return "–" if value is None else f"{value:.1f}".replace("-", "−")

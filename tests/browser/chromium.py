@@ -47,11 +47,9 @@ def chromium(width: int, height: int) -> Iterator[Page]:
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         driver.set_page_load_timeout(120)
-        driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
-        )
-        yield Page(driver)
+        page = Page(driver)
+        page.resize(width, height)
+        yield page
     finally:
         driver.quit()
 
@@ -69,6 +67,16 @@ class Page:
     def script(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page."""
         return self.driver.execute_script(f"return {expression}")
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the window another size in CSS pixels; below 600 it is a phone."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def prefer(self, scheme: str) -> None:
+        """Set the colour scheme that the person prefers: light or dark."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def console(self) -> list[str]:
         """Warnings and errors on the console so far."""

@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def runs(server: str, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Recipe]:
     """Two finished runs of one recipe, the first of which was started again when it was finished."""
     folder = tmp_path_factory.mktemp("tracked")
-    tracking = {"enabled": True, "uri": server, "experiment": "served"}
+    tracking = {"enabled": True, "uri": server, "experiment": "served", "registry": "always"}
     recipes = [recipe_on(prepared, folder, tasks=2, seed=seed, tracking=tracking) for seed in (0, 1)]
     for recipe in (*recipes, recipes[0]):
         run_sequence(recipe)

@@ -87,7 +87,7 @@ def test_the_metrics_of_a_run_say_what_routing_costs(run: Path, tmp_path: Path) 
     cells = dict(zip(shown.columns[0].cells, shown.columns[3].cells, strict=True))
     found = {" ".join(str(name).split()): value for name, value in cells.items()}
     assert (found["zero-shot, format-free"], found["the same, format-free"]) == ("53.0", "93.0")
-    assert "| task told | 70.0 | 88.0 | 95.0 |" in note(read_run(run)) and "told" not in note(read_run(other))
+    assert "| the same, task told | 70.0 | 88.0 | 95.0 |" in note(read_run(run)) and "told" not in note(read_run(other))
     metrics = comparison([run, other])["metrics"]
     assert metrics["run"]["routing_loss"] == pytest.approx(10 / 3) and "told" not in metrics["other"]
 

@@ -126,6 +126,9 @@ def test_the_page_holds_every_part_and_loads_nothing_from_elsewhere(reported: Pa
         "losses",
         "costs",
         "examples",
+        "tiles",
+        "missing",
+        "scores",
     }
     assert page.tags.count("svg") == 5
     assert all(link.startswith(("#", "data:")) for link in page.links)
@@ -137,7 +140,7 @@ def test_the_page_holds_every_part_and_loads_nothing_from_elsewhere(reported: Pa
 
 def test_the_page_says_what_was_measured(reported: Path) -> None:
     words = Page((reported / "report.html").read_text(encoding="utf-8")).words
-    for number in ("90.0", "80.0", "60.0", "95.0", "1.0", "81.0", "13.5", "-13.5", "99.0", "50.0"):
+    for number in ("90.0", "80.0", "60.0", "95.0", "1.0", "81.0", "13.5", "−13.5", "99.0", "50.0"):
         assert number in words
     for word in ("modalprompt", "running", "tiny-model", "after boxes", "Which colour & shape?", "✓ right", "✗ wrong"):
         assert word in words
@@ -149,7 +152,7 @@ def test_every_metric_that_the_run_has_stands_on_the_page(tmp_path: Path) -> Non
     (frozen / "matrix.json").write_text(json.dumps(matrix))
     rows = {name: values for name, _, values in metric_rows([read_run(run), read_run(frozen)])}
     assert rows["retention"] == [pytest.approx(100 * (60 / 90 + 88 / 85) / 2)] * 2
-    assert rows["mean_average_accuracy"] == rows["average"]
+    assert not {"mean_average_accuracy", "forgetting_coin"} & set(rows)  # other names of average and backward_transfer
     assert rows["gain"] == [pytest.approx(81.0 - 2.0), None]
     assert "forward_transfer" not in rows  # nothing was measured ahead
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.adapter.registry import Version, register_adapter, set_aliases
+from pipeline.adapter import registry
+from pipeline.adapter.registry import Version, is_better, register_adapter, set_aliases
 from pipeline.errors import UserError
 from pipeline.files.passwords import masked
 from pipeline.tracking.open import make_tracker, sequence_facts
@@ -21,6 +24,7 @@ from pipeline.tracking.store import (
     store_in_use,
     tracking_uri,
 )
+from pipeline.tracking.tracker import StoredRun
 from tests.tracking.test_tracking import client_of, creation, recipe, store, tracked
 
 __all__ = ["creation", "store"]  # fixtures
@@ -186,6 +190,42 @@ def test_best_is_the_highest_score_over_the_newest_ones_tasks(store: Path, tmp_p
     assert int(client.get_model_version_by_alias("small", "newest").version) == 4
 
 
+def test_an_adapter_is_better_than_versions_with_the_same_tasks_alone() -> None:
+    class Known:
+        def __init__(self, tasks: str, last: str | None) -> None:
+            self.tags = {"tasks": tasks} | ({} if last is None else {"last": last})
+
+    known: Any = [Known("A", "99.0"), Known("A, B", "70.0"), Known("A, B", "60.0"), Known("A, B", None)]
+    versions = {score: Version("small", 0, "abc", ["A", "B"], score) for score in (70.1, 70.0, 70.00004, 10.0, None)}
+    assert [score for score, version in versions.items() if is_better(version, known)] == [70.1]
+    assert is_better(Version("small", 0, "abc", ["C"], 1.0), known)  # the first of its tasks
+    assert is_better(versions[None], [])
+
+
+@pytest.mark.usefixtures("saved_quickly")
+@pytest.mark.parametrize(("always", "versions"), [(False, 1), (True, 2)])
+def test_a_worse_run_is_registered_only_when_it_is_asked_for(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool, versions: int
+) -> None:
+    from tests.report.test_report import make_run
+
+    better, worse = make_run(tmp_path / "better"), make_run(tmp_path / "worse")
+    matrix = json.loads((worse / "matrix.json").read_text())
+    matrix["accuracy"][2] = [1.0, 1.0, 1.0]
+    (worse / "matrix.json").write_text(json.dumps(matrix))
+    monkeypatch.setattr(registry, "export", lambda run, folder: folder.mkdir())
+    for seed, run in enumerate((better, worse, better)):  # the last one is there already
+        content = SimpleNamespace(pool=SimpleNamespace(whole_fingerprint=lambda run=run: run.name))
+        monkeypatch.setattr(registry, "read_adapter", lambda folder, own, content=content: content)
+        client, experiment = open_store(f"sqlite:///{store}", "tests")
+        stored = StoredRun(client, f"sqlite:///{store}", experiment, client.create_run(experiment).info.run_id)
+        with store_in_use(stored.uri):
+            registry.register_run(stored, run, "small", seed, always)
+    assert len(client_of(store).search_model_versions("name = 'small'")) == versions
+    for alias, number in (("best", 1), ("newest", versions)):
+        assert int(client_of(store).get_model_version_by_alias("small", alias).version) == number
+
+
 def test_the_headline_is_the_first_number_of_a_sequence_and_nothing_is_lost(store: Path, tmp_path: Path) -> None:
     import sqlite3
 
@@ -217,7 +257,7 @@ def test_the_report_s_summary_and_the_matrix_are_with_the_run(store: Path, tmp_p
         tracker.results(run)
     found = client_of(store).get_run(tracker.run_ids()["parent"])
     assert {"zero_shot", "gain"} <= set(found.data.metrics)
-    assert "| after |" in found.data.tags["mlflow.note.content"]
+    assert "| percent |" in found.data.tags["mlflow.note.content"]
 
 
 def test_prepared_data_is_an_input_of_the_run_once(store: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.figures import COLOURS, DASHES, FAINT, MARKERS, STYLE
+from pipeline.report.look import COLOURS, DASHES, FAINT, MARKERS, STYLE
 
 
 def curves_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
