@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from pipeline.backbones.decoding_state import DecodingState, ParkedState
 from pipeline.backbones.generation_rules import generation_rules
-from pipeline.backbones.kv_cache import ROOM, layers_of, new_cache
+from pipeline.backbones.kv_cache import ROOM, CacheSpace, layers_of
 from pipeline.backbones.prefix_cache import PrefixCache, decode_after_prefix
 from pipeline.data.selection import Selection
 
@@ -89,42 +89,43 @@ class GreedyDecoder(Generic[R]):
     7.4). Where the layers are divided over ranks (`pipeline.backbones.sharded`), all of these decode the same rows.
     """
 
-    def __init__(self, lmm: LMM, attached: Attached | None = None) -> None:
+    def __init__(self, lmm: LMM, attached: Attached | None = None, space: CacheSpace | None = None) -> None:
         self.lmm = lmm
         self.attached = attached
+        self.space = CacheSpace() if space is None else space  # of the keys and values
         self.rows: list[R] = []
         settings, device = lmm.model.generation_config, lmm.model.device
         stops = lmm.stops
         self._rules = generation_rules(settings, stops, device)
         self._settings, self._stops = settings, frozenset(stops)
         self._stop_list = torch.tensor(stops, device=device)
-        self._state = DecodingState.empty(device)
+        self._state = DecodingState.empty(device, self.space)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self._state.nbytes
+        """Bytes of the memory for keys and values."""
+        return self.space.nbytes
 
     @torch.no_grad()
     def join(self, prompts: Prompts, rows: Sequence[R]) -> list[R]:
         """Add rows for these prompts and decode their first tokens; returns the rows."""
-        cache = new_cache(min(ROOM, max(row.longest for row in rows)))
+        width = prompts.attention.shape[1] + (0 if prompts.prefix is None else prompts.prefix.attention.shape[1])
+        cache = self._opened(rows, width)
         with self._modules(prompts.selection, prompts.inserted):
             hidden, attention, positions = self._read(prompts, cache)
             scores = self.lmm.logits(hidden)[:, -1]
         lengths = attention.sum(1).tolist()
         last = torch.zeros_like(positions)
-        self._append(DecodingState(cache, attention, positions, last, prompts.selection, prompts.inserted))
+        self._state.append(DecodingState(cache, attention, positions, last, prompts.selection, prompts.inserted))
         for row, length in zip(rows, lengths, strict=True):
             row.prompt_tokens = length
         self.rows += rows
         return self._advance(range(len(self.rows) - len(rows), len(self.rows)), scores)
 
-    def _append(self, state: DecodingState) -> None:
-        if self.rows:
-            self._state.append(state)
-        else:
-            self._state = state
+    def _opened(self, rows: Sequence[R], width: int) -> Cache:
+        """A cache for the `width` columns of joining rows, with columns after them for tokens to come."""
+        room = max(row.longest - len(row.tokens) for row in [*self.rows, *rows])
+        return self._state.opened(self.space, len(rows), width, room if self.space.whole else min(ROOM, room))
 
     def _modules(self, selection: Selection | None, inserted: Tensor | None) -> AbstractContextManager[None]:
         """The context for a call of the decoder on rows with these modules."""
@@ -222,13 +223,18 @@ class GreedyDecoder(Generic[R]):
         first = len(self.rows) - number
         parked = Parked(self.rows[first:], self._state.parked(first))
         self._keep(list(range(first)))
-        self._state.release()
+        self.release()
         return parked
+
+    def release(self) -> None:
+        """Free the memory that the rows do not use."""
+        self._state.release()
 
     @torch.no_grad()
     def resume(self, parked: Parked[R]) -> None:
         """Bring parked rows back into the batch."""
-        self._append(parked.state.on(self.lmm.model.device))
+        cache = self._opened(parked.rows, parked.state.attention.shape[1])
+        self._state.append(parked.state.on(self.lmm.model.device, cache))
         self.rows += parked.rows
 
     def leave(self) -> None:
@@ -243,10 +249,7 @@ class GreedyDecoder(Generic[R]):
         """Keep these rows, in ascending order."""
         if len(kept) == len(self.rows):
             return
-        if kept:
-            self.rows = [self.rows[number] for number in self._state.keep(kept)]
-        else:
-            self.rows, self._state = [], DecodingState.empty(self.lmm.model.device)
+        self.rows = [self.rows[number] for number in self._state.keep(kept)]
 
 
 def generate(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from pipeline.backbones.kv_cache import cache_of, layers_of, new_cache
+from pipeline.backbones.kv_cache import CacheSpace, layers_of, new_cache, opened
 from pipeline.data.selection import NO_SET, Selection
 
 
@@ -32,9 +32,10 @@ class ParkedState:
         inserted = None if self.inserted is None else self.inserted[rows]
         return ParkedState(layers, self.attention[rows], self.positions[rows], self.last[rows], selection, inserted)
 
-    def on(self, device: torch.device) -> DecodingState:
-        """The state on a device."""
-        cache = cache_of(self.layers, device)
+    def on(self, device: torch.device, cache: Cache) -> DecodingState:
+        """The state on a device; its keys and values are written to the cache."""
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.to(device), values.to(device), number)
         selection = None if self.selection is None else self.selection.to(device)
         inserted = None if self.inserted is None else self.inserted.to(device)
         return DecodingState(
@@ -57,39 +58,48 @@ class DecodingState:
     inserted: Tensor | None = None  # [B, S] number from 1 of the inserted row at each column, where modules need it
 
     @classmethod
-    def empty(cls, device: torch.device) -> DecodingState:
+    def empty(cls, device: torch.device, space: CacheSpace) -> DecodingState:
         """A state without rows."""
         none = torch.zeros(0, dtype=torch.long, device=device)
-        return cls(new_cache(), none[:, None], none, none)
+        return cls(new_cache(space), none[:, None][:, :0], none, none)
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(layer.nbytes for layer in layers_of(self.cache))
+    def opened(self, space: CacheSpace, rows: int, width: int, room: int) -> Cache:
+        """A cache for `rows` further rows, to be filled with `width` columns and handed to `append` in a state.
+
+        There are `room` free columns after them. If memory runs out, here or while it is filled, this state is
+        unchanged.
+        """
+        return opened(self.cache, rows, width, room) if layers_of(self.cache) else new_cache(space, width + room)
 
     def append(self, other: DecodingState) -> None:
-        """Move the rows of another state into this one; if memory runs out, this state is unchanged."""
-        rows, old, width = len(self), self.attention.shape[1], max(self.attention.shape[1], other.attention.shape[1])
-        attention = torch.cat([_widened(self.attention, width), _widened(other.attention, width)])
-        positions, last = torch.cat([self.positions, other.positions]), torch.cat([self.last, other.last])
-        selection, inserted = _joined(self.selection, other.selection), _stacked(self.inserted, other.inserted, width)
-        done = []
-        try:
-            for layer, added in zip(layers_of(self.cache), layers_of(other.cache), strict=True):
-                layer.append(added, width)
-                done.append(layer)
-        except Exception:
-            for layer in done:
-                layer.narrow(rows, width - old)
-            raise
-        self.attention, self.positions, self.last = attention, positions, last
-        self.selection, self.inserted = selection, inserted
+        """Add the rows of a state whose keys and values are in a cache of `opened`."""
+        rows, added, width = (
+            len(other),
+            other.attention.shape[1],
+            max(self.attention.shape[1], other.attention.shape[1]),
+        )
+        if len(self):
+            other = DecodingState(
+                self.cache,
+                torch.cat([_widened(self.attention, width), _widened(other.attention, width)]),
+                torch.cat([self.positions, other.positions]),
+                torch.cat([self.last, other.last]),
+                _joined(self.selection, other.selection),
+                _stacked(self.inserted, other.inserted, width),
+            )
+        if not layers_of(self.cache):
+            self.cache = other.cache
+        else:
+            for layer in layers_of(self.cache):
+                layer.claim(rows, added)
+        self.attention, self.positions, self.last = other.attention, other.positions, other.last
+        self.selection, self.inserted = other.selection, other.inserted
 
     def keep(self, kept: list[int]) -> list[int]:
-        """Keep these rows (at least one, in ascending order); returns the new order of the rows.
+        """Keep these rows, in ascending order; returns the new order of the rows.
 
         In place: the last rows are copied over removed ones, so no cache memory is allocated.
         """
@@ -101,9 +111,10 @@ class DecodingState:
             order[target] = source
             for layer in layers_of(self.cache):
                 layer.move(source, target)
-        index = torch.tensor(order, device=self.attention.device)
+        index = torch.tensor(order, dtype=torch.long, device=self.attention.device)
         attention = self.attention[index]
-        first = int(attention.any(0).float().argmax())  # columns before it are padding in every remaining row
+        # Columns before it are padding in every remaining row.
+        first = int(attention.any(0).float().argmax()) if kept else attention.shape[1]
         self.attention, self.positions, self.last = attention[:, first:], self.positions[index], self.last[index]
         self.selection = None if self.selection is None else self.selection.rows(index)
         self.inserted = None if self.inserted is None else self.inserted[index][:, first:]
@@ -125,8 +136,12 @@ class DecodingState:
         return ParkedState(layers, attention, positions, last, selection, inserted)
 
     def release(self) -> None:
-        """Free the cache's unused memory."""
-        for layer in layers_of(self.cache):
+        """Free the unused memory of the cache."""
+        layers = layers_of(self.cache)
+        if layers and not len(self):
+            self.cache = new_cache(layers[0].space)
+            return
+        for layer in layers:
             layer.release()
 
 

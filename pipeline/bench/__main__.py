@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.bench import low_rank as low_rank_bench
     from pipeline.bench import operations as operations_bench
     from pipeline.bench import serve as serve_bench
+    from pipeline.bench import serve_clients as clients_bench
     from pipeline.bench import startup as startup_bench
     from pipeline.bench import step as step_bench
     from pipeline.bench import tasks as tasks_bench
@@ -46,6 +47,7 @@ else:
     keys_bench = lazy("pipeline.bench.keys")
     clip_bench = lazy("pipeline.bench.clip")
     serve_bench = lazy("pipeline.bench.serve")
+    clients_bench = lazy("pipeline.bench.serve_clients")
     gpu_bench = lazy("pipeline.bench.gpu")
     routing_bench = lazy("pipeline.bench.routing.run")
 
@@ -246,6 +248,26 @@ def serve(
             known = ", ".join(serve_bench.ENGINES)
             raise UserError(f"No engine '{name}'; expected some of {known}.{nearest(name, list(serve_bench.ENGINES))}")
     show(serve_bench.bench_serve(folder, clients, requests, serve_bench.Engines(names, vllm, engine_args)), as_json)
+
+
+@app.command(cls=SeveralValues)
+def clients(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run or an adapter; none: random prompt sets."),
+    ] = None,
+    before: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Another checkout of the project.")] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(metavar="NUMBER...", min=1, max=500, help="Numbers of clients; none: 1 20 200.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, max=10_000, help="Most questions of a measurement.")] = 400,
+    tokens: Annotated[int, typer.Option(min=1, max=128, help="Most tokens of an answer.")] = 6,
+    rounds: Rounds = 3,
+    batch: Annotated[int | None, typer.Option(min=1, help="The services' --batch; none: their defaults.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of the service by its number of clients, against that of another checkout by turns."""
+    show(clients_bench.bench_clients(folder, before, clients or (1, 20, 200), requests, tokens, rounds, batch), as_json)
 
 
 @app.command()

@@ -93,7 +93,7 @@ def bench_serve(folder: Path, clients: int = 16, requests: int = 128, engines: E
     ]
     with ExitStack() as running:
         place = Path(running.enter_context(TemporaryDirectory(prefix="bench-serve-")))
-        ports = {n: running.enter_context(_service(folder, engines.options(n, place))) for n in engines.names}
+        ports = {n: running.enter_context(service(folder, options=engines.options(n, place)))[0] for n in engines.names}
         answerer.answer(questions[:2])  # warms up
         for port in ports.values():
             _ask_service(port, questions[:2], 1)
@@ -128,12 +128,13 @@ def _share_of_equal(expected: Sequence[str], found: Sequence[str]) -> float:
 
 
 @contextmanager
-def _service(folder: Path, options: Sequence[str]) -> Iterator[int]:
-    """Start the service in a process of its own for the block; yields its port on loopback."""
+def service(folder: Path, checkout: Path = PROJECT, options: Sequence[str] = ()) -> Iterator[tuple[int, int]]:
+    """Start a checkout's service in a process of its own for the block; yields its port on loopback, and its id."""
     command = [sys.executable, "-m", "pipeline", "serve", str(folder), "--port", "0", "--name", MODEL, "--quiet"]
     command += options
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-    paths = filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])
+    environment["PYTHONSAFEPATH"] = "1"  # the checkout's modules, not those of the working directory
+    paths = filter(None, [str(checkout), os.environ.get("PYTHONPATH")])
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}
     )
@@ -143,7 +144,7 @@ def _service(folder: Path, options: Sequence[str]) -> Iterator[int]:
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         if found is None:
             raise UserError(f"The service of '{folder}' did not start ({line.strip() or 'no output'}); see above why.")
-        yield int(found.group(1))
+        yield int(found.group(1)), process.pid
     finally:
         process.terminate()
         try:

@@ -21,6 +21,7 @@ from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import base_fingerprint
 from pipeline.bench import measure
 from pipeline.config.load import load_recipe
+from pipeline.config.models import ModelConfig
 from pipeline.config.paths import PROJECT
 from pipeline.data.keys import Keys
 from pipeline.errors import UserError
@@ -73,9 +74,13 @@ def bench_startup(rounds: int = 3, starts: Mapping[str, tuple[str, ...]] = START
     return {"machine": measure.machine("cpu"), "rounds": rounds, "variants": variants}
 
 
-def write_random_adapter(folder: Path) -> None:
-    """Write an adapter of the default recipe's method, with a random set and random routing keys for each task."""
+def write_random_adapter(folder: Path, model: ModelConfig | None = None) -> None:
+    """Write an adapter of the default recipe's method, with a random set and random routing keys for each task.
+
+    `model` is used in place of the recipe's, and has its width.
+    """
     recipe = load_recipe(RECIPE)
+    model = model or recipe.model
     routing, names = make_method(recipe.method).routing, [task.name for task in recipe.data.tasks]
     pool, generator = PromptPool(), torch.Generator().manual_seed(0)
     for name in names:
@@ -88,9 +93,9 @@ def write_random_adapter(folder: Path) -> None:
         tasks=names,
         recipe=RECIPE,
         method=recipe.method,
-        model=recipe.model,
+        model=model,
         clip=recipe.keys,
-        base_model=base_fingerprint(recipe.model),
+        base_model=base_fingerprint(model),
         keys=key_identity(*recipe.keys.source),
         max_new_tokens=TOKENS,
     )

@@ -17,7 +17,7 @@ from pipeline.cli.options import AsJson, Clip, Learned, Model, UnfamiliarMode
 from pipeline.cli.outcome import show
 from pipeline.config.load import run_kind
 from pipeline.errors import UserError, require_extras
-from pipeline.serve.options import EngineKind, EngineOptions, Options, SetsForm
+from pipeline.serve.options import BATCH, EngineKind, EngineOptions, Options, SetsForm
 
 if TYPE_CHECKING:
     from pipeline.adapter import chat as chatting
@@ -75,7 +75,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")] = 8000,
-    batch: Annotated[int, typer.Option(min=1, help="Most answers decoded together.")] = 32,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Most answers decoded together; by default 256, with engine vllm 32.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Most requests that wait; further ones get status 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that a request may ask for.")] = 256,
     max_pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 4096 * 4096,
@@ -133,7 +135,7 @@ def serve(
     options = Options(
         host,
         port,
-        batch,
+        BATCH[engine] if batch is None else batch,
         queue,
         memory,
         max_tokens,

@@ -61,6 +61,8 @@ class Service(WebService):
     async def metrics_text(self) -> str:
         worker = self.worker
         gauges = {"running": len(worker.running.rows), "waiting": worker.waiting, "largest_batch": worker.largest}
+        space = worker.running.space
+        gauges |= {"cache_bytes": space.nbytes, "cache_peak_bytes": space.peak}
         counters = {"tokens_total": worker.tokens, "steps_total": worker.batches}
         return self.metrics.text(gauges, counters)
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.adapter.answering import Answerer, Routed
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
+from pipeline.backbones.kv_cache import CacheSpace
 from pipeline.data.collate import collate_prompts
 from pipeline.prompts.embedding import embed_with_modules
 from pipeline.serve.memory import Extent
@@ -17,10 +18,14 @@ from pipeline.serve.memory import Extent
 
 @dataclass
 class Running(Row):
-    """One answer in progress, and its text up to the first stop text in it."""
+    """One answer in progress, and its text up to the first stop text in it.
+
+    Where the text is not `followed` it is made when the answer ends, or with every token where there are stop texts.
+    """
 
     key: Any  # the request, for rows of the worker
     stops: Sequence[str] = ()
+    followed: bool = True
     text: str = field(default="", kw_only=True)
 
     @property
@@ -32,11 +37,12 @@ class Running(Row):
 class RunningBatch(GreedyDecoder[Running]):
     """The running batch: a `GreedyDecoder` whose rows have texts and stop texts."""
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, answerer: Answerer, slots: int = 0) -> None:
+        """With memory for `slots` rows from the first one on, as far as `space` allows."""
         lmm, entry = answerer.lmm, answerer.entry
         learned = {**answerer.pool.tensors, **answerer.pool.common}
         tensors = {name: value.to(lmm.model.device, lmm.dtype) for name, value in learned.items()}
-        super().__init__(lmm, entry.on(lmm, tensors))
+        super().__init__(lmm, entry.on(lmm, tensors), CacheSpace(slots, whole=True))
         self.entry, self.tensors = entry, tensors
 
     @torch.no_grad()
@@ -65,6 +71,8 @@ class RunningBatch(GreedyDecoder[Running]):
     def _read_texts(self, answers: list[Running]) -> list[Running]:
         """Update the texts; answers with a stop text are finished and leave the batch."""
         for answer in answers:
+            if not (answer.followed or answer.stops or answer.finish):
+                continue
             answer.text, stopped = before_stops(self.lmm.conversation.decode(answer.tokens), answer.stops)
             if stopped:
                 answer.finish = "stop"

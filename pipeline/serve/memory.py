@@ -25,6 +25,11 @@ class Extent:
     tokens: int
     following: int
 
+    def covering(self, others: Sequence[Extent]) -> Extent:
+        """The most of each, of this row and others."""
+        each = [self, *others]
+        return Extent(max(one.tokens for one in each), max(one.following for one in each))
+
 
 class KeyValueMemory:
     """Memory for keys and values on the model's device: at most `limit` bytes; None: what the device has.
@@ -40,22 +45,37 @@ class KeyValueMemory:
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         element = torch.empty(0, dtype=lmm.dtype).element_size()
         pairs = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
-        self.token_bytes = text.num_hidden_layers * pairs * element
+        self.layers = text.num_hidden_layers
+        self.token_bytes = self.layers * pairs * element
         # Activations of one layer while a prompt is read; the MLP's are the widest.
         self.prompt_bytes = (12 * text.hidden_size + 3 * text.intermediate_size) * element
+        self.score_bytes = 8 * text.vocab_size  # of a row's next token, in float32 and ordered by rules of generation
         if limit is None and self.device.type != "cuda":
             limit = int(SHARE_OF_HOST * psutil.virtual_memory().available)
         self.limit = limit
         self.reserve = RESERVE
 
-    def needed(self, running: Sequence[Extent], joining: Sequence[Extent]) -> int:
-        """Upper bound in bytes for these rows, all padded to the longest."""
+    def needed(self, running: Sequence[Extent], joining: Sequence[Extent], held: int = 0) -> int:
+        """Upper bound in bytes for these rows, all padded to the longest, where `held` are allocated already.
+
+        Where more has to be allocated, one layer at a time exists twice.
+        """
         rows = [*running, *joining]
         if not rows:
             return 0
-        columns = max(row.tokens for row in rows) + max(row.following for row in rows)
-        prompt = len(joining) * max((row.tokens for row in joining), default=0) * self.prompt_bytes
-        return len(rows) * columns * self.token_bytes + prompt
+        return self._needed(len(rows), Extent(0, 0).covering(rows), held) + self._reading(joining)
+
+    def _needed(self, rows: int, longest: Extent, held: int) -> int:
+        kept = rows * (longest.tokens + longest.following) * self.token_bytes
+        return max(held, kept + kept // self.layers) + rows * self.score_bytes
+
+    def most(self, joining: Sequence[Extent], held: int) -> int:
+        """Tokens that may be allocated while these rows join."""
+        return max(0, self.room(held) - self._reading(joining)) * self.layers // (self.token_bytes * (self.layers + 1))
+
+    def _reading(self, joining: Sequence[Extent]) -> int:
+        """Bytes of activations while the prompts of these rows are read."""
+        return len(joining) * max((row.tokens for row in joining), default=0) * self.prompt_bytes
 
     def room(self, held: int) -> int:
         """Bytes that the batch may take in all; it holds `held` of them already."""
@@ -70,10 +90,12 @@ class KeyValueMemory:
 
     def admitted(self, running: Sequence[Extent], waiting: Sequence[Extent], held: int) -> int:
         """Number of waiting rows, in order, that fit beside the running ones."""
-        room, number = self.room(held), 0
-        while number < len(waiting) and self.needed(running, waiting[: number + 1]) <= room:
-            number += 1
-        return number
+        room, rows, longest, prompt = self.room(held), len(running), Extent(0, 0).covering(running), 0
+        for number, one in enumerate(waiting, start=1):
+            longest, prompt = longest.covering([one]), max(prompt, one.tokens)
+            if self._needed(rows + number, longest, held) + number * prompt * self.prompt_bytes > room:
+                return number - 1
+        return len(waiting)
 
     def ran_out(self) -> None:
         """Admit less from now on, because the estimate was too low, and free unused memory."""

@@ -9,6 +9,7 @@ from typing import Literal
 from pipeline.config.method import Unfamiliar
 
 KEY_VARIABLE = "PIPELINE_API_KEY"
+BATCH = {"own": 256, "vllm": 32}  # most answers decoded together; the own engine admits as many as memory allows
 ENGINE_KEY_VARIABLE = "PIPELINE_ENGINE_KEY"  # of an engine that was started by others
 
 

@@ -41,7 +41,7 @@ class Reply:
             with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
                 loop.call_soon_threadsafe(self._take, update)
 
-        self._request = Request(question, asked.longest, tell, asked.stops)
+        self._request = Request(question, asked.longest, tell, asked.stops, asked.stream)
         worker.submit(self._request)
 
     def __enter__(self) -> Reply:

@@ -45,11 +45,13 @@ class Request:
     """One question and the callback for its updates; `tell` is called from the model's thread.
 
     A question that is not tokenised yet is tokenised in that thread. Once the answer has begun, `question` is None.
+    Where the answer is not `followed`, only its first and its last token are told, and the text only with the last.
     """
 
     question: Question | Tokenised | None
     longest: int
     tell: Callable[[Update], None]
     stops: tuple[str, ...] = ()
+    followed: bool = True
     cancelled: bool = False
     chosen: Chosen = field(default_factory=Chosen)

@@ -15,6 +15,10 @@ from pipeline.serve.memory import GIB, Extent, KeyValueMemory, is_out_of_memory
 from pipeline.serve.request import STOPPED, STOPPING, TOO_LARGE, FullError, Request, StoppedError, Update
 
 logger = logging.getLogger("pipeline.serve")
+# Most requests that join at one step: the answers in progress wait until their prompts are read.
+JOINING = 32
+JOINING_ON_CPU = 8  # more prompts at once are read no faster per prompt there: their activations leave the caches
+SLOTS = 32  # rows for whose keys and values memory is allocated at once
 
 
 class Worker:
@@ -33,7 +37,7 @@ class Worker:
     def __init__(self, answerer: Answerer, batch: int, queue: int, memory: int | None = None) -> None:
         self.answerer = answerer
         self.batch, self.queue = batch, queue
-        self.running = RunningBatch(answerer)
+        self.running = RunningBatch(answerer, min(batch, SLOTS))
         self.tokens = 0  # generated so far
         self.batches = 0  # steps of the model so far
         self.largest = 0  # most rows in one step
@@ -117,12 +121,18 @@ class Worker:
         if self._parked or (self._most_rows is not None and len(rows) >= self._most_rows):
             return []
         self._most_rows = None
-        first = [self._waiting[place] for place in range(min(self.batch - len(rows), len(self._waiting)))]
-        asked = [self._extent(one) for one in first]
-        number = self.memory.admitted([row.extent for row in rows], asked, self.running.nbytes)
-        if number == 0 and first and not rows:
+        together = JOINING if self.memory.device.type == "cuda" else min(JOINING, JOINING_ON_CPU)
+        most = min(together, self.batch - len(rows), len(self._waiting))
+        asked = [self._extent(self._waiting[place]) for place in range(most)]
+        extents = [row.extent for row in rows]
+        number = self.memory.admitted(extents, asked, self.running.nbytes)
+        if number == 0 and asked and not rows and self.running.nbytes:
+            self.running.release()  # the memory that earlier rows needed may be too much beside this one's prompt
+            number = self.memory.admitted(extents, asked, 0)
+        if number == 0 and asked and not rows:
             # It does not fit even alone: refuse it now instead of failing an allocation in the middle of its answer.
             self._waiting.popleft().tell(TOO_LARGE)
+        self.running.space.most = self.memory.most(asked[:number], self.running.nbytes)
         return [self._waiting.popleft() for _ in range(number)]
 
     def _extent(self, request: Request) -> Extent:
@@ -149,7 +159,7 @@ class Worker:
                 request.tell(Update(finish="failed", error=f"the model failed ({type(error).__name__})."))
             self._parked.clear()
             # If this fails too, as on a lost GPU, the thread ends and no further requests are accepted.
-            self.running = RunningBatch(self.answerer)
+            self.running = RunningBatch(self.answerer, min(self.batch, SLOTS))
             time.sleep(0.1)
 
     def _drop_cancelled(self) -> None:
@@ -183,6 +193,7 @@ class Worker:
             wanted = [row.extent for row in parked.rows]
             if running and self.memory.admitted(running, wanted, self.running.nbytes) < len(wanted):
                 return
+            self.running.space.most = self.memory.most(wanted, self.running.nbytes)
             try:
                 self.running.resume(parked)
             except Exception as error:
@@ -201,6 +212,7 @@ class Worker:
 
     def _ran_out(self, rows: int) -> None:
         self.memory.ran_out()
+        self.running.space.slots = 0  # from now on only what the batch needs is allocated
         logger.warning(
             "memory ran out with %d answers in progress (%.2f GiB of keys and values); fewer are now decoded together",
             rows,
@@ -232,7 +244,7 @@ class Worker:
             return
         for number, request in enumerate(requests):
             request.chosen = self.answerer.chosen(routed, number)
-        began = [Running(request, request.longest, request.stops) for request in requests]
+        began = [Running(request, request.longest, request.stops, request.followed) for request in requests]
         try:
             self.running.begin(routed, began)
         except Exception as error:
@@ -264,4 +276,6 @@ class Worker:
         self.largest = max(self.largest, len(rows))
         for row in rows:
             request: Request = row.key
+            if not (request.followed or row.finish or len(row.tokens) == 1):
+                continue  # nobody reads it, and every message wakes the event loop's thread
             request.tell(Update(row.text, row.finish, None, request.chosen, row.prompt_tokens, len(row.tokens)))

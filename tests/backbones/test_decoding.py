@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
+from pipeline.backbones.kv_cache import CacheSpace
 from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.selection import Selection
@@ -40,7 +41,8 @@ def expected(lmm: LMM) -> list[list[int]]:
 def test_rows_join_and_leave_and_each_answer_is_that_of_the_plain_model(
     lmm: LMM, examples: Examples, expected: list[list[int]]
 ) -> None:
-    decoder, rows = GreedyDecoder[Row](lmm), [Row(number, NEW - number % 3) for number in EVERY]
+    rows = [Row(number, NEW - number % 3) for number in EVERY]
+    decoder = GreedyDecoder[Row](lmm, space=CacheSpace(slots=4, whole=True))  # as in the service
     for chosen in ([3], [0, 4], [1], [2, 5]):
         joining = [rows[number] for number in chosen]
         assert decoder.join(prompts(lmm, examples, chosen), joining) == joining

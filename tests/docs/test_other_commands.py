@@ -54,6 +54,10 @@ ELSEWHERE = {
         "tests/bench/test_serve.py",
         '"--clients", "4", "--requests"',
     ),
+    "python -m pipeline.bench clients RUN_OR_ADAPTER --before ../earlier": (
+        "tests/bench/test_serve.py",
+        '"clients", str(adapter)',
+    ),
     "python -m data_prep.nano example .": ("tests/data_prep/test_nano_cli.py", '["example", str('),
     "python -m data_prep.assemble RECIPE": ("tests/data_prep/test_assemble.py", '"--out"'),
     "python -m data_prep.small train PHOTOGRAPHS": ("tests/data_prep/test_small.py", '["train", str(photographs)'),

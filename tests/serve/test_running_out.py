@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipeline.adapter.answering import Answerer, Question
-from pipeline.backbones.kv_cache import GrowingLayer
 from pipeline.serve.decoder import Running, RunningBatch
 from pipeline.serve.memory import Extent, KeyValueMemory, is_out_of_memory
 from pipeline.serve.request import Request, Update
@@ -62,33 +61,34 @@ def texts(told: list[list[Update]]) -> list[str]:
 def test_a_token_is_written_behind_the_others_without_a_copy_of_them(answerer: Answerer) -> None:
     batch = RunningBatch(answerer)
     batch.begin(answerer.route([question(0), question(1)]), [Running(n, 60) for n in range(2)])
-    batch.step()  # makes room
     (layer, *_) = batch._state.cache.layers
     buffer, held = layer.keys.data_ptr(), batch.nbytes
-    for _ in range(20):
+    for _ in range(58):
         batch.step()
-    assert batch.rows and (layer.keys.data_ptr(), batch.nbytes) == (buffer, held)
+    assert batch.rows and (layer.keys.data_ptr(), batch.space.peak) == (buffer, held)
 
 
 def test_rows_come_and_go_without_another_buffer(answerer: Answerer) -> None:
-    batch = RunningBatch(answerer)
-    batch.begin(answerer.route([question(n) for n in range(3)]), [Running(n, 60) for n in range(3)])
-    batch.step()
-    batch.drop({0})
+    batch = RunningBatch(answerer, slots=3)
+    batch.begin(answerer.route([question(0)]), [Running(0, 60)])
     held = batch.nbytes
+    batch.step()
+    batch.begin(answerer.route([question(n) for n in (1, 2)]), [Running(n, 60) for n in (1, 2)])
+    batch.drop({0})
     batch.begin(answerer.route([question(0)]), [Running(3, 60)])
-    assert [row.key for row in batch.rows] == [2, 1, 3] and batch.nbytes == held
+    assert [row.key for row in batch.rows] == [2, 1, 3] and batch.space.peak == held
+    batch.drop({1, 2, 3})
+    batch.begin(answerer.route([question(n) for n in range(3)]), [Running(n, 60) for n in range(3)])
+    assert batch.space.peak == held
 
 
-def test_columns_in_front_of_a_row_are_zero_whatever_was_there() -> None:
-    layer, other = GrowingLayer(), GrowingLayer()
-    part = torch.full((1, 1, 3, 2), float("nan"))
-    layer.update(part, part)
-    layer.update(part, part)  # a buffer with room, which holds whatever memory held
-    shorter = torch.ones(1, 1, 2, 2)
-    other.update(shorter, shorter)
-    layer.append(other, 6)
-    assert layer.keys[1, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 1]
+def test_memory_for_the_whole_batch_is_allocated_as_far_as_it_is_allowed(answerer: Answerer) -> None:
+    worker = Worker(answerer, 50, 60, memory=2 << 20)
+    asked = [question(n % 3) for n in range(50)]
+    expected = [answer.text for answer in answerer.answer(asked)]
+    assert texts(answered(worker, asked)) == expected
+    assert 3 < worker.largest < 50
+    assert worker.running.nbytes > 0 and worker.running.space.peak <= 2 << 20
 
 
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 5])
@@ -165,6 +165,17 @@ def test_who_waits_is_let_in_as_memory_allows(answerer: Answerer) -> None:
     assert unlimited.largest == len(ASKED)
 
 
+def test_memory_of_earlier_rows_is_given_back_for_one_that_needs_it(answerer: Answerer) -> None:
+    worker, long = Worker(answerer, 64, 8), Question("task " + "b" * 150 + "?")
+    answered(worker, [question(0)])
+    size = worker._extent(Request(answerer.tokenise(long), 6, print))
+    worker.memory.limit = worker.memory.needed([], [size])
+    assert worker.running.nbytes > worker.memory.limit
+    (updates,) = answered(worker, [long])
+    assert updates[-1].text == answerer.answer([long])[0].text
+    assert 0 < worker.running.nbytes <= worker.memory.limit
+
+
 def test_what_can_never_fit_is_told_before_anything_is_computed(answerer: Answerer) -> None:
     worker = Worker(answerer, 6, 8, memory=1)
     (updates,) = answered(worker, [question(0)])
@@ -177,9 +188,17 @@ def test_memory_is_reckoned_for_the_longest_row_to_its_end(answerer: Answerer) -
     # Two layers, keys and values of two heads of 16 numbers, in float32.
     assert memory.token_bytes == 2 * 2 * 32 * 4
     running = [Extent(10, 5), Extent(20, 1)]
-    assert memory.needed(running, []) == 2 * (20 + 5) * memory.token_bytes
+    needed, scores = 2 * (20 + 5) * memory.token_bytes, 2 * 2 * 4 * answerer.lmm.model.config.text_config.vocab_size
+    assert memory.needed(running, []) == needed * 3 // 2 + scores  # while one of two layers is enlarged
+    assert memory.needed(running, [], held=2 * needed) == 2 * needed + scores
+    assert memory.most([], 0) == (1 << 20) * 2 // (memory.token_bytes * 3)
+    waiting = [Extent(3, 2), Extent(1, 1), Extent(30, 9)]
+    for number in range(3):
+        memory.limit = memory.needed(running, waiting[:number])
+        assert memory.admitted(running, waiting, 0) == number
+        memory.limit -= 1
+        assert memory.admitted(running, waiting, 0) == max(0, number - 1)
     memory.limit = memory.needed(running, []) + 1
-    assert memory.admitted(running, [Extent(1, 1)], 0) == 0
     memory.ran_out()
     assert memory.limit < memory.needed(running, [])
 
