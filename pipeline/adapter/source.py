@@ -27,13 +27,11 @@ class Source:
 
     def task_number(self, task: str | None) -> int:
         """Number of the named task; raises UserError for an unknown task, or where the method needs one."""
-        names, method = self.tasks, make_method(self.method)
-        needed = method.needs_task
+        names, needed = self.tasks, self._needs_task
         if task is None:
             if needed:
-                raise UserError(
-                    f"method {method.title} needs the task; set task (--task) to one of {', '.join(names)}."
-                )
+                title = make_method(self.method).title
+                raise UserError(f"method {title} needs the task; set task (--task) to one of {', '.join(names)}.")
             return 0
         if task not in names:
             raise UserError(f"unknown task '{task}'; expected one of {', '.join(names)}.{nearest(task, names)}")
@@ -42,6 +40,10 @@ class Source:
             known = ", ".join(self.pool.names)
             raise UserError(f"task '{task}' has no finished stage yet; expected one of {known}.")
         return number
+
+    @functools.cached_property
+    def _needs_task(self) -> bool:
+        return make_method(self.method).needs_task
 
     @functools.cached_property
     def blind(self) -> str:

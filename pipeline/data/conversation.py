@@ -70,7 +70,7 @@ class Conversation:
         self.plain = PlainText(self.tokenizer, (self.image_token,))
         self.blank = self._blank()
 
-    @property
+    @cached_property
     def image_number(self) -> int:
         """The number of the image token."""
         return self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "image_token", None) or self.image_token)
@@ -135,12 +135,8 @@ class Conversation:
             prompt = self._prompt(sample.question, False, self.tokenizer)
         else:
             given = self._given(picture)
-
-            def with_image(text: str, **options: Any) -> Any:
-                return self.processor(images=given, text=text, return_tensors="pt", **self.sizes.options, **options)
-
             try:
-                prompt, inputs = self._prompt_and_inputs(sample.question, with_image)
+                prompt, inputs = self._with_image(sample.question, given)
             except Exception:
                 self._require_image(sample.id, given)  # raises UserError if the image is the cause
                 raise
@@ -152,6 +148,26 @@ class Conversation:
                 return self.example_of(self.cut(sample, size), picture, features)
             raise self.too_long(sample.id, len(prompt) + len(answer))
         return Example(sample.id, prompt, answer, images, learned, picture_digest(sample.image))
+
+    def _with_image(self, question: str, picture: Image.Image) -> tuple[list[int], Any]:
+        """The tokens of the prompt and the processor's tensors of its image."""
+        if self.sizes.one_size is None:
+
+            def with_image(text: str, **options: Any) -> Any:
+                return self.processor(images=picture, text=text, return_tensors="pt", **self.sizes.options, **options)
+
+            return self._prompt_and_inputs(question, with_image)
+        # Every image takes as many tokens, so text and image need not go through the processor together, whose merging
+        # and checking of arguments takes longer than both.
+        tokens, number = [], self.image_number
+        for token in self._prompt(question, True, self.tokenizer):
+            tokens += [token] * (self._tokens_per_image if token == number else 1)
+        return tokens, self.processor.image_processor(picture, return_tensors="pt")
+
+    @cached_property
+    def _tokens_per_image(self) -> int:
+        """Tokens of every image, where the model takes images in one size."""
+        return self.image_shape(*PLAIN.size).tokens
 
     def too_long(self, name: str, tokens: int) -> UserError:
         """The error for a sample of more than `max_length` tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -67,7 +68,7 @@ class Router:
         named = [name for name, known in registry.BUILT_IN["routers"].items() if known == target]
         return named[0] if named else type(self).__qualname__
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """The router with its options, by which what is made of states is known."""
         return f"{type(self).__module__}:{type(self).__qualname__} {self.options!r}"
