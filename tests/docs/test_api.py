@@ -24,6 +24,8 @@ def test_every_module_has_a_page_and_no_warning_is_given(tmp_path: Path) -> None
             module = file.relative_to(PROJECT).with_suffix("")
             if module.name == "__main__":
                 continue  # what runs is no interface
+            if module.name.startswith("lmms_"):
+                continue  # a plugin, which only the program imports whose package it needs
             page = module.parent if module.name == "__init__" else module
             assert (tmp_path / page).with_suffix(".html").is_file(), module
     assert (tmp_path / "site" / "troubleshooting.html").is_file()
