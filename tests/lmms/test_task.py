@@ -126,7 +126,7 @@ def test_a_task_scores_what_the_adapter_answers(
     expected = [*answers[:-2], "something else", "another thing"]  # two of nine are wrong
     task = write_task(tmp_path / "task", ASKED, expected)
     done = evaluated(task, plugins, f"adapter={adapter}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (task / "out").is_dir(), (done.stdout + done.stderr)[-3000:]
     assert samples(task) == [answer.strip() for answer in answers]
     assert results(task)["right,none"] == pytest.approx(sum(map(str.__eq__, expected, answers)) / len(ASKED))
 
@@ -134,7 +134,8 @@ def test_a_task_scores_what_the_adapter_answers(
 def test_an_answer_ends_before_a_stop_text(adapter: Path, answers: list[str], plugins: Path, tmp_path: Path) -> None:
     stop = next(answer for answer in answers if len(answer) > 1)[1]
     task = write_task(tmp_path / "task", ASKED, answers, generation_kwargs={"until": [stop]})
-    assert evaluated(task, plugins, f"adapter={adapter}").returncode == 0
+    done = evaluated(task, plugins, f"adapter={adapter}")
+    assert (task / "out").is_dir(), (done.stdout + done.stderr)[-3000:]
     assert samples(task) == [answer.partition(stop)[0].strip() for answer in answers]
 
 
@@ -153,4 +154,6 @@ def test_what_cannot_be_scored_is_refused(
 ) -> None:
     task = write_task(tmp_path / "task", ASKED, answers, **changes)
     done = evaluated(task, plugins, f"adapter={adapter}{arguments}")
-    assert done.returncode != 0 and sentence in " ".join((done.stdout + done.stderr).split())
+    # lmms-eval 0.7.3 logs an error and exits with 0.
+    assert sentence in " ".join((done.stdout + done.stderr).split())
+    assert not list((task / "out").rglob("*results.json"))

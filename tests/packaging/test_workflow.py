@@ -36,7 +36,7 @@ def test_every_step_of_the_script_is_a_job() -> None:
     wanted = re.findall(r"^make .+$", script, re.MULTILINE)
     runs = steps(load(WORKFLOW)["jobs"]["make"])
     jobs = [run for run in runs if run.startswith("make ") and run != "make venv"]
-    longer = {"make test-slow", "make test-slurm", "make test-vllm"}
+    longer = {"make test-slow", "make test-slurm", "make test-vllm", "make test-lmms"}
     assert wanted and jobs[: len(wanted)] == wanted and longer <= set(jobs)
 
 
