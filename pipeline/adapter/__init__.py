@@ -8,6 +8,8 @@ take the names in it for modules.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ranks.collector import collector_paused
+
 if TYPE_CHECKING:
     from pipeline.adapter.from_run import export as export
     from pipeline.adapter.load import load_adapter as load_adapter
@@ -17,5 +19,6 @@ STABLE = {"export": "pipeline.adapter.from_run", "load_adapter": "pipeline.adapt
 
 def __getattr__(name: str) -> Any:
     if name in STABLE:
-        return getattr(importlib.import_module(STABLE[name]), name)
+        with collector_paused():
+            return getattr(importlib.import_module(STABLE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

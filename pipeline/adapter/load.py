@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.adapter.answering import Answerer
+from pipeline.adapter.fitted_routing import FITTED
 from pipeline.adapter.format import read_adapter
 from pipeline.adapter.from_run import moved, read_pool
-from pipeline.adapter.meta import META, Meta
+from pipeline.adapter.meta import CARD, META, PROJECTOR, TENSORS, Meta
 from pipeline.adapter.source import Source
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm import base_fingerprint
@@ -17,15 +18,19 @@ from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.runs.recorded import recorded_base_model
+from pipeline.hub.adapters import adapter_folder, is_on_hub
+from pipeline.ranks.collector import collector_paused
 
 
 def source_of(path: Path, model: str | None = None, clip: str | None = None, answers: bool = True) -> Source:
-    """Return pool and settings of a run's or an adapter's folder.
+    """Return pool and settings of a run's or an adapter's folder, or of an adapter on the Hub (`USER/NAME@REVISION`).
 
     `model` and `clip` are the locations of the frozen models on this machine, where they differ from the recorded
     ones. Without `answers` the frozen model of an adapter need not be here: only sets are chosen. Raises UserError
     when the folder is neither, or the models are not those that the pool was trained with.
     """
+    if is_on_hub(str(path)):
+        path = adapter_folder(str(path), (META, TENSORS), (PROJECTOR, FITTED, CARD))
     if (path / META).is_file():
         adapter = read_adapter(path)
         meta, pool = adapter.meta, adapter.pool
@@ -55,7 +60,8 @@ def load_adapter(
     """Load an adapter or a run with its frozen models; `ask` and `answer` of the result answer questions.
 
     Args:
-        path: folder of the adapter or run.
+        path: folder of the adapter or run, or an adapter on the Hugging Face Hub as `USER/NAME` or
+            `USER/NAME@REVISION`, a commit or branch.
         model: folder or Hub id of the frozen model, where the recorded one is not on this machine.
         clip: the same for the CLIP.
         device: torch's name of a device; None: a GPU where there is one.
@@ -63,7 +69,8 @@ def load_adapter(
 
     Raises UserError as `source_of` and `Source.with_unfamiliar` do.
     """
-    return Answerer(source_of(Path(path), model, clip).with_unfamiliar(unfamiliar), device)
+    with collector_paused():
+        return Answerer(source_of(Path(path), model, clip).with_unfamiliar(unfamiliar), device)
 
 
 def require_same_models(folder: Path, meta: Meta, model: ModelConfig, keys: KeysConfig) -> None:

@@ -9,6 +9,7 @@ from pipeline.adapter.answering import Answerer, Question, read_picture
 from pipeline.adapter.load import source_of
 from pipeline.config.method import Unfamiliar
 from pipeline.errors import UserError
+from pipeline.ranks.collector import collector_paused
 
 
 def predict(
@@ -39,5 +40,7 @@ def predict(
     encoded = read_picture(image, "--image: ")
     source = source_of(run, model, clip).with_unfamiliar(unfamiliar)
     source.task_number(task)  # raises before the model is loaded
-    answer = Answerer(source).answer([Question(question, encoded, task)])[0]
+    with collector_paused():
+        answerer = Answerer(source)
+    answer = answerer.answer([Question(question, encoded, task)])[0]
     return {"answer": answer.text, "sets": answer.sets, **answer.to_json()}

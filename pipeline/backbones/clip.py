@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from pipeline.backbones.lmm_families import known_families
+from pipeline.backbones.meta_weights import PlainMeta
+from pipeline.backbones.quick_import import deferring, import_model_classes
 from pipeline.data.pictures import central
 from pipeline.errors import UserError
 from pipeline.files.atomic import sha256
@@ -79,6 +81,7 @@ class KeyEncoder:
 
     def _load(self, folder: Path) -> None:
         """Load the model and what its inputs are made with, and set `width` and `max_text`."""
+        import_model_classes()
         from transformers import CLIPModel
 
         self.model = load_key_model(CLIPModel, folder, "CLIP").to(self.device)
@@ -205,7 +208,10 @@ def _checkpoint(path: str, revision: str | None, kind: Kind) -> Snapshot:
 def load_key_model(cls: Any, folder: Path, what: str) -> Any:
     """Load a frozen dual encoder in float32; UserError where its weights are unreadable or incomplete."""
     try:
-        model, report = cls.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        with deferring(), PlainMeta():
+            model, report = cls.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The {what} weights in {folder} cannot be loaded: {error}") from error
     if report["missing_keys"]:

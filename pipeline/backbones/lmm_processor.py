@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.lmm_families import family_of, known_families
+from pipeline.backbones.quick_import import import_model_classes
 from pipeline.config.models import ModelConfig
 from pipeline.data.image_sizes import know_image_sizes, limit_image_tokens
 from pipeline.errors import UserError
@@ -36,6 +37,7 @@ def load_processor(config: ModelConfig) -> Any:
 
     Raises UserError when it is missing, or when the architecture is not supported, or not with these settings.
     """
+    import_model_classes()
     import transformers
 
     # PIL on every machine: torchvision resizes differently, so answers would depend on whether it is installed.

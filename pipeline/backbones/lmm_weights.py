@@ -11,7 +11,9 @@ import torch
 
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import LOAD_ERRORS, not_loadable, source_of
+from pipeline.backbones.meta_weights import PlainMeta
 from pipeline.backbones.quantised import require_quantising
+from pipeline.backbones.quick_import import deferring
 from pipeline.backbones.sharded import Place, Shards, ranks_of
 from pipeline.config.models import ModelConfig
 from pipeline.errors import UserError
@@ -44,17 +46,18 @@ def load_weights(
     live = integration.HfDeepSpeedConfig(zero3) if zero3 is not None else None
     try:
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=family_of(kind).attention(config.attn_implementation),
-            device_map=None if device is None else {"": torch.device(device)},
-            trust_remote_code=False,
-            use_safetensors=True,
-            quantization_config=quantization,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
+        with deferring(), PlainMeta():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=family_of(kind).attention(config.attn_implementation),
+                device_map=_device_map(device),
+                trust_remote_code=False,
+                use_safetensors=True,
+                quantization_config=quantization,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
     except LOAD_ERRORS as error:
         raise not_loadable(config, error) from error
     finally:
@@ -67,6 +70,12 @@ def load_weights(
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
         assert not whole, f"not partitioned at load: {whole[:3]} and {len(whole)} in all"
     return model
+
+
+def _device_map(device: torch.device | str | None) -> dict[str, torch.device] | None:
+    # None for a CPU, where weights are read without one: with a map, accelerate is imported to attach no hooks.
+    place = torch.device(device or "cpu")
+    return None if place.type == "cpu" else {"": place}
 
 
 def load_shard(config: ModelConfig, folder: Path, device: torch.device, place: Place) -> tuple[Any, Shards]:

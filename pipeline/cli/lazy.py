@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from pipeline.ranks.collector import collector_paused
+
 
 class Lazy:
     """A proxy of a module, which is imported at the first access to an attribute."""
@@ -17,7 +19,8 @@ class Lazy:
         self.module = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.module), name)
+        with collector_paused():
+            return getattr(importlib.import_module(self.module), name)
 
 
 def lazy(module: str) -> Any:

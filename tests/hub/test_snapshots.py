@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from pipeline.backbones.lmm import base_fingerprint, load_lmm
@@ -25,42 +24,12 @@ from tests import tiny
 from tests.hub_stub import COMMIT, FAULTS, REPOSITORY, Stub, hub_of
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-RESOLVE = "/{repo_id}/resolve/{revision}/{filename}"
 SOURCE = Source(REPOSITORY)
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_llava(tmp_path_factory.mktemp("repository"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of a machine that may ask the Hub."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    monkeypatch.setattr(snapshots, "_known", {})
-    monkeypatch.setattr(snapshots, "_settings", {})
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    hub._connects.cache_clear()
-    yield tmp_path / "home" / "hub"
-    hub._connects.cache_clear()
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Stub], None]:
-    """Turn to another Hub, as a process that starts anew."""
-
-    def turn(stub: Stub) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", stub.address + RESOLVE)
-        snapshots._known.clear()
-        snapshots._settings.clear()
-        hub._connects.cache_clear()
-
-    return turn
 
 
 def test_a_repository_is_whole_and_has_the_fingerprints_of_its_folder(

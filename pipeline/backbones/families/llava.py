@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from PIL import Image
-from transformers.image_processing_utils import select_best_resolution
 
 from pipeline.backbones.families.base import LMMFamily
 from pipeline.data.image_sizes import ImageShape, ImageSizes
@@ -38,6 +37,9 @@ class LlavaNextSizes(ImageSizes):
     counts_crops = True
 
     def of(self, width: int, height: int) -> ImageShape:
+        # Here: with it come transformers' model classes, for which `import_model_classes` has its time.
+        from transformers.image_processing_utils import select_best_resolution
+
         side = self._side
         processor = self.processor
         tokens = int(processor._get_number_of_features(height, width, side, side))
