@@ -21,12 +21,12 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pipeline", "da
 NAME = "continual-prompts"
 
 
-def build_wheel(folder: Path) -> Path:
+def build_wheel(folder: Path, root: Path = PROJECT) -> Path:
     """Build the wheel from a copy of the sources: `build/` in the project would keep modules that are gone."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
-        path = PROJECT / name
+        path = root / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
         else:
