@@ -20,7 +20,8 @@ RANGES = (torch.arange, torch.linspace)
 # What the frequencies of rotary embeddings are computed with; the model computes them anew once it has its weights.
 ARITHMETIC = {"div", "true_divide", "reciprocal", "pow", "mul", "outer", "neg"}
 ARITHMETIC |= {f"__{name}__" for name in ("truediv", "rtruediv", "rdiv", "pow", "rpow", "mul", "rmul", "neg")}
-LIKE = {torch.empty_like: torch.empty, torch.zeros_like: torch.zeros}  # of the shape of a meta tensor, on any device
+# Tensors of a meta tensor's shape, on any device.
+LIKE: Mapping[Any, Any] = {torch.empty_like: torch.empty, torch.zeros_like: torch.zeros}
 MOST = 1 << 16  # numbers of a tensor that are computed with on the CPU
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,9 +84,13 @@ class Deferred:
 
 
 def import_model_classes() -> None:
-    """Import what every model class of transformers needs; does nothing where it is imported already."""
+    """Import what every model class of transformers needs; does nothing where it is imported already.
+
+    In one of several ranks nothing is deferred: there a program may use transformers' own parallel layers, whose tables
+    hold placements of distributed tensors, which torch looks into.
+    """
     with _lock:
-        if all(name in sys.modules for name in NEEDED):
+        if all(name in sys.modules for name in NEEDED) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return
         import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_names_of_models_are_those_that_a_scan_finds(tmp_path: Path) -> None
 
 
 def test_what_is_deferred_is_imported_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    wave = Deferred.of("wave", "Error")
+    wave: Any = Deferred.of("wave", "Error")
     monkeypatch.delitem(sys.modules, "wave", raising=False)
     assert not isinstance(ValueError(), wave) and "wave" not in sys.modules
     assert isinstance(wave("text"), Exception) and "wave" in sys.modules

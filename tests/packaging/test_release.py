@@ -74,7 +74,7 @@ def test_what_is_no_tag_ends_the_command(words: list[str]) -> None:
 
 
 def test_the_workflow_publishes_what_was_checked() -> None:
-    workflow: dict[str, Any] = load(GITHUB / "workflows" / "release.yml")
+    workflow: dict[Any, Any] = load(GITHUB / "workflows" / "release.yml")
     assert workflow[True] == {"push": {"tags": ["v*"]}} and workflow["permissions"] == {"contents": "read"}
     jobs = workflow["jobs"]
     assert jobs["publish"]["needs"] == "build" and jobs["announce"]["needs"] == "publish"
