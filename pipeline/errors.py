@@ -23,6 +23,8 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, *FORBIDDEN)
 EXTRAS = {
     "train": ("deepspeed", "pyarrow", "webdataset"),
     "track": ("mlflow",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
     "report": ("matplotlib",),
     "tables": ("openpyxl",),  # and pyarrow, which `train` has too
     "serve": ("httpx2", "starlette", "uvicorn"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.ranks.collector import collector_paused
+from pipeline.ranks.environment import ALONE, launched_place
 
 # What the model and processor classes import.
 NEEDED = (
@@ -90,7 +90,9 @@ def import_model_classes() -> None:
     hold placements of distributed tensors, which torch looks into.
     """
     with _lock:
-        if all(name in sys.modules for name in NEEDED) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if all(name in sys.modules for name in NEEDED):
+            return
+        if (launched_place() or ALONE).size > 1:
             return
         import torch
 

@@ -61,7 +61,7 @@ class LoopConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """MLflow, and curves for TensorBoard and Weights & Biases beside it."""
 
     enabled: bool = Field(True, description="false: nothing is sent to MLflow")
     uri: GivenUri | None = Field(None, description="tracking server; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db")
@@ -72,10 +72,19 @@ class TrackingConfig(Section):
         "every version with the same tasks; always: register every finished run's; false: none",
     )
 
+    tensorboard: bool = Field(
+        False, description="true: the curves as event files, in `tensorboard` of the run's folder"
+    )
+    wandb: bool = Field(
+        False, description="true: the curves to Weights & Biases, offline where no key is known or WANDB_MODE says so"
+    )
+    wandb_project: str | None = Field(None, description="its project; null: the experiment, else the recipe's name")
+
     @property
     def extras(self) -> tuple[str, ...]:
         """The optional dependencies (extras) that tracking needs."""
-        return ("track",) if self.enabled else ()
+        needed = {"track": self.enabled, "tensorboard": self.tensorboard, "wandb": self.wandb}
+        return tuple(extra for extra, used in needed.items() if used)
 
 
 class FileRecipe(Section):
