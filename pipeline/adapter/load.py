@@ -17,9 +17,9 @@ from pipeline.config.method import Unfamiliar
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
-from pipeline.runs.recorded import recorded_base_model
 from pipeline.hub.adapters import adapter_folder, is_on_hub
 from pipeline.ranks.collector import collector_paused
+from pipeline.runs.recorded import recorded_base_model
 
 
 def source_of(path: Path, model: str | None = None, clip: str | None = None, answers: bool = True) -> Source:

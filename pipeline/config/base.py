@@ -71,7 +71,6 @@ class TrackingConfig(Section):
         description="true: register a finished run's adapter as a version of a model where its `last` is above that of "
         "every version with the same tasks; always: register every finished run's; false: none",
     )
-
     tensorboard: bool = Field(
         False, description="true: the curves as event files, in `tensorboard` of the run's folder"
     )
