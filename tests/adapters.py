@@ -12,9 +12,9 @@ import torch
 from pipeline.adapter.answering import Question
 from pipeline.adapter.format import Adapter, write_adapter
 from pipeline.adapter.meta import FORMAT_VERSION, Meta
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
 from pipeline.backbones.key_encoders import key_encoder
-from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.method import method_options
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.data.keys import Keys

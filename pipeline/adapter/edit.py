@@ -10,7 +10,7 @@ import torch
 
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.meta import META, Meta
-from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.lmm_processor import own_penalty, source_of
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.data.selection import NO_SET

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.adapter.format import Adapter, refuse_foreign, write_adapter
 from pipeline.adapter.meta import FORMAT_VERSION, Meta
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.clip import key_identity
-from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS

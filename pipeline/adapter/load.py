@@ -10,8 +10,8 @@ from pipeline.adapter.format import read_adapter
 from pipeline.adapter.from_run import moved, read_pool
 from pipeline.adapter.meta import CARD, META, PROJECTOR, TENSORS, Meta
 from pipeline.adapter.source import Source
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.clip import key_identity
-from pipeline.backbones.lmm import base_fingerprint
 from pipeline.config.load import load_run
 from pipeline.config.method import Unfamiliar
 from pipeline.config.models import KeysConfig, ModelConfig

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from pipeline.backbones.lmm_processor import source_of
+from pipeline.config.models import ModelConfig
 from pipeline.hub.snapshots import Source, checkpoint
 from pipeline.hub.weights import SCHEME, file_fingerprints, tensors_fingerprint
 
@@ -29,3 +31,18 @@ def fingerprint(source: Source, recorded: str | None = None) -> str:
             )
             return recorded
     return tensors_fingerprint(folder)
+
+
+def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
+    """The base model's fingerprint (see `fingerprint`), with how its weights are quantised.
+
+    Of a quantised model it is that of the checkpoint behind `nf4:` or `int8:`, so results of the one are not continued
+    or answered with by the other.
+    """
+    mark = "" if config.quantization == "none" else f"{config.quantization}:"
+    return mark + fingerprint(source_of(config), None if recorded is None else recorded.removeprefix(mark))
+
+
+def of_the_checkpoint(base_model: str) -> str:
+    """The fingerprint of the checkpoint in one of `base_fingerprint`, which what is not quantised depends on."""
+    return base_model.removeprefix("int8:").removeprefix("nf4:")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from pipeline.backbones.lmm_families import known_families
 from pipeline.backbones.meta_weights import PlainMeta
+from pipeline.backbones.precision import has_tf32
 from pipeline.backbones.quick_import import deferring, import_model_classes
 from pipeline.data.pictures import central
 from pipeline.errors import UserError
@@ -76,7 +77,7 @@ class KeyEncoder:
         self.text_feature = text_feature
         self.head = text_truncation == "head"
         self.device = torch.device(choose_device(device))
-        self.precision = "tf32" if tf32 and _has_tf32(self.device) else "float32"
+        self.precision = "tf32" if tf32 and has_tf32(self.device) else "float32"
         self._load(_checkpoint(os.fspath(path), revision, self.kind).folder)
 
     def _load(self, folder: Path) -> None:
@@ -137,8 +138,8 @@ class KeyEncoder:
         """Set torch's global precision of matrix products for the block, and restore it afterwards."""
         before = torch.get_float32_matmul_precision()
         try:
-            if self.precision == "tf32":
-                torch.set_float32_matmul_precision("high")
+            # Not what `model.tf32` of the frozen model set: keys are compared with those of the prepared data.
+            torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
             yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -146,10 +147,6 @@ class KeyEncoder:
     def identity(self) -> dict[str, str]:
         """Return the identity of the CLIP and its settings; see `key_identity`."""
         return key_identity(*self._source, self.kind)
-
-
-def _has_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def key_identity(

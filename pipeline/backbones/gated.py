@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def gates_kept_once(lmm: LMM, checkpointing: str = "none") -> Iterator[None]:
+def gates_kept_once(lmm: LMM, checkpointing: str = "none", but: Collection[Any] = ()) -> Iterator[None]:
     """Recompute the SiLU of the decoder's gated MLPs in the backward pass instead of storing it.
 
     Autograd stores the gate, its activation and up; with frozen weights these are more than half of a layer's
     activations. The activation is recomputed from the gate by the same kernel, so loss and gradients are bit-identical.
-    Layers that `checkpointing` recomputes as a whole are not changed.
+    Layers that `checkpointing` recomputes as a whole are not changed, nor those in `but`.
     """
     _, layers = divided(lmm, checkpointing)
-    mlps = [layer.mlp for layer in layers] if torch.is_grad_enabled() else []
+    mlps = [layer.mlp for layer in layers if layer not in but] if torch.is_grad_enabled() else []
     changed = [mlp for mlp in mlps if not why_not_gated(mlp, lmm.family.gated_mlps)]
     for mlp in changed:
         mlp.forward = _forward(mlp)

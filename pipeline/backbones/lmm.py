@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.base_model import fingerprint
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
 from pipeline.backbones.lmm_weights import DTYPES, load_shard, load_weights
+from pipeline.backbones.precision import allow_tf32
 from pipeline.backbones.sharded import Place, Shards
 from pipeline.backbones.shortcuts import log_shortcuts
 from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
@@ -23,7 +23,7 @@ from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
 from pipeline.hub.snapshots import checkpoint
 
-__all__ = ["DTYPES", "LMM", "base_fingerprint", "load_lmm", "load_processor"]
+__all__ = ["DTYPES", "LMM", "load_lmm", "load_processor"]
 
 
 class LMM(nn.Module):
@@ -271,6 +271,8 @@ def load_lmm(
 
     Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights.
     """
+    if config.tf32:
+        allow_tf32(device)
     folder = checkpoint(source_of(config)).folder  # fetched first, so that missing files are reported first
     processor = load_processor(config)
     if place is None:
@@ -282,18 +284,3 @@ def load_lmm(
     lmm.shards = shards
     log_shortcuts(lmm.family, lmm.decoder)
     return lmm
-
-
-def base_fingerprint(config: ModelConfig, recorded: str | None = None) -> str:
-    """The base model's fingerprint (`pipeline.backbones.base_model.fingerprint`), with how its weights are quantised.
-
-    Of a quantised model it is that of the checkpoint behind `nf4:` or `int8:`, so results of the one are not continued
-    or answered with by the other.
-    """
-    mark = "" if config.quantization == "none" else f"{config.quantization}:"
-    return mark + fingerprint(source_of(config), None if recorded is None else recorded.removeprefix(mark))
-
-
-def of_the_checkpoint(base_model: str) -> str:
-    """The fingerprint of the checkpoint in one of `base_fingerprint`, which what is not quantised depends on."""
-    return base_model.removeprefix("int8:").removeprefix("nf4:")

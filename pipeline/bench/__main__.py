@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from pipeline.bench import serve_clients as clients_bench
     from pipeline.bench import startup as startup_bench
     from pipeline.bench import step as step_bench
+    from pipeline.bench import switches as switches_bench
     from pipeline.bench import tasks as tasks_bench
     from pipeline.bench.routing import run as routing_bench
 else:
     startup_bench, step_bench = lazy("pipeline.bench.startup"), lazy("pipeline.bench.step")
-    operations_bench = lazy("pipeline.bench.operations")
+    operations_bench, switches_bench = lazy("pipeline.bench.operations"), lazy("pipeline.bench.switches")
     evaluate_bench = lazy("pipeline.bench.evaluate")
     tasks_bench = lazy("pipeline.bench.tasks")
     loader_bench = lazy("pipeline.bench.loader")
@@ -79,6 +80,21 @@ def step(
     """A training step: this project against the official implementation and PEFT's prompt tuning."""
     chosen = tuple(filter(None, variants.split(","))) or step_bench.VARIANTS
     show(step_bench.bench_step(_size(size), samples, rounds, chosen, device, dtype, layers), as_json)
+
+
+@app.command()
+def switches(
+    size: SizeName = "small",
+    samples: Annotated[int, typer.Option(min=2, help="Samples per step.")] = 8,
+    rounds: Rounds = 3,
+    only: Annotated[str, typer.Option(help="Some of the switches, with commas between them.")] = "",
+    device: Device = "cpu",
+    dtype: Precision = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """The switches for speed of a training step, each against the same step without it."""
+    chosen = tuple(filter(None, only.split(","))) or switches_bench.SWITCHES
+    show(switches_bench.bench_switches(_size(size), samples, rounds, chosen, device, dtype), as_json)
 
 
 @app.command()

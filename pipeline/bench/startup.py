@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.adapter.format import Adapter, write_adapter
 from pipeline.adapter.meta import FORMAT_VERSION, Meta
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.clip import key_identity
-from pipeline.backbones.lmm import base_fingerprint
 from pipeline.bench import measure
 from pipeline.config.load import load_recipe
 from pipeline.config.models import ModelConfig

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from pipeline.backbones.lmm import LMM, base_fingerprint
+from pipeline.backbones.base_model import base_fingerprint
+from pipeline.backbones.lmm import LMM
+from pipeline.check import switches
 from pipeline.check.data import CheckedData
 from pipeline.check.features import check_kept_features
 from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
@@ -18,6 +20,7 @@ from pipeline.check.pictures import cut_off
 from pipeline.check.routing import TITLE, check_routing, keeps_keys
 from pipeline.check.run_folder import check_run_folder
 from pipeline.check.shipped import SHIPPED, check_shipped
+from pipeline.check.switches import check_switches
 from pipeline.config.data import DataConfig
 from pipeline.config.models import ModelConfig
 from pipeline.config.recipe import Recipe
@@ -105,6 +108,7 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "evaluation": lambda: _evaluation(findings, recipe, ranks, model_works()),
         SHIPPED: lambda: check_shipped(findings, model),
         "insertion": lambda: check_insertion(recipe, model),
+        switches.TITLE: lambda: check_switches(recipe, model),
         "keys": keys,
         "data": checked_data,
         TITLE: lambda: check_routing(findings, recipe.method, recipe.data),
@@ -120,6 +124,8 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         del checks["insertion"]
     if recipe.train.vision_features == "computed":
         del checks["vision features"]
+    if not switches.chosen(recipe):
+        del checks[switches.TITLE]
     if not keeps_keys(recipe.method):
         del checks[TITLE]
     run_checks(findings, checks)

@@ -46,6 +46,11 @@ class LoopConfig(Section):
 
     log_every: int = Field(10, ge=1, description="steps between two log lines")
     workers: int = Field(0, ge=0, description="loader processes per rank")
+    copy_ahead: bool = Field(
+        False,
+        description="true: on GPUs a step's batches are copied from pinned memory by a stream of their own while the "
+        "step before computes, which takes the memory of one more batch; nothing on CPUs",
+    )
     deepspeed: GivenPath = Field(
         "ds_configs/zero3.json", description="DeepSpeed file; batch, precision, clipping stay here"
     )

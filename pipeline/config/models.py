@@ -26,6 +26,11 @@ class ModelConfig(Section):
         description="int8, nf4: the weights of the decoder's linear layers are stored in 8 or 4 bits and computed with "
         "in `dtype`; not under ZeRO-3 (docs/models.md)",
     )
+    tf32: bool = Field(
+        False,
+        description="true: products of float32 numbers in TensorFloat-32 on GPUs, whose inputs have 10 bits of "
+        "mantissa; routing keys stay in float32; nothing on CPUs",
+    )
     attn_implementation: str = Field("sdpa", description="attention kernel, as transformers names it")
     max_length: int = Field(2048, ge=1, description="longest sequence in tokens, prompts and image included")
     template: Literal["auto", "vicuna_v1"] = Field(
@@ -46,6 +51,14 @@ class ModelConfig(Section):
         "square: pad images to squares with the processor's mean colour first, as LLaVA's own code; stretch: resize "
         "images whole to the one size that the model sees",
     )
+
+    @model_validator(mode="after")
+    def _tf32_is_of_float32(self) -> ModelConfig:
+        if self.tf32 and self.dtype != "float32":
+            raise ValueError(
+                f"tf32 changes products of float32 numbers, and dtype is {self.dtype}; leave one of them out"
+            )
+        return self
 
     @property
     def location(self) -> str:

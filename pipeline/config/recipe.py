@@ -50,10 +50,11 @@ class Recipe(FileRecipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _quantised_weights_are_whole(cls, fields: Any) -> Any:
-        """`auto` of train.deepspeed is ZeRO-2 for a quantised model, which ZeRO-3 cannot partition."""
+    def _weights_are_whole(cls, fields: Any) -> Any:
+        """`auto` of train.deepspeed is ZeRO-2 for quantised weights and compiled layers, which ZeRO-3 cannot have."""
         model, train = _sections(fields, "model", "train")
-        if model.get("quantization", "none") != "none" and train.get("deepspeed", AUTO) == AUTO:
+        needed = model.get("quantization", "none") != "none" or train.get("compile", "none") != "none"
+        if needed and train.get("deepspeed", AUTO) == AUTO:
             fields = {**fields, "train": {**train, "deepspeed": ZERO2}}
         return fields
 

@@ -65,6 +65,17 @@ class TrainConfig(LoopConfig):
         "(none, every second one, all); saves memory, costs time, never changes the loss; auto: as few as fit into the "
         "GPUs by the memory plan, none without GPUs",
     )
+    compile: Literal["none", "decoder", "decoder_and_tower"] = Field(
+        "none",
+        description="layers that run as code made by torch.compile in training: those of the decoder but the last one, "
+        "and those of the vision tower; other last digits, minutes at the start; for methods whose modules stand at "
+        "the input, with ZeRO-2 or without ZeRO",
+    )
+    packing: Literal["none", "samples"] = Field(
+        "none",
+        description="samples: short samples of a micro-batch stand behind each other in one row of the decoder's batch "
+        "where they fit, in place of padding; for methods whose modules stand at the input",
+    )
     length_buckets: bool = Field(
         False,
         description="batches of samples of similar length, separately for questions with and without an image: less "

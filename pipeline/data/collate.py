@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,23 +46,27 @@ class Batch:
     leaders: Tensor | None = None  # [G] the first sample with each prefix
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        moved["images"] = {name: value.to(device, non_blocking=True) for name, value in self.images.items()}
-        return dataclasses.replace(self, **moved)
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
-    def pinned(self) -> Batch:
-        """The batch in pinned memory, from which a GPU copies while it computes."""
-        moved: dict[str, Any] = {
-            field.name: value.pin_memory()
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory, from which a GPU copies while it computes; torch's loader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        found: list[Tensor] = []
+        self._each(lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+        return found
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        moved["images"] = {name: value.pin_memory() for name, value in self.images.items()}
-        return dataclasses.replace(self, **moved)
+        changed["images"] = {name: change(value) for name, value in self.images.items()}
+        return dataclasses.replace(self, **changed)
 
     @property
     def selection(self) -> Selection:

@@ -25,7 +25,9 @@ class Items(Protocol):
     def __getitem__(self, item: int, /) -> Any: ...
 
 
-def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD) -> Iterator[Any]:
+def loaded(
+    data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD, pinned: bool = False
+) -> Iterator[Any]:
     """Yield the items of `data` in the order of `numbers`.
 
     Worker processes are forked, whatever the interpreter's default is (Python 3.14: forkserver). With other start
@@ -39,10 +41,11 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
         numbers: the items, in order.
         workers: number of worker processes; 0: items are made in this process.
         ahead: items that each worker makes in advance.
+        pinned: items are handed over in pinned memory (their `pin_memory()`), copied there by a thread; needs a GPU.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned}
     if workers:
-        options = {
+        options |= {
             "persistent_workers": True,
             "prefetch_factor": ahead,
             "worker_init_fn": ignore_signals_from_others,
@@ -56,7 +59,7 @@ def loaded(data: Items, numbers: Sequence[int], workers: int, ahead: int = AHEAD
     # process would die of it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if workers else ())
     try:
-        loading = DataLoader(source, batch_size=None, sampler=numbers, num_workers=workers, generator=own, **options)
+        loading = DataLoader(source, batch_size=None, sampler=numbers, generator=own, **options)
         found = iter(loading)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

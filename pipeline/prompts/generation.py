@@ -119,7 +119,7 @@ def generate_answers(
             conditions.progress()
         inputs = collated(examples, chosen, part, [1.0] * len(part), selection, with_answer=False)
         if device.type == "cuda":
-            inputs = inputs.pinned()
+            inputs = inputs.pin_memory()
         inputs = inputs.to(device)
         given = Modules(tensors, inputs.selection, modules.entry)
         with counting(count):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.backbones.compiled import Compiled
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.packing import Fill, Packed, hidden_of_packed
 from pipeline.backbones.prefix_cache import hidden_after_prefix
 from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
@@ -67,9 +69,18 @@ class LearnerOnLMM(nn.Module):
 
     counts_tokens = True
 
-    def __init__(self, lmm: LMM, learner: Learner, checkpointing: str = "none") -> None:
+    def __init__(
+        self,
+        lmm: LMM,
+        learner: Learner,
+        checkpointing: str = "none",
+        compiled: Compiled | None = None,
+        packing: bool = False,
+    ) -> None:
+        """`compiled`: the layers that run compiled; `packing`: short samples share rows of the decoder's batch."""
         super().__init__()
         self.lmm, self.learner, self.checkpointing = lmm, learner, checkpointing
+        self.compiled, self.packing, self.fill = compiled, packing, Fill()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The module's parameters first, then the frozen model's, then those of the other parts.
@@ -123,6 +134,12 @@ class LearnerOnLMM(nn.Module):
 
     def _said(self, batch: Batch) -> Said:
         """What the model with its modules says at the answers' tokens."""
+        if self.compiled is None:
+            return self._computed(batch)
+        with self.compiled.active():
+            return self._computed(batch)
+
+    def _computed(self, batch: Batch) -> Said:
         # One object, by which modules know that a layer is computed again for this batch.
         selection = self.learner.chosen(batch)
         with self.learner.attached(self.lmm, selection) if self.learner.updates_words else nullcontext():
@@ -132,7 +149,9 @@ class LearnerOnLMM(nn.Module):
             return self.learner.attached(self.lmm, selection, read.inserted)
 
         layers = recomputing(self.lmm, self.checkpointing, again_in=attached)
-        with layers, gates_kept_once(self.lmm, self.checkpointing), attached():
+        # Compiled layers need no help: what a product can be recomputed from is the compiler's choice.
+        compiled = () if self.compiled is None else self.compiled.layers
+        with layers, gates_kept_once(self.lmm, self.checkpointing, compiled), attached():
             hidden = read.decode()
         return self._at_tokens(hidden, read.answers.targets, batch.weights, selection)
 
@@ -161,8 +180,13 @@ class LearnerOnLMM(nn.Module):
             embeddings, attention, moved = insert_prompts(embeddings, attention, vectors, valid, labels, place=place)
             assert moved is not None
             labels = moved
-        answers = answers_of(labels)
-        decode = partial(lmm.hidden, embeddings, attention, places, batch.images, answers.at)
+        answers, hidden = answers_of(labels), lmm.hidden
+        if self.packing:
+            packed = Packed.of(attention)
+            packed.count(self.fill)
+            if packed.saves:
+                hidden = partial(hidden_of_packed, packed, lmm)
+        decode = partial(hidden, embeddings, attention, places, batch.images, answers.at)
         return _Read(decode, answers, inserted)
 
     def _in_two_passes(self, batch: Batch) -> _Read:

@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "keys.batch",
     "train.log_every",
     "train.workers",
+    "train.copy_ahead",
     "train.micro_batch",
     "train.deepspeed",
     "train.processes",

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
+from pipeline.backbones.packing import require_packing
 from pipeline.config.method import choice_name
 from pipeline.config.recipe import Recipe
 from pipeline.config.train import AUTO
@@ -20,6 +21,7 @@ from pipeline.prompts.parts.base import Part, entry_of, kind_of
 from pipeline.prompts.parts.projector import Projector
 from pipeline.prompts.terms import PrototypeTerm, Term, make_term
 from pipeline.ranks.world import World, agreed_node_size
+from pipeline.sequence.switches import compiled_for
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Engine, start_deepspeed
 
@@ -43,7 +45,10 @@ def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
     if train.vision_features == "kept":
         require_kept_features(lmm.family.kind)
     learner = learner_of(lmm, make_method(recipe.method), key_width, train.projector == "trained")
-    module = LearnerOnLMM(lmm, learner, checkpointing)
+    compiled = compiled_for(lmm, train, world.device)
+    if train.packing != "none":
+        require_packing(lmm)
+    module = LearnerOnLMM(lmm, learner, checkpointing, compiled, train.packing != "none")
     module.to(world.device)
 
     def optimizer(parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.backbones.lmm import LMM, of_the_checkpoint
+from pipeline.backbones.base_model import of_the_checkpoint
+from pipeline.backbones.lmm import LMM
 from pipeline.data.example import picture_digest
 from pipeline.data.kept_features import NO_PICTURE, PICTURES, KeptFeatures, SplitFeatures, number_pictures
 from pipeline.data.shards import IndexedShards

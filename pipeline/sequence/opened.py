@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backbones.lmm import base_fingerprint
+from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.backbones.quantised import require_quantiser
 from pipeline.config.recipe import Recipe
@@ -23,6 +23,7 @@ from pipeline.sequence.evaluate import require_own_images
 from pipeline.sequence.models import Models
 from pipeline.sequence.results import RunResults
 from pipeline.sequence.stage_files import StageFiles
+from pipeline.sequence.switches import require_switches
 from pipeline.sequence.vllm import require_answerable
 from pipeline.training.deepspeed_config import require_whole_weights
 
@@ -58,6 +59,7 @@ def require_fitting(recipe: Recipe) -> None:
     kind_of(method).require_attention(method, recipe.model.attn_implementation)
     require_quantiser(recipe.model.quantization)
     require_answerable(recipe)
+    require_switches(recipe)
 
 
 def open_run(recipe: Recipe, session: Session, answers: bool = True) -> OpenRun:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from pipeline.backbones.packing import Fill
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.collate import Examples, MicroBatches
@@ -130,6 +131,9 @@ class StageTrainer:
                     lambda progress: self.tracker.metrics(numbers(progress), progress.step),
                 )
             watchdog.beat(f"saving stage {stage.name}", slow=True)
+            if engine.module.packing:
+                log.info("stage %s, packed on this rank: %s", stage.name, engine.module.fill)
+                engine.module.fill = Fill()
             final = history[-1]
             seconds = round(time.perf_counter() - began + seconds_before, 1)
             facts = {

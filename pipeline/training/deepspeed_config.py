@@ -59,16 +59,22 @@ def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int 
 
 
 def require_whole_weights(train: TrainConfig, quantization: str) -> None:
-    """Raise UserError where the DeepSpeed file is for ZeRO-3 and the model is quantised."""
-    if quantization == "none":
+    """Raise UserError where the DeepSpeed file is for ZeRO-3 and the model is quantised or compiled."""
+    if quantization == "none" and train.compile == "none":
         return
     config = deepspeed_file(ZERO3 if train.deepspeed == AUTO else train.deepspeed)
-    if int((config.get("zero_optimization") or {}).get("stage", 0)) == 3:
+    if int((config.get("zero_optimization") or {}).get("stage", 0)) != 3:
+        return
+    if quantization != "none":
         raise UserError(
             f"model.quantization {quantization} is not possible under ZeRO-3 ({train.deepspeed}), which partitions "
             "weights in the precision of the step while they are loaded, before they could be quantised; set "
             f"train.deepspeed to {ZERO2}."
         )
+    raise UserError(
+        f"train.compile {train.compile} is not possible under ZeRO-3 ({train.deepspeed}), which changes the weights of "
+        f"a layer whenever it runs; set train.deepspeed to {ZERO2}, or train.compile to none."
+    )
 
 
 def with_recipe(config: dict[str, Any], micro: int, steps: int, clip: float | None, dtype: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pipeline.errors import Interrupted, PipelineError
 from pipeline.ranks.world import World, gather_objects, on_main, sum_over_ranks
 from pipeline.runs.layout import METRICS, label_of
 from pipeline.runs.session import Session
+from pipeline.training.copying import copies_ahead, on_device
 from pipeline.training.normaliser import Normaliser
 from pipeline.training.resume import StepSaver
 from pipeline.training.schedule import LearningRate
@@ -116,13 +117,14 @@ def train_stage(
         Interrupted: a signal asked to stop; on all ranks.
     """
     world, saver, start, total, history = session.world, attempt.saver, attempt.start, batches.steps, []
-    loader = loaded_steps(batches, config.workers, start)
+    pinned = copies_ahead(config.copy_ahead, world.device)
+    steps = on_device(loaded_steps(batches, config.workers, start, pinned), world.device, pinned)
     with ProgressLog(
         attempt.folder / METRICS, label_of(attempt.folder), total, world.main, engine.counts_tokens
     ) as shown:
         for step in range(start, total):
             session.watchdog.beat(f"step {step + 1} of {total}", slow=step == start)
-            micro_batches = [batch.to(world.device) for batch in next(loader)]
+            micro_batches = next(steps)
             counts = sum_over_ranks(counts_of_step(micro_batches).to(world.device, torch.float32)).tolist()
             factor = rate.factor(step)
             engine.scale_learning_rates(factor)
@@ -171,10 +173,10 @@ def _save_and_stop(done: int, total: int, agreed: Agreed, saver: StepSaver | Non
         )
 
 
-def loaded_steps(batches: Loader, workers: int, start: int = 0) -> Iterator[list[Any]]:
-    """The micro-batches of each optimizer step from `start` on."""
+def loaded_steps(batches: Loader, workers: int, start: int = 0, pinned: bool = False) -> Iterator[list[Any]]:
+    """The micro-batches of each optimizer step from `start` on, in host memory."""
     items = range(start * batches.accumulation, len(batches))
-    loader = loaded(batches, items, workers)
+    loader = loaded(batches, items, workers, pinned=pinned)
     for _ in range(start, batches.steps):
         yield [next(loader) for _ in range(batches.accumulation)]
 

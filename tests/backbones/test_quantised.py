@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pipeline.backbones import lmm_weights, quantised
-from pipeline.backbones.lmm import LMM, base_fingerprint, load_lmm
+from pipeline.backbones.base_model import base_fingerprint
+from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.quantised import QuantisedLinear, quantise, quantised_bytes
 from pipeline.config.models import ModelConfig
 from pipeline.errors import MissingExtra, UserError

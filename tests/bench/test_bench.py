@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from pipeline.backbones.packing import Packed
 from pipeline.bench import measure
 from pipeline.bench.__main__ import app
 from pipeline.bench.evaluate import bench_evaluate
@@ -21,6 +23,7 @@ from pipeline.bench.loader import bench_loader
 from pipeline.bench.low_rank import bench_low_rank
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
+from pipeline.bench.switches import bench_switches, mixed_batch
 from pipeline.bench.tasks import SetsInUse, bench_tasks
 from pipeline.errors import UserError
 from pipeline.sequence.run import run_sequence
@@ -244,3 +247,23 @@ def test_the_goals_of_a_step_hold_at_size_small(monkeypatch: pytest.MonkeyPatch)
     for name, goal in (("after_bos", 2.0), ("after_image", 3.5), ("after_image_shared", 8.0)):
         assert ratios[name]["operations"] >= goal
         assert ratios[name]["peak_memory"] >= 2
+
+
+def test_switches_are_measured_against_the_step_without_and_those_of_gpus_are_told() -> None:
+    found = bench_switches("tiny", samples=4, rounds=1, switches=("packing", "copy_ahead", "tf32", "int8"))
+    assert found["variants"].keys() == {"packing", "int8"}
+    assert all(min(row["gain"], row["tokens_per_s"], row["first_s"]) > 0 for row in found["variants"].values())
+    assert "times smaller" in found["variants"]["int8"]["note"]
+    assert found["not measured"]["copy_ahead"] == "there is nothing to copy on a CPU"
+    with pytest.raises(UserError, match="No switch fast; expected some of compile, compile_tower, packing"):
+        bench_switches("tiny", switches=("fast",))
+
+
+def test_the_batch_that_is_packed_has_short_samples_without_an_image_and_loses_no_column() -> None:
+    size = replace(SIZES["tiny"], image_side=140)  # 100 tokens of an image
+    batch = mixed_batch(size, 6)
+    assert batch.has_image.tolist() == [True, False] * 3 and len(batch.images["pixel_values"]) == 3
+    lengths = batch.attention.sum(1)
+    assert (lengths[0] - lengths[1], int((batch.labels[1] != -100).sum())) == (size.image_tokens, size.answer_tokens)
+    packed = Packed.of(batch.attention)
+    assert packed.shape == (4, int(lengths[0]))  # the three without an image share a row

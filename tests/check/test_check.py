@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from data_prep.sources.addresses import COIN, UCIT, benchmark_of, images_of
+from pipeline.check import switches
 from pipeline.check.findings import Findings
 from pipeline.check.sequence import check
 from pipeline.cli.commands import app
@@ -323,6 +324,50 @@ def test_prompts_that_the_decoder_cannot_carry_are_named(here: Path, changes: li
     assert said in only_problem(findings(*changes), row)
 
 
+@pytest.mark.parametrize(
+    ("changes", "row", "said"),
+    [
+        (
+            ["train.compile=decoder", "train.deepspeed=ds_configs/zero3.json"],
+            "deepspeed",
+            "compile decoder is not possible under",
+        ),
+        (
+            ["train.compile=decoder", "model.quantization=int8"],
+            "recipe",
+            "with model.quantization int8, whose products",
+        ),
+        (
+            ["train.compile=decoder", "method={name: task_lora}"],
+            "recipe",
+            "with the method task_lora, whose modules act",
+        ),
+        (["train.packing=samples", "method={name: coda}"], "recipe", "Set train.packing to none, or choose another"),
+        (["train.packing=samples", "method.insertion=after_image"], "recipe", "which computes a sample in two passes"),
+        (
+            ["train.packing=samples", "model.attn_implementation=flex_attention"],
+            "speed",
+            "attention 'flex_attention' takes",
+        ),
+    ],
+)
+def test_switches_for_speed_that_cannot_be_combined_are_named(
+    here: Path, changes: list[str], row: str, said: str
+) -> None:
+    assert said in only_problem(findings(*changes), row)
+
+
+def test_switches_for_speed_are_listed_where_a_recipe_sets_them(here: Path) -> None:
+    assert switches.TITLE not in findings().found
+    found = findings(
+        "train.compile=decoder_and_tower", "train.packing=samples", "train.copy_ahead=true", "model.tf32=true"
+    )
+    assert not found.problems
+    listed = "train.compile decoder_and_tower, train.packing samples, train.copy_ahead true, model.tf32 true"
+    assert found.found[switches.TITLE] == f"{listed}; copying ahead and TF32 do nothing on CPUs"
+    assert "ZeRO stage 2" in str(found.found["deepspeed"])
+
+
 @pytest.mark.parametrize("name", ["modalprompt", "modular, depth: 2", "l2p"])
 def test_rows_behind_the_image_need_layers_that_go_on_from_a_cache(here: Path, tmp_path: Path, name: str) -> None:
     behind = f"method={{name: {name}, insertion: after_image}}"
@@ -437,8 +482,8 @@ def test_every_task_of_the_benchmarks_has_a_source_for_its_images() -> None:
 @pytest.fixture
 def finished_stage(here: Path, tmp_path: Path) -> tuple[Path, str]:
     """A run with one finished stage on the tiny model, and the override that names it."""
+    from pipeline.backbones.base_model import base_fingerprint
     from pipeline.backbones.clip import key_identity
-    from pipeline.backbones.lmm import base_fingerprint
     from pipeline.data.shards import IDENTITY_FIELDS
 
     override = f"run_dir={tmp_path / 'run'}"

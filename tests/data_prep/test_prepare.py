@@ -316,13 +316,13 @@ def test_keys_say_in_which_precision_they_were_computed_and_it_is_no_other_clip(
     folder = _train(prepared).folder
     assert _train(prepared).keys().identity["precision"] == "float32"
     (folder / "keys.safetensors").unlink()
-    monkeypatch.setattr("pipeline.backbones.clip._has_tf32", lambda device: True)
+    monkeypatch.setattr("pipeline.backbones.clip.has_tf32", lambda device: True)
     assert prepare(prepared, progress=False)["splits"][0]["wrote"] == ["keys"]
     assert _train(prepared).keys(key_identity(prepared.keys.path)).identity["precision"] == "tf32"
 
 
 def test_tf32_is_allowed_while_keys_are_computed_and_not_before_or_after(clip, monkeypatch):
-    monkeypatch.setattr("pipeline.backbones.clip._has_tf32", lambda device: True)
+    monkeypatch.setattr("pipeline.backbones.clip.has_tf32", lambda device: True)
     seen: list[str] = []
     fast, exact = KeyEncoder(clip, tf32=True), KeyEncoder(clip)
     for encoder in (fast, exact):

@@ -32,6 +32,7 @@ CLIP = "clip --size nano --classes 4 --images 2 --chunk 2 --batches 1 --rounds 1
 # By what is shown: the same with sizes that take seconds.
 BENCHES = {
     "python -m pipeline.bench step --size small": "step --size tiny --rounds 1 --variants after_bos",
+    "python -m pipeline.bench switches --size small": "switches --size tiny --samples 2 --rounds 1 --only packing,int8",
     "python -m pipeline.bench tasks --size small": "tasks --size tiny --few 4 --many 8 --samples 1 --rounds 1",
     "python -m pipeline.bench tasks --size small --router random_ridge --key-width 768": (
         "tasks --size tiny --few 4 --many 8 --samples 1 --rounds 1 --router random_ridge --key-width 16"

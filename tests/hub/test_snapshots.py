@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.backbones.lmm import base_fingerprint, load_lmm
+from pipeline.backbones.base_model import base_fingerprint
+from pipeline.backbones.lmm import load_lmm
 from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.config.models import ModelConfig
 from pipeline.errors import Interrupted, UserError

@@ -18,7 +18,7 @@ class LMMFamily:
     (`...ForConditionalGeneration`), whose `model.model` holds vision tower, projector and decoder.
 
     1. Which checkpoints belong to it, and what loads them: `kind`, `processor`, `supports_vicuna_template`,
-       `tower_attends`.
+       `tower_attends`, `compiles_tower`.
     2. Where are its submodules: `decoder`, `projector`.
     3. How do images become features: `image_features`, `keeps_features`, `adopt`.
     4. How many tokens does an image of a given size take: `sizes`.
@@ -38,6 +38,9 @@ class LMMFamily:
 
     # Whether the vision tower has attention; transformers refuses a kernel for a model that has none.
     tower_attends: ClassVar[bool] = True
+
+    # Whether the code of its vision tower's layers is the same for all images, so that it can be compiled.
+    compiles_tower: ClassVar[bool] = True
 
     # Submodules of `model.model`.
     decoder: ClassVar[str] = "language_model"

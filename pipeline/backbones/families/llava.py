@@ -85,6 +85,7 @@ class FastVLM(LMMFamily):
 
     kind = "fast_vlm"
     tower_attends = False
+    compiles_tower = False  # its convolutions differ from block to block
     keeps_features = True
     sizes = LlavaSizes
 

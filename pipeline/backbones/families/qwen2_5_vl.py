@@ -63,6 +63,7 @@ class Qwen25VL(LMMFamily):
     image_prefix_tokens = 1  # <|vision_start|>
     image_suffix_tokens = 1  # <|vision_end|>
     needs_image_mask = True
+    compiles_tower = False  # its attention is split by the sizes of the images
     lean_attentions = ("Qwen2_5_VLAttention",)
 
     def decoder_inputs(

@@ -37,9 +37,21 @@ class ImageBatch:
 
     def to(self, device: torch.device) -> ImageBatch:
         """The same batch on another device."""
-        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._named.items()}
         return replace(self, **moved)
+
+    def pin_memory(self) -> ImageBatch:
+        """The batch in pinned memory, from which a GPU copies while it computes; torch's loader calls this."""
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._named.items()}
+        return replace(self, **pinned)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return list(self._named.values())
+
+    @property
+    def _named(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
 
     def counts(self) -> tuple[float, float]:
         """The total weight of the samples, twice: the training loop sums answer units and samples, here the same."""

@@ -1,0 +1,206 @@
+"""The switches for speed, each against the same step without it: compiled layers, packing, copies, TF32, few bits."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from pipeline.backbones.compiled import Compiled, counted_compilations, require_compiler
+from pipeline.backbones.lmm import LMM
+from pipeline.backbones.precision import has_tf32
+from pipeline.backbones.quantised import QuantisedLinear, quantise
+from pipeline.bench import measure
+from pipeline.bench.operations import TASKS
+from pipeline.bench.sizes import IMAGE_TOKEN, SIZES, Size, every_image, make_batch, make_lmm
+from pipeline.bench.step import OurStep
+from pipeline.data.collate import Batch
+from pipeline.errors import UserError
+from pipeline.training.copying import on_device
+
+# Tokens per second and GPU of full fine-tuning of Llama-3.1-8B on 8 H100 with FSDP: torchtitan, benchmarks/ at b5bcd76.
+PUBLISHED = {"bfloat16": 5762, "bfloat16, compiled": 6667, "float8, compiled": 8532}
+# What the compiled rate is on a step whose weights are frozen, which takes 4 operations per weight and token instead of
+# 6 and the output layer at answers only (docs/scaling.md), and the rate at 55 % of a H100's peak.
+EQUIVALENT = {"the same use of the GPU": 12_400, "55 % of its peak": 21_000}
+SWITCHES = ("compile", "compile_tower", "packing", "copy_ahead", "tf32", "int8", "nf4")
+COPIED = 4  # steps of a call, so that there is a step to copy behind
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step with a switch and the same without it."""
+
+    plain: Callable[[], Any]
+    switched: Callable[[], Any]
+    samples: int
+    tokens: int  # of a call, padding not counted
+    held: Callable[[], dict[str, Any]] = dict
+    note: Callable[[], dict[str, Any]] = dict  # more to tell of it, after its calls
+
+
+def bench_switches(
+    size_name: str,
+    samples: int = 8,
+    rounds: int = 3,
+    switches: tuple[str, ...] = SWITCHES,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Measure each switch in turn; a ratio above 1 is a gain. UserError for an unknown switch."""
+    unknown = sorted({*switches} - {*SWITCHES})
+    if unknown:
+        raise UserError(f"No switch {', '.join(unknown)}; expected some of {', '.join(SWITCHES)}.")
+    size = SIZES[size_name]
+    lmm = make_lmm(size, device, dtype)
+    found: dict[str, Any] = {"size": size_name, "dtype": dtype, "samples": samples, "machine": measure.machine(device)}
+    rows = {name: measured(name, lmm, size, samples, rounds, device) for name in switches}
+    return found | {
+        "variants": {name: row for name, row in rows.items() if "seconds" in row},
+        "not measured": {name: row["result"] for name, row in rows.items() if "seconds" not in row},
+        "torchtitan tokens/s/GPU": PUBLISHED,
+        "of which a step of frozen weights is": EQUIVALENT,
+    }
+
+
+def measured(name: str, lmm: LMM, size: Size, samples: int, rounds: int, device: str) -> dict[str, Any]:
+    """One switch: seconds without and with it, tokens per second, the ratios, and what there is to tell of it."""
+    case = CASES[name](lmm, size, samples, device)
+    if isinstance(case, str):
+        return {"result": case}
+    began = time.perf_counter()
+    case.switched()
+    first = time.perf_counter() - began
+    calls = {"plain": case.plain, "switched": case.switched}
+    both = measure.compare({key: (call, case.samples, case.held) for key, call in calls.items()}, rounds, device)
+    ratios = measure.ratio(both["plain"], both["switched"])
+    return {
+        "plain_s": round(both["plain"].seconds, 4),
+        "seconds": round(both["switched"].seconds, 4),
+        "tokens_per_s": round(case.tokens / both["switched"].seconds, 1),
+        "gain": ratios["wall_clock"],
+        "operations": ratios["operations"],
+        "peak_memory": ratios["peak_memory"],
+        "first_s": round(first, 2),
+        "note": ", ".join(f"{key} {value}" for key, value in case.note().items()) or "-",
+    }
+
+
+def mixed_batch(size: Size, samples: int, seed: int = 0) -> Batch:
+    """A batch on the CPU of which every second sample has no image, padded as for training."""
+    batch = every_image(make_batch(size, samples, 1, TASKS - 1, seed))
+    pictured = torch.arange(samples) % 2 == 0
+    width = batch.input_ids.shape[1]
+    values: dict[str, Tensor] = {}
+    for name, filler in (("input_ids", 0), ("attention", 0), ("labels", -100)):
+        rows = []
+        for row, ids, picture in zip(getattr(batch, name), batch.input_ids, pictured, strict=True):
+            kept = row if picture else row[ids != IMAGE_TOKEN]
+            rows.append(pad(kept, (0, width - len(kept)), value=filler))
+        values[name] = torch.stack(rows)
+    images = {name: value[pictured] for name, value in batch.images.items()}
+    return replace(batch, **values, images=images, has_image=pictured)  # type: ignore[arg-type]
+
+
+def _step(lmm: LMM, size: Size) -> OurStep:
+    sets = torch.randn(TASKS, size.prompt_length, size.width, generator=torch.Generator().manual_seed(1)) * 0.02
+    return OurStep(lmm, size, sets[:-1], sets[-1], "after_bos")
+
+
+def _tokens(batch: Batch, size: Size) -> int:
+    return int(batch.attention.sum()) + len(batch.ids) * size.k * size.prompt_length
+
+
+def _batch(size: Size, samples: int, device: str) -> Batch:
+    return every_image(make_batch(size, samples, 1, TASKS - 1)).to(torch.device(device))
+
+
+def _pair(lmm: LMM, plain: OurStep, switched: OurStep, batch: Batch, size: Size) -> Case:
+    def held() -> dict[str, Any]:
+        return {"frozen": [*lmm.parameters(), *lmm.buffers()], "plain": plain.held, "switched": switched.held}
+
+    samples, tokens = len(batch.ids), _tokens(batch, size)
+    return Case(partial(plain, batch), partial(switched, batch), samples, tokens, held)
+
+
+def _compiled(lmm: LMM, size: Size, samples: int, device: str, tower: bool = False) -> Case | str:
+    try:
+        require_compiler(torch.device(device))
+    except UserError as error:
+        return str(error)
+    before = counted_compilations()
+    plain, switched = _step(lmm, size), _step(lmm, size)
+    switched.module.compiled = Compiled(lmm, tower)
+    case = _pair(lmm, plain, switched, _batch(size, samples, device), size)
+    return replace(case, note=lambda: {"compilations": counted_compilations() - before})
+
+
+def _packed(lmm: LMM, size: Size, samples: int, device: str) -> Case:
+    plain, switched = _step(lmm, size), _step(lmm, size)
+    switched.module.packing = True
+    case = _pair(lmm, plain, switched, mixed_batch(size, samples).to(torch.device(device)), size)
+    return replace(case, note=lambda: {"fill": switched.module.fill})
+
+
+def _copied(lmm: LMM, size: Size, samples: int, device: str) -> Case | str:
+    if device == "cpu":
+        return "there is nothing to copy on a CPU"
+    step, batch = _step(lmm, size), every_image(make_batch(size, samples, 1, TASKS - 1))
+
+    def steps(ahead: bool) -> Iterator[list[Any]]:
+        return iter([[batch.pin_memory() if ahead else batch] for _ in range(COPIED)])
+
+    def call(ahead: bool) -> None:
+        for (ready,) in on_device(steps(ahead), torch.device(device), ahead):
+            step(ready)
+
+    return Case(partial(call, False), partial(call, True), COPIED * samples, COPIED * _tokens(batch, size))
+
+
+def _tf32(lmm: LMM, size: Size, samples: int, device: str) -> Case | str:
+    if not has_tf32(torch.device(device)):
+        return "TensorFloat-32 needs a GPU of compute capability 8.0 or newer"
+    step, batch = _step(lmm.float(), size), _batch(size, samples, device)
+
+    def call() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            step(batch)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return Case(partial(step, batch), call, samples, _tokens(batch, size))
+
+
+def _quantised(lmm: LMM, size: Size, samples: int, device: str, kind: str) -> Case:
+    few = copy.deepcopy(lmm)
+    for name, layer in list(few.decoder.named_modules()):
+        if isinstance(layer, nn.Linear):
+            made = QuantisedLinear(layer.in_features, layer.out_features, None, kind)
+            weight, scales = quantise(layer.weight, kind)
+            made.weight, made.scales = nn.Parameter(weight, False), nn.Parameter(scales, False)
+            parent, _, last = name.rpartition(".")
+            setattr(few.decoder.get_submodule(parent), last, made)
+    plain, switched = _step(lmm, size), _step(few, size)
+    case = _pair(lmm, plain, switched, _batch(size, samples, device), size)
+    sizes = [sum(value.nbytes for value in model.decoder.parameters()) for model in (lmm, few)]
+    return replace(case, note=lambda: {"decoder's weights": f"{sizes[0] / sizes[1]:.2f} times smaller"})
+
+
+CASES: dict[str, Callable[[LMM, Size, int, str], Case | str]] = {
+    "compile": _compiled,
+    "compile_tower": partial(_compiled, tower=True),
+    "packing": _packed,
+    "copy_ahead": _copied,
+    "tf32": _tf32,
+    "int8": partial(_quantised, kind="int8"),
+    "nf4": partial(_quantised, kind="nf4"),
+}

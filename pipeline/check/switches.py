@@ -1,0 +1,47 @@
+"""The check of the switches for speed: what the model and this machine have in the way of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.backbones.compiled import require_compiler, tower_layers
+from pipeline.backbones.lmm import LMM
+from pipeline.backbones.packing import require_packing
+from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError
+from pipeline.planning.model_files import ModelFiles
+
+TITLE = "speed"
+
+
+def chosen(recipe: Recipe) -> dict[str, Any]:
+    """The switches that a recipe sets, by the names of their fields."""
+    train, model = recipe.train, recipe.model
+    fields = {
+        "train.compile": train.compile if train.compile != "none" else None,
+        "train.packing": train.packing if train.packing != "none" else None,
+        "train.copy_ahead": train.copy_ahead or None,
+        "model.tf32": model.tf32 or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_switches(recipe: Recipe, model: ModelFiles) -> str:
+    """The switches in words, and that model and machine can have them; UserError where they cannot."""
+    listed = ", ".join(f"{name} {str(value).lower()}" for name, value in chosen(recipe).items())
+    gpu = torch.cuda.is_available()
+    if recipe.train.compile != "none":
+        require_compiler(torch.device("cuda" if gpu else "cpu"))
+    note = "" if gpu else "; copying ahead and TF32 do nothing on CPUs"
+    try:
+        built = model.built
+    except (UserError, OSError, ValueError, KeyError, ImportError):
+        return f"{listed}; not compared with the model, whose configuration is not available here"
+    lmm = LMM(built, None)
+    if recipe.train.compile == "decoder_and_tower":
+        tower_layers(lmm)
+    if recipe.train.packing != "none":
+        require_packing(lmm)
+    return listed + note
