@@ -177,11 +177,11 @@ class GreedyDecoder(Generic[R]):
         state.attention, state.inserted, state.positions = attention, inserted, state.positions + 1
         return self._advance(range(len(self.rows)), scores)
 
-    def _advance(self, numbers: range, scores: Tensor) -> list[R]:
-        """Append each row's best token by scores [n, V] and let finished rows leave; returns the rows."""
+    def _advance(self, numbers: Sequence[int], scores: Tensor) -> list[R]:
+        """Append each of these rows' best token by scores [n, V] and let finished ones leave; returns the rows."""
         rows = [self.rows[number] for number in numbers]
         best = self.lmm.agreed(self._ruled(rows, scores).argmax(-1))
-        self._state.last[numbers.start : numbers.stop] = best
+        self._state.last[torch.tensor(numbers, device=best.device)] = best
         for row, token in zip(rows, best.tolist(), strict=True):
             row.tokens.append(token)
             if token in self._stops:
@@ -258,6 +258,7 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int | None = None,
     attached: Attached | None = None,
+    decoder: type[GreedyDecoder[Row]] | None = None,
 ) -> list[list[int]]:
     """Greedy answers to prompts: token ids, the stop token included.
 
@@ -267,12 +268,13 @@ def generate(
         max_new_tokens: maximum length of an answer.
         min_new_tokens: minimum length of an answer; None: as generation_config.json says.
         attached: as for `GreedyDecoder`.
+        decoder: another class of decoders; None: `GreedyDecoder`.
     """
-    decoder = GreedyDecoder[Row](lmm, attached)
+    decoding = (decoder or GreedyDecoder[Row])(lmm, attached)
     rows = [Row(number, max_new_tokens, shortest=min_new_tokens) for number in range(len(prompts.attention))]
-    decoder.join(prompts, rows)
-    while decoder.rows:
-        decoder.step()
+    decoding.join(prompts, rows)
+    while decoding.rows:
+        decoding.step()
     return [row.tokens for row in rows]
 
 

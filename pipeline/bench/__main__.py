@@ -5,18 +5,15 @@ One file because every benchmark is a few lines here, and all share the options 
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.bench.several_values import SeveralValues
 from pipeline.bench.sizes import SIZES
+from pipeline.bench.tables import show
 from pipeline.cli.lazy import lazy
 from pipeline.cli.outcome import App, ShowVersion
 from pipeline.errors import UserError, nearest
@@ -307,28 +304,6 @@ def gpu(
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError("There is no GPU here; start this where there is one, or give --device cpu and --size tiny.")
     show(gpu_bench.bench_gpu(_size(size), samples, answers, rounds, device, out, deadline), as_json)
-
-
-def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print the variants and ratios of a result as tables, or the result as JSON."""
-    if as_json:
-        print(json.dumps(result))
-        return
-    # When stdout is not a terminal use a wide table, so that names are not truncated in logs.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    tables = {"variant": result.get("variants", {}), "goal": result.get("goals", {})}
-    tables |= {f"ratio against {name}": rows for name, rows in result.get("ratios", {}).items()}
-    for title, rows in tables.items():
-        if rows:
-            table = Table(title, *next(iter(rows.values())))
-            for column in table.columns:
-                column.overflow = "fold"
-            for row, numbers in rows.items():
-                table.add_row(row, *map(str, numbers.values()))
-            console.print(table)
-    for name, value in result.items():
-        if name not in ("variants", "goals", "ratios"):
-            console.print(f"{name}: {value}", highlight=False)
 
 
 def _size(name: str) -> str:

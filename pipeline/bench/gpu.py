@@ -1,4 +1,7 @@
-"""All measurements that need a GPU, in one call of less than ten minutes: LLaVA-1.5-7B's shape in bfloat16."""
+"""All measurements that need a GPU, in one call of less than ten minutes: LLaVA-1.5-7B's shape in bfloat16.
+
+One step of training with each switch for speed is among them, and torchtitan's published rates to compare with.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from pipeline.bench.keys import make_clip
 from pipeline.bench.operations import SHARED, TASKS, step_operations
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import RATE, OurStep
+from pipeline.bench.switches import EQUIVALENT, PUBLISHED, SWITCHES, measured
 from pipeline.data.collate import Batch
 from pipeline.files.atomic import write_json
 from pipeline.prompts.embedding import embed_with_sets
@@ -54,7 +58,7 @@ def bench_gpu(
     out: Path | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> dict[str, Any]:
-    """Measure steps in every layout and checkpointing policy, answers, and steps under ZeRO-2 and ZeRO-3.
+    """Measure steps in every layout and checkpointing policy, switches, answers, and steps under ZeRO-2 and ZeRO-3.
 
     Sections run in the order of importance. A failed section is reported and the others run; sections that could not
     end within `deadline_s` seconds are skipped. `out` is rewritten after each section.
@@ -67,16 +71,25 @@ def bench_gpu(
         work = partial(_step, model, size, samples, layout, policy, rounds, device, rate)
         sections.append(("steps", f"{layout}, checkpointing {policy}", work))
 
+    def add_switch(name: str) -> None:
+        sections.append(("switches", name, lambda: measured(name, model.get(), size, samples, rounds, device)))
+
     add_step("after_bos", POLICIES[0])
+    add_switch(SWITCHES[0])
     sections.append(("answering", "all", partial(_answering, model, size, answers, rounds, device)))
+    for name in SWITCHES[1:3]:
+        add_switch(name)
     for stage in ("zero2", "zero3"):
         sections.append(("deepspeed", stage, partial(_deepspeed, model, size, samples, stage, rounds, device)))
+    for name in SWITCHES[3:]:
+        add_switch(name)
     for layout in LAYOUTS:
         for policy in POLICIES:
             if (layout, policy) != ("after_bos", POLICIES[0]):
                 add_step(layout, policy)
     result: dict[str, Any] = {"size": size_name, "samples": samples, "answers": answers}
-    result |= {"machine": measure.machine(device), "steps": {}, "answering": {}, "deepspeed": {}}
+    result |= {"machine": measure.machine(device), "steps": {}, "switches": {}, "answering": {}, "deepspeed": {}}
+    result |= {"torchtitan tokens/s/GPU": PUBLISHED, "of which a step of frozen weights is": EQUIVALENT}
     return _measured(result, sections, out, deadline_s)
 
 
@@ -155,7 +168,9 @@ def _step(
         return {"frozen": [*lmm.parameters(), *lmm.buffers()], **step.held}
 
     found = measure.compare({"step": (lambda: step(batch), samples, held)}, rounds, device)["step"]
-    return found.to_json(rate, step_operations(size, samples, layout))
+    tokens = samples * (batch.input_ids.shape[1] + size.k * size.prompt_length)
+    rates = {"tokens_per_s": round(tokens / found.seconds, 1)}
+    return found.to_json(rate, step_operations(size, samples, layout)) | rates
 
 
 def _answering(model: _Model, size: Size, answers: int, rounds: int, device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The switches for speed, each against the same step without it: compiled layers, packing, copies, TF32, few bits."""
+"""The switches for speed, each against the same without: compiled layers, packing, copies, TF32, graphs, few bits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pipeline.backbones.compiled import Compiled, counted_compilations, require_compiler
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.precision import has_tf32
 from pipeline.backbones.quantised import QuantisedLinear, quantise
+from pipeline.backbones.static_decoding import StaticDecoder
 from pipeline.bench import measure
 from pipeline.bench.operations import TASKS
 from pipeline.bench.sizes import IMAGE_TOKEN, SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.bench.step import OurStep
 from pipeline.data.collate import Batch
 from pipeline.errors import UserError
+from pipeline.prompts.embedding import embed_with_sets
 from pipeline.training.copying import on_device
 
 # Tokens per second and GPU of full fine-tuning of Llama-3.1-8B on 8 H100 with FSDP: torchtitan, benchmarks/ at b5bcd76.
@@ -30,13 +33,14 @@ PUBLISHED = {"bfloat16": 5762, "bfloat16, compiled": 6667, "float8, compiled": 8
 # What the compiled rate is on a step whose weights are frozen, which takes 4 operations per weight and token instead of
 # 6 and the output layer at answers only (docs/scaling.md), and the rate at 55 % of a H100's peak.
 EQUIVALENT = {"the same use of the GPU": 12_400, "55 % of its peak": 21_000}
-SWITCHES = ("compile", "compile_tower", "packing", "copy_ahead", "tf32", "int8", "nf4")
+SWITCHES = ("compile", "static_cache", "packing", "compile_tower", "copy_ahead", "tf32", "int8", "nf4")
+NEW_TOKENS = 32  # of an answer
 COPIED = 4  # steps of a call, so that there is a step to copy behind
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step with a switch and the same without it."""
+    """A step, or answers, with a switch and the same without it."""
 
     plain: Callable[[], Any]
     switched: Callable[[], Any]
@@ -86,7 +90,8 @@ def measured(name: str, lmm: LMM, size: Size, samples: int, rounds: int, device:
         "seconds": round(both["switched"].seconds, 4),
         "tokens_per_s": round(case.tokens / both["switched"].seconds, 1),
         "gain": ratios["wall_clock"],
-        "operations": ratios["operations"],
+        # Of a graph that is replayed nothing is counted.
+        "operations": "-" if name == "static_cache" and device != "cpu" else ratios["operations"],
         "peak_memory": ratios["peak_memory"],
         "first_s": round(first, 2),
         "note": ", ".join(f"{key} {value}" for key, value in case.note().items()) or "-",
@@ -164,10 +169,28 @@ def _copied(lmm: LMM, size: Size, samples: int, device: str) -> Case | str:
     return Case(partial(call, False), partial(call, True), COPIED * samples, COPIED * _tokens(batch, size))
 
 
+def _static(lmm: LMM, size: Size, samples: int, device: str) -> Case:
+    batch = every_image(make_batch(size, samples, 1, TASKS, answers=False)).to(torch.device(device))
+    sets = torch.randn(TASKS, size.prompt_length, size.width, generator=torch.Generator().manual_seed(1)) * 0.02
+    bank = sets.to(device, lmm.dtype)
+
+    @torch.no_grad()
+    def answer(decoder: type[GreedyDecoder[Row]]) -> None:
+        embeddings, attention, places = embed_with_sets(lmm, batch, bank, "after_bos")
+        prompts = Prompts(embeddings, attention, places, batch.images)
+        generate(lmm, prompts, NEW_TOKENS, NEW_TOKENS, decoder=decoder)
+
+    calls = (partial(answer, GreedyDecoder[Row]), partial(answer, StaticDecoder[Row]))
+    return Case(*calls, samples, samples * NEW_TOKENS)
+
+
 def _tf32(lmm: LMM, size: Size, samples: int, device: str) -> Case | str:
     if not has_tf32(torch.device(device)):
         return "TensorFloat-32 needs a GPU of compute capability 8.0 or newer"
-    step, batch = _step(lmm.float(), size), _batch(size, samples, device)
+    if lmm.dtype != torch.float32:
+        size = SIZES["1b"]
+        lmm = make_lmm(size, device, "float32")
+    step, batch = _step(lmm, size), _batch(size, samples, device)
 
     def call() -> None:
         before = torch.get_float32_matmul_precision()
@@ -197,6 +220,7 @@ def _quantised(lmm: LMM, size: Size, samples: int, device: str, kind: str) -> Ca
 
 CASES: dict[str, Callable[[LMM, Size, int, str], Case | str]] = {
     "compile": _compiled,
+    "static_cache": _static,
     "compile_tower": partial(_compiled, tower=True),
     "packing": _packed,
     "copy_ahead": _copied,

@@ -9,6 +9,7 @@ import torch
 from pipeline.backbones.compiled import require_compiler, tower_layers
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.packing import require_packing
+from pipeline.backbones.static_decoding import require_static
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.planning.model_files import ModelFiles
@@ -24,6 +25,7 @@ def chosen(recipe: Recipe) -> dict[str, Any]:
         "train.packing": train.packing if train.packing != "none" else None,
         "train.copy_ahead": train.copy_ahead or None,
         "model.tf32": model.tf32 or None,
+        "evaluate.static_cache": recipe.evaluate.static_cache or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -34,7 +36,7 @@ def check_switches(recipe: Recipe, model: ModelFiles) -> str:
     gpu = torch.cuda.is_available()
     if recipe.train.compile != "none":
         require_compiler(torch.device("cuda" if gpu else "cpu"))
-    note = "" if gpu else "; copying ahead and TF32 do nothing on CPUs"
+    note = "" if gpu else "; copying ahead, TF32 and graphs do nothing on CPUs"
     try:
         built = model.built
     except (UserError, OSError, ValueError, KeyError, ImportError):
@@ -44,4 +46,6 @@ def check_switches(recipe: Recipe, model: ModelFiles) -> str:
         tower_layers(lmm)
     if recipe.train.packing != "none":
         require_packing(lmm)
+    if recipe.evaluate.static_cache:
+        require_static(lmm)
     return listed + note

@@ -29,6 +29,11 @@ class EvaluateConfig(Section):
         description="with engine sharded, the ranks that have one model together; auto: those of a node, or all ranks "
         "where there are fewer",
     )
+    static_cache: bool = Field(
+        False,
+        description="true: each batch of answers has a cache of fixed size, and GPUs replay a token's step as one CUDA "
+        "graph; for methods whose modules stand at the input, with engine replicas",
+    )
     zero_shot: bool = Field(True, description="score the frozen model alone before the first stage")
     ahead: bool = Field(
         False, description="also score each task just before its own stage, for forward transfer; costs a test set each"

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.decoding import Prompts, generate
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.static_decoding import StaticDecoder
 from pipeline.console.progress import counted
 from pipeline.data.collate import Batch, Examples, collated
 from pipeline.data.example import Example
@@ -70,10 +71,16 @@ def prompt_sets(sets: Tensor, selected: Selection | Tensor, insertion: str = "af
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated: at most so many tokens each, and so many samples in one batch."""
+    """How answers are generated: at most so many tokens each, so many samples in one batch, and with which cache."""
 
     max_new_tokens: int
     batch: int
+    static: bool = False  # with a cache of fixed size; see `pipeline.backbones.static_decoding`
+
+    @property
+    def decoder(self) -> type[GreedyDecoder[Row]]:
+        """The class of decoders."""
+        return StaticDecoder[Row] if self.static else GreedyDecoder[Row]
 
 
 @torch.no_grad()
@@ -123,7 +130,9 @@ def generate_answers(
         inputs = inputs.to(device)
         given = Modules(tensors, inputs.selection, modules.entry)
         with counting(count):
-            generated = answer(lmm, inputs, given, decoding.max_new_tokens)
+            # A step that is replayed as a graph is not seen by the count.
+            decoder = decoding.decoder if count is None else GreedyDecoder[Row]
+            generated = answer(lmm, inputs, given, decoding.max_new_tokens, decoder)
         if count is not None:
             count.samples += len(part)
             count = None
@@ -174,7 +183,13 @@ def _used(selected: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     return used, numbers[selected]  # the last of the numbers is that of NO_SET itself
 
 
-def generate_once(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
+def generate_once(
+    lmm: LMM,
+    inputs: Batch,
+    modules: Modules,
+    max_new_tokens: int,
+    decoder: type[GreedyDecoder[Row]] | None = None,
+) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
     entry, tensors = modules.entry, modules.tensors
     found = embed_with_modules(lmm, inputs, entry, tensors)
@@ -186,10 +201,12 @@ def generate_once(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int
         selection=entry.chosen(tensors, inputs),
         inserted=found.inserted if entry.follows_rows else None,
     )
-    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, tensors))
+    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, tensors), decoder=decoder)
 
 
-def _generate_after_prefix(lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int) -> list[list[int]]:
+def _generate_after_prefix(
+    lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int, decoder: type[GreedyDecoder[Row]]
+) -> list[list[int]]:
     """Answers [B] to a batch, in which what samples begin with in common is computed once."""
     entry, insertion = modules.entry, modules.entry.insertion or "after_bos"
     rows = entry.rows(modules.tensors, inputs)
@@ -210,4 +227,4 @@ def _generate_after_prefix(lmm: LMM, inputs: Batch, modules: Modules, max_new_to
         selection=entry.chosen(modules.tensors, inputs),
         inserted=inserted if entry.follows_rows else None,
     )
-    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, modules.tensors))
+    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, modules.tensors), decoder=decoder)

@@ -9,6 +9,7 @@ import torch
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.backbones.lmm_families import require_kept_features
 from pipeline.backbones.packing import require_packing
+from pipeline.backbones.static_decoding import require_static
 from pipeline.config.method import choice_name
 from pipeline.config.recipe import Recipe
 from pipeline.config.train import AUTO
@@ -48,6 +49,8 @@ def lmm_engine(recipe: Recipe, world: World, key_width: int) -> Engine:
     compiled = compiled_for(lmm, train, world.device)
     if train.packing != "none":
         require_packing(lmm)
+    if recipe.evaluate.static_cache:
+        require_static(lmm)
     module = LearnerOnLMM(lmm, learner, checkpointing, compiled, train.packing != "none")
     module.to(world.device)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.static_decoding import require_static
 from pipeline.console.progress import counted
 from pipeline.data.collate import Examples
 from pipeline.data.grouped_order import image_groups
@@ -37,6 +38,7 @@ class Answering:
     conditions: Conditions = PLAIN
     shards: int = 1  # ranks that have one model together; they answer the same questions
     server: VllmServer | None = None  # what answers instead of a model of the ranks
+    static: bool = False  # decode with a cache of fixed size
 
 
 def evaluate_task(
@@ -100,7 +102,9 @@ def _generate(
     share = _share_of(missing, examples, world.rank // answering.shards, world.size // answering.shards)
     rounds = _Rounds(max(gather_objects(-(-len(share) // answering.batch))), conditions.go_on)
     bar = f"answering {test.name}" if world.main else None
-    decoding = Decoding(test.max_new_tokens, answering.batch)
+    if answering.static:
+        require_static(model)
+    decoding = Decoding(test.max_new_tokens, answering.batch, answering.static)
     conditions = replace(conditions, bar=bar, go_on=rounds.go_on)
     shards = model.shards if answering.shards > 1 else None
     if shards is not None:

@@ -226,6 +226,7 @@ class Evaluator:
             conditions,
             self.models.shards,
             self.server,
+            recipe.evaluate.static_cache,
         )
         with out_of_memory_advice(recipe.evaluate):
             score = evaluate_task(test, pool, route, store, answering, session.world)

@@ -18,30 +18,36 @@ if TYPE_CHECKING:
 
 
 def require_switches(recipe: Recipe) -> None:
-    """Raise UserError where a recipe's method or weights cannot be combined with train.compile or train.packing.
+    """Raise UserError where a recipe's method, weights or engine cannot be combined with its switches.
 
-    What depends on the model and its device is refused when it is loaded: `compiled_for`, and `require_packing`.
+    What depends on the model and its device is refused when it is loaded: `compiled_for`, `require_packing` and
+    `require_static`.
     """
-    train, method = recipe.train, make_method(recipe.method)
-    compiled, packed = f"train.compile {train.compile}", f"train.packing {train.packing}"
-    asked = [what for what, value in ((compiled, train.compile), (packed, train.packing)) if value != "none"]
-    for what in asked:
-        field = what.split()[0]
+    train, method, static = recipe.train, make_method(recipe.method), recipe.evaluate.static_cache
+    asked = {"train.compile": train.compile, "train.packing": train.packing}
+    off = {name: "none" for name, value in asked.items() if value != "none"}
+    for field, none in {**off, **({"evaluate.static_cache": "false"} if static else {})}.items():
+        what = f"{field} {asked.get(field, 'true')}"
         if entry_of(method).attaches:
             raise UserError(
                 f"{what} is not possible with the method {method.name}, whose modules act inside the decoder's layers "
                 "on whole rows of the batch; expected a method whose modules stand at the input, such as modalprompt. "
-                f"Set {field} to none, or choose another method."
+                f"Set {field} to {none}, or choose another method."
             )
-        if method.insertion == "after_image":
+        if method.insertion == "after_image" and field in off:
             raise UserError(
                 f"{what} is not possible with method.insertion after_image, which computes a sample in two passes; set "
                 f"{field} to none, or method.insertion to after_bos."
             )
     if train.compile != "none" and recipe.model.quantization != "none":
         raise UserError(
-            f"{compiled} is not possible with model.quantization {recipe.model.quantization}, whose products torch "
-            "cannot compile; set one of them to none."
+            f"train.compile {train.compile} is not possible with model.quantization {recipe.model.quantization}, whose "
+            "products torch cannot compile; set one of them to none."
+        )
+    if static and recipe.evaluate.engine != "replicas":
+        raise UserError(
+            f"evaluate.static_cache true is not possible with evaluate.engine {recipe.evaluate.engine}, which does not "
+            "decode on one rank; set static_cache to false, or engine to replicas."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +15,15 @@ from torch import Tensor
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.kv_cache import CacheSpace
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.static_decoding import StaticDecoder, require_static
 from pipeline.data.collate import Examples, collate_prompts
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
+from pipeline.prompts.generation import Decoding, generate_answers, prompt_sets
 from tests.backbones.test_families import EVERY, NEW, NONE, SAMPLES, plain_answer, plain_inputs, seen
-from tests.training.worlds import make_samples
+from tests.backbones.test_two_passes import SELECTED, examples_of
+from tests.training.worlds import make_pool, make_samples
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,39 @@ def test_a_rule_that_cannot_hold_is_refused(lmm: LMM, monkeypatch: pytest.Monkey
         UserError, match=r"guidance_scale to 2\.0, which greedy .* not support. Expected it to be left out"
     ):
         GreedyDecoder(lmm)
+
+
+@pytest.mark.parametrize("sharing", ["none", "image", "sets"])
+def test_a_cache_of_fixed_size_gives_the_same_answers(lmm: LMM, sharing: str) -> None:
+    if lmm.family.needs_one_pass():
+        with pytest.raises(UserError, match=r"evaluate.static_cache is not possible with this model: Gemma 3 has"):
+            require_static(lmm)
+        return
+    require_static(lmm)
+    insertion = {"none": "after_bos", "image": "after_image", "sets": "before_image"}[sharing]
+    modules = prompt_sets(make_pool(3, width=lmm.width).prompts, SELECTED, insertion)
+    asked = partial(generate_answers, lmm, examples_of(lmm, sharing), range(len(SELECTED)), modules)
+    expected = asked(Decoding(9, len(SELECTED)))
+    assert len(set(expected.values())) > 1
+    for batch in (1, 3, len(SELECTED)):
+        assert asked(Decoding(9, batch, static=True)) == expected
+
+
+def test_rows_of_a_fixed_cache_stay_until_half_have_finished_and_end_at_their_own_lengths(
+    lmm: LMM, examples: Examples, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lmm.family.needs_one_pass():
+        pytest.skip("it has no fixed cache, and says so")
+    monkeypatch.setattr(LMM, "stops", [])
+    longest = [2, NEW, 3, NEW - 1, NEW, 2]
+    rows, decoder = [Row(number, longest[number]) for number in EVERY], StaticDecoder[Row](lmm)
+    decoder.join(prompts(lmm, examples, EVERY), rows)
+    sizes = []
+    while decoder.rows:
+        sizes.append(len(decoder.rows))
+        decoder.step()
+    assert [len(row.tokens) for row in rows] == longest and {row.finish for row in rows} == {"length"}
+    assert sizes == [6, 6, *[3] * (NEW - 3)]
+    for row, plain in zip(rows, expected, strict=True):
+        common = min(len(plain) - 1, len(row.tokens))  # behind the stop token there is nothing to compare with
+        assert row.tokens[:common] == plain[:common]

@@ -23,7 +23,7 @@ from pipeline.bench.loader import bench_loader
 from pipeline.bench.low_rank import bench_low_rank
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
-from pipeline.bench.switches import bench_switches, mixed_batch
+from pipeline.bench.switches import SWITCHES, bench_switches, mixed_batch
 from pipeline.bench.tasks import SetsInUse, bench_tasks
 from pipeline.errors import UserError
 from pipeline.sequence.run import run_sequence
@@ -234,7 +234,11 @@ def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path: Path) -> None:
     found = bench_gpu("tiny", samples=4, answers=2, rounds=1, device="cpu", out=tmp_path / "gpu.json")
     assert len(found["steps"]) == 9
     assert all(row["samples_per_s"] > 0 for row in [*found["steps"].values(), *found["deepspeed"].values()])
-    assert all(row["tokens_per_s"] > 0 for row in found["answering"]["all"].values())
+    assert all(row["tokens_per_s"] > 0 for row in [*found["answering"]["all"].values(), *found["steps"].values()])
+    assert found["switches"].keys() == {*SWITCHES}
+    told = {name for name, row in found["switches"].items() if "seconds" not in row}
+    assert told == {"copy_ahead", "tf32"}  # which do nothing on a CPU
+    assert found["torchtitan tokens/s/GPU"]["bfloat16, compiled"] == 6667
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
 
 
@@ -250,12 +254,14 @@ def test_the_goals_of_a_step_hold_at_size_small(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_switches_are_measured_against_the_step_without_and_those_of_gpus_are_told() -> None:
-    found = bench_switches("tiny", samples=4, rounds=1, switches=("packing", "copy_ahead", "tf32", "int8"))
-    assert found["variants"].keys() == {"packing", "int8"}
+    found = bench_switches(
+        "tiny", samples=4, rounds=1, switches=("packing", "static_cache", "tf32", "int8", "copy_ahead")
+    )
+    assert found["variants"].keys() == {"packing", "static_cache", "int8"}
     assert all(min(row["gain"], row["tokens_per_s"], row["first_s"]) > 0 for row in found["variants"].values())
     assert "times smaller" in found["variants"]["int8"]["note"]
     assert found["not measured"]["copy_ahead"] == "there is nothing to copy on a CPU"
-    with pytest.raises(UserError, match="No switch fast; expected some of compile, compile_tower, packing"):
+    with pytest.raises(UserError, match="No switch fast; expected some of compile, static_cache, packing"):
         bench_switches("tiny", switches=("fast",))
 
 

@@ -29,11 +29,12 @@ from pipeline.config.load import load_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.data.keys import Keys
 from pipeline.data.shards import IndexedShards
-from pipeline.errors import EXIT_OK, EXIT_USER
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.hub import repository as hub
 from pipeline.hub import weights
 from pipeline.runs.claim import claim_run
 from pipeline.runs.layout import COMPLETE, META
+from pipeline.sequence.switches import require_switches
 from tests import tiny, tiny_clip
 from tests.processes import PROJECT
 
@@ -349,12 +350,24 @@ def test_prompts_that_the_decoder_cannot_carry_are_named(here: Path, changes: li
             "speed",
             "attention 'flex_attention' takes",
         ),
+        (["evaluate.static_cache=true", "method={name: coda}"], "recipe", "Set evaluate.static_cache to false, or"),
+        (
+            ["evaluate.static_cache=true", "model.attn_implementation=flex_attention"],
+            "speed",
+            "evaluate.static_cache is not possible with this model",
+        ),
     ],
 )
 def test_switches_for_speed_that_cannot_be_combined_are_named(
     here: Path, changes: list[str], row: str, said: str
 ) -> None:
     assert said in only_problem(findings(*changes), row)
+
+
+def test_a_cache_of_fixed_size_is_for_replicas(here: Path) -> None:
+    both = ["evaluate.static_cache=true", "evaluate.engine=sharded"]
+    with pytest.raises(UserError, match="static_cache true is not possible with evaluate"):
+        require_switches(load_recipe("tiny.yaml", both))
 
 
 def test_switches_for_speed_are_listed_where_a_recipe_sets_them(here: Path) -> None:
