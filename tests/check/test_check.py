@@ -377,7 +377,7 @@ def test_switches_for_speed_are_listed_where_a_recipe_sets_them(here: Path) -> N
     )
     assert not found.problems
     listed = "train.compile decoder_and_tower, train.packing samples, train.copy_ahead true, model.tf32 true"
-    assert found.found[switches.TITLE] == f"{listed}; copying ahead and TF32 do nothing on CPUs"
+    assert found.found[switches.TITLE] == f"{listed}; copying ahead, TF32 and graphs do nothing on CPUs"
     assert "ZeRO stage 2" in str(found.found["deepspeed"])
 
 
