@@ -73,9 +73,9 @@ def _test_groups(groups: Counter[bytes], share: float, seed: int) -> frozenset[b
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     chosen: set[bytes] = set()
-    taken = 0
+    taken, wanted = 0, share * groups.total()
     for key in order[:-1]:  # at least one image is left for training
-        if chosen and taken >= share * groups.total():
+        if chosen and taken >= wanted:
             break
         chosen.add(key)
         taken += groups[key]

@@ -146,7 +146,7 @@ def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
                 if row.image is not None and row.image not in done.copied:
                     _copy(row, task.images / row.image)
                     done.copied.add(row.image)
-                entry = json.dumps(_entry(task.name, row, split), indent=2, ensure_ascii=False)
+                entry = json.dumps(_entry(task.name, row, split), ensure_ascii=False)  # an entry a line
                 files[split].write(("[" if not done.counts[split] else ",") + "\n" + entry)
                 done.counts[split] += 1
                 done.answers.add(hash(row.answer))
