@@ -50,6 +50,7 @@ class VllmServer:
         self.dtype, self.identity = DTYPES[model.dtype], identity_of_places(base_model, model, insertion)
         self.known = False  # whether it has answered before
         self.patience_s = PATIENCE_S
+        self._waits = False  # whether it is away at the moment
 
     def ailing(self) -> str:
         """Why the server does not answer, one sentence; "" where it does."""
@@ -118,12 +119,13 @@ class VllmServer:
                 response = await engine.ask(body)
                 try:
                     reply = json.loads(await response.aread())
-                except TransportError as error:
+                    text = str(reply["choices"][0]["message"]["content"] or "").strip()
+                except (TransportError, ValueError, LookupError, TypeError) as error:
                     raise engine.lost(error) from None
                 finally:
                     await response.aclose()
-                self.known = True
-                return str(reply["choices"][0]["message"]["content"] or "").strip()
+                self.known, self._waits = True, False
+                return text
             except WrongCheckpointError as error:
                 raise UserError(str(error)) from None
             except RefusedError as error:
@@ -134,7 +136,9 @@ class VllmServer:
                         f"{str(error).removesuffix('; ask again later.')}: expected the server of evaluate.vllm_url to "
                         "run. The answers so far are kept; the same command resumes."
                     ) from None
-                log.info("waiting for the server: %s", error)
+                if not self._waits:  # once for all requests
+                    log.warning("waiting for the server: %s", error)
+                self._waits = True
                 await asyncio.sleep(RETRY_S)
                 progress()
 

@@ -59,6 +59,10 @@ ELSEWHERE = {
         "tests/bench/test_serve.py",
         '"clients", str(adapter)',
     ),
+    "python -m pipeline.bench serve ADAPTER --clients 8 --requests 300 --engines own,vocabulary,parts --vllm FILE": (
+        "tests/vllm/test_bench.py",
+        '"--engines", "own,vocabulary,parts"',
+    ),
     "python -m data_prep.nano example .": ("tests/data_prep/test_nano_cli.py", '["example", str('),
     "python -m data_prep.assemble RECIPE": ("tests/data_prep/test_assemble.py", '"--out"'),
     "python -m data_prep.small train PHOTOGRAPHS": ("tests/data_prep/test_small.py", '["train", str(photographs)'),

@@ -1,1 +1,1 @@
-"""Prompt sets as tokens of the vocabulary: an ordinary checkpoint in which each set is a run of special tokens."""
+"""Checkpoints for other servers: prompt sets as tokens of a vocabulary or vectors of requests, and low-rank updates."""
