@@ -16,11 +16,14 @@ from pipeline.adapter.answering import Question
 from pipeline.adapter.format import read_adapter
 from pipeline.adapter.load import load_adapter
 from pipeline.adapter.peft_folder import COMPARED, CONFIG, TENSOR, WEIGHTS, export_peft, from_peft
+from pipeline.adapter.vocabulary.export import ROUTER, export_checkpoint
+from pipeline.adapter.vocabulary.lora import LORAS
 from pipeline.cli.commands import app
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
-from tests.adapter.vocabulary import loaded, run_logits
+from tests.adapter.vocabulary import inputs_of, loaded, run_logits
 from tests.adapters import LENGTH, Models, question, save_adapter, save_models
 from tests.backbones.tiny_families import FAMILIES
+from tests.serve.front.test_loras import save_lora_adapter
 
 ASKED = [question(0), question(1, with_image=False)]
 
@@ -140,6 +143,23 @@ def test_what_is_no_folder_of_prompt_tuning_is_refused(adapter: Path, folders: P
         from_peft(adapter, "T0", tmp_path, tmp_path / "new")
     with pytest.raises(UserError, match="has no set 'T9'; expected one of T0, T1, T2"):
         from_peft(adapter, "T9", folders / "T0", tmp_path / "new")
+
+
+@torch.no_grad()
+def test_low_rank_updates_under_peft_answer_as_the_adapter(models: Models, tmp_path: Path) -> None:
+    adapter, checkpoint = save_lora_adapter(tmp_path / "adapter", models), tmp_path / "checkpoint"
+    export_checkpoint(adapter, checkpoint, "lora")
+    names = json.loads((checkpoint / ROUTER).read_text())["loras"]
+    ours = load_adapter(adapter)
+    for number in (0, 1):
+        asked = question(number)
+        model, processor = loaded(checkpoint)
+        theirs = PeftModel.from_pretrained(model, checkpoint / LORAS / names[f"T{number}"])
+        inputs = inputs_of(processor, asked, [])
+        tokens = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        found = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        (answer,) = ours.answer([asked], 6)
+        assert answer.selected == [f"T{number}"] and found == answer.text
 
 
 def test_the_verbs_write_and_read_the_folders(adapter: Path, tmp_path: Path) -> None:
