@@ -67,6 +67,8 @@ class Downloads:
         Raises UserErrors with a sentence for each file that was refused, after the others have been fetched; UserError
         where the disk is too small, before anything is fetched; Interrupted where a server cannot be reached.
         """
+        if not self.endpoint.startswith(("https://", "http://")):
+            raise UserError(f"--endpoint is '{self.endpoint}'; expected an address such as {HUB}.")
         record = Record.of(self.root)
         jobs = [self._job(file, record) for file in self.benchmark.files_of(self.tasks)]
         listed = instruction_files(self.benchmark.instructions, self.tasks, self.root, self.endpoint, self.patience)

@@ -115,7 +115,7 @@ class Columns:
     def spelled(self, header: Iterable[str]) -> list[str]:
         """The names of a header: known ones whatever their case and outer blanks, else as they are written.
 
-        A column that `called` names gets the name it stands for, and another column of that name gets none.
+        A column that `called` names gets the name it stands for, and another column of that name a blank before it.
         """
         ours = {theirs: name for name, theirs in self.called.items()}
         found = []
@@ -125,7 +125,7 @@ class Columns:
             if name in ours:
                 found.append(ours[name])
             elif plain in self.known:
-                found.append("" if plain in self.called else plain)
+                found.append(f" {plain}" if plain in self.called else plain)
             else:
                 found.append(name)
         return found
@@ -138,7 +138,7 @@ class Columns:
         twice = sorted({name for name in header if name and header.count(name) > 1})
         if twice:
             raise UserError(f"{where} has the column {twice[0]} more than once. Keep one of them.")
-        written = f"{where} has the columns {shown(', '.join(name for name in header if name)) or '(none)'}"
+        written = f"{where} has the columns {shown(', '.join(name.strip() for name in header if name)) or '(none)'}"
         for name, theirs in self.called.items():
             if name not in header:
                 raise UserError(f"{written}; expected '{theirs}', which {self.option} names.{nearest(theirs, header)}")

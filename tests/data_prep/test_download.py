@@ -358,6 +358,7 @@ def test_the_list_of_a_real_benchmark_fetches_nothing(monkeypatch: pytest.Monkey
     [
         (["coins"], "unknown benchmark 'coins'; expected coin or ucit. Did you mean 'coin'?"),
         (["coin", "--tasks", "TextVQAA"], "CoIN has no task 'TextVQAA'"),
+        (["coin", "--endpoint", "hf-mirror"], "--endpoint is 'hf-mirror'; expected an address such as https://"),
     ],
 )
 def test_an_unknown_name_is_refused(arguments: list[str], sentence: str) -> None:

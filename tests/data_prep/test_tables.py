@@ -233,6 +233,7 @@ def test_columns_are_mapped(photos: Path) -> None:
         ("imag=photo", "--columns names 'imag'; expected image, question, answer. Did you mean 'image'?"),
         ("image=a,image=b", "--columns has image more than once"),
         ("question=a,answer=a", "--columns has a more than once"),
+        ("answer=Answers", "has the columns prompt, answer; expected 'Answers', which --columns names."),
         ("question=promt", "expected 'promt', which --columns names. Did you mean 'prompt'?"),
     ],
 )
