@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.tracking.curves import WHOLE, Curves, CurveTracker
 
@@ -62,7 +63,7 @@ class EventFiles(Curves):
         self._is_new = False
         self._writer = self._write_to(self.folder)
 
-    def _write_to(self, folder: Path):  # type: ignore[no-untyped-def]  # torch has no types for it
+    def _write_to(self, folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # tensorboard is an extra, and only rank 0 needs it
 
         writer = SummaryWriter(str(folder))

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.files.atomic import write_json
 from pipeline.tracking.curves import WHOLE, Curves, CurveTracker
@@ -79,7 +79,7 @@ class WandbTracker(CurveTracker):
         write_json(self.run_path / RUNS, self._runs)
 
 
-def _mode(wandb: Any) -> str | None:
+def _mode(wandb: Any) -> Literal["offline"] | None:
     """None: as wandb says, from WANDB_MODE and its settings; "offline" where it would ask for a key, and wait."""
     if os.environ.get("WANDB_MODE"):
         return None

@@ -40,6 +40,25 @@ def test_the_notebook_writes_into_a_folder_of_its_own() -> None:
     assert recipe.data.prepared != demo.data.prepared and recipe.run_path != demo.run_path
 
 
+def test_without_the_packages_the_first_cell_is_a_sentence(tmp_path: Path) -> None:
+    """-S: without what is installed beside Python."""
+    done = subprocess.run([sys.executable, "-S", "-c", code()[0]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "pipeline, torch, transformers, deepspeed, sklearn cannot be imported here. Choose the kernel" in done.stderr
+
+
+def test_the_notebook_is_stored_with_its_results_and_no_noise() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    texts = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
+    assert "after the last stage: {'Colours': " in texts and "selected=" in texts
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2  # a sample, and the matrix
+    assert all(noise not in texts for noise in ("Warning", "WARNING", "Traceback", "%|", str(PROJECT), "/tmp/"))
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert NOTEBOOK.stat().st_size < 200_000
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +66,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("ipykernel")
     # In a folder of its own, so that the project's stays as it is; the package is found as an installed one is.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # with which a kernel does not catch what libraries print
     notebook = nbformat.read(PROJECT / "examples" / "first_steps.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     client.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
