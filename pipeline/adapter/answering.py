@@ -135,7 +135,7 @@ class Answerer:
         `tokenise` raises the same, but only after it has computed the pixels: hundreds of megabytes for some models.
         """
         conversation, sample = self.lmm.conversation, Sample("question 1", None, question.text, answer="")
-        if conversation.cuts or conversation.sizes.one_size is not None:  # as many pixels whatever the image's size
+        if conversation.cuts:
             return
         # The image's orientation (EXIF) is not known before it is decoded. Most models take as many tokens either way.
         sides = {conversation.image_shape(*each): each for each in (size, size[::-1])}
