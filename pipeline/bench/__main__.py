@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.bench import step as step_bench
     from pipeline.bench import switches as switches_bench
     from pipeline.bench import tasks as tasks_bench
+    from pipeline.bench import tracking as tracking_bench
     from pipeline.bench.routing import run as routing_bench
 else:
     startup_bench, step_bench = lazy("pipeline.bench.startup"), lazy("pipeline.bench.step")
@@ -46,6 +47,7 @@ else:
     clip_bench = lazy("pipeline.bench.clip")
     serve_bench = lazy("pipeline.bench.serve")
     clients_bench = lazy("pipeline.bench.serve_clients")
+    tracking_bench = lazy("pipeline.bench.tracking")
     gpu_bench = lazy("pipeline.bench.gpu")
     routing_bench = lazy("pipeline.bench.routing.run")
 
@@ -287,6 +289,16 @@ def clients(
 def startup(rounds: Rounds = 3, as_json: AsJson = False) -> None:
     """Seconds until a verb of the embedded model has done its work, each in a process of its own."""
     show(startup_bench.bench_startup(rounds), as_json)
+
+
+@app.command()
+def tracking(
+    runs: Annotated[int, typer.Option(min=1, help="Runs of the large store, parents and stages together.")] = 2000,
+    rounds: Rounds = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds until MLflow lists a store of many runs, against one of a single sequence."""
+    show(tracking_bench.bench_tracking(runs, rounds), as_json)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Result = TypeVar("Result")
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows it as training, not as GenAI
+VIEW = "scores"  # the name of the view with the columns below: ?viewStateShareKey=scores on MLflow's page of runs
+COLUMNS = ("metrics.`last`", "metrics.`forgetting`", "metrics.`told`", "metrics.`routing.accuracy`", "metrics.`gain`",
+           "params.`method.name`", "params.`seed`", "attributes.`Dataset`", "attributes.`Description`")  # fmt: skip
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # the UI shows it as training, not as GenAI
+    "mlflow.experiment.primaryMetric.name": "last",  # the first chart
+    # MLflow's pages show no metric by default. What its button "Share" would save is written here.
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(
+        {"selectedColumns": COLUMNS, "orderByKey": COLUMNS[0], "orderByAsc": False}
+    ),
+}
 # Parts of the error messages of a process that creates a row, or a new database's tables, at the same time as another.
 COLLISIONS = ("already exists", "unique constraint", "duplicate", "database is locked", "already_exists")
 ATTEMPTS = 6
@@ -74,6 +85,10 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
             f"The MLflow experiment '{name}' in {masked(uri)} is deleted; expected an active one. Restore it with "
             f"`mlflow experiments restore -x {experiment.experiment_id}` or set tracking.experiment to another."
         )
+    with contextlib.suppress(Exception):  # of an earlier version; a store that is read only keeps its pages as they are
+        for tag, value in EXPERIMENT_TAGS.items():
+            if tag not in experiment.tags:
+                client.set_experiment_tag(experiment.experiment_id, tag, value)
     return str(experiment.experiment_id)
 
 

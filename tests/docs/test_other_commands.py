@@ -43,6 +43,7 @@ BENCHES = {
     "python -m pipeline.bench keys": "keys --size tiny --samples 4 --batch 2",
     "python -m pipeline.bench clip": CLIP,
     "python -m pipeline.bench startup": "startup --rounds 1",
+    "python -m pipeline.bench tracking": "tracking --runs 14 --rounds 1",
     "python -m pipeline.bench clip --size vitb16": CLIP,
 }
 # The file that runs it, and words of it that do.

@@ -20,6 +20,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.ranks.environment import free_port
 from pipeline.sequence.run import run_sequence
+from pipeline.tracking.store import VIEW
 from tests.browser.chromium import DESKTOP, chromium
 from tests.e2e.conftest import recipe_on
 
@@ -107,6 +108,21 @@ def test_the_registered_adapter_answers_a_frame_as_predict_does(
     assert json.loads(answers["similarity"][0]) == pytest.approx(expected["similarity"], abs=2e-4)
     with pytest.raises(UserError, match="neither a file here nor base64"):
         model.unwrap_python_model().predict(None, pandas.DataFrame({"question": ["?"], "image": ["nowhere.png"]}))
+
+
+@pytest.mark.browser
+def test_the_list_of_runs_has_columns_with_the_scores(server: str, runs: list[Recipe], tmp_path: Path) -> None:
+    experiment = json.loads((runs[0].run_path / "run.json").read_text())["mlflow"]["experiment"]
+    with chromium(*DESKTOP) as page:
+        page.open(f"{server}/#/experiments/{experiment}/runs?viewStateShareKey={VIEW}")
+        for _ in range(60):
+            if page.script("document.querySelectorAll('.ag-header-cell-text, [role=columnheader]').length") > 5:
+                break
+            time.sleep(1)
+        time.sleep(5)  # the columns are set after the table is drawn
+        text = page.script("[...document.querySelectorAll('[role=columnheader]')].map(e => e.innerText).join(' ')")
+        page.screenshot(Path(os.environ.get("SCREENSHOTS", tmp_path)) / "mlflow-runs.png", whole=False)
+    assert all(name in text for name in ("last", "forgetting", "gain", "method.name")), text
 
 
 @pytest.mark.browser

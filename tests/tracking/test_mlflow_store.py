@@ -190,6 +190,19 @@ def test_best_is_the_highest_score_over_the_newest_ones_tasks(store: Path, tmp_p
     assert int(client.get_model_version_by_alias("small", "newest").version) == 4
 
 
+def test_an_experiment_has_a_view_with_the_scores_an_older_one_too(store: Path) -> None:
+    from mlflow import MlflowClient
+
+    old = MlflowClient(f"sqlite:///{store}").create_experiment("old")
+    for name in ("new", "old"):
+        client, experiment = open_store(f"sqlite:///{store}", name)
+        tags = client.get_experiment(experiment).tags
+        view = json.loads(tags["mlflow.sharedViewState.scores"])
+        assert view["selectedColumns"][0] == view["orderByKey"] == "metrics.`last`"
+        assert tags["mlflow.experiment.primaryMetric.name"] == "last"
+    assert experiment == old
+
+
 def test_an_adapter_is_better_than_versions_with_the_same_tasks_alone() -> None:
     class Known:
         def __init__(self, tasks: str, last: str | None) -> None:
