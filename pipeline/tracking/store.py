@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 VIEW = "scores"  # the name of the view with the columns below: ?viewStateShareKey=scores on MLflow's page of runs
-COLUMNS = tuple(
-    f"metrics.`{name}`" for name in ("last", "forgetting", "told", "routing.accuracy", "gain", "format_free")
-) + ("params.`method.name`", "params.`seed`")
+SCORES = ("last", "forgetting", "told", "routing.accuracy", "gain", "format_free")
+COLUMNS = (*(f"metrics.`{name}`" for name in SCORES), "params.`method.name`", "params.`seed`")
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # the UI shows it as training, not as GenAI
     "mlflow.experiment.primaryMetric.name": "last",  # the first chart
