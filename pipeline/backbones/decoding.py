@@ -181,7 +181,9 @@ class GreedyDecoder(Generic[R]):
         """Append each of these rows' best token by scores [n, V] and let finished ones leave; returns the rows."""
         rows = [self.rows[number] for number in numbers]
         best = self.lmm.agreed(self._ruled(rows, scores).argmax(-1))
-        self._state.last[torch.tensor(numbers, device=best.device)] = best
+        # A slice where it is one, because an index would be copied to the GPU for every token.
+        places: Any = slice(numbers.start, numbers.stop) if isinstance(numbers, range) else list(numbers)
+        self._state.last[places] = best
         for row, token in zip(rows, best.tolist(), strict=True):
             row.tokens.append(token)
             if token in self._stops:

@@ -46,8 +46,13 @@ class StaticDecoder(GreedyDecoder[R]):
         if self._steps is None:
             room = max(row.longest - len(row.tokens) for row in self.rows if row.finish is None)
             self._steps = _StaticStep(self.lmm, self._state, room)
-        live = [number for number, row in enumerate(self.rows) if row.finish is None]
-        rows = self._advance(live, self._steps(self._state.last)[live])
+        scores = self._steps(self._state.last)
+        live: Sequence[int] = [number for number, row in enumerate(self.rows) if row.finish is None]
+        if len(live) == len(self.rows):
+            live = range(len(live))
+        else:
+            scores = scores[live]
+        rows = self._advance(live, scores)
         if self._shrink():
             self._steps = None
         return rows
