@@ -34,4 +34,10 @@ def front(adapter: Path) -> Iterator[Running]:
 
 def test_answers_are_those_of_the_own_engine(own: Running, front: Running) -> None:
     questions = nano_questions(QUESTIONS)
-    require_equal_answers(answers(front, questions), answers(own, questions))
+    found, expected = (whole_characters(answers(service, questions)) for service in (front, own))
+    require_equal_answers(found, expected)
+
+
+def whole_characters(answers: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """The answers without the beginnings of characters: random updates write such bytes, and vLLM leaves them out."""
+    return [(text.replace("\N{REPLACEMENT CHARACTER}", "").strip(), sets) for text, sets in answers]
