@@ -115,6 +115,10 @@ def fetch(wanted: Wanted, tell: Callable[[int, int | None], None], patience: Pat
                     done = _continue(wanted, file, part, tell, patience)
                 if done:
                     break
+            except UserError:
+                if not file.tell():
+                    part.unlink(missing_ok=True)
+                raise
             except Interrupted:
                 fruitless = 0 if file.tell() > before else fruitless + 1
                 if fruitless >= patience.tries:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.load import load_adapter
+from pipeline.config.method import UNFAMILIAR
 from pipeline.errors import UserError, nearest
 
 OPTIONS = ("adapter", "frozen", "clip", "task", "unfamiliar")
@@ -74,8 +75,13 @@ class ContinualPrompts(lmms):
             raise UserError("--model_args has no adapter; expected adapter=FOLDER, of an exported adapter or a run.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("continual_prompts runs in one process; start lmms-eval without a launcher.")
+        if unfamiliar is not None and unfamiliar not in UNFAMILIAR:
+            known = ", ".join(UNFAMILIAR)
+            raise UserError(
+                f"--model_args has unfamiliar={unfamiliar}; expected {known}.{nearest(unfamiliar, UNFAMILIAR)}"
+            )
         self.task = None if task is None else str(task)
-        self.answerer: Answerer = load_adapter(adapter, frozen, clip, device, unfamiliar)  # type: ignore[arg-type]
+        self.answerer: Answerer = load_adapter(str(adapter), frozen, clip, device, unfamiliar)
         self.answerer.source.task_number(self.task)  # raises UserError for an unknown or missing one
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

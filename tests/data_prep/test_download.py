@@ -113,7 +113,7 @@ def test_a_refusal_is_a_sentence(server: Files, tmp_path: Path, status: int) -> 
     server.status["/a.bin"] = status
     with pytest.raises(UserError, match=rf"/a\.bin answered {status} .*Look at the owner's page"):
         get(server, tmp_path)
-    assert not (tmp_path / "a.bin").exists()
+    assert left(tmp_path) == []
 
 
 def test_a_server_that_is_busy_is_asked_again(server: Files, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_an_answer_ends_before_a_stop_text(adapter: Path, answers: list[str], pl
         ({"twice": True}, "", "has 2 pictures; expected at most one, as the models answer about one"),
         ({"generation_kwargs": {"do_sample": True}}, "", "sets do_sample=True, and answers here are greedy"),
         ({}, ",adaptor=x", "--model_args has 'adaptor'; expected adapter, frozen, clip, task, unfamiliar"),
+        ({}, ",unfamiliar=maybe", "--model_args has unfamiliar=maybe; expected answer"),
         ({}, ",task=T9", "unknown task 'T9'; expected one of T0, T1, T2"),
         ({"output_type": "loglikelihood"}, "", "This task compares likelihoods of given answers"),
     ],
