@@ -76,11 +76,8 @@ class DecodingState:
 
     def append(self, other: DecodingState) -> None:
         """Add the rows of a state whose keys and values are in a cache of `opened`."""
-        rows, added, width = (
-            len(other),
-            other.attention.shape[1],
-            max(self.attention.shape[1], other.attention.shape[1]),
-        )
+        rows, added = len(other), other.attention.shape[1]
+        width = max(self.attention.shape[1], added)
         if len(self):
             other = DecodingState(
                 self.cache,
