@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -80,16 +80,38 @@ class Answerer:
         ]
 
     def _answer(self, questions: Sequence[Question], max_new_tokens: int | None) -> list[Answer]:
-        routed = self.route(questions)
-        length = max_new_tokens or self.source.max_new_tokens
+        return self._generated(self.route(questions), max_new_tokens or self.source.max_new_tokens)
+
+    def _generated(self, routed: Routed, max_new_tokens: int) -> list[Answer]:
+        """The answers to routed questions with the modules of their selection."""
+        number = len(routed.selection)
         texts = generate_answers(
             self.lmm,
             routed.examples,
-            range(len(questions)),
+            range(number),
             Modules(self.pool.tensors, routed.selection, self.entry, self.pool.common),
-            Decoding(length, BATCH),
+            Decoding(max_new_tokens, BATCH),
         )
-        return [Answer(text=texts[number], **vars(self.chosen(routed, number))) for number in range(len(questions))]
+        return [Answer(text=texts[place], **vars(self.chosen(routed, place))) for place in range(number)]
+
+    def answer_told(self, question: Question, task: str) -> Answer:
+        """The answer with the sets that the question would get if the set of `task` ranked first (`Routing.told`).
+
+        `Answer.similarity` is the router's, which is not changed. Raises UserError as `answer` does, for a task without
+        a set, and where sets are not chosen by comparing the tasks.
+        """
+        routing = self.method.routing
+        if not routing.can_be_told:
+            raise UserError(
+                f"method {self.method.title} does not choose sets by comparing the tasks; expected no task by hand."
+            )
+        if task not in self.pool.names:
+            known = ", ".join(self.pool.names)
+            raise UserError(f"there is no prompt set of '{task}'; expected one of {known}.")
+        routed = self.route([question])
+        pictured = torch.tensor([question.image is not None])
+        selection = routing.told(routed, self.pool.states, self.pool.names.index(task), pictured)
+        return self._generated(replace(routed, selection=selection), self.source.max_new_tokens)[0]
 
     def ask(self, question: str, image: str | Path | bytes | None = None, task: str | None = None) -> Answer:
         """The answer to one question, with an image (path or bytes of a file) or without; errors as for `answer`."""

@@ -23,7 +23,7 @@ VERBS = {
         training.evaluate,
         labelling.label,
     ),
-    "Look at runs": (looking.report, looking.ls, comparing.compare),
+    "Look at runs": (looking.report, looking.ls, looking.ui, comparing.compare),
     "Use what was learned": (asking.predict, asking.serve, asking.chat),
     "Adapters": (sharing.export, sharing.merge, sharing.prune, sharing.from_peft),
     "A task of your own": (own.new_task, own.add),

@@ -1,4 +1,4 @@
-"""The verbs that show runs: `report` and `ls`."""
+"""The verbs that show runs: `report`, `ls` and `ui`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
 from pipeline.config.load import one_kind
+from pipeline.errors import require_extras
 
 if TYPE_CHECKING:
     from pipeline.clip.benchmark import report as clip_report
     from pipeline.report import listing
     from pipeline.report import page as run_report
+    from pipeline.ui import server
 else:
     clip_report, listing = lazy("pipeline.clip.benchmark.report"), lazy("pipeline.report.listing")
-    run_report = lazy("pipeline.report.page")
+    run_report, server = lazy("pipeline.report.page"), lazy("pipeline.ui.server")
 
 
 def report(
@@ -58,3 +60,15 @@ def ls(
             typer.echo(f"{row['run']}: {row['note']}")
     if as_json:
         show({"runs": rows}, as_json)
+
+
+def ui(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="The runs that the page shows.", autocompletion=completion.runs),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any free one.")] = 8000,
+) -> None:
+    """Serve a page on this machine: runs side by side, their answers, a chat about a picture, the start of `add`."""
+    require_extras("serve", "report", "train")
+    server.serve(runs, port)

@@ -60,6 +60,20 @@ class FileLock:
             file.flush()
         return True
 
+    def is_held(self) -> bool:
+        """Whether another process holds the lock; does not take it, and makes no file.
+
+        A shared lock is tried for a moment, which needs only the right to read. The answer is False on a file system
+        without locks, and where the file cannot be read.
+        """
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                fcntl.lockf(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            # POSIX allows either for a lock that is held; EACCES of `open` is a file that this user may not read.
+            return error.errno in (errno.EACCES, errno.EAGAIN) and error.filename is None
+        return False
+
     def holder(self) -> str:
         """Describe the process that holds the lock."""
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pipeline.errors import UserError
 
 USUAL_NODE = 8  # GPUs per node that are assumed when a job is planned on a machine without GPUs
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,16 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
+
+
+def listening(port: int) -> socket.socket:
+    """A socket that listens on loopback; port 0: any free one. Raises UserError for a port in use."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(f"cannot listen at {LOOPBACK}:{port} ({error}); choose another --port.") from error
+    listener.listen()  # before the address is printed, so that an early browser waits and is not refused
+    return listener

@@ -26,6 +26,7 @@ NEEDED = {
     "pipeline.adapter.predict": ("torch", "transformers"),
     "pipeline.sequence.add_task": (),
     "data_prep.own_task": (),
+    "pipeline.ui.server": ("matplotlib", "pyarrow"),
 }
 
 

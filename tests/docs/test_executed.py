@@ -154,7 +154,7 @@ def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
                 CliRunner().invoke(app, shlex.split(made))  # should it fail, so does the command
         if "scene.png" in command and not (folder / "scene.png").exists():
             _copy_as_the_readme_says()
-        if command.startswith("serve"):
+        if command.startswith(("serve", "ui ")):
             found[command] = _served(command)
             continue
         arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
@@ -175,7 +175,7 @@ def _copy_as_the_readme_says() -> None:
 def _served(command: str) -> tuple[int, str]:
     """Start the service as shown but at a free port, and end it when it listens."""
     words = shlex.split(command)
-    process = start(Path(words[1]), *words[2:], "--port", "0")
+    process = start(Path(words[1]), *words[2:], "--port", "0", verb=words[0])
     try:
         address = address_of(process)
     finally:

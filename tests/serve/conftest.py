@@ -58,8 +58,8 @@ def served(adapter: Path, answerer: Answerer) -> Iterator[Served]:
         process.wait(30)
 
 
-def start(adapter: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline", "serve", str(adapter), "--port", "0", *options]
+def start(adapter: Path, *options: str, verb: str = "serve", **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", verb, str(adapter), "--port", "0", *options]
     env = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from pipeline.clip.labelling.answers import Answers
 from pipeline.clip.labelling.app import LabellingPage
 from pipeline.errors import UserError, require_extras
 from pipeline.files.paths import command
+from pipeline.ranks.environment import LOOPBACK, listening
 from pipeline.runs.layout import ASK, CONFIG
-
-HOST = "127.0.0.1"
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Desk:
     @property
     def address(self) -> str:
         """The page's address."""
-        return f"http://{HOST}:{self.port}/{self.token}/"
+        return f"http://{LOOPBACK}:{self.port}/{self.token}/"
 
 
 def label(run: Path, desk: Desk) -> int:
@@ -46,7 +44,8 @@ def label(run: Path, desk: Desk) -> int:
             f"'{run}' has no {ASK}: it asks for no labels now. With active.oracle: file, "
             f"`{command('run', 'RECIPE')}` writes it when a round needs them."
         )
-    listener = _listen(desk)
+    listener = listening(desk.port)
+    desk.port = listener.getsockname()[1]
     config = uvicorn.Config(
         LabellingPage(answers, desk.token, lambda: setattr(server, "should_exit", True)).app(),
         log_level="warning",
@@ -59,16 +58,3 @@ def label(run: Path, desk: Desk) -> int:
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listener])
     return answers.waiting()
-
-
-def _listen(desk: Desk) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, desk.port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UserError(f"cannot listen at {HOST}:{desk.port} ({error}); choose another --port.") from error
-    desk.port = listener.getsockname()[1]
-    listener.listen()  # before the address is printed, so that an early browser waits and is not refused
-    return listener
