@@ -237,6 +237,8 @@ def application(site: Site, token: str, cookie: str, routes: list[Route]) -> Sta
             return site.templates.refusal(
                 http, f"there is nothing at this address ({error.detail}).", error.status_code
             )
+        if isinstance(error, OSError):  # such as a file that was removed while it was read
+            return site.templates.refusal(http, f"a file of the run cannot be read ({error.strerror}); try again.", 500)
         shown = for_user(error)
         if shown is None:
             return site.templates.refusal(http, "the page has a fault, which stands in the terminal.", 500)
