@@ -118,7 +118,7 @@ def test_keys_go_from_example_to_example_and_from_page_to_page(served: Served, d
     press(desktop, "/")
     assert desktop.script("document.activeElement.name") == "text"
     press(desktop, *"jn")  # typed, not followed
-    assert desktop.script("document.activeElement.value") == "jn" and desktop.script("location.search") == "?"
+    assert desktop.script("document.activeElement.value") == "jn" and desktop.script("location.search") == "?page=1"
     assert desktop.console() == []
 
 
@@ -199,6 +199,8 @@ def test_a_question_is_asked_by_key_about_a_chosen_picture(served: Served, deskt
     picture.write_bytes(b"no picture")
     desktop.driver.find_element("css selector", "#file").send_keys(str(picture))
     until(lambda: "not readable" in desktop.script("document.querySelector('#busy').textContent"))
+    (refused,) = desktop.console()  # the browser's own line about the refused request
+    assert "415" in refused
 
 
 def served_picture(served: Served) -> bytes:

@@ -111,7 +111,7 @@ def other_process_holds(lock: Path) -> Iterator[int]:
     """Another process holds a lock; yields its id."""
     program = (
         "import sys; from pathlib import Path; from pipeline.files.lock import FileLock\n"
-        "assert FileLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
+        "lock = FileLock(Path(sys.argv[1])); assert lock.acquire(); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(lock)],
