@@ -97,7 +97,8 @@ def tower_layers(lmm: LMM) -> Sequence[nn.Module]:
             f"train.compile decoder_and_tower is not possible with this {family.kind} model, whose vision tower has no "
             "layers with the same code for all images; expected decoder."
         )
-    return list(max(lists, key=lambda layers: len(layers)))
+    longest: nn.ModuleList = max(lists, key=len)
+    return list(longest)
 
 
 def require_compiler(device: torch.device) -> None:

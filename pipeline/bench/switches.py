@@ -90,6 +90,7 @@ def measured(name: str, lmm: LMM, size: Size, samples: int, rounds: int, device:
         "seconds": round(both["switched"].seconds, 4),
         "tokens_per_s": round(case.tokens / both["switched"].seconds, 1),
         "gain": ratios["wall_clock"],
+        "of processor time": ratios["processor_time"],
         # Of a graph that is replayed nothing is counted.
         "operations": "-" if name == "static_cache" and device != "cpu" else ratios["operations"],
         "peak_memory": ratios["peak_memory"],
