@@ -147,16 +147,17 @@ def test_a_process_answers_as_the_adapter_does_and_a_task_is_chosen_by_hand(
 def test_models_that_cannot_be_loaded_and_a_process_that_dies_are_sentences(
     adapter: Path, answering: Answering, tmp_path: Path
 ) -> None:
-    broken = shutil.copytree(adapter, tmp_path / "broken")
-    (broken / "adapter.json").write_text("{")
-    with pytest.raises(PageError, match=r"adapter\.json"):
-        answering.ask(broken, "x", None, None)
     answering.ask(adapter, "x", None, None)
     assert answering._worker is not None
     answering._worker.process.kill()
     with pytest.raises(PageError, match="The process with the model ended"):
         answering.ask(adapter, "x", None, None)
     assert answering.ask(adapter, "x", None, None)["answer"] is not None
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    (broken / "adapter.json").write_text("{")
+    with pytest.raises(PageError, match=r"adapter\.json"):
+        answering.ask(broken, "x", None, None)
+    assert not answering.loaded(adapter)  # one run's models are in memory at a time
 
 
 def test_a_told_task_ranks_first_as_where_routing_is_measured(adapter: Path, tmp_path: Path) -> None:
