@@ -34,7 +34,6 @@ __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 SHORT_TITLES = {"forgetting": "forgot"}  # on the terminal
 ROUTING_TEXTS = {"accuracy": "image and text keys", "image_only": "image key alone", "text_only": "text key alone"}
 HEADINGS = (
-    ("h-comparison", "Comparison"),
     ("h-matrix", "Accuracy matrix"),
     ("h-forgetting", "Forgetting"),
     ("h-metrics", "Metrics"),
@@ -57,9 +56,11 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
     shown: dict[str, list[dict[str, Any]]] = {}
     for example in examples(run):
         shown.setdefault(example["task"], []).append(example)
+    overview = "Comparison" if runs[1:] else "Overview"
     page = {
         "run": run,
-        "contents": [("top", "Summary"), *HEADINGS],
+        "contents": [("top", "Summary"), ("h-comparison", overview), *HEADINGS],
+        "overview": overview,
         "tiles": tiles(run, runs),
         "facts": head_facts(run),
         "missing": missing(run),
