@@ -127,7 +127,7 @@ def test_boxes_lie_on_their_picture(served: Served, desktop: Page) -> None:
     until(lambda: ready(desktop))
     inside = "(b => [b.left, b.top, b.width, b.height])(document.querySelector('{}').getBoundingClientRect())"
     left, top, width, height = desktop.script(inside.format(".card img"))
-    box = desktop.script(inside.format(".card rect.given"))
+    box = desktop.script(inside.format(".card rect.expected"))
     assert box == pytest.approx([left + 0.1 * width, top + 0.2 * height, width / 2, height / 2], abs=1.5)
 
 
@@ -192,7 +192,7 @@ def test_a_question_is_asked_by_key_about_a_chosen_picture(served: Served, deskt
     assert served.said.asked[-1] == ("small-s3", "where?", picture.read_bytes(), "boxes")
     text = desktop.script("document.querySelector('#answers .card').innerText")
     assert "[10,20,60,70]" in text and "boxes chosen by hand" in text and "0.900" in text
-    assert desktop.script("document.querySelectorAll('#answers rect.answered').length") == 1
+    assert desktop.script("document.querySelectorAll('#answers rect.predicted').length") == 1
     desktop.script("document.querySelector('#clear').click()")
     assert not desktop.script("document.querySelector('#preview').checkVisibility()")
     assert desktop.console() == []

@@ -53,7 +53,7 @@ def test_a_question_about_a_sent_picture_is_answered_with_the_sets_that_were_cho
     name = sent(browser, picture).json()["picture"]
     reply = browser.ask("small-s3", question="  where? ", picture=name, task="").json()
     assert said.asked == [("small-s3", "where?", picture, None)]
-    assert reply["frames"] == [{"kind": "answered", "left": 10.0, "top": 20.0, "width": 50.0, "height": 50.0}]
+    assert reply["frames"] == [{"kind": "predicted", "left": 10.0, "top": 20.0, "width": 50.0, "height": 50.0}]
     assert [(one["name"], one["inserted"], one["weight"]) for one in reply["sets"]] == [
         ("boxes", True, 0.7),
         ("count", True, 0.3),

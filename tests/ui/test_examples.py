@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.report.boxes import PIXELS, Frame
 from pipeline.runs.folder import read_run
 from pipeline.ui import predictions as module
-from pipeline.ui.boxes import PIXELS, Frame, answered_frames, frames, unit_of
+from pipeline.ui.boxes import answered_frames, frames, unit_of
 from pipeline.ui.examples import PER_PAGE, Evaluation, Wanted
 from pipeline.ui.pictures import Samples
 from pipeline.ui.predictions import Predictions, Unready
@@ -121,8 +122,8 @@ def test_while_an_index_is_made_the_page_says_so_and_reloads(run: Path, monkeypa
 
 def test_an_example_shows_picture_boxes_sets_and_answers(browser: Browser) -> None:
     text = browser.page("/run/small-s3/examples?task=boxes")
-    assert '<rect class="given" x="10.0" y="20.0" width="50.0" height="50.0"' in text
-    assert '<rect class="answered" x="90.0" y="90.0" width="10.0" height="10.0"' in text
+    assert '<rect class="expected" x="10.0" y="20.0" width="50.0" height="50.0"' in text
+    assert '<rect class="predicted" x="90.0" y="90.0" width="10.0" height="10.0"' in text
     assert MOVED in text and "misrouted" in text and "0.800" in text
     assert 'href="chat?stage=after-03&amp;task=boxes&amp;row=0"' in text
     attack = browser.page("/run/small-s3/examples?task=colour")
@@ -230,8 +231,8 @@ def test_the_unit_of_boxes_is_what_the_expected_ones_fit(boxes: list[str], side:
 
 def test_a_box_is_drawn_where_it_is_on_the_picture(run: Path) -> None:
     picture = tiny.png((1, 2, 3), 50)
-    assert answered_frames(100.0, picture, BOX) == [Frame("answered", 10.0, 20.0, 50.0, 50.0)]
-    assert answered_frames(PIXELS, picture, "[5, 10, 50, 25]") == [Frame("answered", 10.0, 20.0, 90.0, 30.0)]
+    assert answered_frames(100.0, picture, BOX) == [Frame("predicted", 10.0, 20.0, 50.0, 50.0)]
+    assert answered_frames(PIXELS, picture, "[5, 10, 50, 25]") == [Frame("predicted", 10.0, 20.0, 90.0, 30.0)]
     for answer in ("[5, 10, 500, 25]", "[-5, 1, 2, 3]", "red", ""):
         assert answered_frames(PIXELS, picture, answer) == []
     assert answered_frames(PIXELS, b"no picture", BOX) == [] and frames(1.0, None, BOX) == []
