@@ -71,6 +71,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+for one in "${arguments[@]}"; do
+    case $one in
+        --skip-bad | --skip-bad=* | data.skip_bad=*) fail "several processes together cannot leave bad records out" \
+            "($one); prepare this recipe in one job: python -m pipeline prepare RECIPE --skip-bad N." ;;
+    esac
+done
 [ "${#arguments[@]}" -gt 0 ] || fail "expected a recipe; see $script --help."
 [[ $tasks =~ ^[1-9][0-9]*$ ]] || fail "--tasks is '$tasks'; expected a number from 1."
 

@@ -229,7 +229,7 @@ def _chosen(dotted: str, known: Any, wanted: Any) -> Any:
         if name not in items:
             raise UserError(
                 f"--set {dotted}: unknown {CHOSEN_BY_NAME[dotted]} '{name}'; expected some of {_listed(list(items))}."
-                + nearest(name, items)
+                f"{nearest(name, items)} Bare names select among the recipe's; another one is written {{name: {name}}}."
             )
     return [items[name] for name in wanted]
 

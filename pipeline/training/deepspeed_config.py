@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ def accumulation(train: TrainConfig, world_size: int) -> tuple[int, int]:
     if whole % (world_size * (micro or 1)):
         fitting = ", ".join(map(str, divisors(whole // (micro or 1))))
         batch = f"global batch {whole}" + (f" in micro batches of {micro}" if micro else "")
-        raise UserError(f"{world_size} ranks do not divide the {batch}; start {fitting} ranks or change the batch.")
+        # Gradients are sums over the batch, so a smaller micro batch changes no result.
+        smaller = math.gcd(whole // world_size, micro) if micro and not whole % world_size else None
+        other = "" if smaller is None else f", set train.micro_batch to {smaller}"
+        raise UserError(
+            f"{world_size} ranks do not divide the {batch}; start {fitting} ranks{other} or change the batch."
+        )
     micro = micro or whole // world_size
     return micro, whole // (micro * world_size)
 

@@ -121,7 +121,7 @@ def test_an_override_sets_one_field(recipe_file: Path, override: str, value) -> 
         ("lr_prompt=1", ["unknown field 'lr_prompt'", "Did you mean 'train.lr_prompt'?"]),
         ("data.tasks.0.limit_trian=1", ["'data.tasks.0.limit_trian'", "Did you mean 'limit_train'?"]),
         ("data.tasks.0.metric=exat", ["data.tasks.0.metric", "'exat'", "iou", "Did you mean 'exact'?"]),
-        ("data.tasks=[A, a2]", ["unknown task 'a2'", "A, B"]),
+        ("data.tasks=[A, a2]", ["unknown task 'a2'", "A, B", "written {name: a2}"]),
         ("data.tasks.9.limit_train=1", ["no item '9'", "0 to 1"]),
         ("data.tasks=[]", ["data.tasks", "expected"]),
         ("data.tasks=[A, A]", ["data.tasks", "every task once", "A"]),
@@ -208,7 +208,7 @@ def test_accumulation_makes_up_the_global_batch_or_lists_the_sizes_that_do(batch
 
 def test_a_micro_batch_leads_to_accumulation() -> None:
     assert accumulation(_with_train(global_batch=16, micro_batch=2).train, 2) == (2, 4)
-    with pytest.raises(UserError, match=r"16 ranks do not divide.*micro batches of 2; start 1, 2, 4, 8 ranks"):
+    with pytest.raises(UserError, match=r"16 ranks do not divide.*micro batches of 2; start 1, 2, 4, 8 ranks, set train.micro_batch to 1 or"):
         accumulation(_with_train(global_batch=16, micro_batch=2).train, 16)
 
 

@@ -118,6 +118,11 @@ ELSEWHERE = {
     ),
     "sbatch --nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=64 --time=04:00:00 --wrap "
     '"python -m pipeline add runs/coin_llava15_7b-modalprompt-s0 Shelf"': ("tests/docs/test_tutorials.py", "--wrap"),
+    "sbatch --nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=64 --time=12:00:00 --wrap "
+    '"python -m pipeline prepare coin_llava15_7b --skip-bad 1000 --gpus 8"': (
+        "tests/docs/test_tutorials.py",
+        '.removesuffix(" --gpus 8")',
+    ),
     "slurm/run_sequence.sh --dry-run coin_llava15_7b": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
     "slurm/run_sequence.sh --train": ("tests/slurm/test_script.py", "--train"),
     "slurm/run_sequence.sh --dry-run $trial": ("tests/slurm/test_script.py", "outside_a_job_dry_run"),
@@ -145,6 +150,10 @@ ELSEWHERE = {
     "pytest tests/clip --data DIR": ("tests/conftest.py", '"--data"'),
 }
 NOT_EXECUTED = {
+    "python -m data_prep download coin --tasks ScienceQA,TextVQA,GQA": "with --list it is in ELSEWHERE",
+    "sbatch --nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=16 --time=08:00:00 --wrap "
+    '"PIPELINE_API_KEY=KEY python -m pipeline serve runs/coin_llava15_7b-modalprompt-s0 --host 0.0.0.0 --engine vllm '
+    '--vllm /shared/.venv-vllm/bin/vllm"': "vLLM with a 7B; tests/vllm starts the same with the embedded model",
     "source .venv/bin/activate": "what `make venv` makes",
     "pip install -e . --no-deps": "asks a package index for what builds it; tests/cli/test_cli.py has the command",
     "pip install lmms-eval==0.7.3": "asks a package index; tests/lmms/environment.sh does",

@@ -155,7 +155,8 @@ def test_coin_to_a_matrix_and_a_further_task_on_a_cluster(folder: Path) -> None:
     for command in verbs("tutorial_cluster.md"):  # the run is that of the tutorial before
         said = walked(command)
     assert "Expected interference" in said
-    (wrapped,) = re.findall(r'--wrap "python -m pipeline (.*)"', "\n".join(shown("tutorial_cluster.md")))
+    prepare, wrapped = re.findall(r'--wrap "python -m pipeline (.*)"', "\n".join(shown("tutorial_cluster.md")))
+    walked(prepare.removesuffix(" --gpus 8"))  # there are none here
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
             patch.setenv(name, value)  # the shell of a job with one task starts the ranks itself

@@ -414,6 +414,13 @@ def test_data_is_prepared_by_two_arrays_with_a_job_after_each(shell: Shell) -> N
     ]
 
 
+@pytest.mark.parametrize("option", [("--skip-bad", "10"), ("--skip-bad=10",), ("--set", "data.skip_bad=10")])
+def test_bad_records_are_left_out_by_one_process_alone(shell: Shell, option: tuple[str, ...]) -> None:
+    done = shell.prepare("r.yaml", *option)
+    assert (done.returncode, shell.calls("sbatch")) == (2, [])
+    assert "prepare this recipe in one job: python -m pipeline prepare RECIPE --skip-bad N." in done.stderr
+
+
 @pytest.mark.parametrize(
     ("step", "call"),
     [
