@@ -10,14 +10,17 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from pipeline.errors import UserError
 from pipeline.hub import repository as hub
 
+RUNS = "runs/"  # where runs are by default
+
 
 def is_on_hub(path: str) -> bool:
     """Whether a path names an adapter on the Hub, `USER/NAME` or `USER/NAME@REVISION`, and not one here.
 
-    A path whose first folder exists here is a local one that is misspelled: nothing is asked about it.
+    A path whose first folder exists here, or is the default one of runs, is a local one that is misspelled or not
+    there yet: nothing is asked about it.
     """
     repository = path.partition("@")[0]
-    local = Path(path).exists() or Path(path).parent.is_dir()
+    local = Path(path).exists() or Path(path).parent.is_dir() or path.startswith(RUNS)
     return "/" in repository and not local and hub.is_repository(repository)
 
 

@@ -137,6 +137,6 @@ def _new_task(fields: dict[str, str], task: str, root: str) -> list[list[str]]:
     if not Path(table).is_file():
         raise PageError(f"'{table}' is no file; expected a table with image, question and answer.", 422)
     metric = fields.get("metric") or "exact_ci"
-    return [
-        ["new-task", f"--images={images}", f"--samples={table}", f"--root={root}", f"--metric={metric}", "--", task]
-    ]
+    named = [f"--{name}={fields[name]}" for name in ("columns", "sheet") if fields.get(name)]
+    options = [f"--images={images}", f"--samples={table}", *named, f"--root={root}", f"--metric={metric}"]
+    return [["new-task", *options, "--", task]]

@@ -108,9 +108,9 @@ def test_what_was_changed_on_the_way_is_refused(adapter: Path, cache: Path, at: 
             load_adapter(REPOSITORY)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "runs/typo", "/owner/model", "a/b/c", "owner/"])
+@pytest.mark.parametrize("path", ["nowhere", "runs/typo", "folder/typo", "/owner/model", "a/b/c", "owner/"])
 def test_a_local_path_asks_nobody(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("it asks the Hub"))
     assert not adapters.is_on_hub(path)

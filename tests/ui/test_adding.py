@@ -76,12 +76,14 @@ def add(browser: Browser, folder: Path, **fields: str) -> Any:
 def test_a_task_of_a_folder_is_made_foretold_and_then_learned(browser: Browser, tmp_path: Path) -> None:
     images, table = str(tmp_path / "photos"), str(tmp_path / "shelf.csv")
     fields = {"task": "New", "images": images, "table": table, "metric": "contains", "gate": "0.05"}
+    fields |= {"columns": "image=Photo,question=What to ask", "sheet": "first"}
     job = job_of(browser, add(browser, tmp_path, **fields))
     state, code, text = ended(job)
     root, run = tmp_path / "own", tmp_path / "small-s3"
     assert (state, code) == ("done", 0)
     assert [line for line in text.splitlines() if line.startswith("given")] == [
-        f"given new-task --images={images} --samples={table} --root={root} --metric=contains -- New",
+        f"given new-task --images={images} --samples={table} --columns=image=Photo,question=What to ask --sheet=first "
+        f"--root={root} --metric=contains -- New",
         f"given add --root={root} --gate=0.05 --dry-run -- {run} New",
     ]
     page = browser.page(f"/job/{job.number}")
@@ -95,7 +97,10 @@ def test_what_follows_a_command_that_failed_is_not_run(browser: Browser, tmp_pat
     job = job_of(browser, add(browser, tmp_path, task="wrong", what="learn"))
     assert ended(job)[:2] == ("failed", 2) and "exit code 2" in browser.page(f"/job/{job.number}")
     fields = {"task": "wrong", "images": str(tmp_path / "photos"), "table": str(tmp_path / "shelf.csv")}
-    assert "given add" not in ended(job_of(browser, add(browser, tmp_path, **fields)))[2]
+    foretold = job_of(browser, add(browser, tmp_path, **fields))
+    assert "given add" not in ended(foretold)[2]
+    page = browser.page(f"/job/{foretold.number}")
+    assert "Back to the form" in page and "Learn wrong" not in page
 
 
 def test_a_job_is_stopped_and_its_output_can_be_followed(browser: Browser, tmp_path: Path) -> None:

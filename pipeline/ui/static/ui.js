@@ -81,10 +81,16 @@ if (form) {
   file.addEventListener("change", () => {
     const chosen = file.files[0];
     if (!chosen) return;
+    show(""); // a question must not be asked of the picture before, where this one is refused
     working("sending the picture ...", async () => {
       const most = Number(form.dataset.mostBytes);
-      if (chosen.size > most) throw new Error(`The picture has ${(chosen.size / 2 ** 20).toFixed(1)} MiB; expected at most ${most / 2 ** 20}.`);
-      show((await sent("/sent", chosen, chosen.type || "application/octet-stream")).picture);
+      try {
+        if (chosen.size > most) throw new Error(`The picture has ${(chosen.size / 2 ** 20).toFixed(1)} MiB; expected at most ${most / 2 ** 20}.`);
+        show((await sent("/sent", chosen, chosen.type || "application/octet-stream")).picture);
+      } catch (error) {
+        file.value = "";
+        throw error;
+      }
     });
   });
   clear.addEventListener("click", () => {
