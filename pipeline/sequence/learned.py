@@ -22,6 +22,8 @@ from pipeline.sequence.evaluation import Evaluator
 from pipeline.sequence.format_free import format_free_score
 from pipeline.sequence.test_set import TestSet
 
+FEW_HELD_OUT = 20  # samples, of which one is more than five percent
+FEW_SAMPLES = 100  # to train on
 FEW_PASSES = 3  # over the training samples; a stage with fewer may have ended before its loss settled
 
 
@@ -100,6 +102,8 @@ def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = (
             f"{found.format_free:.1f} percent are right but for case, punctuation or wrapping words: the content is "
             "there and the format is not learned yet"
         )
+    if found.trained_on < FEW_SAMPLES:
+        reasons.append(f"{found.trained_on} training samples are few; some hundred are usual")
     passes = _passes(recipe, found.trained_on)
     if passes < FEW_PASSES:
         steps = "train.steps" if recipe.train.steps is not None else "train.epochs"
@@ -117,10 +121,11 @@ def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = (
         reasons.append(f"an image has at most {most} tokens (model.image_tokens), which may be too few")
     reasons.append("the module may be too small, or its rate (train.lr_prompt) wrong for this model")
     fell = f" The stage's loss went from {losses[0]:.2f} to {losses[-1]:.2f}." if len(losses) > 1 else ""
+    unsure = " So few samples say little; its test score says more." if found.samples < FEW_HELD_OUT else ""
     return [
         f"{task} was not learned: on its {found.samples} held-out samples its own module scores {found.score:.1f}, "
-        f"and the most frequent training answer, given to all of them, {found.majority:.1f}.{fell} It may be because "
-        f"{'; or because '.join(reasons)}."
+        f"and the most frequent training answer, given to all of them, {found.majority:.1f}.{unsure}{fell} It may be "
+        f"because {'; or because '.join(reasons)}."
     ]
 
 

@@ -47,6 +47,12 @@ def test_few_passes_over_the_samples_are_a_reason_and_many_are_none() -> None:
     assert "raise train.epochs" in said(found(0.0, samples=300), "nano", "train.epochs=2")
 
 
+def test_few_samples_are_named_as_what_they_are() -> None:
+    few = said(Learned("Boxes", 2, 0.0, 50.0, None, trained_on=46))
+    assert "So few samples say little" in few and "46 training samples are few" in few
+    assert "few" not in said(found(0.0))
+
+
 def test_the_embedded_model_is_named_as_what_has_never_seen_a_photograph() -> None:
     assert "check smolvlm_256m_own" in said(found(0.0))
     other = said(found(0.0), "smolvlm_256m_own")
