@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +146,13 @@ class Columns:
         lacking = [name for name in self.needed if name not in header]
         if not lacking:
             return
-        close = next((other for other in header if other not in self.needed and nearest(lacking[0], [other])), None)
-        option = f", or {self.option} {lacking[0]}={close or 'NAME'}" if self.option else ""
-        advice = f"Write {lacking[0]} in place of {close}{option}." if close else f"Add '{lacking[0]}'{option}."
+        others = [name for name in header if name.strip() and name not in self.needed]
+        near = {name: next((other for other in others if nearest(name, [other])), None) for name in lacking}
+        close, absent = near[lacking[0]], ", ".join(f"'{name}'" for name in lacking)
+        # All of them at once, with those that the option names already: it is given once.
+        pairs = ",".join(f"{name}={theirs or 'NAME'}" for name, theirs in {**self.called, **near}.items())
+        option = f", or {self.option} {shlex.quote(pairs) if ' ' in pairs else pairs}" if self.option else ""
+        advice = f"Write {lacking[0]} in place of {close}{option}." if close else f"Add {absent}{option}."
         raise UserError(f"{written}; expected {place} {self.listed}. {advice}")
 
 

@@ -15,6 +15,7 @@ from data_prep.sources.annotations import read_annotations
 from data_prep.sources.class_folders import ImageSplit, read_class_folders, read_csv
 from data_prep.sources.coin import CoinSplit, read_task
 from data_prep.sources.split_zhou import read_class_names, read_split_file
+from data_prep.sources.text_files import Columns
 from pipeline.clip.images.classes import LabelledImage, refuse_one_text
 from pipeline.errors import UserError
 from tests.tiny_clip import picture
@@ -266,3 +267,11 @@ def test_a_phones_heic_photograph_is_named_and_told_how_to_be_saved(tmp_path: Pa
 def test_two_classes_of_one_text_are_refused(other: str) -> None:
     with pytest.raises(UserError, match=f"the classes 'sea_lake' and '{other}', which are one text to CLIP"):
         refuse_one_text(["forest", "sea_lake", other], "mine")
+
+
+def test_all_columns_that_lack_are_named_at_once() -> None:
+    columns = Columns(("question", "answer"), ("image",), {"image": "My photo"}, "--columns")
+    with pytest.raises(UserError) as caught:
+        columns.require("shelf.csv", columns.spelled(["My photo", "Ask", "Reply"]))
+    complete = "Add 'question', 'answer', or --columns 'image=My photo,question=NAME,answer=NAME'."
+    assert str(caught.value).endswith(complete)
