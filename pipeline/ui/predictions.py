@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import PipelineError
+
 PATIENCE_S = 2.0
 MOST_INDEXES, MOST_SEARCHES = 128, 64
 SEARCHED = ("id", "question", "prediction", "answer")
@@ -26,7 +28,7 @@ Rows = npt.NDArray[np.int64]
 Made = TypeVar("Made")
 
 
-class Unready(Exception):
+class Unready(PipelineError):
     """An index or a search is still being made; `share` of it in percent is done."""
 
     def __init__(self, share: float) -> None:
