@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.recipe import Recipe
-from tests.tiny_clip import save_clip, save_coin
+from tests.tiny_clip import picture, save_clip, save_coin
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +43,13 @@ def recipe(tmp_path: Path, clip: Path) -> Callable[..., Recipe]:
         return Recipe.model_validate(fields)
 
     return build
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of five pictures, 0.png to 4.png."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    return folder

@@ -30,15 +30,6 @@ READ = sorted((r["question"], r["answer"], picture(n % 5)) for n, r in enumerate
 CLASSES = ["ant", "bee"]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(5):
-        (folder / f"{number}.png").write_bytes(picture(number))
-    return folder
-
-
 def workbook(path: Path, rows: list[list[Any]], *, sheets: tuple[str, ...] = ("Samples",)) -> Path:
     book = Workbook()
     book.remove(book.worksheets[0])

@@ -23,15 +23,6 @@ from tests.tiny_clip import picture
 BOM = "\ufeff"
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(5):
-        (folder / f"{number}.png").write_bytes(picture(number))
-    return folder
-
-
 def new_task(photos: Path, content: str | bytes, name: str = "t.csv") -> list[tuple[str, str]]:
     """Questions and answers of the task that a table becomes."""
     table = photos.parent / name
