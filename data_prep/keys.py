@@ -21,14 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_prep.parallel import ordered_map
+from pipeline.backbones.key_encoders import key_encoder
 from pipeline.data.origin import REMEDY
 from pipeline.data.sample import decode_image
 from pipeline.data.shards import FINGERPRINT, IDENTITY_FIELDS, KEYS_FILE, KEYS_TABLE, IndexedShards
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing
+from pipeline.ranks.heap import keep_freed_blocks
 
 if TYPE_CHECKING:
     from pipeline.backbones.clip import KeyEncoder
+    from pipeline.config.models import KeysConfig
 
 _PARTS = "keys-parts"  # folder of the keys of single shards while a split's keys are computed
 PIXEL_BYTES = 1 << 30  # bound on preprocessed images in flight; a batch of 64 at 336 x 336 pixels has 87 MB
@@ -39,6 +42,14 @@ PRECISION = "precision"
 Tensors = dict[str, torch.Tensor]
 KnownImages = dict[bytes, torch.Tensor]  # SHA-256 of the image file -> image key [K] float16
 Part = TypeVar("Part")
+
+
+def encoder_of(keys: KeysConfig) -> KeyEncoder:
+    """The key encoder of a recipe for a process that encodes splits: on a CPU it keeps the memory of a forward pass."""
+    encoder = key_encoder(*keys.source, tf32=True)
+    if encoder.device.type == "cpu":
+        keep_freed_blocks()
+    return encoder
 
 
 def write_keys(

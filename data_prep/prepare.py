@@ -12,14 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_prep.bad_records import BadRecord, Tolerance
 from data_prep.key_processes import keys_by_processes
-from data_prep.keys import KnownImages, refuse_keys_of_another, write_keys
+from data_prep.keys import KnownImages, encoder_of, refuse_keys_of_another, write_keys
 from data_prep.shards import discard
 from data_prep.sources.base import SourceSplit, source_class, source_split
 from data_prep.sources.image_states import source_state_file, store_source_state, stored_fingerprint
 from data_prep.split import Place, Rewriting, prepare_split
 from data_prep.verify import is_verified, mark_verified, unmark, verify_split
 from pipeline.backbones.clip import KeyEncoder, key_identity
-from pipeline.backbones.key_encoders import key_encoder
 from pipeline.data.origin import SOURCE_FILES
 from pipeline.data.shards import KEYS_TABLE, IndexedShards, read_description
 from pipeline.errors import UserError
@@ -52,7 +51,7 @@ def prepare(recipe: Recipe, progress: bool = True, replace: bool = False, gpus: 
 
     @cache
     def encoder() -> KeyEncoder:
-        return key_encoder(*recipe.keys.source, tf32=True)
+        return encoder_of(recipe.keys)
 
     rewriting = Rewriting(replace, recipe.run_path.parent)
     clip = Clip(recipe.keys.batch, recipe.data.workers, identity, encoder, rewriting)

@@ -13,12 +13,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.keys import KnownImages, write_some_keys
+from data_prep.keys import KnownImages, encoder_of, write_some_keys
 from data_prep.shards import write_shards, write_some_shards
 from data_prep.sources.base import SourceSplit, source_class, source_split
 from data_prep.sources.image_states import store_source_state, stored_fingerprint
 from pipeline.backbones.clip import KeyEncoder, key_identity
-from pipeline.backbones.key_encoders import key_encoder
 from pipeline.data.shards import read_description
 from pipeline.errors import UserError
 from pipeline.files.lock import lock_of, waiting_for
@@ -116,7 +115,7 @@ def share_keys(data: DataConfig, keys: KeysConfig, share: Share) -> int:
 
     @cache
     def encoder() -> KeyEncoder:
-        return key_encoder(*keys.source, tf32=True)
+        return encoder_of(keys)
 
     known_images: KnownImages = {}  # for all splits, so that an image in several of them is encoded once
     wrote = 0

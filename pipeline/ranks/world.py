@@ -19,6 +19,7 @@ from pipeline.errors import UserError, for_user
 from pipeline.files.descriptors import raise_descriptor_limit
 from pipeline.ranks.devices import described, require_usable_gpus
 from pipeline.ranks.environment import ALONE, free_port, launched_place, ranks_per_node
+from pipeline.ranks.heap import keep_freed_blocks
 from pipeline.ranks.remote_error import RemoteError
 from pipeline.ranks.shutdown import leave_from_wait
 
@@ -61,6 +62,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         share_cores(int(os.environ["LOCAL_SIZE"]))
+        keep_freed_blocks()
     # DeepSpeed requires these variables and takes LOCAL_RANK as the number of the device: with one visible device per
     # task (Slurm's --gpus-per-task, --gpu-bind) that is 0 in every task.
     device_number = device.index if device.type == "cuda" else local

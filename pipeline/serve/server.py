@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -20,6 +18,7 @@ import uvicorn
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.load import source_of
 from pipeline.errors import UserError
+from pipeline.ranks.heap import return_freed_blocks
 from pipeline.serve.app import Service
 from pipeline.serve.chat import Limits
 from pipeline.serve.connection import HeadDeadlineProtocol
@@ -33,7 +32,6 @@ GRACE_S = 10
 FAREWELL_S = 3  # for clients to receive the error that the server is stopping
 CONNECTIONS = 1024
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
 def serve(path: Path, options: Options, model: str | None = None, clip: str | None = None) -> None:
@@ -88,7 +86,7 @@ def run(service: WebService, door: Door, quiet: bool, close: Callable[[], None],
     """
     settings = door.settings
     log_to_terminal(logging.WARNING if quiet else logging.INFO)
-    return_large_blocks()
+    return_freed_blocks()
     bound_png_texts()
     config = uvicorn.Config(
         service.app(),
@@ -153,18 +151,6 @@ def log_to_terminal(level: int) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
-
-
-def return_large_blocks() -> None:
-    """Make the C library return blocks of a megabyte and more to the system as soon as they are freed.
-
-    glibc raises its mmap threshold up to 32 MB once such a block was freed, and keeps one heap per thread: after large
-    images in every reader thread the process would hold hundreds of unused megabytes.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 20), (M_TRIM_THRESHOLD, 4 << 20), (M_ARENA_MAX, 2)):
-            library.mallopt(option, value)
 
 
 def _listen(host: str, port: int) -> socket.socket:

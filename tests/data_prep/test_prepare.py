@@ -92,7 +92,7 @@ def test_the_table_for_analysis_holds_the_same_keys_with_ids(prepared):
 
 def test_a_second_prepare_changes_no_file_and_loads_no_clip(prepared, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in Path(prepared.data.prepared).rglob("*")}
-    monkeypatch.setattr("data_prep.prepare.key_encoder", None)
+    monkeypatch.setattr("data_prep.keys.key_encoder", None)
     assert [split["wrote"] for split in prepare(prepared, progress=False)["splits"]] == [[], []]
     assert files == {path: path.stat().st_mtime_ns for path in Path(prepared.data.prepared).rglob("*")}
 
