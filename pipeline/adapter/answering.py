@@ -149,7 +149,8 @@ class Answerer:
         picture = decoded(question, number) if picture is None else picture
         example = self.lmm.conversation.example_of(sample, picture)
         pixels = self.chooser.pixels(picture)
-        return Tokenised(question.text, task, pixels, question.unfamiliar, example=example)
+        text = self.lmm.conversation.bare(question.text)  # which is answered, so it routes too
+        return Tokenised(text, task, pixels, question.unfamiliar, example=example)
 
     def require_fitting(self, question: Question, size: tuple[int, int]) -> None:
         """Raise UserError where a question with an image of this size has too many tokens.

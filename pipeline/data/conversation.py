@@ -81,7 +81,7 @@ class Conversation:
 
     def _text(self, questions: Sequence[str], has_image: bool, answer: str) -> str:
         """The conversation up to the answer to the last question, with `answer` as the answers to the earlier ones."""
-        questions = [self._question(question) for question in questions]
+        questions = [self.bare(question) for question in questions]
         if not self.templated:
             image = f"{self.image_token}\n" if has_image else ""
             between = f" {answer}{self.end_text}USER: "
@@ -94,7 +94,7 @@ class Conversation:
             messages.append({"role": "user", "content": [*image_part, {"type": "text", "text": question}]})
         return self._render(messages, add_generation_prompt=True)
 
-    def _question(self, question: str) -> str:
+    def bare(self, question: str) -> str:
         """A question without the image's placeholder at its ends, because the template places the image."""
         return question.strip().removeprefix(self.image_token).removesuffix(self.image_token).strip()
 
@@ -239,7 +239,7 @@ class Conversation:
         self, question: str, tokenise: Callable[..., Any], has_image: bool = True
     ) -> tuple[list[int], Any]:
         """The tokens of the prompt, and the output of `tokenise` for the part with the image."""
-        text, special = self.text(question, has_image), self.plain.holds_special(self._question(question))
+        text, special = self.text(question, has_image), self.plain.holds_special(self.bare(question))
         before, after = text, ""
         if special:
             before, _, after = self.text(PLACE, has_image).partition(PLACE)
@@ -252,7 +252,7 @@ class Conversation:
         if first is not None and prompt[:1] != [self.tokenizer.bos_token_id]:
             prompt = [self.tokenizer.bos_token_id, *prompt]
         if special:
-            prompt += self.plain(self._question(question))
+            prompt += self.plain(self.bare(question))
             prompt += list(self.tokenizer(after, add_special_tokens=False).input_ids)
         return prompt, inputs
 
@@ -299,7 +299,7 @@ class Conversation:
 
     def _asked(self, between: str, questions: Sequence[str], has_image: bool) -> list[int]:
         """Tokens of the last of these questions with the template's text before and after it."""
-        question = self._question(questions[-1])
+        question = self.bare(questions[-1])
         if not self.plain.holds_special(question):
             return list(self.tokenizer(between, add_special_tokens=False).input_ids)
         text = self._text([*questions[:-1], PLACE], has_image, MARK).split(MARK)[-1].lstrip(" ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import logging
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from httpx2 import TransportError
 
-from pipeline.adapter.vocabulary.part import identity_of_places
+from pipeline.adapter.vocabulary.part import PLACEHOLDER, identity_of_places
+from pipeline.backbones.lmm_processor import load_processor
 from pipeline.backbones.lmm_weights import DTYPES
 from pipeline.config.models import ModelConfig
+from pipeline.data.plain_text import PlainText
 from pipeline.data.sample import Sample
 from pipeline.data.selection import Selection, as_selection
 from pipeline.errors import UserError
@@ -46,7 +49,7 @@ class VllmServer:
     """
 
     def __init__(self, url: str, model: ModelConfig, base_model: str, insertion: str) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
         self.dtype, self.identity = DTYPES[model.dtype], identity_of_places(base_model, model, insertion)
         self.known = False  # whether it has answered before
         self.patience_s = PATIENCE_S
@@ -91,10 +94,12 @@ class VllmServer:
 
             async def one(index: int) -> None:
                 async with free:
-                    fields = await asyncio.to_thread(_request, test.data[index], test.max_new_tokens)
+                    what = f"question {test.data.ids[index]} of {test.name}"
+                    sample = await asyncio.to_thread(test.data.__getitem__, index)
+                    self._require_plain(sample.question, what)
+                    fields = await asyncio.to_thread(_request, sample, test.max_new_tokens)
                     vectors = _vectors(prompts, selection, index)
                     engine.behind.form.identify(fields, with_vectors(fields, vectors) if vectors else {})
-                    what = f"question {test.data.ids[index]} of {test.name}"
                     found(index, await self._text(engine, fields, what, progress))
                     progress()
 
@@ -141,6 +146,21 @@ class VllmServer:
                 self._waits = True
                 await asyncio.sleep(RETRY_S)
                 progress()
+
+    @functools.cached_property
+    def _plain(self) -> PlainText:
+        """Knows the special tokens of the model, and the placeholder that the server's checkpoint adds."""
+        processor = load_processor(self.model)
+        return PlainText(processor.tokenizer, (processor.image_token, PLACEHOLDER))
+
+    def _require_plain(self, question: str, what: str) -> None:
+        """Raise UserError for a question with a special token as text, which a server reads as that token."""
+        if self._plain.holds_special(question):
+            raise UserError(
+                f"{what[:1].upper()}{what[1:]} has a special token of the model in its text, which a server does not "
+                "read as text: expected evaluate.engine replicas or sharded, or another question. The answers so far "
+                "are kept; the same command resumes."
+            )
 
     def _engine(self, prompts: torch.Tensor) -> Engine:
         """Connections to the server, which is verified with one of the sets, if there are any."""

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.adapter.answering import Answerer
+from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.load import load_adapter
 from pipeline.data import sample
 from tests.adapters import question, save_adapter, save_models
@@ -41,3 +42,12 @@ def test_questions_tokenised_in_several_threads_are_answered_as_in_one(answerer:
     alone = answerer.route(QUESTIONS * 20)
     assert routed.selection.numbers.equal(alone.selection.numbers)
     assert [e.prompt for e in routed.examples.ready or []] == [e.prompt for e in alone.examples.ready or []]
+
+
+def test_routing_looks_at_the_text_that_is_answered(answerer: Answerer) -> None:
+    """The image's placeholder and spaces, which some clients write around a question, are not part of it."""
+    asked = question(1)
+    written = Question(f"{answerer.lmm.conversation.image_token}\n {asked.text} ", asked.image)
+    assert answerer.answer([written]) == answerer.answer([asked])
+    keys = (answerer.chooser.keys([answerer.tokenise(one)]).text for one in (written, asked))
+    assert torch.equal(next(keys), next(keys))

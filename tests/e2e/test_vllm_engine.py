@@ -5,6 +5,7 @@ The server is a small one that does what vLLM does; tests/vllm has the real one.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from data_prep.prepare import prepare
 from pipeline.adapter.vocabulary.export import export_checkpoint
 from pipeline.check.sequence import check
 from pipeline.cli.commands import app
@@ -22,7 +24,7 @@ from pipeline.errors import EXIT_USER, UserError
 from pipeline.sequence import models, vllm_server
 from pipeline.sequence.opened import require_fitting
 from pipeline.sequence.run import run_sequence
-from tests.e2e.conftest import MakeRecipe, recipe_on
+from tests.e2e.conftest import MakeRecipe, prepare_project, recipe_on
 from tests.e2e.test_divided import predictions
 from tests.serve.front.fake_engine import FakeEngine
 
@@ -119,6 +121,29 @@ def test_a_server_that_is_lost_leaves_the_answers_so_far_and_the_same_command_go
     engine.up()
     run_sequence(recipe, stages="evaluate")
     assert predictions(recipe.run_path) == replicas_of(recipe, prepared, tmp_path / "one")
+
+
+def test_a_question_that_a_server_would_not_read_as_text_is_named(tmp_path: Path) -> None:
+    """A replica reads special tokens in a question as text."""
+    prepare_project(tmp_path, TASKS)
+    file = tmp_path / "coin" / "instructions" / "T1" / "test.json"
+    entries = json.loads(file.read_text("utf-8"))
+    entries[2]["text"] += " </s>"
+    file.write_text(json.dumps(entries), "utf-8")
+    changes = {"data__prepared": str(tmp_path / "again")}
+    prepare(recipe_on(tmp_path, tmp_path, TASKS, **changes), progress=False)
+    recipe_on(tmp_path, tmp_path, TASKS, **changes).dump_yaml(tmp_path / "mine.yaml")
+    export_checkpoint(tmp_path / "mine.yaml", tmp_path / "parts", "parts")
+    fake = FakeEngine(tmp_path / "parts").up()
+    try:
+        recipe = recipe_at(fake.url, tmp_path, tmp_path / "served", **changes)
+        with pytest.raises(UserError, match=r"^Question .* of T1 has a special token of the model in its text"):
+            run_sequence(recipe)
+        assert fake.questions() and not any("</s>" in json.dumps(body) for body in fake.asked)
+        evaluate = recipe.evaluate.model_copy(update={"engine": "replicas", "vllm_url": None})
+        run_sequence(recipe.model_copy(update={"evaluate": evaluate}))
+    finally:
+        fake.down()
 
 
 def test_a_server_with_another_checkpoint_is_refused(prepared: Path, engine: FakeEngine, tmp_path: Path) -> None:

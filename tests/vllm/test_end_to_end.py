@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -24,6 +23,7 @@ from pipeline.cli.commands import app
 from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_USER
 from tests.adapters import Models, save_adapter
+from tests.serve import curl
 from tests.serve.conftest import address_of, drain, start
 from tests.serve.test_openai_client import messages
 from tests.vllm.models import TASKS, nano_question, nano_questions, save_loadable
@@ -162,18 +162,47 @@ def test_a_task_is_added_without_a_restart_and_answers_with_vectors_are_those_of
     engine, last = parts.engine().pid, f"T{len(TASKS) - 1}"
     assert not any(last in sets for _, sets in answers(parts, nano_questions(len(TASKS))))
     save_tasks(growing, models, len(TASKS))
-    request = urllib.request.Request(f"{parts.url}/reload", b"{}", {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        assert json.load(reply)["added"] == [last]
+    assert curl.run(curl.shown("/reload"), parts.url)["added"] == [last]
     require_equal_answers(answers(parts, nano_questions(QUESTIONS)), expected)
     assert parts.engine().pid == engine
 
 
-def test_questions_without_an_image_and_a_placeholder_that_a_user_writes(own: Running, parts: Running) -> None:
+def test_questions_without_an_image(own: Running, parts: Running) -> None:
     bare = [asked(number) for number in range(4, 60, 5)]
     assert answers(parts, bare) == answers(own, bare)
-    with pytest.raises(openai.BadRequestError, match="may not contain the reserved placeholder"):
-        parts.ask(Question("what is <prompt_embeds> here?"))
+
+
+def test_a_placeholder_that_a_user_writes_is_the_text_that_it_becomes(own: Running, parts: Running) -> None:
+    """vLLM itself would refuse the request."""
+    written, harmless = (Question(f"what is <prompt{sign}embeds> here?") for sign in ("_", "\N{REPLACEMENT CHARACTER}"))
+    assert parts.text(written) == parts.text(harmless) == own.text(harmless)
+
+
+def test_the_request_of_the_documentation_is_answered_by_curl(own: Running, front: Running, tmp_path: Path) -> None:
+    picture = nano_question(4).image
+    assert picture is not None
+    reply = curl.run(curl.shown("scene.png | tr"), front.url, "m", picture, tmp_path)
+    found = (reply["choices"][0]["message"]["content"].strip(), reply["prompt_sets"]["selected"])
+    assert found == own.text(curl.question(picture))
+
+
+def test_no_part_of_a_message_is_something_else_for_vllm_by_a_uuid(front: Running, parts: Running) -> None:
+    """It would read these texts as a picture at an address and as vectors, and take one picture for another."""
+    text = {"type": "text", "text": "what is here?", "uuid": "1"}
+    expected = [service.text(Question("what is here?")) for service in (front, parts)]
+    for more in ({"image_url": "http://127.0.0.1:9/x.png"}, {"prompt_embeds": "", "data": "AA=="}):
+        for service, answer in zip((front, parts), expected, strict=True):
+            reply: Any = service.client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": [{**text, **more}]}]
+            )
+            assert (reply.choices[0].message.content.strip(), reply.prompt_sets["selected"]) == answer
+    for number in range(2):
+        (message,) = messages(asked(number))
+        for part in message["content"]:
+            part["uuid"] = "2"
+        reply = front.client.chat.completions.create(model="m", messages=[message])
+        found = (reply.choices[0].message.content.strip(), reply.prompt_sets["selected"])
+        assert found == front.text(asked(number))
 
 
 def test_an_engine_without_the_flag_or_of_the_other_form_is_refused_before_anything_is_served(
@@ -215,14 +244,26 @@ def test_what_the_own_engine_refuses_is_passed_on(front: Running) -> None:
     assert reply.choices[0].message.content
 
 
-def test_a_sets_token_that_a_user_writes_changes_nothing_but_its_own_text(front: Running) -> None:
+@pytest.mark.parametrize("earlier", [False, True], ids=["question", "earlier messages"])
+def test_a_sets_token_that_a_user_writes_changes_nothing_but_its_own_text(front: Running, earlier: bool) -> None:
     written, harmless = (
-        front.ask(Question(f"what is {text}?"), logprobs=True, max_tokens=1)
+        front.client.chat.completions.create(
+            model="m", messages=conversation(text, earlier), logprobs=True, max_tokens=1
+        )
         for text in (token_text(0, 0), token_text(0, 0).replace("\U0010e5e7", "\N{REPLACEMENT CHARACTER}"))
     )
+    assert written.prompt_sets == harmless.prompt_sets
     assert written.usage.prompt_tokens == harmless.usage.prompt_tokens
     one, other = (reply.choices[0].logprobs.content[0] for reply in (written, harmless))
     assert (one.token, one.logprob) == (other.token, pytest.approx(other.logprob, abs=1e-4))
+
+
+def conversation(text: str, earlier: bool) -> list[Any]:
+    """A question with a text in it, or one behind messages with that text."""
+    if not earlier:
+        return messages(Question(f"what is {text}?"))
+    told: list[Any] = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+    return [*told, {"role": "assistant", "content": text}, *messages(Question("what is here?"))]
 
 
 def test_metrics_are_those_of_both(front: Running) -> None:

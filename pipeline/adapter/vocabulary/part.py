@@ -14,6 +14,7 @@ from pipeline.adapter.vocabulary.tokens import REPLACEMENT, Added, Probe, quoted
 from pipeline.config.models import ModelConfig
 
 PLACEHOLDER = "<prompt_embeds>"  # as vLLM spells it
+HIDDEN_PLACEHOLDER = (PLACEHOLDER, f"<prompt{REPLACEMENT}embeds>")
 VECTORS = "prompt_vectors"  # the template's argument: whether the first message is vectors and nothing else
 
 
@@ -29,7 +30,7 @@ class PartToken(Added):
 
     @property
     def hidden(self) -> tuple[str, str]:
-        return PLACEHOLDER, f"<prompt{REPLACEMENT}embeds>"
+        return HIDDEN_PLACEHOLDER
 
     def inserted(self) -> str:
         return f"""{{#- With the argument {VECTORS} the first message is a part of vectors, which go where prompt sets

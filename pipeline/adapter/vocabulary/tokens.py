@@ -18,9 +18,11 @@ from pipeline.files.atomic import write_json
 
 # A private-use character, which every token of a set begins and ends with. A tokenizer is a function of the text alone,
 # so it would make the token of its string whoever wrote it; the chat template replaces this one character in all that
-# it prints of the messages (see `template`), and no text without it contains such a token.
+# it prints of the messages (see `template`), and no text without it contains such a token. A service that routes
+# replaces it itself before, so that the text it routes on is the one that is answered.
 MARK = "\U0010e5e7"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+HIDDEN_MARK = (MARK, REPLACEMENT)
 ARGUMENT = "prompt_sets"  # what the template calls the names of the selected sets
 IDENTITY = "prompt_sets_of"  # what it calls the identity that a caller expects the sets to have
 
@@ -82,7 +84,7 @@ class SetTokens(Added):
 
     @property
     def hidden(self) -> tuple[str, str]:
-        return MARK, REPLACEMENT
+        return HIDDEN_MARK
 
     def inserted(self) -> str:
         numbers = quoted({name: number for number, name in enumerate(self.names)})

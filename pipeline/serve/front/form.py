@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapter.vocabulary.export import Form
-from pipeline.adapter.vocabulary.part import VECTORS
-from pipeline.adapter.vocabulary.tokens import ARGUMENT, IDENTITY
+from pipeline.adapter.vocabulary.part import HIDDEN_PLACEHOLDER, VECTORS
+from pipeline.adapter.vocabulary.tokens import ARGUMENT, HIDDEN_MARK, IDENTITY
 
 TEMPLATE = "chat_template_kwargs"
 RESERVED = (ARGUMENT, VECTORS, IDENTITY)  # arguments of the template that no client may give
@@ -26,6 +26,8 @@ class SetForm(ABC):
 
     kind: Form
     expected: str  # what the engine has to serve, and how
+    # What no text of a message may contain, and what it becomes there; the checkpoint's template does the same.
+    hidden: tuple[str, str] = HIDDEN_PLACEHOLDER
 
     def __init__(self, names: Sequence[str], identity: str) -> None:
         self.names, self.identity = list(names), identity
@@ -51,6 +53,7 @@ class VocabularyForm(SetForm):
 
     kind: Form = "vocabulary"
     expected = "the checkpoint that `python -m pipeline export RUN DIR --as vocabulary` writes of these sets"
+    hidden = HIDDEN_MARK
 
     def asked(self, fields: dict[str, Any], selected: Sequence[str]) -> dict[str, Any]:
         return {ARGUMENT: list(selected)}
@@ -114,6 +117,6 @@ def encoded(vectors: Tensor) -> str:
 
 def with_vectors(fields: dict[str, Any], vectors: str) -> dict[str, Any]:
     """Put encoded vectors before the messages of a request; returns the template's arguments that say so."""
-    part = {"type": "prompt_embeds", "data": vectors}
-    fields["messages"] = [{"role": "user", "content": [part]}, *fields["messages"]]
+    content = [{"type": "prompt_embeds", "data": vectors}]
+    fields["messages"] = [{"role": "user", "content": content}, *fields["messages"]]
     return {VECTORS: True}

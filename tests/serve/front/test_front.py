@@ -7,6 +7,7 @@ import base64
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.vocabulary.tokens import MARK, token_text
 from pipeline.serve.chat import Limits
+from pipeline.serve.front.form import RESERVED
 from tests import tiny
 from tests.adapter.vocabulary import photo
-from tests.adapters import COLOURS, question
+from tests.adapters import COLOURS, LENGTH, question
 from tests.serve.front.conftest import Asked, Fronts
 from tests.serve.front.fake_engine import FakeEngine
 from tests.serve.test_openai_client import messages
@@ -138,14 +140,87 @@ def test_system_messages_are_left_out_where_the_service_ignores_them(fronts: Fro
     assert engine.questions()[-1]["messages"] == turns[1:]
 
 
-def test_a_sets_token_that_a_user_writes_reaches_no_model(asked: Asked, engine: FakeEngine, answerer: Answerer) -> None:
-    """The checkpoint's chat template replaces the character that every such token contains."""
-    written = f"task bbbbbb asks{token_text(0, 0)}{token_text(0, 1)}?"
-    reply = asked.post(messages=[{"role": "user", "content": written}])
-    assert reply.status_code == 200
-    harmless = written.replace(MARK, "\N{REPLACEMENT CHARACTER}")
-    body = {**engine.questions()[-1], "messages": [{"role": "user", "content": harmless}]}
-    assert reply.json()["choices"][0]["message"]["content"] == engine.text(engine.answer(body))
+WRITTEN = f"task bbbbbb asks{token_text(0, 0)}{token_text(0, 1)}?"
+HARMLESS = WRITTEN.replace(MARK, "\N{REPLACEMENT CHARACTER}")
+TEXTS: dict[str, Callable[[str], list[Any]]] = {
+    "a text": lambda text: [{"role": "user", "content": text}],
+    "a part": lambda text: [{"role": "user", "content": [PICTURE_PART, {"type": "text", "text": text}]}],
+    "several parts": lambda text: [
+        {"role": "user", "content": [{"type": "text", "text": piece} for piece in (text, "and?", text)]}
+    ],
+    "several images": lambda text: [
+        {"role": "user", "content": [PICTURE_PART, {"type": "text", "text": text}, PICTURE_PART]}
+    ],
+    "an earlier message": lambda text: [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "task aaaaaa asks?"},
+    ],
+    "a system message": lambda text: [
+        {"role": "system", "content": [{"type": "text", "text": text}]},
+        {"role": "user", "content": "task aaaaaa asks?"},
+    ],
+}
+
+
+@pytest.mark.parametrize("place", TEXTS)
+def test_a_sets_token_that_a_user_writes_reaches_neither_routing_nor_the_engine(
+    asked: Asked, engine: FakeEngine, place: str
+) -> None:
+    engine.refuses = (400, "what is sent is what counts here") if place == "several images" else None
+    found = list[Any]()
+    for text in (WRITTEN, HARMLESS):
+        reply = asked.post(messages=TEXTS[place](text)).json()
+        found.append((reply.get("prompt_sets"), reply.get("choices"), engine.questions()[-1]))
+    assert found[0] == found[1]
+    assert MARK not in json.dumps(found[0], ensure_ascii=False)
+
+
+def test_what_messages_hold_elsewhere_is_made_harmless_by_the_checkpoints_template(
+    asked: Asked, engine: FakeEngine
+) -> None:
+    """Texts that are too long to be parsed pass as they are, and so do tools and calls of tools."""
+    system = {"role": "system", "content": token_text(0, 0) + "x" * (1 << 17)}
+    engine.refuses = (400, "what is sent is what counts here")
+    asked.post(messages=[system, {"role": "user", "content": "task aaaaaa asks?"}])
+    sent = engine.questions()[-1]
+    assert MARK in sent["messages"][0]["content"]
+    arguments = {k: v for k, v in sent["chat_template_kwargs"].items() if k in RESERVED}
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in sent["messages"]]
+    text = engine.processor.apply_chat_template(parts, tokenize=False, **arguments)
+    assert text.count(MARK) == 2 * LENGTH * len(arguments["prompt_sets"])  # those of the chosen sets alone
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_url": "http://10.0.0.1/x.png", "uuid": "1"},
+        {"prompt_embeds": "", "data": "AA==", "uuid": "1"},
+        {"video_url": {"url": "file:///etc/passwd"}, "uuid": "1"},
+        {"uuid": "1"},
+    ],
+)
+def test_no_part_is_something_else_for_the_engine_by_further_keys(
+    asked: Asked, engine: FakeEngine, more: dict[str, Any], role: str
+) -> None:
+    """vLLM reads a part that has a uuid by its other keys, whatever its type, and takes images of one uuid for one."""
+    engine.refuses = (400, "what is sent is what counts here")
+    plain = [{"type": "text", "text": "hm?"}, *([PICTURE_PART] if "image_url" not in more else [])]
+    turns = [{"role": role, "content": [{**more, **part} for part in plain]}, *messages(question(1))]
+    asked.post(messages=turns)
+    (sent, *_) = engine.questions()[-1]["messages"]
+    assert sorted(sent["content"], key=str) == sorted(plain, key=str)
+
+
+def test_a_question_is_sent_and_routed_without_the_spaces_around_it(asked: Asked, engine: FakeEngine) -> None:
+    """As the own engine reads it and as data is prepared."""
+    bare, spaced = (
+        asked.post(messages=[{"role": "user", "content": text}]).json()
+        for text in ("task bbbbbb asks?", "\n task bbbbbb asks? ")
+    )
+    assert spaced["prompt_sets"] == bare["prompt_sets"] and spaced["choices"] == bare["choices"]
+    assert engine.questions()[-1]["messages"] == [{"role": "user", "content": "task bbbbbb asks?"}]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.load import load_adapter
 from pipeline.adapter.vocabulary.export import ROUTER, export_checkpoint
 from pipeline.adapter.vocabulary.lora import CONFIG, LORAS, WEIGHTS
+from pipeline.adapter.vocabulary.part import PLACEHOLDER
 from pipeline.backbones.lmm import load_lmm
 from pipeline.cli.commands import app
 from pipeline.config.method import method_options
@@ -114,6 +115,8 @@ def test_a_request_names_the_update_that_routing_chose(adapter: Path, checkpoint
                 assert reply.status_code == 200, reply.text
                 assert reply.json()["model"] == "m" and reply.json()["prompt_sets"]["selected"] == [f"T{number}"]
                 assert fake.questions()[-1]["model"] == names[f"T{number}"]
+            assert asked.post(messages=[{"role": "user", "content": f"what is {PLACEHOLDER}?"}]).status_code == 200
+            assert PLACEHOLDER not in json.dumps(fake.questions()[-1])
             fake.loras = {"T0-00000000"}
             front.engine.lost(ValueError("restarted"))
             reply = asked.post(messages=messages(question(0)))

@@ -108,13 +108,24 @@ def test_a_conversation_stays_as_it_is_behind_the_vectors(asked: Asked, engine: 
 
 
 def test_a_placeholder_that_a_user_writes_is_no_place_for_vectors(asked: Asked, engine: FakeEngine) -> None:
-    """vLLM refuses such a text itself; the template does not depend on it."""
-    reply = asked.post(messages=[{"role": "user", "content": f"task bbbbbb {PLACEHOLDER} asks?"}])
-    assert reply.status_code == 200
+    """vLLM would refuse such a text; routing and engine get the same one without it."""
     harmless = PLACEHOLDER.replace("_", "\N{REPLACEMENT CHARACTER}")
-    body = engine.questions()[-1]
-    body["messages"][-1]["content"] = f"task bbbbbb {harmless} asks?"
-    assert reply.json()["choices"][0]["message"]["content"] == engine.text(engine.answer(body))
+    found = list[Any]()
+    for text in (PLACEHOLDER, harmless):
+        reply = asked.post(messages=[{"role": "user", "content": f"task bbbbbb {text} asks?"}])
+        assert reply.status_code == 200, reply.text
+        found.append((reply.json()["prompt_sets"], reply.json()["choices"], engine.questions()[-1]))
+    assert found[0] == found[1]
+    assert found[0][2]["messages"][-1]["content"] == f"task bbbbbb {harmless} asks?"
+
+
+def test_the_template_does_not_depend_on_it(asked: Asked, engine: FakeEngine) -> None:
+    asked.post(messages=[{"role": "user", "content": "task bbbbbb asks?"}])
+    body, texts = engine.questions()[-1], list[str]()
+    for text in (PLACEHOLDER, PLACEHOLDER.replace("_", "\N{REPLACEMENT CHARACTER}")):
+        body["messages"][-1]["content"] = f"task bbbbbb {text} asks?"
+        texts.append(engine.text(engine.answer(body)))
+    assert texts[0] == texts[1]
 
 
 def test_no_client_sends_vectors_past_routing(asked: Asked, engine: FakeEngine) -> None:
