@@ -95,14 +95,17 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def listening(port: int) -> socket.socket:
-    """A socket that listens on loopback; port 0: any free one. Raises UserError for a port in use."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def bound(port: int, host: str = LOOPBACK) -> socket.socket:
+    """A socket bound to a port, 0: any free one; raises UserError for a port in use, before anything is loaded.
+
+    `listen` is called where the address is printed: from then on an early client waits and is not refused.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((LOOPBACK, port))
+        listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"cannot listen at {LOOPBACK}:{port} ({error}); choose another --port.") from error
-    listener.listen()  # before the address is printed, so that an early browser waits and is not refused
+        other = "--port" if host == LOOPBACK else "--port or --host"
+        raise UserError(f"cannot listen at {host}:{port} ({error}); choose another {other}.") from error
     return listener

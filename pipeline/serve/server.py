@@ -18,6 +18,7 @@ import uvicorn
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.load import source_of
 from pipeline.errors import UserError
+from pipeline.ranks.environment import bound
 from pipeline.ranks.heap import return_freed_blocks
 from pipeline.serve.app import Service
 from pipeline.serve.chat import Limits
@@ -65,7 +66,7 @@ def opened(path: Path, options: Options) -> Door:
             "key that clients have to send, or leave --host at 127.0.0.1."
         )
     _check_origins(options.origins, key)
-    listener = _listen(host, options.port)
+    listener = bound(options.port, host)
     limits = Limits(ImageLimits(options.max_pixels), tokens=options.max_tokens, ignores_system=options.ignore_system)
     waiting, name = max(Settings.waiting_bytes, 2 * options.max_body), options.name or path.resolve().name
     settings = Settings(
@@ -151,16 +152,3 @@ def log_to_terminal(level: int) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket (port 0: any free port), made before the model is loaded, so that a port in use fails at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UserError(f"cannot listen at {host}:{port} ({error}); choose another --port or --host.") from error
-    return listener

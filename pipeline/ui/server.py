@@ -10,7 +10,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from pipeline.ranks.environment import LOOPBACK, listening
+from pipeline.ranks.environment import LOOPBACK, bound
 from pipeline.ui.adding import Adding
 from pipeline.ui.app import Site, application
 from pipeline.ui.chat import Chat
@@ -32,7 +32,7 @@ def app_of(site: Site, token: str, port: int) -> Starlette:
 def serve(paths: Sequence[Path], port: int) -> None:
     """Serve the page of these runs; raises UserError for a path that is no run, or a port that is in use."""
     site = site_of(paths)
-    listener = listening(port)
+    listener = bound(port)
     port, token = listener.getsockname()[1], secrets.token_urlsafe(18)
     config = uvicorn.Config(
         app_of(site, token, port),
@@ -45,5 +45,6 @@ def serve(paths: Sequence[Path], port: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again after its shutdown, which must not change the exit code.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    listener.listen()  # an early browser waits
     print(f"page: http://{LOOPBACK}:{port}/?token={token} (Ctrl-C stops it)", flush=True)
     server.run(sockets=[listener])

@@ -13,7 +13,7 @@ from pipeline.clip.labelling.answers import Answers
 from pipeline.clip.labelling.app import LabellingPage
 from pipeline.errors import UserError, require_extras
 from pipeline.files.paths import command
-from pipeline.ranks.environment import LOOPBACK, listening
+from pipeline.ranks.environment import LOOPBACK, bound
 from pipeline.runs.layout import ASK, CONFIG
 
 
@@ -44,7 +44,7 @@ def label(run: Path, desk: Desk) -> int:
             f"'{run}' has no {ASK}: it asks for no labels now. With active.oracle: file, "
             f"`{command('run', 'RECIPE')}` writes it when a round needs them."
         )
-    listener = listening(desk.port)
+    listener = bound(desk.port)
     desk.port = listener.getsockname()[1]
     config = uvicorn.Config(
         LabellingPage(answers, desk.token, lambda: setattr(server, "should_exit", True)).app(),
@@ -54,6 +54,7 @@ def label(run: Path, desk: Desk) -> int:
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
+    listener.listen()  # an early browser waits
     print(f"labelling page: {desk.address} (Ctrl-C stops it; every answer is kept)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listener])

@@ -11,7 +11,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from pipeline.adapter.vocabulary.lora import CONFIG, LORAS
 from pipeline.errors import UserError
+from pipeline.ranks.environment import free_port
 from pipeline.serve.options import EngineOptions
 
 logger = logging.getLogger("pipeline.serve")
@@ -93,13 +93,6 @@ def _installed(python: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
