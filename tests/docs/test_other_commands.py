@@ -21,7 +21,7 @@ from tests.docs.test_commands import PAGES
 
 PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ +)*(?:python -m (?!pipeline(?: |$))|slurm/\w+\.sh|tests/slurm/cluster\.sh|"
-    r"(?:make|sbatch|srun|scancel|squeue|sinfo|tail|export|deepspeed|torchrun|pip|pytest|cp|source|trial=\S*)\b)"
+    r"(?:make|sbatch|srun|scancel|squeue|sinfo|tail|export|deepspeed|torchrun|pip|pytest|cp|source|curl|trial=\S*)\b|picture=)"
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    (?! )(.+)$", re.MULTILINE)
@@ -64,6 +64,16 @@ ELSEWHERE = {
         "tests/vllm/test_bench.py",
         '"--engines", "own,vocabulary,parts"',
     ),
+    "picture=$(base64 < scene.png | tr -d '\\n')": (
+        "tests/serve/test_openai_client.py",
+        'curl.shown("scene.png | tr")',
+    ),
+    "curl --json @- http://127.0.0.1:8000/v1/chat/completions <<END": (
+        "tests/serve/test_openai_client.py",
+        'curl.shown("scene.png | tr")',
+    ),
+    "curl http://127.0.0.1:8000/v1/models": ("tests/serve/test_openai_client.py", 'f"curl {curl.ADDRESS}/v1/models"'),
+    "curl --json '{}' http://127.0.0.1:8000/reload": ("tests/vllm/test_end_to_end.py", 'curl.shown("/reload")'),
     "python -m data_prep.nano example .": ("tests/data_prep/test_nano_cli.py", '["example", str('),
     "python -m data_prep.assemble RECIPE": ("tests/data_prep/test_assemble.py", '"--out"'),
     "python -m data_prep.small train PHOTOGRAPHS": ("tests/data_prep/test_small.py", '["train", str(photographs)'),

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import signal
 import socket
 import urllib.error
@@ -19,9 +20,11 @@ from PIL import Image
 
 from pipeline.adapter.answering import Question
 from tests.adapters import question
+from tests.serve import curl
 from tests.serve.conftest import Served, address_of, start
 
 pytestmark = pytest.mark.e2e
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 def messages(asked: Question) -> list[Any]:
@@ -85,6 +88,18 @@ def test_the_last_question_of_a_conversation_is_about_its_latest_image(served: S
     reply: Any = client.chat.completions.create(model="tiny-adapter", messages=talk)
     expected = served.answerer.answer([Question("and its size?", asked.image)])[0]
     assert reply.choices[0].message.content == expected.text
+
+
+@needs_curl
+def test_the_request_of_the_documentation_is_answered_by_curl(served: Served, tmp_path: Path) -> None:
+    picture = question(1).image
+    assert picture is not None
+    reply = curl.run(curl.shown("scene.png | tr"), served.url, served.name, picture, tmp_path)
+    expected = served.answerer.answer([curl.question(picture)])[0]
+    assert reply["choices"][0]["message"]["content"] == expected.text
+    assert reply["prompt_sets"]["selected"] == expected.selected
+    (listed,) = curl.run(f"curl {curl.ADDRESS}/v1/models", served.url)["data"]
+    assert listed["id"] == served.name
 
 
 def test_the_model_is_listed_with_its_sets(client: openai.OpenAI) -> None:
