@@ -9,8 +9,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.loopback import Handler, serving
 
 COMMIT = "a" * 40
 REPOSITORY = "owner/model"
@@ -34,7 +35,7 @@ class Stub:
 def hub_of(folder: Path, fault: str = "", faulty: str = "") -> Iterator[Stub]:
     """Serve a folder's files as REPOSITORY at one commit; `fault` is one of FAULTS."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Hub(Handler):
         def answer(self) -> None:
             stub.asked.append(f"{self.command} {self.path}")
             stub.askers.append(self.headers.get("User-Agent", "").partition("origin/")[2])
@@ -68,24 +69,9 @@ def hub_of(folder: Path, fault: str = "", faulty: str = "") -> Iterator[Stub]:
             if self.command == "GET":
                 self.wfile.write(content)
 
-        def log_message(self, *_: object) -> None:
-            """Nothing on the terminal."""
-
-        def handle(self) -> None:
-            with contextlib.suppress(OSError, ValueError):
-                super().handle()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    stub = Stub(f"http://127.0.0.1:{server.server_address[1]}", fault, faulty)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    stub = Stub("", fault, faulty)
+    with serving(Hub, stub.ended.set) as stub.address:
         yield stub
-    finally:
-        stub.ended.set()
-        server.shutdown()
-        server.server_close()
 
 
 if __name__ == "__main__":

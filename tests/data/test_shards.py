@@ -5,7 +5,6 @@ import http.server
 import json
 import pickle
 import shutil
-import threading
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +17,7 @@ from pipeline.data.sample import Sample
 from pipeline.data.shards import IndexedShards
 from pipeline.data.stream import stream
 from pipeline.errors import UserError
+from tests.loopback import Handler, serving
 
 PREPARE = r"python -m pipeline prepare RECIPE"
 
@@ -49,20 +49,11 @@ def test_streaming_a_pipe_gives_the_same_samples(prepared, samples):
     shutil.which("curl") is None, reason="webdataset fetches http urls with curl, which is not installed"
 )
 def test_streaming_http_gives_the_same_samples(prepared, samples):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    class Quiet(Handler, http.server.SimpleHTTPRequestHandler):
+        pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(prepared)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        urls = [f"http://127.0.0.1:{server.server_port}/{Path(path).name}" for path in _tars(prepared)]
-        assert list(stream(urls)) == samples
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(functools.partial(Quiet, directory=str(prepared))) as address:
+        assert list(stream([f"{address}/{Path(path).name}" for path in _tars(prepared)])) == samples
 
 
 def test_reading_survives_forked_workers_after_a_read_in_the_parent(prepared, samples):

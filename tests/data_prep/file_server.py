@@ -8,7 +8,8 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.loopback import Handler, serving
 
 
 @dataclass
@@ -36,7 +37,7 @@ def files() -> Iterator[Files]:
     served = Files()
     ended = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Serving(Handler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
@@ -81,22 +82,5 @@ def files() -> Iterator[Files]:
                 self.send_header(name, value)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            """Nothing on the terminal."""
-
-        def handle(self) -> None:
-            with contextlib.suppress(OSError, ValueError):
-                super().handle()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    served.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(Serving, ended.set) as served.address:
         yield served
-    finally:
-        ended.set()
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
