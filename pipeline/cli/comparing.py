@@ -16,7 +16,7 @@ from pipeline.cli.options import AsJson, Overrides, RecipeName
 from pipeline.cli.outcome import show
 from pipeline.config.compared import Comparison, load_comparison
 from pipeline.console.log import log_to_terminal
-from pipeline.errors import Interrupted, UserError, UserErrors, require_extras
+from pipeline.errors import Interrupted, UserError, require_extras
 from pipeline.files.passwords import masked
 from pipeline.ranks.environment import is_distributed, require_srun
 from pipeline.tracking.store import STORE_VARIABLE, passwords_to_environment
@@ -98,7 +98,7 @@ def compare(
     parent = tracked.ComparisonRun.opened(tracking, comparison.recipe.name, folder.resolve().name, folder)
     status = "FAILED"
     try:
-        failed = {}
+        failed: Mapping[str, comparing.Failure] = {}
         if not only_page:
             adopt = (lambda run: parent.adopt(run.recipe.run_path)) if parent is not None else (lambda _: None)
             failed = comparing.run_missing(comparison, folder, jobs, part, adopt)
@@ -115,23 +115,28 @@ def compare(
         print(f"page: {folder / 'report.html'}")
     if failed:
         done = sum(map(comparing.is_done, comparison.runs))
-        raise comparing.RunsFailed.of(failed, done, recipe)
+        raise comparing.RunsFailed.of(failed, done, recipe, folder / "report.html")
     if as_json:
         show(result, as_json)
 
 
 def _written(
-    comparison: Comparison, folder: Path, failed: Mapping[str, str], parent: tracked.ComparisonRun | None
+    comparison: Comparison,
+    folder: Path,
+    failed: Mapping[str, comparing.Failure],
+    parent: tracked.ComparisonRun | None,
 ) -> dict[str, Any]:
     """Write page and tables of the runs that are done; returns the last line of --json."""
-    methods, missing = [], [f"{title}: {why}" for title, why in failed.items()]
+    methods, missing = [], [f"{title}: {failure.why}" for title, failure in failed.items()]
     for label in comparison.labels:
         done = [run for run in comparison.of(label) if comparing.is_done(run)]
         if done:
             methods.append(compared.ComparedMethod(label, [run_folder.read_run(run.recipe.run_path) for run in done]))
         missing += [run.title for run in comparison.of(label) if run not in done and run.title not in failed]
+    if not methods and failed:
+        raise comparing.RunsFailed.of(failed, 0, comparison.recipe.name)
     if not methods:
-        raise UserErrors(missing) if failed else UserError("None of the runs is done, so there is nothing to compare.")
+        raise UserError("None of the runs is done, so there is nothing to compare.")
     page = compared_page.write_comparison(folder, comparison.recipe.name, methods, _facts(comparison), missing)
     if parent is not None:
         for run in comparison.runs:
@@ -143,7 +148,7 @@ def _written(
         }
         files = [page, *(folder / name for name in (compared_page.JSON, compared_page.MARKDOWN, compared_page.CSV))]
         parent.results(numbers, _facts(comparison), files)
-    return dict(compared.headline(methods))
+    return {**compared.headline(methods), **({"missing": missing} if missing else {})}
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:

@@ -44,12 +44,14 @@ class Ended:
 class SideBySide:
     """Runs commands, at most one at each of the `places`: variables of the environment, such as which GPUs it sees.
 
-    On a stop signal the running commands get SIGTERM, no further one is started, and `stopped` is set.
+    `began` and `ended` are called for every command, `waits` in every round of waiting, with those that run. On a stop
+    signal the running commands get SIGTERM, no further one is started, and `stopped` is set.
     """
 
     places: Sequence[Mapping[str, str]]
     began: Callable[[Command], object] = lambda _: None
     ended: Callable[[Ended], object] = lambda _: None
+    waits: Callable[[Sequence[Command]], object] = lambda _: None
     stopped: bool = False
     _running: dict[int, tuple[Command, subprocess.Popen[bytes]]] = field(default_factory=dict, repr=False)
 
@@ -73,6 +75,7 @@ class SideBySide:
                         error = "" if code == EXIT_OK else last_words(command.log)
                         found.append(Ended(command, code, error))
                         self.ended(found[-1])
+                self.waits([command for command, _ in self._running.values()])
                 time.sleep(POLL_S)
         return found
 

@@ -200,10 +200,14 @@ def task_rows(methods: Sequence[ComparedMethod]) -> list[tuple[str, list[float |
     return found
 
 
-def markdown(methods: Sequence[ComparedMethod], seeds: str) -> str:
-    """The two tables as Markdown, as docs have them."""
+def markdown(methods: Sequence[ComparedMethod], seeds: str, missing: Sequence[str] = ()) -> str:
+    """The two tables as Markdown, as docs have them; before them the runs that are `missing` from them."""
     tasks = headline(methods)["tasks"]
     lines = [f"Means over the seeds {seeds}, ± their deviation; scores in percent.", ""]
+    if missing:
+        fewer = [f"{method.label} {', '.join(method.seeds)}" for method in methods]
+        lines = ["**Not finished, and not in these tables:**", "", *(f"* {one}" for one in missing), ""]
+        lines += [f"Means over the seeds that are done ({'; '.join(fewer)}), ± their deviation; scores in percent.", ""]
     lines += _table(["method", "changes earlier", *(column.title for column in COLUMNS)], [
         [row["label"], row["changes"] or "–", *row["values"]] for row in rows(methods)
     ])  # fmt: skip

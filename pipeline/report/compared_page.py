@@ -49,8 +49,10 @@ def write_comparison(
     figure = stored_figure(methods)
     save(figure, folder / "figures" / FIGURE)
     seeds = sorted({seed for method in methods for seed in method.seeds})
-    write_if_other(folder / JSON, json.dumps(whole(methods), indent=2, ensure_ascii=False) + "\n")
-    write_if_other(folder / MARKDOWN, markdown(methods, ", ".join(seeds)))
+    write_if_other(
+        folder / JSON, json.dumps({**whole(methods), "missing": list(missing)}, indent=2, ensure_ascii=False) + "\n"
+    )
+    write_if_other(folder / MARKDOWN, markdown(methods, ", ".join(seeds), missing))
     write_if_other(folder / CSV, _csv(methods))
     content = {
         "name": name,

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +15,26 @@ import torch
 
 from pipeline.config.compared import ComparedRun, Comparison
 from pipeline.config.recipe import Recipe
-from pipeline.errors import Interrupted, PipelineError, UserError, UserErrors
+from pipeline.errors import EXIT_FAILURE, EXIT_RESUMABLE, EXIT_USER, Interrupted, PipelineError, UserError, UserErrors
 from pipeline.files.paths import command
 from pipeline.ranks.launch import local_processes
 from pipeline.ranks.side_by_side import Command, Ended, SideBySide, shared_places
 from pipeline.runs.claim import claim_run, is_empty
 from pipeline.runs.state import read_state
+from pipeline.sequence.follow import FollowedLog
 from pipeline.sequence.opened import require_fitting
 from pipeline.sequence.prepared import require_prepared
 
 log = logging.getLogger(__name__)
 RECIPES, LOGS = "recipes", "logs"  # in the comparison's folder
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run of a comparison is not done, with the file of its output, and the exit code that it ended with."""
+
+    why: str
+    code: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,10 @@ def is_done(run: ComparedRun) -> bool:
 
 def run_missing(
     comparison: Comparison, folder: Path, jobs: int | None, share: Share, finished: Callable[[ComparedRun], object]
-) -> dict[str, str]:
-    """Run what is missing of the comparison's share; returns what failed: the run's title and why.
+) -> dict[str, Failure]:
+    """Run what is missing of the comparison's share, all of it; returns what failed, by the runs' titles.
+
+    A run that stopped early by itself (exit code 75) is among the failures: the others go on meanwhile.
 
     Args:
         comparison: the runs.
@@ -100,7 +112,7 @@ def run_missing(
         finished: called after every run that succeeded.
 
     Raises:
-        Interrupted: a signal asked to stop; the runs' states are saved.
+        Interrupted: a signal asked to stop; the runs' states are saved. The message lists what had failed by then.
     """
     missing = [run for run in share.taken(comparison.runs) if not is_done(run)]
     if not missing:
@@ -109,27 +121,45 @@ def run_missing(
     places = _places(jobs, comparison.recipe.train.processes, ranks)
     by_title = {run.title: run for run in missing}
     commands = [_command(run, folder) for run in missing]
-    failed: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
+    followed = {command.title: FollowedLog(command.log) for command in commands}
 
     def began(command: Command) -> None:
         number = commands.index(command) + 1
         log.info("run %d of %d, %s: begins; it writes %s", number, len(commands), command.title, command.log)
 
+    def tell(command: Command, last: bool = False) -> None:
+        for line in followed[command.title].news(last):
+            log.info("%s: %s", command.title, line)
+
     def ended(end: Ended) -> None:
         run = by_title[end.command.title]
+        tell(end.command, last=True)
         if end.code == 0 and is_done(run):
             log.info("%s: done", run.title)
             finished(run)
-        elif end.code != Interrupted.exit_code:
-            why = end.error or f"it ended with exit code {end.code}"
-            failed[run.title] = f"{why.rstrip('.')}. Its output is in {end.command.log}."
-            log.error("%s failed: %s", run.title, failed[run.title])
+        elif not (side.stopped and end.code in (EXIT_RESUMABLE, -signal.SIGTERM)):  # -SIGTERM: at its very start
+            why = end.error or _ended_by(end.code)
+            failed[run.title] = Failure(f"{why.rstrip('.')}. Its output is in {end.command.log}.", end.code)
+            log.error("%s failed: %s", run.title, failed[run.title].why)
 
-    side = SideBySide(places, began, ended)
-    ends = side.run(commands)
-    if side.stopped or any(end.code == Interrupted.exit_code for end in ends):
-        raise Interrupted("Stopped before all runs were done. Run the same command again to resume.")
+    def waits(running: Sequence[Command]) -> None:
+        for one in running:
+            tell(one)
+
+    side = SideBySide(places, began, ended, waits)
+    side.run(commands)
+    if side.stopped:
+        told = f" {len(failed)} had failed before:\n{_listed(failed)}" if failed else ""
+        raise Interrupted(f"Stopped before all runs were done. Run the same command again to resume.{told}")
     return failed
+
+
+def _ended_by(code: int) -> str:
+    """How a run ended that said nothing: a negative code is that of the signal by which it was killed."""
+    if code < 0:
+        return f"it was killed by signal {-code}" + (", as where memory runs out" if code == -signal.SIGKILL else "")
+    return f"it ended with exit code {code}"
 
 
 def _places(jobs: int | None, processes: int | None, ranks: int) -> list[dict[str, str]]:
@@ -156,13 +186,24 @@ def _command(run: ComparedRun, folder: Path) -> Command:
 
 
 class RunsFailed(PipelineError):
-    """Some runs of a comparison failed; the message says which. The others are done."""
+    """Some runs of a comparison are not done; the message says which, and why.
+
+    The exit code is 1, or where all have it, that of wrong input (2) or of a run that stopped early (75).
+    """
 
     @classmethod
-    def of(cls, failed: dict[str, str], done: int, name: str) -> RunsFailed:
-        """The error for these failures beside so many finished runs."""
-        listed = "\n".join(f"- {title}: {why}" for title, why in failed.items())
-        return cls(
-            f"{len(failed)} of {done + len(failed)} runs failed; the others are done and on the page. "
-            f"`{command('compare', name)}` with the same options runs these again:\n{listed}"
+    def of(cls, failed: Mapping[str, Failure], done: int, name: str, page: Path | None = None) -> RunsFailed:
+        """The error for these failures beside so many finished runs, which are on the page."""
+        shown = f" The others are done, and {page} shows them alone." if page is not None else ""
+        error = cls(
+            f"{len(failed)} of {done + len(failed)} runs failed.{shown} `{command('compare', name)}` with the same "
+            f"options runs these again:\n{_listed(failed)}"
         )
+        codes = {failure.code for failure in failed.values()}
+        alike = next((code for code in (EXIT_USER, EXIT_RESUMABLE) if codes == {code}), None)
+        error.exit_code = EXIT_FAILURE if alike is None else alike
+        return error
+
+
+def _listed(failed: Mapping[str, Failure]) -> str:
+    return "\n".join(f"- {title}: {failure.why}" for title, failure in failed.items())

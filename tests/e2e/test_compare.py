@@ -126,6 +126,11 @@ def test_a_run_that_fails_does_not_lose_the_others(recipe: Path, tmp_path: Path)
     assert read(tmp_path / "runs" / "sequential-s0" / "run.json")["status"] == "done"
     page = (tmp_path / "runs" / "tiny-compared" / "report.html").read_text("utf-8")
     assert "Not finished" in page and "independent-s0" in page and "sequential" in page
+    table = (tmp_path / "runs" / "tiny-compared" / "comparison.md").read_text("utf-8")
+    assert "**Not finished" in table and "* independent-s0: " in table
+    assert "sequential-s0: after stage 2 (T1): T0 " in said, "what a run is at is told while it runs"
+    found = json.loads(compare(recipe, "--only-page", "--json").rstrip().splitlines()[-1])
+    assert list(found["methods"]) == ["sequential"] and found["missing"] == ["independent-s0"]
 
 
 def test_a_budget_that_a_method_cannot_have_is_said_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:

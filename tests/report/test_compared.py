@@ -110,6 +110,13 @@ def test_the_page_and_the_tables_have_every_method_and_what_is_missing(tmp_path:
     assert (second["method"], second["stored"], second["told.A"]) == ("old", "", "70")
     assert json.loads((out / "comparison.json").read_text())["methods"].keys() == {"ours", "old"}
     assert (out / "figures" / "accuracy_by_stored.png").is_file()
+    table = (out / "comparison.md").read_text("utf-8")
+    assert table.startswith("**Not finished, and not in these tables:**\n\n* lora-s1: it ended\n")
+    assert "(ours 0, 1; old 0)" in table, "methods have not all the same seeds"
+    assert json.loads((out / "comparison.json").read_text("utf-8"))["missing"] == ["lora-s1: it ended"]
+    write_comparison(out, "mine", [old], {})
+    assert "Not finished" not in (out / "comparison.md").read_text("utf-8")
+    assert json.loads((out / "comparison.json").read_text("utf-8"))["missing"] == []
 
 
 def test_the_figure_has_a_point_for_each_method_whose_size_is_known(tmp_path: Path) -> None:

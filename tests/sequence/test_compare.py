@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.config.compared import load_comparison
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
+from pipeline.ranks import side_by_side
 from pipeline.sequence import compare
-from pipeline.sequence.compare import Share
+from pipeline.sequence.compare import Failure, RunsFailed, Share, run_missing
 
 
 def test_shares_are_all_runs_each_once() -> None:
@@ -34,3 +39,57 @@ def test_runs_at_once_follow_from_the_gpus(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(compare._places(4, None, 1)) == 4
     with pytest.raises(UserError, match="--jobs is 5, and 4 GPUs are visible"):
         compare._places(5, None, 1)
+
+
+def runs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Failure]:
+    """What failed of three runs on nano, each of which is the shell script; `$title` is the run's in it."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/usr/bin/env bash\ntitle=$(basename "$4" .yaml)\n' + script)
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(side_by_side.sys, "executable", str(stand_in))
+    names = ["modalprompt", "joint", "sequential"]
+    place = f"run_dir={tmp_path}/runs/{{method}}-s{{seed}}"
+    comparison = load_comparison("nano", [place, "train.processes=1"], names, [0])
+    return run_missing(comparison, tmp_path / "out", 1, Share(), lambda _: None)
+
+
+DONE = """mkdir -p "$runs/$title"; echo '{"status": "done"}' > "$runs/$title/run.json"; exit 0\n"""
+
+
+def test_all_others_run_whatever_one_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    script = f"runs={tmp_path}/runs\n" + (
+        """case $title in
+        modalprompt-s0) echo '{"error": "In use by another job.", "exit_code": 75}'; exit 75;;
+        joint-s0) kill -9 $$;;
+        esac
+        echo "12:00:00 after stage 1 (A): A 50.0"
+        """
+        + DONE
+    )
+    failed = runs_of(tmp_path, monkeypatch, script)
+    assert {title: failure.code for title, failure in failed.items()} == {"modalprompt-s0": 75, "joint-s0": -9}
+    log = tmp_path / "out" / "logs" / "modalprompt-s0.log"
+    assert failed["modalprompt-s0"].why == f"In use by another job. Its output is in {log}."
+    assert failed["joint-s0"].why.startswith("it was killed by signal 9, as where memory runs out. Its output is in")
+    assert "sequential-s0: after stage 1 (A): A 50.0" in caplog.text and "sequential-s0: done" in caplog.text
+
+
+def test_a_stop_says_what_had_failed_and_starts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "case $title in modalprompt-s0) exit 3;; esac\nwhile true; do sleep 0.05; done\n"
+    timer = threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    with pytest.raises(Interrupted, match=r"(?s)1 had failed before:\n- modalprompt-s0: it ended with exit code 3\."):
+        runs_of(tmp_path, monkeypatch, script)
+    assert not (tmp_path / "out" / "logs" / "sequential-s0.log").exists()
+
+
+@pytest.mark.parametrize(("codes", "code"), [((2, 2), 2), ((75, 75), 75), ((2, 75), 1), ((1, 75), 1), ((-9,), 1)])
+def test_the_exit_code_is_that_of_the_runs_where_they_agree(codes: tuple[int, ...], code: int) -> None:
+    failed = {f"run{number}": Failure("why.", found) for number, found in enumerate(codes)}
+    error = RunsFailed.of(failed, 1, "nano", Path("out", "report.html"))
+    assert error.exit_code == code and f"{len(codes)} of {len(codes) + 1} runs failed" in str(error)
+    assert "out/report.html shows them alone" in str(error) and "- run0: why." in str(error)
