@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,21 @@ if TYPE_CHECKING:
     from pipeline.planning import budget
     from pipeline.report import summary
     from pipeline.runs import claim
-    from pipeline.sequence import prepared
+    from pipeline.runs import folder as folders
+    from pipeline.sequence import prepared, verdict
     from pipeline.sequence import run as running
 else:
-    preparing, budget, summary, claim, prepared, running = map(
+    preparing, budget, summary, claim, folders, prepared, running, verdict = map(
         lazy,
         (
             "data_prep.prepare",
             "pipeline.planning.budget",
             "pipeline.report.summary",
             "pipeline.runs.claim",
+            "pipeline.runs.folder",
             "pipeline.sequence.prepared",
             "pipeline.sequence.run",
+            "pipeline.sequence.verdict",
         ),
     )
 
@@ -68,9 +72,11 @@ def start(
 
     without_passwords = passwords_to_environment(overrides)
     arguments = [verb, name, *(part for text in without_passwords for part in ("--set", text))]
-    on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then)
+    end = _End(recipe.run_path)
+    judged = end if then is None and verb != "train" else None
+    on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then or judged)
     if then is None:
-        _show_end(recipe.run_path, verb, name, as_json)
+        end.show(verb, name, as_json)
 
 
 def evaluate(run: Path, as_json: bool) -> None:
@@ -80,10 +86,25 @@ def evaluate(run: Path, as_json: bool) -> None:
     def work(recipe: Recipe) -> Result:
         return running.evaluate_run(run)
 
-    on_ranks(["evaluate", str(run)], load_run(run), work, as_json)
-    _show_end(run, "evaluate", str(run), as_json)
+    end = _End(run)
+    on_ranks(["evaluate", str(run)], load_run(run), work, as_json, end)
+    end.show("evaluate", str(run), as_json)
 
 
-def _show_end(run: Path, verb: str, name: str, as_json: bool) -> None:
-    if prints_text(as_json):
-        summary.show_end(run, verb, name)
+@dataclass
+class _End:
+    """The end of a run: what is wrong with its tasks, for the result and for the terminal."""
+
+    run: Path
+    wrong: list[str] = field(default_factory=list)
+
+    def __call__(self, result: Result) -> Result:
+        """The result with the faults of the tasks."""
+        faults = verdict.faults_of(folders.read_run(self.run), load_run(self.run))
+        self.wrong = [fault.sentence for fault in faults]
+        return {**result, "faults": [fault.to_json() for fault in faults]}
+
+    def show(self, verb: str, name: str, as_json: bool) -> None:
+        """Print the summary of a run, with what is wrong."""
+        if prints_text(as_json):
+            summary.show_end(self.run, verb, name, self.wrong)

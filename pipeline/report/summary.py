@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -19,15 +20,17 @@ from pipeline.runs.rows import score_rows
 NAMED = {"last": "last", "forgetting": "forgetting", "routing": "routing", "routing_loss": "lost to routing"}
 
 
-def show_end(run_path: Path, verb: str, name: str) -> None:
-    """Print the accuracy matrix of a sequence's run, the path of its report and the next command.
+def show_end(run_path: Path, verb: str, name: str, wrong: Sequence[str] = ()) -> None:
+    """Print the accuracy matrix of a sequence's run, what is wrong, the path of its report and the next command.
 
-    `verb` is the command that was run, `name` its recipe or, for `evaluate`, its run folder.
+    `verb` is the command that was run, `name` its recipe or, for `evaluate`, its run folder, `wrong` lines about tasks.
     """
     run = read_run(run_path)
     if run.last_stage is not None or run.zero_shot is not None:
         Console().print(matrix_table(run))
         print(key_figures(run))
+    for line in wrong:
+        print(line)
     page = run_path / REPORT
     if page.is_file() and verb != "train":
         print(f"report: {page}")

@@ -24,6 +24,7 @@ from pipeline.sequence.test_set import TestSet
 
 FEW_HELD_OUT = 20  # samples, of which one is more than five percent
 FEW_SAMPLES = 100  # to train on
+SMALL = "the module may be too small, or its rate (train.lr_prompt) wrong for this model"
 FEW_PASSES = 3  # over the training samples; a stage with fewer may have ended before its loss settled
 
 
@@ -42,6 +43,11 @@ class Learned:
     def learned(self) -> bool:
         """Whether the answers are better than one that needs neither picture nor question."""
         return self.score > self.majority
+
+    @property
+    def content_is_there(self) -> bool:
+        """Whether the answers are better than that one but for their format."""
+        return self.format_free is not None and self.format_free > self.majority
 
     def to_json(self) -> dict[str, Any]:
         """The scores as a JSON object."""
@@ -96,37 +102,49 @@ def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = (
         ]
     if found.learned:
         return []
-    reasons = []
-    if found.format_free is not None and found.format_free > found.majority:
-        reasons.append(
-            f"{found.format_free:.1f} percent are right but for case, punctuation or wrapping words: the content is "
-            "there and the format is not learned yet"
-        )
-    if found.trained_on < FEW_SAMPLES:
-        reasons.append(f"{found.trained_on} training samples are few; some hundred are usual")
-    passes = _passes(recipe, found.trained_on)
-    if passes < FEW_PASSES:
-        steps = "train.steps" if recipe.train.steps is not None else "train.epochs"
-        reasons.append(
-            f"the stage passed {passes:.1f} times over {found.trained_on} samples; raise {steps} if the loss in the "
-            "report was still falling"
-        )
-    if Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava":
-        reasons.append(
-            "the embedded model knows drawn shapes, digits, letters and charts alone and has never seen a photograph; "
-            f"for other pictures see `{command('check', 'smolvlm_256m_own')}`"
-        )
-    elif recipe.model.image_tokens is not None:
-        most = recipe.model.image_tokens
-        reasons.append(f"an image has at most {most} tokens (model.image_tokens), which may be too few")
-    reasons.append("the module may be too small, or its rate (train.lr_prompt) wrong for this model")
+    causes = reasons(recipe, found.trained_on, found.format_free if found.content_is_there else None)
+    causes.append(SMALL)
     fell = f" The stage's loss went from {losses[0]:.2f} to {losses[-1]:.2f}." if len(losses) > 1 else ""
     unsure = " So few samples say little; its test score says more." if found.samples < FEW_HELD_OUT else ""
     return [
         f"{task} was not learned: on its {found.samples} held-out samples its own module scores {found.score:.1f}, "
         f"and the most frequent training answer, given to all of them, {found.majority:.1f}.{unsure}{fell} It may be "
-        f"because {'; or because '.join(reasons)}."
+        f"because {'; or because '.join(causes)}."
     ]
+
+
+def reasons(recipe: Recipe, trained_on: int, format_free: float | None = None) -> list[str]:
+    """What may be the reason that a task was not learned, as far as it can be seen; empty where nothing can.
+
+    Args:
+        recipe: the run's recipe.
+        trained_on: the task's training samples.
+        format_free: its score in percent but for the format, where that is above the most frequent answer's.
+    """
+    found = []
+    if format_free is not None:
+        found.append(
+            f"{format_free:.1f} percent are right but for case, punctuation or wrapping words: the content is there "
+            "and the format is not learned yet"
+        )
+    if trained_on < FEW_SAMPLES:
+        found.append(f"{trained_on} training samples are few; some hundred are usual")
+    passes = _passes(recipe, trained_on)
+    if passes < FEW_PASSES:
+        steps = "train.steps" if recipe.train.steps is not None else "train.epochs"
+        found.append(
+            f"the stage passed {passes:.1f} times over {trained_on} samples; raise {steps} if the loss in the report "
+            "was still falling"
+        )
+    if Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava":
+        found.append(
+            "the embedded model knows drawn shapes, digits, letters and charts alone and has never seen a photograph; "
+            f"for other pictures see `{command('check', 'smolvlm_256m_own')}`"
+        )
+    elif recipe.model.image_tokens is not None:
+        most = recipe.model.image_tokens
+        found.append(f"an image has at most {most} tokens (model.image_tokens), which may be too few")
+    return found
 
 
 def _passes(recipe: Recipe, samples: int) -> float:

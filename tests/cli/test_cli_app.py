@@ -210,8 +210,9 @@ def test_a_run_ends_with_its_matrix_its_report_and_the_next_command(
     monkeypatch.setenv("COLUMNS", "80")
     path = make_run(tmp_path / "my run", status="done", stage=3)
     (path / "report.html").touch()
-    show_end(path, "run", "nano")
-    *table, figures, report, then = capsys.readouterr().out.splitlines()
+    show_end(path, "run", "nano", ["count was not learned."])
+    *table, figures, wrong, report, then = capsys.readouterr().out.splitlines()
+    assert wrong == "count was not learned."
     rows = {line.split("  ")[0].strip(): line.split()[2:] for line in table}
     assert rows["after boxes"] == ["60.0", "88.0", "95.0"] and rows["after count"] == ["80.0", "85.0", "–"]
     assert figures == "percent; last 81.0, forgetting 13.5, routing 98.0"
