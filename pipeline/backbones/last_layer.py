@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.attentions import MASKS, take_masks, takes_lengths
 from pipeline.backbones.sharded import COMPUTED, is_elsewhere
 
 
@@ -19,13 +20,16 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
 
     The layer's own code runs on fewer rows, with the keys and values of all positions. Yields whether that is possible;
     otherwise the decoder returns all hidden states. `attentions` are the attention classes for which it is exact
-    (`LMMFamily.lean_attentions`).
+    (`LMMFamily.lean_attentions`). Where the other layers use FlashAttention, which has no mask of rows, this one uses
+    sdpa.
     """
     layer: Any = decoder.layers[-1]  # type: ignore[index]
     attention = layer.self_attn
     if positions is None or why_whole(attention, attentions):
         yield False
         return
+    if takes_lengths(attention.config._attn_implementation):
+        take_masks(attention)
     # What a divided layer computes lies behind its forward, which sends the output to the other ranks.
     slot = COMPUTED if hasattr(layer, COMPUTED) else "forward"
     before, plain, elsewhere = layer.__dict__.get(slot), getattr(layer, slot), is_elsewhere(layer)
@@ -35,6 +39,7 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, ...],
         past_key_values: Any = None,
+        cu_seq_lens_k: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
         if elsewhere:
@@ -44,7 +49,7 @@ def last_layer_at(decoder: nn.Module, positions: Tensor | None, attentions: Coll
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
         return plain(
             rows_at(hidden, positions),
-            attention_mask=_mask_at(attention_mask, positions, hidden.shape[1], keys.shape[2]),
+            attention_mask=_mask_at(attention_mask, positions, hidden.shape[1], keys.shape[2], cu_seq_lens_k),
             position_embeddings=tuple(rows_at(part, positions) for part in position_embeddings),
             past_key_values=_Given(keys, values),
             **inputs | {"position_ids": None},
@@ -65,8 +70,12 @@ def why_whole(attention: Any, attentions: Collection[str]) -> str:
     name, implementation = type(attention).__name__, attention.config._attn_implementation
     if name not in attentions:
         return f"{name} is not known to make keys and values like {', '.join(attentions) or 'any other class'}"
-    if implementation not in ("sdpa", "eager"):
+    if implementation in MASKS:
+        return ""
+    if not takes_lengths(implementation):
         return f"attention '{implementation}' takes no mask with a row per position, only sdpa and eager do"
+    if getattr(attention.config, "sliding_window", None):
+        return f"attention '{implementation}' knows of sliding windows without a mask"
     return ""
 
 
@@ -85,13 +94,25 @@ def _keys_and_values(attention: nn.Module, hidden: Tensor, angles: tuple[Tensor,
     return rotate(keys[:, :0], keys, *angles)[1], values
 
 
-def _mask_at(mask: Tensor | None, positions: Tensor, queries: int, keys: int) -> Tensor:
-    """The rows [B, 1, A, M] of an attention mask [B or 1, 1, N, M]; None: a causal mask without padding."""
-    if mask is None:
-        columns = torch.arange(keys, device=positions.device)
-        return (columns <= positions[..., None] + (keys - queries))[:, None]
-    mask = mask.expand(len(positions), -1, -1, -1)
-    return mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+def _mask_at(
+    mask: Tensor | None, positions: Tensor, queries: int, keys: int, boundaries: Tensor | None = None
+) -> Tensor:
+    """The rows [B, 1, A, M] of an attention mask [B or 1, 1, N, M].
+
+    A mask that is None is a causal one without padding, one of [B, M] is that padding. With `boundaries` [S + 1] the
+    columns are S sequences behind each other.
+    """
+    if mask is not None and mask.dim() == 4:
+        mask = mask.expand(len(positions), -1, -1, -1)
+        return mask.gather(2, positions[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    columns = torch.arange(keys, device=positions.device)
+    visible = columns <= positions[..., None] + (keys - queries)
+    if mask is not None:
+        visible = visible & mask[:, None].bool()
+    if boundaries is not None:
+        own = torch.searchsorted(boundaries, positions.to(boundaries.dtype), right=True) - 1
+        visible = visible & (columns >= boundaries[own][..., None])
+    return visible[:, None]
 
 
 class _Given:

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.attentions import MASKS
 from pipeline.backbones.sharded import is_elsewhere
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM
-
-MASKS = ("sdpa", "eager")  # attention implementations that take a mask with a row per position
 
 
 @dataclass(frozen=True)

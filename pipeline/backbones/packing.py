@@ -3,18 +3,23 @@
 Sequences are put into as few rows as they fit, none longer than the longest of them, so the decoder computes fewer
 tokens and its attention is never larger than that of the padded batch. A mask lets a token see its own sequence only,
 and each keeps the positions it has alone, so states are those of the padded batch up to rounding.
+
+FlashAttention takes the lengths of sequences in place of a mask. With it all of them stand in one row, in which no
+column is empty, and nothing is computed between two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pipeline.backbones.layer_hooks import MASKS, attention_of
+from pipeline.backbones.attentions import MASKS, takes_lengths
+from pipeline.backbones.layer_hooks import attention_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,14 +50,15 @@ class Packed:
     columns: Tensor  # [B, N] the column of each token in it; of padding that of a token of the same sequence
     turns: Tensor  # [B] how many sequences stand before it in its row
     shape: tuple[int, int]  # R, W
+    lengths: tuple[int, ...]  # of the B sequences
 
     @classmethod
-    def of(cls, attention: Tensor) -> Packed:
-        """Pack sequences with this attention mask [B, N]."""
-        lengths = attention.sum(1)
-        rows, starts, turns = first_fit(lengths.tolist())
+    def of(cls, attention: Tensor, one_row: bool = False) -> Packed:
+        """Pack sequences with this attention mask [B, N]; `one_row`: all behind each other, in their order."""
+        lengths = attention.sum(1).tolist()
+        rows, starts, turns = in_one_row(lengths) if one_row else first_fit(lengths)
         device = attention.device
-        ends = [start + length for start, length in zip(starts, lengths.tolist(), strict=True)]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         order = (attention.cumsum(1) - 1).clamp(min=0)
         return cls(
             attention.bool(),
@@ -60,12 +66,13 @@ class Packed:
             order + torch.tensor(starts, device=device)[:, None],
             torch.tensor(turns, device=device),
             (max(rows) + 1, max(ends)),
+            tuple(lengths),
         )
 
     @property
     def saves(self) -> bool:
-        """Whether there are fewer rows than sequences."""
-        return self.shape[0] < len(self.rows)
+        """Whether fewer columns are computed, in fewer rows than there are sequences."""
+        return self.shape[0] < len(self.rows) and self.shape[0] * self.shape[1] < self.attention.numel()
 
     def count(self, fill: Fill) -> None:
         """Add this batch to a count."""
@@ -89,6 +96,13 @@ class Packed:
         """Which columns each column attends to [R, 1, W, W]: those of its own sequence up to itself."""
         owners = self.owners
         return (owners[:, :, None] == owners[:, None, :]).tril()[:, None]
+
+    @property
+    def boundaries(self) -> dict[str, Any]:
+        """Where the sequences of a single row begin and end, as FlashAttention takes it from transformers."""
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.rows.device)
+        longest = max(self.lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     def places(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, A] in sequences as positions [R, P] in the rows, and the place [B, A] of each among the P."""
@@ -123,6 +137,17 @@ def first_fit(lengths: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     return rows, starts, turns
 
 
+def in_one_row(lengths: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """As `first_fit`, of sequences that all stand in the first row."""
+    starts = [0, *accumulate(lengths)][:-1]
+    return [0] * len(lengths), starts, list(range(len(lengths)))
+
+
+def pack(lmm: LMM, attention: Tensor) -> Packed:
+    """Sequences with this attention mask [B, N], packed as the model's attention takes them."""
+    return Packed.of(attention, one_row=takes_lengths(attention_of(lmm)))
+
+
 def hidden_of_packed(
     packed: Packed,
     lmm: LMM,
@@ -141,20 +166,34 @@ def hidden_of_packed(
         positions = (packed.attention.cumsum(1) - 1).clamp(min=0)
     # M-RoPE has three positions of each token [3, B, N].
     moved = packed.moved(positions) if positions.dim() == 2 else torch.stack([packed.moved(one) for one in positions])
-    mask = packed.visible
-    if attention_of(lmm) == "eager":  # which adds its mask
-        mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, torch.finfo(embeddings.dtype).min)
     columns, among = packed.places(at)
     hidden = lmm.decode(
-        columns, inputs_embeds=packed.moved(embeddings), use_cache=False, attention_mask=mask, position_ids=moved
+        columns,
+        inputs_embeds=packed.moved(embeddings),
+        use_cache=False,
+        position_ids=moved,
+        **_apart(packed, attention_of(lmm), embeddings.dtype),
     )
     return hidden[packed.rows[:, None], among]
+
+
+def _apart(packed: Packed, implementation: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What keeps the sequences of a row apart, as arguments of the decoder."""
+    if takes_lengths(implementation):
+        return {"attention_mask": None, **packed.boundaries}
+    mask = packed.visible
+    if implementation == "eager":  # which adds its mask
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return {"attention_mask": mask}
 
 
 def require_packing(lmm: LMM) -> None:
     """Raise UserError where sequences of this model cannot be computed packed."""
     reason, used = lmm.family.needs_one_pass(), attention_of(lmm)
-    if not reason and used not in MASKS:
-        reason = f"attention '{used}' takes no mask with a row per position, only {' and '.join(MASKS)} do"
+    if not reason and used not in MASKS and not takes_lengths(used):
+        reason = (
+            f"attention '{used}' takes neither a mask with a row per position, as {' and '.join(MASKS)} do, nor the "
+            "lengths of sequences, as flash_attention_2 does"
+        )
     if reason:
         raise UserError(f"train.packing samples is not possible with this model: {reason}. Set train.packing to none.")

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer
 
+from pipeline.backbones.attentions import MASKS
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, R
 from pipeline.backbones.decoding_state import DecodingState
 from pipeline.backbones.kv_cache import CacheSpace, new_cache
-from pipeline.backbones.layer_hooks import MASKS, attention_of
+from pipeline.backbones.layer_hooks import attention_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

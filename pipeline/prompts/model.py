@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.backbones.compiled import Compiled
 from pipeline.backbones.gated import gates_kept_once
 from pipeline.backbones.lmm import LMM
-from pipeline.backbones.packing import Fill, Packed, hidden_of_packed
+from pipeline.backbones.packing import Fill, hidden_of_packed, pack
 from pipeline.backbones.prefix_cache import hidden_after_prefix
 from pipeline.backbones.recompute import recomputing
 from pipeline.data.collate import Batch
@@ -182,7 +182,7 @@ class LearnerOnLMM(nn.Module):
             labels = moved
         answers, hidden = answers_of(labels), lmm.hidden
         if self.packing:
-            packed = Packed.of(attention)
+            packed = pack(lmm, attention)
             packed.count(self.fill)
             if packed.saves:
                 hidden = partial(hidden_of_packed, packed, lmm)

@@ -118,9 +118,10 @@ def test_tokens_see_their_own_sequence_up_to_themselves_and_are_found_again(leng
     assert torch.equal(found, numbers.gather(1, last))
 
 
-def test_an_attention_without_masks_is_refused(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_without_masks_and_lengths_is_refused(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     if lmm.family.kind in CANNOT:
         pytest.skip("its layers are in the way already")
-    monkeypatch.setattr(lmm.decoder.config, "_attn_implementation", "flash_attention_2")
-    with pytest.raises(UserError, match=r"attention 'flash_attention_2' takes no mask .* Set train.packing to none"):
+    monkeypatch.setattr(lmm.decoder.config, "_attn_implementation", "flex_attention")
+    told = r"'flex_attention' takes neither a mask with a row .* nor the lengths of sequences, .* Set train.packing"
+    with pytest.raises(UserError, match=told):
         require_packing(lmm)
