@@ -15,7 +15,8 @@ from data_prep.sources.split_zhou import altered, missing, read_dataset
 from pipeline.check.clip_backbone import check_backbone
 from pipeline.check.clip_descriptions import check_descriptions
 from pipeline.check.clip_search import check_searches
-from pipeline.check.findings import Findings, counted, peak, ranks_here, run_checks, show
+from pipeline.check.device import Device
+from pipeline.check.findings import Findings, amount, counted, peak, run_checks, show
 from pipeline.clip.benchmark.prepared import refuse_other_settings, require_prepared
 from pipeline.clip.images.classes import Group, base_classes
 from pipeline.clip.images.prepared import CLASSES_FILE, ClassList, PreparedDataset
@@ -39,20 +40,26 @@ from pipeline.training.deepspeed_config import deepspeed_file
 FEW = 4  # most datasets with an unusual number of steps that are listed by name
 
 
-def check_benchmark(name: str, overrides: Iterable[str], ranks: int | None = None) -> Findings:
-    """Check a benchmark's recipe on this machine and print the results; problems are in the result, not raised."""
+def check_benchmark(
+    name: str, overrides: Iterable[str], ranks: int | None = None, gpu_memory: float | None = None
+) -> Findings:
+    """Check a benchmark's recipe on this machine and print the results; problems are in the result, not raised.
+
+    `ranks` and `gpu_memory` as for `pipeline.check.sequence.check`.
+    """
     recipe = load_benchmark(name, overrides)
-    findings = Findings()
+    findings = Findings(device=Device.of(gpu_memory))
+    ranks = findings.device.ranks(ranks, recipe)
     with hub.no_waiting([recipe.model.location]) as online:
         checks = {
             "recipe": lambda: _recipe(recipe),
-            "ranks": lambda: _ranks(recipe, ranks or ranks_here(recipe)),
+            "ranks": lambda: _ranks(recipe, ranks),
             "deepspeed": lambda: _deepspeed(recipe),
-            "model": lambda: check_backbone(recipe.model, recipe.methods, online),
+            "model": lambda: check_backbone(recipe.model, recipe.methods, online, here=not findings.device.asked),
             "data": lambda: _data(findings, recipe, name),
             "steps": lambda: _steps(findings, recipe),
             "run folder": lambda: _run_folder(recipe),
-            "memory": lambda: _memory(findings, recipe, ranks or ranks_here(recipe)),
+            "memory": lambda: _memory(findings, recipe, ranks),
         }
         if any(method.descriptions is not None for method in recipe.methods):
             checks["descriptions"] = lambda: check_descriptions(recipe)
@@ -248,7 +255,12 @@ def _memory(findings: Findings, recipe: ClipRecipe, ranks: int) -> str:
         plan = findings.memory = plan_benchmark(recipe, ranks, built, max(learned), max(tested, default=0))
     except (OSError, ValueError, UserError):
         return f"not planned: the configuration of '{model.path}' is not available here, or is of another kind"
-    return peak(plan) + known
+    if findings.fits() is False:
+        findings.warnings["memory"] = [
+            f"a rank needs {amount(plan.most)}, and {findings.device.room()} may be planned; lower train.micro_batch, "
+            "evaluate_batch or model.text_chunk, or choose a smaller model.path"
+        ]
+    return peak(plan, findings.device) + known
 
 
 def _classes(recipe: ClipRecipe, dataset: str, group: Group) -> int:

@@ -21,8 +21,10 @@ from pipeline.hub.weights import weights_of
 from pipeline.planning.frozen_models import emulated
 
 
-def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], online: bool) -> str:
+def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], online: bool, here: bool = True) -> str:
     """Describe the backbone and the number of parameters that each method learns on it.
+
+    `here` says whether the run will be on this machine, whose support of the precision is then told.
 
     Raises UserError when it is not available here or of another kind, and UserErrors with a sentence for each method
     that does not fit it: too few blocks for a schedule, or words with fewer tokens than context vectors.
@@ -56,7 +58,7 @@ def check_backbone(model: ClipModelConfig, methods: Sequence[ClipMethodConfig], 
         learned.append(f"{method.name} {count:,}" + " per class" * method.per_class)
     if wrong:
         raise UserErrors(wrong)
-    slow = emulated(model.dtype)
+    slow = emulated(model.dtype) if here else ""
     return (
         f"{model.path}: {config.model_type}, {model.dtype}; learned parameters: {', '.join(learned)}"
         + ("; weights are .bin files, converted once into safetensors by the first run" if once else "")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.check.device import Device
 from pipeline.errors import UserError, UserErrors
+from pipeline.planning.auto import fits
 from pipeline.planning.plan import BESIDE, GIB, MemoryPlan
-from pipeline.ranks.environment import launched_place
-from pipeline.ranks.launch import local_processes
 
 
 @dataclass
 class Findings:
-    """Results by title of the check: a line each, problems, warnings, and the memory plan."""
+    """Results by title of the check: a line each, problems, warnings, and the memory plan with its device."""
 
+    device: Device = field(default_factory=lambda: Device.of(None))
     found: dict[str, str | None] = field(default_factory=dict)  # None: see the problems
     problems: dict[str, list[str]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
@@ -28,10 +28,17 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """The result of `check --json`."""
-        memory = {"memory": self.memory.to_json()} if self.memory else {}
+        plan = self.memory
+        memory = {"memory": plan.to_json() | self.device.to_json(plan.ranks, self.fits())} if plan else {}
         found = {title: text for title, text in self.found.items() if text is not None}
         said = {"problems": self.problems, "warnings": self.warnings}
         return {**found, **memory, "ok": not self.problems, **said}
+
+    def fits(self) -> bool | None:
+        """Whether the planned memory fits into the GPUs that it is planned for; None on CPUs and without a plan."""
+        if self.memory is None or self.device.memory is None:
+            return None
+        return fits(self.memory.most, self.device.memory)
 
     def sentence(self, name: str) -> str:
         """The error of `check` for the user: one line per problem if there are several."""
@@ -53,18 +60,16 @@ def run_checks(findings: Findings, checks: dict[str, Callable[[], str]]) -> None
             findings.problems[title] = [str(error)]
 
 
-def ranks_here(recipe: Any, env: Mapping[str, str] = os.environ) -> int:
-    """Number of ranks of this launch, or of those that `run` would start here."""
-    place = launched_place(env)
-    return place.size if place else local_processes(recipe.train.processes)
-
-
-def peak(plan: MemoryPlan) -> str:
-    """The peak of a memory plan, in words."""
+def peak(plan: MemoryPlan, device: Device) -> str:
+    """For which devices a memory plan is, whether it fits into them, and its peak, in words."""
     host = {"prefetched pixels": plan.waiting, "the modules of all tasks": plan.pool}
     large = [f"{amount(size)} for {what}" for what, size in host.items() if size >= GIB]
     waiting = f"; host memory per rank: {' and '.join(large)}" if large else ""
-    return f"{amount(plan.most)} per rank at most for {plan.ranks} rank{'s' * (plan.ranks > 1)}, {BESIDE}{waiting}"
+    said = f"{device.sentence(plan.ranks)}: "
+    if device.memory is None:
+        return f"{said}{amount(plan.most)} per rank at most{waiting}"
+    said += "fits, " if fits(plan.most, device.memory) else "does not fit, see the warning; "
+    return f"{said}{amount(plan.most)} per rank at most, {BESIDE}{waiting}"
 
 
 def counted(number: int, what: str) -> str:
@@ -90,9 +95,8 @@ def show(findings: Findings, name: str) -> None:
     if findings.memory is None:
         return
     plan = findings.memory
-    table = Table(
-        "memory per rank", "training", "evaluation", "", title=f"ranks: {plan.ranks}, ZeRO stage {plan.zero_stage}"
-    )
+    title = f"memory plan for {findings.device.words(plan.ranks)}, ZeRO stage {plan.zero_stage}"
+    table = Table("memory per rank", "training", "evaluation", "", title=title)
     for entry in plan.entries:
         table.add_row(entry.name, amount(entry.training), amount(entry.evaluation), entry.note)
     table.add_row("all", amount(plan.training), amount(plan.evaluation), "", style="bold")

@@ -18,8 +18,11 @@ from pipeline.planning.frozen_models import emulated
 from pipeline.planning.model_files import ModelFiles, not_here
 
 
-def check_model(model: ModelFiles) -> str:
-    """Check checkpoint, tokenizer and vision tower; raises UserErrors with all problems."""
+def check_model(model: ModelFiles, here: bool = True) -> str:
+    """Check checkpoint, tokenizer and vision tower; raises UserErrors with all problems.
+
+    `here` says whether the run will be on this machine, whose support of the precision is then told.
+    """
     settings, wrong = model.settings, []
     try:
         weights = weights_words(model)
@@ -51,7 +54,7 @@ def check_model(model: ModelFiles) -> str:
     return (
         f"{settings.path}: {config.model_type}, {type(model.processor).__name__}, "
         f"{len(model.processor.tokenizer)} tokens, {settings.dtype}{cast}{quantised}, {weights}"
-        + (f"; {note}" if (note := emulated(settings.dtype)) else "")
+        + (f"; {note}" if (note := emulated(settings.dtype) if here else "") else "")
     )
 
 

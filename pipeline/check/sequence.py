@@ -12,8 +12,9 @@ from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.lmm import LMM
 from pipeline.check import switches
 from pipeline.check.data import CheckedData
+from pipeline.check.device import Device
 from pipeline.check.features import check_kept_features
-from pipeline.check.findings import Findings, amount, counted, peak, ranks_here, run_checks, show
+from pipeline.check.findings import Findings, amount, counted, peak, run_checks, show
 from pipeline.check.insertion import check_insertion, passes_twice
 from pipeline.check.model import check_keys, check_model
 from pipeline.check.pictures import cut_off
@@ -30,12 +31,13 @@ from pipeline.errors import UserError, require_extras
 from pipeline.hub import repository as hub
 from pipeline.methods import make_method
 from pipeline.metrics.scoring import require_metrics
-from pipeline.planning.auto import divided_plan, fit_to_memory, fits, gpu_memory, least_for_zero2, without_gpus
+from pipeline.planning.auto import divided_plan, fastest, fits, least_for_zero2, without_gpus
 from pipeline.planning.budget import USUAL_KEY_WIDTH, sized_decoder, trained_values, within_budget
 from pipeline.planning.memory_plan import plan_memory
 from pipeline.planning.model_files import ModelFiles, clip_key_width
 from pipeline.planning.plan import GIB, MemoryPlan, Tokens
 from pipeline.planning.replicas import ranks_per_replica
+from pipeline.planning.smaller import smaller_settings
 from pipeline.planning.workload import Workload
 from pipeline.prompts.parts.base import kind_of
 from pipeline.ranks.devices import require_usable_gpus, settle_accelerator, torch_build
@@ -47,16 +49,19 @@ from pipeline.training.deepspeed_config import accumulation, deepspeed_config, r
 ASSUMED_GPU = 80 * GIB  # of the GPUs that a run is checked for on a machine without any
 
 
-def check(recipe: Recipe, name: str, ranks: int | None = None) -> Findings:
+def check(recipe: Recipe, name: str, ranks: int | None = None, gpu_memory: float | None = None) -> Findings:
     """Check a recipe on this machine and print the results; problems are in the result, not raised.
 
-    `name` is the recipe's name on the command line; `ranks` the number of ranks to plan for, by default those of this
-    launch or those that `run` would start here.
+    Args:
+        recipe: the recipe.
+        name: its name on the command line.
+        ranks: the number of ranks to plan for; None: see `Device.ranks`.
+        gpu_memory: plan for GPUs of so many GB (1e9 bytes), whatever this machine has; None: for this machine.
     """
     transformers_logging.set_verbosity_error()  # the checks report what it would warn about
-    findings = Findings()
+    findings = Findings(device=Device.of(gpu_memory))
     with hub.no_waiting([recipe.model.path, recipe.keys.path]) as online:
-        _look(findings, _sized(findings, recipe, online), name, ranks or ranks_here(recipe), online)
+        _look(findings, _sized(findings, recipe, online), name, findings.device.ranks(ranks, recipe), online)
     show(findings, name)
     return findings
 
@@ -103,12 +108,12 @@ def _look(findings: Findings, recipe: Recipe, name: str, ranks: int, online: boo
         "recipe": lambda: _recipe(recipe),
         "metrics": lambda: _metrics(recipe.data),
         "ranks": lambda: _ranks(recipe.train, ranks),
-        "deepspeed": lambda: _deepspeed(recipe.train, recipe.model),
-        "model": lambda: check_model(model),
+        "deepspeed": lambda: _deepspeed(recipe.train, recipe.model, findings.device),
+        "model": lambda: check_model(model, here=not findings.device.asked),
         "evaluation": lambda: _evaluation(findings, recipe, ranks, model_works()),
         SHIPPED: lambda: check_shipped(findings, model),
         "insertion": lambda: check_insertion(recipe, model),
-        switches.TITLE: lambda: check_switches(recipe, model),
+        switches.TITLE: lambda: check_switches(recipe, model, findings.device),
         "keys": keys,
         "data": checked_data,
         TITLE: lambda: check_routing(findings, recipe.method, recipe.data),
@@ -151,7 +156,7 @@ def _ranks(train: TrainConfig, ranks: int) -> str:
     return f"{ranks}, each {micro} samples x {steps} per step of {train.global_batch}; {torch_build()}"
 
 
-def _deepspeed(train: TrainConfig, model: ModelConfig) -> str:
+def _deepspeed(train: TrainConfig, model: ModelConfig, device: Device) -> str:
     config = deepspeed_config(train, model.dtype, 1)  # the file's own faults; whether the ranks divide is another check
     settle_accelerator()
     try:
@@ -162,6 +167,8 @@ def _deepspeed(train: TrainConfig, model: ModelConfig) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"'{train.deepspeed}' is refused by DeepSpeed ({reason}); correct it.") from error
     require_whole_weights(train, model.quantization)
+    if train.deepspeed == AUTO and device.memory is not None:
+        return f"{AUTO}: by the memory plan, {model.dtype}"
     return f"{train.deepspeed}: ZeRO stage {int(zero.stage)}, {model.dtype}"
 
 
@@ -180,24 +187,41 @@ def _memory(findings: Findings, recipe: Recipe, ranks: int, model: ModelFiles, d
     width = data.key_width or clip_key_width(recipe.keys) or USUAL_KEY_WIDTH
     _require_carried(recipe, built, width)
     work = Workload.of(recipe, width)
-    train, note = _resolved(work, ranks, built, tokens)
-    work = work.trained_with(train)
-    plan = findings.memory = plan_memory(work, ranks, built, tokens)
-    if told := _too_large_to_answer(work, plan, ranks, built, tokens):
-        findings.warnings["memory"] = [told]
-    return peak(plan) + note + shipped
+    device = findings.device
+    train, note = _resolved(work, ranks, built, tokens, device)
+    plan = findings.memory = plan_memory(work.trained_with(train), ranks, built, tokens, device.node())
+    if doubts := _too_large(work, train, plan, built, tokens, device):
+        findings.warnings["memory"] = doubts
+    return peak(plan, device) + note + shipped
 
 
-def _too_large_to_answer(work: Workload, plan: MemoryPlan, ranks: int, built: nn.Module, tokens: Tokens) -> str:
-    """A sentence where answers need more memory than a GPU has and a model on several ranks needs less; else ""."""
-    memory = gpu_memory(torch.device("cuda", 0)) if torch.cuda.is_available() else ASSUMED_GPU
-    divided = None if fits(plan.evaluation, memory) else divided_plan(work, ranks, built, tokens)
-    if divided is None:
-        return ""
-    return (
-        f"with a whole model on each rank answers take {amount(plan.evaluation)}, which does not fit GPUs of "
-        f"{amount(memory)}; with evaluate.engine=sharded they take {amount(divided.evaluation)}"
-    )
+def _too_large(
+    work: Workload, train: TrainConfig, plan: MemoryPlan, built: nn.Module, tokens: Tokens, device: Device
+) -> list[str]:
+    """What does not fit into the GPUs of a plan, and what would, in sentences; `train` has no `auto` settings."""
+    memory, node = device.memory or ASSUMED_GPU, device.node()
+    trained, answered = fits(plan.training, memory), fits(plan.evaluation, memory)
+    divided = None if answered else divided_plan(work.trained_with(train), plan.ranks, built, tokens, node)
+    helped = divided is not None and (device.memory is None or fits(divided.evaluation, memory))
+    found = []
+    if divided is not None and helped:
+        found = [
+            f"with a whole model on each rank answers take {amount(plan.evaluation)}, which does not fit GPUs of "
+            f"{amount(memory)}; with evaluate.engine=sharded they take {amount(divided.evaluation)}"
+        ]
+    if device.memory is None or (trained and (answered or helped)):
+        return found
+    needs = [f"{amount(plan.training)} for training"] if not trained else []
+    needs += [f"{amount(plan.evaluation)} for answers"] if not answered else []
+    smaller = smaller_settings(work, plan.ranks, built, tokens, memory, node)
+    if smaller is None:
+        helps = (
+            "no batch, recomputation or quantisation makes it fit: lower model.image_tokens, or plan for more GPUs "
+            "(--ranks) or larger ones"
+        )
+    else:
+        helps = f"it fits with {' '.join(f'--set {name}={value}' for name, value in smaller.items())}"
+    return [*found, f"a rank needs {' and '.join(needs)}, and {device.room()} may be planned; {helps}"]
 
 
 def _evaluation(findings: Findings, recipe: Recipe, ranks: int, model_works: bool) -> str:
@@ -207,7 +231,7 @@ def _evaluation(findings: Findings, recipe: Recipe, ranks: int, model_works: boo
         if server is not None and (why := server.ailing()):
             findings.warnings["evaluation"] = [f"{why} A run needs the server when it evaluates."]
         return f"by the vLLM server at {recipe.evaluate.vllm_url}, with no model on the ranks"
-    shards = ranks_per_replica(recipe.evaluate, recipe.model, ranks, ranks_per_node())
+    shards = ranks_per_replica(recipe.evaluate, recipe.model, ranks, findings.device.node() or ranks_per_node())
     return f"{counted(ranks // shards, 'model')}, each on {shards} ranks"
 
 
@@ -219,13 +243,13 @@ def _require_carried(recipe: Recipe, built: nn.Module, key_width: int) -> None:
             kind_of(method).keyed(LMM(built, None), method, key_width)
 
 
-def _resolved(work: Workload, ranks: int, built: nn.Module, tokens: Tokens) -> tuple[TrainConfig, str]:
-    """The training settings with `auto` resolved for this machine, and a note about them."""
+def _resolved(work: Workload, ranks: int, built: nn.Module, tokens: Tokens, device: Device) -> tuple[TrainConfig, str]:
+    """The training settings with `auto` resolved for a device, and a note about them."""
     train = work.train
     if AUTO not in (train.deepspeed, train.checkpointing):
         return train, ""
-    if torch.cuda.is_available():
-        chosen = fit_to_memory(work, ranks, built, tokens, gpu_memory(torch.device("cuda", 0)))
+    if device.memory is not None:
+        chosen, _ = fastest(work, ranks, built, tokens, device.memory, device.node())
         return chosen, f"; auto: {chosen.deepspeed}, checkpointing {chosen.checkpointing}"
     chosen = without_gpus(train)
     if train.deepspeed != AUTO:

@@ -10,6 +10,7 @@ from pipeline.backbones.compiled import require_compiler, tower_layers
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.packing import require_packing
 from pipeline.backbones.static_decoding import require_static
+from pipeline.check.device import Device
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.planning.model_files import ModelFiles
@@ -30,11 +31,14 @@ def chosen(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def check_switches(recipe: Recipe, model: ModelFiles) -> str:
-    """The switches in words, and that model and machine can have them; UserError where they cannot."""
+def check_switches(recipe: Recipe, model: ModelFiles, device: Device) -> str:
+    """The switches in words, and that model and machine can have them; UserError where they cannot.
+
+    `device` is what the run will compute on, which may not be here; its compiler is looked for only where it is.
+    """
     listed = ", ".join(f"{name} {str(value).lower()}" for name, value in chosen(recipe).items())
-    gpu = torch.cuda.is_available()
-    if recipe.train.compile != "none":
+    gpu = device.memory is not None
+    if recipe.train.compile != "none" and not device.asked:
         require_compiler(torch.device("cuda" if gpu else "cpu"))
     note = "" if gpu else "; copying ahead, TF32 and graphs do nothing on CPUs"
     try:

@@ -33,16 +33,23 @@ def check(
     recipe: RecipeName,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to plan for; by default those that `run` would start here.")
+        int | None,
+        typer.Option(min=1, help="Ranks to plan for, one per GPU; by default those that `run` would start here."),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="GB", help="Plan for one GPU of so many GB (or --ranks of them), which may not be here."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check data, model, CLIP, metrics and world size, and plan the memory, before any GPU is touched."""
     if recipe_kind(recipe) == "clip":
-        findings = check_clip.check_benchmark(recipe, overrides or [], ranks)
+        findings = check_clip.check_benchmark(recipe, overrides or [], ranks, gpu_memory)
     else:
         loaded = load_recipe(recipe, overrides or [])  # before heavy imports, so that its errors appear at once
-        findings = check_sequence.check(loaded, recipe, ranks)
+        findings = check_sequence.check(loaded, recipe, ranks, gpu_memory)
     report = findings.to_json()
     if findings.problems:
         sentence = findings.sentence(recipe)

@@ -68,26 +68,34 @@ def fit_to_memory(
     nodes only. Where nothing fits, the settings that need least. `model` is on the meta device, `node` the number of
     ranks on each node (None: as on this machine); see `plan_memory`.
     """
-    train, allowed = work.train, _allowed(memory)
-    spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
-    files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
-    policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
-    for candidate in (_with(train, file, policy) for file in files for policy in policies):
-        plan = plan_memory(work.trained_with(candidate), ranks, model, tokens, node)
-        if plan.training <= allowed:
-            break
-    if plan.evaluation > allowed:
+    chosen, plan = fastest(work, ranks, model, tokens, memory, node)
+    if not fits(plan.evaluation, memory):
         # No setting chosen here changes this: replicas need the complete model on each GPU under every ZeRO stage.
-        divided = divided_plan(work.trained_with(candidate), ranks, model, tokens, node)
+        divided = divided_plan(work.trained_with(chosen), ranks, model, tokens, node)
         log.warning(
             "Generating %d answers at once takes %.1f GiB by the memory plan, more than the %.1f GiB that are "
             "available; lower evaluate.batch%s.",
             work.answers,
             plan.evaluation / GIB,
-            allowed / GIB,
+            allowed(memory) / GIB,
             "" if divided is None else f", or set evaluate.engine=sharded ({divided.evaluation / GIB:.1f} GiB)",
         )
-    return candidate
+    return chosen
+
+
+def fastest(
+    work: Workload, ranks: int, model: nn.Module, tokens: Tokens, memory: int, node: int | None = None
+) -> tuple[TrainConfig, MemoryPlan]:
+    """The settings that `fit_to_memory` chooses, with their plan; nothing is logged."""
+    train = work.train
+    spread = (HPZ, ZERO3) if several_nodes(ranks, node or ranks_per_node()) else (ZERO3,)
+    files = (ZERO2, *spread) if train.deepspeed == AUTO else (train.deepspeed,)
+    policies = POLICIES if train.checkpointing == AUTO else (train.checkpointing,)
+    for candidate in (_with(train, file, policy) for file in files for policy in policies):
+        plan = plan_memory(work.trained_with(candidate), ranks, model, tokens, node)
+        if fits(plan.training, memory):
+            break
+    return candidate, plan
 
 
 def divided_plan(
@@ -105,10 +113,11 @@ def divided_plan(
 
 def fits(planned: int, memory: int) -> bool:
     """Whether so many planned bytes fit into `memory` bytes of a GPU."""
-    return planned <= _allowed(memory)
+    return planned <= allowed(memory)
 
 
-def _allowed(memory: int) -> float:
+def allowed(memory: int) -> float:
+    """The bytes that may be planned of a GPU with `memory` bytes."""
     return (memory - KEPT_FREE) * ESTIMATED
 
 

@@ -80,8 +80,8 @@ def recipe_with(*overrides: str) -> Recipe:
     return load_recipe("tiny.yaml", overrides)
 
 
-def findings(*overrides: str, ranks: int | None = None) -> Findings:
-    return check(recipe_with(*overrides), "tiny.yaml", ranks)
+def findings(*overrides: str, ranks: int | None = None, gpu_memory: float | None = None) -> Findings:
+    return check(recipe_with(*overrides), "tiny.yaml", ranks, gpu_memory)
 
 
 def only_problem(found: Findings, title: str) -> str:
@@ -602,7 +602,21 @@ def test_auto_says_which_deepspeed_file_it_is_here_and_from_which_gpu_on_another
     assert "auto: ds_configs/zero3.json without GPUs, ZeRO-2 on GPUs of 1.0" in str(found.found["memory"])
     assert found.memory is not None and found.memory.zero_stage == 3
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.check.sequence.gpu_memory", lambda _: 80 << 30)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Card")
+    monkeypatch.setattr("pipeline.check.device.gpu_memory", lambda _: 80 << 30)
     large = findings("train.deepspeed=auto", ranks=1)
-    assert "auto: ds_configs/zero2.json, checkpointing none" in str(large.found["memory"])
+    said = str(large.found["memory"])
+    assert "auto: ds_configs/zero2.json, checkpointing none" in said
+    assert said.startswith("for 1 GPU of 80.0 GiB (Card), as here: fits, ")
     assert large.memory is not None and large.memory.zero_stage == 2
+
+
+def test_what_this_machine_lacks_is_not_told_of_a_card_elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.check.model.emulated", lambda dtype: f"no instructions for {dtype}")
+    changes = ("train.copy_ahead=true", "model.dtype=bfloat16")
+    on_cpus, on_card = findings(*changes), findings(*changes, gpu_memory=24)
+    assert not on_cpus.problems and not on_card.problems
+    assert "no instructions for bfloat16" in str(on_cpus.found["model"])
+    assert "no instructions" not in str(on_card.found["model"])
+    assert "nothing on CPUs" in str(on_cpus.found[switches.TITLE])
+    assert "nothing on CPUs" not in str(on_card.found[switches.TITLE])

@@ -76,8 +76,8 @@ NOT_EXECUTED = {
         "--set 'comparison.targets=[q_proj,v_proj]'"
     ): "hours; see tests/e2e/test_compare.py",
     "run coin_llava15_7b --set keys.text_feature=pooled": "a model of 7 billion parameters",
-    "check coin_llava15_7b --set model.quantization=nf4": "a model that is not here, but for its memory plan; see "
-    "tests/planning/test_quantised_plan.py",
+    "check coin_llava15_7b --gpu-memory 12": "a model that is not here, but for its memory plan; see "
+    "tests/check/test_check_device.py",
     "run many_nano --set method.router=prototype --set method.gate=0.1 --set method.share=null": MANY_NANO,
     "run many_nano --set method.router=random_ridge --set method.gate=null --set method.share=0.5": MANY_NANO,
     "check mine.yaml": "tests/docs/test_reference_pages.py reads the recipe; its model is one from the Hub",
