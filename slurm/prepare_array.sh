@@ -38,6 +38,11 @@ submit() {
 }
 
 submit_all() {
+    # Read here, so that a mistake in the recipe is not found by a hundred tasks in the queue.
+    [ "$dry_run" = 1 ] || "${login_python[@]}" slurm/stages.py "${arguments[@]}" >/dev/null || {
+        echo "error: the recipe cannot be read (see above); nothing was submitted." >&2
+        exit 2
+    }
     submit shards '' "--array=1-$tasks"
     submit join "$job"
     submit keys "$job" "--array=1-$tasks"

@@ -12,7 +12,7 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/run_sequence.sh RECIPE [--set A.B=C ...]
 #
 #   --chain     (not with sbatch) submit one job per stage, each waiting for the one before, with SBATCH_OPTIONS
-#   --submit    (not with sbatch) submit the one job with SBATCH_OPTIONS
+#   --submit    (not with sbatch) check the recipe, then submit the one job with SBATCH_OPTIONS
 #   --prepare   prepare the data first, in one task of the job
 #   --train     train without evaluating
 #   --evaluate  (with a run's folder instead of a recipe) fill in what is missing of its accuracy matrix
@@ -20,7 +20,8 @@
 #
 # Everything else goes to `python -m pipeline run` (train, evaluate). Without a recipe: --prepare nano, the embedded default. Outside a
 # job the same call starts the ranks on this machine with the deepspeed launcher. Differences between sites are in
-# slurm/site.env (or $SITE_ENV), explained in slurm/site.env.example. Submit from the root of the repository.
+# slurm/site.env (or $SITE_ENV), explained in slurm/site.env.example. Submit from the root of the repository. sbatch looks at
+# no recipe: `slurm/submit.sh` in its place, with the same arguments, checks it first.
 #
 # Exit codes: those of `pipeline run` (0 done, 2 wrong input, 75 stopped and resumable), else the highest of srun's.
 set -euo pipefail
@@ -256,6 +257,8 @@ choose_python
 if [ "$mode" != run ]; then
     [ -z "${SLURM_JOB_ID:-}" ] || fail "--$mode submits jobs; call it outside a job."
     [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "--$mode needs Slurm, and there is no sbatch here."
+    split_options "${SBATCH_OPTIONS:-}"
+    [ "$mode" = chain ] || [ "$dry_run" = 1 ] || check_first "${arguments[@]}"
     if [ "$mode" = chain ]; then chain; else submit; fi
 elif [ "$own_job" = 1 ]; then
     in_job

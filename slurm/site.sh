@@ -66,6 +66,72 @@ choose_python() {
     [ "${#login_python[@]}" -gt 0 ] || login_python=("${python[@]}")
 }
 
+# Checks the recipe of a job before it is submitted. The table goes to the error stream, as the output is sbatch's. Reads
+# `verb`, `prepare` and `options`, which are sbatch's.
+#   check_first ARGUMENT ...
+check_first() {
+    local checked=() ranks code=0
+    if [ $# = 0 ]; then
+        [ "$verb" != evaluate ] || fail "--evaluate needs the folder of a run."
+        return 0 # the embedded default
+    fi
+    if [ "$verb" = evaluate ]; then
+        [ -f "$1/config.yaml" ] || fail "'$1' is not the folder of a run: it has no config.yaml; nothing was submitted."
+        return 0
+    fi
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --set | --skip-bad | --until | --port)
+                [ $# -ge 2 ] || fail "$1 needs a value."
+                case $1 in
+                    --set) checked+=(--set "$2") ;;
+                    --skip-bad) checked+=(--set "data.skip_bad=$2") ;;
+                esac
+                shift
+                ;;
+            --set=*) checked+=("$1") ;;
+            --skip-bad=*) checked+=(--set "data.skip_bad=${1#*=}") ;;
+            -*) ;; # of `run` alone
+            *) checked+=("$1") ;;
+        esac
+        shift
+    done
+    [ "$prepare" = 0 ] || checked+=(--set data.prepare_first=true) # the job prepares what is missing
+    ranks=$(ranks_of "${options[@]}")
+    "${login_python[@]}" -m pipeline check "${checked[@]}" ${ranks:+--ranks "$ranks"} \
+        ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"} >&2 || code=$?
+    [ "$code" != 0 ] || return 0
+    [ "$code" = 2 ] || echo "error: the recipe cannot be checked with ${login_python[*]} (see above): set PYTHON, or with" \
+        "pyxis LOGIN_PYTHON, in slurm/site.env to one that has requirements.txt, or submit without a check, by sbatch." >&2
+    echo "nothing was submitted." >&2
+    exit "$code"
+}
+
+# Prints the number of ranks that sbatch's options ask for, nothing where they do not say it.
+ranks_of() {
+    local nodes=1 gpus='' tasks='' name value
+    while [ $# -gt 0 ]; do
+        name=${1%%=*} value=${1#*=}
+        case $1 in
+            --*=*) ;;
+            -N | --nodes | --gpus-per-node | --ntasks-per-node)
+                value=${2:-}
+                [ $# = 1 ] || shift
+                ;;
+            -N*) name=-N value=${1#-N} ;;
+        esac
+        case $name in
+            -N | --nodes) nodes=$value ;;
+            --gpus-per-node) gpus=${value##*:} ;; # a100:8
+            --ntasks-per-node) tasks=$value ;;
+        esac
+        shift
+    done
+    tasks=${tasks:-$gpus}
+    [[ $nodes =~ ^[0-9]+$ && $tasks =~ ^[0-9]+$ ]] || return 0
+    echo $((nodes * tasks))
+}
+
 # Submits a step of a script that is an array of jobs, after the job `previous` if there is one; sets `job`.
 #   submit_step NAME WHAT AFTER PREVIOUS SITE_OPTIONS SIZE [OPTION ...]
 # NAME and WHAT name the job, AFTER is the kind of dependency, SITE_OPTIONS are site.env's for sbatch, and SIZE is the

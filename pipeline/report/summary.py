@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.files.paths import command
+from pipeline.ranks.slurm import next_command
 from pipeline.report.listing import narrow
 from pipeline.report.numbers import percent
 from pipeline.runs.folder import RunFolder, read_run
@@ -58,10 +58,10 @@ def key_figures(run: RunFolder) -> str:
 
 
 def _next(run: RunFolder, run_path: Path, verb: str, name: str) -> str:
-    """The command to run next."""
+    """The command to run next, as a job where there is Slurm."""
     finished = run.last_stage is not None and run.last_stage + 1 == len(run.tasks)
     if verb == "train":
-        return command("evaluate", run_path)
+        return next_command("evaluate", run_path)
     if finished or run.learned_nothing:
-        return command("predict", run_path, "--image", "FILE", "--question", "TEXT")
-    return command(verb, name) if verb != "evaluate" else command("run", run_path / CONFIG)
+        return next_command("predict", run_path, "--image", "FILE", "--question", "TEXT")
+    return next_command(verb, name) if verb != "evaluate" else next_command("run", run_path / CONFIG)

@@ -22,6 +22,7 @@ FREE_FIELDS = (
     "run_dir",
     "data.prepared",
     "data.root",
+    "data.prepare_first",
     "model.path",
     "model.revision",
     "keys.path",

@@ -106,12 +106,10 @@ ELSEWHERE = {
         "tests/slurm/test_script.py",
         "one_task_per_gpu",
     ),
-    "sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --time=01:00:00 slurm/run_sequence.sh --prepare "
-    "llava15_7b_coin3 --set name=small --set train.steps=20": ("tests/slurm/test_script.py", "--prepare"),
-    f"sbatch --nodes=2 {JOB_24H} coin_llava15_7b": (
-        "tests/slurm/test_script.py",
-        "one_task_per_gpu",
-    ),
+    "slurm/submit.sh --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --time=01:00:00 slurm/run_sequence.sh --prepare "
+    "llava15_7b_coin3 --set name=small --set train.steps=20": ("tests/slurm/test_submit.py", '"--prepare"'),
+    f"slurm/submit.sh --nodes=2 {JOB_24H} coin_llava15_7b": ("tests/slurm/test_submit.py", "shell.submit(*words"),
+    f"slurm/submit.sh --nodes=2 {JOB_24H} RECIPE --set seed=1": ("tests/slurm/test_submit.py", "shell.submit(*words"),
     f"sbatch --nodes=1 {JOB_24H} coin_llava15_7b": (
         "tests/slurm/test_sequence.py",
         "one_node_instead",
@@ -241,7 +239,7 @@ def test_the_place_where_a_command_is_run_is_there(command: str) -> None:
 @pytest.mark.parametrize("command", [command for command in SHOWN if "slurm/" in command and ".sh" in command])
 def test_a_script_takes_the_options_that_are_shown(command: str) -> None:
     words = shlex.split(command)
-    place = next(number for number, word in enumerate(words) if word.endswith(".sh"))
+    place = max(number for number, word in enumerate(words) if word.endswith(".sh"))  # submit.sh has sbatch's before it
     script = (PROJECT / words[place]).read_text(encoding="utf-8")
     for word in words[place + 1 :]:
         if not word.startswith("--") or word == "--set":

@@ -91,6 +91,10 @@ class Shell:
         """Call the script that compares methods."""
         return self(*arguments, script="compare_array.sh", **environment)
 
+    def submit(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Call the script that checks and submits."""
+        return self(*arguments, script="submit.sh", **environment)
+
     def wait_for(self, word: str, process: subprocess.Popen[str]) -> None:
         """Wait until a stand-in has noted that it is so far."""
         while word not in (self.calls_file.read_text("utf-8") if self.calls_file.exists() else ""):
@@ -152,11 +156,13 @@ def test_the_task_that_prepares_has_all_processors_of_its_node(shell: Shell) -> 
 
 
 @pytest.mark.parametrize(("option", "call"), [("--train", "train nano"), ("--evaluate", "evaluate nano")])
-def test_training_and_evaluation_may_be_jobs_of_their_own(shell: Shell, option: str, call: str) -> None:
+def test_training_and_evaluation_may_be_jobs_of_their_own(shell: Shell, tmp_path: Path, option: str, call: str) -> None:
+    run = "nano" if option == "--train" else str(tmp_path)
+    (tmp_path / "config.yaml").touch()
     shell.job(option, "nano")
-    shell("--submit", option, "nano")
+    shell("--submit", option, run)
     assert shell.calls("srun")[0].endswith(f"-m pipeline {call}")
-    assert shell.calls("sbatch")[0].endswith(f"{option} nano")
+    assert shell.calls("sbatch")[0].endswith(f"{option} {run}")
 
 
 def test_a_failed_preparation_ends_the_job(shell: Shell) -> None:
