@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.answer_kinds import KINDS, kind_of
 from data_prep.own_rows import Checked, Rows, reading_of
 from data_prep.own_split import Plan
 from data_prep.own_split import plan as draw
@@ -25,6 +26,7 @@ from pipeline.files.atomic import remove_folder, sweep_temporaries, temporary_of
 from pipeline.metrics.scoring import metric_names
 
 SHOWN = 10  # samples on the sheet
+Shown = tuple[str | None, str, str]  # image, question, answer
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class NewTask:
 def make_task(task: NewTask, images: Path | None, table: Path, reading: Reading | None = None) -> dict[str, Any]:
     """Write `root`/instructions/`name`/{train,test,task}.json, copies of the images, and a sheet of ten samples.
 
+    The sheet has at least one of each kind of question that the table has.
+
     All samples of one image are in the same split; splits that a dataset comes with are kept. Raises UserError, or
     UserErrors with a message per line of the table, for data that cannot be used; nothing is written then.
 
@@ -92,7 +96,7 @@ def make_task(task: NewTask, images: Path | None, table: Path, reading: Reading 
         raise
     from data_prep.sheet import draw_sheet  # here: matplotlib, which is slow to import, only for a table that is right
 
-    shown = [(task.images / image if image else None, question, answer) for image, question, answer in written.shown]
+    shown = [(task.images / image if image else None, question, answer) for image, question, answer in written.sample()]
     return {
         "task": task.name,
         "root": str(task.root),
@@ -100,6 +104,7 @@ def make_task(task: NewTask, images: Path | None, table: Path, reading: Reading 
         "test": written.counts["test"],
         "pictures": len(written.copied),
         "answers": len(written.answers),
+        "questions": ", ".join(f"{kind} {written.kinds[kind]}" for kind in KINDS if written.kinds[kind]),
         "metric": task.metric,
         "sheet": str(draw_sheet(shown, task.root / "sheets" / f"{task.name}.png")),
         **plan.shared_images(table),
@@ -126,8 +131,20 @@ class Written:
     counts: Counter[str] = field(default_factory=Counter)
     copied: set[str] = field(default_factory=set)
     answers: set[int] = field(default_factory=set)  # hashes
-    shown: list[tuple[str | None, str, str]] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)  # at equal distances in the table
+    kinds: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Shown] = field(default_factory=dict)  # the first one of each kind
     words: Counter[int] = field(default_factory=Counter)  # test answers by their number of words
+
+    def sample(self) -> list[Shown]:
+        """Up to SHOWN samples for the sheet: those of `shown`, some of which give way to kinds that are missing."""
+        there = {kind_of(question, answer) for _, question, answer in self.shown}
+        rare = [sample for kind, sample in self.first.items() if kind not in there]
+        kept = list(self.shown)
+        while rare and len(kept) + len(rare) > SHOWN:
+            kinds = Counter(kind_of(question, answer) for _, question, answer in kept)
+            kept.remove(max(reversed(kept), key=lambda sample: kinds[kind_of(*sample[1:])]))
+        return [*kept, *rare]
 
 
 def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
@@ -152,8 +169,11 @@ def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
                 done.answers.add(hash(row.answer))
                 if split == "test":
                     done.words[len(row.answer.split())] += 1
+                sample, kind = (row.image, row.question, row.answer), kind_of(row.question, row.answer)
+                done.kinds[kind] += 1
+                done.first.setdefault(kind, sample)
                 if number % step == 0 and len(done.shown) < SHOWN:
-                    done.shown.append((row.image, row.question, row.answer))
+                    done.shown.append(sample)
         for file in files.values():
             file.write("\n]\n")
     if done.counts.total() != plan.samples or not all(done.counts[split] for split in files):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from pipeline.adapter.meta import Meta
 from pipeline.methods import make_method
 
@@ -47,11 +49,7 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
             *([f"Over the sequence: {metrics}.", ""] if metrics else []),
             "## Use",
             "",
-            "```python",
-            "from pipeline.adapter import load_adapter",
-            'adapter = load_adapter("THIS_FOLDER")  # model=... and clip=... where the frozen models are elsewhere',
-            'print(adapter.ask("How many circles?", "picture.png").text)',
-            "```",
+            *_use(meta),
             "",
             "The frozen models are not part of this folder. Their fingerprints are, and others are refused:",
             f"model `{meta.base_model}`, CLIP weights `{meta.keys.get('weights_sha256', '?')}`.",
@@ -64,6 +62,30 @@ def card(meta: Meta, shape: tuple[int, ...]) -> str:
             "",
         ]
     )
+
+
+def _use(meta: Meta) -> list[str]:
+    """How to install what loads the adapter, and how to ask it, in lines of Markdown."""
+    # No question of the training data stands here: a card is published, the data may not be.
+    sets = ", ".join(meta.sets)
+    told = bool(meta.sets) and make_method(meta.method).needs_task
+    extra = '"FOLDER[quantised]"' if meta.model.quantization != "none" else "FOLDER"
+    task, option = (f', task="{meta.sets[0]}"', f" --task {shlex.quote(meta.sets[0])}") if told else ("", "")
+    return [
+        "continual-prompts is on no package index: `FOLDER` is the folder of its source, or a wheel built from it. In "
+        f"place of `QUESTION` write one of your own, worded as in the training data of {sets or 'the tasks'}.",
+        "",
+        "```",
+        f"pip install {extra}",
+        f'python -m pipeline predict THIS_FOLDER --image picture.png --question "QUESTION"{option}',
+        "```",
+        "",
+        "```python",
+        "from pipeline.adapter import load_adapter",
+        'adapter = load_adapter("THIS_FOLDER")  # model=... and clip=... where the frozen models are elsewhere',
+        f'print(adapter.ask("QUESTION", "picture.png"{task}).text)',
+        "```",
+    ]
 
 
 def _named(path: str) -> str:

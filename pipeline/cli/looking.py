@@ -24,6 +24,8 @@ else:
     clip_report, listing = lazy("pipeline.clip.benchmark.report"), lazy("pipeline.report.listing")
     run_report, server = lazy("pipeline.report.page"), lazy("pipeline.ui.server")
 
+RUNS = Path("runs")  # where recipes put them unless they say otherwise
+
 
 def report(
     runs: Annotated[
@@ -49,12 +51,15 @@ def report(
 
 
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds the runs.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that holds the runs.")] = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """List the runs with their key figures."""
-    rows = listing.list_runs(folder)
-    Console().print(listing.runs_table(rows))
+    rows = listing.list_runs(folder) if folder.exists() or folder != RUNS else []  # a fresh clone has no such folder
+    if rows:
+        Console().print(listing.runs_table(rows))
+    else:
+        typer.echo(listing.no_runs(folder))
     for row in rows:
         if row["note"]:
             typer.echo(f"{row['run']}: {row['note']}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from pipeline.cli import completion, sequence
@@ -15,20 +16,23 @@ from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
 from pipeline.config.yaml_file import CONFIG
 from pipeline.files.paths import command
+from pipeline.ranks.slurm import next_command
 from pipeline.runs.layout import stage_folder
 
 if TYPE_CHECKING:
     from data_prep import own_rows, own_task
+    from pipeline.report import listing
     from pipeline.runs import folder as folders
     from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
     from pipeline.sequence import add_task, learned
 else:
-    own_rows, own_task, folders, effects, add_task, learned = map(
+    own_rows, own_task, listing, folders, effects, add_task, learned = map(
         lazy,
         (
             "data_prep.own_rows",
             "data_prep.own_task",
+            "pipeline.report.listing",
             "pipeline.runs.folder",
             "pipeline.sequence.add_effect",
             "pipeline.sequence.add_task",
@@ -36,6 +40,9 @@ else:
         ),
     )
     sentences = lazy("pipeline.sequence.add_advice")
+
+RUNS = Path("runs")
+FIRST = "smolvlm_256m_own"  # the recipe for a first run on own pictures
 
 
 def new_task(
@@ -68,7 +75,21 @@ def new_task(
     made = own_task.make_task(task, images, samples, own_rows.reading_of(columns or (), separator, sheet))
     if not made["pictures"]:
         typer.echo(f"{name} has no pictures: {samples} has no image in any line, and every question stands alone.")
-    show({**made, "next": command("add", "RUN", name, "--root", root)}, as_json)
+    show({**made, "next": _after_making(name, root)}, as_json)
+
+
+def _after_making(name: str, root: Path) -> str:
+    """The command after `new-task`: adds the task to the run that is there, or begins one with it."""
+    there = listing.finished_sequences(RUNS) if RUNS.is_dir() else []
+    if there:
+        return next_command("add", there[0] if len(there) == 1 else "RUN", name, "--root", root)
+    typer.echo(
+        f"There is no finished run in {RUNS} that the task could be added to. The next command begins one with it, on "
+        "a small model of the Hub that runs on a CPU; docs/own_data.md names others, and the demo's run, which needs "
+        f"no network but knows no photographs. Later tasks are added to it by `{command('add', 'RUN', 'TASK')}`."
+    )
+    task = f"data.tasks=[{{name: {_as_text(name)}}}]"
+    return next_command("run", FIRST, "--set", f"data.root={_as_text(str(root))}", "--set", task)
 
 
 def add(
@@ -141,3 +162,12 @@ def add(
 def _run_dir(run: Path) -> str:
     """The folder as the text of a recipe's run_dir: for YAML `2024` is a number, and braces are filled in."""
     return json.dumps(str(run).replace("{", "{{").replace("}", "}}"), ensure_ascii=False)
+
+
+def _as_text(text: str) -> str:
+    """A value of --set, quoted where YAML would read it as something else than this text."""
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -13,14 +13,17 @@ from rich.table import Table
 from pipeline.config.load import run_kind
 from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
+from pipeline.files.paths import command
 from pipeline.report.numbers import percent
 from pipeline.runs.contents import BenchmarkState, read_json
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import STATE
+from pipeline.runs.state import FINISHED
 
 LONG_NAME = 16  # characters per line of a name, so that the numbers of six tasks fit on 80 columns
 RUN_WIDTH = 20  # in the list of runs, which has three numbers
 FIGURES = ("last", "average", "forgetting")
+BENCHMARK = "benchmark"  # in place of a method
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -59,6 +62,12 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["updated"])
 
 
+def finished_sequences(folder: Path) -> list[Path]:
+    """The runs below a folder to which a task can be added, the latest last."""
+    rows = list_runs(folder)
+    return [folder / row["run"] for row in rows if row["method"] != BENCHMARK and row["status"] in FINISHED]
+
+
 def benchmark_figures(path: Path) -> dict[str, Any]:
     """Return method, status and finished units of a benchmark's run; its accuracies are in its own report.
 
@@ -67,7 +76,7 @@ def benchmark_figures(path: Path) -> dict[str, Any]:
     state = read_json(path / STATE, BenchmarkState)
     units = f"{state.get('units_done', 0)}/{len(state.get('units', []))}"
     updated = str(state.get("updated", ""))[:16].replace("T", " ")
-    return {"method": "benchmark", "status": state.get("status", "new"), "stages": units, "updated": updated}
+    return {"method": BENCHMARK, "status": state.get("status", "new"), "stages": units, "updated": updated}
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
@@ -89,6 +98,15 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         ]
         table.add_row(*map(escape, cells))
     return table
+
+
+def no_runs(folder: Path) -> str:
+    """What `ls` says of a folder without runs: how the first one comes about."""
+    nano = f"`{command('prepare', 'nano')}` and then `{command('run', 'nano')}` make one in some minutes on a CPU"
+    return (
+        f"There is no run in {folder} yet. {nano}, by the recipe that ships with its model; of your own pictures "
+        f"`{command('new-task')}` makes a task first."
+    )
 
 
 def narrow(name: str, width: int = LONG_NAME) -> str:

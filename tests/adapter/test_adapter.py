@@ -5,23 +5,28 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipeline.adapter.answering import Answerer
+from pipeline.adapter.card import card
 from pipeline.adapter.edit import merge, prune, push
 from pipeline.adapter.format import Adapter, read_adapter, write_adapter
 from pipeline.adapter.load import load_adapter
 from pipeline.adapter.meta import META
 from pipeline.cli.commands import app
+from pipeline.config.method import method_options
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.hub.weights import file_fingerprints
 from tests import tiny, tiny_clip
@@ -180,9 +185,33 @@ def test_an_adapter_of_another_part_than_its_method_says_is_refused(
 
 
 def test_the_card_tells_tasks_scores_licences_and_how_to_load(whole: Path) -> None:
-    card = (whole / "README.md").read_text()
+    text = (whole / "README.md").read_text()
     for part in ("| T1 | 50.0 |", "load_adapter", "not stated; export with --licence", "within 0.001 of the best"):
-        assert part in card
+        assert part in text
+
+
+def test_the_card_says_how_to_install_and_what_to_ask(whole: Path, tmp_path: Path) -> None:
+    text = (whole / "README.md").read_text()
+    install, use = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    assert install.splitlines()[0] == "pip install FOLDER"
+    command = shlex.split(install.splitlines()[1])
+    assert command[:4] == ["python", "-m", "pipeline", "predict"]
+    typer.main.get_command(app).commands["predict"].make_context("predict", command[4:])  # type: ignore[attr-defined]
+    names: dict[str, Any] = {}
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(tiny.png((9, 9, 9)))
+    exec(use.replace("THIS_FOLDER", str(whole)).replace("picture.png", str(picture)), names)
+    assert "In place of `QUESTION` write one of your own, worded as in the training data of T0, T1, T2." in text
+
+
+def test_the_card_of_a_method_that_is_told_the_task_names_one_and_of_a_quantised_model_its_extra(whole: Path) -> None:
+    meta = read_adapter(whole).meta
+    told = meta.model_copy(update={"method": method_options(name="independent"), "sets": ["T0", "T 1"]})
+    assert 'adapter.ask("QUESTION", "picture.png", task="T0")' in card(told, (2, 3, 4))
+    assert '--question "QUESTION" --task T0' in card(told, (2, 3, 4))
+    assert "task=" not in card(meta, (3, 3, 4))
+    small = meta.model_copy(update={"model": meta.model.model_copy(update={"quantization": "nf4"})})
+    assert 'pip install "FOLDER[quantised]"' in card(small, (3, 3, 4))
 
 
 def test_pushing_makes_a_private_repository_unless_told_otherwise(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

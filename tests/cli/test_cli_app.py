@@ -36,6 +36,11 @@ OF_A_FOLDER = [
 ]
 
 
+@pytest.fixture
+def without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ranks.slurm.has_slurm", lambda env: False)
+
+
 def run(*arguments: str, **environment: str):
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", **environment})
 
@@ -169,14 +174,39 @@ def test_a_path_on_the_command_line_may_begin_at_home(home: Path, call: str) -> 
     assert not list(Path().iterdir())
 
 
-def test_a_task_is_made_at_home_and_the_next_command_survives_a_shell(home: Path) -> None:
-    table = Path("t.jsonl")
-    table.write_text("".join(json.dumps({"question": f"q{n}", "answer": str(n % 2)}) + "\n" for n in range(10)))
-    done = run("new-task", "Mine", "--images", ".", "--samples", "t.jsonl", "--root=~/my own")
+def made_task(*options: str) -> tuple[str, list[str]]:
+    """The output of `new-task Mine`, and the words of its line `next:`."""
+    Path("t.jsonl").write_text("".join(f'{{"question": "q{n}", "answer": "{n % 2}"}}\n' for n in range(10)))
+    done = run("new-task", "Mine", "--images", ".", "--samples", "t.jsonl", *options)
     assert done.exit_code == EXIT_OK, done.output
-    assert (home / "my own" / "instructions" / "Mine" / "train.json").is_file() and not Path("~").exists()
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("next: "))
-    assert shlex.split(line)[-1] == str(home / "my own")
+    return done.stdout, shlex.split(line.removeprefix("next: python -m pipeline "))
+
+
+@pytest.mark.usefixtures("without_slurm")
+def test_a_task_is_made_at_home_and_the_next_command_survives_a_shell(home: Path) -> None:
+    make_run(Path("runs") / "one", status="done", stage=3)
+    _, words = made_task("--root=~/my own")
+    assert (home / "my own" / "instructions" / "Mine" / "train.json").is_file() and not Path("~").exists()
+    assert words == ["add", "runs/one", "Mine", "--root", str(home / "my own")]
+
+
+@pytest.mark.usefixtures("without_slurm")
+def test_a_task_where_no_run_is_finished_is_followed_by_a_command_that_begins_one(home: Path) -> None:
+    make_run(Path("runs") / "begun", status="running", stage=1)
+    said, words = made_task("--root=~/my own")
+    assert "There is no finished run in runs that the task could be added to." in said
+    assert words[:2] == ["run", "smolvlm_256m_own"] and words[2::2] == ["--set"] * 2
+    recipe = load_recipe(words[1], words[3::2])
+    assert (recipe.data.root, [task.name for task in recipe.data.tasks]) == (str(home / "my own"), ["Mine"])
+
+
+@pytest.mark.usefixtures("without_slurm")
+def test_a_task_where_several_runs_are_finished_leaves_the_choice(home: Path) -> None:
+    for name in "ab":
+        make_run(Path("runs") / name, status="done", stage=3)
+    said, words = made_task()
+    assert words == ["add", "RUN", "Mine", "--root", "data/own"] and "no finished run" not in said
 
 
 def test_an_unknown_home_is_said(home: Path) -> None:
@@ -204,6 +234,7 @@ def test_the_report_as_json_has_the_table(tmp_path: Path) -> None:
     assert rows["second"]["note"] == "2 of 3 stages" and told["metrics"]["first"]["last"] == 81.0
 
 
+@pytest.mark.usefixtures("without_slurm")
 def test_a_run_ends_with_its_matrix_its_report_and_the_next_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +255,7 @@ def test_a_run_ends_with_its_matrix_its_report_and_the_next_command(
     ("verb", "stages", "then"),
     [("train", 3, "evaluate RUN"), ("run", 2, "run nano"), ("evaluate", 2, "run RUN/config.yaml")],
 )
+@pytest.mark.usefixtures("without_slurm")
 def test_what_comes_next_follows_from_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, stages: int, then: str
 ) -> None:
@@ -231,6 +263,16 @@ def test_what_comes_next_follows_from_what_is_there(
     show_end(path, verb, "nano")
     command = then.replace("RUN", str(path))
     assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m pipeline {command}"
+
+
+def test_on_a_cluster_what_comes_next_is_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = make_run(tmp_path / "run", stages=3)
+    show_end(path, "train", "nano")
+    assert capsys.readouterr().out.endswith(f"next: sbatch OPTIONS slurm/run_sequence.sh --evaluate {path}\n")
 
 
 def test_a_long_name_is_broken_behind_its_parts() -> None:
@@ -290,6 +332,13 @@ def test_a_run_folder_that_is_taken_is_said_with_a_free_one(tmp_path: Path) -> N
         claim_run(load_recipe("nano", [*taken, "data.tasks=[Count, Digits]"]))
     assert f"`--set 'run_dir={tmp_path}/a run-3'`" in str(caught.value)
     assert "Count, Digits now" in str(caught.value)
+
+
+def test_a_run_goes_on_whether_or_not_it_prepares_its_data_itself(tmp_path: Path) -> None:
+    taken = [f"run_dir={tmp_path / 'run'}"]
+    run_path = claim_run(load_recipe("nano", taken))
+    (run_path / "run.json").write_text("{}")  # begun
+    assert claim_run(load_recipe("nano", [*taken, "data.prepare_first=true"])) == run_path
 
 
 def test_a_run_folder_in_which_config_yaml_was_only_begun_is_still_free(tmp_path: Path) -> None:

@@ -68,6 +68,17 @@ def test_a_folder_that_is_missing_is_said(tmp_path: Path) -> None:
     assert done.exit_code == EXIT_USER and "is not a folder" in done.stderr
 
 
+def test_a_fresh_clone_is_told_how_its_first_run_comes_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # without the folder, and with an empty one
+        done = CliRunner().invoke(app, ["ls"])
+        assert done.exit_code == EXIT_OK, done.stderr
+        assert done.stdout.startswith("There is no run in runs yet. `python -m pipeline prepare nano` and then")
+        told = CliRunner().invoke(app, ["ls", "--json"])
+        assert json.loads(told.stdout.splitlines()[-1]) == {"runs": []}
+        Path("runs").mkdir(exist_ok=True)
+
+
 def test_a_chat_goes_on_after_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = load_adapter(save_adapter(tmp_path / "adapter", save_models(tmp_path)))
     picture = tmp_path / "red.png"

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from data_prep.answer_kinds import KINDS, kind_of
 from data_prep.own_task import NewTask, make_task
 from data_prep.sources.coin import read_task
 from pipeline.cli.commands import app
@@ -57,6 +58,38 @@ def test_a_jsonl_table_may_have_questions_without_image(folder: Path) -> None:
 def test_the_sheet_shows_ten_samples(folder: Path) -> None:
     with Image.open(make(folder, [*TABLE, "deep/1.png,price in $ or $?,$3"])["sheet"]) as sheet:
         assert sheet.width > 1000 and sheet.height > 500
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kind"),
+    [
+        ("is it red?", "Yes.", "yes or no"),
+        ("which one? A. cat B. dog", "B", "letter of a choice"),
+        ("which one? (a) cat (b) dog", "(b)", "letter of a choice"),
+        ("which letter is it?", "B", "open answer"),
+        ("is a cat there? answer a word.", "a", "open answer"),
+        ("how many?", "12", "number"),
+        ("what is it?", "no idea", "open answer"),
+    ],
+)
+def test_the_kind_of_a_question_follows_from_its_answer(question: str, answer: str, kind: str) -> None:
+    assert kind_of(question, answer) == kind
+
+
+def test_the_sheet_has_a_sample_of_every_kind_of_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Path | None, str, str]] = []
+
+    def draw(samples: list[tuple[Path | None, str, str]], target: Path) -> Path:
+        drawn.extend(samples)
+        return target
+
+    monkeypatch.setattr("data_prep.sheet.draw_sheet", draw)
+    rare = ["deep/1.png,is it round?,yes", "deep/2.png,which? A. red B. blue,B", "deep/3.png,how many?,3"]
+    lines = [f"deep/{n % 5}.png,which number is {n}?,number {n}" for n in range(60)]
+    made = make(folder, [TABLE[0], *lines[:5], *rare, *lines[5:]])
+    assert len(drawn) == 10 and {kind_of(question, answer) for _, question, answer in drawn} == set(KINDS)
+    assert made["questions"] == "open answer 60, letter of a choice 1, yes or no 1, number 1"
+    assert made["train"] + made["test"] == 63, "the sheet only shows what the table has"
 
 
 def test_every_line_that_cannot_be_used_is_named_and_nothing_is_written(folder: Path) -> None:
