@@ -104,16 +104,16 @@ def download_command(
     endpoint: Annotated[
         str, typer.Option(metavar="URL", envvar="HF_ENDPOINT", help="the Hugging Face Hub, or a mirror of it")
     ] = "https://huggingface.co",
-    only_list: Annotated[bool, typer.Option("--list", help="say what would be fetched, and from where")] = False,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="say what would be fetched, from where, and its size")
+    ] = False,
 ) -> None:
     """Fetch the files of a benchmark's tasks, verify and unpack them; say what has to be fetched by hand."""
     found = manifest.benchmark_named(benchmark)
     chosen = found.chosen(task.strip() for task in tasks.split(",") if task.strip())
     downloads = downloading.Downloads(found, chosen, root or Path("data") / found.title, endpoint.rstrip("/"))
     if only_list:
-        repository = f"{downloads.endpoint}/datasets/{found.instructions.repository}"
-        lines = [f"{repository}: the instructions of {', '.join(chosen)}", *downloads.files(), *downloads.by_hand()]
-        typer.echo("\n".join(lines))
+        typer.echo("\n".join(downloads.listed()))
         return
     result = shown.with_progress(downloads)
     typer.echo(f"{result['root']}: fetched {result['fetched']} files, {result['there']} were there")

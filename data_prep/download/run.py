@@ -7,7 +7,7 @@ the end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from data_prep.download.hub import HUB, instruction_files
 from data_prep.download.manifest import Benchmark, File
 from data_prep.download.record import RECORD, Entry, Record
 from data_prep.download.unpack import unpack, unpacked_size
-from pipeline.errors import UserError, UserErrors
+from pipeline.errors import Interrupted, UserError, UserErrors
 from pipeline.files.atomic import free_space, sha256
 
 ARCHIVES = "archives"  # folder of the root
 RESERVE = 1 << 30  # bytes that are to stay free
 UNPACKED = 2  # an archive of images takes about its size once more when it is unpacked
+ASKING = Patience(timeout_s=10.0, tries=1)  # for sizes, where nothing is fetched
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,31 @@ class Downloads:
             if hand is not None
         ]
 
-    def files(self) -> list[str]:
-        """A line about each file at a fixed address: licence, size and hash, as far as they are known."""
-        return [_described(file) for file in self.benchmark.files_of(self.tasks)]
+    def listed(self) -> list[str]:
+        """What `run` would fetch, in lines: each file at a fixed address with its licence, the sizes that servers tell,
+        and the space on the disk. A server that cannot be reached is not waited for, and its sizes are unknown."""
+        record, source = Record.of(self.root), self.benchmark.instructions
+        repository = f"{self.endpoint}/datasets/{source.repository}: the instructions of {', '.join(self.tasks)}"
+        lines: list[str] = []
+        try:
+            found = instruction_files(source, self.tasks, self.root, self.endpoint, ASKING)
+            jobs = [Job(wanted) for wanted in found]
+            lines.append(f"{repository}: {counted(len(found))}, {in_words(sum(file.size or 0 for file in found))}")
+            reached = True
+        except (UserError, Interrupted) as error:
+            jobs, reached = [], not isinstance(error, Interrupted)
+            lines.append(f"{repository}: size unknown ({error})")
+        for file in self.benchmark.files_of(self.tasks):
+            job = self._job(file, record)
+            try:
+                size = _size(job, ASKING) if reached or job.wanted.size is not None else None
+                note = ""
+            except (UserError, Interrupted) as error:
+                size, note = None, f" ({error})"
+            jobs.append(dataclasses.replace(job, wanted=dataclasses.replace(job.wanted, size=size)))
+            lines.append(_described(file, size) + note)
+        missing = [job for job in jobs if not self._is_done(job, record)]
+        return [*lines, *self.by_hand(), _space(self.root, missing, {job: job.wanted.size for job in missing})]
 
     def run(self) -> dict[str, Any]:
         """Fetch, verify and unpack what is missing.
@@ -119,28 +142,27 @@ class Downloads:
 
     def _require_space(self, missing: list[Job], refused: list[str]) -> None:
         """Raise UserError where the disk has no room for what is missing; files that are refused are not counted."""
-        needed, unknown = 0, []
+        sizes: dict[Job, int | None] = {}
         for job in missing:
             try:
-                size = job.wanted.size if job.wanted.size is not None else size_of(job.wanted.url, self.patience)
+                sizes[job] = _size(job, self.patience)
             except UserError as error:
                 refused.append(str(error))
-                continue
-            if size is None:
-                unknown.append(job.wanted.url)
-                continue
-            part = job.wanted.target.with_name(f"{job.wanted.target.name}.part")
-            there = max((path.stat().st_size for path in (part, job.wanted.target) if path.is_file()), default=0)
-            needed += max(0, size - there) + (0 if job.unpack is None else (UNPACKED - 1) * size)
-        free = free_space(self.root)
+        if not sizes:
+            return
+        needed, free = _needed(sizes), free_space(self.root)
         if needed and needed + RESERVE > free:
             raise UserError(
-                f"The files take {_gb(needed)} below {self.root} with what is unpacked, and {_gb(free)} are free; "
-                f"expected {_gb(RESERVE)} more than they take. Make room, set --root to another disk, or name fewer "
-                "--tasks."
+                f"The files take {in_words(needed)} below {self.root} with what is unpacked, and {in_words(free)} are "
+                f"free; expected {in_words(RESERVE)} more than they take. Make room, set --root to another disk, or "
+                "name fewer --tasks."
             )
-        for url in unknown:
-            self.say(f"{url}: its server does not tell its size; whether it fits is not known.")
+        for job, size in sizes.items():
+            if size is None:
+                self.say(f"{job.wanted.url}: its server does not tell its size; whether it fits is not known.")
+            elif job.unpack is not None:
+                self.say(f"{job.wanted.url}: {in_words(size)}")
+        self.say(_space(self.root, list(sizes), sizes))
 
     def _fetch(self, job: Job, record: Record) -> None:
         wanted = job.wanted
@@ -159,7 +181,9 @@ class Downloads:
             return
         size, free = unpacked_size(wanted.target), free_space(self.root)
         if size + RESERVE > free:
-            raise UserError(f"{wanted.target} unpacks to {_gb(size)} and {_gb(free)} are free; make room and repeat.")
+            raise UserError(
+                f"{wanted.target} unpacks to {in_words(size)} and {in_words(free)} are free; make room and repeat."
+            )
         count = unpack(wanted.target, job.unpack)
         record.add(wanted.url, entry.model_copy(update={"unpacked": count}))
         self.say(f"{wanted.target}: {count} files in {job.unpack}; the archive is not needed any more.")
@@ -176,12 +200,53 @@ def _verified_copy(wanted: Wanted) -> Fetched:
     return found
 
 
-def _described(file: File) -> str:
-    size = "size unknown" if file.size is None else _gb(file.size)
+def _size(job: Job, patience: Patience) -> int | None:
+    """The size of a file as it is known, else as its server tells it; None where that tells none."""
+    return job.wanted.size if job.wanted.size is not None else size_of(job.wanted.url, patience)
+
+
+def _needed(sizes: Mapping[Job, int | None]) -> int:
+    """Bytes that files of known sizes still take on the disk, with what archives unpack to."""
+    return sum(
+        _left(job, size) + (0 if job.unpack is None else (UNPACKED - 1) * size)
+        for job, size in sizes.items()
+        if size is not None
+    )
+
+
+def _left(job: Job, size: int) -> int:
+    """Bytes of a file that are not there yet."""
+    target = job.wanted.target
+    parts = (target.with_name(f"{target.name}.part"), target)
+    return max(0, size - max((path.stat().st_size for path in parts if path.is_file()), default=0))
+
+
+def _space(root: Path, missing: list[Job], sizes: Mapping[Job, int | None]) -> str:
+    """How much is to be fetched, what it takes, and how much is free, in a sentence."""
+    unknown = [job for job in missing if sizes[job] is None]
+    fetched = sum(_left(job, size) for job in missing if (size := sizes[job]) is not None)
+    beside = f", beside {counted(len(unknown))} of unknown size" if unknown else ""
+    return (
+        f"To fetch: {counted(len(missing))}, {in_words(fetched)}{beside}; they take about {in_words(_needed(sizes))} "
+        f"below {root} with what is unpacked, and {in_words(free_space(root))} are free."
+    )
+
+
+def _described(file: File, size: int | None) -> str:
+    told = "size unknown" if size is None else in_words(size)
     known = "no hash published" if file.sha256 is None else f"sha256 {file.sha256}"
     licence = f"licence: see {file.terms}" if file.licence is None else file.licence
-    return f"{file.url} into {file.folder}: {size}, {known}, {licence}"
+    return f"{file.url} into {file.folder}: {told}, {known}, {licence}"
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def in_words(count: int) -> str:
+    """Bytes in the largest decimal unit of which there is at least one: 7.1 GB, 640.0 MB, 0.3 kB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def counted(number: int) -> str:
+    """A number of files in words."""
+    return f"{number} file{'s' * (number != 1)}"

@@ -289,6 +289,34 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(
     assert tree(tmp_path) == set()
 
 
+def test_what_is_to_come_is_told_before_anything_is_fetched(
+    server: Files, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.content["/one.zip"] = archive({"images/one.png": bytes(3_000_000), "images/one2.png": b"x"})
+    monkeypatch.setattr(run, "free_space", lambda path: 5 * run.RESERVE)
+    said: list[str] = []
+
+    class Told(Downloads):
+        def _fetch(self, *arguments: Any) -> None:
+            said.append("fetched")
+
+    fetcher = Told(benchmark, ["One"], tmp_path, server.address, SOON, said.append)
+    fetcher.run()
+    taken = f"they take about 6.0 MB below {tmp_path} with what is unpacked, and 5.4 GB are free."
+    assert said[:2] == [f"{server.address}/one.zip: 3.0 MB", f"To fetch: 4 files, 3.0 MB; {taken}"]
+    assert said[2:] == ["fetched"] * 4
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / "One-one.zip.part").write_bytes(bytes(2_000_000))
+    said.clear()
+    fetcher.run()
+    assert "To fetch: 4 files, 1.0 MB; they take about 4.0 MB" in said[1], "what is there already is not fetched again"
+    server.no_sizes = True
+    said.clear()
+    fetcher.run()
+    assert said[0] == f"{server.address}/one.zip: its server does not tell its size; whether it fits is not known."
+    assert "beside 2 files of unknown size" in said[2], "the Hub lists the sizes of the others"
+
+
 @pytest.mark.parametrize("name", ["../out.png", "/out.png"])
 def test_an_archive_with_paths_outside_is_not_unpacked(
     server: Files, benchmark: Benchmark, tmp_path: Path, name: str
@@ -343,12 +371,35 @@ def test_the_verb_fetches_and_names_what_is_by_hand(server: Files, benchmark: Be
     assert "fetched 3 files, 0 were there" in done.stdout
 
 
-def test_the_list_of_a_real_benchmark_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fetching, "opened", None)  # a call would fail
+def test_the_list_tells_sizes_and_fetches_nothing(server: Files, benchmark: Benchmark, tmp_path: Path) -> None:
+    server.status["/two.zip"] = 404
+    hub(server, {"Instr/One/train.json": b"[1]" * 500, "Instr/Two/train.json": b"[3]"})
+    arguments = ["download", "bench", "--tasks", "One,Two", "--root", str(tmp_path), "--endpoint", server.address]
+    done = CliRunner().invoke(app, [*arguments, "--list"])
+    assert done.exit_code == EXIT_OK, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{server.address}/datasets/owner/set: the instructions of One, Two: 2 files, 1.5 kB"
+    size = run.in_words(len(server.content["/one.zip"]))
+    assert lines[1].startswith(f"{server.address}/one.zip into datasets/One: {size}, no hash published")
+    assert "two.zip into datasets/Two: size unknown" in lines[3] and "answered 404" in lines[3]
+    assert re.match(r"To fetch: 5 files, 1\.\d kB, beside 1 file of unknown size; .* and .* are free\.", lines[4])
+    asked = {method for method, path, _ in server.asked if "/api/" not in path}
+    assert tree(tmp_path) == set() and asked == {"HEAD"}
+
+
+def test_the_list_of_a_real_benchmark_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def unreachable(url: str, *_: Any, **__: Any) -> None:
+        asked.append(url)
+        raise fetching.urllib.error.URLError("no route")
+
+    monkeypatch.setattr(fetching, "opened", unreachable)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["download", "coin", "--tasks", "ScienceQA,TextVQA", "--list"])
     assert done.exit_code == EXIT_OK, done.output
-    assert "huggingface.co/datasets/Zacks-Chen/CoIN: the instructions of ScienceQA, TextVQA" in done.stdout
+    assert "huggingface.co/datasets/Zacks-Chen/CoIN: the instructions of ScienceQA, TextVQA: size un" in done.stdout
+    assert len(asked) == 1, "a server that cannot be reached is not waited for again"
     assert "size unknown, no hash published, licence: see https://textvqa.org/" in done.stdout
     assert "ScienceQA: fetch its images by hand" in done.stdout and tree(tmp_path) == set()
 
