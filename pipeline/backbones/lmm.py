@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.attentions import require_kernel
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
@@ -271,6 +272,7 @@ def load_lmm(
 
     Raises UserError when the checkpoint is missing, is not an image-text-to-text model, or lacks weights.
     """
+    require_kernel(config)
     if config.tf32:
         allow_tf32(device)
     folder = checkpoint(source_of(config)).folder  # fetched first, so that missing files are reported first

@@ -1,8 +1,13 @@
-"""The switches for speed, each against the same without: compiled layers, packing, copies, TF32, graphs, few bits."""
+"""The switches for speed, each against the same without: compiled layers, attention, packing, graphs, few bits.
+
+One file because each switch is a few lines here, and all share the step and the way it is measured.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +38,11 @@ PUBLISHED = {"bfloat16": 5762, "bfloat16, compiled": 6667, "float8, compiled": 8
 # What the compiled rate is on a step whose weights are frozen, which takes 4 operations per weight and token instead of
 # 6 and the output layer at answers only (docs/scaling.md), and the rate at 55 % of a H100's peak.
 EQUIVALENT = {"the same use of the GPU": 12_400, "55 % of its peak": 21_000}
-SWITCHES = ("compile", "static_cache", "packing", "compile_tower", "copy_ahead", "tf32", "int8", "nf4")
+SWITCHES = (
+    *("compile", "static_cache", "packing", "flash", "flash_packing"),
+    *("compile_tower", "copy_ahead", "tf32", "int8", "nf4"),
+)
+FLASH = "flash_attention_2"
 NEW_TOKENS = 32  # of an answer
 COPIED = 4  # steps of a call, so that there is a step to copy behind
 
@@ -155,6 +164,43 @@ def _packed(lmm: LMM, size: Size, samples: int, device: str) -> Case:
     return replace(case, note=lambda: {"fill": switched.module.fill})
 
 
+def why_no_flash(dtype: torch.dtype, device: str) -> str:
+    """Why FlashAttention 2 cannot compute numbers of this type on a device; "" where it can."""
+    if device == "cpu" or importlib.util.find_spec("flash_attn") is None:
+        return "FlashAttention 2 needs a GPU and the package flash-attn"
+    return "FlashAttention 2 needs bfloat16" if dtype == torch.float32 else ""
+
+
+def _flash(lmm: LMM, size: Size, samples: int, device: str, packed: bool = False) -> Case | str:
+    """With FlashAttention 2 against sdpa; `packed`: samples behind each other against padded ones, both with it."""
+    obstacle = why_no_flash(lmm.dtype, device)
+    if obstacle:
+        return obstacle
+    plain, switched = _step(lmm, size), _step(lmm, size)
+    switched.module.packing = packed
+    batch = mixed_batch(size, samples).to(torch.device(device)) if packed else _batch(size, samples, device)
+    case = _pair(lmm, plain, switched, batch, size)
+
+    def call(step: Callable[[], Any], implementation: str) -> None:
+        with _attending(lmm, implementation):
+            step()
+
+    calls = (partial(call, case.plain, FLASH if packed else "sdpa"), partial(call, case.switched, FLASH))
+    note = (lambda: {"fill": switched.module.fill}) if packed else dict
+    return Case(*calls, case.samples, case.tokens, case.held, note)
+
+
+@contextlib.contextmanager
+def _attending(lmm: LMM, implementation: str) -> Iterator[None]:
+    """While the block runs, the decoder attends by this implementation."""
+    config: Any = lmm.decoder.config
+    before, config._attn_implementation = config._attn_implementation, implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def _copied(lmm: LMM, size: Size, samples: int, device: str) -> Case | str:
     if device == "cpu":
         return "there is nothing to copy on a CPU"
@@ -224,6 +270,8 @@ CASES: dict[str, Callable[[LMM, Size, int, str], Case | str]] = {
     "static_cache": _static,
     "compile_tower": partial(_compiled, tower=True),
     "packing": _packed,
+    "flash": _flash,
+    "flash_packing": partial(_flash, packed=True),
     "copy_ahead": _copied,
     "tf32": _tf32,
     "int8": partial(_quantised, kind="int8"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline.backbones.attentions import require_kernel
 from pipeline.backbones.clip import key_identity
 from pipeline.backbones.lmm_families import known_families
 from pipeline.backbones.lmm_processor import check_image_size
@@ -23,16 +27,17 @@ def check_model(model: ModelFiles, here: bool = True) -> str:
 
     `here` says whether the run will be on this machine, whose support of the precision is then told.
     """
-    settings, wrong = model.settings, []
+    settings, wrong, gpu = model.settings, list[str](), here and torch.cuda.is_available()
     try:
         weights = weights_words(model)
     except UserErrors as errors:
         wrong += errors.sentences
     config = model.config
-    try:
-        refuse_quantised_twice(settings, config)
-    except UserError as error:
-        wrong.append(str(error))
+    for refuse in (partial(refuse_quantised_twice, settings, config), partial(require_kernel, settings, gpu)):
+        try:
+            refuse()
+        except UserError as error:
+            wrong.append(str(error))
     supported = known_families()
     if config.model_type not in supported:
         wrong.append(

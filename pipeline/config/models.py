@@ -31,7 +31,11 @@ class ModelConfig(Section):
         description="true: products of float32 numbers in TensorFloat-32 on GPUs, whose inputs have 10 bits of "
         "mantissa; routing keys stay in float32; nothing on CPUs",
     )
-    attn_implementation: str = Field("sdpa", description="attention kernel, as transformers names it")
+    attn_implementation: str = Field(
+        "sdpa",
+        description="attention kernel, as transformers names it; flash_attention_2 needs a GPU, bfloat16 and "
+        "the package flash-attn (docs/scaling.md)",
+    )
     max_length: int = Field(2048, ge=1, description="longest sequence in tokens, prompts and image included")
     template: Literal["auto", "vicuna_v1"] = Field(
         "auto",

@@ -74,7 +74,8 @@ class TrainConfig(LoopConfig):
     packing: Literal["none", "samples"] = Field(
         "none",
         description="samples: short samples of a micro-batch stand behind each other in one row of the decoder's batch "
-        "where they fit, in place of padding; for methods whose modules stand at the input",
+        "where they fit, all of them with flash_attention_2, in place of padding; for methods whose modules stand at "
+        "the input",
     )
     length_buckets: bool = Field(
         False,

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from pipeline.backbones.attentions import takes_lengths
 from pipeline.backbones.lmm import DTYPES
 from pipeline.backbones.recompute import recomputed_layers
 from pipeline.config import registry
@@ -170,13 +171,14 @@ def training_activations(
     - Per token and layer: the float32 inputs of both norms; query, key and value (repeated to all heads), output, one
       row of the mask and a log-sum-exp per head of the attention; gate and up of the gated MLP, and its activation
       where `pipeline.backbones.gated` does not apply. Eager attention stores its [heads, N, N] probabilities instead of
-      output and mask, in float32 and in the model's precision.
+      output and mask, in float32 and in the model's precision. FlashAttention stores no mask, packed or not, and keys
+      and values once for the heads that share them.
     - With sets after the image only the tokens from there on have gradients; of the rest keys and values are stored.
     - Of quantised weights one layer's exist dequantised, in the forward and again in the backward pass.
     - Logits exist for answers only. The vision tower runs without gradients; the hidden states of all its layers exist
       at once.
 
-    Not modelled: the last layer computes its output for answers only.
+    Not modelled: the last layer computes its output for answers only, and packed samples take fewer tokens.
     """
     text, method = shape.text, make_method(work.method)
     width, inner, heads = text.hidden_size, intermediate_size(text), text.num_attention_heads
@@ -185,6 +187,9 @@ def training_activations(
     per_token, per_key = 2 * FLOAT32 * width + (attention + gates * inner) * element, 2 * attention * element
     if work.model.attn_implementation == "eager":
         per_token += heads * length * (FLOAT32 + (element if element != FLOAT32 else 0))
+    elif takes_lengths(work.model.attn_implementation):
+        per_token += attention * element + heads * FLOAT32
+        per_key = 2 * key_value_width(text) * element
     else:
         per_token += (attention + length) * element + heads * FLOAT32
     if stage == 3:  # inputs of the projections to and from attention and MLP, four of which share two

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.backbones.attentions import takes_lengths
 from pipeline.backbones.lmm import DTYPES, linears_of
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
@@ -65,13 +66,18 @@ def meta_model(model: ModelConfig, config: Any = None) -> nn.Module:
 
     if config is None:
         config = AutoConfig.from_pretrained(settings_folder(source_of(model)), trust_remote_code=False)
+    family, attention = family_of(config.model_type), model.attn_implementation
+    # transformers looks for the package of a kernel, which the machine that plans may not have.
+    known = "sdpa" if takes_lengths(attention) else attention
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            config,
-            dtype=DTYPES[model.dtype],
-            attn_implementation=family_of(config.model_type).attention(model.attn_implementation),
-            trust_remote_code=False,
+        built: nn.Module = AutoModelForImageTextToText.from_config(
+            config, dtype=DTYPES[model.dtype], attn_implementation=family.attention(known), trust_remote_code=False
         )
+    if known != attention:
+        decoder: Any = built.model.get_submodule(family.decoder)  # type: ignore[union-attr]
+        built.config._attn_implementation = family.attention(attention)  # type: ignore[union-attr]
+        decoder.config._attn_implementation = attention
+    return built
 
 
 def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:

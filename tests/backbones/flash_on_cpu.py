@@ -77,7 +77,7 @@ def use_flash_on_cpu(lmm: LMM | None, monkeypatch: pytest.MonkeyPatch) -> Calls:
         assert max_seqlen_q == max(cu_seqlens_q.diff().tolist()) and max_seqlen_k == max(cu_seqlens_k.diff().tolist())
         calls.append("lengths")
         ends = list(zip(queries, queries[1:], keys, keys[1:], strict=False))
-        return _Kernel.apply(q, k, v, ends, softmax_scale, causal)  # type: ignore[no-any-return]
+        return _Kernel.apply(q, k, v, ends, softmax_scale, causal)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, **rest: Any) -> Tensor:
         assert q.dim() == 4 and not rest.get("dropout_p")

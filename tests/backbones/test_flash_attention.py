@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ import torch
 from pipeline.backbones import lmm as backbone
 from pipeline.backbones.last_layer import why_whole
 from pipeline.backbones.lmm import LMM
+from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.packing import Packed, require_packing
 from pipeline.backbones.shortcuts import log_shortcuts
-from tests.backbones.flash_on_cpu import use_flash_on_cpu
+from pipeline.config.models import ModelConfig
+from pipeline.planning.model_shape import meta_model
+from tests.backbones.flash_on_cpu import NAME, use_flash_on_cpu
 from tests.backbones.test_lean_layers import trained, whole
 from tests.backbones.test_packing import learner_on
 from tests.backbones.test_packing import trained as trained_short
@@ -83,6 +88,14 @@ def test_sequences_behind_each_other_keep_their_order_and_their_boundaries() -> 
     columns, among = packed.places(torch.tensor([[1, 0], [3, 2], [3, 3]]))
     assert columns[0, among].tolist() == [[1, 0], [5, 4], [6, 6]]
     assert not Packed.of(torch.ones(3, 4), one_row=True).saves  # nothing is empty, so nothing is gained
+
+
+def test_a_model_is_planned_with_a_kernel_that_is_not_installed(checkpoint: Path) -> None:
+    settings = ModelConfig(path=str(checkpoint), attn_implementation=NAME, dtype="bfloat16")
+    built: Any = meta_model(settings)
+    family = family_of(built.config.model_type)
+    assert built.model.get_submodule(family.decoder).config._attn_implementation == NAME
+    assert built.config.vision_config._attn_implementation == (NAME if family.tower_attends else "eager")
 
 
 def test_shortcuts_with_flash_attention_and_what_it_has_no_rows_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.backbones.attentions import require_kernel
 from pipeline.backbones.lmm import LMM, load_lmm, load_processor
 from pipeline.backbones.lmm_weights import require_fitting_weights
 from pipeline.check.model import check_model
@@ -71,6 +73,19 @@ def test_gemma_needs_attention_that_can_look_ahead(tmp_path: Path) -> None:
     folder = FAMILIES["gemma3"](tmp_path)
     with pytest.raises(UserError, match=r"Gemma 3 with attention 'flex_attention'.*model\.attn_implementation"):
         load_lmm(ModelConfig(path=str(folder), attn_implementation="flex_attention"))
+
+
+def test_flash_attention_needs_its_package_and_another_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ModelConfig(path=str(tmp_path), attn_implementation="flash_attention_2", dtype="float32")
+    with pytest.raises(UserError, match=r"does not compute in float32; set model\.dtype to bfloat16"):
+        load_lmm(settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    settings = settings.model_copy(update={"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="needs the package flash-attn, and it is not installed"):
+        load_lmm(settings)
+    require_kernel(settings, here=False)
 
 
 def test_images_of_another_size_than_the_vision_tower_takes_are_refused(tmp_path: Path) -> None:

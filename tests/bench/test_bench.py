@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from pipeline.backbones.packing import Packed
-from pipeline.bench import measure
+from pipeline.bench import measure, switches
 from pipeline.bench.__main__ import app
 from pipeline.bench.evaluate import bench_evaluate
 from pipeline.bench.gpu import _measured, bench_gpu
@@ -23,10 +23,11 @@ from pipeline.bench.loader import bench_loader
 from pipeline.bench.low_rank import bench_low_rank
 from pipeline.bench.sizes import SIZES, every_image, make_batch
 from pipeline.bench.step import bench_step
-from pipeline.bench.switches import SWITCHES, bench_switches, mixed_batch
+from pipeline.bench.switches import SWITCHES, bench_switches, mixed_batch, why_no_flash
 from pipeline.bench.tasks import SetsInUse, bench_tasks
 from pipeline.errors import UserError
 from pipeline.sequence.run import run_sequence
+from tests.backbones.flash_on_cpu import use_flash_on_cpu
 from tests.e2e.conftest import prepare_project, recipe_on
 
 
@@ -237,7 +238,7 @@ def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path: Path) -> None:
     assert all(row["tokens_per_s"] > 0 for row in [*found["answering"]["all"].values(), *found["steps"].values()])
     assert found["switches"].keys() == {*SWITCHES}
     told = {name for name, row in found["switches"].items() if "seconds" not in row}
-    assert told == {"copy_ahead", "tf32"}  # which do nothing on a CPU
+    assert told == {"flash", "flash_packing", "copy_ahead", "tf32"}  # which do nothing on a CPU
     assert found["torchtitan tokens/s/GPU"]["bfloat16, compiled"] == 6667
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
 
@@ -263,6 +264,19 @@ def test_switches_are_measured_against_the_step_without_and_those_of_gpus_are_to
     assert found["not measured"]["copy_ahead"] == "there is nothing to copy on a CPU"
     with pytest.raises(UserError, match="No switch fast; expected some of compile, static_cache, packing"):
         bench_switches("tiny", switches=("fast",))
+
+
+def test_flash_attention_is_measured_against_sdpa_and_packed_against_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("flash", "flash_packing")
+    found = bench_switches("tiny", samples=4, rounds=1, switches=names)
+    assert {*found["not measured"].values()} == {"FlashAttention 2 needs a GPU and the package flash-attn"}
+    assert why_no_flash(torch.float32, "cpu") and not found["variants"]
+    calls = use_flash_on_cpu(None, monkeypatch)
+    monkeypatch.setattr(switches, "why_no_flash", lambda *_: "")
+    rows = bench_switches("tiny", samples=4, rounds=1, switches=names)["variants"]
+    assert all(min(row["gain"], row["tokens_per_s"], row["peak_memory"]) > 0 for row in rows.values())
+    assert rows["flash_packing"]["note"].startswith("fill 1.000 of the decoder's columns are tokens, 0.")
+    assert {*calls} == {"dense", "lengths"}
 
 
 def test_the_batch_that_is_packed_has_short_samples_without_an_image_and_loses_no_column() -> None:

@@ -315,7 +315,7 @@ def test_keys_that_another_clip_made(here: Path, tmp_path: Path) -> None:
         ),
         (["method={name: l2p, chosen: 20}"], "recipe", "chosen 20 of a pool of 10"),
         (
-            ["method={name: dualprompt}", "model.attn_implementation=flash_attention_2"],
+            ["method={name: dualprompt}", "model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"],
             "recipe",
             "with attention 'flash_attention_2', which takes no mask with a row per position; expected sdpa or eager",
         ),
@@ -379,6 +379,14 @@ def test_switches_for_speed_are_listed_where_a_recipe_sets_them(here: Path) -> N
     listed = "train.compile decoder_and_tower, train.packing samples, train.copy_ahead true, model.tf32 true"
     assert found.found[switches.TITLE] == f"{listed}; copying ahead, TF32 and graphs do nothing on CPUs"
     assert "ZeRO stage 2" in str(found.found["deepspeed"])
+
+
+def test_flash_attention_is_planned_where_it_is_not_installed_and_packs_by_lengths(here: Path) -> None:
+    flash = "model.attn_implementation=flash_attention_2"
+    found = findings(flash, "model.dtype=bfloat16", "train.packing=samples")
+    assert not found.problems and "train.packing samples" in str(found.found[switches.TITLE])
+    assert "compared" not in str(found.found[switches.TITLE]) and "not planned" not in str(found.found["memory"])
+    assert "flash_attention_2 does not compute in float32" in only_problem(findings(flash), "model")
 
 
 @pytest.mark.parametrize("name", ["modalprompt", "modular, depth: 2", "l2p"])

@@ -17,6 +17,7 @@ from pipeline.planning.model_shape import meta_model
 from pipeline.planning.plan import Tokens
 from pipeline.planning.workload import Workload
 from tests import tiny
+from tests.backbones.flash_on_cpu import use_flash_on_cpu
 from tests.processes import torchrun
 from tests.training.worlds import KEY_WIDTH, make_recipe
 
@@ -65,7 +66,7 @@ def test_weights_trainables_and_optimizer_are_what_a_run_allocates(
             assert abs(planned - size) <= TOLERANCE * size, f"{ranks} ranks, {name}: {part} {planned}, held {size}"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
@@ -85,7 +86,9 @@ def test_activations_are_what_the_decoder_keeps_for_its_backward_pass(
         num_attention_heads=8,
         num_key_value_heads=key_value_heads,
     )
-    model = LlamaModel._from_config(config, dtype=dtype, attn_implementation=attention).eval().requires_grad_(False)
+    use_flash_on_cpu(None, monkeypatch)
+    model = LlamaModel._from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.config._attn_implementation = attention
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
