@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.attentions import require_kernel
+from pipeline.backbones.families.base import LMMFamily
 from pipeline.backbones.last_layer import last_layer_at, rows_at
 from pipeline.backbones.lmm_families import family_of, require_two_passes
 from pipeline.backbones.lmm_processor import check_image_size, load_processor, source_of
@@ -18,7 +19,7 @@ from pipeline.backbones.lmm_weights import DTYPES, load_shard, load_weights
 from pipeline.backbones.precision import allow_tf32
 from pipeline.backbones.sharded import Place, Shards
 from pipeline.backbones.shortcuts import log_shortcuts
-from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
+from pipeline.config.low_rank import IMAGE_LAYER, INPUT_LAYER, OUTPUT_LAYER
 from pipeline.config.models import ModelConfig
 from pipeline.data.conversation import KEPT, Conversation
 from pipeline.errors import UserError
@@ -43,6 +44,7 @@ class LMM(nn.Module):
         self.width: int = model.config.text_config.hidden_size
         self.image_token: int = model.config.image_token_id
         self.dtype: torch.dtype = model.dtype
+        self.image_layer = ImageLayer(projector_input(model, self.family), self.width)
         self.trains_projector = False
         self.cuts = False  # whether too long samples are truncated, see `Conversation`
         self.shards: Shards | None = None  # where the layers are on several ranks
@@ -127,9 +129,12 @@ class LMM(nn.Module):
 
     def place_features(self, words: Tensor, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
         """`embed` with the word embeddings [B, N, D] computed already."""
+        changed = bool(self.image_layer.updates)
+        if changed and KEPT not in images:
+            images = {KEPT: self.tower_features(images)}
         features = self.image_features(images).to(words.dtype)
         if not has_image.any():
-            features = features[:0]
+            features, changed = features[:0], False
         places = self.image_places(input_ids)
         if int(places.sum()) != len(features):
             raise UserError(
@@ -137,7 +142,12 @@ class LMM(nn.Module):
                 "processor's settings (patch size, tokens per image, vision_feature_select_strategy) must fit the "
                 "model's; correct processor_config.json in the model's folder."
             )
-        return words.masked_scatter(places[..., None], features)
+        rows = words.masked_scatter(places[..., None], features)
+        if not changed:
+            return rows
+        read = images[KEPT].to(words.dtype).flatten(0, -2)
+        inputs = read.new_zeros(*places.shape, read.shape[-1]).masked_scatter(places[..., None], read)
+        return torch.where(places[..., None], rows + self.image_layer.added(inputs), rows)
 
     def image_places(self, input_ids: Tensor) -> Tensor:
         """Which tokens [B, N] are placeholders of image features."""
@@ -194,9 +204,11 @@ class LMM(nn.Module):
         return embeddings
 
     def layer(self, name: str) -> nn.Module:
-        """The layer of that name among `linears`, or the input embeddings."""
+        """The layer of that name among `linears`, the input embeddings, or the image projector's."""
         if name == INPUT_LAYER:
             return self.input_embeddings
+        if name == IMAGE_LAYER:
+            return self.image_layer
         output: nn.Module = self.model.get_output_embeddings()
         return output if name == OUTPUT_LAYER else self.decoder.get_submodule(name)
 
@@ -235,6 +247,41 @@ class LMM(nn.Module):
         weight: nn.Parameter = self.model.get_input_embeddings().weight
         with _gathered(weight):
             return weight.detach()[rows.to(weight.device)].float().cpu() * self.family.embedding_scale
+
+
+class ImageLayer(nn.Module):
+    """The image projector as a layer that modules update, each row of a batch with its own.
+
+    An update reads what the projector reads, at the places of the image tokens [B, N, V], and is added to the projected
+    features there. The projector itself computes pictures, not rows.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs  # V, 0 where its inputs are not one per image token; D
+        self.updates: list[Callable[[Tensor], Tensor]] = []
+
+    def added(self, inputs: Tensor) -> Tensor:
+        """The sum [B, N, D] of the updates of these inputs [B, N, V]."""
+        return torch.stack([update(inputs) for update in self.updates]).sum(0)
+
+    @contextlib.contextmanager
+    def updated(self, update: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, this update acts too."""
+        self.updates.append(update)
+        try:
+            yield
+        finally:
+            self.updates.remove(update)
+
+
+def projector_input(model: Any, family: LMMFamily | type[LMMFamily]) -> int:
+    """The width of what a model's image projector reads, which may be on the meta device; 0 where it does not map one
+    feature to each image token."""
+    if not family.keeps_features:
+        return 0
+    layers = model.model.get_submodule(family.projector).modules()
+    return next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), 0)
 
 
 def linears_of(model: Any, decoder: nn.Module) -> dict[str, nn.Linear]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.backbones.attentions import takes_lengths
-from pipeline.backbones.lmm import DTYPES, linears_of
+from pipeline.backbones.lmm import DTYPES, linears_of, projector_input
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.backbones.quantised import quantised_bytes
@@ -32,11 +32,12 @@ class ModelShape:
     vision: Any
     gates_kept_once: bool = False  # see `pipeline.backbones.gated`
     linears: tuple[LinearShape, ...] = ()  # of the decoder, and the output layer
+    image_width: int = 0  # see `DecoderShape`
 
     @property
     def decoder(self) -> DecoderShape:
         """What parts are told of the decoder."""
-        return DecoderShape(self.text, self.linears)
+        return DecoderShape(self.text, self.linears, self.image_width)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def model_shape(model: nn.Module, projector_learns: bool = False) -> ModelShape:
         text=config.get_text_config(),
         vision=getattr(config, "vision_config", None),
         gates_kept_once=not why_not_gated(inner.get_submodule(family.decoder).layers[0].mlp, family.gated_mlps),
+        image_width=projector_input(model, family),
         linears=tuple(
             LinearShape(name, module.in_features, module.out_features)
             for name, module in linears_of(model, inner.get_submodule(family.decoder)).items()

@@ -28,7 +28,7 @@ class Embedded:
 
 
 def embed_with_modules(lmm: LMM, batch: Batch, entry: Entry, tensors: Mapping[str, Tensor]) -> Embedded:
-    """A batch padded on the left with what finished modules make of its input: their rows, and their words.
+    """A batch padded on the left with what finished modules make of its input: their rows, and what they change.
 
     Args:
         lmm: the frozen model.
@@ -36,8 +36,8 @@ def embed_with_modules(lmm: LMM, batch: Batch, entry: Entry, tensors: Mapping[st
         entry: how the modules enter.
         tensors: M modules' tensors [M, ...] by name, see `Entry.attached`.
     """
-    words = entry.updates_words(tensors)
-    with entry.attached(lmm, tensors, entry.chosen(tensors, batch)) if words else nullcontext():
+    inputs = entry.updates_inputs(tensors)
+    with entry.attached(lmm, tensors, entry.chosen(tensors, batch)) if inputs else nullcontext():
         return embed_with_rows(lmm, batch, entry.rows(tensors, batch), entry.insertion or "after_bos")
 
 

@@ -129,9 +129,9 @@ class Learner(nn.Module):
         return any(part.updates_output for part in self.all_parts())
 
     @property
-    def updates_words(self) -> bool:
+    def updates_inputs(self) -> bool:
         """Whether `attached` acts on the input embeddings too."""
-        return any(part.updates_words for part in self.all_parts())
+        return any(part.updates_inputs for part in self.all_parts())
 
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Vectors [B, P, D] for the input of each sample and their validity [B, P]; None without rows."""

@@ -142,7 +142,7 @@ class LearnerOnLMM(nn.Module):
     def _computed(self, batch: Batch) -> Said:
         # One object, by which modules know that a layer is computed again for this batch.
         selection = self.learner.chosen(batch)
-        with self.learner.attached(self.lmm, selection) if self.learner.updates_words else nullcontext():
+        with self.learner.attached(self.lmm, selection) if self.learner.updates_inputs else nullcontext():
             read = self._in_two_passes(batch) if self.in_two_passes else self._in_one_pass(batch)
 
         def attached() -> AbstractContextManager[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pipeline.backbones.lmm import LMM
 from pipeline.data.collate import Examples, collate, collate_prompts
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
+from pipeline.errors import UserError
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry
@@ -21,7 +23,7 @@ from pipeline.training.normaliser import Normaliser
 from tests.backbones.test_families import EVERY, NEW, SAMPLES, plain_answer, plain_inputs, seen
 from tests.training.worlds import make_samples
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 2, 3.0
 # Rows with one module, two with weights, one at half, and none.
 CHOSEN = Selection(
@@ -35,20 +37,38 @@ def examples(lmm: LMM) -> Examples:
     return Examples(StageData([(SAMPLES, make_samples(len(SAMPLES))[1], None)]), lmm.conversation)
 
 
+def targets_of(lmm: LMM) -> tuple[str, ...]:
+    """All that can be updated: the image projector only where it reads one feature for each image token."""
+    return (*LINEARS, "lm_head", "embed_tokens", *["image_projector"] * (lmm.family.kind in ("llava", "fast_vlm")))
+
+
 @pytest.fixture(scope="module")
 def tensors(lmm: LMM) -> dict[str, Tensor]:
-    """Three random modules on every linear layer of the decoder, the output layer and the input embeddings."""
+    """Three random modules on every linear layer of the decoder, and on what stands before and behind it."""
     generator = torch.Generator().manual_seed(11)
-    trainables = LowRank(lmm, TARGETS, RANK, ALPHA).trainables()
+    trainables = LowRank(lmm, targets_of(lmm), RANK, ALPHA).trainables()
     layers = len(list(lmm.decoder.layers))  # type: ignore[arg-type]
-    assert len(trainables) == 2 * ((len(TARGETS) - 2) * layers + 2)
+    assert len(trainables) == 2 * (len(LINEARS) * (layers - 1) + len(targets_of(lmm)))
     return {name: torch.randn(3, *value.shape, generator=generator) * 0.5 for name, value in trainables.items()}
+
+
+@contextmanager
+def beside_projector(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> Iterator[None]:
+    """While the block runs, the plain model's projector has a sample's modules beside it."""
+    if "low_rank.image_projector.a" not in tensors:
+        yield
+        return
+    up, down = (tensors[f"low_rank.image_projector.{end}"] for end in "ba")
+    added = ALPHA / RANK * sum((share * up[n] @ down[n] for n, share in CHOSEN.chosen(row)), 0 * up[0] @ down[0])
+    hook = lmm.projector().register_forward_hook(lambda _, inputs, output: output + inputs[0] @ added.T)
+    yield
+    hook.remove()
 
 
 @torch.no_grad()
 def merged_answer(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> list[int]:
-    """The plain model's answer to a sample with its modules in the weights of the layers."""
-    names = {name.removeprefix("low_rank.")[:-2] for name in tensors}
+    """The plain model's answer to a sample with its modules in the weights of the layers, and beside the projector."""
+    names = {name.removeprefix("low_rank.")[:-2] for name in tensors} - {"image_projector"}
     layers = {name: lmm.layer(name) for name in names}
     before = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -58,7 +78,8 @@ def merged_answer(lmm: LMM, tensors: Mapping[str, Tensor], row: int) -> list[int
             weight.add_(ALPHA / RANK * share * (update.T if name == "embed_tokens" else update))
         # A parameter of its own: the output layer's may be the input embeddings' too, which have another update.
         layer.weight = nn.Parameter(weight, requires_grad=False)
-    tokens = plain_answer(lmm, plain_inputs(lmm, SAMPLES[row]))
+    with beside_projector(lmm, tensors, row):
+        tokens = plain_answer(lmm, plain_inputs(lmm, SAMPLES[row]))
     for name, layer in layers.items():
         layer.weight = before[name]
     return tokens
@@ -92,7 +113,7 @@ def test_gradients_are_the_same_however_layers_are_computed(
 ) -> None:
     found = []
     for policy in ("none", "selective", "full"):
-        learner = Learner({"module": LowRank(lmm, TARGETS, RANK, ALPHA)})
+        learner = Learner({"module": LowRank(lmm, targets_of(lmm), RANK, ALPHA)})
         for name, value in learner.trainables().items():
             value.data.copy_(tensors[name][0] * 0.3)
         learner.start_stage(tensors)
@@ -105,3 +126,11 @@ def test_gradients_are_the_same_however_layers_are_computed(
         torch.testing.assert_close(loss, found[0][0])
         for name, gradient in found[0][1].items():
             torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+def test_projectors_that_join_features_are_refused(lmm: LMM) -> None:
+    if "image_projector" in targets_of(lmm):
+        LowRank(lmm, ("image_projector",), RANK, ALPHA)
+        return
+    with pytest.raises(UserError, match="'image_projector' has no inputs of the tokens' own"):
+        LowRank(lmm, ("image_projector",), RANK, ALPHA)

@@ -15,7 +15,17 @@ METHOD = {
     "name": "task_lora",
     "rank": 2,
     "alpha": 4.0,
-    "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"],
+    "targets": [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "embed_tokens",
+        "image_projector",
+    ],
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
+from pipeline.config.low_rank import BEFORE_DECODER, OUTPUT_LAYER
 from pipeline.config.method import MethodOptions, choice_name
 from pipeline.errors import UserError
 from pipeline.files.atomic import write_json
@@ -39,7 +39,7 @@ def require_loras(options: MethodOptions, pool: PromptPool, source: Path) -> Non
             f"The method {method.name} of {source} answers with several updates at once, and a request names one; "
             f"expected a rule that selects one, such as hard. {otherwise}"
         )
-    other = [name for name in entry.layers(pool.tensors) if name in (INPUT_LAYER, OUTPUT_LAYER)]
+    other = [name for name in entry.layers(pool.tensors) if name in (*BEFORE_DECODER, OUTPUT_LAYER)]
     if other or projector_of(pool.shared):
         what = " and ".join([*other, *(["the image projector"] if projector_of(pool.shared) else [])])
         raise UserError(f"{source} updates {what}; expected updates of the decoder's linear layers alone. {otherwise}")

@@ -40,7 +40,7 @@ class Entry:
         """Whether what the decoder makes of an image depends on a sample's modules other than by rows before it."""
         return self.attaches
 
-    def updates_words(self, tensors: Mapping[str, Tensor]) -> bool:
+    def updates_inputs(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether `attached` acts on the input embeddings too, which are computed before the decoder runs."""
         return False
 
@@ -144,7 +144,7 @@ class Part(nn.Module):
         return False
 
     @property
-    def updates_words(self) -> bool:
+    def updates_inputs(self) -> bool:
         """Whether `attached` acts on the input embeddings too, which are computed before the decoder runs."""
         return False
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
+from pipeline.config.low_rank import BEFORE_DECODER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import NO_SET, Selection
 from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, Update
@@ -30,7 +30,7 @@ class FusedOptions(LowRankOptions):
 class FusedEntry(LowRankEntry):
     """In the last layers modules count by their weights; below, all that a row selects count alike, as one.
 
-    The output layer goes with the last layer; the input embeddings stand below the first, so they are never routed. A
+    The output layer goes with the last layer; what stands before the decoder is never routed. A
     row without any module is that of the frozen model.
     """
 
@@ -49,7 +49,7 @@ class FusedEntry(LowRankEntry):
         present = present_in(selection, len(tensors[self.prefix + names[0] + ".a"]))
         alike = bool((present.any(1) == present.all(1)).all())  # a row has all modules or none, as of a rule for all
         fused = [functools.partial(self._fused, tensors, name, present, alike) for name in names]
-        chosen = [number >= first and name != INPUT_LAYER for name, number in zip(names, numbers, strict=True)]
+        chosen = [number >= first and name not in BEFORE_DECODER for name, number in zip(names, numbers, strict=True)]
         return [routed[place] if one else fused[place] for place, one in enumerate(chosen)]
 
     def _fused(self, tensors: Mapping[str, Tensor], name: str, present: Tensor, alike: bool, inputs: Tensor) -> Tensor:

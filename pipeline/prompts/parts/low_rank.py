@@ -1,6 +1,7 @@
 """Low-rank updates of linear layers of the decoder: y = W x + (alpha / rank) * sum_i w_i B_i A_i x, W frozen.
 
-The input embeddings are a linear layer of one-hot vectors x: A_i x is a column of A_i.
+The input embeddings are a linear layer of one-hot vectors x: A_i x is a column of A_i. The image projector, which
+need not be linear, is taken for one layer W.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
+from pipeline.backbones.lmm import ImageLayer
+from pipeline.config.low_rank import BEFORE_DECODER, IMAGE_LAYER, INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import Selection
+from pipeline.errors import UserError
 from pipeline.prompts.parts.base import Entry, Part, shape_of
 from pipeline.prompts.parts.dropout import Dropout
 from pipeline.prompts.parts.mixture import Mixture, are_words
@@ -59,8 +62,8 @@ class LowRankEntry(Entry):
 
         return attached
 
-    def updates_words(self, tensors: Mapping[str, Tensor]) -> bool:
-        return self.prefix + INPUT_LAYER + A in tensors
+    def updates_inputs(self, tensors: Mapping[str, Tensor]) -> bool:
+        return any(self.prefix + name + A in tensors for name in BEFORE_DECODER)
 
     def layers(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names of the layers that the modules update."""
@@ -118,8 +121,8 @@ class LinearUpdates(Part):
 
 
 class LowRank(LinearUpdates):
-    """A LoRA (arXiv 2106.09685) on the linear layers of `LMM.linears` whose names end in one of the `targets`, and on
-    the input embeddings where `embed_tokens` is among these.
+    """A LoRA (arXiv 2106.09685) on the linear layers of `LMM.linears` whose names end in one of the `targets`, on the
+    input embeddings where `embed_tokens` is among these, and on the image projector where `image_projector` is.
 
     The frozen layers' own weights are not touched: ZeRO-3 has them partitioned, and a hook adds to their outputs. With
     `carried` a stage goes on from the values of the one before. Earlier modules that act beside it are not trained, and
@@ -138,18 +141,30 @@ class LowRank(LinearUpdates):
         alpha: float,
         carried: bool = False,
         dropout: float = 0.0,
+        image_rank: int | None = None,
     ) -> None:
         super().__init__()
         self.earlier, self.carried, self.dropout = LowRankEntry(alpha / rank), carried, Dropout(dropout)
         self.layers = updated_layers(lmm, targets)
-        self.updates = nn.ModuleList(LinearUpdate(*sides(layer), rank, lmm.dtype) for layer in self.layers.values())
+        ranks = [image_rank or rank if name == IMAGE_LAYER else rank for name in self.layers]
+        self.updates = nn.ModuleList(
+            LinearUpdate(*sides(layer), own, lmm.dtype) for layer, own in zip(self.layers.values(), ranks, strict=True)
+        )
         self._made: tuple[Any, Any, list[Update]] | None = None  # of the last batch, whose layers may be recomputed
 
     @classmethod
     def of(cls, lmm: LMM, method: Any) -> LowRank:
         """That of a method's options."""
         options = cls.options(method)
-        return cls(lmm, options.targets, options.rank, options.alpha, method.carries_prompt, options.dropout)
+        return cls(
+            lmm,
+            options.targets,
+            options.rank,
+            options.alpha,
+            method.carries_prompt,
+            options.dropout,
+            options.image_rank,
+        )
 
     @classmethod
     def entry(cls, method: Any) -> Entry:
@@ -159,12 +174,12 @@ class LowRank(LinearUpdates):
     @classmethod
     def sizes(cls, method: Any, shape: DecoderShape) -> list[int]:
         options = cls.options(method)
-        linears = updated_linears(options.targets, shape, words=True)
-        return [options.rank * size for linear in linears for size in (linear.inputs, linear.outputs)]
+        linears = updated_linears(options.targets, shape, inputs=True)
+        return [options.rank_of(one.name) * size for one in linears for size in (one.inputs, one.outputs)]
 
     @property
-    def updates_words(self) -> bool:
-        return INPUT_LAYER in self.layers
+    def updates_inputs(self) -> bool:
+        return any(name in self.layers for name in BEFORE_DECODER)
 
     def trainables(self) -> dict[str, nn.Parameter]:
         pairs = zip(self.layers, self.updates, strict=True)
@@ -218,13 +233,16 @@ class LowRank(LinearUpdates):
         return self._made[2]
 
 
-def updated_linears(targets: Sequence[str], shape: DecoderShape, words: bool = False) -> list[LinearShape]:
+def updated_linears(targets: Sequence[str], shape: DecoderShape, inputs: bool = False) -> list[LinearShape]:
     """The layers that get an update; UserError for a target that names none.
 
-    Without `words` the input embeddings are none of them, and naming them is an error too.
+    Without `inputs` the input embeddings and the image projector are none of them, and naming them is an error too.
     """
     linears = {linear.name: linear for linear in shape.linears}
-    return [linears.get(name) or shape.words for name in ending_in(targets, linears, words)]
+    known = {**linears, INPUT_LAYER: shape.words, IMAGE_LAYER: shape.images}
+    found = [known[name] for name in ending_in(targets, linears, inputs)]
+    require_image_inputs({one.name: one.inputs for one in found})
+    return found
 
 
 def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
@@ -234,7 +252,7 @@ def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
     layer's, which are of the answers' tokens alone, and small beside its scores. Of the input embeddings' update, which
     reads token ids, A's column of the word is kept.
     """
-    layers = updated_linears(options.targets, shape, words=True)
+    layers = updated_linears(options.targets, shape, inputs=True)
     columns = options.rank * any(one.is_words for one in layers)
     linears = [one for one in layers if not (one.is_output or one.is_words)]
     own = [one.inputs for one in linears] if options.dropout else dict(one.reads for one in linears).values()
@@ -243,7 +261,7 @@ def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
 
 def output_updated(targets: Sequence[str], shape: DecoderShape) -> bool:
     """Whether the output layer is among the layers that get an update."""
-    return any(linear.is_output for linear in updated_linears(targets, shape, words=True))
+    return any(linear.is_output for linear in updated_linears(targets, shape, inputs=True))
 
 
 def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -253,9 +271,20 @@ def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
 
 
 def updated_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, Layer]:
-    """As `linear_layers`, with the input embeddings where a target names them."""
-    layers: dict[str, Layer] = {**lmm.linears, INPUT_LAYER: lmm.input_embeddings}
-    return {name: layers[name] for name in ending_in(targets, lmm.linears, words=True)}
+    """As `linear_layers`, with the input embeddings and the image projector where a target names them."""
+    layers: dict[str, Layer] = {**lmm.linears, INPUT_LAYER: lmm.input_embeddings, IMAGE_LAYER: lmm.image_layer}
+    found = {name: layers[name] for name in ending_in(targets, lmm.linears, inputs=True)}
+    require_image_inputs({name: sides(layer)[0] for name, layer in found.items()})
+    return found
+
+
+def require_image_inputs(widths: Mapping[str, int]) -> None:
+    """Raise UserError where the image projector is among the layers and does not read one feature per image token."""
+    if widths.get(IMAGE_LAYER) == 0:
+        raise UserError(
+            f"method.targets: this model's projector reads several features for an image token, so '{IMAGE_LAYER}' has "
+            "no inputs of the tokens' own; expected the decoder's layers, or a model such as LLaVA-1.5."
+        )
 
 
 @contextlib.contextmanager
@@ -271,12 +300,13 @@ def added_to_outputs(updates: Iterable[tuple[nn.Module, Update]]) -> Iterator[No
             return lambda _, inputs, output: output + update(inputs[0])
         return lambda _, inputs, output: output + update(inputs[0]) * torch.as_tensor(times).to(output)
 
-    handles = [layer.register_forward_hook(hook(layer, update)) for layer, update in updates]
-    try:
+    with contextlib.ExitStack() as attached:
+        for layer, update in updates:
+            if isinstance(layer, ImageLayer):
+                attached.enter_context(layer.updated(update))
+            else:
+                attached.callback(layer.register_forward_hook(hook(layer, update)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def low_rank_output(inputs: Tensor, a: Tensor, b: Tensor, selection: Selection) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.low_rank import INPUT_LAYER, OUTPUT_LAYER
+from pipeline.config.low_rank import IMAGE_LAYER, INPUT_LAYER, OUTPUT_LAYER
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer of the decoder, the output layer, or the input embeddings, whose inputs are one-hot vectors."""
+    """One linear layer of the decoder, the output layer, the input embeddings, whose inputs are one-hot vectors, or the
+    image projector."""
 
     name: str
     inputs: int
@@ -39,6 +40,7 @@ class DecoderShape:
 
     text: Any
     linears: tuple[LinearShape, ...] = ()
+    image_width: int = 0  # V, of what the image projector reads for each image token; 0: it is not one for each
     key_width: int = 0  # K, of the CLIP keys that samples are compared by
 
     @property
@@ -50,6 +52,11 @@ class DecoderShape:
     def words(self) -> LinearShape:
         """The input embeddings."""
         return LinearShape(INPUT_LAYER, int(self.text.vocab_size), self.width)
+
+    @property
+    def images(self) -> LinearShape:
+        """The image projector, as a layer that is updated."""
+        return LinearShape(IMAGE_LAYER, self.image_width, self.width)
 
     @property
     def layers(self) -> int:

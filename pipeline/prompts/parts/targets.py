@@ -6,21 +6,24 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from pipeline.config.low_rank import INPUT_LAYER
+from pipeline.backbones.lmm import ImageLayer
+from pipeline.config.low_rank import BEFORE_DECODER
 from pipeline.errors import UserError, nearest
 
-Layer = nn.Linear | nn.Embedding
+Layer = nn.Linear | nn.Embedding | ImageLayer
 
 
-def ending_in(targets: Sequence[str], names: Iterable[str], words: bool = False) -> list[str]:
-    """Those of the linear layers' names that end in a target, and with `words` that of the input embeddings behind them
-    where it is one; UserError for a target that names no layer."""
-    names = [*names, INPUT_LAYER] if words else list(names)
+def ending_in(targets: Sequence[str], names: Iterable[str], inputs: bool = False) -> list[str]:
+    """Those of the linear layers' names that end in a target; UserError for a target that names no layer.
+
+    With `inputs` the input embeddings and the image features are among them where targets name these.
+    """
+    names = [*names, *BEFORE_DECODER] if inputs else list(names)
     known = sorted({name.rpartition(".")[2] for name in names})
     for target in targets:
-        if target == INPUT_LAYER and not words:
+        if target in BEFORE_DECODER and not inputs:
             raise UserError(
-                f"method.targets: '{INPUT_LAYER}' are the input embeddings, and this method's modules are made for "
+                f"method.targets: '{target}' is no layer of the decoder, and this method's modules are made for its "
                 f"linear layers alone; expected among {', '.join(known)}, or a method on plain low-rank updates."
             )
         if not any(f".{name}".endswith(f".{target}") for name in names):
