@@ -129,12 +129,11 @@ class LMM(nn.Module):
 
     def place_features(self, words: Tensor, input_ids: Tensor, images: dict[str, Tensor], has_image: Tensor) -> Tensor:
         """`embed` with the word embeddings [B, N, D] computed already."""
-        changed = bool(self.image_layer.updates)
-        if changed and KEPT not in images:
+        if self.image_layer.updates and KEPT not in images:
             images = {KEPT: self.tower_features(images)}
         features = self.image_features(images).to(words.dtype)
         if not has_image.any():
-            features, changed = features[:0], False
+            features = features[:0]
         places = self.image_places(input_ids)
         if int(places.sum()) != len(features):
             raise UserError(
@@ -143,8 +142,9 @@ class LMM(nn.Module):
                 "model's; correct processor_config.json in the model's folder."
             )
         rows = words.masked_scatter(places[..., None], features)
-        if not changed:
+        if not self.image_layer.updates:
             return rows
+        # Without an image too: under ZeRO-3 all ranks gather the same updates.
         read = images[KEPT].to(words.dtype).flatten(0, -2)
         inputs = read.new_zeros(*places.shape, read.shape[-1]).masked_scatter(places[..., None], read)
         return torch.where(places[..., None], rows + self.image_layer.added(inputs), rows)

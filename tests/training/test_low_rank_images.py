@@ -86,6 +86,19 @@ def test_each_samples_image_features_are_those_of_its_own_projector(lmm: LMM, ba
     torch.testing.assert_close(downs.grad, ALPHA / RANK * ups.T @ matrix.grad, atol=1e-4, rtol=1e-3)
 
 
+def test_samples_without_images_call_the_update_for_other_ranks_and_get_nothing_from_it(lmm: LMM) -> None:
+    learner = Learner({"module": LowRank(lmm, ("image_projector",), RANK, ALPHA)})
+    for value in learner.trainables().values():
+        value.data.normal_()
+    learner.start_stage({})
+    data = StageData([(*make_samples(4, text_only=(1,)), None)])
+    batch = collate(Examples(data, lmm.conversation), [1], [1.0], Selection.none(4))
+    found = LearnerOnLMM(lmm, learner).unlikeliness(batch)
+    found.backward()
+    assert torch.equal(found, LearnerOnLMM(lmm, Learner({})).unlikeliness(batch))
+    assert all(value.grad is not None and not value.grad.any() for value in learner.trainables().values())
+
+
 def test_changed_images_are_decoded_as_they_are_trained(lmm: LMM) -> None:
     """Answers of a batch whose rows have different modules are those of each row alone with a projector of its own."""
     entry, tensors = LowRankEntry(ALPHA / RANK), modules(lmm, targets=(*ATTENTION, "image_projector"))
