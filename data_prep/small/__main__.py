@@ -37,9 +37,12 @@ def train(
     drawings: Annotated[int, typer.Option(min=20, help="pictures to draw")] = 4000,
     seed: Annotated[int, typer.Option(help="seed of initial values and of the order")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
+    start: Annotated[
+        Path | None, typer.Option(help="an earlier projector to go on from, in place of the first step")
+    ] = None,
 ) -> None:
     """Train a projector; it is saved every 50 steps, so a training that is cut off leaves one too."""
-    how = training.Training(minutes, place_steps, drawings, seed, threads)
+    how = training.Training(minutes, place_steps, drawings, seed, threads, start)
     training.train(recipe, training.Photographs(photographs, like), out, work, how)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -205,6 +206,14 @@ def test_the_script_trains_a_projector_that_the_assembled_model_takes(
         facts = json.loads(file.metadata()["trained"])
         assert (facts["photographs"], facts["drawings"]) == (3, 20)
         assert file.get_tensor("linear_1.weight").dtype == torch.float16
+    went_on = CliRunner().invoke(app, [*arguments, "--threads", "1", "--start", str(out)])
+    assert went_on.exit_code == 0 and "words for places learned" not in went_on.output, went_on.output
+    with safe_open(out, "pt") as file:
+        facts = json.loads(file.metadata()["trained"])
+        assert (facts["start"], facts["place_steps"]) == ("projector.safetensors", 0)
+    (tmp_path / "other.safetensors").write_bytes(save({"linear_1.weight": torch.zeros(2, 2)}))
+    refused = CliRunner().invoke(app, [*arguments, "--start", str(tmp_path / "other.safetensors")])
+    assert refused.exit_code == 2 and "is no projector for these parts" in refused.output
     assert "features of 3 photographs" in result.output and len(list((tmp_path / "work").glob("features-*"))) == 1
     made = CliRunner().invoke(assemble_app, [str(recipe), "--out", str(tmp_path / "model")])
     assert made.exit_code == 0, made.output
