@@ -13,17 +13,20 @@ from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
+from pipeline.files.paths import command
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool
-from pipeline.prompts.stage_files import add_stage, load_stage
+from pipeline.prompts.stage_files import StageCheckpoint, add_stage, load_stage
+from pipeline.runs.attempts import STAGE, newest_attempt
 from pipeline.runs.claim import check_stage
+from pipeline.runs.finished import read_finished
 from pipeline.runs.folder import read_run
-from pipeline.runs.layout import REPLACING_ROUTING, stage_folder
+from pipeline.runs.layout import CONFIG, REPLACED, REPLACING_ROUTING, stage_folder
 from pipeline.runs.recorded import recorded_base_model
 
 
 def read_pool(run: Path, recipe: Recipe) -> PromptPool:
-    """Return the pool of a run's finished stages.
+    """Return the pool of a run's finished stages; of one that is just being replaced the former.
 
     Raises UserError when no stage is finished, one is damaged, states are half replaced (`adopt_routing`), or model or
     CLIP are not those it was trained with.
@@ -41,7 +44,7 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     pool = PromptPool()
     stages = make_method(recipe.method).stages([task.name for task in recipe.data.tasks])
     for index, stage in enumerate(stages):
-        checkpoint = load_stage(run, index, stage.name)
+        checkpoint = load_stage(run, index, stage.name) or _former(run, index)
         if checkpoint is None:
             break
         check_stage(stage_folder(run, index, stage.name), checkpoint.meta, expected)
@@ -49,6 +52,16 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     if stages and not len(pool):
         raise UserError(f"{run} has no finished stage yet; let `python -m pipeline run` finish at least one.")
     return pool
+
+
+def _former(run: Path, index: int) -> StageCheckpoint | None:
+    """The stage that is being replaced, where the new one is not in its place yet or a process was killed then."""
+    attempt = newest_attempt(run)
+    if attempt is None or not attempt.is_of(index):
+        return None
+    folder = run / REPLACED / attempt.former / STAGE
+    found = read_finished(folder, f"Let `{command('run', run / CONFIG)}` complete the stage that replaces it.")
+    return None if found is None else StageCheckpoint(*found)
 
 
 def export(run: str | Path, target: str | Path, licence: str | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ VERBS = {
     "Look at runs": (looking.report, looking.ls, looking.ui, comparing.compare),
     "Use what was learned": (asking.predict, asking.serve, asking.chat),
     "Adapters": (sharing.export, sharing.merge, sharing.prune, sharing.from_peft),
-    "A task of your own": (own.new_task, own.add),
+    "A task of your own": (own.new_task, own.add, own.undo),
 }
 
 app = App(help="Continual prompt learning on frozen vision-language models.")

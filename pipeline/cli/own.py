@@ -1,4 +1,4 @@
-"""The verbs for a task of your own: `new-task` makes it from images and a table, `add` learns it as the next stage."""
+"""The verbs for a task of your own: `new-task` makes it of a table and images, `add` learns it, `undo` undoes that."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from pipeline.cli import completion, sequence
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
+from pipeline.config.load import load_run
 from pipeline.config.yaml_file import CONFIG
+from pipeline.errors import UserError
 from pipeline.files.paths import command
+from pipeline.ranks.environment import is_distributed
 from pipeline.ranks.slurm import next_command
 from pipeline.runs.layout import stage_folder
 
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
     from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
     from pipeline.sequence import add_task, learned
+    from pipeline.sequence import undo as undoing
 else:
-    own_rows, own_task, listing, folders, effects, add_task, learned = map(
+    own_rows, own_task, listing, folders, effects, add_task, learned, undoing = map(
         lazy,
         (
             "data_prep.own_rows",
@@ -37,6 +41,7 @@ else:
             "pipeline.sequence.add_effect",
             "pipeline.sequence.add_task",
             "pipeline.sequence.learned",
+            "pipeline.sequence.undo",
         ),
     )
     sentences = lazy("pipeline.sequence.add_advice")
@@ -111,6 +116,13 @@ def add(
         float | None,
         typer.Option(max=1, help="The run's method.share from this stage on: a larger one mixes fewer sets."),
     ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Learn the last task anew, in place of its stage once the new one is whole.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TRAIN.A=B", help="With --again: how it is trained, from this stage on."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say which earlier tasks' questions would get the new set.")
     ] = False,
@@ -118,7 +130,11 @@ def add(
 ) -> None:
     """Learn one more task as the next stage of a run; earlier prompt sets are unchanged."""
     changes = {name: value for name, value in {"gate": gate, "share": share}.items() if value is not None}
-    addition = add_task.prepare_addition(run, task, root, changes)
+    if overrides and not again:
+        raise UserError(
+            f"--set is for a further attempt at {task}; expected --again with it. A first one has the run's settings."
+        )
+    addition = add_task.prepare_addition(run, task, root, changes, (overrides or []) if again else None)
 
     def tell(found: effects.Interference, title: str) -> None:
         if found.effects:
@@ -137,15 +153,19 @@ def add(
             return
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:
-        found = effects.measure(run, addition.recipe)
+        recipe = load_run(run)  # as the stage was trained, also where this call went on with an attempt
+        found = effects.measure(run, recipe)
         tell(found, "Effect on earlier tasks")
         scores = result.get("learned")
         known = learned.Learned.from_json(scores) if scores is not None else None
-        stage = stage_folder(run, len(addition.recipe.data.tasks) - 1, task).name
+        stage = stage_folder(run, len(recipe.data.tasks) - 1, task).name
         curve = folders.read_run(run).losses().get(stage, [])
         losses = [line["loss"] for line in curve if line.get("loss") is not None]
-        for sentence in learned.sentences(known, addition.recipe, losses):
+        for sentence in learned.sentences(known, recipe, losses):
             typer.echo(sentence)
+        if known is not None and not known.learned:
+            other = next_command("add", run, task, "--again", "--set", "train.lr_prompt=RATE")
+            typer.echo(f"`{other}` tries again with another rate, and so on; `{command('undo', run)}` takes it back.")
         return {**result, "earlier": found.effects_json(), "advised": found.advised_json(), "own": found.own}
 
     with addition.written():
@@ -157,6 +177,20 @@ def add(
             as_json,
             with_effects,
         )
+
+
+def undo(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a sequence's run.", autocompletion=completion.runs)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Take back the last `add` of a run, or its last task; what was learned is put aside in RUN/replaced."""
+    if is_distributed():
+        raise UserError("undo starts the ranks of the evaluation itself; expected one process, without a launcher.")
+    found = undoing.undo(run)
+    typer.echo(found.sentence)
+    sequence.evaluate(run, as_json, {"undone": {"task": found.task, "kind": found.kind, "kept": found.aside}})
 
 
 def _run_dir(run: Path) -> str:

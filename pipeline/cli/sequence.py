@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.lazy import lazy
 from pipeline.cli.on_ranks import Then, on_ranks, prints_text
@@ -79,15 +80,15 @@ def start(
         end.show(verb, name, as_json)
 
 
-def evaluate(run: Path, as_json: bool) -> None:
-    """Compute the missing cells of a run's accuracy matrix."""
+def evaluate(run: Path, as_json: bool, further: Mapping[str, Any] | None = None) -> None:
+    """Compute the missing cells of a run's accuracy matrix; `further` is added to the result."""
     require_extras("report")
 
     def work(recipe: Recipe) -> Result:
         return running.evaluate_run(run)
 
     end = _End(run)
-    on_ranks(["evaluate", str(run)], load_run(run), work, as_json, end)
+    on_ranks(["evaluate", str(run)], load_run(run), work, as_json, lambda result: {**end(result), **(further or {})})
     end.show("evaluate", str(run), as_json)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.files.atomic import empty_folder
+from pipeline.files.atomic import empty_folder, remove_folder
 from pipeline.prompts.parts.projector import PROJECTOR
 from pipeline.prompts.pool import MEMORY, SHARED, STATE, PromptPool
 from pipeline.prompts.routers import State
@@ -60,11 +60,21 @@ def without_kept_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if not name.startswith(STATE + KEPT)}
 
 
-def save_stage(run: Path, index: int, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Complete the unfinished folder of a stage and give it its final name; returns that folder."""
+def save_stage(
+    run: Path,
+    index: int,
+    name: str,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    replace: Callable[[Path], object] = remove_folder,
+) -> Path:
+    """Complete the unfinished folder of a stage and give it its final name; returns that folder.
+
+    `replace` frees that name where a folder has it, see `finish_folder`.
+    """
     work, final = unfinished_folder(run, index, name), stage_folder(run, index, name)
     kept = {key: value if key.startswith(STATE + KEPT) else value.float() for key, value in tensors.items()}
-    return finish_folder(work, final, kept, {"task": name, "stage": index + 1, **meta})
+    return finish_folder(work, final, kept, {"task": name, "stage": index + 1, **meta}, replace)
 
 
 def load_stage(run: Path, index: int, name: str) -> StageCheckpoint | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from pipeline.runs.layout import COMPLETE, META, RESUME, TENSORS
 FORMAT_VERSION = 1
 
 
-def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+def finish_folder(
+    work: Path,
+    final: Path,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    replace: Callable[[Path], object] = remove_folder,
+) -> Path:
     """Write tensors and meta.json into `work` and rename it to `final` atomically.
 
     Args:
@@ -38,6 +45,7 @@ def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dic
         final: the finished folder; one that exists there is replaced.
         tensors: what was learned, by name, each in the precision that it is kept in.
         meta: content of meta.json.
+        replace: called with the folder that exists there, when the new one is whole; frees its name.
     """
     work.mkdir(parents=True, exist_ok=True)
     write_synced(work / TENSORS, save({key: value.contiguous() for key, value in tensors.items()}))
@@ -49,8 +57,8 @@ def finish_folder(work: Path, final: Path, tensors: dict[str, Tensor], meta: dic
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # before the rename: after a power cut the folder must not lack a content
     sync_folder(work)
-    if final.exists():  # a damaged or incomplete folder
-        remove_folder(final)
+    if final.exists():  # a damaged or incomplete folder, or one that is put aside
+        replace(final)
     work.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(final / RESUME, ignore_errors=True)  # last: until the rename, only the checkpoints can be resumed

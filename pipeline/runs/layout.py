@@ -23,6 +23,8 @@ RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `p
 STAGES, UNITS, EVALUATIONS = "stages", "units", "eval"
 # There while what finished stages keep for routing is replaced: after a crash some is of one router, some of another.
 REPLACING_ROUTING = ".routing-unfinished"
+# Of a sequence: a further attempt at the last stage, an `undo` in progress, and what both have put aside.
+ATTEMPT, UNDO, REPLACED = "attempt.json", "undo.json", "replaced"
 SEARCHES = "searches"  # of a benchmark: searches that units take the lengths of their prompts from
 ASK, ASK_FOLDER = "ask.csv", "ask"  # of a benchmark: what a person is asked to label, and pictures of it
 UNFINISHED = ".unfinished"  # suffix of the folder of a stage or unit in training
@@ -86,6 +88,12 @@ def ahead_folder(run: Path, number: int) -> Path:
 def held_out_folder(run: Path, seen: int) -> Path:
     """Folder of the answers to the held-out samples of the newest of `seen` tasks, with the task told."""
     return run / EVALUATIONS / f"held-out-{seen:02d}"
+
+
+def evaluations_of(seen: int) -> list[str]:
+    """Names of the folders in `eval` whose answers depend on the stage with which `seen` tasks are learned."""
+    run = Path()
+    return [folder(run, seen).name for folder in (after_folder, told_folder, held_out_folder)]
 
 
 def after_folders(run: Path) -> list[Path]:

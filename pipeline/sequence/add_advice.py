@@ -94,10 +94,7 @@ def advice(found: Interference, run: Path, task: str) -> list[str]:
             f"the others to those of {others}."
         )
     if touched and any(effect.after is not None for effect in found.effects):
-        said.append(
-            f"To undo: `{command('export', run, 'adapter')}`, then "
-            f"`{command('prune', 'adapter', task, '--into', 'smaller')}`; earlier prompt sets are unchanged."
-        )
+        said.append(f"`{command('undo', run)}` takes {task} back; earlier prompt sets are unchanged.")
     return said
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,20 @@ from pipeline.errors import UserError, nearest
 from pipeline.files.atomic import replacing
 from pipeline.files.paths import command
 from pipeline.methods import make_method
+from pipeline.runs.attempts import open_attempt, refuse_half_undone
 from pipeline.runs.layout import CONFIG, begun_stages
+from pipeline.sequence.again import begin_again, require_last, with_settings
 
 if TYPE_CHECKING:
     from pipeline.prompts.stage_files import StageCheckpoint
+
+
+@dataclass(frozen=True)
+class Again:
+    """What a further attempt at a stage has other than the one before."""
+
+    settings: Sequence[str] = ()  # values of --set
+    changes: Mapping[str, Any] = field(default_factory=dict)  # `gate` or `share`
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,19 @@ class Addition:
     recipe: Recipe  # with the task
     task: str
     is_new: bool  # not in the run's recipe already
+    again: Again | None = None  # a further attempt at the run's last stage
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
         """Write the recipe with the task for the block that trains it.
 
         If the block fails before the task's stage has begun, the earlier recipe is restored, and the run is finished
-        again with its earlier tasks.
+        again with its earlier tasks. A further attempt is opened, and the finished stage stays until it is replaced.
         """
+        if self.again is not None:
+            begin_again(self.run, self.task, self.again.settings, self.again.changes)
+            yield
+            return
         path = self.run / CONFIG
         before = path.read_bytes()
         self.recipe.dump_yaml(path)
@@ -50,7 +65,9 @@ class Addition:
             raise
 
 
-def prepare_addition(run: Path, name: str, root: Path, changes: Mapping[str, Any] | None = None) -> Addition:
+def prepare_addition(
+    run: Path, name: str, root: Path, changes: Mapping[str, Any] | None = None, again: Sequence[str] | None = None
+) -> Addition:
     """Prepare a task as the run's next stage; the run itself is not changed. A repeated call resumes the preparation.
 
     Args:
@@ -58,6 +75,7 @@ def prepare_addition(run: Path, name: str, root: Path, changes: Mapping[str, Any
         name: the task's name.
         root: a folder in CoIN layout with the task.
         changes: `gate` or `share` of the run's method from this stage on; earlier stages keep theirs.
+        again: settings of a further attempt at the run's last stage, `a.b=value`; None: a stage that is new.
 
     Raises:
         UserError: a method without further stages, an unfinished run, or data that cannot be used.
@@ -65,12 +83,16 @@ def prepare_addition(run: Path, name: str, root: Path, changes: Mapping[str, Any
     recipe = load_run(run)
     if not make_method(recipe.method).has_next_stage:
         raise UserError(f"{run} was made with method {recipe.method.name}, which has no next stage; expected another.")
-    task = _task(root, name)
     names = [known.name for known in recipe.data.tasks]
+    refuse_half_undone(run)
+    if again is not None:
+        return _again(run, name, recipe, Again(again, changes or {}))
+    task = _task(root, name)
     if name in names[:-1]:
         raise UserError(f"{run} has learned the task {name} already; choose another name for a new task.")
     if name not in names:
         _require_finished(run, names)
+        _refuse_open_attempt(run)
     earlier = len(names) - (name in names)
     method = recipe.method.changed(changes or {}, earlier)
     if changes:
@@ -92,6 +114,34 @@ def prepare_addition(run: Path, name: str, root: Path, changes: Mapping[str, Any
             update={"data": recipe.data.model_copy(update={"tasks": tasks, "prepare_first": False})}
         )
     return Addition(run, recipe.model_copy(update={"method": method}), name, name not in names)
+
+
+def _again(run: Path, name: str, recipe: Recipe, again: Again) -> Addition:
+    """A further attempt at the last stage, whose data is prepared already; UserError where it cannot be."""
+    names = [known.name for known in recipe.data.tasks]
+    require_last(run, names, name)
+    if not again.settings and not again.changes:
+        example = command("add", run, name, "--again", "--set", "train.lr_prompt=3e-3")
+        raise UserError(
+            f"With the same settings, data and seed {name} would be learned as it was; expected what is to differ, as "
+            f"in `{example}`."
+        )
+    recipe = with_settings(run / CONFIG, again.settings, run)
+    method = recipe.method.changed(again.changes, len(names) - 1)
+    if again.changes:
+        _ = make_method(method).routing  # raises for a share or gate that cannot be
+        _require_keys(run, names[:-1], again.changes)
+    return Addition(run, recipe.model_copy(update={"method": method}), name, False, again)
+
+
+def _refuse_open_attempt(run: Path) -> None:
+    """Raise UserError where the last stage is being trained again, which would then have to end first."""
+    attempt = open_attempt(run)
+    if attempt is not None:
+        raise UserError(
+            f"{attempt.task} of {run} is being learned again; let `{command('run', run / CONFIG)}` finish that first, "
+            f"or drop it with `{command('undo', run)}`."
+        )
 
 
 def _task(root: Path, name: str) -> TaskConfig:

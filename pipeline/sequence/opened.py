@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.base_model import base_fingerprint
@@ -15,6 +16,7 @@ from pipeline.planning.frozen_models import fetch_models
 from pipeline.planning.replicas import ranks_per_replica
 from pipeline.prompts.parts.base import entry_of, kind_of
 from pipeline.ranks.world import agreed_node_size, on_main
+from pipeline.runs.attempts import Attempt, newest_attempt, refuse_half_undone
 from pipeline.runs.recorded import recorded_base_model
 from pipeline.runs.session import Session
 from pipeline.sequence.data import RunData, open_data
@@ -62,12 +64,14 @@ def require_fitting(recipe: Recipe) -> None:
     require_switches(recipe)
 
 
-def open_run(recipe: Recipe, session: Session, answers: bool = True) -> OpenRun:
+def open_run(recipe: Recipe, session: Session, answers: bool = True, trains: bool = True) -> OpenRun:
     """Fetch the models and open the data of a run on every rank; UserError when something is missing or damaged.
 
-    With `answers` the ranks are those that evaluate, and `evaluate.engine` has to fit them.
+    With `answers` the ranks are those that evaluate, and `evaluate.engine` has to fit them. With `trains` a stage that
+    a further attempt will replace is one to be trained, else it is finished.
     """
     world, path = session.world, session.path
+    attempt = on_main(world, lambda: _attempt(path, trains))
     require_fitting(recipe)
     require_whole_weights(recipe.train, recipe.model.quantization)
     shards = ranks_per_replica(recipe.evaluate, recipe.model, world.size, agreed_node_size()) if answers else 1
@@ -88,8 +92,14 @@ def open_run(recipe: Recipe, session: Session, answers: bool = True) -> OpenRun:
         recipe=recipe,
         session=session,
         data=data,
-        files=StageFiles(session, list(zip(names, prints, strict=True)), fixed),
+        files=StageFiles(session, list(zip(names, prints, strict=True)), fixed, attempt),
         models=Models(recipe, world, data.train[0][1].image.shape[1], session.watchdog, data.telling, shards),
         made_by={"base_model": fixed["base_model"], "model_files": model_files},
         results=RunResults(path),
     )
+
+
+def _attempt(run: Path, trains: bool) -> Attempt | None:
+    """The newest attempt at the last stage, for a call that trains; UserError for a run that is being undone."""
+    refuse_half_undone(run)
+    return newest_attempt(run) if trains else None

@@ -47,7 +47,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
     train, evaluate = stages != "evaluate", stages != "train"
     with session(recipe, recipe.train.watchdog_s, lambda world: accumulation(recipe.train, world.size)) as here:
         recipe = on_main(here.world, lambda: as_recorded(recipe, here.path))
-        run = open_run(recipe, here, evaluate)
+        run = open_run(recipe, here, evaluate, train)
         on_main(here.world, lambda: adopt_routing(run))
         todo = list(enumerate(run.stages[:until]))
         # Verify every finished stage before anything is written.

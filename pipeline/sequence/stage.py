@@ -96,6 +96,7 @@ class StageTrainer:
         batches = self._batches(engine, index, stage, pool)
         self._start(engine, index, pool, uses_pool=batches.selection.width > 0)
         begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": pool.whole_fingerprint()}
+        begun |= self.files.attempt_facts(index)
         found = on_main(world, lambda: self.files.begin(index, stage, begun))
         start, seconds_before = 0, 0.0
         if found is not None:
@@ -146,6 +147,7 @@ class StageTrainer:
                 "trained_parameters": sum(math.prod(shape_of(value)) for value in engine.trainables.values()),
                 "operations_per_sample": count.per_sample,
                 "versions": package_versions(),
+                **self.files.attempt_facts(index),
             }
             values = engine.values()
             state = self._state(engine, batches.examples.data, values, stage.name)

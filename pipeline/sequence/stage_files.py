@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.files.atomic import remove_folder
 from pipeline.methods import Stage
 from pipeline.prompts.stage_files import (
     StageCheckpoint,
@@ -20,6 +21,7 @@ from pipeline.prompts.stage_files import (
     without_kept_keys,
 )
 from pipeline.ranks.world import on_main
+from pipeline.runs.attempts import NUMBER, Attempt, complete_replacement, finished_meta, put_aside
 from pipeline.runs.claim import check_stage
 from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_folder, told_folder, unfinished_folder
 from pipeline.runs.session import Session
@@ -33,12 +35,14 @@ class StageFiles:
     """Reads and writes the files of stages; UserError when they are damaged or made with other models or other data.
 
     `data` are name and fingerprint of every task's training samples, `constants` the fingerprints of the models by
-    name. A stage's meta.json has to match both.
+    name. A stage's meta.json has to match both. `attempt` is the newest one at the last stage: the finished stage that
+    it replaces counts as one to be trained, and stays until the new one is whole.
     """
 
     session: Session
     data: Sequence[tuple[str, str]]
     constants: Mapping[str, Any]
+    attempt: Attempt | None = None
 
     def expected(self, stage: Stage) -> dict[str, Any]:
         """The fingerprints of models and data that a stage's meta.json has to match."""
@@ -46,6 +50,12 @@ class StageFiles:
 
     def load(self, index: int, stage: Stage) -> StageCheckpoint | None:
         """A finished stage, read by this rank; None when it has to be trained. `index` is 0-based."""
+        attempt = self._attempt(index)
+        if attempt is not None:
+            complete_replacement(self.session.path, index, stage.name)
+            meta = finished_meta(self.session.path, index, stage.name)
+            if meta is not None and attempt.replaces(meta):
+                return None
         checkpoint = load_stage(self.session.path, index, stage.name)
         if checkpoint is not None:
             check_stage(stage_folder(self.session.path, index, stage.name), checkpoint.meta, self.expected(stage))
@@ -69,19 +79,22 @@ class StageFiles:
     def begin(self, index: int, stage: Stage, begun: Mapping[str, Any]) -> StepState | None:
         """The newest checkpoint of an unfinished stage, None where it starts from the beginning; for rank 0.
 
-        A checkpoint must have the steps and earlier sets of `begun`. Without such a checkpoint the folder of the
-        earlier attempt is removed, and so are evaluations with sets that will be replaced.
+        A checkpoint must have the steps, earlier sets and attempt of `begun`. Without such a checkpoint the folder of
+        the earlier attempt is removed, and so are evaluations with sets that will be replaced, but for those of a
+        finished stage that `save` puts aside.
         """
         path = self.session.path
         folder = self.unfinished(index, stage)
         found = newest(folder)
         if found is not None:
             check_stage(folder, found.meta, self.expected(stage))
-            if all(found.meta.get(name) == begun[name] for name in ("earlier_sets", "steps")):
+            if all(found.meta.get(name) == begun.get(name) for name in ("earlier_sets", "steps", NUMBER)):
                 cut_log(folder / METRICS, found.step)
                 return found
-            log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
-        for number in range(max(stage.tasks) + 1, len(self.data) + 1):
+            if found.meta.get(NUMBER) == begun.get(NUMBER):
+                log.warning("%s was begun after other earlier stages than there are now; it begins anew.", folder)
+        tasks = range(max(stage.tasks) + 1, len(self.data) + 1)
+        for number in tasks if self._attempt(index) is None else ():
             for answers in (after_folder(path, number), told_folder(path, number), ahead_folder(path, number + 1)):
                 shutil.rmtree(answers, ignore_errors=True)
         start_stage_folder(path, index, stage.name)
@@ -96,5 +109,20 @@ class StageFiles:
 
         All ranks call it together, rank 0 writes.
         """
-        session, meta = self.session, {**self.expected(stage), **facts}
-        return on_main(session.world, lambda: save_stage(session.path, index, stage.name, values, meta))
+        session, meta, attempt = self.session, {**self.expected(stage), **facts}, self._attempt(index)
+
+        def replace(former: Path) -> None:
+            if attempt is None:
+                remove_folder(former)
+            else:
+                put_aside(session.path, index + 1, stage.name, attempt.former)
+
+        return on_main(session.world, lambda: save_stage(session.path, index, stage.name, values, meta, replace))
+
+    def attempt_facts(self, index: int) -> dict[str, Any]:
+        """What checkpoints and meta.json of a stage say of the attempt; {} for the first one."""
+        attempt = self._attempt(index)
+        return {} if attempt is None else attempt.facts
+
+    def _attempt(self, index: int) -> Attempt | None:
+        return self.attempt if self.attempt is not None and self.attempt.is_of(index) else None

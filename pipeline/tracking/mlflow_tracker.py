@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, Interrupted, UserError
 from pipeline.files.passwords import masked
+from pipeline.runs.attempts import open_attempt
 from pipeline.runs.folder import read_run
 from pipeline.runs.layout import MATRIX, REPORT
 from pipeline.tracking.description import PARAM_CHARS, RunDescription, flatten, note, send_params
+from pipeline.tracking.replaced import AT_ONCE, REPLACED, RESTORED
 from pipeline.tracking.store import first_line, logged_model_name, open_store, store_in_use, tracking_uri
 from pipeline.tracking.tracker import Register, RunFacts, StoredRun, never
 from pipeline.tracking.waiting_metrics import WaitingMetrics
@@ -44,6 +46,8 @@ class MlflowTracker:
         self._open: list[str | None] = []  # ids of the open runs, innermost last
         self._stages: dict[str, str] = {}
         self._models: dict[str, str] = {}
+        # By id of a stage's run: {"label", "model"} of records to be marked as replaced, or no longer to be.
+        self._marks: dict[str, dict[str, dict[str, Any]]] = {REPLACED: {}, RESTORED: {}}
         self._waiting = WaitingMetrics()
         self._stays_finished: Callable[[bool], bool] = never
         self._has_all_numbers = False  # whether an earlier call completed the matrix
@@ -58,6 +62,7 @@ class MlflowTracker:
         if known.get("experiment") == self.experiment_id:
             self._stages = dict(known.get("stages", {}))
             self._models = dict(known.get("models", {}))
+            self._marks = {name: dict(known.get(name) or {}) for name in (REPLACED, RESTORED)}
         else:
             known = {}
         try:
@@ -71,6 +76,7 @@ class MlflowTracker:
         with self._running(run_id):
             with self._tolerant("describing the run"):
                 self._description.write(run_id, state, is_new)
+            self._mark(AT_ONCE)
             yield
 
     @contextmanager
@@ -90,6 +96,7 @@ class MlflowTracker:
                 send_params(self.client, run_id, {"stage": str(index + 1), "task": name, "method": self.facts.method})
         with self._running(run_id):
             yield
+        self._mark(label)
 
     def metrics(self, values: Mapping[str, float | None], step: int) -> None:
         run_id = self._current()
@@ -157,6 +164,9 @@ class MlflowTracker:
         run_id = self._current()
         if run_id is None:
             return
+        if self._marks[REPLACED] and open_attempt(run_path) is None:  # a call was killed before it marked them
+            for label in {entry["label"] for entry in self._marks[REPLACED].values()}:
+                self._mark(label)
         for name in (REPORT, MATRIX):
             self.artifact(run_path / name)
         self.artifact(run_path / "figures", "figures")
@@ -183,7 +193,20 @@ class MlflowTracker:
             "parent": self._parent,
             "stages": dict(self._stages),
             "models": dict(self._models),
+            **{name: dict(waiting) for name, waiting in self._marks.items() if waiting},
         }
+
+    def _mark(self, label: str) -> None:
+        """Tag the records of stages that have been replaced by the one with this label, or were taken back."""
+        for name, waiting in self._marks.items():
+            text = str(name == REPLACED).lower()
+            for run_id in [found for found, entry in waiting.items() if entry["label"] == label]:
+                model = waiting[run_id]["model"]
+                with self._tolerant("marking a stage that was replaced"):
+                    self.client.set_tag(run_id, REPLACED, text)
+                    if model is not None:
+                        self.client.set_logged_model_tags(model, {REPLACED: text})
+                    del waiting[run_id]
 
     def _start(self, run_id: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
         """Continue the run with that id, or create one; returns (run id, whether it is new)."""

@@ -25,7 +25,7 @@ from pipeline.ranks.environment import rank as rank_of
 from pipeline.ranks.outcome import Outcome
 
 VERBS = ["check", "prepare", "run", "train", "evaluate", "predict", "report", "export"]
-VERBS += ["serve", "chat", "ls", "merge", "prune", "new-task", "add", "label"]
+VERBS += ["serve", "chat", "ls", "merge", "prune", "new-task", "add", "undo", "label"]
 
 
 def run(*arguments: str):

@@ -84,6 +84,8 @@ NOT_EXECUTED = {
     "check smolvlm_256m_own": HUB_MODEL,
     "run smolvlm_256m_own": HUB_MODEL,
     "add runs/smolvlm_256m_own-modalprompt-s0 Shelf": HUB_MODEL,
+    "add RUN TASK --again --set train.lr_prompt=3e-3": "tests/e2e/test_again.py trains it and undoes it",
+    "undo RUN": "other commands need the task; see tests/e2e/test_again.py",
     "run real6_nano --set data.root=FOLDER": "six public data sets",
     "run real6_nano_task_lora --set data.root=FOLDER": "six public data sets",
     "run real6_small --set data.root=FOLDER": "six public data sets, and the model of `make small`",

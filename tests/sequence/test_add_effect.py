@@ -143,7 +143,9 @@ def test_a_task_that_is_left_alone_needs_no_word() -> None:
 def test_where_the_set_comes_beside_the_own_one_the_gate_is_named_with_what_it_leaves() -> None:
     said = sentences(effect(inserted=60.0), gate=0.043)
     assert "add runs/mine New --gate 0.043" in said and "at most 1 in 100" in said and "Old 0.4" in said
-    assert "prune" not in said and "prune adapter New" in sentences(effect(60.0, scores=(80.0, 70.0)), gate=0.04)
+    assert "undo" not in said and "pipeline undo runs/mine` takes New back" in sentences(
+        effect(60.0, scores=(80.0, 70.0)), gate=0.04
+    )
 
 
 def test_where_the_set_is_nearer_than_the_own_one_no_gate_is_promised() -> None:
