@@ -82,6 +82,7 @@ def compare(
     require_extras("train", *chosen.recipe.tracking.extras, "report")
     log_to_terminal()
     part = comparing.Share.read(share)
+    failed: Mapping[str, comparing.Failure]
     _keep_password(chosen, overrides or [])
     comparison = comparing.sized(chosen, budget.within_budget)
     folder = out or comparison.folder
@@ -98,7 +99,7 @@ def compare(
     parent = tracked.ComparisonRun.opened(tracking, comparison.recipe.name, folder.resolve().name, folder)
     status = "FAILED"
     try:
-        failed: Mapping[str, comparing.Failure] = {}
+        failed = {}
         if not only_page:
             adopt = (lambda run: parent.adopt(run.recipe.run_path)) if parent is not None else (lambda _: None)
             failed = comparing.run_missing(comparison, folder, jobs, part, adopt)

@@ -14,7 +14,7 @@ from pipeline.runs.folder import read_run
 from pipeline.sequence.verdict import Fault, faults_of
 
 RECIPE = load_recipe("nano", ["train.steps=150", "model.path=some/model"])
-GOOD = {"accuracy": [[90.0, None], [70.0, 80.0]], "majority": [10.0, 20.0], "zero_shot": [30.0, 40.0]}
+GOOD: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 80.0]], "majority": [10.0, 20.0], "zero_shot": [30.0, 40.0]}
 
 
 def faults(folder: Path, train: int = 500, test: int = 200, state: Any = None, **matrix: Any) -> list[Fault]:
@@ -64,12 +64,12 @@ def test_routing_is_named_where_it_costs_much_with_the_task_that_is_taken_instea
 
 
 def test_the_causes_are_those_of_add(tmp_path: Path) -> None:
-    bad = {"accuracy": [[90.0, None], [70.0, 0.0]]}
+    bad: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 0.0]]}
     (few,) = faults(tmp_path / "a", train=46, test=4, **bad)
     assert "46 training samples are few" in few.sentence and "4 test samples say little" in few.sentence
     (short,) = faults(tmp_path / "b", train=4000, **bad)
     assert "raise train.steps" in short.sentence
-    free = {"accuracy": [[90.0, None], [70.0, 60.0]], "zero_shot": None}
+    free: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 60.0]], "zero_shot": None}
     (wrapped,) = faults(tmp_path / "c", format_free=free, **bad)
     assert "60.0 percent are right but for case" in wrapped.sentence
     (unknown,) = faults(tmp_path / "d", state={"data": None}, **bad)
@@ -90,7 +90,7 @@ def score_file(folder: Path, score: float, **made_with: Any) -> None:
 
 def test_the_frozen_model_s_score_may_be_that_of_a_run_beside_it(tmp_path: Path) -> None:
     run, other = tmp_path / "mine", tmp_path / "other" / "eval" / "zero-shot"
-    missing = {"accuracy": [[90.0, None], [70.0, 40.0]], "zero_shot": None}
+    missing: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 40.0]], "zero_shot": None}
     score_file(run / "eval" / "after-02", 40.0, insertion="after_image")
     assert faults(run, **missing) == []
     score_file(other, 50.0, data="another")
