@@ -48,7 +48,7 @@ def _trials(work: Workload, ranks: int) -> Iterator[tuple[dict[str, str | int], 
     most, train = POLICIES[-1], work.train
     again = {} if train.checkpointing in (AUTO, most) else {"train.checkpointing": most}
     divided = {"evaluate.engine": "sharded"} if ranks > 1 and work.evaluate.engine == "replicas" else {}
-    quantised = {}
+    quantised: dict[str, str] = {}
     if work.model.quantization == "none":
         quantised = {"model.quantization": QUANTISED}
         if train.deepspeed != ZERO2:  # ZeRO-3 cannot hold quantised weights, nor divide them for answers
