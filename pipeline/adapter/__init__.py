@@ -8,7 +8,7 @@ take the names in it for modules.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ranks.collector import collector_paused
+from pipeline.ranks.collector import importing
 
 if TYPE_CHECKING:
     from pipeline.adapter.from_run import export as export
@@ -19,6 +19,6 @@ STABLE = {"export": "pipeline.adapter.from_run", "load_adapter": "pipeline.adapt
 
 def __getattr__(name: str) -> Any:
     if name in STABLE:
-        with collector_paused():
+        with importing():
             return getattr(importlib.import_module(STABLE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

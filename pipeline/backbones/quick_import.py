@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.ranks.collector import collector_paused
+from pipeline.ranks.collector import importing
 from pipeline.ranks.environment import ALONE, launched_place
 
 # What the model and processor classes import.
@@ -96,7 +96,7 @@ def import_model_classes() -> None:
             return
         import torch
 
-        with collector_paused(), _one_scan(), deferring(calls=True), _compiler_marks(torch):
+        with importing(), _one_scan(), deferring(calls=True), _compiler_marks(torch):
             for name in NEEDED:
                 importlib.import_module(name)
 

@@ -7,9 +7,10 @@ line lists what it needs at its top: for readers and mypy under TYPE_CHECKING, a
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
-from pipeline.ranks.collector import collector_paused
+from pipeline.ranks.collector import importing
 
 
 class Lazy:
@@ -19,7 +20,9 @@ class Lazy:
         self.module = module
 
     def __getattr__(self, name: str) -> Any:
-        with collector_paused():
+        if self.module in sys.modules:
+            return getattr(importlib.import_module(self.module), name)  # which waits for another thread's import
+        with importing():
             return getattr(importlib.import_module(self.module), name)
 
 

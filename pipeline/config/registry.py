@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pipeline.errors import UserError, nearest
@@ -260,14 +260,19 @@ def _targets(kind: str) -> dict[str, Any]:
         raise UserError(f"There is no kind of extension '{kind}'; expected one of {', '.join(BUILT_IN)}.")
     # The project's own names come first, so that an installed package cannot change the meaning of a recipe.
     own = BUILT_IN[kind]
-    added = {**_entry_points(kind), **_registered.get(kind, {})}
+    added = {**_entry_points()[kind], **_registered.get(kind, {})}
     return own | {name: target for name, target in added.items() if name not in own}
 
 
 @functools.cache
-def _entry_points(kind: str) -> dict[str, str | Contested]:
-    """Targets of installed packages by name; cached, because this reads the metadata of every package."""
+def _entry_points() -> dict[str, dict[str, str | Contested]]:
+    """Targets of installed packages by kind and name; cached, because this reads the metadata of every package."""
+    installed = entry_points()
+    return {kind: _by_name(installed.select(group=f"{GROUP}{kind}")) for kind in BUILT_IN}
+
+
+def _by_name(points: Iterable[EntryPoint]) -> dict[str, str | Contested]:
     found: dict[str, dict[str, str]] = {}  # packages by name and target
-    for point in entry_points(group=f"{GROUP}{kind}"):
+    for point in points:
         found.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "a package"
     return {name: Contested(said) if len(said) > 1 else next(iter(said)) for name, said in found.items()}

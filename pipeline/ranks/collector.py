@@ -20,3 +20,17 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """`collector_paused` for a block that imports modules, whose objects are the oldest generation's afterwards.
+
+    As young objects all of them, a quarter of a million with transformers, would be looked through right after the
+    block. Not where the program itself keeps objects frozen, because they would be thawed.
+    """
+    with collector_paused():
+        yield
+        if not gc.get_freeze_count():
+            gc.freeze()  # all objects become permanent
+            gc.unfreeze()  # and these the oldest generation's

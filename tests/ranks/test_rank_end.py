@@ -1,4 +1,4 @@
-"""A rank ends after its exit handlers and before the interpreter's teardown."""
+"""A process of the command line ends after its exit handlers and before the interpreter's teardown."""
 
 from __future__ import annotations
 
@@ -42,18 +42,21 @@ def ended(last: str, **env: str) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.split("\n")[:-1], done.stderr
 
 
+RANKS = pytest.mark.parametrize("rank", [{"RANK": "1", "WORLD_SIZE": "2"}, {}], ids=["of two", "alone"])
+
+
+@RANKS
 @pytest.mark.parametrize(
     ("last", "code"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1)]
 )
-def test_a_rank_runs_its_exit_handlers_and_keeps_its_exit_code_but_is_not_torn_down(last: str, code: int) -> None:
-    assert ended(last, RANK="1", WORLD_SIZE="2")[:2] == (code, ["handled"])
+def test_it_runs_its_exit_handlers_and_keeps_its_exit_code_but_is_not_torn_down(
+    last: str, code: int, rank: dict[str, str]
+) -> None:
+    assert ended(last, **rank)[:2] == (code, ["handled"])
 
 
-def test_a_rank_that_raises_says_so_and_fails() -> None:
-    code, lines, error = ended("raise ValueError('what went wrong')", RANK="0", WORLD_SIZE="2")
+@RANKS
+def test_one_that_raises_says_so_and_fails(rank: dict[str, str]) -> None:
+    code, lines, error = ended("raise ValueError('what went wrong')", **rank)
     assert (code, lines) == (1, ["handled"])
     assert "what went wrong" in error
-
-
-def test_a_process_alone_ends_as_any_other() -> None:
-    assert ended("pass")[:2] == (0, ["handled", "torn down"])
