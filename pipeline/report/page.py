@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UserError
-from pipeline.metrics.continual import retention_per_task
 from pipeline.report.confusion import confused_pairs, told_rows
 from pipeline.report.figures import course_figure, forgetting_figure, loss_figure, matrix_figure, similarity_figure
 from pipeline.report.headline import tiles
@@ -26,8 +25,7 @@ from pipeline.report.scores import score_rows
 from pipeline.report.settings import all_settings, data_rows, head_facts, main_settings, provenance_facts
 from pipeline.report.tables import comparison_header, comparison_rows, cost_rows, metric_rows, seed_rows
 from pipeline.runs.folder import RunFolder, Scores, read_run
-from pipeline.runs.rows import LAST
-from pipeline.runs.rows import score_rows as rows_of
+from pipeline.runs.rows import matrix_rows
 
 __all__ = ["comparison", "matrix_figure", "terminal_table", "write_report"]
 
@@ -67,7 +65,7 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         "header": comparison_header(run.tasks),
         "comparison": comparison_rows(runs),
         "seeds": seed_rows(runs),
-        "matrix": _matrix_rows(run),
+        "matrix": [(row.label, row.scores, row.kind) for row in matrix_rows(run)],
         "scores": score_rows(run),
         "metric_runs": [other.name for other in runs],
         "metrics": metric_rows(runs),
@@ -175,16 +173,6 @@ def _figures(run: RunFolder, runs: Sequence[RunFolder]) -> dict[str, Any]:
 def _columns(run: RunFolder) -> dict[str, Scores]:
     """Task -> its scores after each stage, None before its own."""
     return {task: [row[place] for row in run.accuracy] for place, task in enumerate(run.tasks)}
-
-
-def _matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
-    """Rows of the heatmap: label, scores, and kind (reference, stage or last)."""
-    rows = [(row.label, row.scores, row.kind) for row in rows_of(run)]
-    if run.last_stage is not None and run.last_stage > 0:
-        seen = run.last_stage + 1
-        kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
-        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], LAST))
-    return rows
 
 
 def _stacked(value: tuple[float, float] | None) -> str:

@@ -90,8 +90,8 @@ def head_facts(run: RunFolder) -> list[Fact]:
         "a stage changes of earlier tasks": run.changes_earlier,
         "seed": config.get("seed"),
         "status": state.get("status"),
-        "model": config.get("model", {}).get("path"),
-        "keys": config.get("keys", {}).get("path"),
+        "model": (config.get("model") or {}).get("path"),
+        "routing keys": (config.get("keys") or {}).get("path"),
         "started": state.get("started"),
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

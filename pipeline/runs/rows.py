@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.metrics.continual import retention_per_task
 from pipeline.runs.folder import RunFolder, Scores
 
 REFERENCE, STAGE, LAST = "reference", "stage", "last"
@@ -16,21 +17,31 @@ class ScoreRow:
     label: str
     scores: Scores
     kind: str
+    task: str = ""  # of the stage
 
 
 def score_rows(run: RunFolder) -> list[ScoreRow]:
     """The rows that have a score: majority answer, zero-shot, one per stage, and the last one told and format-free."""
-    rows: list[tuple[str, Scores | None, str]] = [
-        ("majority answer", run.majority, REFERENCE),
-        ("zero-shot", run.zero_shot, REFERENCE),
-        ("zero-shot, format-free", run.format_free.get("zero_shot"), REFERENCE),
+    rows = [
+        _row("majority answer", run.majority, REFERENCE),
+        _row("zero-shot", run.zero_shot, REFERENCE),
+        _row("zero-shot, format-free", run.format_free.get("zero_shot"), REFERENCE),
+        *(_row(f"after {task}", row, STAGE, task) for task, row in zip(run.tasks, run.accuracy, strict=True)),
+        _row("the same, task told", run.told_scores, LAST),
+        _row("the same, format-free", None if run.last_stage is None else run.format_free_scores, LAST),
     ]
-    rows += [(f"after {task}", row, STAGE) for task, row in zip(run.tasks, run.accuracy, strict=True)]
-    rows.append(("the same, task told", run.told_scores, LAST))
-    if run.last_stage is not None:
-        rows.append(("the same, format-free", run.format_free_scores, LAST))
-    return [ScoreRow(label, scores, kind) for label, scores, kind in rows if scores and _any(scores)]
+    return [row for row in rows if any(score is not None for score in row.scores)]
 
 
-def _any(scores: Scores) -> bool:
-    return any(score is not None for score in scores)
+def matrix_rows(run: RunFolder) -> list[ScoreRow]:
+    """The rows of an accuracy matrix in pages: `score_rows`, and from the second stage on what is retained."""
+    rows = score_rows(run)
+    if run.last_stage:
+        seen = run.last_stage + 1
+        kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
+        rows.append(ScoreRow("retention", [*kept, *[None] * (len(run.tasks) - seen)], LAST))
+    return rows
+
+
+def _row(label: str, scores: Scores | None, kind: str, task: str = "") -> ScoreRow:
+    return ScoreRow(label, scores or [], kind, task)

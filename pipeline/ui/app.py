@@ -19,6 +19,7 @@ from starlette.routing import Route
 from pipeline.errors import PipelineError, for_user
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.layout import REPORT
+from pipeline.runs.rows import matrix_rows
 from pipeline.ui import tables
 from pipeline.ui.answering import Answering
 from pipeline.ui.boxes import frames, unit_of
@@ -140,7 +141,7 @@ class Pages:
             waits=waits,
             tiles=tables.tiles(run),
             facts=tables.facts(run),
-            matrix=tables.matrix_rows(run),
+            matrix=matrix_rows(run),
             confusion=tables.confusion_rows(run.tasks, run.set_names, shares),
             figures={name: text for name, (_, text) in FIGURES.items() if self.site.drawings.svg(name, [run])},
             tracked=tables.tracked(run),

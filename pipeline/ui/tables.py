@@ -8,9 +8,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError
-from pipeline.metrics.continual import retention_per_task
+from pipeline.report.settings import Fact, head_facts
 from pipeline.report.tables import comparison_header, comparison_rows, seed_rows
-from pipeline.runs.folder import RunFolder, Scores
+from pipeline.runs.folder import RunFolder
 from pipeline.tracking.description import flatten
 from pipeline.tracking.store import STORE_VARIABLE, tracking_uri
 
@@ -59,36 +59,11 @@ def tiles(run: RunFolder) -> list[tuple[str, str, float]]:
     ]
 
 
-def matrix_rows(run: RunFolder) -> list[tuple[str, Scores, str]]:
-    """Rows of the accuracy matrix: label, scores, and the task of the stage, "" for what is no stage."""
-    rows: list[tuple[str, Scores | None, str]] = [
-        ("majority answer", run.majority, ""),
-        ("zero-shot", run.zero_shot, ""),
-        *((f"after {task}", row, task) for task, row in zip(run.tasks, run.accuracy, strict=True)),
-    ]
-    if run.last_stage:
-        seen = run.last_stage + 1
-        kept = retention_per_task([row[:seen] for row in run.accuracy[:seen]])
-        rows.append(("retention", [*kept, *[None] * (len(run.tasks) - seen)], ""))
-    rows += [("task told", run.told_scores, ""), ("format-free", run.format_free_scores, "")]
-    return [(label, row, task) for label, row, task in rows if row and any(score is not None for score in row)]
-
-
-def facts(run: RunFolder) -> list[tuple[str, str]]:
-    """What a run was made with, without unknown entries."""
-    config, state = run.config, run.state
-    found = {
-        "recipe": state.get("recipe") or config.get("name"),
-        "method": run.method,
-        "a stage changes of earlier tasks": run.changes_earlier,
-        "seed": config.get("seed"),
-        "model": (config.get("model") or {}).get("path"),
-        "routing keys": (config.get("keys") or {}).get("path"),
-        "prepared data": (config.get("data") or {}).get("prepared"),
-        "started": state.get("started"),
-        "updated": state.get("updated"),
-    }
-    return [(name, str(value)) for name, value in found.items() if value not in (None, "")]
+def facts(run: RunFolder) -> list[Fact]:
+    """What a run was made with, without unknown entries; its status stands above them."""
+    known = [fact for fact in head_facts(run) if fact[0] != "status"]
+    further = {"prepared data": (run.config.get("data") or {}).get("prepared"), "updated": run.state.get("updated")}
+    return [*known, *((name, str(value)) for name, value in further.items() if value)]
 
 
 def tracked(run: RunFolder) -> tuple[str, str]:

@@ -33,6 +33,9 @@ def test_a_run_shows_its_numbers_matrix_curves_and_routing(browser: Browser) -> 
     text = browser.page("/run/small-s3/")
     assert ["after boxes", "60.0", "88.0", "95.0"] in cells(text, "matrix")
     assert ["zero-shot", "1.0", "2.0", "3.0"] in cells(text, "matrix")
+    stages = [f"after {task}" for task in ("colour", "count", "boxes")]
+    assert [row[0] for row in cells(text, "matrix")[1:]] == ["zero-shot", *stages, "retention"], "as in the report"
+    assert "<dt>prepared data</dt>" in text and "<dt>status</dt>" not in text
     assert re.search(r"<dt>last</dt><dd>81\.0</dd>", text)
     # Of the four samples of `boxes` one is routed to `colour`, and the number leads to it.
     assert ["boxes", "25.0", "0.0", "75.0"] in cells(text, "confusion")
