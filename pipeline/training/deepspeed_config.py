@@ -50,7 +50,7 @@ def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int 
     """Return the DeepSpeed configuration of a run: the recipe's DeepSpeed file plus the recipe's own settings.
 
     Args:
-        train: the recipe's training settings; an unresolved `auto` file is ZeRO-3, as on CPUs.
+        train: the recipe's training settings.
         dtype: the model's precision.
         world_size: the number of ranks.
         node: the ranks per node, agreed by all ranks; None: from the environment.
@@ -58,8 +58,7 @@ def deepspeed_config(train: TrainConfig, dtype: str, world_size: int, node: int 
     Raises:
         UserError: the file is missing, is not JSON, or sets a key that belongs to the recipe.
     """
-    file = ZERO3 if train.deepspeed == AUTO else train.deepspeed
-    config = with_node_size(deepspeed_file(file), world_size, node=node)
+    config = with_node_size(_file_of(train), world_size, node=node)
     micro, steps = accumulation(train, world_size)
     return with_recipe(config, micro, steps, train.clip, dtype)
 
@@ -68,7 +67,7 @@ def require_whole_weights(train: TrainConfig, quantization: str) -> None:
     """Raise UserError where the DeepSpeed file is for ZeRO-3 and the model is quantised or compiled."""
     if quantization == "none" and train.compile == "none":
         return
-    config = deepspeed_file(ZERO3 if train.deepspeed == AUTO else train.deepspeed)
+    config = _file_of(train)
     if int((config.get("zero_optimization") or {}).get("stage", 0)) != 3:
         return
     if quantization != "none":
@@ -119,6 +118,11 @@ def _float32_sums(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     if config.get("zero_optimization", {}).get("stage", 0):
         config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     return config
+
+
+def _file_of(train: TrainConfig) -> dict[str, Any]:
+    """The content of the recipe's DeepSpeed file; an unresolved `auto` is ZeRO-3, as on CPUs."""
+    return deepspeed_file(ZERO3 if train.deepspeed == AUTO else train.deepspeed)
 
 
 def deepspeed_file(name: str) -> dict[str, Any]:
