@@ -23,8 +23,9 @@ from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.keys import make_clip
 from pipeline.bench.operations import SHARED, TASKS, step_operations
+from pipeline.bench.optimizer_step import RATE
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
-from pipeline.bench.step import RATE, OurStep
+from pipeline.bench.step import OurStep
 from pipeline.bench.switches import EQUIVALENT, PUBLISHED, SWITCHES, measured
 from pipeline.data.collate import Batch
 from pipeline.files.atomic import write_json

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from pipeline.backbones.lmm import LMM
 from pipeline.bench import measure
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
-from pipeline.bench.step import RATE
+from pipeline.bench.step import LearnerStep
 from pipeline.data.collate import Batch
 from pipeline.data.selection import Selection
 from pipeline.prompts.generation import Modules, generate_once
 from pipeline.prompts.learner import Learner
-from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry
-from pipeline.training.normaliser import Normaliser
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK, ALPHA = 8, 16.0
@@ -27,33 +25,14 @@ TOGETHER = 8  # modules of one sample
 NEW_TOKENS = 12  # of an answer
 
 
-class LowRankStep:
-    """Optimizer steps on one module beside earlier ones, without DeepSpeed."""
+class LowRankStep(LearnerStep):
+    """Steps on one module beside earlier ones."""
 
     def __init__(self, lmm: LMM, bank: dict[str, Tensor]) -> None:
         learner = Learner({"module": LowRank(lmm, TARGETS, RANK, ALPHA)})
-        self.module = LearnerOnLMM(lmm, learner)
-        self.module.to(lmm.model.device)
         for value in learner.trainables().values():
             nn.init.normal_(value, std=0.02)
-        learner.start_stage(bank)
-        self.parameters = list(learner.trainables().values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Do one step and return the loss."""
-        self.optimizer.zero_grad()
-        loss, _ = self.module(batch, Normaliser(*batch.counts()))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return loss.detach()
-
-    @property
-    def held(self) -> dict[str, Any]:
-        """Tensors that live from step to step."""
-        moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "bank": self.module.learner.bank, "moments": moments}
+        super().__init__(lmm, learner, bank)
 
 
 def bench_low_rank(

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.recompute import recomputing
+from pipeline.bench.optimizer_step import OptimizerStep
 from pipeline.bench.sizes import Size
 from pipeline.data.collate import Batch
 from pipeline.prompts.heads import ProjectionHead
@@ -24,10 +25,10 @@ from pipeline.prompts.insertion import insert_prompts
 TEXT_TOKENS = 77
 
 
-class ReferenceStep:
-    """Optimizer steps on the model of `lmm`, whose weights stay unchanged; task `len(bank) + 1` is learned."""
+class ReferenceStep(OptimizerStep):
+    """Steps on the model of `lmm`, whose weights stay unchanged; task `len(bank) + 1` is learned."""
 
-    def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, towers: Towers, rate: float) -> None:
+    def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, towers: Towers) -> None:
         self.lmm, self.size, self.towers = lmm, size, towers
         tasks, (length, width) = len(bank) + 1, prompt.shape
         words = lmm.model.get_input_embeddings().weight.detach()
@@ -41,19 +42,13 @@ class ReferenceStep:
         make = partial(ProjectionHead, width, size.key_width, dtype=words.dtype)
         self.heads = nn.ModuleList([make() for _ in range(tasks)]).to(words.device)
         self.heads[:-1].requires_grad_(False)
-        self.parameters = [self.table.weight, *self.heads[-1].parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        super().__init__([self.table.weight, *self.heads[-1].parameters()])
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Do one step and return the loss terms [3]."""
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # the reset, on the whole table
             self.table.weight.copy_(self.origin * (1 - self.mask) + self.table.weight * self.mask)
-        self.optimizer.zero_grad()
         terms = self.terms(batch)
-        terms.sum().backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return terms.detach()
+        return terms.sum(), terms
 
     def terms(self, batch: Batch) -> Tensor:
         """The loss terms [3]; an image with several questions is repeated for each."""
@@ -84,9 +79,8 @@ class ReferenceStep:
 
     @property
     def held(self) -> dict[str, Any]:
-        """Tensors that persist between steps."""
-        moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "heads": list(self.heads.parameters()), "origin": self.origin, "m": moments}
+        """Tensors that live from step to step."""
+        return {**super().held, "heads": list(self.heads.parameters()), "origin": self.origin}
 
 
 class Towers:

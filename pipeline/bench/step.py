@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.backbones.lmm import DTYPES, LMM
 from pipeline.backbones.prompt_schedule import LayerSchedule, replaced
 from pipeline.bench import measure
 from pipeline.bench.measure import Measured
 from pipeline.bench.operations import PARTS, SHARED, TASKS, VARIANTS, step_operations
+from pipeline.bench.optimizer_step import OptimizerStep
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, Size, every_image, make_batch, make_lmm
 from pipeline.data.collate import Batch
@@ -27,56 +28,51 @@ from pipeline.prompts.parts.deep_rows import DeepRows
 from pipeline.prompts.parts.prefix import PrefixRows
 from pipeline.training.normaliser import Normaliser
 
-RATE = 2e-4
 
+class LearnerStep(OptimizerStep):
+    """Steps of `LearnerOnLMM` on a learner beside the modules of earlier tasks, the `bank`; returns the loss terms."""
 
-class OurStep:
-    """Optimizer steps of `LearnerOnLMM` without DeepSpeed, so that only the arithmetic is compared."""
-
-    def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, insertion: str) -> None:
-        self.module = LearnerOnLMM(lmm, prompt_learner(lmm, size.prompt_length, size.key_width, insertion))
+    def __init__(self, lmm: LMM, learner: Learner, bank: Mapping[str, Tensor]) -> None:
+        self.module = LearnerOnLMM(lmm, learner)
         self.module.to(lmm.model.device)
-        self.module.learner["module"].prompt.data.copy_(prompt)
-        self.module.learner.start_stage({"prompt": bank})
-        self.parameters = list(self.module.learner.trainables().values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+        learner.start_stage(bank)
+        super().__init__(learner.trainables().values())
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Do one step and return the loss terms [3]."""
-        self.optimizer.zero_grad()
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         loss, terms = self.module(batch, Normaliser(*batch.counts()))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return torch.stack([*terms.values()])
+        return loss, torch.stack([*terms.values()])
 
     @property
     def held(self) -> dict[str, Any]:
         """Tensors that live from step to step."""
-        moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "bank": list(self.module.learner.bank.values()), "moments": moments}
+        return {**super().held, "bank": list(self.module.learner.bank.values())}
 
 
-class PartStep(OurStep):
+class OurStep(LearnerStep):
+    """The step of this project's method: a prompt and its head, beside the sets of earlier tasks."""
+
+    def __init__(self, lmm: LMM, size: Size, bank: Tensor, prompt: Tensor, insertion: str) -> None:
+        learner = prompt_learner(lmm, size.prompt_length, size.key_width, insertion)
+        learner["module"].prompt.data.copy_(prompt)
+        super().__init__(lmm, learner, {"prompt": bank})
+
+
+class PartStep(LearnerStep):
     """The same of another part in every layer, with random modules [T - 1, ...] of earlier tasks; without a head."""
 
     def __init__(self, lmm: LMM, size: Size, name: str) -> None:
         length = size.prompt_length
         rows = LayerSchedule(tuple(replaced(length, size.layers)))
         part: Part = DeepRows(lmm, rows) if name == "deep" else PrefixRows(lmm, length)
-        self.module = LearnerOnLMM(lmm, Learner({"module": part}))
-        self.module.to(lmm.model.device)
         generator, bank = torch.Generator().manual_seed(1), {}
         for key, value in part.trainables().items():
             made = torch.randn(TASKS, *value.shape, generator=generator) * 0.02
             value.data.copy_(made[-1])
             bank[key] = made[:-1]
-        self.module.learner.start_stage(bank)
-        self.parameters = list(self.module.learner.trainables().values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+        super().__init__(lmm, Learner({"module": part}), bank)
 
 
-class PeftStep:
+class PeftStep(OptimizerStep):
     """Hugging Face PEFT's prompt tuning, unmodified, with the same number of soft tokens before the input."""
 
     def __init__(self, lmm: LMM, size: Size) -> None:
@@ -86,28 +82,16 @@ class PeftStep:
             raise UserError("The variant peft needs the package peft; install requirements-dev.txt.") from None
         settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=size.k * size.prompt_length)
         self.model = get_peft_model(lmm.model, settings)
-        self.parameters = [value for value in self.model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+        super().__init__(value for value in self.model.parameters() if value.requires_grad)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Do one step and return the loss."""
-        self.optimizer.zero_grad()
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = self.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention,
             labels=batch.labels,
             pixel_values=batch.images["pixel_values"],
         ).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return loss.detach()
-
-    @property
-    def held(self) -> dict[str, Any]:
-        """Tensors that live from step to step."""
-        moments = [list(state.values()) for state in self.optimizer.state.values()]
-        return {"trained": self.parameters, "moments": moments}
+        return loss, loss
 
 
 def bench_step(
@@ -142,7 +126,7 @@ def bench_step(
     for name in variants:
         if name == "reference":
             assert towers is not None
-            steps[name] = ReferenceStep(lmm, size, bank, prompt, towers, RATE), single
+            steps[name] = ReferenceStep(lmm, size, bank, prompt, towers), single
         elif name == "peft":
             steps[name] = PeftStep(lmm, size), single
         elif name in PARTS:

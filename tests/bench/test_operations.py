@@ -14,7 +14,7 @@ from pipeline.bench import measure
 from pipeline.bench.operations import SHARED, TASKS, VARIANTS, bench_operations, step_operations
 from pipeline.bench.reference import ReferenceStep, Towers
 from pipeline.bench.sizes import SIZES, every_image, make_batch, make_lmm
-from pipeline.bench.step import RATE, OurStep, PeftStep, with_kept_features
+from pipeline.bench.step import OurStep, PeftStep, with_kept_features
 from pipeline.data.collate import Batch
 
 SAMPLES = 5  # not a multiple of the questions per image
@@ -29,7 +29,7 @@ def test_the_closed_form_is_what_is_counted(variant: str) -> None:
     step: Callable[[Batch], Any]
     if variant == "reference":
         step, batch = (
-            ReferenceStep(lmm, size, sets[:-1], sets[-1], Towers(size, "cpu", DTYPES["float32"]), RATE),
+            ReferenceStep(lmm, size, sets[:-1], sets[-1], Towers(size, "cpu", DTYPES["float32"])),
             every_image(batch),
         )
     elif variant == "peft":
