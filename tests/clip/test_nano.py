@@ -11,7 +11,7 @@ from data_prep.benchmark import prepare_benchmark
 from pipeline.clip.benchmark.run import run_benchmark
 from pipeline.clip.recipe import load_benchmark
 from pipeline.errors import EXIT_OK
-from tests.clip.test_run import program
+from tests.processes import program
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from pipeline.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USER, UserError
 from pipeline.files.atomic import sha256
 from tests.clip.people import CLASSES, asked, fill_in, recipe_fields, save_photos, write
 from tests.clip.project import make_project, said, save_model
+from tests.processes import RANK_VARIABLES, program
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def recipe_at(folder: Path, photos: Path, name: str = "photos", **changes: Any) 
 
 def run(recipe: Path) -> Any:
     """`run` as a process of its own does it: without the place of an earlier call among its ranks."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     done = CliRunner().invoke(app, ["run", str(recipe)])
     assert "Traceback" not in done.output
@@ -144,26 +143,18 @@ def test_two_ranks_ask_once_end_with_75_and_learn_what_one_learns(folder: Path) 
     at = folder / "runs" / "two"
     for number in (1, 2):
         assert run(alone).exit_code == EXIT_RESUMABLE
-        done = launched(two)
+        done = program(folder, "run", str(two))
         assert done.returncode == EXIT_RESUMABLE, done.stdout + done.stderr
         assert (done.stdout + done.stderr).count(f"Round {number} of 2 of coop-photos-s1 waits for") == 1
         assert [row["image"] for row in asked(at)] == [row["image"] for row in asked(at_one)]
         fill_in(at, truth)
         fill_in(at_one, truth)
     assert run(alone).exit_code == EXIT_OK
-    assert launched(two).returncode == EXIT_OK
+    assert program(folder, "run", str(two)).returncode == EXIT_OK
     learned = [load_file(place / "units/coop-photos-s1/prompts.safetensors") for place in (at, at_one)]
     assert learned[0].keys() == learned[1].keys()
     for name, value in learned[0].items():
         torch.testing.assert_close(value, learned[1][name], rtol=1e-4, atol=1e-6)
-
-
-def launched(recipe: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m pipeline run`, which starts the ranks that the recipe asks for."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    command = [sys.executable, "-m", "pipeline", "run", str(recipe)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

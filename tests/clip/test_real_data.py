@@ -16,6 +16,7 @@ from pipeline.clip.recipe import ClipRecipe, load_benchmark
 from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK
 from tests.clip import base2new
+from tests.processes import program
 
 CHECKPOINT = PROJECT / "data_prep/nano/checkpoints/clip"
 
@@ -52,8 +53,6 @@ def test_shots_classes_steps_and_rates(
 
 @pytest.mark.slow
 def test_the_embedded_model_goes_through_the_protocol(benchmark: ClipRecipe, pytestconfig: pytest.Config) -> None:
-    from tests.clip.test_run import program
-
     folder = Path(benchmark.run_dir).parent
     quick = ["train.epochs=2", "methods=[zero_shot,mpl]", "seeds=[1]", "train.processes=1", "tracking.enabled=false"]
     places = [f"data.{field}={getattr(benchmark.data, field)}" for field in ("root", "prepared")]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +17,16 @@ from pipeline.cli.commands import app
 from pipeline.clip.benchmark.checkpoint import classifier_from, load_prompts
 from pipeline.clip.learning.protocol import epoch_rates
 from pipeline.clip.towers.backbone import load_backbone
-from pipeline.config.paths import PROJECT
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.report.listing import list_runs
 from tests.clip.project import NAMES, SEEDS, SHOTS, fields, make_project, recipe_file, said, save_model
 from tests.clip.tiny import images
+from tests.processes import program
 from tests.report.test_report import Page
 
 EPOCHS, BATCH = 2, 4
 COOP = {"name": "coop", "options": {"length": 2}, "train": {"augment": "none"}}
 MPL = {"name": "mpl", "options": {"depth": 3}, "average": {"mean": 2}}
-
-
-def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as training needs it."""
-    env = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")
