@@ -53,9 +53,8 @@ in_job() {
         page) command+=(--only-page) ;;
         *) fail "--step is '$step'; expected runs or page." ;;
     esac
-    # srun does not inherit --cpus-per-task from the job (since Slurm 22.05).
-    set -- srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --export=ALL --input=none \
-        "${srun_options[@]}" "${python[@]}" -m pipeline "${command[@]}"
+    choose_one_task
+    set -- "${one_task[@]}" pipeline "${command[@]}"
     if [ "$dry_run" = 1 ]; then
         print_or_run "$@"
         return
@@ -90,12 +89,4 @@ while [ $# -gt 0 ]; do
 done
 [ "${#arguments[@]}" -gt 0 ] || fail "expected a recipe; see $script --help."
 
-load_site
-choose_python
-if [ -n "$step" ]; then
-    in_job
-else
-    [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "there is no sbatch here; without Slurm one process" \
-        "does it all: python -m pipeline compare."
-    submit_all
-fi
+step_or_submit "$step" compare

@@ -57,9 +57,8 @@ in_job() {
         together) command=(pipeline prepare "${arguments[@]}") ;;
         *) fail "--step is '$step'; expected shards, join, keys or together." ;;
     esac
-    # srun does not inherit --cpus-per-task from the job (since Slurm 22.05).
-    print_or_run srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --export=ALL \
-        --input=none "${srun_options[@]}" "${python[@]}" -m "${command[@]}"
+    choose_one_task
+    print_or_run "${one_task[@]}" "${command[@]}"
 }
 
 tasks=10 step='' arguments=()
@@ -85,12 +84,4 @@ done
 [ "${#arguments[@]}" -gt 0 ] || fail "expected a recipe; see $script --help."
 [[ $tasks =~ ^[1-9][0-9]*$ ]] || fail "--tasks is '$tasks'; expected a number from 1."
 
-load_site
-choose_python
-if [ -n "$step" ]; then
-    in_job
-else
-    [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "there is no sbatch here; without Slurm one process" \
-        "does it all: python -m pipeline prepare."
-    submit_all
-fi
+step_or_submit "$step" prepare

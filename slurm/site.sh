@@ -152,3 +152,25 @@ submit_step() {
         echo "$what: job $job"
     fi
 }
+
+# Ends a script that is an array of jobs: in a job, which has a step, by its `in_job`, else by its `submit_all`.
+#   step_or_submit STEP VERB
+# VERB is the one of `python -m pipeline` that does the same in one process.
+step_or_submit() {
+    load_site
+    choose_python
+    if [ -n "$1" ]; then
+        in_job
+        return
+    fi
+    [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "there is no sbatch here; without Slurm one process" \
+        "does it all: python -m pipeline $2."
+    submit_all
+}
+
+# Sets `one_task`, the start of a command for the one process of a step: a module of Python and its arguments follow.
+choose_one_task() {
+    # srun does not inherit --cpus-per-task from the job (since Slurm 22.05).
+    one_task=(srun --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --export=ALL --input=none
+        "${srun_options[@]}" "${python[@]}" -m)
+}
