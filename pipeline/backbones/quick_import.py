@@ -135,7 +135,9 @@ def _one_scan() -> Iterator[None]:
 def deferring(calls: bool = False) -> Iterator[None]:
     """While the block runs, modules of transformers that import one of DEFERRED get `Deferred` objects.
 
-    With `calls`, for module code, what such an object would return is put off too.
+    With `calls`, for module code, what such an object would return is put off too. It takes the place of
+    `builtins.__import__`, because neither a finder on `sys.meta_path` nor an entry in `sys.modules` knows who imports:
+    torch's own modules and those of other threads would be given stand-ins too, and keep them.
     """
     global _importing
     plain = builtins.__import__
