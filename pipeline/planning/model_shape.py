@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.backbones.attentions import takes_lengths
-from pipeline.backbones.lmm import DTYPES, linears_of, projector_input
+from pipeline.backbones.image_layer import projector_input
+from pipeline.backbones.lmm import DTYPES, linears_of
 from pipeline.backbones.lmm_families import family_of
 from pipeline.backbones.lmm_processor import source_of
 from pipeline.backbones.quantised import quantised_bytes

@@ -14,15 +14,9 @@ from pipeline.config.low_rank import LowRankOptions
 from pipeline.data.selection import Selection
 from pipeline.prompts.parts.base import Entry, require_alone, shape_of
 from pipeline.prompts.parts.dropout import Dropout
-from pipeline.prompts.parts.low_rank import (
-    LinearUpdates,
-    LowRankEntry,
-    added_to_outputs,
-    linear_layers,
-    updated_linears,
-)
+from pipeline.prompts.parts.low_rank import LinearUpdates, LowRankEntry, added_to_outputs
 from pipeline.prompts.parts.mixture import Mixture
-from pipeline.prompts.parts.targets import sides
+from pipeline.prompts.parts.targets import linear_layers, sides, updated_linears
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM

@@ -15,18 +15,9 @@ from pipeline.config.low_rank import LowRankOptions
 from pipeline.data.selection import Selection
 from pipeline.prompts.parts.base import Entry, require_alone, shape_of
 from pipeline.prompts.parts.dropout import Dropout
-from pipeline.prompts.parts.low_rank import (
-    A,
-    B,
-    LinearUpdates,
-    LowRankEntry,
-    added_to_outputs,
-    inputs_read,
-    linear_layers,
-    updated_linears,
-)
+from pipeline.prompts.parts.low_rank import A, B, LinearUpdates, LowRankEntry, added_to_outputs
 from pipeline.prompts.parts.mixture import Mixture, weighted_sum
-from pipeline.prompts.parts.targets import sides
+from pipeline.prompts.parts.targets import inputs_read, linear_layers, sides, updated_linears
 
 if TYPE_CHECKING:
     from pipeline.backbones.lmm import LMM

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from pipeline.backbones.lmm import ImageLayer
+from pipeline.backbones.image_layer import ImageLayer
 from pipeline.config.low_rank import BEFORE_DECODER, IMAGE_LAYER, INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import Selection
-from pipeline.errors import UserError
 from pipeline.prompts.parts.base import Entry, Part, shape_of
 from pipeline.prompts.parts.dropout import Dropout
 from pipeline.prompts.parts.mixture import Mixture, are_words
-from pipeline.prompts.parts.targets import Layer, ending_in, sides
+from pipeline.prompts.parts.targets import Layer, inputs_read, output_updated, sides, updated_layers, updated_linears
 
 if TYPE_CHECKING:
     from pipeline.backbones.decoding import Attached
     from pipeline.backbones.lmm import LMM
-    from pipeline.prompts.parts.shapes import DecoderShape, LinearShape
+    from pipeline.prompts.parts.shapes import DecoderShape
 
 PREFIX = "low_rank."
 A, B = ".a", ".b"
@@ -231,60 +230,6 @@ class LowRank(LinearUpdates):
         if self._made is None or self._made[0] is not bank or self._made[1] is not selection:
             self._made = bank, selection, self.earlier.updates(list(self.layers), bank, selection) if bank else []
         return self._made[2]
-
-
-def updated_linears(targets: Sequence[str], shape: DecoderShape, inputs: bool = False) -> list[LinearShape]:
-    """The layers that get an update; UserError for a target that names none.
-
-    Without `inputs` the input embeddings and the image projector are none of them, and naming them is an error too.
-    """
-    linears = {linear.name: linear for linear in shape.linears}
-    known = {**linears, INPUT_LAYER: shape.words, IMAGE_LAYER: shape.images}
-    found = [known[name] for name in ending_in(targets, linears, inputs)]
-    require_image_inputs({one.name: one.inputs for one in found})
-    return found
-
-
-def inputs_read(options: LowRankOptions, shape: DecoderShape) -> int:
-    """Elements per token of what the updates read, which gradients need.
-
-    Layers that read the same keep it once; with dropout each layer keeps its own, which differ. Without the output
-    layer's, which are of the answers' tokens alone, and small beside its scores. Of the input embeddings' update, which
-    reads token ids, A's column of the word is kept.
-    """
-    layers = updated_linears(options.targets, shape, inputs=True)
-    columns = options.rank * any(one.is_words for one in layers)
-    linears = [one for one in layers if not (one.is_output or one.is_words)]
-    own = [one.inputs for one in linears] if options.dropout else dict(one.reads for one in linears).values()
-    return columns + sum(own)
-
-
-def output_updated(targets: Sequence[str], shape: DecoderShape) -> bool:
-    """Whether the output layer is among the layers that get an update."""
-    return any(linear.is_output for linear in updated_linears(targets, shape, inputs=True))
-
-
-def linear_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers of a model whose names end in a target; UserError for a target that no name ends in."""
-    layers = lmm.linears
-    return {name: layers[name] for name in ending_in(targets, layers)}
-
-
-def updated_layers(lmm: LMM, targets: Sequence[str]) -> dict[str, Layer]:
-    """As `linear_layers`, with the input embeddings and the image projector where a target names them."""
-    layers: dict[str, Layer] = {**lmm.linears, INPUT_LAYER: lmm.input_embeddings, IMAGE_LAYER: lmm.image_layer}
-    found = {name: layers[name] for name in ending_in(targets, lmm.linears, inputs=True)}
-    require_image_inputs({name: sides(layer)[0] for name, layer in found.items()})
-    return found
-
-
-def require_image_inputs(widths: Mapping[str, int]) -> None:
-    """Raise UserError where the image projector is among the layers and does not read one feature per image token."""
-    if widths.get(IMAGE_LAYER) == 0:
-        raise UserError(
-            f"method.targets: this model's projector reads several features for an image token, so '{IMAGE_LAYER}' has "
-            "no inputs of the tokens' own; expected the decoder's layers, or a model such as LLaVA-1.5."
-        )
 
 
 @contextlib.contextmanager

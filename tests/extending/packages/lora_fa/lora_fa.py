@@ -15,8 +15,9 @@ from pipeline.data.selection import Selection
 from pipeline.methods.task_lora import TaskLora
 from pipeline.prompts.parts.base import SHARED, Part, require_alone, shape_of
 from pipeline.prompts.parts.dropout import Dropout
-from pipeline.prompts.parts.low_rank import LowRankEntry, added_to_outputs, linear_layers, updated_linears
+from pipeline.prompts.parts.low_rank import LowRankEntry, added_to_outputs
 from pipeline.prompts.parts.mixture import Mixture
+from pipeline.prompts.parts.targets import linear_layers, updated_linears
 
 # How names begin in files, before the name of a layer: of a task's B [outputs, r] and of the common A [r, inputs].
 B, A = "lora_fa.", SHARED + "lora_fa."
