@@ -56,6 +56,7 @@ class Case:
     samples: int
     tokens: int  # of a call, padding not counted
     held: Callable[[], dict[str, Any]] = dict
+    held_switched: Callable[[], dict[str, Any]] | None = None  # where the switch holds other tensors
     note: Callable[[], dict[str, Any]] = dict  # more to tell of it, after its calls
 
 
@@ -91,8 +92,9 @@ def measured(name: str, lmm: LMM, size: Size, samples: int, rounds: int, device:
     began = time.perf_counter()
     case.switched()
     first = time.perf_counter() - began
-    calls = {"plain": case.plain, "switched": case.switched}
-    both = measure.compare({key: (call, case.samples, case.held) for key, call in calls.items()}, rounds, device)
+    held = case.held_switched or case.held
+    calls = {"plain": (case.plain, case.samples, case.held), "switched": (case.switched, case.samples, held)}
+    both = measure.compare(calls, rounds, device)
     ratios = measure.ratio(both["plain"], both["switched"])
     return {
         "plain_s": round(both["plain"].seconds, 4),
@@ -138,11 +140,13 @@ def _batch(size: Size, samples: int, device: str) -> Batch:
 
 
 def _pair(lmm: LMM, plain: OurStep, switched: OurStep, batch: Batch, size: Size) -> Case:
-    def held() -> dict[str, Any]:
-        return {"frozen": [*lmm.parameters(), *lmm.buffers()], "plain": plain.held, "switched": switched.held}
+    """Two steps, each of a frozen model of its own or both of `lmm`."""
 
-    samples, tokens = len(batch.ids), _tokens(batch, size)
-    return Case(partial(plain, batch), partial(switched, batch), samples, tokens, held)
+    def held(model: LMM) -> dict[str, Any]:
+        return {"frozen": [*model.parameters(), *model.buffers()], "plain": plain.held, "switched": switched.held}
+
+    samples, tokens, calls = len(batch.ids), _tokens(batch, size), (partial(plain, batch), partial(switched, batch))
+    return Case(*calls, samples, tokens, partial(held, lmm), partial(held, switched.module.lmm))
 
 
 def _compiled(lmm: LMM, size: Size, samples: int, device: str, tower: bool = False) -> Case | str:
@@ -187,7 +191,7 @@ def _flash(lmm: LMM, size: Size, samples: int, device: str, packed: bool = False
 
     calls = (partial(call, case.plain, FLASH if packed else "sdpa"), partial(call, case.switched, FLASH))
     note = (lambda: {"fill": switched.module.fill}) if packed else dict
-    return Case(*calls, case.samples, case.tokens, case.held, note)
+    return replace(case, plain=calls[0], switched=calls[1], note=note)
 
 
 @contextlib.contextmanager
