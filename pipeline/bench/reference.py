@@ -42,7 +42,7 @@ class ReferenceStep(OptimizerStep):
         make = partial(ProjectionHead, width, size.key_width, dtype=words.dtype)
         self.heads = nn.ModuleList([make() for _ in range(tasks)]).to(words.device)
         self.heads[:-1].requires_grad_(False)
-        super().__init__([self.table.weight, *self.heads[-1].parameters()])
+        super().__init__([*self.table.parameters(), *self.heads[-1].parameters()])
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # the reset, on the whole table

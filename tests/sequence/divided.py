@@ -35,7 +35,7 @@ from pipeline.sequence.test_set import TestSet
 from pipeline.training.operations import OperationCount
 from tests.backbones.test_deep_families import CHOSEN, entered
 from tests.backbones.test_families import NEW, SAMPLES
-from tests.backbones.test_low_rank_families import ALPHA, RANK, TARGETS
+from tests.backbones.test_low_rank_families import ALPHA, RANK, targets_of
 from tests.training.worlds import make_samples
 
 BATCH = 4
@@ -53,7 +53,7 @@ def modules(lmm: LMM) -> Iterator[tuple[str, Entry, dict[str, Tensor], bool]]:
     for name in ("grown", "prefix"):
         entry, _, tensors = entered(lmm, name)
         yield name, entry, tensors, False
-    shapes = {name: value.shape for name, value in LowRank(lmm, TARGETS, RANK, ALPHA).trainables().items()}
+    shapes = {name: value.shape for name, value in LowRank(lmm, targets_of(lmm), RANK, ALPHA).trainables().items()}
     low = {name: torch.randn(3, *shape, generator=generator) * 0.5 for name, shape in shapes.items()}
     yield "low rank", LowRankEntry(ALPHA / RANK), low, False
 

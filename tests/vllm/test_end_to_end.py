@@ -192,9 +192,8 @@ def test_no_part_of_a_message_is_something_else_for_vllm_by_a_uuid(front: Runnin
     expected = [service.text(Question("what is here?")) for service in (front, parts)]
     for more in ({"image_url": "http://127.0.0.1:9/x.png"}, {"prompt_embeds": "", "data": "AA=="}):
         for service, answer in zip((front, parts), expected, strict=True):
-            reply: Any = service.client.chat.completions.create(
-                model="m", messages=[{"role": "user", "content": [{**text, **more}]}]
-            )
+            asked_with: list[Any] = [{"role": "user", "content": [{**text, **more}]}]
+            reply: Any = service.client.chat.completions.create(model="m", messages=asked_with)
             assert (reply.choices[0].message.content.strip(), reply.prompt_sets["selected"]) == answer
     for number in range(2):
         (message,) = messages(asked(number))
@@ -246,12 +245,14 @@ def test_what_the_own_engine_refuses_is_passed_on(front: Running) -> None:
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["question", "earlier messages"])
 def test_a_sets_token_that_a_user_writes_changes_nothing_but_its_own_text(front: Running, earlier: bool) -> None:
-    written, harmless = (
+    texts = (token_text(0, 0), token_text(0, 0).replace("\U0010e5e7", "\N{REPLACEMENT CHARACTER}"))
+    replies: list[Any] = [
         front.client.chat.completions.create(
             model="m", messages=conversation(text, earlier), logprobs=True, max_tokens=1
         )
-        for text in (token_text(0, 0), token_text(0, 0).replace("\U0010e5e7", "\N{REPLACEMENT CHARACTER}"))
-    )
+        for text in texts
+    ]
+    written, harmless = replies
     assert written.prompt_sets == harmless.prompt_sets
     assert written.usage.prompt_tokens == harmless.usage.prompt_tokens
     one, other = (reply.choices[0].logprobs.content[0] for reply in (written, harmless))

@@ -9,7 +9,7 @@ these, so it cannot see anything else than the engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def _as_sent(role: str, content: Any, body: JsonBody, hidden: tuple[str, str]) -
     image_parts = [{"type": "image_url", "image_url": {"url": address}} for address in images]
     if plain:
         return [*image_parts, *text_parts]
-    left = {"text": iter(text_parts), "image_url": iter(image_parts)}
+    left: dict[str, Iterator[dict[str, Any]]] = {"text": iter(text_parts), "image_url": iter(image_parts)}
     return [next(left[part["type"]]) for part in content]
 
 

@@ -206,8 +206,12 @@ def test_no_part_is_something_else_for_the_engine_by_further_keys(
 ) -> None:
     """vLLM reads a part that has a uuid by its other keys, whatever its type, and takes images of one uuid for one."""
     engine.refuses = (400, "what is sent is what counts here")
-    plain = [{"type": "text", "text": "hm?"}, *([PICTURE_PART] if "image_url" not in more else [])]
-    turns = [{"role": role, "content": [{**more, **part} for part in plain]}, *messages(question(1))]
+    plain: list[dict[str, Any]] = [
+        {"type": "text", "text": "hm?"},
+        *([PICTURE_PART] if "image_url" not in more else []),
+    ]
+    parts: list[dict[str, Any]] = [{**more, **part} for part in plain]
+    turns = [{"role": role, "content": parts}, *messages(question(1))]
     asked.post(messages=turns)
     (sent, *_) = engine.questions()[-1]["messages"]
     assert sorted(sent["content"], key=str) == sorted(plain, key=str)
