@@ -20,7 +20,6 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files.atomic import remove_folder, sync_folder, write_json
 from pipeline.files.paths import command
-from pipeline.runs.finished import finish_replacement
 from pipeline.runs.layout import (
     ATTEMPT,
     COMPLETE,
@@ -33,6 +32,7 @@ from pipeline.runs.layout import (
     stage_folder,
     unfinished_folder,
 )
+from pipeline.runs.replacement import finish_replacement
 
 STAGE = "stage"  # in a folder of `replaced`: the stage
 NUMBER, SETTINGS = "attempt", "settings"  # in meta.json of the stage that a further attempt made

@@ -65,13 +65,6 @@ def finish_folder(
     return final
 
 
-def finish_replacement(work: Path, final: Path) -> None:
-    """Rename a complete folder to `final` where `finish_folder` was killed after it had removed the former one."""
-    if not final.exists() and (work / COMPLETE).is_file():
-        work.rename(final)
-        sync_folder(final.parent)
-
-
 def read_finished(folder: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and meta.json of a finished folder; None for an unfinished one, UserError ending in `fix` if damaged."""
     if not (folder / COMPLETE).is_file():

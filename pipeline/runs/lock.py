@@ -8,39 +8,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.base import FileRecipe
 from pipeline.errors import Interrupted, UserError
 from pipeline.files.atomic import sweep_temporaries
 from pipeline.files.lock import POLL_S, FileLock
 from pipeline.ranks.shutdown import StopFlag
-from pipeline.ranks.world import World, on_main
-from pipeline.runs.claim import claim_run, unbegun
-from pipeline.runs.layout import CONFIG, LOCK
+from pipeline.runs.layout import LOCK
 
 log = logging.getLogger(__name__)
 WAIT_S = 20.0  # for a process on this machine that is about to end
 # For a process on another machine, which may have failed: a file server keeps the locks of an unresponsive client for
 # the client's lease (NFS: 90 s) or until it evicts the client (Lustre: 100 s and more).
 WAIT_ELSEWHERE_S = 300.0
-
-
-@contextlib.contextmanager
-def claimed(recipe: FileRecipe, world: World, stop: StopFlag | None = None) -> Iterator[Path]:
-    """Yield the run folder of a recipe (see `claim_run`) and hold its lock while the block runs.
-
-    Raises the errors of `locked` and `claim_run` on all ranks.
-    """
-    with contextlib.ExitStack() as held:
-
-        def claim() -> Path:
-            run = claim_run(recipe)
-            held.enter_context(locked(run, stop))
-            claim_run(recipe)  # again, because another process may have written to the folder before the lock was taken
-            if unbegun(run):
-                recipe.dump_yaml(run / CONFIG)
-            return run
-
-        yield on_main(world, claim)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pipeline.errors import Interrupted
 from pipeline.ranks.shutdown import StopFlag, stop_on_signals
 from pipeline.ranks.watchdog import Watchdog, collective_timeout
 from pipeline.ranks.world import World, agree, barrier, init_world
-from pipeline.runs.lock import claimed
+from pipeline.runs.claimed import claimed
 
 
 @dataclass(frozen=True)

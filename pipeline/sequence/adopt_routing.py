@@ -17,8 +17,8 @@ from pipeline.methods import Stage, make_method
 from pipeline.prompts.heads import prototype_of
 from pipeline.prompts.routing import Routing
 from pipeline.prompts.stage_files import HEAD, StageCheckpoint, is_state, save_stage, stage_tensors, start_stage_folder
-from pipeline.runs.finished import finish_replacement
 from pipeline.runs.layout import CONFIG, METRICS, REPLACING_ROUTING, stage_folder, unfinished_folder
+from pipeline.runs.replacement import finish_replacement
 from pipeline.sequence.opened import OpenRun
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from pipeline.ranks.shutdown import StopFlag
 from pipeline.ranks.world import World, on_main
 from pipeline.runs import lock as run_lock
 from pipeline.runs.claim import claim_run
+from pipeline.runs.claimed import claimed
 from pipeline.runs.layout import CONFIG, LOCK
-from pipeline.runs.lock import claimed, locked
+from pipeline.runs.lock import locked
 from tests.processes import PROJECT
 
 HOLDER = """
