@@ -13,7 +13,7 @@ from pipeline.adapter.answer import Chosen
 from pipeline.adapter.source import Source
 from pipeline.backbones.clip import KeyEncoder
 from pipeline.backbones.key_encoders import key_encoder
-from pipeline.config.method import Unfamiliar
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.data.keys import Keys
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError

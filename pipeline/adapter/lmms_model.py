@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.load import load_adapter
-from pipeline.config.method import UNFAMILIAR
+from pipeline.config.unfamiliar import UNFAMILIAR
 from pipeline.errors import UserError, nearest
 
 OPTIONS = ("adapter", "frozen", "clip", "task", "unfamiliar")

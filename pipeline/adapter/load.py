@@ -13,8 +13,8 @@ from pipeline.adapter.source import Source
 from pipeline.backbones.base_model import base_fingerprint
 from pipeline.backbones.clip import key_identity
 from pipeline.config.load import load_run
-from pipeline.config.method import Unfamiliar
 from pipeline.config.models import KeysConfig, ModelConfig
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.data.key_file import IDENTITY_FIELDS
 from pipeline.errors import UserError
 from pipeline.hub.adapters import adapter_folder, is_on_hub

@@ -18,7 +18,7 @@ from mlflow.pyfunc import PythonModel
 
 from pipeline.adapter.answering import Question, read_image
 from pipeline.adapter.load import load_adapter
-from pipeline.config.method import UNFAMILIAR, Unfamiliar
+from pipeline.config.unfamiliar import UNFAMILIAR, Unfamiliar
 from pipeline.data.image_limits import ImageLimits, plan_image
 from pipeline.errors import UserError
 

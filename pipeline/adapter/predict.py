@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.adapter.answering import Answerer, Question, read_picture
 from pipeline.adapter.load import source_of
-from pipeline.config.method import Unfamiliar
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import UserError
 from pipeline.ranks.collector import collector_paused
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from pipeline.config.method import MethodOptions, Unfamiliar
+from pipeline.config.method import MethodOptions
 from pipeline.config.models import KeysConfig, ModelConfig
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import UserError, nearest
 from pipeline.methods import make_method
 from pipeline.prompts.pool import PromptPool

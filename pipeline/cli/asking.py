@@ -15,7 +15,7 @@ from pipeline.cli import completion
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson, Clip, Learned, Model, UnfamiliarMode
 from pipeline.cli.outcome import show
-from pipeline.config.load import run_kind
+from pipeline.config.kinds import run_kind
 from pipeline.errors import UserError, require_extras
 from pipeline.serve.options import BATCH, EngineKind, EngineOptions, Options, SetsForm
 

@@ -14,7 +14,6 @@ from pipeline.cli.lazy import lazy
 from pipeline.cli.on_ranks import prints_text
 from pipeline.cli.options import AsJson, Overrides, RecipeName
 from pipeline.cli.outcome import show
-from pipeline.config.compared import Comparison, load_comparison
 from pipeline.console.log import log_to_terminal
 from pipeline.errors import Interrupted, UserError, require_extras
 from pipeline.files.passwords import masked
@@ -23,6 +22,7 @@ from pipeline.tracking.store import STORE_VARIABLE, passwords_to_environment
 
 if TYPE_CHECKING:
     from data_prep import prepare as preparing
+    from pipeline.config import compared as configured
     from pipeline.planning import budget
     from pipeline.report import compared, compared_page
     from pipeline.runs import folder as run_folder
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.tracking import comparison as tracked
 else:
     preparing, budget = lazy("data_prep.prepare"), lazy("pipeline.planning.budget")
+    configured = lazy("pipeline.config.compared")
     compared, compared_page = lazy("pipeline.report.compared"), lazy("pipeline.report.compared_page")
     run_folder, comparing = lazy("pipeline.runs.folder"), lazy("pipeline.sequence.compare")
     tracked = lazy("pipeline.tracking.comparison")
@@ -75,7 +76,7 @@ def compare(
     require_srun()
     if is_distributed():
         raise UserError("compare starts the ranks of its runs itself; expected one process, without a launcher.")
-    chosen = load_comparison(recipe, overrides or [], _names(methods), _numbers(seeds))
+    chosen = configured.load_comparison(recipe, overrides or [], _names(methods), _numbers(seeds))
     if count:
         print(len(chosen.runs))
         return
@@ -122,7 +123,7 @@ def compare(
 
 
 def _written(
-    comparison: Comparison,
+    comparison: configured.Comparison,
     folder: Path,
     failed: Mapping[str, comparing.Failure],
     parent: tracked.ComparisonRun | None,
@@ -152,7 +153,7 @@ def _written(
     return {**compared.headline(methods), **({"missing": missing} if missing else {})}
 
 
-def _facts(comparison: Comparison) -> dict[str, str]:
+def _facts(comparison: configured.Comparison) -> dict[str, str]:
     """What holds for all runs of a comparison."""
     recipe = comparison.recipe
     train = recipe.train
@@ -171,7 +172,7 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _keep_password(comparison: Comparison, overrides: list[str]) -> None:
+def _keep_password(comparison: configured.Comparison, overrides: list[str]) -> None:
     """Hand a password in tracking.uri to the runs by the environment: the files of their recipes must not have it."""
     passwords_to_environment(overrides)
     uri = comparison.recipe.tracking.uri

@@ -12,7 +12,7 @@ from pipeline.cli import completion
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
-from pipeline.config.load import one_kind
+from pipeline.config.kinds import one_kind
 from pipeline.errors import require_extras
 
 if TYPE_CHECKING:

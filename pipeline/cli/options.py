@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import completion
-from pipeline.config.method import UNFAMILIAR, Unfamiliar
+from pipeline.config.unfamiliar import UNFAMILIAR, Unfamiliar
 
 RecipeName = Annotated[
     str,

@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cli.lazy import lazy
 from pipeline.cli.on_ranks import Then, on_ranks, prints_text
 from pipeline.cli.outcome import Result
-from pipeline.config.load import load_recipe, load_run
-from pipeline.config.recipe import Recipe
 from pipeline.errors import require_extras
 from pipeline.ranks import launch
 from pipeline.ranks.environment import is_distributed, require_srun
 from pipeline.tracking.store import passwords_to_environment
-from pipeline.training.deepspeed_config import accumulation
 
 if TYPE_CHECKING:
     from data_prep import prepare as preparing
+    from pipeline.config import load as recipes
     from pipeline.planning import budget
     from pipeline.report import summary
     from pipeline.runs import claim
     from pipeline.runs import folder as folders
     from pipeline.sequence import prepared, verdict
     from pipeline.sequence import run as running
+    from pipeline.training import deepspeed_config
 else:
-    preparing, budget, summary, claim, folders, prepared, running, verdict = map(
+    preparing, recipes, budget, summary, claim, folders, prepared, running, verdict, deepspeed_config = map(
         lazy,
         (
             "data_prep.prepare",
+            "pipeline.config.load",
             "pipeline.planning.budget",
             "pipeline.report.summary",
             "pipeline.runs.claim",
@@ -38,6 +38,7 @@ else:
             "pipeline.sequence.prepared",
             "pipeline.sequence.run",
             "pipeline.sequence.verdict",
+            "pipeline.training.deepspeed_config",
         ),
     )
 
@@ -56,7 +57,7 @@ def start(
         then: changes the result before it is shown, and prints text of its own in place of the run's summary.
     """
     require_srun()
-    recipe = load_recipe(name, overrides)
+    recipe = recipes.load_recipe(name, overrides)
     if recipe.train.budget is not None:
         recipe = budget.within_budget(recipe)
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
@@ -65,10 +66,10 @@ def start(
     prepared.require_prepared(recipe.data, name)
     if not is_distributed():
         # Checked before ranks are started and load models.
-        accumulation(recipe.train, launch.local_processes(recipe.train.processes))
+        deepspeed_config.accumulation(recipe.train, launch.local_processes(recipe.train.processes))
         claim.claim_run(recipe)
 
-    def work(recipe: Recipe) -> Result:
+    def work(recipe: recipes.Recipe) -> Result:
         return running.run_sequence(recipe, stages="train" if verb == "train" else None, until=until)
 
     without_passwords = passwords_to_environment(overrides)
@@ -84,11 +85,15 @@ def evaluate(run: Path, as_json: bool, further: Mapping[str, Any] | None = None)
     """Compute the missing cells of a run's accuracy matrix; `further` is added to the result."""
     require_extras("report")
 
-    def work(recipe: Recipe) -> Result:
+    def work(recipe: recipes.Recipe) -> Result:
         return running.evaluate_run(run)
 
     end = _End(run)
-    on_ranks(["evaluate", str(run)], load_run(run), work, as_json, lambda result: {**end(result), **(further or {})})
+
+    def told(result: Result) -> Result:
+        return {**end(result), **(further or {})}
+
+    on_ranks(["evaluate", str(run)], recipes.load_run(run), work, as_json, told)
     end.show("evaluate", str(run), as_json)
 
 
@@ -101,7 +106,7 @@ class _End:
 
     def __call__(self, result: Result) -> Result:
         """The result with the faults of the tasks."""
-        faults = verdict.faults_of(folders.read_run(self.run), load_run(self.run))
+        faults = verdict.faults_of(folders.read_run(self.run), recipes.load_run(self.run))
         self.wrong = [fault.sentence for fault in faults]
         return {**result, "faults": [fault.to_json() for fault in faults]}
 

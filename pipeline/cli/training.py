@@ -11,7 +11,7 @@ from pipeline.cli.labelling import Port, until_labelled
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson, Overrides, RecipeName, RunFolder, SkipBad, Until
 from pipeline.cli.outcome import ReportedError, show
-from pipeline.config.load import load_recipe, recipe_kind, run_kind
+from pipeline.config.kinds import recipe_kind, run_kind
 from pipeline.errors import EXIT_USER, UserError
 from pipeline.files.descriptors import raise_descriptor_limit
 from pipeline.ranks.environment import require_srun
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from pipeline.check import sequence as check_sequence
     from pipeline.cli import benchmark
     from pipeline.clip import recipe as clip_recipe
+    from pipeline.config import load as recipes
 else:
     prepare_clip, prepare_sequence = lazy("data_prep.benchmark"), lazy("data_prep.prepare")
     check_clip, check_sequence = lazy("pipeline.check.clip"), lazy("pipeline.check.sequence")
     benchmark, clip_recipe = lazy("pipeline.cli.benchmark"), lazy("pipeline.clip.recipe")
+    recipes = lazy("pipeline.config.load")
 
 
 def check(
@@ -48,7 +50,7 @@ def check(
     if recipe_kind(recipe) == "clip":
         findings = check_clip.check_benchmark(recipe, overrides or [], ranks, gpu_memory)
     else:
-        loaded = load_recipe(recipe, overrides or [])  # before heavy imports, so that its errors appear at once
+        loaded = recipes.load_recipe(recipe, overrides or [])  # before heavy imports, so that its errors appear at once
         findings = check_sequence.check(loaded, recipe, ranks, gpu_memory)
     report = findings.to_json()
     if findings.problems:
@@ -83,7 +85,7 @@ def prepare(
         benchmark_recipe = clip_recipe.load_benchmark(recipe, _with_skip_bad(overrides, skip_bad))
         show(prepare_clip.prepare_benchmark(benchmark_recipe, replace=replace), as_json)
         return
-    loaded = load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
+    loaded = recipes.load_recipe(recipe, _with_skip_bad(overrides, skip_bad))
     prepared = prepare_sequence.prepare(loaded, progress=True, replace=replace, gpus=gpus)
     show(prepared or {"prepared": loaded.data.prepared}, as_json)
 

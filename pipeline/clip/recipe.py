@@ -17,11 +17,11 @@ from pipeline.clip.templates import PROMPTSRC
 from pipeline.clip.towers.text import MARK
 from pipeline.config import registry
 from pipeline.config.base import FileRecipe, LoopConfig, Name, Section, TrackingConfig, each_once
+from pipeline.config.given_paths import GivenPath
 from pipeline.config.messages import sentence
 from pipeline.config.paths import locate
 from pipeline.config.yaml_file import apply_overrides, find_recipe, read_recipe
 from pipeline.errors import UserError, nearest
-from pipeline.files.paths import GivenPath
 
 KIND = "clip"  # the value of a recipe file's field `kind`
 

@@ -14,8 +14,8 @@ from pipeline.clip.images.few_shot import Fewer
 from pipeline.clip.methods.base import TEMPLATE
 from pipeline.clip.towers.text import MARK
 from pipeline.config.base import PREPARED, Name, Section, each_once
+from pipeline.config.given_paths import GivenPath
 from pipeline.errors import nearest
-from pipeline.files.paths import GivenPath
 
 Protocol = Literal["base_to_new", "cross_dataset", "all_classes", "active"]
 DATASET_CONTENT = {"layout", "folder", "images", "split"}

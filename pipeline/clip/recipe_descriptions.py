@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.base import Section
-from pipeline.files.paths import GivenPath
+from pipeline.config.given_paths import GivenPath
 
 Mode = Literal["features", "logits"]
 DATASET = "{dataset}"  # in the file's path: the name of the dataset

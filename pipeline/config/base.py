@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.config.given_paths import GivenPath, GivenUri
 from pipeline.data.origin import folder_label, settings_hash
 from pipeline.files.atomic import replacing
 from pipeline.files.passwords import masked
-from pipeline.files.paths import GivenPath, GivenUri
 
 # Default folder of prepared data; {name} and {settings} are filled in. The latter depends only on settings that
 # determine the data's content, so recipes share a folder exactly where their data is the same.

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.config import registry
 from pipeline.config.base import Section
 from pipeline.config.comparison import ComparedMethod, as_entry
-from pipeline.config.load import recipe_kind
+from pipeline.config.kinds import recipe_kind
 from pipeline.config.messages import sentence
 from pipeline.config.method import Choice, MethodOptions, choice_name, options_of
 from pipeline.config.recipe import Recipe

@@ -9,10 +9,10 @@ from pydantic import Field, field_validator
 
 from pipeline.config import registry
 from pipeline.config.base import PREPARED, Name, Section, each_once
+from pipeline.config.given_paths import GivenPath
 from pipeline.config.method import FromRegistry
 from pipeline.data.origin import LIMIT
 from pipeline.errors import nearest
-from pipeline.files.paths import GivenPath
 
 TASK_CONTENT = {"limit_train", "limit_test", "train_files", "test_files", "annotations"}
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field, PlainValidator, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import InitErrorDetails
@@ -14,6 +14,7 @@ from pydantic_core import InitErrorDetails
 from pipeline.config import registry
 from pipeline.config.base import Section
 from pipeline.config.messages import sentence
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import UserError, nearest
 
 DEFAULT = "modalprompt"
@@ -22,8 +23,6 @@ ONCE_OF_ALL = (
     *("prompt_length", "init", "k", "selection", "insertion", "text_only", "gate", "earlier_gates", "image_weight"),
     "prototype_weight",
 )
-Unfamiliar: TypeAlias = Literal["answer", "zero_shot", "flag"]
-UNFAMILIAR: tuple[Unfamiliar, ...] = get_args(Unfamiliar)
 BOTH_BOUNDS = "expected gate or share, one way to say which modules are similar enough, and both are given"
 Choice: TypeAlias = str | Mapping[str, Any]  # a name, or `{name: ..., and its options}`
 

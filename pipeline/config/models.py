@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Section
+from pipeline.config.given_paths import GivenPath
 from pipeline.config.paths import locate
-from pipeline.files.paths import GivenPath
 
 KeysSource = tuple[
     str, str | None, Literal["projected", "pooled"], Literal["head", "tail"], Literal["clip", "siglip", "own"]

@@ -13,11 +13,11 @@ from pipeline.config.base import FileRecipe, TrackingConfig
 from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import TASK_CONTENT, DataConfig
 from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.given_paths import GivenPath
 from pipeline.config.method import DEFAULT, MethodField, method_options, of_a_record
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.config.train import AUTO, ZERO2, TrainConfig
 from pipeline.data.origin import shared_or_each
-from pipeline.files.paths import GivenPath
 
 
 class Recipe(FileRecipe):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.base import LoopConfig
-from pipeline.files.paths import GivenPath
+from pipeline.config.given_paths import GivenPath
 
 AUTO = "auto"  # value of train.deepspeed that `pipeline.planning.auto` resolves by the memory plan
 ZERO2, ZERO3, HPZ = "ds_configs/zero2.json", "ds_configs/zero3.json", "ds_configs/zero3_multinode.json"

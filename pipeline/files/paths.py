@@ -8,11 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 from pipeline.errors import UserError
 
@@ -51,22 +47,6 @@ def _literally(path: str, found: str) -> str:
         f"is a folder here, literally of that name (earlier versions made such), and means '{found}'; write '{found}', "
         f"or './{path}' for the one that is here."
     )
-
-
-def _for_pydantic(replace: Callable[[str], str]) -> Callable[[object], object]:
-    """`replace` as a pydantic validator: it raises ValueError and leaves values other than text to the field's type."""
-
-    def validated(value: object) -> object:
-        try:
-            return replace(value) if isinstance(value, str) else value
-        except UserError as error:
-            raise ValueError(f"expected a path that exists or can be made: {error}") from None
-
-    return validated
-
-
-GivenPath = Annotated[str, BeforeValidator(_for_pydantic(expanded))]
-GivenUri = Annotated[str, BeforeValidator(_for_pydantic(expanded_uri))]
 
 
 def command(verb: str, *arguments: str | Path) -> str:

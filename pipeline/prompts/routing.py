@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.config.method import Choice, Unfamiliar
-from pipeline.data.keys import Keys, in_parts
+from pipeline.config.method import Choice
+from pipeline.config.unfamiliar import Unfamiliar
+from pipeline.data.keys import AnyKeys, Keys, in_parts
 from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.prompts.calibration import Calibration, calibrate
@@ -22,9 +23,6 @@ from pipeline.prompts.routers.ready import ready_states
 from pipeline.prompts.rules.answers import checked, try_rule
 from pipeline.prompts.rules.base import Rule, make_rule
 from pipeline.prompts.unfamiliar import unfamiliar
-
-if TYPE_CHECKING:
-    from pipeline.data.keys import AnyKeys
 
 log = logging.getLogger(__name__)
 

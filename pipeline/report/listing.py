@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config.load import run_kind
+from pipeline.config.kinds import run_kind
 from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
 from pipeline.files.paths import command

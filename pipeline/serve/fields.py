@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.method import UNFAMILIAR, Unfamiliar
+from pipeline.config.unfamiliar import UNFAMILIAR, Unfamiliar
 from pipeline.serve.refusal import RefusedError, kind_of, shown
 
 # Fields that change the meaning of a reply and are not supported.

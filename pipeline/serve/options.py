@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.method import Unfamiliar
+from pipeline.config.unfamiliar import Unfamiliar
 
 KEY_VARIABLE = "PIPELINE_API_KEY"
 BATCH = {"own": 256, "vllm": 32}  # most answers decoded together; the own engine admits as many as memory allows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.clip.benchmark.report import read_results
-from pipeline.config.load import run_kind
+from pipeline.config.kinds import run_kind
 from pipeline.errors import UserError
 from pipeline.files.lock import FileLock
 from pipeline.report.listing import benchmark_figures

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pipeline.adapter.answering import Answer, Answerer, Question
 from pipeline.adapter.load import load_adapter, source_of
 from pipeline.cli.commands import app
-from pipeline.config.method import Unfamiliar, method_options
+from pipeline.config.method import method_options
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.prompts.pool import PromptPool
 from tests import tiny

@@ -152,7 +152,7 @@ def test_an_interruption_ends_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise Interrupted("stopped after stage 2 of 6; the same command goes on.")
 
-    monkeypatch.setattr("pipeline.cli.sequence.load_recipe", interrupted)
+    monkeypatch.setattr("pipeline.config.load.load_recipe", interrupted)
     result = run("run", "nano")
     assert result.exit_code == EXIT_RESUMABLE
     assert result.stderr == "stopped: stopped after stage 2 of 6; the same command goes on.\n"
@@ -162,7 +162,7 @@ def test_anything_else_ends_with_1_and_a_traceback(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("pipeline.cli.sequence.load_recipe", broken)
+    monkeypatch.setattr("pipeline.config.load.load_recipe", broken)
     result = run("run", "nano")
     assert result.exit_code == EXIT_FAILURE
     assert "Traceback" in result.stderr

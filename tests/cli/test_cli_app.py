@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -114,7 +115,7 @@ def test_a_stop_and_a_bug_are_one_object(monkeypatch: pytest.MonkeyPatch, error:
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("pipeline.cli.sequence.load_recipe", broken)
+    monkeypatch.setattr("pipeline.config.load.load_recipe", broken)
     done = run("run", "nano", "--json")
     assert last_object(done.stdout)["exit_code"] == done.exit_code == code
 
@@ -316,9 +317,10 @@ def test_the_verbs_that_score_a_run_show_its_end(tmp_path: Path, monkeypatch: py
         "pipeline.cli.sequence.on_ranks",
         "pipeline.sequence.prepared.require_prepared",
         "pipeline.runs.claim.claim_run",
-        "pipeline.cli.sequence.load_run",
     ):
         monkeypatch.setattr(work, lambda *_: None)
+    read = SimpleNamespace(load_recipe=load_recipe, load_run=lambda *_: None)
+    monkeypatch.setattr("pipeline.cli.sequence.recipes", read)
     arguments = ["nano", "--set", f"run_dir={path}"] if verb == "run" else [str(path)]
     assert "after boxes" in run(verb, *arguments).stdout
     assert run(verb, *arguments, "--json").stdout == ""  # the result alone, which the work has shown

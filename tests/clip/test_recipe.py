@@ -10,7 +10,8 @@ import pytest
 from pipeline.clip.images.datasets import BASE_TO_NEW, CROSS_DATASET_TARGETS, DATASETS, Dataset
 from pipeline.clip.learning.unit import units_of
 from pipeline.clip.recipe import clip_recipe, load_benchmark
-from pipeline.config.load import load_recipe, recipe_kind
+from pipeline.config.kinds import recipe_kind
+from pipeline.config.load import load_recipe
 from pipeline.config.yaml_file import recipe_names
 from pipeline.errors import UserError
 from tests.clip.project import fields

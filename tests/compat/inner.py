@@ -13,7 +13,8 @@ from pipeline.clip.recipe import load_benchmark
 from pipeline.clip.towers.backbone import Backbone
 from pipeline.config import registry
 from pipeline.config.base import FileRecipe
-from pipeline.config.load import load_recipe, recipe_kind
+from pipeline.config.kinds import recipe_kind
+from pipeline.config.load import load_recipe
 from pipeline.config.yaml_file import recipe_names
 
 __all__ = ["CLIP_METHODS", "SEQUENCE_METHODS", "load_any", "logits_of", "recipe_names"]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.load import load_recipe, load_run, recipe_kind
+from pipeline.config.kinds import recipe_kind
+from pipeline.config.load import load_recipe, load_run
 from pipeline.config.method import method_options
 from pipeline.config.paths import locate
 from pipeline.config.recipe import Recipe

@@ -14,7 +14,7 @@ from pipeline.adapter.vocabulary.lora import require_loras, served_names
 from pipeline.adapter.vocabulary.part import identity_of_places
 from pipeline.adapter.vocabulary.tokens import identity_of
 from pipeline.backbones.lmm_weights import DTYPES
-from pipeline.config.method import Unfamiliar
+from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import UserError
 from pipeline.serve.front.form import LoraForm, PartsForm, SetForm, VocabularyForm
 
