@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.config import registry
 from pipeline.config.yaml_file import CONFIG, STATE, find_recipe, read_recipe, recipe_names
 from pipeline.errors import UserError
+from pipeline.files.paths import RUNS
 
 COIN = "data/own"  # default --root of `new-task` and `add`
-RUNS = "runs/"  # default folder of runs
 
 
 def recipes(incomplete: str) -> list[str]:
@@ -22,7 +22,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Folders of runs, those of `runs` until another folder is named."""
-    begun = incomplete if "/" in incomplete else RUNS
+    begun = incomplete if "/" in incomplete else f"{RUNS}/"
     found = sorted(str(Path(path).parent) for path in glob(f"{escape(begun)}*/{CONFIG}"))
     return [folder for folder in found if folder.startswith(incomplete)]
 

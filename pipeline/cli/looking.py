@@ -14,6 +14,7 @@ from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
 from pipeline.config.kinds import one_kind
 from pipeline.errors import require_extras
+from pipeline.files.paths import RUNS
 
 if TYPE_CHECKING:
     from pipeline.clip.benchmark import report as clip_report
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 else:
     clip_report, listing = lazy("pipeline.clip.benchmark.report"), lazy("pipeline.report.listing")
     run_report, server = lazy("pipeline.report.page"), lazy("pipeline.ui.server")
-
-RUNS = Path("runs")  # where recipes put them unless they say otherwise
 
 
 def report(

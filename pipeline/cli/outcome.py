@@ -24,7 +24,7 @@ from pipeline.errors import (
     UserError,
     for_user,
 )
-from pipeline.files.paths import expanded
+from pipeline.files.paths import RUNS, expanded
 from pipeline.ranks.environment import is_distributed, rank
 from pipeline.ranks.outcome import Outcome, leave_outcome
 from pipeline.ranks.shutdown import STOP_SIGNALS
@@ -154,7 +154,7 @@ def require_folder(path: Path) -> None:
         what = f", here '{holder}'" if holder is not None else ""
         raise UserError(f"'{path}' is a file; expected the folder of a run or an adapter{what}.")
     if not path.exists() and str(path) in recipe_names():
-        runs = sorted(str(found.parent) for found in Path("runs").glob(f"{path}-*/{CONFIG}"))
+        runs = sorted(str(found.parent) for found in RUNS.glob(f"{path}-*/{CONFIG}"))
         there = f", such as '{runs[0]}'" if runs else f", which `python -m pipeline run {path}` makes"
         raise UserError(f"'{path}' is a recipe, not a folder; expected the folder of a run{there}.")
 

@@ -17,7 +17,7 @@ from pipeline.cli.outcome import show
 from pipeline.config.load import load_run
 from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
-from pipeline.files.paths import command
+from pipeline.files.paths import RUNS, command
 from pipeline.ranks.environment import is_distributed
 from pipeline.ranks.slurm import next_command
 from pipeline.runs.layout import stage_folder
@@ -46,7 +46,6 @@ else:
     )
     sentences = lazy("pipeline.sequence.add_advice")
 
-RUNS = Path("runs")
 FIRST = "smolvlm_256m_own"  # the recipe for a first run on own pictures
 
 

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 
 FILE_URI = re.compile(r"((?:sqlite|file):/*|)(~.*)", re.DOTALL)
 UNKNOWN_HOME = "begins with the home folder of a user that this machine does not know; write the path out."
+RUNS = Path("runs")  # where recipes put runs unless they say otherwise
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from pipeline.errors import UserError
+from pipeline.files.paths import RUNS
 from pipeline.hub import repository as hub
-
-RUNS = "runs/"  # where runs are by default
 
 
 def is_on_hub(path: str) -> bool:
@@ -20,7 +19,7 @@ def is_on_hub(path: str) -> bool:
     there yet: nothing is asked about it.
     """
     repository = path.partition("@")[0]
-    local = Path(path).exists() or Path(path).parent.is_dir() or path.startswith(RUNS)
+    local = Path(path).exists() or Path(path).parent.is_dir() or path.startswith(f"{RUNS}/")
     return "/" in repository and not local and hub.is_repository(repository)
 
 
