@@ -14,7 +14,6 @@ from pipeline.cli import completion, sequence
 from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
-from pipeline.config.load import load_run
 from pipeline.config.yaml_file import CONFIG
 from pipeline.errors import UserError
 from pipeline.files.paths import RUNS, command
@@ -24,6 +23,7 @@ from pipeline.runs.layout import stage_folder
 
 if TYPE_CHECKING:
     from data_prep import own_rows, own_task
+    from pipeline.config import load as recipes
     from pipeline.report import listing
     from pipeline.runs import folder as folders
     from pipeline.sequence import add_advice as sentences
@@ -44,7 +44,7 @@ else:
             "pipeline.sequence.undo",
         ),
     )
-    sentences = lazy("pipeline.sequence.add_advice")
+    sentences, recipes = lazy("pipeline.sequence.add_advice"), lazy("pipeline.config.load")
 
 FIRST = "smolvlm_256m_own"  # the recipe for a first run on own pictures
 
@@ -152,7 +152,7 @@ def add(
             return
 
     def with_effects(result: dict[str, Any]) -> dict[str, Any]:
-        recipe = load_run(run)  # as the stage was trained, also where this call went on with an attempt
+        recipe = recipes.load_run(run)  # as the stage was trained, also where this call went on with an attempt
         found = effects.measure(run, recipe)
         tell(found, "Effect on earlier tasks")
         scores = result.get("learned")
