@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ class ImageLayer(nn.Module):
 
     def added(self, inputs: Tensor) -> Tensor:
         """The sum [B, N, D] of the updates of these inputs [B, N, V]."""
-        return torch.stack([update(inputs) for update in self.updates]).sum(0)
+        return functools.reduce(torch.add, [update(inputs) for update in self.updates])
 
     @contextlib.contextmanager
     def updated(self, update: Callable[[Tensor], Tensor]) -> Iterator[None]:
