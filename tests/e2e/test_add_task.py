@@ -18,6 +18,7 @@ from pipeline.data.held_out import held_out_rows
 from pipeline.errors import EXIT_OK, EXIT_USER
 from pipeline.methods.modalprompt import EarlierGate, ModalPromptOptions
 from pipeline.sequence.run import run_sequence
+from tests.e2e.own_task import make_mine
 from tests.tiny_clip import picture
 
 pytestmark = pytest.mark.e2e
@@ -28,12 +29,7 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     run_sequence(recipe)
     run = recipe.run_path
     before = {path.relative_to(run): path.read_bytes() for path in run.glob("stages/*/*") if "lock" not in path.name}
-    (tmp_path / "photos").mkdir()
-    for number in range(6):
-        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
-    table = tmp_path / "mine.csv"
-    table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
-    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
+    make_mine(tmp_path)
     refused = CliRunner().invoke(app, ["add", str(run), "Mien", "--root", str(tmp_path / "own")])
     assert refused.exit_code == EXIT_USER and "Did you mean 'Mine'" in refused.stderr
     recipe_before = (run / "config.yaml").read_bytes()

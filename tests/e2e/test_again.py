@@ -22,7 +22,7 @@ from pipeline.ranks.shutdown import STOP_SIGNALS
 from pipeline.runs.attempts import put_aside
 from pipeline.sequence import stage, stage_files
 from pipeline.sequence.run import run_sequence
-from tests.tiny_clip import picture
+from tests.e2e.own_task import make_mine
 
 pytestmark = pytest.mark.e2e
 
@@ -40,12 +40,7 @@ def run(make: Callable[..., Recipe], tmp_path: Path) -> Iterator[Path]:
     tracking = {"enabled": True, "uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "registry": False}
     recipe = make(tasks=2, data__validation_share=0.5, evaluate__zero_shot=False, tracking=tracking)
     run_sequence(recipe)
-    (tmp_path / "photos").mkdir()
-    for number in range(6):
-        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
-    table = tmp_path / "mine.csv"
-    table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
-    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
+    make_mine(tmp_path)
     run = recipe.run_path
     (tmp_path / "before.yaml").write_bytes((run / "config.yaml").read_bytes())
     verb("add", str(run), "Mine", "--root", str(tmp_path / "own"))

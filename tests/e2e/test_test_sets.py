@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.own_task import NewTask, make_task
 from pipeline.cli.commands import app
 from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IndexedShards
@@ -18,7 +17,7 @@ from pipeline.errors import EXIT_OK
 from pipeline.ranks.world import init_world
 from pipeline.sequence.data import open_data
 from pipeline.sequence.run import run_sequence
-from tests.tiny_clip import picture
+from tests.e2e.own_task import make_mine
 
 pytestmark = pytest.mark.e2e
 
@@ -81,12 +80,7 @@ def test_only_scoring_reads_the_test_sets(make: Callable[..., Recipe], tmp_path:
     run_sequence(recipe)
     assert "pipeline.sequence.data" in readers and readers <= SCORING | OPENING
     run = recipe.run_path
-    (tmp_path / "photos").mkdir()
-    for number in range(6):
-        (tmp_path / "photos" / f"{number}.png").write_bytes(picture(number + 50))
-    table = tmp_path / "mine.csv"
-    table.write_text("image,question,answer\n" + "".join(f"{n}.png,what is it?,thing {n}\n" for n in range(6)))
-    make_task(NewTask("Mine", tmp_path / "own", max_new_tokens=3), tmp_path / "photos", table)
+    make_mine(tmp_path)
     add = ("add", str(run), "Mine", "--root", str(tmp_path / "own"))
     readers.clear()
     invoked(*add, "--dry-run")
