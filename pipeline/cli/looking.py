@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from pipeline.clip.benchmark import report as clip_report
     from pipeline.report import listing
     from pipeline.report import page as run_report
+    from pipeline.runs import folder as folders
+    from pipeline.sequence import verdict
     from pipeline.ui import server
 else:
     clip_report, listing = lazy("pipeline.clip.benchmark.report"), lazy("pipeline.report.listing")
     run_report, server = lazy("pipeline.report.page"), lazy("pipeline.ui.server")
+    folders, verdict = lazy("pipeline.runs.folder"), lazy("pipeline.sequence.verdict")
 
 
 def report(
@@ -41,9 +44,10 @@ def report(
         tables = [clip_report.terminal_results(run) for run in runs]
         result = {"report": str(page), "results": {str(run): clip_report.read_results(run)["lines"] for run in runs}}
     else:
-        page = run_report.write_report(runs[0], runs[1:])
+        lines = verdict.lines_of(folders.read_run(runs[0]))
+        page = run_report.write_report(runs[0], runs[1:], lines)
         tables = [run_report.terminal_table(runs)]
-        result = {"report": str(page), **run_report.comparison(runs)}
+        result = {"report": str(page), "verdict": lines, **run_report.comparison(runs)}
     for table in tables:
         Console().print(table)
     show(result, as_json)

@@ -43,11 +43,12 @@ HEADINGS = (
 FIGURES = ("course", "forgetting", "routing", "inserted", "similarity", "losses")
 
 
-def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
+def write_report(run_path: Path, others: Iterable[Path] = (), verdict: Sequence[str] = ()) -> Path:
     """Write report.html and figures/*.png into the run folder, compared with `others`; returns the page's path.
 
-    A run in progress is reported as far as it is, with a list of what is missing. Raises UserError when a folder is
-    missing or is not a run.
+    The page begins with the lines of `verdict`, which `pipeline.sequence.verdict.lines_of` makes of the run. A run in
+    progress is reported as far as it is, with a list of what is missing. Raises UserError when a folder is missing or
+    is not a run.
     """
     run = read_run(run_path)
     runs = [run, *(read_run(other) for other in others)]
@@ -59,6 +60,7 @@ def write_report(run_path: Path, others: Iterable[Path] = ()) -> Path:
         "run": run,
         "contents": [("top", "Summary"), ("h-comparison", overview), *HEADINGS],
         "overview": overview,
+        "verdict": verdict,
         "tiles": tiles(run, runs),
         "facts": head_facts(run),
         "missing": missing(run),

@@ -11,6 +11,7 @@ from pipeline.methods import Stage
 from pipeline.metrics.continual import OTHER_NAMES, after_stage
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
+from pipeline.runs.folder import read_run
 from pipeline.runs.layout import EVALUATIONS
 from pipeline.sequence.confusion import routing_shares
 from pipeline.sequence.costs import ANSWERING, Costs
@@ -19,6 +20,7 @@ from pipeline.sequence.format_free import format_free_scores
 from pipeline.sequence.majority import majority_scores
 from pipeline.sequence.matrix import AccuracyMatrix
 from pipeline.sequence.opened import OpenRun
+from pipeline.sequence.verdict import lines_of
 from pipeline.tracking.tracker import StoredRun, Tracker
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class RunRecord:
         try:
             from pipeline.report.page import write_report  # loads matplotlib, which may not be installed
 
-            write_report(path, [])
+            write_report(path, verdict=lines_of(read_run(path)))
         except Exception as error:
             log.warning("The report of %s could not be drawn (%s); the run itself is whole.", path, error)
             return

@@ -1,4 +1,7 @@
-"""What is wrong with the tasks of a finished run, by its test scores: `add` says the same of the task that it adds."""
+"""What is wrong with the tasks of a finished run, by its test scores: `add` says the same of the task that it adds.
+
+All of it is read from the run's folder, so that a page can say it at any time; no tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError
 from pipeline.runs.data_use import DATA
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.layout import after_folder, zero_shot_folder
-from pipeline.sequence.learned import FEW_HELD_OUT, SMALL, reasons
+from pipeline.sequence.reasons import FEW_HELD_OUT, SMALL, reasons
 
 MUCH = 5.0  # percent of a task's score that routing may cost before it is said
 SAID = 2  # causes in a line; the JSON object has all
@@ -58,7 +63,33 @@ class Fault:
         return {**asdict(self), "sentence": self.sentence}
 
 
-def faults_of(run: RunFolder, recipe: Recipe) -> list[Fault]:
+def lines_of(run: RunFolder) -> list[str]:
+    """What a page says first of a run: its faults, or in one line that its tasks were learned; [] where none is scored.
+
+    The causes of faults need the recipe, and are left out of a run whose config.yaml is gone or damaged.
+    """
+    try:
+        recipe = load_run(run.path)
+    except UserError:
+        recipe = None
+    return [fault.sentence for fault in faults_of(run, recipe)] or _all_learned(run)
+
+
+def _all_learned(run: RunFolder) -> list[str]:
+    """One line about a run without faults, with what its tasks were compared with; [] where that is nothing."""
+    if run.last_stage is None or run.learned_nothing:
+        return []
+    seen = run.last_stage + 1
+    references = (("the most frequent training answer", run.majority), ("the frozen model", _frozen(run)))
+    known = [name for name, row in references if row and None not in row[:seen]]
+    if not known:
+        return []
+    which = "The task was" if seen == 1 else f"All {seen} tasks{' so far' if seen < len(run.tasks) else ''} were"
+    score = "it scores" if seen == 1 else "each scores"
+    return [f"{which} learned: with its own module {score} above {' and '.join(known)}."]
+
+
+def faults_of(run: RunFolder, recipe: Recipe | None) -> list[Fault]:
     """What is wrong with the tasks that were scored after the run's last stage; empty where nothing is.
 
     A module's score is the best of that after its own stage and that with the task told, so routing and later stages
@@ -67,7 +98,7 @@ def faults_of(run: RunFolder, recipe: Recipe) -> list[Fault]:
     last = run.last_stage
     if last is None or run.learned_nothing:
         return []
-    frozen = run.zero_shot or _kept_zero_shot(run, last + 1)
+    frozen = _frozen(run)
     told = run.told_scores or [None] * len(run.tasks)
     found = []
     for number, task in enumerate(run.tasks[: last + 1]):
@@ -85,11 +116,16 @@ def faults_of(run: RunFolder, recipe: Recipe) -> list[Fault]:
     return found
 
 
-def _causes(run: RunFolder, recipe: Recipe, number: int, against: float) -> list[str]:
+def _frozen(run: RunFolder) -> Sequence[float | None] | None:
+    """The frozen model's scores [T], the run's own or those of runs beside it; None where there are none."""
+    return run.zero_shot or _kept_zero_shot(run, (run.last_stage or 0) + 1)
+
+
+def _causes(run: RunFolder, recipe: Recipe | None, number: int, against: float) -> list[str]:
     """Why a task may not have been learned; the format only where it hides more than the score compared `against`."""
     free = (run.format_free_scores or [None] * len(run.tasks))[number]
     trained_on = _samples(run, run.tasks[number], "train")
-    if trained_on is None:  # a run of an earlier version does not say
+    if recipe is None or trained_on is None:  # a run of an earlier version does not say the latter
         return []
     return reasons(recipe, trained_on, free if free is not None and free > against else None)
 

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError, for_user
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.layout import REPORT
 from pipeline.runs.rows import matrix_rows
+from pipeline.sequence.verdict import lines_of
 from pipeline.ui import tables
 from pipeline.ui.answering import Answering
 from pipeline.ui.boxes import frames, unit_of
@@ -122,7 +123,7 @@ class Pages:
         return RedirectResponse(http.url.path + "/", 307)
 
     def run(self, http: Request) -> Response:
-        """One run: headline numbers, matrix, curves and routing."""
+        """One run: verdict, headline numbers, matrix, curves and routing."""
         entry = self.site.entry(http)
         common: dict[str, Any] = {"title": entry.name, "entry": entry, "report": (entry.path / REPORT).is_file()}
         if entry.run is None:
@@ -139,6 +140,7 @@ class Pages:
             **common,
             run=run,
             waits=waits,
+            verdict=lines_of(run),
             tiles=tables.tiles(run),
             facts=tables.facts(run),
             matrix=matrix_rows(run),

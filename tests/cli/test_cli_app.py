@@ -230,6 +230,9 @@ def test_the_report_as_json_has_the_table(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "first", seed=1), make_run(tmp_path / "second", stages=2)]
     told = json.loads(run("report", *map(str, runs), "--json").stdout.splitlines()[-1])
     assert told["report"] == str(runs[0] / "report.html")
+    (verdict,) = told["verdict"]
+    assert verdict.endswith("each scores above the frozen model.")
+    assert verdict in (runs[0] / "report.html").read_text("utf-8")
     rows = {row["name"]: row for row in told["rows"]}
     assert rows["first"]["values"] == dict(zip(told["columns"], [60.0, 88.0, 95.0, 81.0, 13.5, 98.0], strict=True))
     assert rows["second"]["note"] == "2 of 3 stages" and told["metrics"]["first"]["last"] == 81.0

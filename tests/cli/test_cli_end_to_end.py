@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -141,6 +142,13 @@ def test_export_writes_a_checkpoint_with_the_sets(run: dict[str, Any], call: Cal
     assert [len(ids) for ids in listed["sets"].values()] == [2, 2]
     assert (folder / "checkpoint" / "adapter" / "adapter.json").is_file()
     assert call("export", run["run"], "checkpoint", "--as", "vocabulary").exit_code == EXIT_USER
+
+
+def test_the_page_that_a_run_writes_says_first_what_its_result_says(run: dict[str, Any], folder: Path) -> None:
+    text = html.unescape((folder / run["run"] / "report.html").read_text("utf-8"))
+    verdict = text[text.index('id="verdict"') : text.index('id="tiles"')]
+    assert all(fault["sentence"] in verdict for fault in run["faults"])
+    assert verdict.count("<li>") == len(run["faults"] or ["all were learned"])
 
 
 def test_report_writes_the_page(run: dict[str, Any], call: Call, folder: Path) -> None:

@@ -57,6 +57,13 @@ def test_the_tiles_say_how_good_a_run_is_and_what_that_stands_on(tmp_path: Path)
     assert "one seed" in tile(run, "over seeds")[1]
 
 
+def test_the_verdict_is_the_first_that_a_page_says_below_its_title(tmp_path: Path) -> None:
+    page = write_report(scored_run(tmp_path / "run"), verdict=["count was not learned: <no>."]).read_text("utf-8")
+    said = page.index("count was not learned: &lt;no&gt;.")
+    assert page.index("<h1>") < said < page.index('id="tiles"')
+    assert 'id="verdict"' not in write_report(tmp_path / "run").read_text("utf-8")
+
+
 def test_the_deviation_over_seeds_is_that_of_the_runs_own_recipe(tmp_path: Path) -> None:
     runs = [scored_run(tmp_path / f"s{seed}", right) for seed, right in ((0, 70), (1, 80))]
     for seed, run in enumerate(runs):

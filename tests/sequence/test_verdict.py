@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config.load import load_recipe
 from pipeline.runs.folder import read_run
-from pipeline.sequence.verdict import Fault, faults_of
+from pipeline.sequence.verdict import Fault, faults_of, lines_of
 
 RECIPE = load_recipe("nano", ["train.steps=150", "model.path=some/model"])
 GOOD: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 80.0]], "majority": [10.0, 20.0], "zero_shot": [30.0, 40.0]}
@@ -98,3 +98,29 @@ def test_the_frozen_model_s_score_may_be_that_of_a_run_beside_it(tmp_path: Path)
     score_file(other, 50.0)
     (fault,) = faults(run, **missing)
     assert (fault.task, fault.kind, fault.against) == ("B", "no_gain", 50.0)
+
+
+def lines(folder: Path, **matrix: Any) -> list[str]:
+    """What a page says first of the run of `faults`, whose config.yaml is a whole recipe."""
+    faults(folder, **matrix)
+    load_recipe("nano", ["data.tasks=[{name: A}, {name: B}]", "train.steps=150"]).dump_yaml(folder / "config.yaml")
+    return lines_of(read_run(folder))
+
+
+def test_a_page_says_that_tasks_were_learned_and_what_they_are_better_than(tmp_path: Path) -> None:
+    references = "above the most frequent training answer and the frozen model"
+    assert lines(tmp_path / "a") == [f"All 2 tasks were learned: with its own module each scores {references}."]
+    assert lines(tmp_path / "b", zero_shot=None, accuracy=[[90.0, None], [None, None]]) == [
+        "The task was learned: with its own module it scores above the most frequent training answer."
+    ]
+    assert lines(tmp_path / "c", zero_shot=None, majority=None) == [], "it was compared with nothing"
+    assert lines(tmp_path / "d", accuracy=[[None, None], [None, None]]) == []
+
+
+def test_a_page_says_a_task_s_fault_with_its_causes_and_of_a_damaged_recipe_without(tmp_path: Path) -> None:
+    bad: dict[str, Any] = {"accuracy": [[90.0, None], [70.0, 20.0]]}
+    (line,) = lines(tmp_path / "a", **bad, train=4000)
+    assert line.startswith("B was not learned: it scores 20.0") and "raise train.steps" in line
+    (tmp_path / "a" / "config.yaml").unlink()
+    (line,) = lines_of(read_run(tmp_path / "a"))
+    assert line.startswith("B was not learned: it scores 20.0") and "train.steps" not in line

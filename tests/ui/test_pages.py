@@ -31,6 +31,7 @@ def cells(text: str, table: str) -> list[list[str]]:
 
 def test_a_run_shows_its_numbers_matrix_curves_and_routing(browser: Browser) -> None:
     text = browser.page("/run/small-s3/")
+    assert "All 3 tasks were learned" in text
     assert ["after boxes", "60.0", "88.0", "95.0"] in cells(text, "matrix")
     assert ["zero-shot", "1.0", "2.0", "3.0"] in cells(text, "matrix")
     stages = [f"after {task}" for task in ("colour", "count", "boxes")]
