@@ -77,7 +77,7 @@ ELSEWHERE = {
     "python -m data_prep.nano example .": ("tests/data_prep/test_nano_cli.py", '["example", str('),
     "python -m data_prep.assemble RECIPE": ("tests/data_prep/test_assemble.py", '"--out"'),
     "python -m data_prep.small train PHOTOGRAPHS": ("tests/data_prep/test_small.py", '["train", str(photographs)'),
-    "python -m data_prep download coin --tasks ScienceQA,TextVQA,GQA --list": (
+    "python -m data_prep download coin --tasks ScienceQA,TextVQA,VizWiz --list": (
         "tests/data_prep/test_download.py",
         '["download", "coin", "--tasks", "ScienceQA,TextVQA", "--list"]',
     ),
@@ -158,7 +158,7 @@ ELSEWHERE = {
     "pytest tests/clip --data DIR": ("tests/conftest.py", '"--data"'),
 }
 NOT_EXECUTED = {
-    "python -m data_prep download coin --tasks ScienceQA,TextVQA,GQA": "with --list it is in ELSEWHERE",
+    "python -m data_prep download coin": "with --list it is in ELSEWHERE",
     "sbatch --nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=16 --time=08:00:00 --wrap "
     '"PIPELINE_API_KEY=KEY python -m pipeline serve runs/coin_llava15_7b-modalprompt-s0 --host 0.0.0.0 --engine vllm '
     '--vllm /shared/.venv-vllm/bin/vllm"': "vLLM with a 7B; tests/vllm starts the same with the embedded model",

@@ -146,6 +146,14 @@ def test_every_shipped_recipe_is_named_or_is_one_of_a_family() -> None:
     assert not [name for name in recipe_names() if name not in there and not family.fullmatch(name)]
 
 
+def test_the_tasks_that_the_coin_tutorial_fetches_are_those_of_the_recipe_that_it_runs() -> None:
+    text = page("tutorial_coin")
+    (fetched,) = re.findall(r"^python -m data_prep download coin --tasks (\S+) --list$", text, re.MULTILINE)
+    (run,) = re.findall(r"^python -m pipeline run (\w+_coin3)$", text, re.MULTILINE)
+    recipe = load_recipe(run)
+    assert isinstance(recipe, Recipe) and fetched.split(",") == [task.name for task in recipe.data.tasks]
+
+
 def test_the_exit_codes_are_those_of_the_sources() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page("exit_codes"), re.MULTILINE)}
     assert codes == {getattr(errors, name) for name in dir(errors) if name.startswith("EXIT_")}
