@@ -6,7 +6,9 @@ checked and the split is drawn, then images and entries are written.
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import re
 import shutil
 from collections import Counter
@@ -131,7 +133,7 @@ class Written:
     counts: Counter[str] = field(default_factory=Counter)
     copied: set[str] = field(default_factory=set)
     answers: set[int] = field(default_factory=set)  # hashes
-    shown: list[Shown] = field(default_factory=list)  # at equal distances in the table
+    shown: list[Shown] = field(default_factory=list)  # one from each tenth of the table
     kinds: Counter[str] = field(default_factory=Counter)
     first: dict[str, Shown] = field(default_factory=dict)  # the first one of each kind
     words: Counter[int] = field(default_factory=Counter)  # test answers by their number of words
@@ -150,7 +152,7 @@ class Written:
 def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
     """Write images and entries of all rows; the two arrays of entries are written one entry at a time."""
     done = Written()
-    step = max(1, plan.samples // SHOWN)
+    shown = _drawn(plan.samples, task.seed)
     with (
         (folder / "train.json").open("w", encoding="utf-8") as train,
         (folder / "test.json").open("w", encoding="utf-8") as test,
@@ -172,13 +174,23 @@ def _write(rows: Rows, task: NewTask, plan: Plan, folder: Path) -> Written:
                 sample, kind = (row.image, row.question, row.answer), kind_of(row.question, row.answer)
                 done.kinds[kind] += 1
                 done.first.setdefault(kind, sample)
-                if number % step == 0 and len(done.shown) < SHOWN:
+                if number in shown:
                     done.shown.append(sample)
         for file in files.values():
             file.write("\n]\n")
     if done.counts.total() != plan.samples or not all(done.counts[split] for split in files):
         raise UserError(f"{rows.table.path} has changed while it was read; repeat the command when it is complete.")
     return done
+
+
+def _drawn(samples: int, seed: int) -> set[int]:
+    """Positions in a table for the sheet, one drawn from each of SHOWN equal parts.
+
+    Positions at equal distances would meet one kind of question alone in a table that lists its kinds in turn.
+    """
+    generator = random.Random(seed)
+    edges = [part * samples // SHOWN for part in range(SHOWN + 1)]
+    return {generator.randrange(start, end) for start, end in itertools.pairwise(edges) if start < end}
 
 
 def _copy(row: Checked, target: Path) -> None:

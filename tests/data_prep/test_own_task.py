@@ -76,7 +76,9 @@ def test_the_kind_of_a_question_follows_from_its_answer(question: str, answer: s
     assert kind_of(question, answer) == kind
 
 
-def test_the_sheet_has_a_sample_of_every_kind_of_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path | None, str, str]]:
+    """The samples that the sheet would show; it is not drawn."""
     drawn: list[tuple[Path | None, str, str]] = []
 
     def draw(samples: list[tuple[Path | None, str, str]], target: Path) -> Path:
@@ -84,6 +86,28 @@ def test_the_sheet_has_a_sample_of_every_kind_of_question(folder: Path, monkeypa
         return target
 
     monkeypatch.setattr("data_prep.sheet.draw_sheet", draw)
+    return drawn
+
+
+@pytest.mark.parametrize("period", [2, 4, 5, 8])
+def test_a_table_that_lists_its_questions_in_turn_has_several_of_them_on_the_sheet(
+    folder: Path, drawn: list[tuple[Path | None, str, str]], period: int
+) -> None:
+    make(folder, [TABLE[0], *(f"deep/{n // period % 5}.png,question {n % period},a" for n in range(80))])
+    assert len(drawn) == 10 and len({question for _, question, _ in drawn}) > 1
+
+
+@pytest.mark.parametrize("lines", [5, 9, 10, 11, 19])
+def test_a_short_table_is_shown_as_far_as_the_sheet_has_room(
+    folder: Path, drawn: list[tuple[Path | None, str, str]], lines: int
+) -> None:
+    make(folder, [TABLE[0], *(f"deep/{n % 2}.png,question {n},a" for n in range(lines))])
+    assert len({question for _, question, _ in drawn}) == len(drawn) == min(lines, 10)
+
+
+def test_the_sheet_has_a_sample_of_every_kind_of_question(
+    folder: Path, drawn: list[tuple[Path | None, str, str]]
+) -> None:
     rare = ["deep/1.png,is it round?,yes", "deep/2.png,which? A. red B. blue,B", "deep/3.png,how many?,3"]
     lines = [f"deep/{n % 5}.png,which number is {n}?,number {n}" for n in range(60)]
     made = make(folder, [TABLE[0], *lines[:5], *rare, *lines[5:]])
