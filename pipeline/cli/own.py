@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from pipeline.runs import folder as folders
     from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
-    from pipeline.sequence import add_task, learned
+    from pipeline.sequence import add_task, learned, verdict
     from pipeline.sequence import undo as undoing
 else:
-    own_rows, own_task, listing, folders, effects, add_task, learned, undoing = map(
+    own_rows, own_task, listing, folders, effects, add_task, learned, verdict, undoing = map(
         lazy,
         (
             "data_prep.own_rows",
@@ -41,6 +41,7 @@ else:
             "pipeline.sequence.add_effect",
             "pipeline.sequence.add_task",
             "pipeline.sequence.learned",
+            "pipeline.sequence.verdict",
             "pipeline.sequence.undo",
         ),
     )
@@ -158,14 +159,23 @@ def add(
         scores = result.get("learned")
         known = learned.Learned.from_json(scores) if scores is not None else None
         stage = stage_folder(run, len(recipe.data.tasks) - 1, task).name
-        curve = folders.read_run(run).losses().get(stage, [])
+        folder = folders.read_run(run)
+        curve = folder.losses().get(stage, [])
         losses = [line["loss"] for line in curve if line.get("loss") is not None]
         for sentence in learned.sentences(known, recipe, losses):
             typer.echo(sentence)
-        if known is not None and not known.learned:
+        poor = known is not None and not known.learned
+        faults = verdict.faults_of(folder, recipe)
+        for fault in faults:
+            # Few held-out samples may be answered by luck, so the test samples are looked at too.
+            if fault.task == task and not (poor and fault.kind != "misrouted"):
+                typer.echo(fault.sentence)
+                poor = poor or fault.kind != "misrouted"
+        if poor:
             other = next_command("add", run, task, "--again", "--set", "train.lr_prompt=RATE")
             typer.echo(f"`{other}` tries again with another rate, and so on; `{command('undo', run)}` takes it back.")
-        return {**result, "earlier": found.effects_json(), "advised": found.advised_json(), "own": found.own}
+        judged = {"faults": [fault.to_json() for fault in faults]}
+        return {**result, **judged, "earlier": found.effects_json(), "advised": found.advised_json(), "own": found.own}
 
     with addition.written():
         sequence.start(

@@ -54,7 +54,7 @@ def start(
         overrides: values of --set.
         until: stop after this stage; None: train all.
         as_json: show the result as JSON.
-        then: changes the result before it is shown, and prints text of its own in place of the run's summary.
+        then: changes the result before it is shown, and prints what is wrong with the tasks itself.
     """
     require_srun()
     recipe = recipes.load_recipe(name, overrides)
@@ -77,8 +77,7 @@ def start(
     end = _End(recipe.run_path)
     judged = end if then is None and verb != "train" else None
     on_ranks([*arguments, *(["--until", str(until)] if until else [])], recipe, work, as_json, then or judged)
-    if then is None:
-        end.show(verb, name, as_json)
+    end.show(verb, name, as_json)
 
 
 def evaluate(run: Path, as_json: bool, further: Mapping[str, Any] | None = None) -> None:

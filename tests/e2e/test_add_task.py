@@ -74,6 +74,11 @@ def test_a_task_is_added_to_a_run_and_the_others_answer_as_before(make: Callable
     assert isinstance(config.method, ModalPromptOptions)
     assert (config.method.gate, config.method.earlier_gates) == (2.0, (EarlierGate(stages=2, gate=0.0),))
     assert {path: (run / path).read_bytes() for path in before} == before
+    shown = CliRunner().invoke(app, gated[:-1]).stdout.splitlines()
+    assert shown[-2:] == [
+        f"report: {run / 'report.html'}",
+        f"next: python -m pipeline predict {run} --image FILE --question TEXT",
+    ]
     again = CliRunner().invoke(app, ["add", str(run), "T0", "--root", str(tmp_path / "own")])
     assert again.exit_code == EXIT_USER
 
