@@ -21,6 +21,7 @@ from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.prompts import routing
+from pipeline.prompts.answer_head import AnswerHeads, has_heads
 from pipeline.prompts.embedding import embed_with_rows
 from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.parts.base import entry_of
@@ -85,11 +86,12 @@ class Answerer:
     def _generated(self, routed: Routed, max_new_tokens: int) -> list[Answer]:
         """The answers to routed questions with the modules of their selection."""
         number = len(routed.selection)
+        heads = AnswerHeads(self.pool.states, routed.examples.data.keys, routed.selection)
         texts = generate_answers(
             self.lmm,
             routed.examples,
             range(number),
-            Modules(self.pool.tensors, routed.selection, self.entry, self.pool.common),
+            Modules(self.pool.tensors, routed.selection, self.entry, self.pool.common, heads.weighing),
             Decoding(max_new_tokens, BATCH),
         )
         return [Answer(text=texts[place], **vars(self.chosen(routed, place))) for place in range(number)]
@@ -130,6 +132,11 @@ class Answerer:
             raise UserError(
                 f"The decoder of {kind} needs to know {needs}, which prompt_embeds cannot express; expected another "
                 "architecture, such as llava, and prompt sets."
+            )
+        if has_heads(self.pool.states):
+            raise UserError(
+                "These modules have answer heads (method.answer_head), which weigh the tokens of an answer, and a "
+                "server that gets prompt_embeds decodes without them; expected method.answer_head none."
             )
         routed = self.route([Question(question, image if isinstance(image, bytes) else read_image(image), task)])
         batch = collate_prompts(routed.examples, [0], routed.selection).to(self.lmm.model.device)

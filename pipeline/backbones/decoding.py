@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Makes a context in which the selected modules (for example low-rank updates) act on the decoder, given the selection
 # of the rows and `Prompts.inserted` of their sequences.
 Attached = Callable[[Selection, Tensor | None], AbstractContextManager[None]]
+# Changes the scores [V] of a row's next token, given the tokens of its answer so far.
+Weigh = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Row:
     prompt_tokens: int = field(default=0, kw_only=True)
     tokens: list[int] = field(default_factory=list, kw_only=True)
     finish: str | None = field(default=None, kw_only=True)  # "stop" or "length" once it is finished
+    weigh: Weigh | None = field(default=None, kw_only=True)  # what changes the decoder's scores, see `Weigh`
 
 
 R = TypeVar("R", bound=Row)
@@ -194,7 +197,10 @@ class GreedyDecoder(Generic[R]):
         return rows
 
     def _ruled(self, rows: Sequence[R], scores: Tensor) -> Tensor:
-        """Apply the rules of generation_config.json to the scores [n, V] of the rows' next tokens."""
+        """Weigh the scores [n, V] of the rows' next tokens, and apply the rules of generation_config.json to them."""
+        for place, row in enumerate(rows):
+            if row.weigh is not None:
+                scores[place] = row.weigh(row.tokens, scores[place])
         if len(self._rules):
             # transformers' processors take the tokens so far as one tensor, so rows are grouped by length.
             for places in _by_length(rows):
@@ -261,6 +267,7 @@ def generate(
     min_new_tokens: int | None = None,
     attached: Attached | None = None,
     decoder: type[GreedyDecoder[Row]] | None = None,
+    weigh: Sequence[Weigh | None] | None = None,
 ) -> list[list[int]]:
     """Greedy answers to prompts: token ids, the stop token included.
 
@@ -271,9 +278,13 @@ def generate(
         min_new_tokens: minimum length of an answer; None: as generation_config.json says.
         attached: as for `GreedyDecoder`.
         decoder: another class of decoders; None: `GreedyDecoder`.
+        weigh: what changes the scores of each prompt's tokens; None: nothing.
     """
     decoding = (decoder or GreedyDecoder[Row])(lmm, attached)
-    rows = [Row(number, max_new_tokens, shortest=min_new_tokens) for number in range(len(prompts.attention))]
+    rows = [
+        Row(number, max_new_tokens, shortest=min_new_tokens, weigh=one)
+        for number, one in enumerate(weigh or [None] * len(prompts.attention))
+    ]
     decoding.join(prompts, rows)
     while decoding.rows:
         decoding.step()

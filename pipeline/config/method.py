@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import InitErrorDetails
@@ -90,7 +90,7 @@ PartChoice = Annotated[str | dict[str, Any], PlainValidator(PART.checked), PART]
 class RoutedOptions(MethodOptions):
     """What methods have in common that find the task of a sample by routing."""
 
-    TRAINING_ONLY = frozenset({"keys_per_task"})
+    TRAINING_ONLY = frozenset({"keys_per_task", "answer_head"})
 
     unfamiliar: Unfamiliar = Field(
         "answer",
@@ -102,6 +102,11 @@ class RoutedOptions(MethodOptions):
         128,
         ge=1,
         description="samples of a task whose routing keys are kept, where router, share or unfamiliar need any",
+    )
+    answer_head: Literal["none", "ridge"] = Field(
+        "none",
+        description="ridge: a task also keeps a linear classifier of its recurring answers by a sample's routing keys, "
+        "whose probabilities multiply the decoder's at every token (docs/methods.md)",
     )
 
 

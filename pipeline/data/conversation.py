@@ -256,8 +256,12 @@ class Conversation:
             prompt += list(self.tokenizer(after, add_special_tokens=False).input_ids)
         return prompt, inputs
 
+    def answer(self, sample: Sample, has_image: bool) -> list[int]:
+        """Tokens of a sample's first answer, with the end token."""
+        return self._answer(self.text(sample.question, has_image), sample.answer)
+
     def _answer_and_turns(self, sample: Sample, has_image: bool) -> tuple[list[int], list[bool] | None]:
-        answer = self._answer(self.text(sample.question, has_image), sample.answer)
+        answer = self.answer(sample, has_image)
         return self._with_turns(sample, answer, has_image) if sample.meta.get("turns") else (answer, None)
 
     def _answer(self, prompt: str, answer: str) -> list[int]:

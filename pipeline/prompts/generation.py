@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, Weigh, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.static_decoding import StaticDecoder
 from pipeline.console.progress import counted
@@ -57,6 +57,8 @@ class Modules:
     selected: Selection | Tensor  # numbers of the modules, for all samples
     entry: Entry
     common: Mapping[str, Tensor] = field(default_factory=dict)  # what all modules have in common, by name
+    # What changes the scores of the answers' tokens, for some of the samples by number; None: nothing.
+    weighing: Callable[[Sequence[int]], Sequence[Weigh | None]] | None = None
 
     @property
     def length(self) -> int:
@@ -132,7 +134,8 @@ def generate_answers(
         with counting(count):
             # A step that is replayed as a graph is not seen by the count.
             decoder = decoding.decoder if count is None else GreedyDecoder[Row]
-            generated = answer(lmm, inputs, given, decoding.max_new_tokens, decoder)
+            weigh = None if modules.weighing is None else modules.weighing(part)
+            generated = answer(lmm, inputs, given, decoding.max_new_tokens, decoder, weigh)
         if count is not None:
             count.samples += len(part)
             count = None
@@ -189,6 +192,7 @@ def generate_once(
     modules: Modules,
     max_new_tokens: int,
     decoder: type[GreedyDecoder[Row]] | None = None,
+    weigh: Sequence[Weigh | None] | None = None,
 ) -> list[list[int]]:
     """Answers [B] to a batch, each sample computed from its first token on."""
     entry, tensors = modules.entry, modules.tensors
@@ -201,11 +205,16 @@ def generate_once(
         selection=entry.chosen(tensors, inputs),
         inserted=found.inserted if entry.follows_rows else None,
     )
-    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, tensors), decoder=decoder)
+    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, tensors), decoder=decoder, weigh=weigh)
 
 
 def _generate_after_prefix(
-    lmm: LMM, inputs: Batch, modules: Modules, max_new_tokens: int, decoder: type[GreedyDecoder[Row]]
+    lmm: LMM,
+    inputs: Batch,
+    modules: Modules,
+    max_new_tokens: int,
+    decoder: type[GreedyDecoder[Row]],
+    weigh: Sequence[Weigh | None] | None = None,
 ) -> list[list[int]]:
     """Answers [B] to a batch, in which what samples begin with in common is computed once."""
     entry, insertion = modules.entry, modules.entry.insertion or "after_bos"
@@ -227,4 +236,5 @@ def _generate_after_prefix(
         selection=entry.chosen(modules.tensors, inputs),
         inserted=inserted if entry.follows_rows else None,
     )
-    return generate(lmm, prompts, max_new_tokens, attached=entry.on(lmm, modules.tensors), decoder=decoder)
+    attached = entry.on(lmm, modules.tensors)
+    return generate(lmm, prompts, max_new_tokens, attached=attached, decoder=decoder, weigh=weigh)

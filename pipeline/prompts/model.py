@@ -113,7 +113,7 @@ class LearnerOnLMM(nn.Module):
 
     def forward(self, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and its terms by name: shares of the means over the optimizer step."""
-        said = self._said(batch)
+        said = self.said(batch)
         losses = cross_entropy(said.logits, said.targets, reduction="none")
         language = (losses * said.weights).sum() / max(normaliser.tokens, 1.0)
         loss, terms = language, {"loss_lm": language.detach()}
@@ -129,10 +129,10 @@ class LearnerOnLMM(nn.Module):
 
     def unlikeliness(self, batch: Batch) -> Tensor:
         """The negative log-likelihood of a batch's answers, without further terms."""
-        said = self._said(batch)
+        said = self.said(batch)
         return (cross_entropy(said.logits, said.targets, reduction="none") * said.weights).sum()
 
-    def _said(self, batch: Batch) -> Said:
+    def said(self, batch: Batch) -> Said:
         """What the model with its modules says at the answers' tokens."""
         if self.compiled is None:
             return self._computed(batch)
@@ -161,7 +161,7 @@ class LearnerOnLMM(nn.Module):
         if not self.learner.previous:
             return None
         with self.learner.as_before():
-            return self._said(batch).logits
+            return self.said(batch).logits
 
     def _in_one_pass(self, batch: Batch) -> _Read:
         """What the decoder reads of the samples with their modules, and at which positions their answers are."""

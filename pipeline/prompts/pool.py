@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.prompts.answer_head import head_of
 from pipeline.prompts.parts.base import SHARED
 from pipeline.prompts.parts.input_rows import PROMPT
 from pipeline.prompts.parts.projector import projector_of
@@ -153,7 +154,7 @@ class PromptPool:
         if not same or any(a is not b or x != y for (a, x), (b, y) in zip(printed, self._printed, strict=True)):
             self._prints, self._printed = {}, printed
         if index not in self._prints:
-            module = {name: value[index] for name, value in self.tensors.items()}
+            module = {name: value[index] for name, value in self.tensors.items()} | head_of(self.states[index])
             # Of prompt sets it is the set's own, under which answers of earlier versions are kept.
             alone = tensor_fingerprint(module[PROMPT]) if list(module) == [PROMPT] else fingerprint_of(module)
             self._prints[index] = alone

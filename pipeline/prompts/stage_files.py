@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.files.atomic import empty_folder, remove_folder
+from pipeline.prompts.answer_head import head_of
 from pipeline.prompts.parts.projector import PROJECTOR
 from pipeline.prompts.pool import MEMORY, SHARED, STATE, PromptPool
 from pipeline.prompts.routers import State
@@ -53,6 +54,11 @@ def add_stage(pool: PromptPool, name: str, tensors: Mapping[str, Tensor]) -> Non
 def is_state(name: str) -> bool:
     """Whether a tensor of a stage's file belongs to what the router keeps of the task."""
     return name.startswith((PROTOTYPE, STATE))
+
+
+def head_of_stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a stage's file has of an answer head, by the names of a state."""
+    return head_of({name.removeprefix(STATE): value for name, value in tensors.items() if name.startswith(STATE)})
 
 
 def without_kept_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,15 @@ from pipeline.errors import UserError
 from pipeline.methods import Stage, make_method
 from pipeline.prompts.heads import prototype_of
 from pipeline.prompts.routing import Routing
-from pipeline.prompts.stage_files import HEAD, StageCheckpoint, is_state, save_stage, stage_tensors, start_stage_folder
+from pipeline.prompts.stage_files import (
+    HEAD,
+    StageCheckpoint,
+    head_of_stage,
+    is_state,
+    save_stage,
+    stage_tensors,
+    start_stage_folder,
+)
 from pipeline.runs.layout import CONFIG, METRICS, REPLACING_ROUTING, stage_folder, unfinished_folder
 from pipeline.runs.replacement import finish_replacement
 from pipeline.sequence.opened import OpenRun
@@ -46,7 +54,7 @@ def adopt_routing(run: OpenRun) -> None:
     changed = 0
     for (index, stage, found), state in zip(known, states, strict=True):
         learned = {name: value for name, value in found.tensors.items() if not is_state(name)}
-        tensors = stage_tensors(learned, state)
+        tensors = stage_tensors(learned, {**state, **head_of_stage(found.tensors)})
         if not _equal(tensors, found.tensors):
             _replace(run, index, stage, StageCheckpoint(tensors, found.meta))
             changed += 1

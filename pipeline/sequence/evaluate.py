@@ -12,6 +12,7 @@ from pipeline.console.progress import counted
 from pipeline.data.collate import Examples
 from pipeline.data.grouped_order import image_groups
 from pipeline.errors import Interrupted, UserError
+from pipeline.prompts.answer_head import AnswerHeads
 from pipeline.prompts.generation import PLAIN, Conditions, Decoding, Modules, generate_answers
 from pipeline.prompts.parts.base import Entry
 from pipeline.prompts.pool import PromptPool
@@ -77,7 +78,8 @@ def evaluate_task(
     missing = on_main(world, lambda: opened[0].missing())
     if missing:
         selection = on_main(world, lambda: opened[0].routed.selection)
-        modules = Modules(pool.tensors, selection, answering.entry, pool.common)
+        heads = AnswerHeads(pool.states, test.data.keys, selection)
+        modules = Modules(pool.tensors, selection, answering.entry, pool.common, heads.weighing)
         if answering.server is None:
             answers, stopped = _generate(test, missing, modules, answering, world)
         else:

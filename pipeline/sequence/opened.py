@@ -11,6 +11,7 @@ from pipeline.backbones.lmm_processor import settings_fingerprint
 from pipeline.backbones.quantised import require_quantiser
 from pipeline.config.recipe import Recipe
 from pipeline.data.shards import IDENTITY_FIELDS
+from pipeline.errors import UserError
 from pipeline.methods import Method, Stage, make_method
 from pipeline.planning.frozen_models import fetch_models
 from pipeline.planning.replicas import ranks_per_replica
@@ -62,6 +63,17 @@ def require_fitting(recipe: Recipe) -> None:
     require_quantiser(recipe.model.quantization)
     require_answerable(recipe)
     require_switches(recipe)
+    require_head(method)
+
+
+def require_head(method: Method) -> None:
+    """Raise UserError where answer heads are asked for and nothing says whose task's head a sample gets."""
+    asked = getattr(method.options, "answer_head", "none") != "none"
+    if asked and not (method.routing.finds or method.needs_task):
+        raise UserError(
+            f"method.answer_head: {method.title} does not choose modules by a sample's task, whose head would weigh "
+            "its answer; expected none, or a selection by the tasks' similarity."
+        )
 
 
 def open_run(recipe: Recipe, session: Session, answers: bool = True, trains: bool = True) -> OpenRun:

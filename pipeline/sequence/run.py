@@ -60,7 +60,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
                 "change although earlier prompt sets do not."
             )
         pool, matrix = PromptPool(), AccuracyMatrix([task.name for task in recipe.data.tasks])
-        trainer = StageTrainer(recipe, here, run.models.engine, run.data.train, run.files, tracker)
+        trainer = StageTrainer(recipe, here, run.models.engine, run.data.train, run.files, tracker, run.data.validation)
         evaluator = Evaluator(recipe, here, run.data.tests, run.models, run.made_by, tracker)
         record = RunRecord(run, pool, evaluator, tracker)
         result: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from pipeline.backbones.packing import Fill
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.collate import Examples, MicroBatches
+from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import out_of_memory_advice
@@ -26,6 +27,7 @@ from pipeline.prompts.terms import FinishedStage
 from pipeline.ranks.world import on_main
 from pipeline.runs.provenance import package_versions
 from pipeline.runs.session import Session
+from pipeline.sequence.answer_head import answer_head
 from pipeline.sequence.data import Part, stage_order
 from pipeline.sequence.gradients import mean_squares
 from pipeline.sequence.keep_features import keep_features
@@ -60,6 +62,7 @@ class StageTrainer:
         parts: the training samples of every task, in the order of the recipe's tasks.
         files: reads and writes the stages' folders.
         tracker: receives the metrics of every stage.
+        held_out: the tasks' samples that no stage trains on, which answer heads are weighed with; they may be empty.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class StageTrainer:
         parts: Sequence[Part],
         files: StageFiles,
         tracker: Tracker | None = None,
+        held_out: Sequence[Part] = (),
     ) -> None:
         self.recipe, self.session, self.engine, self.parts, self.files = recipe, session, engine, parts, files
+        self.held_out = held_out
         self.tracker = tracker or NullTracker()
         self.method = make_method(recipe.method)
 
@@ -151,6 +156,8 @@ class StageTrainer:
             }
             values = engine.values()
             state = self._state(engine, batches.examples.data, values, stage.name)
+            if getattr(self.method.options, "answer_head", "none") != "none":
+                state = {**state, **self._answer_head(engine, batches, index, stage, pool)}
             left = self._left(engine, batches, values, pool)
             saved = self.files.save(index, stage, stage_tensors(left, state), facts)
             self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
@@ -207,6 +214,18 @@ class StageTrainer:
         remembered = [term.remembered(stage) for term in learner.terms]
         left: dict[str, Tensor] = learner.outcome(values, pool.newest())
         return {**left, **{name: value for told in remembered for name, value in told.items()}}
+
+    def _answer_head(
+        self, engine: Engine, batches: MicroBatches, index: int, stage: Stage, pool: PromptPool
+    ) -> dict[str, Tensor]:
+        """What the stage's task keeps of its answer head; a collective."""
+        parts = [self.held_out[task] for task in stage.tasks if self.held_out and len(self.held_out[task][0])]
+        if not parts:
+            return answer_head(engine, batches, None, Selection.none(0), self.session, stage.name)
+        held_out = StageData(parts)
+        routing = make_method(self.recipe.method.after(index + 1)).routing
+        selection = on_main(self.session.world, lambda: routing.training(held_out.keys, pool.states))
+        return answer_head(engine, batches, held_out, selection, self.session, stage.name)
 
     def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor], task: str) -> State:
         """The router's state of the stage's task, from the trained values or from the keys of its training samples."""

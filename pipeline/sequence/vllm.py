@@ -51,6 +51,10 @@ def require_answerable(recipe: Recipe) -> None:
             evaluate.repetition_penalty != 1,
             "counts the tokens of the question in a repetition penalty too; expected evaluate.repetition_penalty 1",
         ),
+        (
+            getattr(recipe.method, "answer_head", "none") != "none",
+            "decodes without answer heads; expected method.answer_head none",
+        ),
         (recipe.data.cuts, "cuts no questions; expected data.too_long refuse or skip"),
     ]
     for is_met, sentence in obstacles:

@@ -12,6 +12,7 @@ from pipeline.adapter.answering import Answerer, Routed
 from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row
 from pipeline.backbones.kv_cache import CacheSpace
 from pipeline.data.collate import collate_prompts
+from pipeline.prompts.answer_head import AnswerHeads
 from pipeline.prompts.embedding import embed_with_modules
 from pipeline.serve.memory import Extent
 
@@ -43,12 +44,15 @@ class RunningBatch(GreedyDecoder[Running]):
         learned = {**answerer.pool.tensors, **answerer.pool.common}
         tensors = {name: value.to(lmm.model.device, lmm.dtype) for name, value in learned.items()}
         super().__init__(lmm, entry.on(lmm, tensors), CacheSpace(slots, whole=True))
-        self.entry, self.tensors = entry, tensors
+        self.entry, self.tensors, self.states = entry, tensors, answerer.pool.states
 
     @torch.no_grad()
     def begin(self, routed: Routed, answers: Sequence[Running]) -> list[Running]:
         """Add the answers to routed questions and decode their first tokens; returns them."""
         batch = collate_prompts(routed.examples, range(len(answers)), routed.selection).to(self.lmm.model.device)
+        heads = AnswerHeads(self.states, routed.examples.data.keys, routed.selection)
+        for answer, weigh in zip(answers, heads.weighing(range(len(answers))), strict=True):
+            answer.weigh = weigh
         entry = self.entry
         found = embed_with_modules(self.lmm, batch, entry, self.tensors)
         inserted = found.inserted

@@ -35,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.files.atomic import sync_folder, temporary_of, write_json
 from pipeline.hub.snapshots import checkpoint
 from pipeline.methods import make_method
+from pipeline.prompts.answer_head import has_heads
 from pipeline.prompts.parts.base import entry_of
 from pipeline.prompts.parts.input_rows import RowsEntry
 from pipeline.prompts.parts.projector import projector_of
@@ -141,6 +142,7 @@ def _planned(source: Path, form: Form, model: str | None, licence: str | None) -
     adapter = _adapter(source, form, model, licence)
     if form == "lora":
         require_loras(adapter.meta.method, adapter.pool, source)
+        require_no_heads(adapter.meta.method, adapter.pool, source)
     else:
         require_rows(adapter.meta.method, adapter.pool, source, adapter.meta.projector)
     config, pool = adapter.meta.model, adapter.pool
@@ -198,6 +200,15 @@ def places_of(form: Form, insertion: str) -> str:
     return "low_rank" if form == "lora" else insertion
 
 
+def require_no_heads(options: MethodOptions, pool: PromptPool, source: Path) -> None:
+    """Raise UserError where answers depend on answer heads, which change scores while an answer is decoded."""
+    if has_heads(pool.states) or (not len(pool) and getattr(options, "answer_head", "none") != "none"):
+        raise UserError(
+            f"{source} has answer heads (method.answer_head), which weigh every token of an answer, and other servers "
+            "decode without them; expected method.answer_head none. `serve --engine own` answers with them."
+        )
+
+
 def require_rows(options: MethodOptions, pool: PromptPool, source: Path, projector: str = "frozen") -> None:
     """Raise UserError where modules are no vectors that stand among the words of a question, whatever it is."""
     method = make_method(options)
@@ -213,6 +224,7 @@ def require_rows(options: MethodOptions, pool: PromptPool, source: Path, project
             f"{source} learned the image projector too (train.projector), and other servers get prompt sets alone; "
             f"expected train.projector frozen. {otherwise}"
         )
+    require_no_heads(options, pool, source)
     modules = max(len(pool), 1)
     chosen = method.routing.rule.inference(torch.zeros(1, modules), torch.zeros(1, dtype=torch.long))
     if chosen.weights is not None:

@@ -1,0 +1,190 @@
+"""A task's answer head: how probable each answer is that recurs in its training samples, by a sample's routing keys.
+
+The decoder has to spell an answer that a linear classifier would only have to name. The head is that classifier: a
+ridge regression of the known answers on features of the keys, solved in closed form, as the last layer of RanPAC (arXiv
+2307.02251) is for classes. Its probabilities and the decoder's are multiplied at every token (`Weighing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.data.keys import in_parts
+from pipeline.prompts.answer_tree import Mix, Weighing, rows_of
+from pipeline.prompts.calibration import temperature_of
+from pipeline.prompts.routers.kept_keys import picked, sampled_rows
+from pipeline.prompts.routers.key_features import side_by_side
+from pipeline.prompts.routers.ridge import projection
+
+if TYPE_CHECKING:
+    from pipeline.data.keys import AnyKeys, Keys
+    from pipeline.data.selection import Selection
+    from pipeline.prompts.routers.states import State, States
+
+ANSWERS = "answers."  # how the names of a head's tensors begin in a task's state
+TOKENS, CENTRE, SCALE = f"{ANSWERS}tokens", f"{ANSWERS}centre", f"{ANSWERS}scale"
+WEIGHTS, BIAS, MIX = f"{ANSWERS}weights", f"{ANSWERS}bias", f"{ANSWERS}mix"
+WIDTH, SEED = 1000, 0  # random features, the same on every machine
+FITTED = 1 << 14  # most samples that a head is fitted to
+AT_ONCE = 1 << 12
+PENALTIES = (0.01, 0.1, 1.0, 3.0)  # as shares of the features' mean variance; the best is chosen leaving one out
+# A key's direction in which a task's samples hardly differ counts no more than this share of the typical one. The
+# other bound is of a unit key's component: float16 and batches of another size move it by less than a tenth of that.
+LEAST_SHARE, LEAST = 0.1, 1e-3
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """The head of one task, in float32 on the CPU."""
+
+    tokens: tuple[tuple[int, ...], ...]  # of each of C answers, with the end token
+    centre: Tensor  # [2 K + 1] of the keys side by side
+    scale: Tensor  # [2 K + 1]
+    weights: Tensor  # [F, C]
+    bias: Tensor  # [C]
+    temperature: float
+    mix: Mix
+
+    @classmethod
+    def of(cls, state: State) -> AnswerHead | None:
+        """The head in a task's state; None where it has none."""
+        if TOKENS not in state:
+            return None
+        tokens = tuple(tuple(t for t in row if t >= 0) for row in state[TOKENS].long().tolist())
+        temperature, *mix = state[MIX].double().tolist()
+        centre, scale, weights, bias = (state[name].float().cpu() for name in (CENTRE, SCALE, WEIGHTS, BIAS))
+        return cls(tokens, centre, scale, weights, bias, temperature, Mix(*mix))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a task's state has of the head."""
+        longest = max(map(len, self.tokens))
+        padded = [[*row, *[-1] * (longest - len(row))] for row in self.tokens]
+        mix = [self.temperature, *self.mix]
+        return {
+            TOKENS: torch.tensor(padded, dtype=torch.float32),  # exact for every vocabulary below 2^24
+            CENTRE: self.centre,
+            SCALE: self.scale,
+            WEIGHTS: self.weights,
+            BIAS: self.bias,
+            MIX: torch.tensor(mix, dtype=torch.float32),
+        }
+
+    def scores(self, keys: Keys) -> Tensor:
+        """Of B samples [B, C]: estimates of 1 for a sample's own answer and 0 for the others."""
+        return features(keys, self.centre, self.scale) @ self.weights + self.bias
+
+    def log_probabilities(self, keys: Keys) -> Tensor:
+        """Of each known answer to B samples [B, C]."""
+        return torch.log_softmax(self.scores(keys).double() / self.temperature, dim=1).float()
+
+    def weighing(self, keys: Keys) -> list[Weighing]:
+        """What multiplies the decoder's probabilities, for each of B samples."""
+        return [Weighing(self.tokens, row.numpy(), self.mix) for row in self.log_probabilities(keys)]
+
+
+class AnswerHeads:
+    """The heads of a pool's tasks, for samples with their modules."""
+
+    def __init__(self, states: States, keys: AnyKeys, selection: Selection) -> None:
+        """The samples of `keys` [N], whose modules are in the `selection`."""
+        self._heads = states.once("answer heads", lambda: [AnswerHead.of(state) for state in states])
+        self._keys, self._selection = keys, selection
+
+    def weighing(self, samples: Sequence[int]) -> list[Weighing | None]:
+        """For each of these samples that of its module's task; None without a module, and where the task has no head.
+
+        Of several modules it is the one with the largest weight, of equal ones the last, which routing ranked first.
+        """
+        found: list[Weighing | None] = [None] * len(samples)
+        if not any(self._heads):
+            return found
+        rows = torch.as_tensor(samples, dtype=torch.long)
+        of_task: dict[int, list[int]] = {}
+        for place, modules in enumerate(self._selection.rows(rows).listed()):
+            if modules:
+                number, _ = max(reversed(modules), key=lambda module: module[1])
+                of_task.setdefault(number, []).append(place)
+        for number, places in of_task.items():
+            head = self._heads[number]
+            if head is not None:
+                made = head.weighing(picked(self._keys, rows[places]))
+                for place, weighing in zip(places, made, strict=True):
+                    found[place] = weighing
+        return found
+
+
+def has_heads(states: Sequence[State]) -> bool:
+    """Whether a task's state has an answer head."""
+    return any(TOKENS in state for state in states)
+
+
+def head_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an answer head in a task's state."""
+    return {name: value for name, value in state.items() if name.startswith(ANSWERS)}
+
+
+def features(keys: Keys, centre: Tensor, scale: Tensor) -> Tensor:
+    """Features [B, F] of keys: both unit keys, moved and scaled by the task's, and random features of these."""
+    plain = (side_by_side(keys) - centre) / scale / len(centre) ** 0.5
+    return torch.cat([plain, torch.relu(plain @ projection(len(centre), WIDTH, SEED)) * (2.0 / WIDTH) ** 0.5], dim=1)
+
+
+def fit_head(keys: AnyKeys, tokens: Sequence[Sequence[int]], answers: Tensor) -> AnswerHead:
+    """The head of a task, in closed form, which does not count yet: its `mix` is the decoder alone.
+
+    Args:
+        keys: of n samples.
+        tokens: of C answers, at least two.
+        answers: [n] which of these each sample has.
+    """
+    rows = sampled_rows(len(answers), FITTED)
+    answers = answers[rows]
+    some = picked(keys, rows)
+    plain = side_by_side(some)
+    centre, deviation = plain.mean(0), plain.std(0)
+    typical = float(deviation.square().mean().sqrt())
+    scale = deviation.clamp_min(max(LEAST_SHARE * typical, LEAST))
+    made = torch.cat([features(part, centre, scale) for part in in_parts(some, AT_ONCE)])
+    targets = torch.nn.functional.one_hot(answers, len(tokens)).float()
+    weights, bias, alone = _ridge(made, targets)
+    temperature = temperature_of(alone, answers, torch.ones(len(answers)))
+    return AnswerHead(rows_of(tokens), centre, scale, weights, bias, temperature, Mix())
+
+
+def _ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [F, C], bias [C], and the scores [n, C] that the regression without each sample gives it.
+
+    Of features [n, F] and targets [n, C]; solved in float64 in the smaller of the systems of n and of F, with the one
+    of `PENALTIES` whose squared error is the smallest, leaving each sample out.
+    """
+    count, width = features.shape
+    middle, share = features.mean(0), targets.mean(0)
+    centred, wanted = features - middle, targets - share
+    dual = count <= width
+    # Products in float32, solved in float64.
+    products = (centred @ centred.T if dual else centred.T @ centred).double()
+    mean = float(products.trace()) / width
+    identity = torch.eye(len(products), dtype=torch.float64)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for penalty in PENALTIES:
+        factor = torch.linalg.cholesky(products + max(penalty * mean, 1e-12) * identity)
+        if dual:
+            weights = centred.T @ torch.cholesky_solve(wanted.double(), factor).float()
+            leverage = 1.0 - max(penalty * mean, 1e-12) * torch.cholesky_inverse(factor).diagonal().float()
+        else:
+            weights = torch.cholesky_solve((centred.T @ wanted).double(), factor).float()
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=False).T.float()
+            leverage = (centred @ inverse).square().sum(1)
+        leverage = (leverage + 1.0 / count).clamp(max=1.0 - 1e-6)[:, None]
+        alone = (centred @ weights + share - leverage * targets) / (1.0 - leverage)
+        error = float((alone - targets).square().mean())
+        if best is None or error < best[0]:
+            best = error, weights, alone
+    assert best is not None
+    return best[1], share - middle @ best[1], best[2]

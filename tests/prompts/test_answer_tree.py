@@ -1,0 +1,115 @@
+"""How a head's probabilities multiply a decoder's, against sums over whole answers written out here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.prompts.answer_tree import Branch, Mix, Weighing, branches, fit_mix
+
+END, WORDS = 9, 10
+KNOWN = [(1, 2, END), (1, 3, END), (4, END), (1, 2, 5, END)]
+SHARES = np.array([0.4, 0.1, 0.2, 0.3])
+
+
+def weighing(mix: Mix) -> Weighing:
+    return Weighing(KNOWN, np.log(SHARES).astype(np.float32), mix)
+
+
+@pytest.mark.parametrize(
+    ("so_far", "expected"),
+    [
+        ((), {1: 0.8, 4: 0.2}),
+        ((1,), {2: 0.7 / 0.8, 3: 0.1 / 0.8}),
+        ((1, 2), {END: 0.4 / 0.7, 5: 0.3 / 0.7}),
+        ((1, 2, 5), {END: 1.0}),
+    ],
+)
+def test_next_tokens_have_the_shares_of_the_answers_that_begin_so(
+    so_far: tuple[int, ...], expected: dict[int, float]
+) -> None:
+    found = weighing(Mix()).next(so_far)
+    assert found is not None
+    assert dict(zip(found[0].tolist(), np.exp(found[1]).tolist(), strict=True)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("so_far", [(5,), (1, 4), (1, 2, END), (4, 4, 4, 4, 4)])
+def test_an_answer_that_leaves_the_known_ones_is_the_decoder_s_alone(so_far: tuple[int, ...]) -> None:
+    scores = torch.randn(WORDS)
+    assert weighing(Mix(0.5, 2.0, -3.0)).next(so_far) is None
+    assert torch.equal(weighing(Mix(0.5, 2.0, -3.0))(so_far, scores), scores)
+
+
+def test_a_head_without_weight_changes_nothing() -> None:
+    scores = torch.randn(WORDS) * 3
+    found = weighing(Mix(1.0, 0.0, 0.0))((1,), scores)
+    torch.testing.assert_close(found, scores.log_softmax(0))
+
+
+def test_known_tokens_get_both_to_a_power_and_the_others_a_factor_together() -> None:
+    scores, mix = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 2, Mix(0.7, 1.3, -0.4)
+    found = weighing(mix)((1,), scores).exp()
+    decoder = scores.softmax(0)
+    others = [token for token in range(WORDS) if token not in (2, 3)]
+    assert float(found[2] / found[3]) == pytest.approx(float(decoder[2] / decoder[3]) ** 0.7 * 7.0**1.3, rel=1e-4)
+    together = float(decoder[others].sum())
+    assert float(found[others].sum()) == pytest.approx(together**0.7 * math.exp(-0.4), rel=1e-4)
+    torch.testing.assert_close(found[others] / found[others].sum(), decoder[others] / together)
+
+
+def test_branches_end_where_an_answer_leaves_the_known_ones() -> None:
+    logits = torch.randn(4, WORDS)
+    known = list(branches(weighing(Mix()), (1, 2, END), logits))
+    assert [(len(b.head), b.right) for b in known] == [(2, 0), (2, 0), (2, 1)]
+    unknown = list(branches(weighing(Mix()), (1, 6, END), logits))
+    assert [(len(b.head), b.right) for b in unknown] == [(2, 0), (2, 2)]
+    expected = logits[1].softmax(0).tolist()
+    assert np.exp(unknown[1].decoder) == pytest.approx(
+        [expected[2], expected[3], 1 - expected[2] - expected[3]], rel=1e-4
+    )
+
+
+def drawn(seed: int, count: int, head: float, decoder: float) -> list[Branch]:
+    """Tokens of which head and decoder know so much: scores of the right one are that much higher."""
+    made, numbers = [], np.random.RandomState(seed)
+    for _ in range(count):
+        right = int(numbers.randint(4))
+        own, said = numbers.randn(5), numbers.randn(4)
+        own[right] += decoder
+        said[right] += head
+        made.append(Branch(own - np.log(np.exp(own).sum()), said - np.log(np.exp(said).sum()), right))
+    return made
+
+
+def test_the_mix_follows_what_each_of_them_knows() -> None:
+    head, decoder = fit_mix(drawn(0, 300, 4.0, 0.0)), fit_mix(drawn(0, 300, 0.0, 4.0))
+    assert head.head > 1.5 and head.decoder < 0.25 * head.head
+    assert decoder.decoder > 1.5 and decoder.head < 0.25 * decoder.decoder
+    assert head.other < -1  # every answer was among the known ones
+
+
+def test_without_samples_the_decoder_is_alone() -> None:
+    assert fit_mix([]) == Mix()
+
+
+def test_the_mix_is_the_maximum_that_an_optimiser_finds() -> None:
+    seen = drawn(1, 60, 1.5, 1.0)
+    found = fit_mix(seen)
+    values = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([values], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = 0.5 * ((values - torch.tensor([1.0, 0.0, 0.0])) / torch.tensor([1.0, 1.0, 4.0])).square().sum()
+        for branch in seen:
+            scores = values[0] * torch.from_numpy(branch.decoder)
+            added = torch.cat([values[1] * torch.from_numpy(branch.head), values[2][None]])
+            loss = loss - (scores + added).log_softmax(0)[branch.right]
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert list(found) == pytest.approx(values.tolist(), abs=1e-3)
