@@ -170,6 +170,35 @@ def test_a_distance_is_mahalanobis_of_the_shrunk_scatter_and_the_threshold_leave
     assert spread.threshold == pytest.approx(float(torch.quantile(torch.cat(held_out), 0.99)), rel=0.05)
 
 
+def several_questions(pictures: int, each: int, seed: int = 0) -> Keys:
+    """Keys of a task with `each` questions about every picture; image keys of one picture differ by rounding alone."""
+    image = task_keys(0, 0, count=pictures, seed=seed, spread=0.0).image.repeat_interleave(each, 0)
+    text = task_keys(0, 0, count=each, spread=0.0).text.repeat(pictures, 1)  # the same questions about every picture
+    rounding = 1.0 + 4e-4 * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+    return Keys((image.float() * rounding).half(), text, torch.ones(len(image), dtype=torch.bool), {})
+
+
+def test_a_key_is_left_out_with_those_of_its_picture() -> None:
+    keys = several_questions(pictures=12, each=3)
+    spread, vectors = Spread.of(kept_sample(keys)), side_by_side(keys).double()
+    held_out = []
+    for picture in range(12):
+        of_it = torch.arange(36) // 3 == picture
+        others = vectors[~of_it] - vectors[~of_it].mean(0)
+        apart = vectors[of_it] - vectors[~of_it].mean(0)
+        scatter = others.T @ others + spread.added * torch.eye(vectors.shape[1]).double()
+        held_out.append(36 * (apart @ torch.linalg.inv(scatter) * apart).sum(1))
+    assert spread.threshold == pytest.approx(float(torch.quantile(torch.cat(held_out), 0.99)), rel=1e-6)
+
+
+def test_new_pictures_of_a_task_with_several_questions_about_each_are_familiar() -> None:
+    states = States([kept_sample(several_questions(pictures=30, each=2))])
+    new = several_questions(pictures=100, each=2, seed=1)
+    assert unfamiliar(new, states, torch.zeros(200, dtype=torch.long)).float().mean() < 0.05
+    strange = task_keys(5, 5, spread=0.0)
+    assert unfamiliar(strange, states, torch.zeros(60, dtype=torch.long)).float().mean() > 0.9
+
+
 def test_too_few_kept_keys_make_nothing_unfamiliar() -> None:
     states = states_of("mean", tasks(), most=7)
     assert not unfamiliar(task_keys(5, 5, spread=0.0), states, torch.zeros(60, dtype=torch.long)).any()
