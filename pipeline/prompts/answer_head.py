@@ -136,7 +136,7 @@ def features(keys: Keys, centre: Tensor, scale: Tensor) -> Tensor:
 
 
 def fit_head(keys: AnyKeys, tokens: Sequence[Sequence[int]], answers: Tensor) -> AnswerHead:
-    """The head of a task, in closed form, which does not count yet: its `mix` is the decoder alone.
+    """The head of a task, in closed form, whose `mix` is not fitted yet.
 
     Args:
         keys: of n samples.

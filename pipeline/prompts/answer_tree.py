@@ -1,8 +1,8 @@
 """How the probabilities of known answers and those of a decoder's next token are multiplied.
 
-The known answers form a tree of tokens. Where an answer in progress is the beginning of some of them, their next tokens
-get the decoder's and the head's probabilities, each to a power; all others get the decoder's and a factor. The two
-powers and the factor are fitted to held-out samples (`fit_mix`), so a head that tells nothing changes nothing.
+The known answers form a tree of tokens. Where an answer in progress is the beginning of some of them, `Weighing` asks
+two questions: whether it goes on as one of them, which the decoder's probability of their next tokens says, and as
+which, which decoder and head say together. How much each counts is fitted to held-out samples (`fit_mix`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, logsigmoid
 
-DOUBT = (1.0, 1.0, 4.0)  # deviations of the fitted values from those of the decoder alone: the strength of their prior
 STEPS = 100  # of Newton's method
 LEAST_LOG = -80.0  # of a probability that counts
+Array = npt.NDArray[np.float64]
 
 
 class Mix(NamedTuple):
-    """How the two are multiplied: powers of the decoder's and the head's, and the logarithm of the others' factor."""
+    """How decoder and head count, for known tokens c with the decoder's p_c and the head's q_c, and S = sum_c p_c.
+
+    A token is a known one with sigma(`slope` log(S / (1 - S)) + `known`), and of these each has a share in proportion
+    to p_c^`decoder` q_c^`head`. The values here are what holds without samples: the head's probabilities are
+    calibrated, and both count as they are.
+    """
 
     decoder: float = 1.0
-    head: float = 0.0
-    other: float = 0.0
+    head: float = 1.0
+    slope: float = 1.0
+    known: float = 0.0
+
+
+# Deviations of the fitted values from `Mix()`: the strength of their prior.
+DOUBT = Mix(1.0, 1.0, 1.0, 4.0)
 
 
 class Weighing:
@@ -38,21 +48,21 @@ class Weighing:
         self._tokens, self._logs, self._mix = tokens, logs, mix
 
     def __call__(self, so_far: Sequence[int], scores: Tensor) -> Tensor:
-        """Logits [V] of the token behind those `so_far`, given the decoder's [V], in float32.
+        """Log-probabilities [V] of the token behind those `so_far`, given the decoder's logits [V].
 
-        They are the decoder's own where no known answer begins so.
+        They are the decoder's logits where no known answer begins so.
         """
         found = self.next(so_far)
         if found is None:
             return scores
         logs = log_softmax(scores.float(), dim=0)
-        tokens = torch.from_numpy(found[0]).to(logs.device)
+        tokens, said = torch.from_numpy(found[0]).to(logs.device), torch.from_numpy(found[1]).to(logs)
         own = logs[tokens].clamp_min(LEAST_LOG)
         others = logs.index_fill(0, tokens, -torch.inf)
         together = others.logsumexp(0).clamp_min(LEAST_LOG)
-        mixed = others + (self._mix.decoder - 1.0) * together + self._mix.other
-        said = torch.from_numpy(found[1]).to(logs)
-        return mixed.index_copy(0, tokens, self._mix.decoder * own + self._mix.head * said)
+        odds = self._mix.slope * (own.logsumexp(0) - together) + self._mix.known
+        shares = log_softmax(self._mix.decoder * own + self._mix.head * said, dim=0)
+        return (others - together + logsigmoid(-odds)).index_copy(0, tokens, shares + logsigmoid(odds))
 
     def next(self, so_far: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
         """The tokens [m] that follow in the known answers which begin so, in ascending order, and the logarithms of
@@ -69,11 +79,16 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Branch:
-    """One token of a held-out answer: what decoder and head say of the tokens that known answers have there."""
+    """One token of a held-out answer: what decoder and head say of the m tokens that known answers have there."""
 
-    decoder: npt.NDArray[np.float64]  # [m + 1] logarithms; the last of all other tokens together
-    head: npt.NDArray[np.float64]  # [m]
+    decoder: Array  # [m + 1] logarithms; the last of all other tokens together
+    head: Array  # [m]
     right: int  # which of the m + 1 it is
+
+    @property
+    def odds(self) -> float:
+        """The logarithm of the decoder's odds that it is one of the known tokens."""
+        return float(np.logaddexp.reduce(self.decoder[:-1]) - self.decoder[-1])
 
 
 def branches(weighing: Weighing, answer: Sequence[int], logits: Tensor) -> Iterator[Branch]:
@@ -94,36 +109,19 @@ def branches(weighing: Weighing, answer: Sequence[int], logits: Tensor) -> Itera
 
 
 def fit_mix(seen: Sequence[Branch]) -> Mix:
-    """The mix that makes held-out tokens most probable, under a normal prior about the decoder alone, `Mix()`.
+    """The mix that makes held-out tokens most probable, under a normal prior about `Mix()`.
 
-    The likelihood is that of a logistic regression with three coefficients, so concave, and Newton's method finds its
-    maximum. Powers are at least 0.
+    Whether a token is a known one, and which, are two logistic regressions with two coefficients each. Powers and slope
+    are at least 0.
     """
-    start, precision = np.array(Mix()), 1.0 / np.square(DOUBT)
-    values = start.copy()
-    inputs = [_inputs(branch) for branch in seen]
-
-    def loss(at: npt.NDArray[np.float64]) -> float:
-        own = sum(_log_share(x @ at, branch.right) for x, branch in zip(inputs, seen, strict=True))
-        return float(0.5 * (precision * (at - start) ** 2).sum() - own)
-
-    for _ in range(STEPS):
-        slope, curve = precision * (values - start), np.diag(precision)
-        for x, branch in zip(inputs, seen, strict=True):
-            scores = x @ values
-            shares = np.exp(scores - scores.max())
-            shares /= shares.sum()
-            mean = shares @ x
-            slope += mean - x[branch.right]
-            curve += (x * shares[:, None]).T @ x - np.outer(mean, mean)
-        move, before, size = np.linalg.solve(curve, slope), loss(values), 1.0
-        while size > 1e-6 and loss(values - size * move) > before:
-            size /= 2.0
-        values = values - size * move
-        if float(np.abs(size * move).max()) < 1e-9:
-            break
-    values[:2] = np.maximum(values[:2], 0.0)
-    return Mix(*values.tolist())
+    start, doubt = np.array(Mix()), np.array(DOUBT)
+    known = [branch for branch in seen if branch.right < len(branch.head)]
+    # Where one token alone can follow, nothing is chosen.
+    choices = [(np.stack([b.decoder[:-1], b.head], axis=1), b.right) for b in known if len(b.head) > 1]
+    either = [(np.array([[b.odds, 1.0], [0.0, 0.0]]), int(b.right == len(b.head))) for b in seen]
+    which = _logistic(choices, start[:2], doubt[:2])
+    whether = _logistic(either, start[2:], doubt[2:])
+    return Mix(max(which[0], 0.0), max(which[1], 0.0), max(whether[0], 0.0), whether[1])
 
 
 def rows_of(tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -131,13 +129,35 @@ def rows_of(tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in tokens)
 
 
-def _inputs(branch: Branch) -> npt.NDArray[np.float64]:
-    """What the three coefficients of a branch's m + 1 tokens multiply [m + 1, 3]."""
-    found = np.zeros((len(branch.decoder), 3))
-    found[:, 0], found[:-1, 1], found[-1, 2] = branch.decoder, branch.head, 1.0
-    return found
+def _logistic(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array) -> list[float]:
+    """The coefficients [k] of inputs [m, k] that make the right one of m most probable, normal about `start`.
+
+    The likelihood is concave, so Newton's method finds its maximum.
+    """
+    precision, values = 1.0 / np.square(doubt), start.copy()
+
+    def loss(at: Array) -> float:
+        own = sum(_log_share(x @ at, right) for x, right in seen)
+        return float(0.5 * (precision * (at - start) ** 2).sum() - own)
+
+    for _ in range(STEPS):
+        slope, curve = precision * (values - start), np.diag(precision)
+        for x, right in seen:
+            scores = x @ values
+            shares = np.exp(scores - scores.max())
+            shares /= shares.sum()
+            mean = shares @ x
+            slope += mean - x[right]
+            curve += (x * shares[:, None]).T @ x - np.outer(mean, mean)
+        move, before, size = np.linalg.solve(curve, slope), loss(values), 1.0
+        while size > 1e-6 and loss(values - size * move) > before:
+            size /= 2.0
+        values = values - size * move
+        if float(np.abs(size * move).max()) < 1e-9:
+            break
+    return [float(value) for value in values]
 
 
-def _log_share(scores: npt.NDArray[np.float64], right: int) -> float:
+def _log_share(scores: Array, right: int) -> float:
     most = scores.max()
     return float(scores[right] - most - np.log(np.exp(scores - most).sum()))

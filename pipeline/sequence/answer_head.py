@@ -64,8 +64,8 @@ def answer_head(
     seen = [branch for part in gather_objects(mine) for branch in part]
     mix = on_main(session.world, lambda: fit_mix(seen))
     log.info(
-        "%s: answer head of %d answers; the decoder's probabilities to the power %.2f, its own to %.2f, others times "
-        "e^%.2f (%d held-out tokens)",
+        "%s: answer head of %d answers; of known tokens the decoder's probabilities count to the power %.2f and its "
+        "own to %.2f; whether it is one of them, by %.2f times the decoder's log-odds plus %.2f (%d held-out tokens)",
         *(task, len(head.tokens), *mix, len(seen)),
     )
     return dataclasses.replace(head, mix=mix).state

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.prompts.answer_tree import Branch, Mix, Weighing, branches, fit_mix
+from pipeline.prompts.answer_tree import DOUBT, Branch, Mix, Weighing, branches, fit_mix
 
 END, WORDS = 9, 10
 KNOWN = [(1, 2, END), (1, 3, END), (4, END), (1, 2, 5, END)]
@@ -39,24 +39,26 @@ def test_next_tokens_have_the_shares_of_the_answers_that_begin_so(
 @pytest.mark.parametrize("so_far", [(5,), (1, 4), (1, 2, END), (4, 4, 4, 4, 4)])
 def test_an_answer_that_leaves_the_known_ones_is_the_decoder_s_alone(so_far: tuple[int, ...]) -> None:
     scores = torch.randn(WORDS)
-    assert weighing(Mix(0.5, 2.0, -3.0)).next(so_far) is None
-    assert torch.equal(weighing(Mix(0.5, 2.0, -3.0))(so_far, scores), scores)
+    assert weighing(Mix(0.5, 2.0, 1.0, 3.0)).next(so_far) is None
+    assert torch.equal(weighing(Mix(0.5, 2.0, 1.0, 3.0))(so_far, scores), scores)
 
 
 def test_a_head_without_weight_changes_nothing() -> None:
     scores = torch.randn(WORDS) * 3
-    found = weighing(Mix(1.0, 0.0, 0.0))((1,), scores)
+    found = weighing(Mix(head=0.0))((1,), scores)
     torch.testing.assert_close(found, scores.log_softmax(0))
 
 
-def test_known_tokens_get_both_to_a_power_and_the_others_a_factor_together() -> None:
-    scores, mix = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 2, Mix(0.7, 1.3, -0.4)
+def test_known_tokens_together_follow_the_decoder_and_each_of_them_both() -> None:
+    scores, mix = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 2, Mix(0.7, 1.3, 0.5, 0.8)
     found = weighing(mix)((1,), scores).exp()
     decoder = scores.softmax(0)
     others = [token for token in range(WORDS) if token not in (2, 3)]
+    assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
     assert float(found[2] / found[3]) == pytest.approx(float(decoder[2] / decoder[3]) ** 0.7 * 7.0**1.3, rel=1e-4)
     together = float(decoder[others].sum())
-    assert float(found[others].sum()) == pytest.approx(together**0.7 * math.exp(-0.4), rel=1e-4)
+    odds = ((1 - together) / together) ** 0.5 * math.exp(0.8)
+    assert float(found[[2, 3]].sum()) == pytest.approx(odds / (1 + odds), rel=1e-4)
     torch.testing.assert_close(found[others] / found[others].sum(), decoder[others] / together)
 
 
@@ -88,26 +90,45 @@ def test_the_mix_follows_what_each_of_them_knows() -> None:
     head, decoder = fit_mix(drawn(0, 300, 4.0, 0.0)), fit_mix(drawn(0, 300, 0.0, 4.0))
     assert head.head > 1.5 and head.decoder < 0.25 * head.head
     assert decoder.decoder > 1.5 and decoder.head < 0.25 * decoder.decoder
-    assert head.other < -1  # every answer was among the known ones
+    assert head.known > 1  # every answer was among the known ones
 
 
-def test_without_samples_the_decoder_is_alone() -> None:
+def test_a_choice_of_one_says_nothing_of_the_powers() -> None:
+    seen = [Branch(np.log([0.9, 0.1]), np.zeros(1), 0)] * 50
+    found = fit_mix(seen)
+    assert (found.decoder, found.head) == (1.0, 1.0) and found.known > 1
+
+
+def test_answers_that_are_often_unknown_are_left_to_the_decoder() -> None:
+    seen = [Branch(np.log([0.6, 0.2, 0.2]), np.log([0.9, 0.1]), right) for right in (0, 2, 2, 2) * 20]
+    found = fit_mix(seen)
+    odds = found.slope * math.log(4.0) + found.known
+    assert 1 / (1 + math.exp(-odds)) == pytest.approx(0.25, abs=0.02)
+
+
+def test_without_samples_both_count_as_they_are() -> None:
     assert fit_mix([]) == Mix()
 
 
 def test_the_mix_is_the_maximum_that_an_optimiser_finds() -> None:
     seen = drawn(1, 60, 1.5, 1.0)
+    seen += [Branch(branch.decoder, branch.head, len(branch.head)) for branch in drawn(2, 15, 0.0, 0.0)]
     found = fit_mix(seen)
-    values = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    start, doubt = torch.tensor(Mix(), dtype=torch.float64), torch.tensor(DOUBT, dtype=torch.float64)
+    values = start.clone().requires_grad_(True)
     optimiser = torch.optim.LBFGS([values], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        loss = 0.5 * ((values - torch.tensor([1.0, 0.0, 0.0])) / torch.tensor([1.0, 1.0, 4.0])).square().sum()
+        loss = 0.5 * ((values - start) / doubt).square().sum()
         for branch in seen:
-            scores = values[0] * torch.from_numpy(branch.decoder)
-            added = torch.cat([values[1] * torch.from_numpy(branch.head), values[2][None]])
-            loss = loss - (scores + added).log_softmax(0)[branch.right]
+            own, said = torch.from_numpy(branch.decoder), torch.from_numpy(branch.head)
+            odds = values[2] * (own[:-1].logsumexp(0) - own[-1]) + values[3]
+            if branch.right == len(said):
+                loss = loss - torch.nn.functional.logsigmoid(-odds)
+            else:
+                shares = (values[0] * own[:-1] + values[1] * said).log_softmax(0)
+                loss = loss - torch.nn.functional.logsigmoid(odds) - shares[branch.right]
         loss.backward()
         return loss
 
