@@ -30,7 +30,7 @@ ANSWERS = "answers."  # how the names of a head's tensors begin in a task's stat
 TOKENS, CENTRE, SCALE = f"{ANSWERS}tokens", f"{ANSWERS}centre", f"{ANSWERS}scale"
 WEIGHTS, BIAS, MIX = f"{ANSWERS}weights", f"{ANSWERS}bias", f"{ANSWERS}mix"
 WIDTH, SEED = 1000, 0  # random features, the same on every machine
-FITTED = 1 << 14  # most samples that a head is fitted to
+FITTED = 1 << 13  # most samples that a head is fitted to
 AT_ONCE = 1 << 12
 PENALTIES = (0.01, 0.1, 1.0, 3.0)  # as shares of the features' mean variance; the best is chosen leaving one out
 # A key's direction in which a task's samples hardly differ counts no more than this share of the typical one. The
@@ -160,31 +160,29 @@ def fit_head(keys: AnyKeys, tokens: Sequence[Sequence[int]], answers: Tensor) ->
 def _ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [F, C], bias [C], and the scores [n, C] that the regression without each sample gives it.
 
-    Of features [n, F] and targets [n, C]; solved in float64 in the smaller of the systems of n and of F, with the one
-    of `PENALTIES` whose squared error is the smallest, leaving each sample out.
+    Of features [n, F] and targets [n, C]; by the eigenvectors of the smaller of the matrices of n and of F, with the
+    one of `PENALTIES` whose squared error is the smallest, leaving each sample out.
     """
     count, width = features.shape
     middle, share = features.mean(0), targets.mean(0)
     centred, wanted = features - middle, targets - share
     dual = count <= width
-    # Products in float32, solved in float64.
+    # Products in float32, decomposed in float64, once for all penalties.
     products = (centred @ centred.T if dual else centred.T @ centred).double()
-    mean = float(products.trace()) / width
-    identity = torch.eye(len(products), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(products)
+    values, turned = values.clamp_min(0.0).float(), vectors.float() if dual else centred @ vectors.float()
+    moments, squares = turned.T @ wanted, turned.square()
     best: tuple[float, Tensor, Tensor] | None = None
     for penalty in PENALTIES:
-        factor = torch.linalg.cholesky(products + max(penalty * mean, 1e-12) * identity)
-        if dual:
-            weights = centred.T @ torch.cholesky_solve(wanted.double(), factor).float()
-            leverage = 1.0 - max(penalty * mean, 1e-12) * torch.cholesky_inverse(factor).diagonal().float()
-        else:
-            weights = torch.cholesky_solve((centred.T @ wanted).double(), factor).float()
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=False).T.float()
-            leverage = (centred @ inverse).square().sum(1)
-        leverage = (leverage + 1.0 / count).clamp(max=1.0 - 1e-6)[:, None]
-        alone = (centred @ weights + share - leverage * targets) / (1.0 - leverage)
+        shrunk = 1.0 / (values + max(penalty * float(values.sum()) / width, 1e-12))
+        effect = values * shrunk if dual else shrunk
+        leverage = (squares @ effect + 1.0 / count).clamp(max=1.0 - 1e-6)[:, None]
+        alone = (turned @ (effect[:, None] * moments) + share - leverage * targets) / (1.0 - leverage)
         error = float((alone - targets).square().mean())
         if best is None or error < best[0]:
-            best = error, weights, alone
+            best = error, shrunk, alone
     assert best is not None
-    return best[1], share - middle @ best[1], best[2]
+    _, shrunk, alone = best
+    weights = vectors.float() @ (shrunk[:, None] * moments)
+    weights = centred.T @ weights if dual else weights
+    return weights, share - middle @ weights, alone
