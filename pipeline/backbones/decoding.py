@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # Makes a context in which the selected modules (for example low-rank updates) act on the decoder, given the selection
 # of the rows and `Prompts.inserted` of their sequences.
 Attached = Callable[[Selection, Tensor | None], AbstractContextManager[None]]
-# Changes the scores [V] of a row's next token, given the tokens of its answer so far.
-Weigh = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,15 @@ class Prompts:
     selection: Selection | None = None  # each prompt's modules; required where `attached` is given
     # [B, S] number from 1 of the inserted row at each column, a prefix's columns included, 0: none; None: not needed
     inserted: Tensor | None = None
+
+
+class Weigh(Protocol):
+    """What changes the scores of a row's next token."""
+
+    @classmethod
+    def weighed(cls, rows: Sequence[Any], so_far: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """The scores [n, V] of n rows that have such objects, given the tokens of their answers so far."""
+        ...
 
 
 @dataclass
@@ -198,9 +205,11 @@ class GreedyDecoder(Generic[R]):
 
     def _ruled(self, rows: Sequence[R], scores: Tensor) -> Tensor:
         """Weigh the scores [n, V] of the rows' next tokens, and apply the rules of generation_config.json to them."""
-        for place, row in enumerate(rows):
-            if row.weigh is not None:
-                scores[place] = row.weigh(row.tokens, scores[place])
+        weighed = [(place, row.weigh) for place, row in enumerate(rows) if row.weigh is not None]
+        if weighed:
+            places = [place for place, _ in weighed]
+            so_far = [rows[place].tokens for place in places]
+            scores[places] = weighed[0][1].weighed([weigh for _, weigh in weighed], so_far, scores[places])
         if len(self._rules):
             # transformers' processors take the tokens so far as one tensor, so rows are grouped by length.
             for places in _by_length(rows):

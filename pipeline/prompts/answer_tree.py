@@ -47,22 +47,38 @@ class Weighing:
         """`tokens` of C known answers, the logarithms of their probabilities [C], and how these count."""
         self._tokens, self._logs, self._mix = tokens, logs, mix
 
-    def __call__(self, so_far: Sequence[int], scores: Tensor) -> Tensor:
-        """Log-probabilities [V] of the token behind those `so_far`, given the decoder's logits [V].
+    @classmethod
+    def weighed(cls, rows: Sequence[Weighing], so_far: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """Log-probabilities [n, V] of the tokens behind those `so_far` of n answers, given the decoder's logits [n, V].
 
         They are the decoder's logits where no known answer begins so.
         """
-        found = self.next(so_far)
-        if found is None:
+        found = [(place, next_) for place, row in enumerate(rows) if (next_ := row.next(so_far[place])) is not None]
+        if not found:
             return scores
-        logs = log_softmax(scores.float(), dim=0)
-        tokens, said = torch.from_numpy(found[0]).to(logs.device), torch.from_numpy(found[1]).to(logs)
-        own = logs[tokens].clamp_min(LEAST_LOG)
-        others = logs.index_fill(0, tokens, -torch.inf)
-        together = others.logsumexp(0).clamp_min(LEAST_LOG)
-        odds = self._mix.slope * (own.logsumexp(0) - together) + self._mix.known
-        shares = log_softmax(self._mix.decoder * own + self._mix.head * said, dim=0)
-        return (others - together + logsigmoid(-odds)).index_copy(0, tokens, shares + logsigmoid(odds))
+        places = [place for place, _ in found]
+        mix = torch.tensor([rows[place]._mix for place in places]).to(scores.device)[:, :, None]
+        decoder, head, slope, known = (mix[:, place] for place in range(4))
+        # Rows of fewer tokens are filled up with their first one, which counts once.
+        width = max(len(tokens) for _, (tokens, _) in found)
+        filled = np.stack(
+            [np.pad(tokens, (0, width - len(tokens)), constant_values=tokens[0]) for _, (tokens, _) in found]
+        )
+        padded = [np.pad(logs, (0, width - len(logs)), constant_values=-np.inf) for _, (_, logs) in found]
+        tokens, said = torch.from_numpy(filled).to(scores.device), torch.from_numpy(np.stack(padded)).to(scores.device)
+        gaps = said.isinf()
+        logs = log_softmax(scores[places].float(), dim=1)
+        own = logs.gather(1, tokens).clamp_min(LEAST_LOG).masked_fill(gaps, -torch.inf)
+        others = logs.scatter(1, tokens, -torch.inf)
+        together = others.logsumexp(1, keepdim=True).clamp_min(LEAST_LOG)
+        odds = slope * (own.logsumexp(1, keepdim=True) - together) + known
+        powers = (decoder * own.masked_fill(gaps, 0.0) + head * said.masked_fill(gaps, 0.0)).masked_fill(
+            gaps, -torch.inf
+        )
+        shares = log_softmax(powers, dim=1) + logsigmoid(odds)
+        shares = torch.where(gaps, shares[:, :1], shares)
+        changed = (others - together + logsigmoid(-odds)).scatter(1, tokens, shares)
+        return scores.index_copy(0, torch.tensor(places, device=scores.device), changed.to(scores.dtype))
 
     def next(self, so_far: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
         """The tokens [m] that follow in the known answers which begin so, in ascending order, and the logarithms of

@@ -46,7 +46,7 @@ def answer_head(
         session: the ranks, and the watchdog.
         task: its name, for messages.
     """
-    if held_out is None:
+    if held_out is None or (held_out.used is not None and not len(held_out.used)):
         log.warning(
             "%s holds no samples out (it has too few, or data.validation_share is 0) to weigh an answer head against "
             "the decoder with, so it has none.",
@@ -77,7 +77,7 @@ def _fitted(data: StageData, conversation: Conversation) -> AnswerHead | None:
     rows = used[sampled_rows(len(used), FITTED)].tolist()
     texts = {row: sample for row in rows if not (sample := data.text(row)).meta.get("turns")}
     counts = Counter(sample.answer.strip() for sample in texts.values())
-    known = [answer for answer, count in counts.most_common(MOST) if count > 1]
+    known = {answer for answer, count in counts.most_common(MOST) if count > 1}
     pictured, numbers = data.keys.has_image, dict[tuple[int, ...], int]()
     places: dict[str, int] = {}
     for row, sample in texts.items():

@@ -19,6 +19,10 @@ def weighing(mix: Mix) -> Weighing:
     return Weighing(KNOWN, np.log(SHARES).astype(np.float32), mix)
 
 
+def weighed(mix: Mix, so_far: tuple[int, ...], scores: torch.Tensor) -> torch.Tensor:
+    return Weighing.weighed([weighing(mix)], [so_far], scores[None])[0]
+
+
 @pytest.mark.parametrize(
     ("so_far", "expected"),
     [
@@ -40,18 +44,18 @@ def test_next_tokens_have_the_shares_of_the_answers_that_begin_so(
 def test_an_answer_that_leaves_the_known_ones_is_the_decoder_s_alone(so_far: tuple[int, ...]) -> None:
     scores = torch.randn(WORDS)
     assert weighing(Mix(0.5, 2.0, 1.0, 3.0)).next(so_far) is None
-    assert torch.equal(weighing(Mix(0.5, 2.0, 1.0, 3.0))(so_far, scores), scores)
+    assert torch.equal(weighed(Mix(0.5, 2.0, 1.0, 3.0), so_far, scores), scores)
 
 
 def test_a_head_without_weight_changes_nothing() -> None:
     scores = torch.randn(WORDS) * 3
-    found = weighing(Mix(head=0.0))((1,), scores)
+    found = weighed(Mix(head=0.0), (1,), scores)
     torch.testing.assert_close(found, scores.log_softmax(0))
 
 
 def test_known_tokens_together_follow_the_decoder_and_each_of_them_both() -> None:
     scores, mix = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 2, Mix(0.7, 1.3, 0.5, 0.8)
-    found = weighing(mix)((1,), scores).exp()
+    found = weighed(mix, (1,), scores).exp()
     decoder = scores.softmax(0)
     others = [token for token in range(WORDS) if token not in (2, 3)]
     assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
@@ -60,6 +64,15 @@ def test_known_tokens_together_follow_the_decoder_and_each_of_them_both() -> Non
     odds = ((1 - together) / together) ** 0.5 * math.exp(0.8)
     assert float(found[[2, 3]].sum()) == pytest.approx(odds / (1 + odds), rel=1e-4)
     torch.testing.assert_close(found[others] / found[others].sum(), decoder[others] / together)
+
+
+def test_rows_of_a_batch_are_weighed_as_each_alone() -> None:
+    scores = torch.randn(5, WORDS, generator=torch.Generator().manual_seed(1)) * 2
+    so_far = [(), (1,), (5,), (1, 2, 5), (4,)]
+    mixes = [Mix(), Mix(0.5, 2.0, 0.3, -1.0), Mix(), Mix(0.0, 1.0, 1.0, 2.0), Mix(1.0, 0.0, 1.0, 0.0)]
+    together = Weighing.weighed([weighing(mix) for mix in mixes], so_far, scores)
+    for row, mix in enumerate(mixes):
+        torch.testing.assert_close(together[row], weighed(mix, so_far[row], scores[row]))
 
 
 def test_branches_end_where_an_answer_leaves_the_known_ones() -> None:
