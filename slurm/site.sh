@@ -164,7 +164,7 @@ step_or_submit() {
         return
     fi
     [ "$dry_run" = 1 ] || command -v sbatch >/dev/null || fail "there is no sbatch here; without Slurm one process" \
-        "does it all: python -m pipeline $2."
+        "does it all: python -m pipeline $2 RECIPE."
     submit_all
 }
 

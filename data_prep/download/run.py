@@ -224,11 +224,14 @@ def _left(job: Job, size: int) -> int:
 def _space(root: Path, missing: list[Job], sizes: Mapping[Job, int | None]) -> str:
     """How much is to be fetched, what it takes, and how much is free, in a sentence."""
     unknown = [job for job in missing if sizes[job] is None]
+    free = f"{in_words(free_space(root))} are free."
+    if missing and len(unknown) == len(missing):
+        return f"To fetch: {counted(len(missing))} of unknown size below {root}; {free}"
     fetched = sum(_left(job, size) for job in missing if (size := sizes[job]) is not None)
     beside = f", beside {counted(len(unknown))} of unknown size" if unknown else ""
     return (
         f"To fetch: {counted(len(missing))}, {in_words(fetched)}{beside}; they take about {in_words(_needed(sizes))} "
-        f"below {root} with what is unpacked, and {in_words(free_space(root))} are free."
+        f"below {root} with what is unpacked, and {free}"
     )
 
 

@@ -21,6 +21,7 @@ from data_prep.sources.coin_files import IMAGE_ROOTS, INSTRUCTIONS, annotation_f
 from data_prep.sources.text_files import read_json
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
+from pipeline.files.paths import command
 
 if TYPE_CHECKING:
     from pipeline.config.data import DataConfig, TaskConfig
@@ -98,15 +99,16 @@ def _read(path: Path) -> list[Any]:
 def _instructions_missing(root: Path, tasks: list[str], benchmark: BenchmarkDownload | None) -> str:
     files = ", ".join(f"{INSTRUCTIONS}/{task}" for task in tasks)
     found = f"'{root}' has no" if root.is_dir() else f"the folder '{root}' does not exist; it should hold"
-    sentence = f"data.root: {found} {files}, each with train.json and test.json."
+    sentence = f"data.root: {found} {files}, {'each ' * (len(tasks) > 1)}with train.json and test.json."
     if benchmark is None:
-        return f"{sentence} Put them there, or set data.root to the folder that has them."
+        made = command("new-task", tasks[0], "--images", "FOLDER", "--samples", "TABLE", "--root", root)
+        return f"{sentence} `{made}` writes them of a table and images; or set data.root to the folder that has them."
     folder = f"folder {benchmark.folder} of " if benchmark.folder else ""
     only = f" --include '{benchmark.folder}/*'" if benchmark.folder else ""
     rename = f" and rename {benchmark.folder} to instructions" if benchmark.folder else ""
     return (
-        f"{sentence} {benchmark.name}'s are the {folder}https://huggingface.co/datasets/{benchmark.repository}: "
-        f"run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`{rename}; "
-        f"or set data.root to the folder that has them. `python -m data_prep download {benchmark.name.lower()} --root "
-        f"{root}` fetches them, and of the images what needs no account."
+        f"{sentence} `python -m data_prep download {benchmark.name.lower()} --root {root}` fetches them, and of the "
+        f"images what needs no account. By hand they are the {folder}https://huggingface.co/datasets/"
+        f"{benchmark.repository}: run `hf download {benchmark.repository} --repo-type dataset{only} --local-dir {root}`"
+        f"{rename}; or set data.root to the folder that has them."
     )

@@ -125,7 +125,7 @@ def _data(findings: Findings, recipe: ClipRecipe, name: str) -> str:
     if not unprepared and not wrong and not recipe.data.prepare_first:
         require_prepared(recipe, name)
     if unprepared and recipe.data.prepare_first:
-        found.append(f"{len(unprepared)} datasets that `run` prepares first")
+        found.append(f"{counted(len(unprepared), 'dataset')} that `run` prepares first")
     elif unprepared:
         names = ", ".join(f"'{entry.name}'" for entry in unprepared)
         wrong.append(

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.bad_records import BadRecord
 from data_prep.sources.base import source_class, source_split
+from pipeline.check.findings import counted
 from pipeline.config.data import DataConfig, TaskConfig
 from pipeline.data.conversation import Conversation
 from pipeline.data.sample import Sample
@@ -62,7 +63,7 @@ class CheckedData:
             wrong += self._sources(unprepared)
         if unprepared and data.prepare_first:
             left_out = f", {self.bad} bad records left out" * (self.bad > 0)
-            found.append(f"{len(unprepared)} tasks that `run` prepares first{left_out}")
+            found.append(f"{counted(len(unprepared), 'task')} that `run` prepares first{left_out}")
         elif unprepared:
             names = ", ".join(f"'{task.name}'" for task in unprepared)
             wrong.append(

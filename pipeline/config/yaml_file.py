@@ -56,15 +56,15 @@ def find_recipe(name_or_path: str, beside: Path | None = None) -> Path:
             if candidate.is_file():
                 return candidate
         raise UserError(
-            f"{'a folder and ' * given.is_dir()}no recipe file at '{name_or_path}'; expected a YAML file or one of "
-            f"{_listed(recipe_names())}." + nearest(given.stem, recipe_names())
+            f"{'a folder and ' * given.is_dir()}no recipe file at '{name_or_path}'."
+            f"{nearest(given.stem, recipe_names())} Expected a YAML file or one of {_listed(recipe_names())}."
         )
     for folder in (beside, RECIPES):
         if folder is not None and (folder / f"{name_or_path}.yaml").is_file():
             return folder / f"{name_or_path}.yaml"
     raise UserError(
-        f"unknown recipe '{name_or_path}'; expected one of {_listed(recipe_names())}, or the path of a YAML file."
-        + nearest(name_or_path, recipe_names())
+        f"unknown recipe '{name_or_path}'.{nearest(name_or_path, recipe_names())} Expected one of "
+        f"{_listed(recipe_names())}, or the path of a YAML file."
     )
 
 

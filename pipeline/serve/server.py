@@ -111,7 +111,10 @@ def run(service: WebService, door: Door, quiet: bool, close: Callable[[], None],
         # Handles signals until uvicorn installs its own handlers. uvicorn raises the signal again after its shutdown,
         # which must not change the exit code either.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    print(f"serving {settings.model} ({sets} prompt sets) at http://{address}:{port}/v1{behind}", flush=True)
+    print(
+        f"serving {settings.model} ({sets} prompt set{'s' * (sets != 1)}) at http://{address}:{port}/v1{behind}",
+        flush=True,
+    )
     server.run(sockets=[door.listener])
 
 

@@ -459,7 +459,7 @@ def test_data_that_can_be_prepared_only_lacks_the_command(raw: tuple[Path, tuple
 def test_data_that_run_prepares_is_no_problem(raw: tuple[Path, tuple[str, ...]]) -> None:
     found = findings(*raw[1], "data.prepare_first=true")
     assert not found.problems
-    assert "1 tasks that `run` prepares first" in (found.found["data"] or "")
+    assert "1 task that `run` prepares first" in (found.found["data"] or "")
 
 
 def test_a_missing_image_is_named_with_its_record_before_anything_is_prepared(
@@ -487,7 +487,8 @@ def test_a_bad_record_far_from_the_samples_looked_at_is_named(raw: tuple[Path, t
 
 def test_a_missing_task_folder_names_what_should_be_there(raw: tuple[Path, tuple[str, ...]]) -> None:
     problems = findings(*raw[1], "data.tasks=[{name: Shapes}, {name: Sizes}]").problems["data"]
-    assert any("has no instructions/Sizes, each with train.json and test.json" in sentence for sentence in problems)
+    (sentence,) = (sentence for sentence in problems if "has no instructions/Sizes, with train.json and" in sentence)
+    assert "`python -m pipeline new-task Sizes --images FOLDER --samples TABLE --root " in sentence
 
 
 def test_every_task_of_the_benchmarks_has_a_source_for_its_images() -> None:

@@ -164,7 +164,9 @@ def test_a_missing_field_is_named_with_its_meaning(recipe_file: Path) -> None:
 
 
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
-    with pytest.raises(UserError, match=r"unknown recipe 'nanno'.*coin_llava15_7b.*Did you mean 'nano'\?"):
+    with pytest.raises(
+        UserError, match=r"unknown recipe 'nanno'\. Did you mean 'nano'\? Expected one of .*coin_llava15_7b"
+    ):
         load_recipe("nanno")
 
 

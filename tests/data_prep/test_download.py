@@ -402,6 +402,7 @@ def test_the_list_of_a_real_benchmark_needs_no_network(monkeypatch: pytest.Monke
     assert len(asked) == 1, "a server that cannot be reached is not waited for again"
     assert "size unknown, no hash published, licence: see https://textvqa.org/" in done.stdout
     assert "ScienceQA: fetch its images by hand" in done.stdout and tree(tmp_path) == set()
+    assert re.search(r"^To fetch: 2 files of unknown size below data/CoIN; .* are free\.$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
