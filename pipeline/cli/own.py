@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from pipeline.cli.lazy import lazy
 from pipeline.cli.options import AsJson
 from pipeline.cli.outcome import show
 from pipeline.config.yaml_file import CONFIG
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.files.paths import RUNS, command
 from pipeline.ranks.environment import is_distributed
 from pipeline.ranks.slurm import next_command
@@ -117,7 +118,12 @@ def add(
         typer.Option(max=1, help="The run's method.share from this stage on: a larger one mixes fewer sets."),
     ] = None,
     again: Annotated[
-        bool, typer.Option("--again", help="Learn the last task anew, in place of its stage once the new one is whole.")
+        bool,
+        typer.Option(
+            "--again",
+            help="Learn the last task anew, in place of its stage once the new one is whole; without other settings: "
+            "bring back what undo has taken.",
+        ),
     ] = False,
     overrides: Annotated[
         list[str] | None,
@@ -134,6 +140,11 @@ def add(
         raise UserError(
             f"--set is for a further attempt at {task}; expected --again with it. A first one has the run's settings."
         )
+    if again and not overrides and not changes:
+        found = undoing.foretold_redo(run, task)
+        if found is not None:
+            _change(run, found, None if dry_run else lambda: undoing.redo(run, task), "restored", as_json)
+            return
     addition = add_task.prepare_addition(run, task, root, changes, (overrides or []) if again else None)
 
     def tell(found: effects.Interference, title: str) -> None:
@@ -192,14 +203,45 @@ def undo(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of a sequence's run.", autocompletion=completion.runs)
     ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be taken back, and what of it would be lost.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take back the last `add` of a run, or its last task; what was learned is put aside in RUN/replaced."""
+    _change(run, undoing.foretold_undo(run), None if dry_run else lambda: undoing.undo(run), "undone", as_json)
+
+
+def _change(
+    run: Path, foretold: undoing.Undo, do: Callable[[], undoing.Undo | None] | None, name: str, as_json: bool
+) -> None:
+    """Take a stage back, or bring one back, and evaluate the run; without `do` only say what would be done.
+
+    Args:
+        run: the run folder.
+        foretold: what is done if nothing changes the run before.
+        do: does it, and returns what was done.
+        name: of its entry in the result.
+        as_json: show the result as JSON.
+    """
     if is_distributed():
-        raise UserError("undo starts the ranks of the evaluation itself; expected one process, without a launcher.")
-    found = undoing.undo(run)
-    typer.echo(found.sentence)
-    sequence.evaluate(run, as_json, {"undone": {"task": found.task, "kind": found.kind, "kept": found.aside}})
+        raise UserError(
+            f"{run} is changed by one process, which starts the ranks of the evaluation itself; expected no launcher."
+        )
+    found = foretold if do is None else do()
+    if found is None:
+        raise UserError(f"{foretold.task} of {run} was changed meanwhile; look at the run and try again.")
+    typer.echo(found.sentence(run))
+    fields = {name: {"task": found.task, "kind": found.kind, "kept": found.aside}}
+    if do is None:
+        show({"run": str(run), **fields}, as_json)
+        return
+    try:
+        sequence.evaluate(run, as_json, fields)
+    except (Interrupted, typer.Exit):
+        rest = command("evaluate", run)
+        typer.echo(f"{found.task}: that is done; `{rest}` completes the scores. Do not repeat this command.", err=True)
+        raise
 
 
 def _run_dir(run: Path) -> str:

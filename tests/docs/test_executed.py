@@ -85,6 +85,8 @@ NOT_EXECUTED = {
     "run smolvlm_256m_own": HUB_MODEL,
     "add runs/smolvlm_256m_own-modalprompt-s0 Shelf": HUB_MODEL,
     "add RUN TASK --again --set train.lr_prompt=3e-3": "tests/e2e/test_again.py trains it and undoes it",
+    "add RUN TASK --again": "it brings back what `undo` took; see tests/e2e/test_again.py",
+    "undo RUN --dry-run": "tests/sequence/test_taken_back.py",
     "undo RUN": "other commands need the task; see tests/e2e/test_again.py",
     "run real6_nano --set data.root=FOLDER": "six public data sets",
     "run real6_nano_task_lora --set data.root=FOLDER": "six public data sets",

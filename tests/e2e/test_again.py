@@ -86,7 +86,9 @@ def tracked(run: Path, tmp_path: Path, label: str) -> list[str | None]:
     return [one.data.tags.get("replaced") for one in found]
 
 
-def test_the_last_task_is_learned_again_and_both_steps_are_undone(run: Path, tmp_path: Path) -> None:
+def test_the_last_task_is_learned_again_and_both_steps_are_undone_and_brought_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     earlier = files(run, "stages/0[12]-*/*", "eval/after-0[12]/*")
     once, scores = files(run, "stages/03-Mine/*", "eval/*-03/*"), matrix(run)
 
@@ -124,6 +126,18 @@ def test_the_last_task_is_learned_again_and_both_steps_are_undone(run: Path, tmp
     assert files(run, "stages/0[12]-*/*", "eval/after-0[12]/*") == earlier and not files(run, "stages/03-*/*")
     assert source_of(run).pool.names == ["T0", "T1"]
     assert tracked(run, tmp_path, "03-Mine") == ["true", "true"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "train_stage", lambda *_: pytest.fail("it was trained"))
+        back = again(run)
+        assert back["restored"] == {"task": "Mine", "kind": "return", "kept": ""}
+        assert files(run, "stages/03-Mine/*", "eval/*-03/*") == once and matrix(run) == scores
+        assert tracked(run, tmp_path, "03-Mine") == ["false", "true"]
+        assert again(run)["restored"]["kind"] == "replacement"
+        assert files(run, "stages/03-Mine/prompts.safetensors") == twice
+        assert tracked(run, tmp_path, "03-Mine") == ["true", "false"]
+    kinds = [verb("undo", str(run))["undone"]["kind"] for _ in range(2)]
+    assert kinds == ["replacement", "stage"] and source_of(run).pool.names == ["T0", "T1"]
 
     verb("add", str(run), "Mine", "--root", str(tmp_path / "own"))
     assert files(run, "stages/03-Mine/prompts.safetensors") == {
