@@ -77,6 +77,6 @@ def ui(
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any free one.")] = 8000,
 ) -> None:
-    """Serve a page on this machine: runs side by side, their answers, a chat about a picture, the start of `add`."""
+    """Serve a page on this machine: runs side by side, their answers, a chat about a picture, `add` and `undo`."""
     require_extras("serve", "report", "train")
     server.serve(runs, port)

@@ -14,12 +14,12 @@ from pipeline.config.base import NAME_LETTERS, NAME_PATTERN
 from pipeline.files.paths import expanded
 from pipeline.metrics.scoring import metric_names
 from pipeline.ui.app import Site
+from pipeline.ui.forms import FORETELL, GO_ON, LEARN, choices_of, learning, refuse_in_use
 from pipeline.ui.jobs import Job, stop
+from pipeline.ui.last_task import look_at
 from pipeline.ui.web import JSON, PageError
 
 ROOT = "data/own"  # as `new-task` and `add` have it
-FORETELL, LEARN = "foretell", "learn"
-CHOICES = ("gate", "share")
 
 
 class Adding:
@@ -48,6 +48,7 @@ class Adding:
             jobs=self.site.jobs.of(entry.name),
             root=ROOT,
             metrics=metric_names(),
+            last=look_at(run.path),
             letters=NAME_LETTERS,
             pattern=NAME_PATTERN.removeprefix("^").removesuffix("$"),
         )
@@ -60,22 +61,18 @@ class Adding:
 
     def _start(self, http: Request, fields: dict[str, str]) -> Job:
         entry, run = self.site.entry(http), self.site.run(http)
-        learns = fields.get("what") == LEARN
-        if not learns and fields.get("what") != FORETELL:
-            raise PageError(f"expected {FORETELL} or {LEARN} as what to do.", 400)
-        if entry.writer:
-            raise PageError(
-                f"{entry.name} is in use by {entry.writer}; wait until that has ended, or end it, and try again.", 409
-            )
+        learns = learning(fields)
+        refuse_in_use(entry)
         task, root = fields.get("task", ""), expanded(fields.get("root") or ROOT)
         if not re.fullmatch(NAME_PATTERN, task):
             raise PageError(f"'{task}' cannot name a task; expected {NAME_LETTERS}.", 422)
-        choices = _choices(fields)
+        choices = choices_of(fields)
         options = [f"--root={root}", *(f"--{name}={value}" for name, value in choices.items())]
         add = ["add", *options, *([] if learns else ["--dry-run"]), "--", str(run.path), task]
         commands = [*_new_task(fields, task, root), add]
-        title = f"{'learn' if learns else 'foretell'} {task}"
-        return self.site.jobs.start(Job(0, entry.name, title, commands, task, root, choices, learns))
+        title = f"{LEARN if learns else FORETELL} {task}"
+        form, button = {"task": task, "root": root, **choices, "what": LEARN}, f"{GO_ON if learns else 'Learn'} {task}"
+        return self.site.jobs.start(Job(0, entry.name, title, commands, form, button, learns))
 
     def job(self, http: Request) -> Response:
         """The output so far as a page, or from a byte on as JSON."""
@@ -102,17 +99,6 @@ class Adding:
         job = self.site.jobs.get(http.path_params["number"])
         await run_in_threadpool(stop, job, fields.get("what") == "kill")
         return RedirectResponse(f"/job/{job.number}", 303)
-
-
-def _choices(fields: dict[str, str]) -> dict[str, str]:
-    """The options of `add` that change the run's method; PageError for one that is no number."""
-    found = {name: fields[name] for name in CHOICES if fields.get(name)}
-    for name, value in found.items():
-        try:
-            float(value)
-        except ValueError:
-            raise PageError(f"{name} is '{value[:20]}'; expected a number, or nothing.", 422) from None
-    return found
 
 
 def _new_task(fields: dict[str, str], task: str, root: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Commands that the page starts: `new-task` and `add`, one after the other, their output, and an end on request."""
+"""Commands that the page starts, one after the other, such as `new-task` and `add`: their output and their end."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ QUIET = {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "100", "TERM": "du
 
 @dataclass
 class Job:
-    """Commands for one run; `task`, `root` and `choices` (gate, share) are for the form that follows a foretelling."""
+    """Commands for one run, and the form that follows: after a foretelling it does it, after a stop it goes on."""
 
     number: int
     run: str
     title: str
     commands: Sequence[Sequence[str]]
-    task: str
-    root: str
-    choices: Mapping[str, str]
-    learns: bool
+    form: Mapping[str, str]  # its fields
+    button: str  # its text
+    changes: bool  # whether the commands change the run; else they foretell
+    place: str = "add"  # where it is sent, below the run's page
     output: Path = Path()
     state: str = "running"  # then done, stopped or failed
     code: int | None = None

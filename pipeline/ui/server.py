@@ -14,6 +14,7 @@ from pipeline.ranks.environment import LOOPBACK, bound
 from pipeline.ui.adding import Adding
 from pipeline.ui.app import Site, application
 from pipeline.ui.chat import Chat
+from pipeline.ui.last_task import LastTaskForms
 from pipeline.ui.runs import names_of
 from pipeline.ui.web import Templates
 
@@ -26,7 +27,8 @@ def site_of(paths: Sequence[Path]) -> Site:
 
 def app_of(site: Site, token: str, port: int) -> Starlette:
     """The application; browsers keep cookies for all ports of a host together, so the cookie's name has the port."""
-    return application(site, token, f"pipeline_ui_{port}", [*Chat(site).routes(), *Adding(site).routes()])
+    changing = [*Chat(site).routes(), *Adding(site).routes(), *LastTaskForms(site).routes()]
+    return application(site, token, f"pipeline_ui_{port}", changing)
 
 
 def serve(paths: Sequence[Path], port: int) -> None:

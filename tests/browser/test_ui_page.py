@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.ui.jobs import Job
 from pipeline.ui.server import app_of, site_of
 from tests.browser.chromium import DESKTOP, PHONE, Page, chromium
 from tests.browser.test_labelling_page import press, until
+from tests.sequence.made import two_stages
 from tests.ui.made import TOKEN, run_with_pictures
 from tests.ui.test_chat import Said
 
@@ -44,13 +46,21 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("runs")
     runs = [run_with_pictures(folder), run_with_pictures(folder, "another run with a rather long name & signs")]
-    site, said, port = site_of(runs), Said(answer="[10,20,60,70]"), free_port()
+    site, said = site_of(runs), Said(answer="[10,20,60,70]")
     site = Site(site.runs, site.templates, answering=said)
+    with serving(site) as address:
+        yield Served(address, site, said)
+
+
+@contextmanager
+def serving(site: Site) -> Iterator[str]:
+    """Serve a page; yields its address."""
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app_of(site, TOKEN, port), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
-    yield Served(f"http://127.0.0.1:{port}", site, said)
+    yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join(20)
 
@@ -210,6 +220,26 @@ def served_picture(served: Served) -> bytes:
     return sample.image
 
 
+def test_nothing_is_taken_back_without_the_tick(desktop: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = two_stages(tmp_path / "run")
+    (run / "matrix.json").write_text('{"tasks": ["Colours", "Count"], "accuracy": [[90.0, null], [80.0, 85.0]]}')
+    site = site_of([run])
+    steps = tmp_path / "go-on"
+    steps.touch()
+    follow_program(monkeypatch, "print('done')", steps)
+    with serving(site) as address:
+        desktop.open(f"{address}/run/run/add?token={TOKEN}")
+        press_button = "document.querySelector('button[value=undo]').click()"
+        desktop.script(press_button)
+        assert desktop.script("document.querySelector('.sure:invalid') !== null")
+        assert desktop.script("location.pathname") == "/run/run/add" and not site.jobs.of("run")
+        desktop.script("document.querySelector('.sure').click()")
+        desktop.script(press_button)
+        until(lambda: str(desktop.script("location.pathname")).startswith("/job/"))
+        until(lambda: site.jobs.of("run")[0].state == "done")
+    assert desktop.console() == []
+
+
 def test_the_output_of_a_command_appears_while_it_runs(
     served: Served, desktop: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +250,7 @@ def test_the_output_of_a_command_appears_while_it_runs(
         "print('last line', flush=True)"
     )
     follow_program(monkeypatch, program, steps)
-    job = served.site.jobs.start(Job(0, "small-s3", "learn New", [["add"]], "New", "data/own", {}, True))
+    job = served.site.jobs.start(Job(0, "small-s3", "learn New", [["add"]], {}, "Go on with New", True))
     desktop.open(f"{served.address}/job/{job.number}")
     shown: Callable[[], str] = lambda: desktop.script("document.querySelector('#output').textContent")  # noqa: E731
     until(lambda: "first <b>line</b>" in shown())

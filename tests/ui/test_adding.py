@@ -31,9 +31,8 @@ sys.exit(2 if "wrong" in sys.argv[-1] else 0)
 """
 
 
-@pytest.fixture
-def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
-    """A page whose commands are run by the program above."""
+def run_by_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the program above run the commands of pages."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     popen = module.subprocess.Popen
@@ -43,6 +42,12 @@ def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser
         return popen([sys.executable, str(program), *words[3:]], **options)
 
     monkeypatch.setattr(module.subprocess, "Popen", instead)
+
+
+@pytest.fixture
+def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
+    """A page whose commands are run by the program above."""
+    run_by_the_program(tmp_path, monkeypatch)
     for name in ("photos", "own/instructions/Shelf", "own/instructions/waits", "own/instructions/waits_deaf"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "own" / "instructions" / "wrong").mkdir()
@@ -87,7 +92,7 @@ def test_a_task_of_a_folder_is_made_foretold_and_then_learned(browser: Browser, 
         f"given add --root={root} --gate=0.05 --dry-run -- {run} New",
     ]
     page = browser.page(f"/job/{job.number}")
-    assert "Learn New" in page and 'name="gate" value="0.05"' in page
+    assert "Learn New" in page and 'name="gate" value="0.05"' in page and 'name="what" value="learn"' in page
     learned = job_of(browser, add(browser, tmp_path, task="Shelf", what="learn"))
     assert ended(learned)[2].splitlines()[-1] == f"given add --root={root} -- {run} Shelf"
     assert "foretell New</a>: done" in browser.page("/run/small-s3/add")
@@ -167,7 +172,7 @@ def test_there_is_no_job_that_was_not_started(browser: Browser) -> None:
 
 
 def test_an_output_is_read_in_whole_characters(tmp_path: Path) -> None:
-    job = Job(1, "run", "title", [], "task", "root", {}, False, output=tmp_path / "output")
+    job = Job(1, "run", "title", [], {}, "button", False, output=tmp_path / "output")
     content = ("é€😀" * 9 + "\n").encode()
     job.output.write_bytes(content)
     found, at = "", 0
@@ -182,7 +187,7 @@ def test_an_output_is_read_in_whole_characters(tmp_path: Path) -> None:
 
 def test_jobs_of_two_runs_run_side_by_side() -> None:
     jobs = Jobs()
-    first, second = (jobs.start(Job(0, run, "t", [], "T", "r", {}, True)) for run in ("a", "b"))
+    first, second = (jobs.start(Job(0, run, "t", [], {}, "b", True)) for run in ("a", "b"))
     until(lambda: first.state != "running" != second.state)
     assert [job.number for job in (first, second)] == [1, 2] and jobs.of("b") == [second]
     jobs.close()
