@@ -55,6 +55,28 @@ def batch_of(lmm: LMM, selection: Selection | None = None) -> Batch:
     return collate(examples, range(4), [1.0] * 4, selection or Selection.none(4))
 
 
+def batch_of_one(lmm: LMM, row: int) -> Batch:
+    """One sample of `batch_of`, without a module."""
+    data = StageData([(*make_samples(4, text_only=(1,)), None)])
+    return collate(Examples(data, lmm.conversation), [row], [1.0], Selection.none(4))
+
+
+def after_backward(lmm: LMM, target: str, bank: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """The loss over all samples of an update of one layer, its B and A with their gradients, and the earlier modules.
+
+    With `bank` the samples get those that SELECTION names.
+    """
+    learner = Learner({"module": LowRank(lmm, (target,), RANK, ALPHA)})
+    own, earlier = learner.trainables(), modules(lmm, targets=(target,))
+    assert own.keys() == {f"low_rank.{target}.a", f"low_rank.{target}.b"}
+    for name, value in own.items():
+        value.data.copy_(earlier[name].mean(0))
+    learner.start_stage(earlier if bank else {})
+    found = LearnerOnLMM(lmm, learner).unlikeliness(batch_of(lmm, SELECTION if bank else None))
+    found.backward()
+    return found.detach(), own[f"low_rank.{target}.b"], own[f"low_rank.{target}.a"], earlier
+
+
 @torch.no_grad()
 def test_each_row_is_computed_as_by_the_model_with_its_own_modules_merged_in(lmm: LMM) -> None:
     tensors = modules(lmm)

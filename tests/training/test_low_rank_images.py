@@ -14,7 +14,7 @@ from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.key_encoders import OwnKeys, key_encoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import ModelConfig
-from pipeline.data.collate import Examples, StageData, collate, collate_prompts
+from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.methods import make_method
@@ -25,7 +25,18 @@ from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.base import kind_of
 from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry
-from tests.training.test_low_rank import ALPHA, ATTENTION, ELEMENT, RANK, SELECTION, batch_of, modules, planned_more
+from tests.training.test_low_rank import (
+    ALPHA,
+    ATTENTION,
+    ELEMENT,
+    RANK,
+    SELECTION,
+    after_backward,
+    batch_of,
+    batch_of_one,
+    modules,
+    planned_more,
+)
 from tests.training.worlds import make_recipe, make_samples
 
 IMAGES = "low_rank.image_projector"
@@ -56,21 +67,12 @@ def added(tensors: dict[str, Tensor], chosen: list[tuple[int, float]]) -> Tensor
 @pytest.mark.parametrize("bank", [False, True])
 def test_each_samples_image_features_are_those_of_its_own_projector(lmm: LMM, bank: bool) -> None:
     """The loss over all samples is the sum of those of single samples, and so are its gradients."""
-    learner = Learner({"module": LowRank(lmm, ("image_projector",), RANK, ALPHA)})
-    own, earlier = learner.trainables(), modules(lmm, targets=("image_projector",))
-    assert own.keys() == {IMAGES + ".a", IMAGES + ".b"}
-    for name, value in own.items():
-        value.data.copy_(earlier[name].mean(0))
-    learner.start_stage(earlier if bank else {})
-    found = LearnerOnLMM(lmm, learner).unlikeliness(batch_of(lmm, SELECTION if bank else None))
-    found.backward()
+    found, ups, downs, earlier = after_backward(lmm, "image_projector", bank)
     plain, expected = LearnerOnLMM(lmm, Learner({})), 0.0
     matrix = nn.Parameter(torch.zeros(lmm.width, lmm.image_layer.in_features))
-    ups, downs = own[IMAGES + ".b"], own[IMAGES + ".a"]
     for row, chosen in enumerate(SELECTION.listed()):
         fixed = (ALPHA / RANK * ups @ downs).detach() + (added(earlier, chosen) if bank else 0)
-        data = StageData([(*make_samples(4, text_only=(1,)), None)])
-        batch = collate(Examples(data, lmm.conversation), [row], [1.0], Selection.none(4))
+        batch = batch_of_one(lmm, row)
         lmm.trains_projector = True  # so that the features get gradients
         try:
             with projected_by(lmm, fixed + matrix):
@@ -80,7 +82,7 @@ def test_each_samples_image_features_are_those_of_its_own_projector(lmm: LMM, ba
         finally:
             lmm.trains_projector = False
         expected += float(loss.detach())
-    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
     assert matrix.grad is not None and float(matrix.grad.abs().max()) > 0
     torch.testing.assert_close(ups.grad, ALPHA / RANK * matrix.grad @ downs.T, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(downs.grad, ALPHA / RANK * ups.T @ matrix.grad, atol=1e-4, rtol=1e-3)
@@ -91,8 +93,7 @@ def test_samples_without_images_call_the_update_for_other_ranks_and_get_nothing_
     for value in learner.trainables().values():
         value.data.normal_()
     learner.start_stage({})
-    data = StageData([(*make_samples(4, text_only=(1,)), None)])
-    batch = collate(Examples(data, lmm.conversation), [1], [1.0], Selection.none(4))
+    batch = batch_of_one(lmm, 1)
     found = LearnerOnLMM(lmm, learner).unlikeliness(batch)
     found.backward()
     assert torch.equal(found, LearnerOnLMM(lmm, Learner({})).unlikeliness(batch))

@@ -13,7 +13,7 @@ from pipeline.backbones.decoding import Prompts, generate
 from pipeline.backbones.key_encoders import OwnKeys, key_encoder
 from pipeline.backbones.lmm import LMM, load_lmm
 from pipeline.config.recipe import ModelConfig
-from pipeline.data.collate import Examples, StageData, collate, collate_prompts
+from pipeline.data.collate import Examples, StageData, collate_prompts
 from pipeline.data.selection import Selection
 from pipeline.errors import UserError
 from pipeline.methods import make_method
@@ -23,8 +23,18 @@ from pipeline.prompts.embedding import embed_with_modules
 from pipeline.prompts.learner import Learner
 from pipeline.prompts.model import LearnerOnLMM
 from pipeline.prompts.parts.base import kind_of
-from pipeline.prompts.parts.low_rank import LowRank, LowRankEntry, low_rank_output
-from tests.training.test_low_rank import ALPHA, ATTENTION, ELEMENT, RANK, SELECTION, batch_of, modules, planned_more
+from pipeline.prompts.parts.low_rank import LowRankEntry, low_rank_output
+from tests.training.test_low_rank import (
+    ALPHA,
+    ATTENTION,
+    ELEMENT,
+    RANK,
+    SELECTION,
+    after_backward,
+    batch_of_one,
+    modules,
+    planned_more,
+)
 from tests.training.worlds import make_recipe, make_samples
 
 WORDS = "low_rank.embed_tokens"
@@ -53,32 +63,22 @@ def test_words_are_read_as_one_hot_vectors_row_by_row(length: int, numbers: list
 @pytest.mark.parametrize("bank", [False, True])
 def test_updated_input_embeddings_are_read_by_each_sample_as_with_its_modules_merged_in(lmm: LMM, bank: bool) -> None:
     """The loss over all samples is the sum of those of single samples, and so are its gradients."""
-    learner = Learner({"module": LowRank(lmm, ("embed_tokens",), RANK, ALPHA)})
-    own, earlier = learner.trainables(), modules(lmm, targets=("embed_tokens",))
-    assert own.keys() == {WORDS + ".a", WORDS + ".b"}
-    for name, value in own.items():
-        value.data.copy_(earlier[name].mean(0))
-    learner.start_stage(earlier if bank else {})
-    batch = batch_of(lmm, SELECTION if bank else None)
-    found = LearnerOnLMM(lmm, learner).unlikeliness(batch)
-    found.backward()
+    found, ups, downs, earlier = after_backward(lmm, "embed_tokens", bank)
     layer, plain, expected = lmm.input_embeddings, LearnerOnLMM(lmm, Learner({})), 0.0
     frozen = layer.weight
     gradient = torch.zeros_like(frozen)
     for row, chosen in enumerate(SELECTION.listed()):
-        added = own[WORDS + ".b"] @ own[WORDS + ".a"]
+        added = ups @ downs
         for number, share in chosen if bank else []:
             added = added + share * (earlier[WORDS + ".b"][number] @ earlier[WORDS + ".a"][number])
         layer.weight = nn.Parameter((frozen + ALPHA / RANK * added.T).detach())  # not that of the output layer
-        data = StageData([(*make_samples(4, text_only=(1,)), None)])
-        loss = plain.unlikeliness(collate(Examples(data, lmm.conversation), [row], [1.0], Selection.none(4)))
+        loss = plain.unlikeliness(batch_of_one(lmm, row))
         loss.backward()
         assert layer.weight.grad is not None
         gradient += layer.weight.grad
         expected += float(loss.detach())
     layer.weight = frozen
-    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
-    ups, downs = own[WORDS + ".b"], own[WORDS + ".a"]
+    assert float(found) == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(ups.grad, ALPHA / RANK * gradient.T @ downs.T, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(downs.grad, ALPHA / RANK * ups.T @ gradient.T, atol=1e-4, rtol=1e-3)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from pipeline.backbones.image_layer import ImageLayer
-from pipeline.config.low_rank import BEFORE_DECODER, IMAGE_LAYER, INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
+from pipeline.config.low_rank import BEFORE_DECODER, INPUT_LAYER, OUTPUT_LAYER, LowRankOptions
 from pipeline.data.selection import Selection
 from pipeline.prompts.parts.base import Entry, Part, shape_of
 from pipeline.prompts.parts.dropout import Dropout
@@ -140,12 +140,23 @@ class LowRank(LinearUpdates):
         alpha: float,
         carried: bool = False,
         dropout: float = 0.0,
-        image_rank: int | None = None,
+        rank_of: Callable[[str], int] | None = None,
     ) -> None:
+        """A part with an update of each target.
+
+        Args:
+            lmm: the frozen model.
+            targets: which layers are updated, see `LowRankOptions`.
+            rank: of the updates.
+            alpha: an update counts alpha / rank times.
+            carried: whether a stage starts from the module of the one before.
+            dropout: see `LowRankOptions`.
+            rank_of: the rank by the layer's name, where some have another; `rank` still decides how much they count.
+        """
         super().__init__()
         self.earlier, self.carried, self.dropout = LowRankEntry(alpha / rank), carried, Dropout(dropout)
         self.layers = updated_layers(lmm, targets)
-        ranks = [image_rank or rank if name == IMAGE_LAYER else rank for name in self.layers]
+        ranks = [rank if rank_of is None else rank_of(name) for name in self.layers]
         self.updates = nn.ModuleList(
             LinearUpdate(*sides(layer), own, lmm.dtype) for layer, own in zip(self.layers.values(), ranks, strict=True)
         )
@@ -162,7 +173,7 @@ class LowRank(LinearUpdates):
             options.alpha,
             method.carries_prompt,
             options.dropout,
-            options.image_rank,
+            options.rank_of,
         )
 
     @classmethod
