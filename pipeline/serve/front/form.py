@@ -28,6 +28,8 @@ class SetForm(ABC):
     expected: str  # what the engine has to serve, and how
     # What no text of a message may contain, and what it becomes there; the checkpoint's template does the same.
     hidden: tuple[str, str] = HIDDEN_PLACEHOLDER
+    # Fields by which a request could have the engine write a set's tokens, which then act on the rest of its answer.
+    refused: tuple[str, ...] = ()
 
     def __init__(self, names: Sequence[str], identity: str) -> None:
         self.names, self.identity = list(names), identity
@@ -54,6 +56,7 @@ class VocabularyForm(SetForm):
     kind: Form = "vocabulary"
     expected = "the checkpoint that `python -m pipeline export RUN DIR --as vocabulary` writes of these sets"
     hidden = HIDDEN_MARK
+    refused = ("logit_bias", "allowed_token_ids")
 
     def asked(self, fields: dict[str, Any], selected: Sequence[str]) -> dict[str, Any]:
         return {ARGUMENT: list(selected)}

@@ -154,7 +154,7 @@ class Front(WebService):
 
     def _routable(self, serving: Serving, body: bytearray) -> tuple[Forwarded, Routable]:
         """Parse a request and prepare it for routing; raises UserError, of which RefusedError has the status."""
-        forwarded = read_forwarded(body, serving.offer, self.limits, serving.sets.form.hidden)
+        forwarded = read_forwarded(body, serving.offer, self.limits, serving.sets.form)
         plan, question = forwarded.asked.image, forwarded.question
         with self.decoding.hold(plan.nbytes if plan else 0):
             return forwarded, serving.selector.chooser.read(question, picture=smaller_picture(question.image, plan))

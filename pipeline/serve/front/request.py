@@ -57,18 +57,18 @@ class Forwarded:
         return self.body.written(fields)
 
 
-def read_forwarded(body: bytes | bytearray, offer: Offer, limits: Limits, hidden: tuple[str, str]) -> Forwarded:
+def read_forwarded(body: bytes | bytearray, offer: Offer, limits: Limits, form: SetForm) -> Forwarded:
     """Read a request's body; raises RefusedError with a sentence: what was found, what was expected.
 
-    `hidden` is what no text may contain, and what it becomes there (`SetForm.hidden`).
+    `form` says what no text may contain, and which fields cannot go on.
     """
     whole, fields = read_fields(body, offer)
-    _refuse_detours(fields)
+    _refuse_detours(fields, form)
     longest = checked.longest_answer(fields, limits.tokens) or min(offer.longest, limits.tokens)
     task = checked.task_of(fields, offer.method, offer.needs_task)
     unfamiliar = checked.unfamiliar_of(fields, offer.blind)
     stream, usage = checked.flag(fields, "stream"), checked.includes_usage(fields)
-    messages, ignored = _sent_messages(fields.get("messages"), whole, limits, hidden)
+    messages, ignored = _sent_messages(fields.get("messages"), whole, limits, form.hidden)
     text, images = _routed_by(messages, whole, limits)
     encoded = None
     plan = None
@@ -150,10 +150,13 @@ def _routed_by(messages: Sequence[dict[str, Any]], body: JsonBody, limits: Limit
     return text, [*others, *seen]
 
 
-def _refuse_detours(fields: Mapping[str, Any]) -> None:
+def _refuse_detours(fields: Mapping[str, Any], form: SetForm) -> None:
     """Raise RefusedError for fields that would choose prompt sets, or their places, past routing."""
     if fields.get("chat_template") is not None:
         raise RefusedError("chat_template is set; expected it to be left out: the checkpoint's own places prompt sets.")
+    for name in form.refused:
+        if fields.get(name) is not None:
+            raise RefusedError(f"{name} is set; expected it to be left out: it could name the tokens of a prompt set.")
     arguments = fields.get(TEMPLATE)
     if arguments is not None and not isinstance(arguments, dict):
         raise RefusedError(f"{TEMPLATE} is {kind_of(arguments)}; expected an object.")

@@ -176,6 +176,18 @@ def test_a_sets_token_that_a_user_writes_reaches_neither_routing_nor_the_engine(
     assert MARK not in json.dumps(found[0], ensure_ascii=False)
 
 
+@pytest.mark.parametrize("field", [{"logit_bias": {"5": 100}}, {"allowed_token_ids": [5]}])
+def test_fields_by_which_an_answer_could_hold_a_sets_token_are_refused(
+    asked: Asked, engine: FakeEngine, field: dict[str, Any]
+) -> None:
+    before = len(engine.questions())
+    reply = asked.post(messages=messages(question(0)), **field)
+    assert reply.status_code == 400
+    assert f"{next(iter(field))} is set; expected it to be left out" in reply.json()["error"]["message"]
+    assert len(engine.questions()) == before
+    assert asked.post(messages=messages(question(0)), **dict.fromkeys(field)).status_code == 200
+
+
 def test_what_messages_hold_elsewhere_is_made_harmless_by_the_checkpoints_template(
     asked: Asked, engine: FakeEngine
 ) -> None:
