@@ -53,13 +53,19 @@ def comparison_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     for run in runs:
         if run.learned_nothing and run.last_stage is None and frozen is not None:
             continue  # the zero-shot row has its scores
-        stage = run.last_stage
-        unfinished = stage is not None and stage + 1 < len(run.tasks)
-        note = (
-            "nothing scored yet" if stage is None else f"{stage + 1} of {len(run.tasks)} stages" if unfinished else ""
-        )
-        rows.append({"name": run.name, "note": note, "values": _run_values(run, tasks)})
+        rows.append({"name": run.name, "note": _note(run, tasks), "values": _run_values(run, tasks)})
     return rows
+
+
+def _note(run: RunFolder, tasks: Sequence[str]) -> str:
+    """What a run's row cannot be compared for: stages that are missing, and key figures of other tasks than `tasks`."""
+    stage = run.last_stage
+    if stage is None:
+        return "nothing scored yet"
+    notes = [f"{stage + 1} of {len(run.tasks)} stages"] if stage + 1 < len(run.tasks) else []
+    if set(run.tasks) != set(tasks):
+        notes.append(f"last, forgetting and routing of its own tasks: {', '.join(run.tasks)}")
+    return "; ".join(notes)
 
 
 def _run_values(run: RunFolder, tasks: Sequence[str]) -> Scores:

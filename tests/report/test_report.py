@@ -312,7 +312,18 @@ def test_runs_with_another_task_order_are_compared_task_by_task(tmp_path: Path) 
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
     matrix = {"tasks": TASKS[::-1], "zero_shot": [3.0, 2.0, 1.0], "accuracy": ACCURACY}
     (second / "matrix.json").write_text(json.dumps(matrix))
-    assert comparison_rows([read_run(first), read_run(second)])[-1]["values"][:3] == [95.0, 88.0, 60.0]
+    rows = comparison_rows([read_run(first), read_run(second)])
+    assert rows[-1]["values"][:3] == [95.0, 88.0, 60.0] and [row["note"] for row in rows[-2:]] == ["", ""]
+
+
+def test_a_row_says_that_its_mean_is_of_other_tasks(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    content = json.loads((second / "matrix.json").read_text())
+    content["tasks"] = ["other", *content["tasks"][1:]]
+    (second / "matrix.json").write_text(json.dumps(content))
+    rows = comparison_rows([read_run(first), read_run(second)])
+    assert rows[-1]["values"][0] is None and rows[-2]["note"] == ""
+    assert rows[-1]["note"] == f"last, forgetting and routing of its own tasks: {', '.join(content['tasks'])}"
 
 
 def test_the_matrix_figure_is_drawn_from_a_matrix_alone(tmp_path: Path) -> None:
