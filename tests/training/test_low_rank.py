@@ -183,32 +183,21 @@ def test_an_updated_output_layer_scores_each_sample_as_the_model_with_its_module
     lmm: LMM, untied: nn.Linear, bank: bool
 ) -> None:
     """The loss over all samples' tokens is the sum of those of single samples, and so are its gradients."""
-    learner = Learner({"module": LowRank(lmm, ("lm_head",), RANK, ALPHA)})
-    own, earlier = learner.trainables(), modules(lmm, targets=("lm_head",))
-    assert own.keys() == {OUTPUT + ".a", OUTPUT + ".b"}
-    for name, value in own.items():
-        value.data.copy_(earlier[name].mean(0))
-    selection = SELECTION if bank else None
-    learner.start_stage(earlier if bank else {})
-    batch = batch_of(lmm, selection)
-    LearnerOnLMM(lmm, learner).unlikeliness(batch).backward()
+    found, ups, downs, earlier = after_backward(lmm, "lm_head", bank)
     plain, gradient, weight = LearnerOnLMM(lmm, Learner({})), torch.zeros_like(untied.weight), untied.weight.clone()
     expected = 0.0
     for row, chosen in enumerate(SELECTION.listed()):
-        added = own[OUTPUT + ".b"] @ own[OUTPUT + ".a"]
+        added = ups @ downs
         for number, share in chosen if bank else []:
             added = added + share * (earlier[OUTPUT + ".b"][number] @ earlier[OUTPUT + ".a"][number])
         untied.weight = nn.Parameter((weight + ALPHA / RANK * added).detach())
-        data = StageData([(*make_samples(4, text_only=(1,)), None)])
-        loss = plain.unlikeliness(collate(Examples(data, lmm.conversation), [row], [1.0], Selection.none(4)))
+        loss = plain.unlikeliness(batch_of_one(lmm, row))
         loss.backward()
         assert untied.weight.grad is not None
         gradient += untied.weight.grad
         expected += float(loss.detach())
     untied.weight = nn.Parameter(weight, requires_grad=False)
-    found = LearnerOnLMM(lmm, learner).unlikeliness(batch)
     assert float(found) == pytest.approx(expected, rel=1e-5)
-    ups, downs = own[OUTPUT + ".b"], own[OUTPUT + ".a"]
     torch.testing.assert_close(ups.grad, ALPHA / RANK * gradient @ downs.T, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(downs.grad, ALPHA / RANK * ups.T @ gradient, atol=1e-4, rtol=1e-3)
 

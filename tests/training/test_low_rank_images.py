@@ -148,6 +148,20 @@ def test_methods_on_linear_layers_alone_refuse_it(lmm: LMM, llava: Path, name: s
         trainable_groups(recipe.method, model_shape(meta_model(recipe.model)), 12, False)
 
 
+@pytest.mark.parametrize(("given", "rank"), [(5, 5), (None, RANK)])
+def test_its_update_has_a_rank_of_its_own_which_the_plan_knows(
+    lmm: LMM, llava: Path, given: int | None, rank: int
+) -> None:
+    options = {"targets": ["q_proj", "image_projector"], "rank": RANK, "image_rank": given}
+    recipe = make_recipe(llava, method={"name": "task_lora", **options})
+    method = make_method(recipe.method)
+    found = {name: value.shape for name, value in kind_of(method).of(lmm, method).trainables().items()}
+    assert (found[IMAGES + ".a"][0], found[IMAGES + ".b"][1]) == (rank, rank)
+    assert {shape[0] for name, shape in found.items() if name.endswith("q_proj.a")} == {RANK}
+    planned = kind_of(method).sizes(method, model_shape(meta_model(recipe.model)).decoder)
+    assert sorted(planned) == sorted(shape.numel() for shape in found.values())
+
+
 def test_the_plan_has_what_the_update_reads(lmm: LMM, llava: Path) -> None:
     layers = model_shape(meta_model(make_recipe(llava).model)).text.num_hidden_layers
     assert planned_more(lmm, llava, "image_projector") == 2 * 100 * (
