@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from pipeline.runs import folder as folders
     from pipeline.sequence import add_advice as sentences
     from pipeline.sequence import add_effect as effects
-    from pipeline.sequence import add_task, learned, verdict
+    from pipeline.sequence import add_task, learned, reasons, verdict
     from pipeline.sequence import undo as undoing
 else:
-    own_rows, own_task, listing, folders, effects, add_task, learned, verdict, undoing = map(
+    own_rows, own_task, listing, folders, effects, add_task, learned, reasons, verdict, undoing = map(
         lazy,
         (
             "data_prep.own_rows",
@@ -42,6 +42,7 @@ else:
             "pipeline.sequence.add_effect",
             "pipeline.sequence.add_task",
             "pipeline.sequence.learned",
+            "pipeline.sequence.reasons",
             "pipeline.sequence.verdict",
             "pipeline.sequence.undo",
         ),
@@ -87,6 +88,12 @@ def new_task(
 def _after_making(name: str, root: Path) -> str:
     """The command after `new-task`: adds the task to the run that is there, or begins one with it."""
     there = listing.finished_sequences(RUNS) if RUNS.is_dir() else []
+    begin = (FIRST, "--set", f"data.root={_as_text(str(root))}", "--set", f"data.tasks=[{{name: {_as_text(name)}}}]")
+    if len(there) == 1 and _knows_drawings_alone(there[0]):
+        typer.echo(
+            f"The model of {there[0]} is the demo's, which knows drawn shapes, digits, letters and charts and no "
+            f"photographs. For these begin a run on another one: `{command('run', *begin)}`."
+        )
     if there:
         return next_command("add", there[0] if len(there) == 1 else "RUN", name, "--root", root)
     typer.echo(
@@ -94,8 +101,14 @@ def _after_making(name: str, root: Path) -> str:
         "a small model of the Hub that runs on a CPU; docs/own_data.md names others, and the demo's run, which needs "
         f"no network but knows no photographs. Later tasks are added to it by `{command('add', 'RUN', 'TASK')}`."
     )
-    task = f"data.tasks=[{{name: {_as_text(name)}}}]"
-    return next_command("run", FIRST, "--set", f"data.root={_as_text(str(root))}", "--set", task)
+    return next_command("run", *begin)
+
+
+def _knows_drawings_alone(run: Path) -> bool:
+    try:
+        return reasons.knows_drawings_alone(recipes.load_run(run))
+    except UserError:  # a damaged run, which `add` names
+        return False
 
 
 def add(

@@ -37,7 +37,7 @@ def reasons(recipe: Recipe, trained_on: int, format_free: float | None = None) -
             f"the stage passed {passes:.1f} times over {trained_on} samples; raise {steps} if the loss in the report "
             "was still falling"
         )
-    if Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava":
+    if knows_drawings_alone(recipe):
         found.append(
             "the embedded model knows drawn shapes, digits, letters and charts alone and has never seen a photograph; "
             f"for other pictures see `{command('check', 'smolvlm_256m_own')}`"
@@ -52,3 +52,8 @@ def _passes(recipe: Recipe, samples: int) -> float:
     """How often a stage passes over its training samples."""
     train = recipe.train
     return train.epochs if train.steps is None else train.steps * train.global_batch / max(samples, 1)
+
+
+def knows_drawings_alone(recipe: Recipe) -> bool:
+    """Whether the model is the embedded one, which has never seen a photograph."""
+    return Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava"

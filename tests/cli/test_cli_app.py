@@ -203,6 +203,20 @@ def test_a_task_where_no_run_is_finished_is_followed_by_a_command_that_begins_on
 
 
 @pytest.mark.usefixtures("without_slurm")
+@pytest.mark.parametrize(("model", "said"), [([], True), (["model.path=some/model"], False)])
+def test_a_task_for_a_run_of_the_demo_is_told_which_pictures_its_model_knows(
+    home: Path, model: list[str], said: bool
+) -> None:
+    path = make_run(Path("runs") / "one", status="done", stage=3)
+    load_recipe("nano", model).dump_yaml(path / "config.yaml")
+    shown, words = made_task()
+    assert words[:2] == ["add", "runs/one"]
+    assert (
+        "The model of runs/one is the demo's" in shown and "`python -m pipeline run smolvlm_256m_own" in shown
+    ) is said
+
+
+@pytest.mark.usefixtures("without_slurm")
 def test_a_task_where_several_runs_are_finished_leaves_the_choice(home: Path) -> None:
     for name in "ab":
         make_run(Path("runs") / name, status="done", stage=3)
