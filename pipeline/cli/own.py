@@ -244,7 +244,7 @@ def _change(
     found = foretold if do is None else do()
     if found is None:
         raise UserError(f"{foretold.task} of {run} was changed meanwhile; look at the run and try again.")
-    typer.echo(found.sentence(run))
+    typer.echo(f"{'Nothing is changed. Without --dry-run: ' if do is None else ''}{found.sentence(run)}")
     fields = {name: {"task": found.task, "kind": found.kind, "kept": found.aside}}
     if do is None:
         show({"run": str(run), **fields}, as_json)

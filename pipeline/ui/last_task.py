@@ -152,7 +152,7 @@ def _require(now: Change | None, fields: dict[str, str], fault: str) -> None:
     if (now.task, now.foretold) != (fields.get("task"), fields.get("foretold")):
         raise PageError(f"the run has changed since this form was shown, and now it would be: {now.sentence}", 409)
     if not fields.get("sure"):
-        raise PageError(f"expected the tick that confirms it: {now.sentence}", 422)
+        raise PageError(f"expected the tick that confirms it. After it: {now.sentence}", 422)
 
 
 def _settings(text: str) -> list[str]:

@@ -92,6 +92,10 @@ def test_the_last_task_is_learned_again_and_both_steps_are_undone_and_brought_ba
     earlier = files(run, "stages/0[12]-*/*", "eval/after-0[12]/*")
     once, scores = files(run, "stages/03-Mine/*", "eval/*-03/*"), matrix(run)
 
+    foretold = verb("add", str(run), "Mine", "--again", "--set", "train.steps=3", "--dry-run")["foretold"]
+    assert [effect["task"] for effect in foretold] == ["T0", "T1"]
+    assert files(run, "stages/03-Mine/*", "eval/*-03/*") == once and not (run / "attempt.json").exists()
+
     result = again(run, "train.steps=3", "train.lr_prompt=0.01")
     assert result["tasks"] == ["T0", "T1", "Mine"] and None not in result["accuracy"][2]
     assert result["accuracy"][:2] == scores["accuracy"][:2] and result["learned"]["task"] == "Mine"

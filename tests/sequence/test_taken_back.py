@@ -127,7 +127,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(run: Path, monkeypat
     monkeypatch.setattr(sequence, "evaluate", lambda *_: pytest.fail("it was evaluated"))
     before = contents(run)
     done = CliRunner().invoke(app, ["undo", str(run), "--dry-run", "--json"])
-    assert done.exit_code == EXIT_OK and "Count is taken back, and the run answers without it" in done.stdout
+    assert done.exit_code == EXIT_OK
+    assert "Nothing is changed. Without --dry-run: Count is taken back, and the run answers without" in done.stdout
     wanted = {"task": "Count", "kind": "stage", "kept": "02-Count-1"}
     assert json.loads(done.stdout.splitlines()[-1])["undone"] == wanted
     assert contents(run) == before

@@ -76,9 +76,7 @@ def test_an_attempt_that_is_open_has_its_settings_in_the_form(browser: Browser, 
 
 def test_undo_is_said_before_and_confirmed(browser: Browser, run: Path) -> None:
     fields, before = form(browser, "undo"), contents(run)
-    assert html.escape(foretold_undo(run).sentence(run), quote=False) in browser.page("/run/run/add").replace(
-        "&#39;", "'"
-    )
+    assert f"After it: {foretold_undo(run).sentence(run)}" in html.unescape(browser.page("/run/run/add"))
     refused = send(browser, **fields)
     assert refused.status_code == 422 and "expected the tick that confirms it" in fault_of(refused.text)
     assert contents(run) == before and not browser.site.jobs.of("run")
