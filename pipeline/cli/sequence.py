@@ -18,6 +18,7 @@ from pipeline.tracking.store import passwords_to_environment
 if TYPE_CHECKING:
     from data_prep import prepare as preparing
     from pipeline.config import load as recipes
+    from pipeline.hub import snapshots
     from pipeline.planning import budget
     from pipeline.report import summary
     from pipeline.runs import claim
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from pipeline.sequence import run as running
     from pipeline.training import deepspeed_config
 else:
-    preparing, recipes, budget, summary, claim, folders, prepared, running, verdict, deepspeed_config = map(
+    preparing, recipes, snapshots, budget, summary, claim, folders, prepared, running, verdict, deepspeed_config = map(
         lazy,
         (
             "data_prep.prepare",
             "pipeline.config.load",
+            "pipeline.hub.snapshots",
             "pipeline.planning.budget",
             "pipeline.report.summary",
             "pipeline.runs.claim",
@@ -62,6 +64,8 @@ def start(
         recipe = budget.within_budget(recipe)
     require_extras("train", *recipe.tracking.extras, *(["report"] if verb != "train" else []))
     if recipe.data.prepare_first and not is_distributed():
+        # Without weights yet: a model that cannot be had is missed before data is prepared, which may take hours.
+        snapshots.settings_folder(snapshots.Source(recipe.model.location, recipe.model.revision))
         preparing.prepare(recipe, progress=True)
     prepared.require_prepared(recipe.data, name)
     if not is_distributed():

@@ -353,6 +353,17 @@ def test_a_run_folder_that_is_taken_is_said_with_a_free_one(tmp_path: Path) -> N
     assert "Count, Digits now" in str(caught.value)
 
 
+def test_a_model_that_cannot_be_had_is_missed_before_data_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[object] = []
+    monkeypatch.setattr("data_prep.prepare.prepare", lambda *given, **_: prepared.append(given))
+    missing = [f"run_dir={tmp_path / 'run'}", "data.prepare_first=true", "model.path=nobody/nothing"]
+    done = run("run", "nano", *(word for text in missing for word in ("--set", text)))
+    assert done.exit_code == EXIT_USER and "model.path is 'nobody/nothing', which is neither a folder" in done.stderr
+    assert not prepared
+
+
 def test_a_run_goes_on_whether_or_not_it_prepares_its_data_itself(tmp_path: Path) -> None:
     taken = [f"run_dir={tmp_path / 'run'}"]
     run_path = claim_run(load_recipe("nano", taken))
