@@ -11,6 +11,11 @@ from pipeline.config.unfamiliar import Unfamiliar
 from pipeline.errors import UserError
 from pipeline.ranks.collector import collector_paused
 
+UNFAMILIAR = (
+    "the question resembles no task: it is farther from the training samples of the task that fits best than 99 in 100 "
+    "of these are"
+)
+
 
 def predict(
     run: Path,
@@ -21,7 +26,8 @@ def predict(
     clip: str | None = None,
     unfamiliar: Unfamiliar | None = None,
 ) -> dict[str, Any]:
-    """Return {answer, sets (in words), selected, similarity} for a question, and what else `Chosen` knows.
+    """Return {answer, sets (in words), selected, similarity} for a question, and what else `Chosen` knows; of
+    one that resembles no task a `note` says so.
 
     Args:
         run: folder of a run or an adapter.
@@ -43,4 +49,5 @@ def predict(
     with collector_paused():
         answerer = Answerer(source)
     answer = answerer.answer([Question(question, encoded, task)])[0]
-    return {"answer": answer.text, "sets": answer.sets, **answer.to_json()}
+    note = {"note": UNFAMILIAR} if answer.unfamiliar else {}
+    return {"answer": answer.text, "sets": answer.sets, **answer.to_json(), **note}

@@ -115,6 +115,7 @@ def test_predict_says_it_as_text_and_as_json(adapter: Path) -> None:
     asked = foreign(with_image=False).text
     code, said, _ = run("predict", adapter, "--question", asked, "--unfamiliar", "zero_shot")
     assert code == EXIT_OK and "sets: none" in said and "unfamiliar: True" in said
+    assert "note: the question resembles no task: it is farther" in " ".join(said.split())
     code, said, _ = run("predict", adapter, "--question", asked, "--unfamiliar", "flag", "--json")
     found = json.loads(said.splitlines()[-1])
     assert code == EXIT_OK and found["unfamiliar"] is True and found["selected"]
