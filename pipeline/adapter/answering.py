@@ -21,7 +21,7 @@ from pipeline.data.sample_list import SampleList
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.prompts import routing
-from pipeline.prompts.answer_head import AnswerHeads, has_heads
+from pipeline.prompts.answer_head import AnswerHeads, has_heads, require_fitting_heads
 from pipeline.prompts.embedding import embed_with_rows
 from pipeline.prompts.generation import Decoding, Modules, generate_answers
 from pipeline.prompts.parts.base import entry_of
@@ -63,6 +63,8 @@ class Answerer:
         load_projector(self.lmm, source.pool.shared)
         self.chooser = Chooser(source, place)
         self.method, self.encoder = self.chooser.method, self.chooser.encoder
+        vocabulary = int(self.lmm.model.get_output_embeddings().out_features)
+        require_fitting_heads(source.pool.states, source.pool.names, vocabulary, self.encoder.width)
         self.entry = entry_of(self.method)
 
     @property

@@ -19,6 +19,7 @@ from pipeline.config.method import choice_name, of_a_record, require_registered
 from pipeline.errors import UserError
 from pipeline.files.atomic import replacing, sha256, write_json
 from pipeline.methods import make_method
+from pipeline.prompts.answer_head import sound_head
 from pipeline.prompts.parts.base import kind_of
 from pipeline.prompts.parts.projector import projector_of, shared_projector
 from pipeline.prompts.pool import PromptPool
@@ -107,6 +108,11 @@ def read_adapter(folder: Path, own: bool = False) -> Adapter:
             raise UserError(
                 f"{folder / TENSORS}: what the set '{name}' keeps for routing is not finite or not of one shape; "
                 "get the adapter again, or export the run again."
+            )
+        if not sound_head(state):
+            raise UserError(
+                f"{folder / TENSORS}: the tensors of the answer head of '{name}' are not those of one head; get the "
+                "adapter again, or export the run again."
             )
     if meta.routing_sha256:
         _use_fit(folder / FITTED, meta, pool)

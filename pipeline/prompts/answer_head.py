@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pipeline.data.keys import in_parts
-from pipeline.prompts.answer_tree import Mix, Weighing, rows_of
+from pipeline.errors import UserError
+from pipeline.prompts.answer_tree import AnswerTree, Mix, Weighing, rows_of
 from pipeline.prompts.calibration import temperature_of
 from pipeline.prompts.routers.kept_keys import picked, sampled_rows
 from pipeline.prompts.routers.key_features import side_by_side
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 ANSWERS = "answers."  # how the names of a head's tensors begin in a task's state
 TOKENS, CENTRE, SCALE = f"{ANSWERS}tokens", f"{ANSWERS}centre", f"{ANSWERS}scale"
 WEIGHTS, BIAS, MIX = f"{ANSWERS}weights", f"{ANSWERS}bias", f"{ANSWERS}mix"
+TENSORS = (TOKENS, CENTRE, SCALE, WEIGHTS, BIAS, MIX)
 WIDTH, SEED = 1000, 0  # random features, the same on every machine
 FITTED = 1 << 13  # most samples that a head is fitted to
 AT_ONCE = 1 << 12
@@ -85,7 +88,11 @@ class AnswerHead:
 
     def weighing(self, keys: Keys) -> list[Weighing]:
         """What multiplies the decoder's probabilities, for each of B samples."""
-        return [Weighing(self.tokens, row.numpy(), self.mix) for row in self.log_probabilities(keys)]
+        return [Weighing(self._tree, row.numpy(), self.mix) for row in self.log_probabilities(keys)]
+
+    @cached_property
+    def _tree(self) -> AnswerTree:
+        return AnswerTree(self.tokens)
 
 
 class AnswerHeads:
@@ -127,6 +134,39 @@ def has_heads(states: Sequence[State]) -> bool:
 def head_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an answer head in a task's state."""
     return {name: value for name, value in state.items() if name.startswith(ANSWERS)}
+
+
+def sound_head(state: State) -> bool:
+    """Whether the tensors of a task's answer head, where it has any, are those of one head; they are finite."""
+    head = head_of(state)
+    if not head:
+        return True
+    if head.keys() != set(TENSORS) or not all(value.is_floating_point() for value in head.values()):
+        return False
+    tokens, centre, scale, weights, bias, mix = (head[name] for name in TENSORS)
+    if tokens.ndim != 2 or not tokens.numel() or centre.ndim != 1:
+        return False
+    shapes = (len(centre),), (len(centre) + WIDTH, len(tokens)), (len(tokens),), (1 + len(Mix()),)
+    if any(value.shape != shape for value, shape in zip((scale, weights, bias, mix), shapes, strict=True)):
+        return False
+    # Every row begins with a token, and what fills it up stands behind its last one.
+    given = tokens >= 0
+    filled = bool((tokens == tokens.round()).all() and given[:, 0].all() and (given[:, :-1] | ~given[:, 1:]).all())
+    return filled and bool((scale > 0).all() and mix[0] > 0 and (mix[1:-1] >= 0).all())
+
+
+def require_fitting_heads(states: States, names: Sequence[str], vocabulary: int, width: int) -> None:
+    """Raise UserError where a task's head has tokens that a model of so many lacks, or reads keys of another width."""
+    for name, state in zip(names, states, strict=True):
+        if TOKENS not in state:
+            continue
+        largest, read = int(state[TOKENS].max()), len(state[CENTRE])
+        if largest >= vocabulary or read != 2 * width + 1:
+            raise UserError(
+                f"The answer head of '{name}' has tokens up to {largest} and reads {read} numbers of a sample's keys; "
+                f"expected tokens below {vocabulary}, as the model has them, and {2 * width + 1} numbers. Get the "
+                "adapter again, or export the run again."
+            )
 
 
 def features(keys: Keys, centre: Tensor, scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ which, which decoder and head say together. How much each counts is fitted to he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,18 +40,58 @@ class Mix(NamedTuple):
 DOUBT = Mix(1.0, 1.0, 1.0, 4.0)
 
 
+class AnswerTree:
+    """The tokens of known answers as a tree, of which only what answers in progress came to is made."""
+
+    def __init__(self, tokens: Sequence[Sequence[int]]) -> None:
+        """`tokens` of C answers."""
+        self._tokens, self._root = tokens, _Node.of(tokens, range(len(tokens)), 0)
+
+    def at(self, so_far: Sequence[int]) -> _Node | None:
+        """What is known of the answers that begin so; None where none of them goes on."""
+        node = self._root
+        for depth, token in enumerate(so_far):
+            if node is None or token not in node.behind:
+                return None
+            if node.behind[token] is None:
+                begun = (n for n in node.begun.tolist() if self._tokens[n][depth] == token)
+                node.behind[token] = _Node.of(self._tokens, begun, depth + 1)
+            node = node.behind[token]
+        return node
+
+
+@dataclass(frozen=True)
+class _Node:
+    """The known answers with one beginning that go on behind it."""
+
+    begun: npt.NDArray[np.int64]  # [n] their numbers
+    next: npt.NDArray[np.int64]  # [m] their next tokens, in ascending order
+    places: npt.NDArray[np.int64]  # [n] which of these each has
+    behind: dict[int, _Node | None]  # by next token; None: not made yet, or no answer goes on
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int]], numbers: Iterable[int], length: int) -> _Node | None:
+        """That of the answers of these numbers, whose first `length` tokens are the same; None where none goes on."""
+        begun = [number for number in numbers if len(tokens[number]) > length]
+        if not begun:
+            return None
+        following, places = np.unique([tokens[number][length] for number in begun], return_inverse=True)
+        return cls(np.array(begun), following, places, dict.fromkeys(following.tolist()))
+
+
 class Weighing:
     """What a head says of one sample, for the decoder of its answer."""
 
-    def __init__(self, tokens: Sequence[Sequence[int]], logs: npt.NDArray[np.float32], mix: Mix) -> None:
-        """`tokens` of C known answers, the logarithms of their probabilities [C], and how these count."""
-        self._tokens, self._logs, self._mix = tokens, logs, mix
+    def __init__(self, tree: AnswerTree, logs: npt.NDArray[np.float32], mix: Mix) -> None:
+        """The `tree` of C known answers, the logarithms of their probabilities [C], and how these count."""
+        self._tree, self._logs, self._mix = tree, logs, mix
 
     @classmethod
     def weighed(cls, rows: Sequence[Weighing], so_far: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
-        """Log-probabilities [n, V] of the tokens behind those `so_far` of n answers, given the decoder's logits [n, V].
+        """The logits [n, V] of the tokens behind those `so_far` of n answers, given the decoder's [n, V].
 
-        They are the decoder's logits where no known answer begins so.
+        Those of a row are the decoder's where no known answer begins so, and else have the same sum of exponentials,
+        because rules of generation such as a repetition penalty count logits as they are.
         """
         found = [(place, next_) for place, row in enumerate(rows) if (next_ := row.next(so_far[place])) is not None]
         if not found:
@@ -60,37 +100,37 @@ class Weighing:
         mix = torch.tensor([rows[place]._mix for place in places]).to(scores.device)[:, :, None]
         decoder, head, slope, known = (mix[:, place] for place in range(4))
         # Rows of fewer tokens are filled up with their first one, which counts once.
-        width = max(len(tokens) for _, (tokens, _) in found)
-        filled = np.stack(
-            [np.pad(tokens, (0, width - len(tokens)), constant_values=tokens[0]) for _, (tokens, _) in found]
-        )
-        padded = [np.pad(logs, (0, width - len(logs)), constant_values=-np.inf) for _, (_, logs) in found]
-        tokens, said = torch.from_numpy(filled).to(scores.device), torch.from_numpy(np.stack(padded)).to(scores.device)
+        shape = len(found), max(len(tokens) for _, (tokens, _) in found)
+        filled, padded = np.empty(shape, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
+        for row, (_, (some, logs)) in enumerate(found):
+            filled[row], filled[row, : len(some)], padded[row, : len(logs)] = some[0], some, logs
+        tokens, said = torch.from_numpy(filled).to(scores.device), torch.from_numpy(padded).to(scores.device)
         gaps = said.isinf()
-        logs = log_softmax(scores[places].float(), dim=1)
-        own = logs.gather(1, tokens).clamp_min(LEAST_LOG).masked_fill(gaps, -torch.inf)
-        others = logs.scatter(1, tokens, -torch.inf)
-        together = others.logsumexp(1, keepdim=True).clamp_min(LEAST_LOG)
+        mine = (scores if len(found) == len(rows) else scores[places]).float()
+        total = mine.logsumexp(1, keepdim=True)
+        own = (mine.gather(1, tokens) - total).clamp_min(LEAST_LOG).masked_fill(gaps, -torch.inf)
+        changed = mine.scatter(1, tokens, -torch.inf)
+        together = (changed.logsumexp(1, keepdim=True) - total).clamp_min(LEAST_LOG)
         odds = slope * (own.logsumexp(1, keepdim=True) - together) + known
         powers = (decoder * own.masked_fill(gaps, 0.0) + head * said.masked_fill(gaps, 0.0)).masked_fill(
             gaps, -torch.inf
         )
-        shares = log_softmax(powers, dim=1) + logsigmoid(odds)
+        shares = log_softmax(powers, dim=1) + logsigmoid(odds) + total
         shares = torch.where(gaps, shares[:, :1], shares)
-        changed = (others - together + logsigmoid(-odds)).scatter(1, tokens, shares)
-        return scores.index_copy(0, torch.tensor(places, device=scores.device), changed.to(scores.dtype))
+        changed = changed.add_(logsigmoid(-odds) - together).scatter_(1, tokens, shares).to(scores.dtype)
+        if len(found) == len(rows):
+            return changed
+        return scores.index_copy(0, torch.tensor(places, device=scores.device), changed)
 
     def next(self, so_far: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
         """The tokens [m] that follow in the known answers which begin so, in ascending order, and the logarithms of
         their probabilities [m]; None where there is none."""
-        length, beginning = len(so_far), tuple(so_far)
-        begun = [n for n, row in enumerate(self._tokens) if len(row) > length and row[:length] == beginning]
-        if not begun:
+        node = self._tree.at(so_far)
+        if node is None:
             return None
-        tokens, places = np.unique([self._tokens[n][length] for n in begun], return_inverse=True)
-        logs = self._logs[begun]
-        shares = np.bincount(places, np.exp(logs - logs.max()))
-        return tokens, np.log(np.maximum(shares / shares.sum(), np.exp(LEAST_LOG))).astype(np.float32)
+        logs = self._logs[node.begun]
+        shares = np.bincount(node.places, np.exp(logs - logs.max()))
+        return node.next, np.log(np.maximum(shares / shares.sum(), np.exp(LEAST_LOG))).astype(np.float32)
 
 
 @dataclass(frozen=True)

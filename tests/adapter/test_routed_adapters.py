@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from pipeline.adapter import load_adapter
 from pipeline.adapter.answering import Answerer
 from pipeline.adapter.edit import merge, prune
 from pipeline.adapter.fitted_routing import FITTED
 from pipeline.adapter.format import read_adapter
-from pipeline.adapter.meta import META, TENSORS
+from pipeline.adapter.meta import META
 from pipeline.errors import UserError
-from pipeline.files.atomic import sha256
+from tests.adapter.edited import with_tensors
 from tests.adapters import Models, question, save_adapter, save_models
 
 RANDOM = {"name": "random_ridge", "width": 16}
@@ -130,17 +127,6 @@ def test_a_large_adapter_has_its_fit_beside_it_and_answers_alike(
         load_adapter(large)
 
 
-def _with(folder: Path, changes: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors of an adapter as somebody else may have, with the checksum that belongs to them."""
-    path = folder / TENSORS
-    with safe_open(str(path), framework="pt") as file:
-        said, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    changes(tensors)
-    save_file(tensors, path, metadata=said)
-    meta = json.loads((folder / META).read_text())
-    (folder / META).write_text(json.dumps({**meta, "sha256": sha256(path)}))
-
-
 def test_an_adapter_of_somebody_else_with_unusable_routing_keys_is_refused(models: Models, tmp_path: Path) -> None:
     def no_numbers(tensors: dict[str, torch.Tensor]) -> None:
         tensors["router.1.keys.text"][0, 0] = float("nan")
@@ -153,10 +139,10 @@ def test_an_adapter_of_somebody_else_with_unusable_routing_keys_is_refused(model
 
     for number, change in enumerate((no_numbers, fewer_images, no_images)):
         folder = saved(tmp_path / str(number), models, (0, 1))
-        _with(folder, change)
+        with_tensors(folder, change)
         with pytest.raises(UserError, match="what the set 'T1' keeps for routing is not finite or not of one"):
             load_adapter(folder)
     folder = saved(tmp_path / "more", models, (0, 1))
-    _with(folder, lambda tensors: tensors.update({"router.7.keys.text": torch.zeros(1, 2)}))
+    with_tensors(folder, lambda tensors: tensors.update({"router.7.keys.text": torch.zeros(1, 2)}))
     with pytest.raises(UserError, match=r"the tensors of .* cannot be read"):
         load_adapter(folder)

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.from_run import export
-from pipeline.adapter.load import source_of
+from pipeline.adapter.load import load_adapter, source_of
 from pipeline.adapter.vocabulary.export import export_checkpoint
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.prompts.stage_files import STATE
 from pipeline.sequence.run import run_sequence
 from tests import tiny, tiny_clip
+from tests.adapter.edited import with_tensors
 from tests.e2e.conftest import recipe_on
 from tests.joining import require_same_answers_in_any_batch
 from tests.processes import torchrun
@@ -124,6 +125,50 @@ def test_a_head_is_part_of_the_fingerprint_by_which_answers_are_reused(run: Path
     assert source_of(run).pool.fingerprint(0) == print_before
     changed = pool.picked([0, 1])
     assert changed.fingerprint(0) != print_before and changed.fingerprint(1) == pool.fingerprint(1)
+
+
+def test_a_head_without_weight_leaves_a_penalised_answer_as_it_is(run: Path, coloured: Path) -> None:
+    """Logits are penalised, so weighing must not turn them into other numbers of the same probabilities."""
+    asked = [
+        Question("what colour has T0?", (coloured / "coin" / "images" / f"T0-test-{number}.png").read_bytes())
+        for number in range(3)
+    ]
+    answers = []
+    for mix in ([1.0, 1.0, 0.0, 1.0, 0.0], None):
+        source = source_of(run)
+        for state in source.pool.states:
+            if mix is None:
+                for name in [name for name in state if name.startswith("answers.")]:
+                    del state[name]  # type: ignore[attr-defined]
+            else:
+                state["answers.mix"].copy_(torch.tensor(mix))
+        answerer = Answerer(source)
+        answerer.lmm.use_repetition_penalty(1.3)
+        answers.append([answer.text for answer in answerer.answer(asked, 12)])
+    assert answers[0] == answers[1]
+
+
+def test_an_adapter_of_somebody_else_with_an_unusable_head_is_refused(run: Path, tmp_path: Path) -> None:
+    def other_words(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["router.0.answers.tokens"][1, 0] = 1e6
+
+    def fewer_answers(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["router.0.answers.tokens"] = tensors["router.0.answers.tokens"][:2].clone()
+
+    def narrower_keys(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("centre", "scale", "weights"):
+            tensors[f"router.0.answers.{name}"] = tensors[f"router.0.answers.{name}"][2:].clone()
+
+    for change, message in (
+        (other_words, r"head of 'T0' has tokens up to 1000000 .*; expected tokens below"),
+        (fewer_answers, r"the answer head of 'T0' are not those of one head"),
+        (narrower_keys, r"head of 'T0' .* numbers of a sample's keys; expected"),
+    ):
+        folder = tmp_path / change.__name__
+        export(run, folder)
+        with_tensors(folder, change)
+        with pytest.raises(UserError, match=message):
+            load_adapter(folder)
 
 
 @pytest.mark.gloo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,18 @@ from torch import Tensor
 
 from pipeline.data.keys import Keys
 from pipeline.data.selection import NO_SET, Selection
-from pipeline.prompts.answer_head import PENALTIES, AnswerHead, AnswerHeads, _ridge, features, fit_head, head_of
+from pipeline.errors import UserError
+from pipeline.prompts.answer_head import (
+    PENALTIES,
+    AnswerHead,
+    AnswerHeads,
+    _ridge,
+    features,
+    fit_head,
+    head_of,
+    require_fitting_heads,
+    sound_head,
+)
 from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.routers import States
 from pipeline.prompts.routers.kept_keys import picked, sound
@@ -92,6 +104,57 @@ def test_states_hold_a_head_exactly_and_a_pool_tells_changed_ones_apart(tmp_path
     found = PromptPool.load(tmp_path / "pool.safetensors")
     assert found.fingerprint(1) == pool.fingerprint(1)
     assert not head_of(found.states[0]) and all(torch.equal(v, found.states[1][n]) for n, v in head.state.items())
+
+
+DAMAGES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "tokens": lambda value: value + 0.5,
+    "tokens, none": lambda value: value[:0],
+    "tokens, another number": lambda value: value[:2],
+    "tokens, one row": lambda value: value[0],
+    "tokens, a gap": lambda value: value.flip(1),
+    "tokens, no numbers of a type that counts": lambda value: value > 0,
+    "centre": lambda value: value[:-2],
+    "centre, a matrix": lambda value: value[None],
+    "scale": lambda value: value * 0,
+    "scale, another width": lambda value: value[:-1],
+    "weights": lambda value: value[:-1],
+    "weights, of other answers": lambda value: value[:, :2],
+    "bias": lambda value: value[:1],
+    "bias, missing": lambda value: None,
+    "mix": lambda value: value[:4],
+    "mix, more": lambda value: torch.cat([value, value]),
+    "mix, a negative power": lambda value: value - 5.0,
+    "mix, no temperature": lambda value: value * 0,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_head_is_not_sound(damage: str) -> None:
+    state = {"prototype": torch.zeros(3), **fit_head(*_with_tokens(drawn(30))).state}
+    assert sound_head(state)
+    name = f"answers.{damage.partition(',')[0]}"
+    changed = DAMAGES[damage](state[name])
+    if changed is None:
+        del state[name]
+    else:
+        state[name] = changed
+    assert not sound_head(state)
+
+
+def test_a_state_without_a_head_is_sound_and_one_without_its_tokens_is_not() -> None:
+    state = fit_head(*_with_tokens(drawn(30))).state
+    assert sound_head({"prototype": torch.zeros(3)})
+    assert not sound_head({name: value for name, value in state.items() if name != "answers.tokens"})
+    assert not sound_head({**state, "answers.more": torch.zeros(1)})
+
+
+def test_a_head_for_another_vocabulary_or_other_keys_is_refused() -> None:
+    states = States([{"prototype": torch.zeros(3)}, fit_head(*_with_tokens(drawn(30))).state])
+    require_fitting_heads(states, ["a", "b"], 10, WIDTH)
+    with pytest.raises(UserError, match=r"head of 'b' has tokens up to 9 .* expected tokens below 9,"):
+        require_fitting_heads(states, ["a", "b"], 9, WIDTH)
+    with pytest.raises(UserError, match=r"reads 17 numbers .* and 15 numbers"):
+        require_fitting_heads(states, ["a", "b"], 10, WIDTH - 1)
 
 
 def test_the_head_of_a_sample_s_own_module_weighs_its_answer() -> None:

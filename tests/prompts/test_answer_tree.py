@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.prompts.answer_tree import DOUBT, Branch, Mix, Weighing, branches, fit_mix
+from pipeline.prompts.answer_tree import DOUBT, AnswerTree, Branch, Mix, Weighing, branches, fit_mix
 
 END, WORDS = 9, 10
 KNOWN = [(1, 2, END), (1, 3, END), (4, END), (1, 2, 5, END)]
@@ -16,7 +16,7 @@ SHARES = np.array([0.4, 0.1, 0.2, 0.3])
 
 
 def weighing(mix: Mix) -> Weighing:
-    return Weighing(KNOWN, np.log(SHARES).astype(np.float32), mix)
+    return Weighing(AnswerTree(KNOWN), np.log(SHARES).astype(np.float32), mix)
 
 
 def weighed(mix: Mix, so_far: tuple[int, ...], scores: torch.Tensor) -> torch.Tensor:
@@ -50,12 +50,14 @@ def test_an_answer_that_leaves_the_known_ones_is_the_decoder_s_alone(so_far: tup
 def test_a_head_without_weight_changes_nothing() -> None:
     scores = torch.randn(WORDS) * 3
     found = weighed(Mix(head=0.0), (1,), scores)
-    torch.testing.assert_close(found, scores.log_softmax(0))
+    torch.testing.assert_close(found, scores)  # so that a penalty on logits counts as it does without a head
 
 
 def test_known_tokens_together_follow_the_decoder_and_each_of_them_both() -> None:
     scores, mix = torch.randn(WORDS, generator=torch.Generator().manual_seed(0)) * 2, Mix(0.7, 1.3, 0.5, 0.8)
-    found = weighed(mix, (1,), scores).exp()
+    logits = weighed(mix, (1,), scores)
+    assert float(logits.logsumexp(0)) == pytest.approx(float(scores.logsumexp(0)), abs=1e-5)
+    found = logits.softmax(0)
     decoder = scores.softmax(0)
     others = [token for token in range(WORDS) if token not in (2, 3)]
     assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
