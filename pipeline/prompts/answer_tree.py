@@ -167,17 +167,17 @@ def branches(weighing: Weighing, answer: Sequence[int], logits: Tensor) -> Itera
 def fit_mix(seen: Sequence[Branch]) -> Mix:
     """The mix that makes held-out tokens most probable, under a normal prior about `Mix()`.
 
-    Whether a token is a known one, and which, are two logistic regressions with two coefficients each. Powers and slope
-    are at least 0.
+    Whether a token is a known one, and which, are two logistic regressions with two coefficients each, where powers and
+    slope are at least 0.
     """
     start, doubt = np.array(Mix()), np.array(DOUBT)
     known = [branch for branch in seen if branch.right < len(branch.head)]
     # Where one token alone can follow, nothing is chosen.
     choices = [(np.stack([b.decoder[:-1], b.head], axis=1), b.right) for b in known if len(b.head) > 1]
     either = [(np.array([[b.odds, 1.0], [0.0, 0.0]]), int(b.right == len(b.head))) for b in seen]
-    which = _logistic(choices, start[:2], doubt[:2])
-    whether = _logistic(either, start[2:], doubt[2:])
-    return Mix(max(which[0], 0.0), max(which[1], 0.0), max(whether[0], 0.0), whether[1])
+    which = _bounded(choices, start[:2], doubt[:2], (0, 1))
+    whether = _bounded(either, start[2:], doubt[2:], (0,))
+    return Mix(*which, *whether)
 
 
 def rows_of(tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -185,17 +185,34 @@ def rows_of(tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in tokens)
 
 
-def _logistic(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array) -> list[float]:
+def _bounded(
+    seen: Sequence[tuple[Array, int]], start: Array, doubt: Array, bounded: Sequence[int]
+) -> tuple[float, float]:
+    """As `_logistic` with two coefficients, of which the `bounded` ones are at least 0.
+
+    Where the maximum is beyond a bound, the largest value of a concave function is on a bound, where the other
+    coefficient is fitted anew.
+    """
+    found = _logistic(seen, start, doubt)
+    edges = []
+    for fixed in bounded:
+        if min(found[place] for place in bounded) >= 0.0:
+            break
+        free = 1 - fixed
+        alone = _logistic([(x[:, [free]], right) for x, right in seen], start[[free]], doubt[[free]])[0]
+        at = np.zeros(2)
+        at[free] = max(alone, 0.0) if free in bounded else alone
+        edges.append(at)
+    best = min(edges, key=lambda at: _loss(seen, start, doubt, at), default=found)
+    return float(best[0]), float(best[1])
+
+
+def _logistic(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array) -> Array:
     """The coefficients [k] of inputs [m, k] that make the right one of m most probable, normal about `start`.
 
     The likelihood is concave, so Newton's method finds its maximum.
     """
     precision, values = 1.0 / np.square(doubt), start.copy()
-
-    def loss(at: Array) -> float:
-        own = sum(_log_share(x @ at, right) for x, right in seen)
-        return float(0.5 * (precision * (at - start) ** 2).sum() - own)
-
     for _ in range(STEPS):
         slope, curve = precision * (values - start), np.diag(precision)
         for x, right in seen:
@@ -205,13 +222,18 @@ def _logistic(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array) -> 
             mean = shares @ x
             slope += mean - x[right]
             curve += (x * shares[:, None]).T @ x - np.outer(mean, mean)
-        move, before, size = np.linalg.solve(curve, slope), loss(values), 1.0
-        while size > 1e-6 and loss(values - size * move) > before:
+        move, before, size = np.linalg.solve(curve, slope), _loss(seen, start, doubt, values), 1.0
+        while size > 1e-6 and _loss(seen, start, doubt, values - size * move) > before:
             size /= 2.0
         values = values - size * move
         if float(np.abs(size * move).max()) < 1e-9:
             break
-    return [float(value) for value in values]
+    return values
+
+
+def _loss(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array, at: Array) -> float:
+    own = sum(_log_share(x @ at, right) for x, right in seen)
+    return float(0.5 * np.square((at - start) / doubt).sum() - own)
 
 
 def _log_share(scores: Array, right: int) -> float:

@@ -121,6 +121,28 @@ def test_answers_that_are_often_unknown_are_left_to_the_decoder() -> None:
     assert 1 / (1 + math.exp(-odds)) == pytest.approx(0.25, abs=0.02)
 
 
+def test_a_decoder_whose_odds_are_no_guide_leaves_the_share_of_known_tokens() -> None:
+    """Its odds are worst where the token is a known one, so the slope would be negative: 9 in 10 tokens are known."""
+    known = [Branch(np.log([0.001, 0.001, 0.998]), np.log([0.5, 0.5]), 0)] * 90
+    unknown = [Branch(np.log([0.01, 0.01, 0.98]), np.log([0.5, 0.5]), 2)] * 10
+    found = fit_mix(known + unknown)
+    assert found.slope == 0.0
+    assert 1 / (1 + math.exp(-found.known)) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_other_power_is_fitted_anew_where_one_is_at_its_bound() -> None:
+    seen = drawn(3, 200, 2.0, -1.0)  # the decoder's scores point away from the right token
+    found = fit_mix(seen)
+    assert found.decoder == 0.0
+
+    def loss(head: float) -> float:
+        shares = [head * b.head - np.log(np.exp(head * b.head).sum()) for b in seen]
+        own = sum(share[b.right] for share, b in zip(shares, seen, strict=True))
+        return float(0.5 * (head - 1.0) ** 2 - own)
+
+    assert loss(found.head) < min(loss(found.head - 0.01), loss(found.head + 0.01))
+
+
 def test_without_samples_both_count_as_they_are() -> None:
     assert fit_mix([]) == Mix()
 
