@@ -35,7 +35,9 @@ TENSORS = (TOKENS, CENTRE, SCALE, WEIGHTS, BIAS, MIX)
 WIDTH, SEED = 1000, 0  # random features, the same on every machine
 FITTED = 1 << 13  # most samples that a head is fitted to
 AT_ONCE = 1 << 12
-PENALTIES = (0.01, 0.1, 1.0, 3.0)  # as shares of the features' mean variance; the best is chosen leaving one out
+# As shares of the features' mean variance; the best is chosen leaving one out. The largest leave little but how often
+# each answer is given, which is all there is to know where the keys tell nothing.
+PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0, 100.0, 1000.0)
 # A key's direction in which a task's samples hardly differ counts no more than this share of the typical one. The
 # other bound is of a unit key's component: float16 and batches of another size move it by less than a tenth of that.
 LEAST_SHARE, LEAST = 0.1, 1e-3

@@ -46,10 +46,11 @@ def answer_head(
         session: the ranks, and the watchdog.
         task: its name, for messages.
     """
-    if held_out is None or (held_out.used is not None and not len(held_out.used)):
+    rows = [] if held_out is None else _single_turns(held_out)
+    if held_out is None or not rows:
         log.warning(
-            "%s holds no samples out (it has too few, or data.validation_share is 0) to weigh an answer head against "
-            "the decoder with, so it has none.",
+            "%s holds no samples of one turn out (it has too few, or data.validation_share is 0) to weigh an answer "
+            "head against the decoder with, so it has none.",
             task,
         )
         return {}
@@ -60,7 +61,7 @@ def answer_head(
         log.info("%s: fewer than two answers recur in its training samples, so it has no answer head", task)
         return {}
     others = Examples(held_out, examples.conversation, examples.sharing)
-    mine = list(_seen(engine, others, selection, head, session))
+    mine = list(_seen(engine, others, rows, selection, head, session))
     seen = [branch for part in gather_objects(mine) for branch in part]
     mix = on_main(session.world, lambda: fit_mix(seen))
     log.info(
@@ -94,17 +95,14 @@ def _fitted(data: StageData, conversation: Conversation) -> AnswerHead | None:
 
 @torch.no_grad()
 def _seen(
-    engine: Engine, examples: Examples, selection: Selection, head: AnswerHead, session: Session
+    engine: Engine, examples: Examples, rows: list[int], selection: Selection, head: AnswerHead, session: Session
 ) -> Iterator[Branch]:
-    """This rank's share of what head and decoder say along the answers of held-out samples.
+    """This rank's share of what head and decoder say along the answers of these held-out samples.
 
     Every rank computes as many batches, the last perhaps of samples that do not count, because ZeRO-3 gathers weights
     by collectives.
     """
     world, data, size = session.world, examples.data, engine.micro_batch
-    used = torch.arange(len(data)) if data.used is None else torch.from_numpy(data.used)
-    used = torch.tensor([row for row in used.tolist() if not data.text(row).meta.get("turns")], dtype=torch.long)
-    rows = used[sampled_rows(len(used), HELD_OUT)].tolist()
     own = rows[world.rank :: world.size]
     count = -(-len(rows) // (world.size * size))
     with _answering(engine):
@@ -119,6 +117,13 @@ def _seen(
             weighings = head.weighing(picked(data.keys, torch.tensor(part, dtype=torch.long))) if part else []
             for weighing, answer, scores in zip(weighings, answers, logits, strict=False):
                 yield from branches(weighing, answer.tolist(), scores)
+
+
+def _single_turns(data: StageData) -> list[int]:
+    """At most `HELD_OUT` samples that are used and have no further turns."""
+    used = range(len(data)) if data.used is None else data.used.tolist()
+    single = [row for row in used if not data.text(row).meta.get("turns")]
+    return [single[place] for place in sampled_rows(len(single), HELD_OUT).tolist()]
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ def test_a_task_without_held_out_samples_has_no_head(
     made = recipe(coloured, tmp_path, data=data)
     with caplog.at_level(logging.WARNING):
         run_sequence(made, stages="train")
-    assert "T0 holds no samples out" in caplog.text
+    assert "T0 holds no samples of one turn out" in caplog.text
     assert not any("answers." in name for stage in stages(made.run_path) for name in stage)
 
 

@@ -79,6 +79,19 @@ def test_a_head_tells_answers_of_new_samples_apart_and_says_how_surely() -> None
     assert float(logs.exp().max(1).values.mean()) > 0.8
 
 
+def test_where_keys_tell_nothing_a_head_knows_how_often_each_answer_is_given() -> None:
+    def unrelated(count: int, seed: int) -> tuple[Keys, Tensor]:
+        numbers = torch.Generator().manual_seed(seed)
+        answers = torch.multinomial(torch.tensor([0.7, 0.2, 0.1]), count, True, generator=numbers)
+        image, text = torch.randn(2, count, 32, generator=numbers)
+        return Keys(image, text, torch.ones(count, dtype=torch.bool), {}), answers
+
+    keys, answers = unrelated(100, 0)
+    found = fit_head(keys, TOKENS, answers).log_probabilities(unrelated(300, 1)[0])
+    assert bool((found.argmax(1) == 0).all())
+    assert found.exp().mean(0).numpy() == pytest.approx([0.7, 0.2, 0.1], abs=0.1)
+
+
 def test_a_constant_key_adds_no_noise() -> None:
     keys, answers = drawn(60)
     text = torch.ones(60, WIDTH)
