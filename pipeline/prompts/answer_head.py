@@ -7,7 +7,7 @@ ridge regression of the known answers on features of the keys, solved in closed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from torch import Tensor
 from pipeline.data.keys import in_parts
 from pipeline.errors import UserError
 from pipeline.prompts.answer_tree import AnswerTree, Mix, Weighing, rows_of
-from pipeline.prompts.calibration import temperature_of
 from pipeline.prompts.routers.kept_keys import picked, sampled_rows
 from pipeline.prompts.routers.key_features import side_by_side
 from pipeline.prompts.routers.ridge import projection
@@ -35,9 +34,8 @@ TENSORS = (TOKENS, CENTRE, SCALE, WEIGHTS, BIAS, MIX)
 WIDTH, SEED = 1000, 0  # random features, the same on every machine
 FITTED = 1 << 13  # most samples that a head is fitted to
 AT_ONCE = 1 << 12
-# As shares of the features' mean variance; the best is chosen leaving one out. The largest leave little but how often
-# each answer is given, which is all there is to know where the keys tell nothing.
-PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0, 100.0, 1000.0)
+PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0)  # as shares of the features' mean variance
+STEPS = 60  # of Newton's method, each halving the bracket where Newton's own step leaves it
 # A key's direction in which a task's samples hardly differ counts no more than this share of the typical one. The
 # other bound is of a unit key's component: float16 and batches of another size move it by less than a tenth of that.
 LEAST_SHARE, LEAST = 0.1, 1e-3
@@ -52,7 +50,6 @@ class AnswerHead:
     scale: Tensor  # [2 K + 1]
     weights: Tensor  # [F, C]
     bias: Tensor  # [C]
-    temperature: float
     mix: Mix
 
     @classmethod
@@ -61,32 +58,26 @@ class AnswerHead:
         if TOKENS not in state:
             return None
         tokens = tuple(tuple(t for t in row if t >= 0) for row in state[TOKENS].long().tolist())
-        temperature, *mix = state[MIX].double().tolist()
         centre, scale, weights, bias = (state[name].float().cpu() for name in (CENTRE, SCALE, WEIGHTS, BIAS))
-        return cls(tokens, centre, scale, weights, bias, temperature, Mix(*mix))
+        return cls(tokens, centre, scale, weights, bias, Mix(*state[MIX].double().tolist()))
 
     @property
     def state(self) -> dict[str, Tensor]:
         """What a task's state has of the head."""
         longest = max(map(len, self.tokens))
         padded = [[*row, *[-1] * (longest - len(row))] for row in self.tokens]
-        mix = [self.temperature, *self.mix]
         return {
             TOKENS: torch.tensor(padded, dtype=torch.float32),  # exact for every vocabulary below 2^24
             CENTRE: self.centre,
             SCALE: self.scale,
             WEIGHTS: self.weights,
             BIAS: self.bias,
-            MIX: torch.tensor(mix, dtype=torch.float32),
+            MIX: torch.tensor(self.mix, dtype=torch.float32),
         }
-
-    def scores(self, keys: Keys) -> Tensor:
-        """Of B samples [B, C]: estimates of 1 for a sample's own answer and 0 for the others."""
-        return features(keys, self.centre, self.scale) @ self.weights + self.bias
 
     def log_probabilities(self, keys: Keys) -> Tensor:
         """Of each known answer to B samples [B, C]."""
-        return torch.log_softmax(self.scores(keys).double() / self.temperature, dim=1).float()
+        return torch.log_softmax(features(keys, self.centre, self.scale) @ self.weights + self.bias, dim=1)
 
     def weighing(self, keys: Keys) -> list[Weighing]:
         """What multiplies the decoder's probabilities, for each of B samples."""
@@ -148,13 +139,13 @@ def sound_head(state: State) -> bool:
     tokens, centre, scale, weights, bias, mix = (head[name] for name in TENSORS)
     if tokens.ndim != 2 or not tokens.numel() or centre.ndim != 1:
         return False
-    shapes = (len(centre),), (len(centre) + WIDTH, len(tokens)), (len(tokens),), (1 + len(Mix()),)
+    shapes = (len(centre),), (len(centre) + WIDTH, len(tokens)), (len(tokens),), (len(Mix()),)
     if any(value.shape != shape for value, shape in zip((scale, weights, bias, mix), shapes, strict=True)):
         return False
     # Every row begins with a token, and what fills it up stands behind its last one.
     given = tokens >= 0
     filled = bool((tokens == tokens.round()).all() and given[:, 0].all() and (given[:, :-1] | ~given[:, 1:]).all())
-    return filled and bool((scale > 0).all() and mix[0] > 0 and (mix[1:-1] >= 0).all())
+    return filled and bool((scale > 0).all() and (mix[:-1] >= 0).all())
 
 
 def require_fitting_heads(states: States, names: Sequence[str], vocabulary: int, width: int) -> None:
@@ -194,16 +185,61 @@ def fit_head(keys: AnyKeys, tokens: Sequence[Sequence[int]], answers: Tensor) ->
     scale = deviation.clamp_min(max(LEAST_SHARE * typical, LEAST))
     made = torch.cat([features(part, centre, scale) for part in in_parts(some, AT_ONCE)])
     targets = torch.nn.functional.one_hot(answers, len(tokens)).float()
-    weights, bias, alone = _ridge(made, targets)
-    temperature = temperature_of(alone, answers, torch.ones(len(answers)))
-    return AnswerHead(rows_of(tokens), centre, scale, weights, bias, temperature, Mix())
+    share = targets.mean(0)
+
+    def judged(alone: Tensor) -> tuple[float, float]:
+        return _calibrated(alone - share, share, answers)
+
+    weights, middle, (_, rate) = _ridge(made, targets, judged)
+    # Where the keys tell nothing the rate is 0, and the probabilities are the answers' shares.
+    return AnswerHead(rows_of(tokens), centre, scale, rate * weights, share.log() - rate * (middle @ weights), Mix())
 
 
-def _ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [F, C], bias [C], and the scores [n, C] that the regression without each sample gives it.
+def _calibrated(differences: Tensor, share: Tensor, answers: Tensor) -> tuple[float, float]:
+    """The log-loss of softmax(log share + rate differences) on answers [n], and the rate >= 0 that minimises it.
 
-    Of features [n, F] and targets [n, C]; by the eigenvectors of the smaller of the matrices of n and of F, with the
-    one of `PENALTIES` whose squared error is the smallest, leaving each sample out.
+    Of scores [n, C] minus the answers' shares [C]. The loss is convex in the rate; Newton's method finds its minimum
+    between brackets. Where all samples are told apart the rate would be infinite, so each sample counts as one of
+    another answer with the probability 1 / (n + 2), as in Platt's scaling (Platt 1999, section 2.2).
+    """
+    doubt = 1.0 / (len(answers) + 2)
+    logs, scores = share.double().log(), differences.double()
+    own = scores.gather(1, answers[:, None])[:, 0]
+    wanted = float(((1.0 - doubt) * own + doubt * (scores * share).sum(1)).mean())
+
+    def slopes(rate: float) -> tuple[float, float]:
+        """First and second derivative of the loss."""
+        shares = torch.softmax(logs + rate * scores, dim=1)
+        mean = (shares * scores).sum(1)
+        return float(mean.mean()) - wanted, float(((shares * scores.square()).sum(1) - mean.square()).mean())
+
+    rate = 0.0
+    if slopes(0.0)[0] < 0.0:
+        low, high = 0.0, 1.0
+        while slopes(high)[0] < 0.0 and high < 1e6:
+            low, high = high, high * 4.0
+        rate = high
+        for _ in range(STEPS):
+            slope, curve = slopes(rate)
+            low, high = (rate, high) if slope < 0.0 else (low, rate)
+            step = rate - slope / curve if curve > 0.0 else low
+            step = step if low < step < high else (low + high) / 2.0
+            if abs(step - rate) <= 1e-9 * rate:
+                break
+            rate = step
+    found = (logs + rate * scores).log_softmax(1)
+    loss = (1.0 - doubt) * found.gather(1, answers[:, None])[:, 0] + doubt * (found * share).sum(1)
+    return -float(loss.mean()), rate
+
+
+def _ridge(
+    features: Tensor, targets: Tensor, judged: Callable[[Tensor], tuple[float, float]]
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Weights [F, C] of a regression, the features' mean [F], and what was judged.
+
+    Of features [n, F] and targets [n, C]; by the eigenvectors of the smaller of the matrices of n and of F. `judged` is
+    given the scores [n, C] that the regression without each sample gives it; of `PENALTIES` the one counts whose first
+    number is the smallest.
     """
     count, width = features.shape
     middle, share = features.mean(0), targets.mean(0)
@@ -214,17 +250,14 @@ def _ridge(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(products)
     values, turned = values.clamp_min(0.0).float(), vectors.float() if dual else centred @ vectors.float()
     moments, squares = turned.T @ wanted, turned.square()
-    best: tuple[float, Tensor, Tensor] | None = None
+    best: tuple[tuple[float, float], Tensor] | None = None
     for penalty in PENALTIES:
         shrunk = 1.0 / (values + max(penalty * float(values.sum()) / width, 1e-12))
         effect = values * shrunk if dual else shrunk
         leverage = (squares @ effect + 1.0 / count).clamp(max=1.0 - 1e-6)[:, None]
-        alone = (turned @ (effect[:, None] * moments) + share - leverage * targets) / (1.0 - leverage)
-        error = float((alone - targets).square().mean())
-        if best is None or error < best[0]:
-            best = error, shrunk, alone
+        found = judged((turned @ (effect[:, None] * moments) + share - leverage * targets) / (1.0 - leverage))
+        if best is None or found[0] < best[0][0]:
+            best = found, shrunk
     assert best is not None
-    _, shrunk, alone = best
-    weights = vectors.float() @ (shrunk[:, None] * moments)
-    weights = centred.T @ weights if dual else weights
-    return weights, share - middle @ weights, alone
+    weights = vectors.float() @ (best[1][:, None] * moments)
+    return centred.T @ weights if dual else weights, middle, best[0]

@@ -17,6 +17,7 @@ from pipeline.prompts.answer_head import (
     PENALTIES,
     AnswerHead,
     AnswerHeads,
+    _calibrated,
     _ridge,
     features,
     fit_head,
@@ -47,7 +48,14 @@ def drawn(count: int, seed: int = 0) -> tuple[Keys, Tensor]:
 def test_scores_without_a_sample_are_those_of_a_regression_without_it(count: int, width: int) -> None:
     numbers = torch.Generator().manual_seed(3)
     inputs, targets = torch.randn(count, width, generator=numbers), torch.eye(3)[torch.arange(count) % 3]
-    weights, bias, alone = _ridge(inputs, targets)
+    seen: list[Tensor] = []
+
+    def judged(alone: Tensor) -> tuple[float, float]:
+        seen.append(alone)
+        return float((alone - targets).square().mean()), float(len(seen) - 1)
+
+    weights, middle, (_, number) = _ridge(inputs, targets, judged)
+    bias, alone = targets.mean(0) - middle @ weights, seen[int(number)]
     # Which penalty was taken: the one whose regression these weights are.
     centred = (inputs - inputs.mean(0)).double().numpy()
     spread = (centred**2).sum() / width
@@ -66,6 +74,23 @@ def test_scores_without_a_sample_are_those_of_a_regression_without_it(count: int
         without = np.linalg.solve(moved.T @ moved + taken * spread * np.eye(width), moved.T @ (own - own.mean(0)))
         expected = (inputs[left].double().numpy() - rest.mean(0)) @ without + own.mean(0)
         assert alone[left].numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_rate_is_the_one_of_the_smallest_loss_and_0_where_scores_are_wrong() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    answers, share = torch.arange(60) % 3, torch.tensor([0.5, 0.3, 0.2])
+    scores = 0.2 * torch.randn(60, 3, generator=numbers) + 0.2 * torch.eye(3)[answers]
+    loss, rate = _calibrated(scores, share, answers)
+    doubt = 1 / 62
+    wanted = torch.eye(3)[answers] * (1 - doubt) + doubt * share
+
+    def at(rate: float) -> float:
+        return float(-(wanted * (share.log() + rate * scores).log_softmax(1)).sum(1).mean())
+
+    assert loss == pytest.approx(at(rate), abs=1e-6) and 1.0 < rate < 20.0
+    assert all(at(other) > loss for other in (0.9 * rate, 1.1 * rate, 0.0))
+    assert _calibrated(-torch.eye(3)[answers], share, answers)[1] == 0.0
+    assert _calibrated(torch.eye(3)[answers], share, answers)[1] < 100.0
 
 
 def test_a_head_tells_answers_of_new_samples_apart_and_says_how_surely() -> None:
@@ -134,10 +159,9 @@ DAMAGES: dict[str, Callable[[Tensor], Tensor | None]] = {
     "weights, of other answers": lambda value: value[:, :2],
     "bias": lambda value: value[:1],
     "bias, missing": lambda value: None,
-    "mix": lambda value: value[:4],
+    "mix": lambda value: value[:3],
     "mix, more": lambda value: torch.cat([value, value]),
     "mix, a negative power": lambda value: value - 5.0,
-    "mix, no temperature": lambda value: value * 0,
 }
 
 
