@@ -134,7 +134,7 @@ def test_a_head_without_weight_leaves_a_penalised_answer_as_it_is(run: Path, col
         for number in range(3)
     ]
     answers = []
-    for mix in ([1.0, 1.0, 0.0, 1.0, 0.0], None):
+    for mix in ([1.0, 0.0, 1.0, 0.0], None):
         source = source_of(run)
         for state in source.pool.states:
             if mix is None:
