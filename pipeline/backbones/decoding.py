@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from pipeline.backbones.decoding_state import DecodingState, ParkedState
 from pipeline.backbones.generation_rules import generation_rules
 from pipeline.backbones.kv_cache import ROOM, CacheSpace, layers_of
 from pipeline.backbones.prefix_cache import PrefixCache, decode_after_prefix
+from pipeline.backbones.weigh import Weigh
 from pipeline.data.selection import Selection
 
 if TYPE_CHECKING:
@@ -44,15 +45,6 @@ class Prompts:
     selection: Selection | None = None  # each prompt's modules; required where `attached` is given
     # [B, S] number from 1 of the inserted row at each column, a prefix's columns included, 0: none; None: not needed
     inserted: Tensor | None = None
-
-
-class Weigh(Protocol):
-    """What changes the scores of a row's next token."""
-
-    @classmethod
-    def weighed(cls, rows: Sequence[Any], so_far: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
-        """The scores [n, V] of n rows that have such objects, given the tokens of their answers so far."""
-        ...
 
 
 @dataclass

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, Weigh, generate
+from pipeline.backbones.decoding import GreedyDecoder, Prompts, Row, generate
 from pipeline.backbones.lmm import LMM
 from pipeline.backbones.static_decoding import StaticDecoder
+from pipeline.backbones.weigh import Weigh
 from pipeline.console.progress import counted
 from pipeline.data.collate import Batch, Examples, collated
 from pipeline.data.example import Example

@@ -79,12 +79,17 @@ def test_a_hub_id_in_place_of_a_folder_is_the_only_difference(name: str, machine
     assert snapshots.checkpoint(snapshots.Source(shipped.model.path)).commit == COMMIT
 
 
-@pytest.mark.parametrize("verb", ["prepare", "run"])
-def test_with_no_network_and_nothing_in_the_cache_one_sentence_says_what_to_run(verb: str, machine: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "missing"),
+    [("prepare", "openai/clip-vit-base-patch32"), ("run", "HuggingFaceTB/SmolVLM-256M-Instruct")],
+)
+def test_with_no_network_and_nothing_in_the_cache_one_sentence_says_what_to_run(
+    verb: str, missing: str, machine: Path
+) -> None:
     done = CliRunner().invoke(app, [verb, "smolvlm_256m_own", "--set", "tracking.enabled=false"])
     assert done.exit_code == EXIT_USER and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "`hf download openai/clip-vit-base-patch32`" in said and "Hub cannot be reached" in said
+    assert f"`hf download {missing}`" in said and "Hub cannot be reached" in said
 
 
 def test_with_prepared_data_the_missing_model_is_named(machine: Path, tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ def test_objects_of_an_import_are_old_and_those_of_loading_are_young() -> None:
 def test_what_the_program_froze_stays_frozen() -> None:
     kept: list[Any] = [[]]
     gc.freeze()
-    frozen = gc.get_freeze_count()
     with importing():
         pass
-    assert gc.get_freeze_count() >= frozen > 0 and generation_of(kept) is None
+    # Frozen objects are in no generation; their number may fall, because some are freed by their last reference.
+    assert gc.get_freeze_count() > 0 and generation_of(kept) is None
 
 
 def test_a_collector_that_was_off_stays_off() -> None:

@@ -68,7 +68,7 @@ def test_every_request_that_changes_something_needs_the_token_of_a_form(
     application: Starlette, browser: Browser
 ) -> None:
     found = addresses(application, "POST")
-    assert len(found) == 4
+    assert len(found) == 5
     for address in found:
         for guess in ({}, {"csrf": "guessed"}):
             assert browser.client.post(address, data=guess).status_code == 403, address
