@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipeline.data.keys import in_parts
 from pipeline.errors import UserError
-from pipeline.prompts.answer_tree import AnswerTree, Mix, Weighing, rows_of
+from pipeline.prompts.answer_tree import AnswerTree, Mix, Weighing
+from pipeline.prompts.calibration import minimum
 from pipeline.prompts.routers.kept_keys import picked, sampled_rows
 from pipeline.prompts.routers.key_features import side_by_side
 from pipeline.prompts.routers.ridge import projection
@@ -35,7 +36,6 @@ WIDTH, SEED = 1000, 0  # random features, the same on every machine
 FITTED = 1 << 13  # most samples that a head is fitted to
 AT_ONCE = 1 << 12
 PENALTIES = (0.01, 0.1, 1.0, 3.0, 10.0)  # as shares of the features' mean variance
-STEPS = 60  # of Newton's method, each halving the bracket where Newton's own step leaves it
 # A key's direction in which a task's samples hardly differ counts no more than this share of the typical one. The
 # other bound is of a unit key's component: float16 and batches of another size move it by less than a tenth of that.
 LEAST_SHARE, LEAST = 0.1, 1e-3
@@ -142,14 +142,14 @@ def sound_head(state: State) -> bool:
     shapes = (len(centre),), (len(centre) + WIDTH, len(tokens)), (len(tokens),), (len(Mix()),)
     if any(value.shape != shape for value, shape in zip((scale, weights, bias, mix), shapes, strict=True)):
         return False
-    # Every row begins with a token, and what fills it up stands behind its last one.
+    # Each row has at least one token, and its padding (-1) comes after the tokens.
     given = tokens >= 0
     filled = bool((tokens == tokens.round()).all() and given[:, 0].all() and (given[:, :-1] | ~given[:, 1:]).all())
     return filled and bool((scale > 0).all() and (mix[:-1] >= 0).all())
 
 
 def require_fitting_heads(states: States, names: Sequence[str], vocabulary: int, width: int) -> None:
-    """Raise UserError where a task's head has tokens that a model of so many lacks, or reads keys of another width."""
+    """Raise UserError where a head has tokens that are not in the `vocabulary`, or reads keys of another `width`."""
     for name, state in zip(names, states, strict=True):
         if TOKENS not in state:
             continue
@@ -192,15 +192,17 @@ def fit_head(keys: AnyKeys, tokens: Sequence[Sequence[int]], answers: Tensor) ->
 
     weights, middle, (_, rate) = _ridge(made, targets, judged)
     # Where the keys tell nothing the rate is 0, and the probabilities are the answers' shares.
-    return AnswerHead(rows_of(tokens), centre, scale, rate * weights, share.log() - rate * (middle @ weights), Mix())
+    return AnswerHead(
+        tuple(map(tuple, tokens)), centre, scale, rate * weights, share.log() - rate * (middle @ weights), Mix()
+    )
 
 
 def _calibrated(differences: Tensor, share: Tensor, answers: Tensor) -> tuple[float, float]:
     """The log-loss of softmax(log share + rate differences) on answers [n], and the rate >= 0 that minimises it.
 
-    Of scores [n, C] minus the answers' shares [C]. The loss is convex in the rate; Newton's method finds its minimum
-    between brackets. Where all samples are told apart the rate would be infinite, so each sample counts as one of
-    another answer with the probability 1 / (n + 2), as in Platt's scaling (Platt 1999, section 2.2).
+    Of scores [n, C] minus the answers' shares [C]. The loss is convex in the rate. Where all samples are told apart the
+    rate would be infinite, so each sample counts as one of another answer with the probability 1 / (n + 2), as in
+    Platt's scaling (Platt 1999, section 2.2).
     """
     doubt = 1.0 / (len(answers) + 2)
     logs, scores = share.double().log(), differences.double()
@@ -213,20 +215,7 @@ def _calibrated(differences: Tensor, share: Tensor, answers: Tensor) -> tuple[fl
         mean = (shares * scores).sum(1)
         return float(mean.mean()) - wanted, float(((shares * scores.square()).sum(1) - mean.square()).mean())
 
-    rate = 0.0
-    if slopes(0.0)[0] < 0.0:
-        low, high = 0.0, 1.0
-        while slopes(high)[0] < 0.0 and high < 1e6:
-            low, high = high, high * 4.0
-        rate = high
-        for _ in range(STEPS):
-            slope, curve = slopes(rate)
-            low, high = (rate, high) if slope < 0.0 else (low, rate)
-            step = rate - slope / curve if curve > 0.0 else low
-            step = step if low < step < high else (low + high) / 2.0
-            if abs(step - rate) <= 1e-9 * rate:
-                break
-            rate = step
+    rate = minimum(slopes, 0.0, 1.0, 1e6) if slopes(0.0)[0] < 0.0 else 0.0
     found = (logs + rate * scores).log_softmax(1)
     loss = (1.0 - doubt) * found.gather(1, answers[:, None])[:, 0] + doubt * (found * share).sum(1)
     return -float(loss.mean()), rate

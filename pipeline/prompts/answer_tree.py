@@ -180,11 +180,6 @@ def fit_mix(seen: Sequence[Branch]) -> Mix:
     return Mix(*which, *whether)
 
 
-def rows_of(tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Answers' tokens as a head has them."""
-    return tuple(tuple(row) for row in tokens)
-
-
 def _bounded(
     seen: Sequence[tuple[Array, int]], start: Array, doubt: Array, bounded: Sequence[int]
 ) -> tuple[float, float]:

@@ -6,6 +6,7 @@ been left out of the router (`Router.held_out_scores`), so it is a function of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +78,27 @@ def temperature_of(scores: Tensor, tasks: Tensor, weights: Tensor) -> float:
     low, high = 1e-3 / widest, 1.0 / widest
     if slopes(low)[0] >= 0:  # the scores tell nothing: all tasks are about as probable
         return 1.0 / low
-    while slopes(high)[0] < 0 and high < 1e9 / widest:
+    return 1.0 / minimum(slopes, low, high, 1e9 / widest)
+
+
+def minimum(slopes: Callable[[float], tuple[float, float]], low: float, high: float, most: float) -> float:
+    """Where a convex function of one number is smallest, by Newton's method between brackets.
+
+    Args:
+        slopes: its first and second derivative.
+        low: a number below the minimum.
+        high: where the search for a number above it begins.
+        most: beyond which that search ends.
+    """
+    while slopes(high)[0] < 0 and high < most:
         low, high = high, high * 4.0
-    inverse = high
+    found = high
     for _ in range(STEPS):
-        slope, curve = slopes(inverse)
-        low, high = (inverse, high) if slope < 0 else (low, inverse)
-        step = inverse - slope / curve if curve > 0 else low
+        slope, curve = slopes(found)
+        low, high = (found, high) if slope < 0 else (low, found)
+        step = found - slope / curve if curve > 0 else low
         step = step if low < step < high else (low + high) / 2.0
-        if abs(step - inverse) <= 1e-12 * inverse:
+        if abs(step - found) <= 1e-12 * found:
             break
-        inverse = step
-    return 1.0 / inverse
+        found = step
+    return found
