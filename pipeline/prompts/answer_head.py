@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipeline.data.keys import in_parts
 from pipeline.errors import UserError
-from pipeline.prompts.answer_tree import AnswerTree, Mix, Weighing
+from pipeline.prompts.answer_mix import Mix
+from pipeline.prompts.answer_tree import AnswerTree, Weighing
 from pipeline.prompts.calibration import minimum
 from pipeline.prompts.routers.kept_keys import picked, sampled_rows
 from pipeline.prompts.routers.key_features import side_by_side

@@ -2,14 +2,13 @@
 
 The known answers form a tree of tokens. Where an answer in progress is the beginning of some of them, `Weighing` asks
 two questions: whether it goes on as one of them, which the decoder's probability of their next tokens says, and as
-which, which decoder and head say together. How much each counts is fitted to held-out samples (`fit_mix`).
+which, which decoder and head say together. How much each counts is a `Mix`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
-STEPS = 100  # of Newton's method
+from pipeline.prompts.answer_mix import Branch, HeldOut, Mix
+
 LEAST_LOG = -80.0  # of a probability that counts
-Array = npt.NDArray[np.float64]
-
-
-class Mix(NamedTuple):
-    """How decoder and head count, for known tokens c with the decoder's p_c and the head's q_c, and S = sum_c p_c.
-
-    A token is a known one with sigma(`slope` log(S / (1 - S)) + `known`), and of these each has a share in proportion
-    to p_c^`decoder` q_c^`head`. The values here are what holds without samples: the head's probabilities are
-    calibrated, and both count as they are.
-    """
-
-    decoder: float = 1.0
-    head: float = 1.0
-    slope: float = 1.0
-    known: float = 0.0
-
-
-# Deviations of the fitted values from `Mix()`: the strength of their prior.
-DOUBT = Mix(1.0, 1.0, 1.0, 4.0)
 
 
 class AnswerTree:
@@ -123,114 +104,41 @@ class Weighing:
         return scores.index_copy(0, torch.tensor(places, device=scores.device), changed)
 
     def next(self, so_far: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
-        """The tokens [m] that follow in the known answers which begin so, in ascending order, and the logarithms of
-        their probabilities [m]; None where there is none."""
+        """The tokens [m] that follow in the known answers which begin so, in ascending order, and what the head says of
+        each [m]; None where there is none.
+
+        It is the logarithm of the most probable answer behind it, minus the largest of these. The sum over the answers
+        behind it would be the token's probability, but decoding takes one token after the other, and many improbable
+        answers with a common beginning would together be preferred to the most probable answer.
+        """
         node = self._tree.at(so_far)
         if node is None:
             return None
-        logs = self._logs[node.begun]
-        shares = np.bincount(node.places, np.exp(logs - logs.max()))
-        return node.next, np.log(np.maximum(shares / shares.sum(), np.exp(LEAST_LOG))).astype(np.float32)
+        most = np.full(len(node.next), -np.inf, dtype=np.float32)
+        np.maximum.at(most, node.places, self._logs[node.begun])
+        return node.next, np.maximum(most - most.max(), np.float32(LEAST_LOG))
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One token of a held-out answer: what decoder and head say of the m tokens that known answers have there."""
-
-    decoder: Array  # [m + 1] logarithms; the last of all other tokens together
-    head: Array  # [m]
-    right: int  # which of the m + 1 it is
-
-    @property
-    def odds(self) -> float:
-        """The logarithm of the decoder's odds that it is one of the known tokens."""
-        return float(np.logaddexp.reduce(self.decoder[:-1]) - self.decoder[-1])
-
-
-def branches(weighing: Weighing, answer: Sequence[int], logits: Tensor) -> Iterator[Branch]:
-    """The branches along a held-out answer of n tokens, whose logits [n, V] the decoder gave; up to where it leaves the
-    known ones."""
+def said_along(weighing: Weighing, answer: Sequence[int], logits: Tensor) -> HeldOut:
+    """What decoder and head say along a held-out answer of n tokens, whose logits [n, V] the decoder gave."""
+    seen, spelt = list[Branch](), True
     for place, token in enumerate(answer):
-        found = weighing.next(answer[:place])
-        if found is None:
-            return
+        found = None if seen and seen[-1].unknown else weighing.next(answer[:place])
         logs = log_softmax(logits[place].float(), dim=0)
+        if found is None:
+            spelt = spelt and int(logs.argmax()) == token
+            continue
         tokens = torch.from_numpy(found[0]).to(logs.device)
-        others = logs.index_fill(0, tokens, -torch.inf).logsumexp(0, keepdim=True)
-        said = torch.cat([logs[tokens], others]).clamp_min(LEAST_LOG).double().cpu().numpy()
+        others = logs.index_fill(0, tokens, -torch.inf)
+        together = others.logsumexp(0, keepdim=True)
+        said = torch.cat([logs[tokens], together]).clamp_min(LEAST_LOG).double().cpu().numpy()
         right = np.flatnonzero(found[0] == token)
-        yield Branch(said, found[1].astype(np.float64), int(right[0]) if len(right) else len(found[0]))
-        if not len(right):
-            return
-
-
-def fit_mix(seen: Sequence[Branch]) -> Mix:
-    """The mix that makes held-out tokens most probable, under a normal prior about `Mix()`.
-
-    Whether a token is a known one, and which, are two logistic regressions with two coefficients each, where powers and
-    slope are at least 0.
-    """
-    start, doubt = np.array(Mix()), np.array(DOUBT)
-    known = [branch for branch in seen if branch.right < len(branch.head)]
-    # Where one token alone can follow, nothing is chosen.
-    choices = [(np.stack([b.decoder[:-1], b.head], axis=1), b.right) for b in known if len(b.head) > 1]
-    either = [(np.array([[b.odds, 1.0], [0.0, 0.0]]), int(b.right == len(b.head))) for b in seen]
-    which = _bounded(choices, start[:2], doubt[:2], (0, 1))
-    whether = _bounded(either, start[2:], doubt[2:], (0,))
-    return Mix(*which, *whether)
-
-
-def _bounded(
-    seen: Sequence[tuple[Array, int]], start: Array, doubt: Array, bounded: Sequence[int]
-) -> tuple[float, float]:
-    """As `_logistic` with two coefficients, of which the `bounded` ones are at least 0.
-
-    Where the maximum is beyond a bound, the largest value of a concave function is on a bound, where the other
-    coefficient is fitted anew.
-    """
-    found = _logistic(seen, start, doubt)
-    edges = []
-    for fixed in bounded:
-        if min(found[place] for place in bounded) >= 0.0:
-            break
-        free = 1 - fixed
-        alone = _logistic([(x[:, [free]], right) for x, right in seen], start[[free]], doubt[[free]])[0]
-        at = np.zeros(2)
-        at[free] = max(alone, 0.0) if free in bounded else alone
-        edges.append(at)
-    best = min(edges, key=lambda at: _loss(seen, start, doubt, at), default=found)
-    return float(best[0]), float(best[1])
-
-
-def _logistic(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array) -> Array:
-    """The coefficients [k] of inputs [m, k] that make the right one of m most probable, normal about `start`.
-
-    The likelihood is concave, so Newton's method finds its maximum.
-    """
-    precision, values = 1.0 / np.square(doubt), start.copy()
-    for _ in range(STEPS):
-        slope, curve = precision * (values - start), np.diag(precision)
-        for x, right in seen:
-            scores = x @ values
-            shares = np.exp(scores - scores.max())
-            shares /= shares.sum()
-            mean = shares @ x
-            slope += mean - x[right]
-            curve += (x * shares[:, None]).T @ x - np.outer(mean, mean)
-        move, before, size = np.linalg.solve(curve, slope), _loss(seen, start, doubt, values), 1.0
-        while size > 1e-6 and _loss(seen, start, doubt, values - size * move) > before:
-            size /= 2.0
-        values = values - size * move
-        if float(np.abs(size * move).max()) < 1e-9:
-            break
-    return values
-
-
-def _loss(seen: Sequence[tuple[Array, int]], start: Array, doubt: Array, at: Array) -> float:
-    own = sum(_log_share(x @ at, right) for x, right in seen)
-    return float(0.5 * np.square((at - start) / doubt).sum() - own)
-
-
-def _log_share(scores: Array, right: int) -> float:
-    most = scores.max()
-    return float(scores[right] - most - np.log(np.exp(scores - most).sum()))
+        branch = Branch(
+            said,
+            found[1].astype(np.float64),
+            int(right[0]) if len(right) else len(found[0]),
+            float((others.max() - together).clamp_min(LEAST_LOG)),
+        )
+        spelt = spelt and (not branch.unknown or int(others.argmax()) == token)
+        seen.append(branch)
+    return HeldOut(seen, spelt)

@@ -17,7 +17,8 @@ from pipeline.data.conversation import Conversation
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.prompts.answer_head import FITTED, AnswerHead, fit_head
-from pipeline.prompts.answer_tree import Branch, branches, fit_mix
+from pipeline.prompts.answer_mix import HeldOut, fit_mix
+from pipeline.prompts.answer_tree import said_along
 from pipeline.prompts.routers.kept_keys import picked, sampled_rows
 from pipeline.ranks.world import gather_objects, on_main
 from pipeline.runs.session import Session
@@ -62,11 +63,11 @@ def answer_head(
         return {}
     others = Examples(held_out, examples.conversation, examples.sharing)
     mine = list(_seen(engine, others, rows, selection, head, session))
-    seen = [branch for part in gather_objects(mine) for branch in part]
+    seen = [answer for part in gather_objects(mine) for answer in part]
     mix = on_main(session.world, lambda: fit_mix(seen))
     log.info(
         "%s: answer head of %d answers; of known tokens the decoder's probabilities count to the power %.2f and its "
-        "own to %.2f; whether it is one of them, by %.2f times the decoder's log-odds plus %.2f (%d held-out tokens)",
+        "own to %.2f; whether it is one of them, by %.2f times the decoder's log-odds plus %.2f (%d held-out samples)",
         *(task, len(head.tokens), *mix, len(seen)),
     )
     return dataclasses.replace(head, mix=mix).state
@@ -96,7 +97,7 @@ def _fitted(data: StageData, conversation: Conversation) -> AnswerHead | None:
 @torch.no_grad()
 def _seen(
     engine: Engine, examples: Examples, rows: list[int], selection: Selection, head: AnswerHead, session: Session
-) -> Iterator[Branch]:
+) -> Iterator[HeldOut]:
     """This rank's share of what head and decoder say along the answers of these held-out samples.
 
     Every rank computes as many batches, the last perhaps of samples that do not count, because ZeRO-3 gathers weights
@@ -116,7 +117,7 @@ def _seen(
             logits, answers = said.logits.split(lengths), said.targets.split(lengths)
             weighings = head.weighing(picked(data.keys, torch.tensor(part, dtype=torch.long))) if part else []
             for weighing, answer, scores in zip(weighings, answers, logits, strict=False):
-                yield from branches(weighing, answer.tolist(), scores)
+                yield said_along(weighing, answer.tolist(), scores)
 
 
 def _single_turns(data: StageData) -> list[int]:
