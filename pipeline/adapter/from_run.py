@@ -21,21 +21,25 @@ from pipeline.runs.attempts import STAGE, newest_attempt
 from pipeline.runs.claim import check_stage
 from pipeline.runs.finished import read_finished
 from pipeline.runs.folder import read_run
-from pipeline.runs.layout import CONFIG, REPLACED, REPLACING_ROUTING, stage_folder
+from pipeline.runs.layout import CONFIG, REPLACED, REPLACING_HEADS, REPLACING_ROUTING, stage_folder
 from pipeline.runs.recorded import recorded_base_model
 
 
 def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     """Return the pool of a run's finished stages; of one that is just being replaced the former.
 
-    Raises UserError when no stage is finished, one is damaged, states are half replaced (`adopt_routing`), or model or
-    CLIP are not those it was trained with.
+    Raises UserError when no stage is finished, one is damaged, states are half replaced (`adopt_routing`,
+    `adopt_heads`), or model or CLIP are not those it was trained with.
     """
-    if (run / REPLACING_ROUTING).exists():
-        raise UserError(
-            f"What the stages of {run} keep for routing is being replaced, or a process was killed while it did so. "
-            "`python -m pipeline run RECIPE` with the run's recipe completes it."
-        )
+    for marker, what in (
+        (REPLACING_ROUTING, f"What the stages of {run} keep for routing is"),
+        (REPLACING_HEADS, f"The answer heads of {run} are"),
+    ):
+        if (run / marker).exists():
+            raise UserError(
+                f"{what} being replaced, or a process was killed while it did so. `python -m pipeline run RECIPE` with "
+                "the run's recipe completes it."
+            )
     identity = key_identity(*recipe.keys.source)
     expected = {
         "base_model": base_fingerprint(recipe.model, recorded_base_model(run)),

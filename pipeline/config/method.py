@@ -57,6 +57,11 @@ class MethodOptions(Section):
         """The options without effect once a module is learned: `TRAINING_ONLY` of it and of its base classes."""
         return frozenset[str]().union(*(vars(base).get("TRAINING_ONLY", ()) for base in cls.__mro__))
 
+    @property
+    def keeps_answer_heads(self) -> bool:
+        """Whether each task keeps an answer head beside its module."""
+        return getattr(self, "answer_head", "none") != "none"
+
     def after(self, stages: int) -> MethodOptions:
         """The method as it was after this number of stages; differs from the present one if it was changed since."""
         return self

@@ -14,7 +14,7 @@ from pipeline.config.comparison import ComparisonConfig
 from pipeline.config.data import TASK_CONTENT, DataConfig
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.given_paths import GivenPath
-from pipeline.config.method import DEFAULT, MethodField, method_options, of_a_record
+from pipeline.config.method import DEFAULT, MethodField, MethodOptions, method_options, of_a_record
 from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.config.train import AUTO, ZERO2, TrainConfig
 from pipeline.data.origin import shared_or_each
@@ -24,7 +24,7 @@ class Recipe(FileRecipe):
     """Everything that a run depends on: data, model, method, training and a seed."""
 
     filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
-    adopted: ClassVar[tuple[str, ...]] = ("method.router", "method.unfamiliar")
+    adopted: ClassVar[tuple[str, ...]] = ("method.router", "method.unfamiliar", "method.answer_head")
 
     seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
     run_dir: GivenPath = Field(
@@ -120,6 +120,13 @@ class Recipe(FileRecipe):
         former = {**self.method.FORMERLY, **{name: method[name] for name in self.method.FORMERLY if name in method}}
         left_out = {name: former[name] for name in former if name not in self.method.model_fields_set}
         return self.model_copy(update={"method": self.method.model_copy(update=left_out)}) if left_out else self
+
+    def with_answer_head(self, method: MethodOptions) -> Recipe:
+        """The recipe with the setting of another one's method of whether tasks keep answer heads."""
+        if not hasattr(self.method, "answer_head"):
+            return self
+        found = {"answer_head": getattr(method, "answer_head", "none")}
+        return self.model_copy(update={"method": self.method.model_copy(update=found)})
 
     @property
     def run_path(self) -> Path:

@@ -30,13 +30,23 @@ def majority_score(
         scoring: `data.scoring` of the recipe.
         has_image: which test samples have an image, where these were read without; None: the samples tell.
     """
-    places = np.linspace(0, len(training) - 1, min(len(training), MOST_READ)).round().astype(int)
-    counts = Counter(training.text(place).answer for place in places.tolist())
-    answer = counts.most_common(1)[0][0]
+    answer = _counts(training).most_common(1)[0][0]
     samples = list(test)
     pictured = [sample.image is not None for sample in samples] if has_image is None else has_image
     answered = [Answered(answer, item.answer, item.meta, has) for item, has in zip(samples, pictured, strict=True)]
     return score_task(metric, answered, scoring).percent
+
+
+def recurring_share(training: Texts, test: Sequence[Sample]) -> float:
+    """The share in percent of test samples whose answer at least two training samples have; see `majority_score`."""
+    counts = _counts(training)
+    return 100.0 * sum(counts[sample.answer] > 1 for sample in test) / max(len(test), 1)
+
+
+def _counts(training: Texts) -> Counter[str]:
+    """How often each answer is given to the training samples that are read."""
+    places = np.linspace(0, len(training) - 1, min(len(training), MOST_READ)).round().astype(int)
+    return Counter(training.text(place).answer for place in places.tolist())
 
 
 class Texts(Protocol):

@@ -130,6 +130,11 @@ def head_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.startswith(ANSWERS)}
 
 
+def without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task's state without the tensors of its answer head."""
+    return {name: value for name, value in state.items() if not name.startswith(ANSWERS)}
+
+
 def sound_head(state: State) -> bool:
     """Whether the tensors of a task's answer head, where it has any, are those of one head; they are finite."""
     head = head_of(state)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.prompts.answer_head import head_of
+from pipeline.prompts.answer_head import head_of, without_head
 from pipeline.prompts.parts.base import SHARED
 from pipeline.prompts.parts.input_rows import PROMPT
 from pipeline.prompts.parts.projector import projector_of
@@ -164,26 +164,29 @@ class PromptPool:
         """SHA-256 (hex) of what all modules have in common, "" of nothing."""
         return fingerprint_of({**projector_of(self.shared), **self.common})
 
-    def states_fingerprint(self) -> str:
-        """SHA-256 (hex) of what the router knows of all tasks."""
-        if len(self) and any(set(state) != {PROTOTYPE} for state in self.states):
+    def states_fingerprint(self, heads: bool = True) -> str:
+        """SHA-256 (hex) of what the router knows of all tasks, and of their answer heads unless `heads` is False."""
+        states = self.states if heads else States([without_head(state) for state in self.states])
+        if len(self) and any(set(state) != {PROTOTYPE} for state in states):
             return _joined_prints(
                 {
                     f"{number}.{key}": kept_print(value) if key.startswith(KEPT) else tensor_fingerprint(value)
-                    for number, state in enumerate(self.states)
+                    for number, state in enumerate(states)
                     for key, value in state.items()
                 }
             )
         return tensor_fingerprint(self.prototypes)
 
-    def whole_fingerprint(self) -> str:
-        """SHA-256 (hex) of all modules and states, which a stage begun beside them records."""
+    def whole_fingerprint(self, heads: bool = True) -> str:
+        """SHA-256 (hex) of all modules and states; without answer heads, which no training depends on, if `heads` is
+        False, as a stage begun beside them records it."""
         if set(self.tensors) <= {PROMPT} and not (self.common or self.memory):
             prompts = self.prompts if len(self) else torch.zeros(0, 0, 0)
             found = fingerprint_of({"prompts": prompts, PROTOTYPES: self.prototypes})
-            return found + self.states_fingerprint() if any({*state} - {PROTOTYPE} for state in self.states) else found
+            more = any({*(state if heads else without_head(state))} - {PROTOTYPE} for state in self.states)
+            return found + self.states_fingerprint(heads) if more else found
         kept = {**self.tensors, **self.common, **self.memory, STATE: torch.zeros(0)}
-        return fingerprint_of(kept) + self.states_fingerprint()
+        return fingerprint_of(kept) + self.states_fingerprint(heads)
 
     def stacked(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All modules and states as a file has them: modules in this precision, states in float32."""

@@ -23,6 +23,7 @@ RESUME = "resume"  # folder of a stage's checkpoints while it is trained (see `p
 STAGES, UNITS, EVALUATIONS = "stages", "units", "eval"
 # There while what finished stages keep for routing is replaced: after a crash some is of one router, some of another.
 REPLACING_ROUTING = ".routing-unfinished"
+REPLACING_HEADS = ".heads-unfinished"  # the same of their answer heads
 # Of a sequence: a further attempt at the last stage, an `undo` in progress, and what both have put aside.
 ATTEMPT, UNDO, REPLACED = "attempt.json", "undo.json", "replaced"
 SEARCHES = "searches"  # of a benchmark: searches that units take the lengths of their prompts from

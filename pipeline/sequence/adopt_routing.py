@@ -21,12 +21,9 @@ from pipeline.prompts.stage_files import (
     StageCheckpoint,
     head_of_stage,
     is_state,
-    save_stage,
     stage_tensors,
-    start_stage_folder,
 )
-from pipeline.runs.layout import CONFIG, METRICS, REPLACING_ROUTING, stage_folder, unfinished_folder
-from pipeline.runs.replacement import finish_replacement
+from pipeline.runs.layout import CONFIG, REPLACING_HEADS, REPLACING_ROUTING, unfinished_folder
 from pipeline.sequence.opened import OpenRun
 
 log = logging.getLogger(__name__)
@@ -40,12 +37,12 @@ def adopt_routing(run: OpenRun) -> None:
     Raises UserError where the new router is learned with each task, and a finished stage was trained without.
     """
     path, routing = run.session.path, run.method.routing
-    before, begun = make_method(load_run(path).method).routing, path / REPLACING_ROUTING
+    recorded = load_run(path)
+    before, begun = make_method(recorded.method).routing, path / REPLACING_ROUTING
+    if begun.exists() or (path / REPLACING_HEADS).exists():
+        run.files.finish_rewrites(run.stages)
     if _label(before) == _label(routing) and before.keeps_keys == routing.keeps_keys and not begun.exists():
         return
-    if begun.exists():
-        for index, stage in enumerate(run.stages):
-            finish_replacement(unfinished_folder(path, index, stage.name), stage_folder(path, index, stage.name))
     finished = [(index, stage, run.files.load(index, stage)) for index, stage in enumerate(run.stages)]
     known = [(index, stage, found) for index, stage, found in finished if found is not None]
     # All states first: where one cannot be made, nothing is written.
@@ -56,12 +53,12 @@ def adopt_routing(run: OpenRun) -> None:
         learned = {name: value for name, value in found.tensors.items() if not is_state(name)}
         tensors = stage_tensors(learned, {**state, **head_of_stage(found.tensors)})
         if not _equal(tensors, found.tensors):
-            _replace(run, index, stage, StageCheckpoint(tensors, found.meta))
+            run.files.rewrite(index, stage, StageCheckpoint(tensors, found.meta))
             changed += 1
     if _label(before) != _label(routing) and len(known) < len(run.stages):
         # The stage in progress has other earlier modules beside it now, and with a learned router other trainables.
         shutil.rmtree(unfinished_folder(path, len(known), run.stages[len(known)].name), ignore_errors=True)
-    run.recipe.dump_yaml(path / CONFIG)
+    run.recipe.with_answer_head(recorded.method).dump_yaml(path / CONFIG)  # `adopt_heads` has its turn
     begun.unlink()
     if changed:
         log.warning(
@@ -82,17 +79,6 @@ def _new_state(run: OpenRun, routing: Routing, stage: Stage, found: StageCheckpo
             "run (`--set run_dir=...`)."
         )
     return routing.observe(keys, {"prototype": prototype_of(found.tensors)}, f"the task {stage.name}")
-
-
-def _replace(run: OpenRun, index: int, stage: Stage, checkpoint: StageCheckpoint) -> None:
-    """Write a finished stage's folder anew, atomically, with the log of its training."""
-    path = run.session.path
-    work = start_stage_folder(path, index, stage.name)
-    log_file = stage_folder(path, index, stage.name) / METRICS
-    if log_file.is_file():
-        shutil.copy2(log_file, work / METRICS)
-    meta = {name: value for name, value in checkpoint.meta.items() if name not in ("format", "sha256")}
-    save_stage(path, index, stage.name, checkpoint.tensors, meta)
 
 
 def _label(routing: Routing) -> str | None:

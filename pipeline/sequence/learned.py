@@ -10,15 +10,18 @@ import numpy as np
 
 from pipeline.config.recipe import Recipe
 from pipeline.data.stage_data import StageData
-from pipeline.metrics.blind import majority_score
+from pipeline.files.paths import command
+from pipeline.metrics.blind import majority_score, recurring_share
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
-from pipeline.runs.layout import held_out_folder
+from pipeline.runs.layout import CONFIG, held_out_folder
 from pipeline.sequence.data import RunData
 from pipeline.sequence.evaluation import Evaluator
 from pipeline.sequence.format_free import format_free_score
-from pipeline.sequence.reasons import FEW_HELD_OUT, SMALL, reasons
+from pipeline.sequence.reasons import FEW_HELD_OUT, SMALL, may_keep_heads, reasons
 from pipeline.sequence.test_set import TestSet
+
+MANY_RECUR = 50.0  # percent of answers that are known, from which on an answer head is worth its name
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Learned:
     majority: float  # of the most frequent training answer, given to every sample
     format_free: float | None  # like `score`, see `pipeline.metrics.format_free`; None where it is not known
     trained_on: int  # training samples
+    recurring: float = 0.0  # the share of these samples whose answer at least two training samples have
 
     @property
     def learned(self) -> bool:
@@ -74,7 +78,8 @@ def measure_learned(data: RunData, number: int, pool: PromptPool, evaluator: Eva
         pictured = held_out.data.keys.has_image.tolist()
         majority = majority_score(training, held_out.texts, held_out.metric, held_out.scoring, pictured)
         free = format_free_score(held_out_folder(evaluator.session.path, len(pool)), held_out)
-        return Learned(held_out.name, len(held_out.data), score, majority, free, len(training))
+        recurring = recurring_share(training, held_out.texts)
+        return Learned(held_out.name, len(held_out.data), score, majority, free, len(training), recurring)
 
     return on_main(evaluator.session.world, against)
 
@@ -96,6 +101,12 @@ def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = (
     if found.learned:
         return []
     causes = reasons(recipe, found.trained_on, found.format_free if found.content_is_there else None)
+    if found.recurring >= MANY_RECUR and may_keep_heads(recipe):
+        causes.append(
+            f"the decoder has to spell the answers, {found.recurring:.0f} percent of which several training samples "
+            "have: an answer head names these without training "
+            f"(`{command('run', recipe.run_path / CONFIG, '--set', 'method.answer_head=ridge')}`)"
+        )
     causes.append(SMALL)
     fell = f" The stage's loss went from {losses[0]:.2f} to {losses[-1]:.2f}." if len(losses) > 1 else ""
     unsure = " So few samples say little; its test score says more." if found.samples < FEW_HELD_OUT else ""

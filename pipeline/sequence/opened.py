@@ -68,8 +68,7 @@ def require_fitting(recipe: Recipe) -> None:
 
 def require_head(method: Method) -> None:
     """Raise UserError where answer heads are asked for and nothing says whose task's head a sample gets."""
-    asked = getattr(method.options, "answer_head", "none") != "none"
-    if asked and not (method.routing.finds or method.needs_task):
+    if method.options.keeps_answer_heads and not (method.routing.finds or method.needs_task):
         raise UserError(
             f"method.answer_head: {method.title} does not choose modules by a sample's task, whose head would weigh "
             "its answer; expected none, or a selection by the tasks' similarity."

@@ -16,6 +16,7 @@ from pipeline.prompts.pool import PromptPool
 from pipeline.prompts.stage_files import add_stage
 from pipeline.ranks.world import on_main, together
 from pipeline.runs.session import session
+from pipeline.sequence.adopt_heads import adopt_heads
 from pipeline.sequence.adopt_routing import adopt_routing
 from pipeline.sequence.evaluation import Evaluator
 from pipeline.sequence.learned import measure_learned
@@ -61,6 +62,7 @@ def run_sequence(recipe: Recipe, stages: str | None = None, until: int | None = 
             )
         pool, matrix = PromptPool(), AccuracyMatrix([task.name for task in recipe.data.tasks])
         trainer = StageTrainer(recipe, here, run.models.engine, run.data.train, run.files, tracker, run.data.validation)
+        adopt_heads(run, trainer)
         evaluator = Evaluator(recipe, here, run.data.tests, run.models, run.made_by, tracker)
         record = RunRecord(run, pool, evaluator, tracker)
         result: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from pipeline.console.progress import Progress
 from pipeline.data.collate import Examples, MicroBatches
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
+from pipeline.errors import UserError
 from pipeline.methods import Stage, make_method
 from pipeline.planning.out_of_memory import out_of_memory_advice
 from pipeline.prompts.parts.base import shape_of
@@ -100,7 +101,7 @@ class StageTrainer:
         began = time.perf_counter()
         batches = self._batches(engine, index, stage, pool)
         self._start(engine, index, pool, uses_pool=batches.selection.width > 0)
-        begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": pool.whole_fingerprint()}
+        begun = {"task": stage.name, "steps": batches.steps, "earlier_sets": pool.whole_fingerprint(heads=False)}
         begun |= self.files.attempt_facts(index)
         found = on_main(world, lambda: self.files.begin(index, stage, begun))
         start, seconds_before = 0, 0.0
@@ -156,7 +157,7 @@ class StageTrainer:
             }
             values = engine.values()
             state = self._state(engine, batches.examples.data, values, stage.name)
-            if getattr(self.method.options, "answer_head", "none") != "none":
+            if self.method.options.keeps_answer_heads:
                 state = {**state, **self._answer_head(engine, batches, index, stage, pool)}
             left = self._left(engine, batches, values, pool)
             saved = self.files.save(index, stage, stage_tensors(left, state), facts)
@@ -166,6 +167,24 @@ class StageTrainer:
         if checkpoint is None:
             raise RuntimeError(f"the checkpoint of stage {stage.name} is not there after it was saved")
         return TrainedStage(checkpoint, history, seconds)
+
+    def head_of(self, index: int, stage: Stage, pool: PromptPool, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The answer head of a finished stage with these tensors; `pool` has the earlier stages. A collective.
+
+        Raises UserError where the tensors lack a value that the stage's module was trained as.
+        """
+        engine = self.engine()
+        missing = [name for name in engine.trainables if name not in tensors]
+        if missing:
+            raise UserError(
+                f"method.answer_head: the file of stage {stage.name} has other values than those that "
+                f"{self.method.title} trained ({missing[0]} is missing), so no answer head can be made for it; "
+                "expected none, or a new run (`--set run_dir=...`) that has heads from the first task on."
+            )
+        batches = self._batches(engine, index, stage, pool)
+        self._start(engine, index, pool, uses_pool=batches.selection.width > 0)
+        engine.restart({name: tensors[name] for name in engine.trainables})
+        return self._answer_head(engine, batches, index, stage, pool)
 
     def _batches(self, engine: Engine, index: int, stage: Stage, pool: PromptPool) -> MicroBatches:
         """The micro-batches of this rank: the stage's samples in order, each with its selection of earlier sets."""

@@ -24,6 +24,7 @@ from pipeline.ranks.world import on_main
 from pipeline.runs.attempts import NUMBER, Attempt, complete_replacement, finished_meta, put_aside
 from pipeline.runs.claim import check_stage
 from pipeline.runs.layout import METRICS, after_folder, ahead_folder, stage_folder, told_folder, unfinished_folder
+from pipeline.runs.replacement import finish_replacement
 from pipeline.runs.session import Session
 from pipeline.training.resume import StepState, cut_log, newest
 
@@ -118,6 +119,22 @@ class StageFiles:
                 put_aside(session.path, index + 1, stage.name, attempt.former)
 
         return on_main(session.world, lambda: save_stage(session.path, index, stage.name, values, meta, replace))
+
+    def rewrite(self, index: int, stage: Stage, checkpoint: StageCheckpoint) -> None:
+        """Write a finished stage's folder anew, atomically, with the log of its training; for rank 0."""
+        path = self.session.path
+        work = start_stage_folder(path, index, stage.name)
+        log_file = stage_folder(path, index, stage.name) / METRICS
+        if log_file.is_file():
+            shutil.copy2(log_file, work / METRICS)
+        meta = {name: value for name, value in checkpoint.meta.items() if name not in ("format", "sha256")}
+        save_stage(path, index, stage.name, checkpoint.tensors, meta)
+
+    def finish_rewrites(self, stages: Sequence[Stage]) -> None:
+        """Complete a `rewrite` in which the process was killed between its two renames; for rank 0."""
+        path = self.session.path
+        for index, stage in enumerate(stages):
+            finish_replacement(unfinished_folder(path, index, stage.name), stage_folder(path, index, stage.name))
 
     def attempt_facts(self, index: int) -> dict[str, Any]:
         """What checkpoints and meta.json of a stage say of the attempt; {} for the first one."""

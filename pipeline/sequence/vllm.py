@@ -52,7 +52,7 @@ def require_answerable(recipe: Recipe) -> None:
             "counts the tokens of the question in a repetition penalty too; expected evaluate.repetition_penalty 1",
         ),
         (
-            getattr(recipe.method, "answer_head", "none") != "none",
+            recipe.method.keeps_answer_heads,
             "decodes without answer heads; expected method.answer_head none",
         ),
         (recipe.data.cuts, "cuts no questions; expected data.too_long refuse or skip"),

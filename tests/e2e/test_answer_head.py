@@ -15,9 +15,12 @@ from pipeline.adapter.answering import Answerer, Question
 from pipeline.adapter.from_run import export
 from pipeline.adapter.load import load_adapter, source_of
 from pipeline.adapter.vocabulary.export import export_checkpoint
+from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.prompts.stage_files import STATE
+from pipeline.runs.layout import METRICS, REPLACING_HEADS
+from pipeline.sequence.again import begin_again
 from pipeline.sequence.run import run_sequence
 from tests import tiny, tiny_clip
 from tests.adapter.edited import with_tensors
@@ -29,6 +32,7 @@ ANSWERS = {"T0": ("red", "green", "blue"), "T1": ("warm", "fresh", "cold tone")}
 COLOURS = ((230, 30, 20), (20, 220, 40), (30, 40, 235))
 TRAIN, TEST, LIMIT_S = 40, 9, 300
 MIX = f"{STATE}answers.mix"
+PLAIN = {"prompt_length": 4, "router": "random_ridge"}  # without heads
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +189,20 @@ def test_every_number_of_ranks_and_zero_stage_learns_the_same_head(
             torch.testing.assert_close(found[name], expected[name], atol=2e-3, rtol=2e-3, msg=name)
 
 
+@pytest.mark.gloo
+def test_two_ranks_give_a_finished_run_the_heads_that_it_would_have_had(
+    run: Path, coloured: Path, tmp_path: Path
+) -> None:
+    run_sequence(recipe(coloured, tmp_path, method=PLAIN), stages="train")
+    asked = recipe(coloured, tmp_path, train__deepspeed="ds_configs/zero3.json")
+    asked.dump_yaml(tmp_path / "recipe.yaml")
+    torchrun(["-m", "pipeline", "run", str(tmp_path / "recipe.yaml")], 2, LIMIT_S)
+    for found, expected in zip(stages(asked.run_path), stages(run), strict=True):
+        assert found.keys() == expected.keys() and MIX in found
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=2e-3, rtol=2e-3, msg=name)
+
+
 def test_another_router_leaves_the_heads_as_they_are(coloured: Path, tmp_path: Path) -> None:
     first = recipe(coloured, tmp_path)
     run_sequence(first, stages="train")
@@ -226,3 +244,74 @@ def test_other_servers_checkpoints_are_refused(run: Path, tmp_path: Path) -> Non
     for form in ("vocabulary", "parts"):
         with pytest.raises(UserError, match=r"weigh every token of an answer, and other servers decode without"):
             export_checkpoint(run, tmp_path / "checkpoint", form)
+
+
+def test_a_finished_run_gets_heads_without_training(run: Path, coloured: Path, tmp_path: Path) -> None:
+    plain = recipe(coloured, tmp_path, method=PLAIN)
+    run_sequence(plain)
+    before = stages(plain.run_path)
+    found = run_sequence(recipe(coloured, tmp_path))
+    after = stages(plain.run_path)
+    for one, other, whole in zip(before, after, stages(run), strict=True):
+        assert other.keys() == whole.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+        for name in other.keys() - one.keys():
+            torch.testing.assert_close(other[name], whole[name])  # as if it had been there from the first task on
+    assert all(score is not None and score > 85 for score in found["accuracy"][-1])
+    assert load_run(plain.run_path).method.keeps_answer_heads
+    assert (plain.run_path / "stages" / "01-T0" / METRICS).is_file()
+    # And back: the answers are those of before.
+    assert run_sequence(plain)["accuracy"][-1] == [0.0, 0.0]
+    assert [found.keys() for found in stages(plain.run_path)] == [found.keys() for found in before]
+
+
+def test_a_run_killed_while_it_got_heads_is_completed_by_the_next_call(coloured: Path, tmp_path: Path) -> None:
+    plain = recipe(coloured, tmp_path, method=PLAIN)
+    run_sequence(plain, stages="train")
+    # Killed between the two renames of the first stage's folder.
+    (plain.run_path / REPLACING_HEADS).touch()
+    folder = plain.run_path / "stages" / "01-T0"
+    folder.rename(folder.with_name("01-T0.unfinished"))
+    with pytest.raises(UserError, match=r"answer heads of .* are being replaced, or a process was killed"):
+        source_of(plain.run_path)
+    run_sequence(recipe(coloured, tmp_path), stages="train")
+    assert all(MIX in found for found in stages(plain.run_path)) and not (plain.run_path / REPLACING_HEADS).exists()
+
+
+def test_a_stage_in_training_goes_on_when_earlier_ones_get_heads(
+    coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = recipe(coloured, tmp_path, method=PLAIN, train__steps=4, train__save_steps=2)
+    run_sequence(plain, stages="train", until=1)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.sequence.stage.StageTrainer._left", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_sequence(plain, stages="train")
+    with caplog.at_level(logging.INFO):
+        run_sequence(recipe(coloured, tmp_path, train__steps=4, train__save_steps=2), stages="train")
+    assert "whose answer head was made: 1." in caplog.text
+    assert "resuming after step 2" in caplog.text
+    assert all(MIX in found for found in stages(plain.run_path))
+
+
+@pytest.mark.parametrize("method", ["core_moe", "dualprompt"])
+def test_stages_that_hold_other_values_than_were_trained_get_no_heads(
+    method: str, coloured: Path, tmp_path: Path
+) -> None:
+    plain = recipe(coloured, tmp_path, method={"name": method})
+    run_sequence(plain, stages="train", until=1)
+    with pytest.raises(UserError, match=r"the file of stage T0 has other values than those that"):
+        run_sequence(recipe(coloured, tmp_path, method={"name": method, "answer_head": "ridge"}), stages="train")
+    assert not load_run(plain.run_path).method.keeps_answer_heads
+    assert run_sequence(plain, stages="train", until=1)["stages"] == 1
+
+
+def test_heads_are_not_made_beside_a_further_attempt(coloured: Path, tmp_path: Path) -> None:
+    plain = recipe(coloured, tmp_path, method=PLAIN)
+    run_sequence(plain, stages="train")
+    begin_again(plain.run_path, "T1", [], {})
+    with pytest.raises(UserError, match=r"a further attempt at T1 is not finished"):
+        run_sequence(recipe(coloured, tmp_path), stages="train")

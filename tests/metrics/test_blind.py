@@ -7,7 +7,7 @@ import pytest
 from pipeline.data.sample import Sample
 from pipeline.data.sample_list import SampleList
 from pipeline.metrics import blind
-from pipeline.metrics.blind import majority_score
+from pipeline.metrics.blind import majority_score, recurring_share
 
 
 def samples(*answers: str) -> SampleList:
@@ -27,3 +27,9 @@ def test_a_large_task_is_sampled_over_its_whole_length(monkeypatch: pytest.Monke
     monkeypatch.setattr(blind, "MOST_READ", 4)
     training = samples(*"a" * 3, *"b" * 9)
     assert majority_score(training, samples("b"), "exact") == 100.0
+
+
+def test_answers_recur_that_at_least_two_training_samples_have() -> None:
+    training = samples("a", "a", "b", "c", "c", "c")
+    assert recurring_share(training, list(samples("a", "b", "c", "d"))) == 50.0
+    assert recurring_share(training, []) == 0.0

@@ -40,6 +40,15 @@ def test_a_right_answer_in_the_wrong_format_is_named_as_that() -> None:
     assert "right but for case" not in said(found(10.0, free=40.0))
 
 
+def test_answers_that_recur_are_what_an_answer_head_is_for() -> None:
+    scores = Learned("Boxes", 50, 0.0, 40.0, None, 300, recurring=96.0)
+    advice = "96 percent of which several training samples have"
+    assert advice in said(scores) and "config.yaml --set method.answer_head=ridge`" in said(scores)
+    for unfit in (["method.answer_head=ridge"], ["method.selection=all"], ["method.name=lora"]):
+        assert advice not in said(scores, "nano", *unfit)
+    assert "several training samples" not in said(found(0.0))
+
+
 def test_few_passes_over_the_samples_are_a_reason_and_many_are_none() -> None:
     few = said(found(0.0, samples=2400), "nano", "train.steps=150")
     assert "the stage passed 1.0 times over 2400 samples; raise train.steps" in few

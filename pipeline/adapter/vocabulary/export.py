@@ -202,7 +202,7 @@ def places_of(form: Form, insertion: str) -> str:
 
 def require_no_heads(options: MethodOptions, pool: PromptPool, source: Path) -> None:
     """Raise UserError where answers depend on answer heads, which change scores while an answer is decoded."""
-    if has_heads(pool.states) or (not len(pool) and getattr(options, "answer_head", "none") != "none"):
+    if has_heads(pool.states) or (not len(pool) and options.keeps_answer_heads):
         raise UserError(
             f"{source} has answer heads (method.answer_head), which weigh every token of an answer, and other servers "
             "decode without them; expected method.answer_head none. `serve --engine own` answers with them."
