@@ -37,10 +37,11 @@ def majority_score(
     return score_task(metric, answered, scoring).percent
 
 
-def recurring_share(training: Texts, test: Sequence[Sample]) -> float:
+def recurring_share(training: Texts, test: Iterable[Sample]) -> float:
     """The share in percent of test samples whose answer at least two training samples have; see `majority_score`."""
     counts = _counts(training)
-    return 100.0 * sum(counts[sample.answer] > 1 for sample in test) / max(len(test), 1)
+    recurs = [counts[sample.answer] > 1 for sample in test]
+    return 100.0 * sum(recurs) / max(len(recurs), 1)
 
 
 def _counts(training: Texts) -> Counter[str]:
