@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.data.collate import Examples, MicroBatches, collate
+from pipeline.data.collate import Examples, collate
 from pipeline.data.conversation import Conversation
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
@@ -31,7 +31,7 @@ HELD_OUT = 200  # samples that it is weighed against the decoder with
 
 def answer_head(
     engine: Engine,
-    batches: MicroBatches,
+    examples: Examples,
     held_out: StageData | None,
     selection: Selection,
     session: Session,
@@ -41,7 +41,7 @@ def answer_head(
 
     Args:
         engine: with the stage's final values.
-        batches: the stage's training samples.
+        examples: the stage's training samples.
         held_out: samples of the same task that were not trained on; None: there are none.
         selection: the earlier modules of every held-out sample.
         session: the ranks, and the watchdog.
@@ -56,7 +56,6 @@ def answer_head(
         )
         return {}
     session.watchdog.beat(f"fitting the answer head of {task}", slow=True)
-    examples = batches.examples
     head = on_main(session.world, lambda: _fitted(examples.data, examples.conversation))
     if head is None:
         log.info("%s: fewer than two answers recur in its training samples, so it has no answer head", task)

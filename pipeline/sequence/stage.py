@@ -15,6 +15,7 @@ from pipeline.backbones.packing import Fill
 from pipeline.config.recipe import Recipe
 from pipeline.console.progress import Progress
 from pipeline.data.collate import Examples, MicroBatches
+from pipeline.data.kept_features import KeptFeatures
 from pipeline.data.selection import Selection
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
@@ -158,7 +159,9 @@ class StageTrainer:
             values = engine.values()
             state = self._state(engine, batches.examples.data, values, stage.name)
             if self.method.options.keeps_answer_heads:
-                state = {**state, **self._answer_head(engine, batches, index, stage, pool)}
+                held_out = self._held_out(index, stage, pool)
+                head = answer_head(engine, batches.examples, *held_out, self.session, stage.name)
+                state = {**state, **head}
             left = self._left(engine, batches, values, pool)
             saved = self.files.save(index, stage, stage_tensors(left, state), facts)
             self.tracker.stage_model(saved, stage.name, {"loss": final.loss, "loss_lm": final.terms["loss_lm"]})
@@ -181,10 +184,12 @@ class StageTrainer:
                 f"{self.method.title} trained ({missing[0]} is missing), so no answer head can be made for it; "
                 "expected none, or a new run (`--set run_dir=...`) that has heads from the first task on."
             )
-        batches = self._batches(engine, index, stage, pool)
-        self._start(engine, index, pool, uses_pool=batches.selection.width > 0)
+        # Neither selections nor features of the training samples, of which the head reads answers and keys.
+        examples = self._examples(engine, StageData([self.parts[task] for task in stage.tasks]))
+        held_out, selection = self._held_out(index, stage, pool)
+        self._start(engine, index, pool, uses_pool=selection.width > 0)
         engine.restart({name: tensors[name] for name in engine.trainables})
-        return self._answer_head(engine, batches, index, stage, pool)
+        return answer_head(engine, examples, held_out, selection, self.session, stage.name)
 
     def _batches(self, engine: Engine, index: int, stage: Stage, pool: PromptPool) -> MicroBatches:
         """The micro-batches of this rank: the stage's samples in order, each with its selection of earlier sets."""
@@ -198,7 +203,6 @@ class StageTrainer:
         self.session.watchdog.beat(f"selecting the earlier modules of stage {stage.name}", slow=True)
         # On rank 0 for all: the others need neither kept keys nor a fit, and none can select otherwise.
         selected = on_main(world, lambda: routing.training(data.keys, pool.states))
-        sharing: Literal["image", "none"] = "image" if module.in_two_passes else "none"
         kept = None
         if recipe.train.vision_features == "kept":
             kept = keep_features(
@@ -210,8 +214,13 @@ class StageTrainer:
                 recipe.data.workers,
                 lambda: self.session.stop_if_told("while vision features were kept"),
             )
-        examples = Examples(data, module.lmm.conversation, sharing, kept=kept)
+        examples = self._examples(engine, data, kept)
         return MicroBatches(examples, order, selected, steps, engine.accumulation, world.rank, world.size)
+
+    def _examples(self, engine: Engine, data: StageData, kept: KeptFeatures | None = None) -> Examples:
+        """A stage's samples as batches are made of them."""
+        sharing: Literal["image", "none"] = "image" if engine.module.in_two_passes else "none"
+        return Examples(data, engine.module.lmm.conversation, sharing, kept=kept)
 
     def _start(self, engine: Engine, index: int, pool: PromptPool, uses_pool: bool) -> None:
         """Set the engine to the stage's initial values, identical on every rank."""
@@ -234,17 +243,14 @@ class StageTrainer:
         left: dict[str, Tensor] = learner.outcome(values, pool.newest())
         return {**left, **{name: value for told in remembered for name, value in told.items()}}
 
-    def _answer_head(
-        self, engine: Engine, batches: MicroBatches, index: int, stage: Stage, pool: PromptPool
-    ) -> dict[str, Tensor]:
-        """What the stage's task keeps of its answer head; a collective."""
+    def _held_out(self, index: int, stage: Stage, pool: PromptPool) -> tuple[StageData | None, Selection]:
+        """The samples that the stage's answer head is weighed with, each with its earlier sets; a collective."""
         parts = [self.held_out[task] for task in stage.tasks if self.held_out and len(self.held_out[task][0])]
         if not parts:
-            return answer_head(engine, batches, None, Selection.none(0), self.session, stage.name)
+            return None, Selection.none(0)
         held_out = StageData(parts)
         routing = make_method(self.recipe.method.after(index + 1)).routing
-        selection = on_main(self.session.world, lambda: routing.training(held_out.keys, pool.states))
-        return answer_head(engine, batches, held_out, selection, self.session, stage.name)
+        return held_out, on_main(self.session.world, lambda: routing.training(held_out.keys, pool.states))
 
     def _state(self, engine: Engine, data: StageData, values: dict[str, Tensor], task: str) -> State:
         """The router's state of the stage's task, from the trained values or from the keys of its training samples."""
