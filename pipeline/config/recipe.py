@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +19,16 @@ from pipeline.config.models import KeysConfig, ModelConfig
 from pipeline.config.train import AUTO, ZERO2, TrainConfig
 from pipeline.data.origin import shared_or_each
 
+# Fields that may change in a run with finished stages: what these keep for routing and for answers is made anew then.
+OF_ROUTING = ("method.router", "method.unfamiliar")
+OF_HEADS = ("method.answer_head",)
+
 
 class Recipe(FileRecipe):
     """Everything that a run depends on: data, model, method, training and a seed."""
 
     filled_in: ClassVar[tuple[str, ...]] = ("name", "method", "seed")
-    adopted: ClassVar[tuple[str, ...]] = ("method.router", "method.unfamiliar", "method.answer_head")
+    adopted: ClassVar[tuple[str, ...]] = (*OF_ROUTING, *OF_HEADS)
 
     seed: int = Field(0, ge=0, description="seed of initialisation and sample order")
     run_dir: GivenPath = Field(
@@ -121,11 +125,10 @@ class Recipe(FileRecipe):
         left_out = {name: former[name] for name in former if name not in self.method.model_fields_set}
         return self.model_copy(update={"method": self.method.model_copy(update=left_out)}) if left_out else self
 
-    def with_answer_head(self, method: MethodOptions) -> Recipe:
-        """The recipe with the setting of another one's method of whether tasks keep answer heads."""
-        if not hasattr(self.method, "answer_head"):
-            return self
-        found = {"answer_head": getattr(method, "answer_head", "none")}
+    def adopting(self, other: MethodOptions, fields: Sequence[str]) -> Recipe:
+        """The recipe with these fields of `adopted` as another one's method has them."""
+        names = [field.removeprefix("method.") for field in fields]
+        found = {name: getattr(other, name) for name in names if hasattr(other, name) and hasattr(self.method, name)}
         return self.model_copy(update={"method": self.method.model_copy(update=found)})
 
     @property

@@ -6,6 +6,7 @@ import logging
 from functools import partial
 
 from pipeline.config.load import load_run
+from pipeline.config.recipe import OF_HEADS
 from pipeline.errors import UserError
 from pipeline.files.paths import command
 from pipeline.methods import Stage
@@ -47,8 +48,9 @@ def adopt_heads(run: OpenRun, trainer: StageTrainer) -> None:
         add_stage(pool, stage.name, made.tensors)
 
     def end() -> None:
-        run.recipe.dump_yaml(run.session.path / CONFIG)
-        (run.session.path / REPLACING_HEADS).unlink(missing_ok=True)
+        path = run.session.path
+        load_run(path).adopting(run.recipe.method, OF_HEADS).dump_yaml(path / CONFIG)
+        (path / REPLACING_HEADS).unlink(missing_ok=True)
 
     on_main(world, end)
     if changed:

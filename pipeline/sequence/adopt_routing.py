@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config.load import load_run
 from pipeline.config.method import choice_name
+from pipeline.config.recipe import OF_ROUTING
 from pipeline.data.stage_data import StageData
 from pipeline.errors import UserError
 from pipeline.methods import Stage, make_method
@@ -58,7 +59,7 @@ def adopt_routing(run: OpenRun) -> None:
     if _label(before) != _label(routing) and len(known) < len(run.stages):
         # The stage in progress has other earlier modules beside it now, and with a learned router other trainables.
         shutil.rmtree(unfinished_folder(path, len(known), run.stages[len(known)].name), ignore_errors=True)
-    run.recipe.with_answer_head(recorded.method).dump_yaml(path / CONFIG)  # `adopt_heads` has its turn
+    recorded.adopting(run.recipe.method, OF_ROUTING).dump_yaml(path / CONFIG)
     begun.unlink()
     if changed:
         log.warning(

@@ -1,0 +1,40 @@
+"""A run whose answer heads change after it was finished: what its folder says then, and what `undo` brings back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import load_run
+from pipeline.config.recipe import Recipe
+from pipeline.sequence.run import run_sequence
+from tests.e2e.test_answer_head import MIX, PLAIN, coloured, recipe, stages
+
+__all__ = ["coloured"]  # a fixture
+
+
+@pytest.fixture
+def plain(coloured: Path, tmp_path: Path) -> Recipe:
+    """The recipe of a finished run without heads, which knows nothing."""
+    made = recipe(coloured, tmp_path, method=PLAIN)
+    assert run_sequence(made)["accuracy"][-1] == [0.0, 0.0]
+    return made
+
+
+def with_heads(made: Recipe, **train: Any) -> Recipe:
+    fields = made.model_dump()
+    return Recipe.model_validate(
+        {**fields, "method": {**fields["method"], "answer_head": "ridge"}, "train": {**fields["train"], **train}}
+    )
+
+
+def has_heads(run: Path) -> list[bool]:
+    return [MIX in found for found in stages(run)]
+
+
+def test_of_the_recipe_that_gives_a_run_heads_nothing_else_is_recorded(plain: Recipe) -> None:
+    run_sequence(with_heads(plain, save_steps=7), stages="train")
+    found = load_run(plain.run_path)
+    assert found.method.keeps_answer_heads and found.train.save_steps == plain.train.save_steps
