@@ -20,7 +20,8 @@ from pipeline.runs.provenance import code, package_versions
 if TYPE_CHECKING:
     from pipeline.ranks.world import World  # torch: reports read run.json without it
 
-FINISHED = ("trained", "done")  # statuses that a call which trains nothing does not revoke; "done" includes "trained"
+TRAINED = "trained"  # all stages are finished, and the matrix is missing
+FINISHED = (TRAINED, "done")  # statuses that a call which trains nothing does not revoke; "done" includes "trained"
 OF_ALL_CALLS = ("evaluate_s", "total_s")  # timings that are summed over calls; others are those of the last call
 
 
@@ -43,7 +44,7 @@ class RunState:
 
     def says_less(self, status: str) -> bool:
         """Whether a status is "trained" where an earlier call left "done"."""
-        return status in FINISHED and FINISHED.index(status) < FINISHED.index(self.status)
+        return self.status in FINISHED and status in FINISHED and FINISHED.index(status) < FINISHED.index(self.status)
 
     def common(self, world: World, tracked: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of run.json that all kinds of runs have; `tracked` are the ids of its runs in MLflow."""

@@ -63,6 +63,7 @@ def adopt_heads(run: OpenRun, trainer: StageTrainer) -> None:
 
 def _rewrite(run: OpenRun, index: int, stage: Stage, made: StageCheckpoint) -> None:
     (run.session.path / REPLACING_HEADS).touch()
+    run.results.outdate()
     run.files.rewrite(index, stage, made)
 
 

@@ -49,6 +49,8 @@ def adopt_routing(run: OpenRun) -> None:
     # All states first: where one cannot be made, nothing is written.
     states = [_new_state(run, routing, stage, found) for _, stage, found in known]
     begun.touch()
+    if known:
+        run.results.outdate()
     changed = 0
     for (index, stage, found), state in zip(known, states, strict=True):
         learned = {name: value for name, value in found.tensors.items() if not is_state(name)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.files.atomic import write_if_other
 from pipeline.runs.layout import MATRIX
-from pipeline.runs.state import FINISHED, RunState
+from pipeline.runs.state import FINISHED, TRAINED, RunState
 
 log = logging.getLogger(__name__)
 OF_THE_RUN = ("status", "stage", "stages")  # the fields of run.json that describe the run's progress
@@ -33,6 +33,17 @@ class RunResults(RunState):
         self._rows = min(self._rows, rows)
         self.finished = self.finished and stage >= int(self.state.get("stage") or 0)
         self._trains = True
+
+    def outdate(self) -> None:
+        """Record that finished stages will answer otherwise than before, so that the matrix is no longer theirs.
+
+        A run that was done is a trained one then, which an evaluation completes.
+        """
+        (self.path / MATRIX).unlink(missing_ok=True)
+        self._rows = 0
+        if self.says_less(TRAINED):
+            self.state = {**self.state, "status": TRAINED}
+            self.write(self.state)
 
     def trained(self) -> None:
         """Record that the stage is saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
-from pipeline.sequence.run import run_sequence
+from pipeline.runs.layout import MATRIX
+from pipeline.runs.state import read_state
+from pipeline.sequence.run import evaluate_run, run_sequence
 from tests.e2e.test_answer_head import MIX, PLAIN, coloured, recipe, stages
 
 __all__ = ["coloured"]  # a fixture
@@ -32,6 +35,16 @@ def with_heads(made: Recipe, **train: Any) -> Recipe:
 
 def has_heads(run: Path) -> list[bool]:
     return [MIX in found for found in stages(run)]
+
+
+def test_scores_without_heads_are_not_those_of_a_run_that_has_them(plain: Recipe) -> None:
+    run = plain.run_path
+    run_sequence(with_heads(plain), stages="train")
+    assert read_state(run)["status"] == "trained" and not (run / MATRIX).exists()
+    run_sequence(with_heads(plain), until=1)
+    assert json.loads((run / MATRIX).read_text())["accuracy"] == [[100.0, None]]
+    assert min(evaluate_run(run)["accuracy"][-1]) > 85
+    assert read_state(run)["status"] == "done"
 
 
 def test_of_the_recipe_that_gives_a_run_heads_nothing_else_is_recorded(plain: Recipe) -> None:
