@@ -29,13 +29,15 @@ def adopt_heads(run: OpenRun, trainer: StageTrainer) -> None:
     against the decoder on the held-out ones, with the stage's final values. A stage in training keeps its checkpoints.
 
     Raises UserError, before anything is written, where a stage's file has not all values that its module was trained
-    as, and where a further attempt at the last stage is not finished.
+    as, and where a further attempt at the last stage is not finished. Raises Interrupted between two stages; the next
+    call begins anew.
     """
     world, asked = run.session.world, run.method.options.keeps_answer_heads
     if not on_main(world, lambda: _differs(run, asked)):
         return
     pool, changed = PromptPool(), 0
     for index, stage in enumerate(run.stages):
+        run.session.stop_if_told("while answer heads were changed")
         found = run.files.restore(index, stage)
         if found is None:
             break

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
-from pipeline.runs.layout import MATRIX
+from pipeline.errors import Interrupted
+from pipeline.runs.layout import MATRIX, REPLACING_HEADS
 from pipeline.runs.state import read_state
 from pipeline.sequence.run import evaluate_run, run_sequence
 from tests.e2e.test_answer_head import MIX, PLAIN, coloured, recipe, stages
@@ -51,3 +52,23 @@ def test_of_the_recipe_that_gives_a_run_heads_nothing_else_is_recorded(plain: Re
     run_sequence(with_heads(plain, save_steps=7), stages="train")
     found = load_run(plain.run_path)
     assert found.method.keeps_answer_heads and found.train.save_steps == plain.train.save_steps
+
+
+def test_a_call_that_gives_heads_stops_between_two_stages(plain: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.sequence import adopt_heads
+
+    rewrite = adopt_heads._rewrite
+
+    def then_told_to_stop(run: Any, *rest: Any) -> None:
+        rewrite(run, *rest)
+        monkeypatch.setattr(type(run.session), "told_to_stop", lambda _: True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adopt_heads, "_rewrite", then_told_to_stop)
+        patched.setattr("pipeline.runs.session.Session.told_to_stop", lambda _: False)
+        with pytest.raises(Interrupted, match="while answer heads were changed"):
+            run_sequence(with_heads(plain), stages="train")
+    assert has_heads(plain.run_path) == [True, False] and (plain.run_path / REPLACING_HEADS).exists()
+    monkeypatch.undo()
+    run_sequence(with_heads(plain), stages="train")
+    assert has_heads(plain.run_path) == [True, True]
