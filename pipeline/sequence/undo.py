@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.load import load_recipe, load_run
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import OF_HEADS, OF_ROUTING, Recipe
 from pipeline.errors import UserError
 from pipeline.files.atomic import write_json
 from pipeline.files.paths import command
@@ -37,6 +37,8 @@ from pipeline.runs.layout import (
     CONFIG,
     EVALUATIONS,
     REPLACED,
+    REPLACING_HEADS,
+    REPLACING_ROUTING,
     STATE,
     UNDO,
     ahead_folder,
@@ -175,9 +177,10 @@ def _do(run: Path, found: Undo) -> None:
         ahead = ahead_folder(run, found.number)
         move(place / EVALUATIONS / ahead.name, ahead)  # of a return; it does not depend on the stage
         (run / ATTEMPT).unlink(missing_ok=True)
-        for name in (ATTEMPT, CONFIG):
-            if (place / name).is_file():
-                copied(place / name, run / name)
+        if (place / ATTEMPT).is_file():
+            copied(place / ATTEMPT, run / ATTEMPT)
+        if (place / CONFIG).is_file():
+            _bring_recipe(run, place)
         attempt = newest_attempt(run)
         if found.is_redo and attempt is not None:
             replace(attempt, former=found.aside).write(run)
@@ -190,6 +193,23 @@ def _do(run: Path, found: Undo) -> None:
     (run / UNDO).unlink()
     if found.former:
         drop_place(run, found.former)
+
+
+def _bring_recipe(run: Path, place: Path) -> None:
+    """Give the run the recipe of what comes back, but for its present router and answer heads.
+
+    All stages have these in common, and the others have them already: what comes back gets them by the next call that
+    trains or evaluates, which goes on where one was killed while it replaced them.
+    """
+    then, now = load_run(place), load_run(run)
+    for marker, fields in ((REPLACING_ROUTING, OF_ROUTING), (REPLACING_HEADS, OF_HEADS)):
+        if then.adopting(now.method, fields).method != then.method:
+            (run / marker).touch()
+    recipe = then.adopting(now.method, then.adopted)
+    if recipe.method == then.method:
+        copied(place / CONFIG, run / CONFIG)
+    else:
+        recipe.dump_yaml(run / CONFIG)
 
 
 def _begun(run: Path) -> Undo | None:

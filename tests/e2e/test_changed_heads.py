@@ -13,7 +13,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import Interrupted
 from pipeline.runs.layout import MATRIX, REPLACING_HEADS
 from pipeline.runs.state import read_state
+from pipeline.sequence.again import begin_again
 from pipeline.sequence.run import evaluate_run, run_sequence
+from pipeline.sequence.undo import undo
 from tests.e2e.test_answer_head import MIX, PLAIN, coloured, recipe, stages
 
 __all__ = ["coloured"]  # a fixture
@@ -72,3 +74,27 @@ def test_a_call_that_gives_heads_stops_between_two_stages(plain: Recipe, monkeyp
     monkeypatch.undo()
     run_sequence(with_heads(plain), stages="train")
     assert has_heads(plain.run_path) == [True, True]
+
+
+def test_a_stage_that_undo_brings_back_gets_the_heads_that_the_run_has_now(plain: Recipe) -> None:
+    run = plain.run_path
+    begin_again(run, "T1", ["train.steps=3"], {})
+    run_sequence(load_run(run), stages="train")
+    run_sequence(with_heads(load_run(run)), stages="train")
+    undo(run)
+    assert load_run(run).method.keeps_answer_heads and load_run(run).train.steps == 2
+    assert min(evaluate_run(run)["accuracy"][-1]) > 85
+    assert has_heads(run) == [True, True]
+
+
+def test_a_stage_that_undo_brings_back_keeps_what_the_router_of_the_run_needs(plain: Recipe) -> None:
+    run = plain.run_path
+    begin_again(run, "T1", ["train.steps=3"], {})
+    run_sequence(load_run(run), stages="train")
+    other = load_run(run).model_dump()
+    other["method"]["router"] = "mean"
+    run_sequence(Recipe.model_validate(other), stages="train")
+    undo(run)
+    evaluate_run(run)
+    assert load_run(run).method.router == "mean"  # type: ignore[attr-defined]
+    assert all("prototype" in found for found in stages(run))
