@@ -11,14 +11,16 @@ import numpy as np
 from pipeline.config.recipe import Recipe
 from pipeline.data.stage_data import StageData
 from pipeline.files.paths import command
+from pipeline.methods import make_method
 from pipeline.metrics.blind import majority_score, recurring_share
+from pipeline.prompts.parts.base import Part, kind_of
 from pipeline.prompts.pool import PromptPool
 from pipeline.ranks.world import on_main
 from pipeline.runs.layout import CONFIG, held_out_folder
 from pipeline.sequence.data import RunData
 from pipeline.sequence.evaluation import Evaluator
 from pipeline.sequence.format_free import format_free_score
-from pipeline.sequence.reasons import FEW_HELD_OUT, SMALL, may_keep_heads, reasons
+from pipeline.sequence.reasons import FEW_HELD_OUT, SMALL, reasons
 from pipeline.sequence.test_set import TestSet
 
 MANY_RECUR = 50.0  # percent of answers that are known, from which on an answer head is worth its name
@@ -84,6 +86,15 @@ def measure_learned(data: RunData, number: int, pool: PromptPool, evaluator: Eva
     return on_main(evaluator.session.world, against)
 
 
+def may_get_heads(recipe: Recipe) -> bool:
+    """Whether the run keeps no answer heads, and its finished stages could get some: see `adopt_heads`."""
+    method = make_method(recipe.method)
+    if not hasattr(method.options, "answer_head") or method.options.keeps_answer_heads:
+        return False
+    has_use = (method.routing.finds or method.needs_task) and recipe.evaluate.engine != "vllm"
+    return has_use and kind_of(method).outcome is Part.outcome  # else a file has other values than were trained
+
+
 def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = ()) -> list[str]:
     """What to say of a task that was not learned, and why that may be; nothing of one that was.
 
@@ -101,7 +112,7 @@ def sentences(found: Learned | None, recipe: Recipe, losses: Sequence[float] = (
     if found.learned:
         return []
     causes = reasons(recipe, found.trained_on, found.format_free if found.content_is_there else None)
-    if found.recurring >= MANY_RECUR and may_keep_heads(recipe):
+    if found.recurring >= MANY_RECUR and may_get_heads(recipe):
         causes.append(
             f"the decoder has to spell the answers, {found.recurring:.0f} percent of which several training samples "
             "have: an answer head names these without training "

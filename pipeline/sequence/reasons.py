@@ -54,12 +54,6 @@ def _passes(recipe: Recipe, samples: int) -> float:
     return train.epochs if train.steps is None else train.steps * train.global_batch / max(samples, 1)
 
 
-def may_keep_heads(recipe: Recipe) -> bool:
-    """Whether the run keeps no answer heads and its method could: it chooses modules by a sample's task."""
-    unrouted = getattr(recipe.method, "selection", None) in ("all", "current")
-    return hasattr(recipe.method, "answer_head") and not recipe.method.keeps_answer_heads and not unrouted
-
-
 def knows_drawings_alone(recipe: Recipe) -> bool:
     """Whether the model is the embedded one, which has never seen a photograph."""
     return Path(recipe.model.location).resolve() == CHECKPOINTS.resolve() / "llava"

@@ -46,6 +46,11 @@ def test_answers_that_recur_are_what_an_answer_head_is_for() -> None:
     assert advice in said(scores) and "config.yaml --set method.answer_head=ridge`" in said(scores)
     for unfit in (["method.answer_head=ridge"], ["method.selection=all"], ["method.name=lora"]):
         assert advice not in said(scores, "nano", *unfit)
+    # Nor where the advised command would be refused.
+    vllm = ["evaluate.engine=vllm", "evaluate.vllm_url=http://127.0.0.1:1"]
+    for unfit in (["method={name: core_moe}"], ["method={name: dualprompt}"], vllm):
+        assert advice not in said(scores, "nano", *unfit)
+    assert advice in said(scores, "nano", "method={name: hide}")
     assert "several training samples" not in said(found(0.0))
 
 
