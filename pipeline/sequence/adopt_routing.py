@@ -42,7 +42,11 @@ def adopt_routing(run: OpenRun) -> None:
     before, begun = make_method(recorded.method).routing, path / REPLACING_ROUTING
     if begun.exists() or (path / REPLACING_HEADS).exists():
         run.files.finish_rewrites(run.stages)
+    now = recorded.adopting(run.recipe.method, OF_ROUTING)
     if _label(before) == _label(routing) and before.keeps_keys == routing.keeps_keys and not begun.exists():
+        if before.unfamiliar != routing.unfamiliar:
+            run.results.outdate()
+            now.dump_yaml(path / CONFIG)
         return
     finished = [(index, stage, run.files.load(index, stage)) for index, stage in enumerate(run.stages)]
     known = [(index, stage, found) for index, stage, found in finished if found is not None]
@@ -61,7 +65,7 @@ def adopt_routing(run: OpenRun) -> None:
     if _label(before) != _label(routing) and len(known) < len(run.stages):
         # The stage in progress has other earlier modules beside it now, and with a learned router other trainables.
         shutil.rmtree(unfinished_folder(path, len(known), run.stages[len(known)].name), ignore_errors=True)
-    recorded.adopting(run.recipe.method, OF_ROUTING).dump_yaml(path / CONFIG)
+    now.dump_yaml(path / CONFIG)
     begun.unlink()
     if changed:
         log.warning(

@@ -98,3 +98,10 @@ def test_a_stage_that_undo_brings_back_keeps_what_the_router_of_the_run_needs(pl
     evaluate_run(run)
     assert load_run(run).method.router == "mean"  # type: ignore[attr-defined]
     assert all("prototype" in found for found in stages(run))
+
+
+def test_what_is_done_with_unfamiliar_questions_is_recorded_when_it_changes(plain: Recipe) -> None:
+    other = plain.model_dump()
+    other["method"]["unfamiliar"] = "flag"
+    run_sequence(Recipe.model_validate(other))
+    assert load_run(plain.run_path).method.unfamiliar == "flag"  # type: ignore[attr-defined]
