@@ -21,8 +21,9 @@ from pipeline.runs.attempts import STAGE, newest_attempt
 from pipeline.runs.claim import check_stage
 from pipeline.runs.finished import read_finished
 from pipeline.runs.folder import read_run
-from pipeline.runs.layout import CONFIG, REPLACED, REPLACING_HEADS, REPLACING_ROUTING, stage_folder
+from pipeline.runs.layout import CONFIG, REPLACED, stage_folder
 from pipeline.runs.recorded import recorded_base_model
+from pipeline.runs.replacement import refuse_half_replaced
 
 
 def read_pool(run: Path, recipe: Recipe) -> PromptPool:
@@ -31,15 +32,7 @@ def read_pool(run: Path, recipe: Recipe) -> PromptPool:
     Raises UserError when no stage is finished, one is damaged, states are half replaced (`adopt_routing`,
     `adopt_heads`), or model or CLIP are not those it was trained with.
     """
-    for marker, what in (
-        (REPLACING_ROUTING, f"What the stages of {run} keep for routing is"),
-        (REPLACING_HEADS, f"The answer heads of {run} are"),
-    ):
-        if (run / marker).exists():
-            raise UserError(
-                f"{what} being replaced, or a process was killed while it did so. `python -m pipeline run RECIPE` with "
-                "the run's recipe completes it."
-            )
+    refuse_half_replaced(run)
     identity = key_identity(*recipe.keys.source)
     expected = {
         "base_model": base_fingerprint(recipe.model, recorded_base_model(run)),

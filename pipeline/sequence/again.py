@@ -22,6 +22,7 @@ from pipeline.runs.attempts import (
 )
 from pipeline.runs.layout import ATTEMPT, CONFIG, REPLACED, STATE, stage_folder
 from pipeline.runs.lock import locked
+from pipeline.runs.replacement import refuse_half_replaced
 from pipeline.runs.state import read_state
 from pipeline.tracking.replaced import detach
 
@@ -79,10 +80,11 @@ def begin_again(run: Path, name: str, settings: Sequence[str], changes: Mapping[
         changes: `gate` or `share` of the method from this stage on.
 
     Raises:
-        UserError: settings that cannot be, or a run in use by another process.
+        UserError: settings that cannot be, a run in use by another process, or one whose stages are half replaced.
     """
     said = (*settings, *(f"method.{option}={value:g}" for option, value in changes.items()))
     with locked(run):
+        refuse_half_replaced(run)  # which `run` completes, but not beside an attempt that is open
         index = len(load_run(run).data.tasks) - 1
         complete_replacement(run, index, name)
         newest, meta = newest_attempt(run), finished_meta(run, index, name)

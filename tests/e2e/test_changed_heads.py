@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.load import load_run
 from pipeline.config.recipe import Recipe
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, UserError
 from pipeline.runs.layout import MATRIX, REPLACING_HEADS
 from pipeline.runs.state import read_state
 from pipeline.sequence.again import begin_again
@@ -105,3 +105,11 @@ def test_what_is_done_with_unfamiliar_questions_is_recorded_when_it_changes(plai
     other["method"]["unfamiliar"] = "flag"
     run_sequence(Recipe.model_validate(other))
     assert load_run(plain.run_path).method.unfamiliar == "flag"  # type: ignore[attr-defined]
+
+
+def test_no_attempt_begins_beside_heads_that_are_half_replaced(plain: Recipe) -> None:
+    (plain.run_path / REPLACING_HEADS).touch()  # as a call that was killed leaves it
+    with pytest.raises(UserError, match=r"answer heads of .* are being replaced, or a process was killed"):
+        begin_again(plain.run_path, "T1", ["train.steps=3"], {})
+    run_sequence(plain, stages="train")
+    begin_again(plain.run_path, "T1", ["train.steps=3"], {})
