@@ -92,6 +92,9 @@ NOT_EXECUTED = {
     "run real6_nano_task_lora --set data.root=FOLDER": "six public data sets",
     "run real6_small --set data.root=FOLDER": "six public data sets, and the model of `make small`",
     "run real6_small_task_lora --set data.root=FOLDER": "six public data sets, and the model of `make small`",
+    "run real6_small --set data.root=FOLDER --set method.answer_head=none --set data.tasks=[{name: Shapes, metric: "
+    "exact_ci, limit_test: 250}, {name: Classify, metric: exact_ci, limit_test: 250}, {name: Signs, metric: exact_ci, "
+    "limit_test: 250}] --set train.processes=1": "six public data sets, and the model of `make small`",
     "run real6_nano --set data.root=FOLDER --set method.name=sequential": "six public data sets",
     "run real6_nano --set data.root=FOLDER --set method.name=independent": "six public data sets",
 }
