@@ -14,6 +14,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.runs.layout import MATRIX, REPLACING_HEADS
 from pipeline.runs.state import read_state
 from pipeline.sequence.again import begin_again
+from pipeline.sequence.opened import OpenRun
 from pipeline.sequence.run import evaluate_run, run_sequence
 from pipeline.sequence.undo import undo
 from tests.e2e.test_answer_head import MIX, PLAIN, coloured, recipe, stages
@@ -59,19 +60,18 @@ def test_of_the_recipe_that_gives_a_run_heads_nothing_else_is_recorded(plain: Re
 def test_a_call_that_gives_heads_stops_between_two_stages(plain: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.sequence import adopt_heads
 
-    rewrite = adopt_heads._rewrite
+    rewrite, rewritten = adopt_heads._rewrite, list[int]()
 
-    def then_told_to_stop(run: Any, *rest: Any) -> None:
-        rewrite(run, *rest)
-        monkeypatch.setattr(type(run.session), "told_to_stop", lambda _: True)
+    def told_to_stop_after(run: OpenRun, index: int, *rest: Any) -> None:
+        rewrite(run, index, *rest)
+        rewritten.append(index)
 
     with monkeypatch.context() as patched:
-        patched.setattr(adopt_heads, "_rewrite", then_told_to_stop)
-        patched.setattr("pipeline.runs.session.Session.told_to_stop", lambda _: False)
+        patched.setattr(adopt_heads, "_rewrite", told_to_stop_after)
+        patched.setattr("pipeline.runs.session.Session.told_to_stop", lambda _: bool(rewritten))
         with pytest.raises(Interrupted, match="while answer heads were changed"):
             run_sequence(with_heads(plain), stages="train")
     assert has_heads(plain.run_path) == [True, False] and (plain.run_path / REPLACING_HEADS).exists()
-    monkeypatch.undo()
     run_sequence(with_heads(plain), stages="train")
     assert has_heads(plain.run_path) == [True, True]
 
