@@ -17,7 +17,8 @@ Array = npt.NDArray[np.float64]
 class Mix(NamedTuple):
     """How decoder and head count at known tokens c, and S = sum_c p_c.
 
-    p_c is the decoder's probability of a token, q_c the head's of the most probable answer that goes on with it.
+    p_c is the decoder's probability of the token c. q_c is the head's probability of one known answer: of those that
+    have c as their next token, the most probable.
     A token is a known one with sigma(`slope` log(S / (1 - S)) + `known`), and of these each has a share in proportion
     to p_c^`decoder` q_c^`head`. The values here are what holds without samples: the head's probabilities are
     calibrated, and both count as they are.

@@ -166,7 +166,7 @@ class PromptPool:
 
     def states_fingerprint(self, heads: bool = True) -> str:
         """SHA-256 (hex) of what the router knows of all tasks, and of their answer heads unless `heads` is False."""
-        states = self.states if heads else States([without_head(state) for state in self.states])
+        states = self._states(heads)
         if len(self) and any(set(state) != {PROTOTYPE} for state in states):
             return _joined_prints(
                 {
@@ -177,13 +177,17 @@ class PromptPool:
             )
         return tensor_fingerprint(self.prototypes)
 
+    def _states(self, heads: bool) -> Sequence[State]:
+        """What the router knows of each task, with the answer heads or without."""
+        return self.states if heads else [without_head(state) for state in self.states]
+
     def whole_fingerprint(self, heads: bool = True) -> str:
         """SHA-256 (hex) of all modules and states; without answer heads, which no training depends on, if `heads` is
         False, as a stage begun beside them records it."""
         if set(self.tensors) <= {PROMPT} and not (self.common or self.memory):
             prompts = self.prompts if len(self) else torch.zeros(0, 0, 0)
             found = fingerprint_of({"prompts": prompts, PROTOTYPES: self.prototypes})
-            more = any({*(state if heads else without_head(state))} - {PROTOTYPE} for state in self.states)
+            more = any({*state} - {PROTOTYPE} for state in self._states(heads))
             return found + self.states_fingerprint(heads) if more else found
         kept = {**self.tensors, **self.common, **self.memory, STATE: torch.zeros(0)}
         return fingerprint_of(kept) + self.states_fingerprint(heads)
